@@ -1,0 +1,479 @@
+"""Cross-attention of a few queries over every pair of one image token i and one audio token j, never storing the pairs.
+
+Additive pairs (paper Eq. 4-7) have keys k_i + k_j and values v_i + v_j, so the softmax over pairs factorizes:
+
+    softmax_ij(q.k_i + q.k_j) = softmax_i(q.k_i) softmax_j(q.k_j)
+    sum_ij p_i r_j (v_i + v_j) = sum_i p_i v_i + sum_j r_j v_j
+
+Exact dense interactions are the sum of two cross-attentions that share a query: cost I + A, not I * A.
+With a pair bias b_ij the weights no longer factorize, but additive values still need only the two marginals of the
+joint softmax. Bilinear pairs (keys k_i * k_j, values v_i * v_j) do real work per pair. Both stream over chunks.
+
+Shapes: B batch, H heads, F fusion tokens (queries), I image tokens, A audio tokens, K and V widths per head.
+"""
+
+import math
+import numbers
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+INTERACTIONS = ("additive", "bilinear")
+BACKENDS = ("triton", "torch", "xformers", "reference")
+CHUNK = 2**22  # elements of the largest temporary where pairs are streamed (16 MiB in float32)
+
+
+def pair_attention(
+    query: Tensor,
+    image_key: Tensor,
+    image_value: Tensor,
+    audio_key: Tensor,
+    audio_value: Tensor,
+    *,
+    image_mask: Tensor | None = None,
+    audio_mask: Tensor | None = None,
+    pair_bias: Tensor | None = None,
+    scale: float | None = None,
+    interaction: str = "additive",
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of `query` over all I x A pairs of image and audio tokens (paper Eq. 4-7), exact, never storing them.
+
+    Args:
+        query: (B, H, F, K).
+        image_key, image_value: (B, H, I, K) and (B, H, I, V).
+        audio_key, audio_value: (B, H, A, K) and (B, H, A, V).
+        image_mask, audio_mask: (B, I) and (B, A) bool, True = attend. A modality without any token left contributes
+            0 and the other goes on alone, without the pair bias; with bilinear pairs the output is then 0.
+        pair_bias: added to the logit of pair (i, j), broadcastable to (B, H, I, A), differentiable; -inf masks a pair.
+            A query with no pair left gets output 0 and gradients 0.
+        scale: of the logits; default K**-0.5.
+        interaction: "additive" (k_i + k_j, v_i + v_j) or "bilinear" (k_i * k_j, v_i * v_j).
+        backend: None picks one (see `select_backend`); "reference" materializes every pair.
+
+    Returns:
+        (B, H, F, V), in the dtype of `query`.
+
+    Raises:
+        ValueError: naming the argument whose shape, dtype, device or value is wrong, or the backend that is missing.
+    """
+    _check_tokens(query, image_key, audio_key, image_value, audio_value)
+    _check_options(query, image_key, audio_key, image_mask, audio_mask, pair_bias, scale, interaction)
+    attend = {"torch": _attend, "reference": reference}[select_backend(backend)]
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    with torch.autocast(query.device.type, enabled=False):  # the dtype of the inputs decides
+        tensors = (query, image_key, image_value, audio_key, audio_value)
+        return attend(*tensors, image_mask, audio_mask, _four_dimensional(pair_bias), scale, interaction)
+
+
+def pair_attention_weights(
+    query: Tensor,
+    image_key: Tensor,
+    audio_key: Tensor,
+    *,
+    image_mask: Tensor | None = None,
+    audio_mask: Tensor | None = None,
+    pair_bias: Tensor | None = None,
+    scale: float | None = None,
+    interaction: str = "additive",
+) -> tuple[Tensor, Tensor]:
+    """The image and the audio marginal of the attention weights over pairs: where a query looks, what it listens to.
+
+    Arguments as in `pair_attention`. Without a pair bias, the joint map of additive pairs is the outer product of the
+    two. Differentiable.
+
+    Returns:
+        Image weights (B, H, F, I) and audio weights (B, H, F, A), each summing to 1 over its tokens; the weights of a
+        modality without any token left are 0.
+
+    Raises:
+        ValueError: as `pair_attention`.
+    """
+    _check_tokens(query, image_key, audio_key)
+    _check_options(query, image_key, audio_key, image_mask, audio_mask, pair_bias, scale, interaction)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    pair_bias = _four_dimensional(pair_bias)
+    with torch.autocast(query.device.type, enabled=False):
+        if interaction == "bilinear":
+            return _bilinear_weights(query, image_key, audio_key, image_mask, audio_mask, pair_bias, scale)
+        weights = _additive_weights(query, image_key, audio_key, image_mask, audio_mask, pair_bias, scale)
+        return weights[0].to(query.dtype), weights[1].to(query.dtype)
+
+
+def select_backend(backend: str | None = None) -> str:
+    """The backend that `pair_attention` runs when asked for `backend`: the one place where this is decided.
+
+    Raises:
+        ValueError: the backend is unknown, or not available here.
+    """
+    if backend is None:
+        return "torch"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend in ("triton", "xformers"):
+        raise ValueError(f"backend={backend!r} is unavailable: this version of avfuse has 'torch' and 'reference' only")
+    return backend
+
+
+# --- reference: every pair is stored; the oracle of the tests and the slow row of the tables -----------------------
+
+
+def reference(
+    query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, scale, interaction
+):
+    """Paper Eq. 4-7 as written: form every pair token's key and value, one softmax over all of them."""
+    combine = torch.add if interaction == "additive" else torch.mul
+    image_alive, audio_alive = _alive(image_mask), _alive(audio_mask)  # (B, 1, 1, 1) or True
+    image_value = _zero_where_dead(image_value, image_alive)
+    audio_value = _zero_where_dead(audio_value, audio_alive)
+
+    weights = reference_weights(query, image_key, audio_key, image_mask, audio_mask, pair_bias, scale, interaction)
+    value = combine(image_value[:, :, :, None], audio_value[:, :, None])  # (B, H, I, A, V)
+    return torch.einsum("bhfij,bhijv->bhfv", weights, value)
+
+
+def reference_weights(query, image_key, audio_key, image_mask, audio_mask, pair_bias, scale, interaction):
+    """The joint softmax over all pairs, (B, H, F, I, A); a dead modality stands as equal null tokens."""
+    combine = torch.add if interaction == "additive" else torch.mul
+    image_alive, audio_alive = _alive(image_mask), _alive(audio_mask)
+    image_key = _zero_where_dead(image_key, image_alive)
+    audio_key = _zero_where_dead(audio_key, audio_alive)
+
+    key = combine(image_key[:, :, :, None], audio_key[:, :, None])  # (B, H, I, A, K)
+    logits = torch.einsum("bhfk,bhijk->bhfij", query, key) * scale
+    if pair_bias is not None:
+        pair_bias = pair_bias.to(logits.dtype).expand(-1, -1, *logits.shape[-2:])
+        if image_mask is not None or audio_mask is not None:
+            pair_bias = torch.where(torch.as_tensor(image_alive & audio_alive), pair_bias, 0.0)
+        logits = logits + pair_bias[:, :, None]
+    if image_mask is not None:
+        logits = logits.masked_fill(~(image_mask[:, None, None, :, None] | ~image_alive[..., None]), -math.inf)
+    if audio_mask is not None:
+        logits = logits.masked_fill(~(audio_mask[:, None, None, None, :] | ~audio_alive[..., None]), -math.inf)
+    none_left = (logits == -math.inf).all((-2, -1), keepdim=True)
+    weights = logits.masked_fill(none_left, 0.0).flatten(-2).softmax(-1).view_as(logits)
+    return weights.masked_fill(none_left, 0.0)
+
+
+# --- torch: exact and without a pair tensor ------------------------------------------------------------------------
+
+
+def _attend(
+    query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, scale, interaction
+):
+    if interaction == "bilinear":
+        return _bilinear(
+            query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, scale
+        )
+    if pair_bias is None:
+        attended_image = _attend_modality(query, image_key, image_value, image_mask, scale)
+        attended_audio = _attend_modality(query, audio_key, audio_value, audio_mask, scale)
+        return attended_image + attended_audio
+    image_weights, audio_weights = _additive_weights(
+        query, image_key, audio_key, image_mask, audio_mask, pair_bias, scale
+    )
+    image_value, audio_value = image_value.to(image_weights.dtype), audio_value.to(audio_weights.dtype)
+    return (image_weights @ image_value + audio_weights @ audio_value).to(query.dtype)
+
+
+def _attend_modality(query, key, value, mask, scale):
+    """One half of the identity: ordinary cross-attention over the tokens of one modality."""
+    if mask is None:
+        return F.scaled_dot_product_attention(query, key, value, scale=scale)
+    alive = _alive(mask)
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None] | ~alive, scale=scale)
+    return _zero_where_dead(attended, alive)
+
+
+def _additive_weights(query, image_key, audio_key, image_mask, audio_mask, pair_bias, scale):
+    """Marginals (B, H, F, I) and (B, H, F, A) of the joint softmax, in float32 or better."""
+    query = query.to(_accumulation_dtype(query)) * scale
+    image_logits = query @ image_key.to(query.dtype).mT
+    audio_logits = query @ audio_key.to(query.dtype).mT
+    if pair_bias is None:
+        return _masked_softmax(image_logits, image_mask), _masked_softmax(audio_logits, audio_mask)
+    if image_mask is None and audio_mask is None:
+        return _PairMarginals.apply(image_logits, audio_logits, pair_bias)
+
+    both = _alive(image_mask) & _alive(audio_mask)  # else the bias leaves together with the missing modality
+    image_alone, audio_alone = _masked_softmax(image_logits, image_mask), _masked_softmax(audio_logits, audio_mask)
+    if image_mask is not None:
+        image_logits = image_logits.masked_fill(~image_mask[:, None, None], -math.inf)
+    if audio_mask is not None:
+        audio_logits = audio_logits.masked_fill(~audio_mask[:, None, None], -math.inf)
+    image_weights, audio_weights = _PairMarginals.apply(image_logits, audio_logits, pair_bias)
+    return torch.where(both, image_weights, image_alone), torch.where(both, audio_weights, audio_alone)
+
+
+class _PairMarginals(torch.autograd.Function):
+    """Marginals of P_ij = softmax_ij(s_i + t_j + b_ij), streamed over image tokens.
+
+    Every sum over pairs is a log-sum-exp, so the result is exact for any finite logits: a sum of products of
+    exponentials would underflow where the bias removes the pairs that hold the largest logits. The gradient of
+    additive values is additive, dP_ij = g_i + h_j, so the backward needs no value-wide product over pairs:
+    dlogit_ij = P_ij (g_i + h_j - delta) with delta = sum_i p_i g_i + sum_j r_j h_j.
+    """
+
+    @staticmethod
+    def forward(ctx, image_logits, audio_logits, pair_bias):
+        rows, columns = [], torch.full_like(audio_logits, -math.inf)
+        for i in _chunks(image_logits.shape[-1], audio_logits.numel()):
+            logits = _biased_logits(image_logits, audio_logits, pair_bias, i)  # (B, H, F, chunk, A)
+            rows.append(logits.logsumexp(-1))
+            columns = torch.logaddexp(columns, logits.logsumexp(-2))
+        rows = torch.cat(rows, -1)
+        log_sum = _finite(rows.logsumexp(-1, keepdim=True))  # (B, H, F, 1)
+        image_weights, audio_weights = (rows - log_sum).exp(), (columns - log_sum).exp()
+        ctx.save_for_backward(image_logits, audio_logits, pair_bias, log_sum, image_weights, audio_weights)
+        return image_weights, audio_weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, image_grad, audio_grad):
+        image_logits, audio_logits, pair_bias, log_sum, image_weights, audio_weights = ctx.saved_tensors
+        delta = (image_weights * image_grad).sum(-1, keepdim=True) + (audio_weights * audio_grad).sum(-1, keepdim=True)
+        image_logits_grad, audio_logits_grad = [], torch.zeros_like(audio_logits)
+        bias_grad = torch.zeros_like(pair_bias, dtype=image_logits.dtype) if ctx.needs_input_grad[2] else None
+        for i in _chunks(image_logits.shape[-1], audio_logits.numel()):
+            logits = _biased_logits(image_logits, audio_logits, pair_bias, i)
+            weights = (logits - log_sum[..., None]).exp()
+            grad = weights * ((image_grad - delta)[..., i, None] + audio_grad[..., None, :])
+            image_logits_grad.append(grad.sum(-1))
+            audio_logits_grad += grad.sum(-2)
+            if bias_grad is not None:
+                _add_reduced(bias_grad, i, grad.sum(2))
+        if bias_grad is not None:
+            bias_grad = bias_grad.to(pair_bias.dtype)
+        return torch.cat(image_logits_grad, -1), audio_logits_grad, bias_grad
+
+
+def _biased_logits(image_logits, audio_logits, pair_bias, i):
+    logits = image_logits[..., i, None] + audio_logits[..., None, :]  # (B, H, F, chunk, A)
+    return logits + _rows(pair_bias, i).to(logits.dtype)[:, :, None]
+
+
+def _bilinear(query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, scale):
+    """Bilinear pairs: symmetric in the modalities, so stream over the shorter one."""
+    image = (image_key, image_value, image_mask)
+    audio = (audio_key, audio_value, audio_mask)
+    if image_key.shape[2] <= audio_key.shape[2]:
+        return _BilinearPairAttention.apply(query, *image, *audio, pair_bias, scale)
+    return _BilinearPairAttention.apply(query, *audio, *image, None if pair_bias is None else pair_bias.mT, scale)
+
+
+class _BilinearPairAttention(torch.autograd.Function):
+    """softmax_ij(q.(k_i * k_j) + b_ij) over values v_i * v_j, streamed over the tokens i of the short side.
+
+    For one i, the rows q * k_i attend to the long side like F ordinary queries; the chunks of i are merged by an
+    online log-sum-exp. The backward recomputes each chunk's weights from the saved log-sum-exp.
+    """
+
+    @staticmethod
+    def forward(ctx, query, short_key, short_value, short_mask, long_key, long_value, long_mask, pair_bias, scale):
+        dtype = query.dtype
+        ctx.scale, ctx.masks = scale, (short_mask, long_mask)
+        inputs = (query, short_key, short_value, long_key, long_value, pair_bias)
+        query, short_key, short_value, long_key, long_value = _accumulable(
+            query, short_key, short_value, long_key, long_value
+        )
+        query = query * scale
+        log_sum = query.new_full(query.shape[:-1], -math.inf)  # (B, H, F)
+        output = query.new_zeros(*query.shape[:-1], long_value.shape[-1])
+        for i in _chunks(short_key.shape[2], _bilinear_row(query, long_key, long_value)):
+            logits, _ = _bilinear_logits(query, short_key, long_key, short_mask, long_mask, pair_bias, i)
+            merged = torch.logaddexp(log_sum, logits.flatten(-2).logsumexp(-1))
+            reached = _finite(merged)
+            weights = (logits - reached[..., None, None]).exp()  # (B, H, F, chunk, long)
+            attended = _times_each(weights, long_value) * short_value[:, :, None, i]
+            output = output * (log_sum - reached).exp()[..., None] + attended.sum(3)
+            log_sum = merged
+        ctx.save_for_backward(*inputs, _finite(log_sum), output)
+        return output.to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, output_grad):
+        *tensors, pair_bias, log_sum, output = ctx.saved_tensors
+        short_mask, long_mask = ctx.masks
+        query, short_key, short_value, long_key, long_value, output_grad = _accumulable(*tensors, output_grad)
+        query = query * ctx.scale
+        delta = (output_grad * output).sum(-1)[..., None, None]  # (B, H, F, 1, 1)
+        grads = [torch.zeros_like(t) for t in (query, short_key, short_value, long_key, long_value)]
+        query_grad, short_key_grad, short_value_grad, long_key_grad, long_value_grad = grads
+        bias_grad = torch.zeros_like(pair_bias, dtype=query.dtype) if ctx.needs_input_grad[7] else None
+        for i in _chunks(short_key.shape[2], _bilinear_row(query, long_key, long_value)):
+            logits, rows = _bilinear_logits(query, short_key, long_key, short_mask, long_mask, pair_bias, i)
+            weights = (logits - log_sum[..., None, None]).exp()
+
+            short_value_grad[:, :, i] = (_times_each(weights, long_value) * output_grad[:, :, :, None]).sum(2)
+            attended_grad = output_grad[:, :, :, None] * short_value[:, :, None, i]  # (B, H, F, chunk, V)
+            long_value_grad += weights.flatten(2, 3).mT @ attended_grad.flatten(2, 3)
+
+            logits_grad = weights * (_times_each(attended_grad, long_value.mT) - delta)
+            long_key_grad += logits_grad.flatten(2, 3).mT @ rows.flatten(2, 3)
+            rows_grad = _times_each(logits_grad, long_key)  # (B, H, F, chunk, K)
+            short_key_grad[:, :, i] = (rows_grad * query[:, :, :, None]).sum(2)
+            query_grad += (rows_grad * short_key[:, :, None, i]).sum(3)
+            if bias_grad is not None:
+                _add_reduced(bias_grad, i, logits_grad.sum(2))
+        query_grad *= ctx.scale
+        grads = [grad.to(tensor.dtype) for grad, tensor in zip(grads, tensors, strict=True)]
+        if bias_grad is not None:
+            bias_grad = bias_grad.to(pair_bias.dtype)
+        return *grads[:3], None, *grads[3:], None, bias_grad, None
+
+
+def _bilinear_logits(query, short_key, long_key, short_mask, long_mask, pair_bias, i):
+    """Logits (B, H, F, chunk, long) of the short-side tokens `i`, and the rows q * k_i they come from."""
+    rows = query[:, :, :, None] * short_key[:, :, None, i]  # (B, H, F, chunk, K)
+    logits = _times_each(rows, long_key.mT)
+    if pair_bias is not None:
+        logits = logits + _rows(pair_bias, i).to(logits.dtype)[:, :, None]
+    if short_mask is not None:
+        logits = logits.masked_fill(~short_mask[:, None, None, i, None], -math.inf)
+    if long_mask is not None:
+        logits = logits.masked_fill(~long_mask[:, None, None, None], -math.inf)
+    return logits, rows
+
+
+def _bilinear_weights(query, image_key, audio_key, image_mask, audio_mask, pair_bias, scale):
+    """Marginals of bilinear pairs: the attention over pairs whose values are the indicators of their tokens."""
+    B, H, I, A = *image_key.shape[:3], audio_key.shape[2]  # noqa: E741
+    kind = dict(dtype=query.dtype, device=query.device)
+    image_value = torch.cat([torch.eye(I, **kind), torch.ones(I, A, **kind)], 1).expand(B, H, -1, -1)
+    audio_value = torch.cat([torch.ones(A, I, **kind), torch.eye(A, **kind)], 1).expand(B, H, -1, -1)
+    weights = _bilinear(query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, scale)
+    return weights.split([I, A], -1)
+
+
+# --- masks, chunks, dtypes -----------------------------------------------------------------------------------------
+
+
+def _alive(mask):
+    """Which rows of the batch have a token of this modality left, (B, 1, 1, 1); True without a mask."""
+    return True if mask is None else mask.any(1)[:, None, None, None]
+
+
+def _zero_where_dead(tensor, alive):
+    return tensor if alive is True else torch.where(alive, tensor, 0.0)
+
+
+def _masked_softmax(logits, mask):
+    if mask is None:
+        return logits.softmax(-1)
+    alive = _alive(mask)
+    return _zero_where_dead(logits.masked_fill(~(mask[:, None, None] | ~alive), -math.inf).softmax(-1), alive)
+
+
+def _finite(log_sum):
+    """A log-sum-exp over nothing is -inf; 0 in its place makes all weights exp(-inf - 0) = 0 instead of NaN."""
+    return log_sum.masked_fill(log_sum == -math.inf, 0.0)
+
+
+def _chunks(tokens, row):
+    """Slices over `tokens` such that a temporary of `row` elements per token stays within CHUNK."""
+    step = max(1, CHUNK // max(1, row))
+    return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
+
+
+def _bilinear_row(query, long_key, long_value):
+    B, H, queries, width = query.shape
+    return B * H * queries * max(width, long_key.shape[2], long_value.shape[-1])
+
+
+def _times_each(left, right):
+    """(B, H, F, n, m) @ (B, H, m, k) -> (B, H, F, n, k) as one matrix product per batch entry and head."""
+    return (left.flatten(2, 3) @ right).unflatten(2, left.shape[2:4])
+
+
+def _rows(pair_bias, i):
+    return pair_bias if pair_bias.shape[2] == 1 else pair_bias[:, :, i]
+
+
+def _add_reduced(bias_grad, i, grad):
+    """Adds a chunk's gradient (B, H, chunk, A) to that of a bias which may be broadcast in any dimension."""
+    target = _rows(bias_grad, i)
+    target += grad.sum_to_size(target.shape)
+
+
+def _accumulation_dtype(tensor):
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _accumulable(*tensors):
+    return [tensor.to(_accumulation_dtype(tensor)) for tensor in tensors]
+
+
+def _four_dimensional(pair_bias):
+    return None if pair_bias is None else pair_bias[(None,) * (4 - pair_bias.ndim)]
+
+
+# --- the public edge -----------------------------------------------------------------------------------------------
+
+
+def _check_tokens(query, image_key, audio_key, image_value=None, audio_value=None):
+    tensors = dict(
+        query=query, image_key=image_key, audio_key=audio_key, image_value=image_value, audio_value=audio_value
+    )
+    tensors = {name: tensor for name, tensor in tensors.items() if not (tensor is None and name.endswith("value"))}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.ndim != 4 or 0 in tensor.shape[1:]:
+            letters = "(B, H, F, K)" if name == "query" else f"(B, H, N, {'K' if name.endswith('key') else 'V'})"
+            raise ValueError(f"{name} must be {letters} with no empty dimension, got shape {tuple(tensor.shape)}")
+        if not tensor.is_floating_point() or tensor.dtype != query.dtype:
+            raise ValueError(f"{name} must have the floating point dtype of query, {query.dtype}, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
+        if tensor.shape[:2] != query.shape[:2]:
+            raise ValueError(
+                f"{name} must have the batch size and heads of query, {tuple(query.shape[:2])}, "
+                f"got shape {tuple(tensor.shape)}"
+            )
+    for name in ("image_key", "audio_key"):
+        if tensors[name].shape[3] != query.shape[3]:
+            raise ValueError(f"{name} must have the width of query, {query.shape[3]}, got {tensors[name].shape[3]}")
+    if image_value is None:
+        return
+    for key, value in ("image_key", "image_value"), ("audio_key", "audio_value"):
+        if tensors[value].shape[2] != tensors[key].shape[2]:
+            raise ValueError(f"{value} has {tensors[value].shape[2]} tokens, {key} has {tensors[key].shape[2]}")
+    if image_value.shape[3] != audio_value.shape[3]:
+        raise ValueError(f"audio_value has width {audio_value.shape[3]}, image_value has {image_value.shape[3]}")
+
+
+def _check_options(query, image_key, audio_key, image_mask, audio_mask, pair_bias, scale, interaction):
+    for name, mask, key in ("image_mask", image_mask, image_key), ("audio_mask", audio_mask, audio_key):
+        check_mask(name, mask, (key.shape[0], key.shape[2]), query.device)
+    if pair_bias is not None:
+        pairs = (*query.shape[:2], image_key.shape[2], audio_key.shape[2])
+        if not isinstance(pair_bias, Tensor) or not pair_bias.is_floating_point():
+            raise ValueError(f"pair_bias must be a floating point tensor, got {_kind(pair_bias)}")
+        if pair_bias.device != query.device:
+            raise ValueError(f"pair_bias must be on the device of query, {query.device}, got {pair_bias.device}")
+        sizes = zip(reversed(pair_bias.shape), reversed(pairs), strict=False)
+        if pair_bias.ndim > 4 or any(size not in (1, full) for size, full in sizes):
+            raise ValueError(f"pair_bias must be broadcastable to {pairs}, got shape {tuple(pair_bias.shape)}")
+    if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
+        raise ValueError(f"scale must be a finite number or None, got {scale!r}")
+    if interaction not in INTERACTIONS:
+        raise ValueError(f"interaction must be one of {', '.join(INTERACTIONS)}, got {interaction!r}")
+
+
+def check_mask(name: str, mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> None:
+    """Raises ValueError unless `mask` is None or a bool tensor (True = attend) of `shape` on `device`."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise ValueError(f"{name} must be a bool tensor, True = attend, got {_kind(mask)}")
+    if tuple(mask.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(mask.shape)}")
+    if mask.device != device:
+        raise ValueError(f"{name} must be on {device}, got {mask.device}")
+
+
+def _kind(value):
+    return value.dtype if isinstance(value, Tensor) else type(value).__name__
