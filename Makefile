@@ -1,0 +1,42 @@
+# One verb each; `make` lists them. Everything runs in .venv, which is made once, from constraints.txt.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python -m
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help train test smoke lint clean
+
+help:  ## list the verbs
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+train: $(VENV)/complete  ## train; with no ARGS, the demo: make train ARGS="--help"
+	$(RUN) avfuse.train $(ARGS)
+
+test: $(VENV)/complete  ## run the tests: make test ARGS="-k pair_attention"
+	$(RUN) pytest $(ARGS)
+
+smoke: $(VENV)/complete  ## run the slow tests, which train every entry point a few steps
+	$(RUN) pytest -m slow $(ARGS)
+
+lint: $(VENV)/complete  ## check the style
+	$(RUN) ruff check .
+
+clean:  ## remove caches and build products (not .venv, data or runs)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	find avfuse kernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
+
+# While it is being made, .venv holds a file `incomplete`. A .venv found with that file was interrupted: pip cannot
+# tell a half-unpacked package from a whole one, so it is made anew.
+$(VENV)/complete: constraints.txt setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "avfuse needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+	    "Name another: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	  echo "$(PYTHON) lacks its venv module. On Debian: apt install python3-venv" >&2; exit 1; }
+	@if [ -e $(VENV)/incomplete ]; then rm -rf $(VENV); fi
+	@mkdir -p $(VENV) && touch $(VENV)/incomplete
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@mv $(VENV)/incomplete $@

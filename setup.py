@@ -1,0 +1,45 @@
+"""Metadata and dependencies of avfuse.
+
+The kernels lie in their own top-level folder and are installed as avfuse.kernels: a top-level package called
+`kernels` would overwrite the unrelated one of that name on PyPI.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+root = Path(__file__).parent
+
+setup(
+    name="avfuse",
+    version=re.search(r'^__version__ = "(.+)"', (root / "avfuse/__init__.py").read_text(), re.M)[1],
+    description="Audio-visual early fusion transformers: exact dense interactions at linear cost",
+    long_description=(root / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["avfuse", "avfuse.*"]) + ["avfuse.kernels"],
+    package_dir={"avfuse.kernels": "kernels"},
+    package_data={"avfuse": ["py.typed"], "avfuse.kernels": ["README.md"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.11,<2.15",  # the last torchaudio, 2.11, refuses the CUDA of torch 2.15
+        "torchvision",
+        "torchaudio",
+        "timm>=1.0.20",
+        "numpy>=2.0",
+        "av>=16",
+        "accelerate>=1.0",
+        "tyro>=1.0",
+        "safetensors>=0.4.5",
+        "huggingface_hub>=0.30",
+        "tensorboard>=2.18",
+        "matplotlib>=3.9",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "pytest-benchmark>=5", "ruff", "setuptools>=77"],
+        "xformers": ["xformers"],
+    },
+)

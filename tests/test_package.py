@@ -1,0 +1,125 @@
+"""The package as users meet it: importable in each way it can be installed, with its parts kept apart."""
+
+import ast
+import importlib.util
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import avfuse
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "avfuse").rglob("*.py"))
+KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
+
+# Run in a new interpreter, whose site-packages holds a foreign top-level package `kernels`.
+IMPORT_EVERYTHING = """
+import site, sys
+site.addsitedir(sys.argv[1])
+sys.modules["triton"] = None  # importing it raises ImportError
+import avfuse
+assert avfuse.__file__.startswith(sys.argv[2]), avfuse.__file__
+assert not any(name.startswith("avfuse.kernels") for name in sys.modules), "imported before it is needed"
+import avfuse.kernels.dummy
+assert avfuse.kernels.dummy.OWNER == "avfuse"
+import kernels
+assert kernels.OWNER == "foreign"
+"""
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A copy of the repository with one more kernel in it."""
+    root = tmp_path_factory.mktemp("checkout")
+    for folder in ("avfuse", "kernels"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, root)
+    (root / "kernels/dummy.py").write_text("OWNER = 'avfuse'\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def wheels(checkout, tmp_path_factory) -> dict[str, zipfile.ZipFile]:
+    """The wheel and the editable wheel of the checkout, made by the calls that pip makes."""
+    pytest.importorskip("setuptools", minversion="77")
+    wheels = {}
+    for kind in ("wheel", "editable"):
+        folder = tmp_path_factory.mktemp(kind)
+        build = f"from setuptools import build_meta; build_meta.build_{kind}({str(folder)!r})"
+        done = subprocess.run([sys.executable, "-c", build], cwd=checkout, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        wheels[kind] = zipfile.ZipFile(next(folder.glob("*.whl")))
+    return wheels
+
+
+@pytest.mark.parametrize("kind", ["checkout", "editable", "wheel"])
+def test_imports_beside_a_foreign_kernels_package(kind, request, tmp_path):
+    checkout = request.getfixturevalue("checkout")
+    site_packages, elsewhere = tmp_path / "site-packages", tmp_path / "elsewhere"
+    (site_packages / "kernels").mkdir(parents=True)
+    (site_packages / "kernels/__init__.py").write_text("OWNER = 'foreign'\n")
+    (site_packages / "kernels/dummy.py").write_text("OWNER = 'foreign'\n")
+    elsewhere.mkdir()
+    if kind != "checkout":
+        request.getfixturevalue("wheels")[kind].extractall(site_packages)
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_EVERYTHING, site_packages, site_packages if kind == "wheel" else checkout],
+        cwd=checkout if kind == "checkout" else elsewhere,
+        env={"PATH": ""},  # no PYTHONPATH: only the installation makes avfuse importable
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_wheel_holds_the_whole_package_and_nothing_else(wheels):
+    inside = {name for name in wheels["wheel"].namelist() if ".dist-info/" not in name}
+    sources = {str(path.relative_to(ROOT)) for path in SOURCES} | {"avfuse/py.typed"}
+    kernels = {f"avfuse/{path.relative_to(ROOT)}" for path in KERNELS} | {"avfuse/kernels/README.md"}
+    assert inside == sources | kernels | {"avfuse/kernels/dummy.py"}
+    assert wheels["wheel"].getinfo(f"avfuse-{avfuse.__version__}.dist-info/licenses/LICENSE")
+
+
+def test_every_dependency_has_a_tested_version_in_its_range(wheels):
+    tested = dict(line.split()[0].split("==") for line in (ROOT / "constraints.txt").open() if "==" in line)
+    metadata = wheels["wheel"].read(f"avfuse-{avfuse.__version__}.dist-info/METADATA").decode().splitlines()
+    required = [Requirement(line.split(":", 1)[1]) for line in metadata if line.startswith("Requires-Dist:")]
+    assert len(required) > 10
+    for requirement in required:
+        assert requirement.specifier.contains(tested[requirement.name]), str(requirement)
+
+
+def imported_names(path: Path) -> set[str]:
+    """Absolute names of the modules that a file imports, and of what it imports from modules."""
+    folders = path.relative_to(ROOT).parent.parts
+    package = ".".join(folders if folders[0] == "avfuse" else ("avfuse", *folders))
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def is_inside(name: str, package: str) -> bool:
+    return f"{name}.".startswith(f"{package}.")
+
+
+def test_only_ops_import_kernels():
+    for path in SOURCES:
+        if not path.is_relative_to(ROOT / "avfuse/ops"):
+            assert not any(is_inside(name, "avfuse.kernels") for name in imported_names(path)), path
+
+
+def test_kernels_import_nothing_of_avfuse():
+    for path in KERNELS:
+        for name in imported_names(path):
+            assert is_inside(name, "avfuse.kernels") or not is_inside(name, "avfuse"), f"{path} imports {name}"
