@@ -68,8 +68,9 @@ def test_imports_beside_a_foreign_kernels_package(kind, request, tmp_path):
     elsewhere.mkdir()
     if kind != "checkout":
         request.getfixturevalue("wheels")[kind].extractall(site_packages)
+    home = site_packages if kind == "wheel" else checkout  # where avfuse must come from
     done = subprocess.run(
-        [sys.executable, "-c", IMPORT_EVERYTHING, site_packages, site_packages if kind == "wheel" else checkout],
+        [sys.executable, "-c", IMPORT_EVERYTHING, site_packages, home],
         cwd=checkout if kind == "checkout" else elsewhere,
         env={"PATH": ""},  # no PYTHONPATH: only the installation makes avfuse importable
         capture_output=True,
@@ -122,4 +123,4 @@ def test_only_ops_import_kernels():
 def test_kernels_import_nothing_of_avfuse():
     for path in KERNELS:
         for name in imported_names(path):
-            assert is_inside(name, "avfuse.kernels") or not is_inside(name, "avfuse"), f"{path} imports {name}"
+            assert is_inside(name, "avfuse.kernels") or not is_inside(name, "avfuse"), f"{path}: {name}"
