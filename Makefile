@@ -38,5 +38,5 @@ $(VENV)/complete: constraints.txt setup.py pyproject.toml
 	@if [ -e $(VENV)/incomplete ]; then rm -rf $(VENV); fi
 	@mkdir -p $(VENV) && touch $(VENV)/incomplete
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(RUN) pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@mv $(VENV)/incomplete $@
