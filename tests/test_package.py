@@ -5,6 +5,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -17,13 +18,16 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "avfuse").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
-# Run in a new interpreter, whose site-packages holds a foreign top-level package `kernels`.
+# Run in a new interpreter, whose site-packages also holds a foreign package `kernels`. The dependencies'
+# folder joins without its .pth files: one of them may lead to the avfuse that runs this test.
 IMPORT_EVERYTHING = """
 import site, sys
-site.addsitedir(sys.argv[1])
+site_packages, home, dependencies = sys.argv[1:]
+site.addsitedir(site_packages)
+sys.path.append(dependencies)
 sys.modules["triton"] = None  # importing it raises ImportError
 import avfuse
-assert avfuse.__file__.startswith(sys.argv[2]), avfuse.__file__
+assert avfuse.__file__.startswith(home), avfuse.__file__
 assert not any(name.startswith("avfuse.kernels") for name in sys.modules), "imported before it is needed"
 import avfuse.kernels.dummy
 assert avfuse.kernels.dummy.OWNER == "avfuse"
@@ -70,7 +74,7 @@ def test_imports_beside_a_foreign_kernels_package(kind, request, tmp_path):
         request.getfixturevalue("wheels")[kind].extractall(site_packages)
     home = site_packages if kind == "wheel" else checkout  # where avfuse must come from
     done = subprocess.run(
-        [sys.executable, "-c", IMPORT_EVERYTHING, site_packages, home],
+        [sys.executable, "-S", "-c", IMPORT_EVERYTHING, site_packages, home, sysconfig.get_path("purelib")],
         cwd=checkout if kind == "checkout" else elsewhere,
         env={"PATH": ""},  # no PYTHONPATH: only the installation makes avfuse importable
         capture_output=True,
