@@ -1,0 +1,410 @@
+"""Sounding Shapes: a generated data set of H.264 + AAC clips in which sound and picture belong together.
+
+    python -m avfuse.data.sounding_shapes OUT
+
+Shapes move and pulse; one of them sounds. Sound alone tells which shape that is, and nothing of its colour. The
+picture alone shows every colour, and nothing of which object sounds. So naming the colour of the sounding object
+takes both: audio alone is right 1 time in 6, the picture alone 1 time in as many objects as there are.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import av
+import numpy as np
+from tqdm import tqdm
+
+from .sounding_synthesis import COLOURS, SHAPES, Scene, draw, play, sample_scene
+
+if TYPE_CHECKING:
+    from .clips import Clip
+
+NAME, VERSION = "Sounding Shapes", 1  # a new version draws new scenes: it is part of every seed
+SPLITS = ("train", "test")
+SAMPLE_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)  # of AAC
+KEY_FRAME_EVERY = 16  # frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that decides what is generated.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
+
+    train: int = 256
+    """Clips to train on."""
+    test: int = 256
+    """Clips to evaluate on."""
+    seed: int = 0
+    """Another seed gives other clips; the same seed gives the same manifest, byte for byte."""
+    objects: int = 3
+    """Objects in a clip, 1 to 4, of distinct shapes and colours."""
+    sounding: int = 1
+    """How many of them sound. The labels are those of the first; the picture does not tell which that is."""
+    seconds: float = 4.0
+    """Length of a clip; a whole number of frames."""
+    fps: int = 10
+    """Frames per second."""
+    size: int = 128
+    """Width and height in pixels; even, as H.264 wants it."""
+    sample_rate: int = 16_000
+    """Samples of sound per second, mono."""
+
+    def __post_init__(self):
+        frames = self.seconds * self.fps
+        whole = math.isfinite(frames) and frames >= 1 and frames % 1 == 0
+        for name, right, wish in (
+            ("train", self.train >= 0, "0 or more"),
+            ("test", self.test >= 0, "0 or more"),
+            ("seed", self.seed >= 0, "0 or more"),
+            ("objects", 1 <= self.objects <= 4, "1 to 4"),
+            ("sounding", 1 <= self.sounding <= self.objects, f"1 to objects={self.objects}"),
+            ("fps", self.fps >= 1, "1 or more"),
+            ("size", self.size >= 32 and self.size % 2 == 0, "even and at least 32"),
+            ("seconds", whole, f"a whole number of frames at {self.fps} fps"),
+            ("sample_rate", self.sample_rate in SAMPLE_RATES, f"one of {SAMPLE_RATES}"),
+        ):
+            if not right:
+                raise ValueError(f"{name} must be {wish}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One clip of the manifest. Paths are relative to the data folder; `sounding` indexes `objects`."""
+
+    file: str
+    split: str
+    shape: str  # the labels: those of the first sounding object
+    colour: str
+    seconds: float
+    fps: int
+    size: int
+    sample_rate: int
+    objects: list[dict]  # back to front: the fields of `MovingShape`, sounding (bool), stem (path or None)
+    sounding: list[int]
+    masks: str
+    background: dict
+
+    @property
+    def stems(self) -> list[str]:
+        """Paths of the sounds of the sounding objects, in the order of `sounding`."""
+        return [self.objects[n]["stem"] for n in self.sounding]
+
+
+def generate(root: str | Path, *, workers: int | None = None, progress: bool = True, **settings) -> Path:
+    """Write the data set into the folder `root`, or go on where a build was interrupted, or find it built.
+
+    A clip is written aside and renamed, and `dataset.json` is written last: where it is, all clips are.
+    One call at a time may build a folder.
+
+    Args:
+        root: the folder; made if need be.
+        workers: processes; None is one per core, 1 stays in this process. The result does not depend on it.
+        progress: show a progress bar.
+        settings: fields of `Settings`, such as train=256, test=256, seed=0, objects=3, sounding=1.
+
+    Returns:
+        `root`, as a Path.
+
+    Raises:
+        ValueError: a setting is wrong, or the folder holds something else or was begun with other settings.
+    """
+    root, settings = Path(root), Settings(**settings)
+    workers = _cores() if workers is None else workers
+    if workers < 1:
+        raise ValueError(f"workers must be 1 or more, got {workers}")
+    description = {
+        "name": NAME,
+        "version": VERSION,
+        "settings": asdict(settings),
+        "classes": {"shape": SHAPES, "colour": COLOURS},
+    }
+    description = json.dumps(description, indent=2, sort_keys=True) + "\n"
+    numbers = [(split, number) for split in SPLITS for number in range(getattr(settings, split))]
+    if not _begin(root, description, settings, numbers):
+        if progress:
+            print(f"{root}: already built")
+        return root
+    missing = [clip for clip in numbers if not (root / _name(*clip, ".mp4")).exists()]
+    with _mapping(min(workers, len(missing))) as mapping:
+        done = mapping(partial(_write_clip, root, settings), missing)
+        bar = {"initial": len(numbers) - len(missing), "total": len(numbers), "unit": "clip", "desc": NAME}
+        for _ in tqdm(done, disable=not progress, **bar):
+            pass
+    _write(root / "dataset.json", description.encode())
+    return root
+
+
+def _begin(root: Path, description: str, settings: Settings, numbers: list) -> bool:
+    """Check what the folder holds, and write the manifest, which a resumed build must find unchanged."""
+    built, manifest = root / "dataset.json", root / "manifest.jsonl"
+    if built.exists():
+        if built.read_text() != description:
+            raise ValueError(f"{root} holds a data set of other settings: {_differences(built, settings)}")
+        return False
+    entries = (_entry(settings, *clip, _scene(settings, *clip)[0]) for clip in numbers)
+    lines = "".join(json.dumps(asdict(entry), sort_keys=True) + "\n" for entry in entries)
+    if manifest.exists():
+        if manifest.read_text() != lines:
+            raise ValueError(f"{root} holds an unfinished data set of other settings than {settings}")
+    elif any((root / split).exists() for split in SPLITS):
+        raise ValueError(f"{root} holds something else than {NAME}: a train or test folder, no manifest")
+    for split in SPLITS:
+        (root / split).mkdir(parents=True, exist_ok=True)
+    _write(manifest, lines.encode())
+    return True
+
+
+def _differences(built: Path, settings: Settings) -> str:
+    there = json.loads(built.read_text()).get("settings", {})
+    pairs = [(name, there.get(name), value) for name, value in asdict(settings).items()]
+    return (
+        ", ".join(f"{name}={old}, not {new}" for name, old, new in pairs if old != new) or "another version"
+    )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _mapping(workers: int):
+    """`map`, over as many processes."""
+    if workers <= 1:
+        yield map
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        yield partial(pool.map, chunksize=4)
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+def _scene(settings: Settings, split: str, number: int) -> tuple[Scene, np.random.Generator]:
+    """The scene of a clip, from a seed of its own, whoever draws it and whatever the size of the data set."""
+    rng = np.random.default_rng(np.random.SeedSequence((VERSION, settings.seed, SPLITS.index(split), number)))
+    scene = sample_scene(rng, objects=settings.objects, sounding=settings.sounding, seconds=settings.seconds)
+    return scene, rng
+
+
+def _name(split: str, number: int, ending: str) -> str:
+    return f"{split}/{number:06d}{ending}"
+
+
+def _entry(settings: Settings, split: str, number: int, scene: Scene) -> Entry:
+    stems = {n: _name(split, number, f".stem{order}.flac") for order, n in enumerate(scene.sounding)}
+    first = scene.objects[scene.sounding[0]]
+    return Entry(
+        file=_name(split, number, ".mp4"),
+        split=split,
+        shape=first.shape,
+        colour=first.colour,
+        seconds=settings.seconds,
+        fps=settings.fps,
+        size=settings.size,
+        sample_rate=settings.sample_rate,
+        objects=[
+            {**asdict(thing), "sounding": n in stems, "stem": stems.get(n)}
+            for n, thing in enumerate(scene.objects)
+        ],
+        sounding=list(scene.sounding),
+        masks=_name(split, number, ".masks.npz"),
+        background=scene.background,
+    )
+
+
+def _write_clip(root: Path, settings: Settings, clip: tuple[str, int]) -> None:
+    scene, rng = _scene(settings, *clip)
+    entry = _entry(settings, *clip, scene)
+    times = np.arange(round(settings.seconds * settings.fps)) / settings.fps
+    frames, masks = draw(scene, times, settings.size)
+    stems = play(scene, settings.seconds, settings.sample_rate, rng)
+    for path, stem in zip(entry.stems, stems, strict=True):
+        with _aside(root / path) as aside, av.open(aside, "w", format="flac") as container:
+            stream = container.add_stream("flac", rate=settings.sample_rate, layout="mono")
+            _encode(container, stream, [_audio_frame(stem, "s16", settings.sample_rate)])
+    with _aside(root / entry.masks) as aside, open(aside, "wb") as file:
+        np.savez_compressed(file, masks=np.packbits(masks), shape=masks.shape, boxes=_boxes(masks))
+    mix = stems.sum(0).astype(np.float32) / 32768
+    with _aside(root / entry.file) as aside:  # last: a clip whose mp4 is there is whole
+        _write_mp4(aside, frames, mix, settings)
+
+
+def _write_mp4(path: Path, frames: np.ndarray, sound: np.ndarray, settings: Settings) -> None:
+    with av.open(path, "w", format="mp4") as container:
+        video = container.add_stream("libx264", rate=settings.fps, width=settings.size, height=settings.size)
+        video.pix_fmt = "yuv420p"
+        video.codec_context.thread_count = 1  # there is a process on every core already
+        video.codec_context.gop_size = KEY_FRAME_EVERY
+        video.options = {"preset": "veryfast", "crf": "18", "sc_threshold": "0"}
+        audio = container.add_stream("aac", rate=settings.sample_rate, layout="mono")
+        audio.bit_rate = 64_000
+        _encode(container, video, (av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in frames))
+        _encode(container, audio, [_audio_frame(sound, "fltp", settings.sample_rate)])
+
+
+def _audio_frame(samples: np.ndarray, kind: str, sample_rate: int) -> av.AudioFrame:
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples)[None], format=kind, layout="mono")
+    frame.sample_rate, frame.time_base, frame.pts = sample_rate, Fraction(1, sample_rate), 0
+    return frame
+
+
+def _encode(container, stream, frames) -> None:
+    for frame in (*frames, None):  # None drains the encoder
+        container.mux(stream.encode(frame))
+
+
+def _boxes(masks: np.ndarray) -> np.ndarray:
+    """Tight boxes (S, T, 4) int16 around masks (S, T, H, W): x0, y0, x1, y1 (exclusive), 0 where unseen."""
+    edges = []
+    for seen in (masks.any(2), masks.any(3)):  # columns, rows
+        edges.append((seen.argmax(-1), (seen.shape[-1] - seen[..., ::-1].argmax(-1)) * seen.any(-1)))
+    (x0, x1), (y0, y1) = edges
+    return np.stack([x0, y0, x1, y1], -1).astype(np.int16)
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to, renamed when all went well: no half-written file bears the name."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with _aside(path) as aside:
+        aside.write_bytes(content)
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def read_manifest(root: str | Path, split: str) -> list[Entry]:
+    """The clips of a split, "train" or "test", in order.
+
+    Raises:
+        FileNotFoundError: the data set is not there, or not finished.
+        ValueError: no such split, a line that is no entry, or a path that leaves the data folder.
+    """
+    root = Path(root)
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
+    if not (root / "dataset.json").exists():
+        raise FileNotFoundError(f"{root} holds no finished {NAME} data set: `generate` makes one")
+    entries = []
+    manifest = root / "manifest.jsonl"
+    for number, line in enumerate(manifest.read_text().splitlines(), start=1):
+        try:
+            entry = Entry(**json.loads(line))
+            for path in (entry.file, entry.masks, *entry.stems):
+                inside(root, path)
+        except (TypeError, KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"{manifest}, line {number}: {error}") from error
+        entries.append(entry)
+    return [entry for entry in entries if entry.split == split]
+
+
+def clips(root: str | Path, split: str) -> list["Clip"]:
+    """The clips of a split for the generic reader, labelled with indices into SHAPES and COLOURS."""
+    from .clips import Clip
+
+    return [
+        Clip(
+            path=inside(Path(root), entry.file),
+            labels={"shape": SHAPES.index(entry.shape), "colour": COLOURS.index(entry.colour)},
+        )
+        for entry in read_manifest(root, split)
+    ]
+
+
+def load_masks(root: str | Path, entry: Entry) -> tuple[np.ndarray, np.ndarray]:
+    """Where the sounding objects are seen, in the order of `entry.sounding`.
+
+    Returns:
+        masks (S, T, H, W) bool, of visible pixels; boxes (S, T, 4) int16, tight around them in pixels:
+        x0, y0, x1, y1, the last two exclusive, and all 0 where the object is hidden.
+    """
+    with np.load(inside(Path(root), entry.masks), allow_pickle=False) as file:
+        shape = tuple(file["shape"])
+        return np.unpackbits(file["masks"], count=math.prod(shape)).reshape(shape).astype(bool), file["boxes"]
+
+
+def load_stems(root: str | Path, entry: Entry) -> np.ndarray:
+    """The sounds of the sounding objects: (S, samples) float32 in [-1, 1], in the order of `entry.sounding`.
+
+    Their sum is the sound of the clip as it was before AAC.
+    """
+    return np.stack([read_sound(inside(Path(root), path)) for path in entry.stems])
+
+
+def read_sound(path: Path) -> np.ndarray:
+    """All samples of a mono file: (samples,) float32."""
+    with av.open(path) as container:
+        parts = [frame.to_ndarray()[0] for frame in container.decode(audio=0)]
+    sound = np.concatenate(parts)
+    return sound.astype(np.float32) / 32768 if sound.dtype == np.int16 else sound
+
+
+def read_frames(path: Path) -> np.ndarray:
+    """All pictures of a file: (T, H, W, 3) uint8."""
+    with av.open(path) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def inside(root: Path, path: str) -> Path:
+    """`root / path`, for a relative path that stays inside."""
+    if not (root / path).resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"path {path!r} leaves the data folder {root}")
+    return root / path
+
+
+# ----------------------------------------------------------------------------------------------- command line
+
+
+@dataclass(frozen=True)
+class Command:
+    """Generate Sounding Shapes: H.264 + AAC clips of moving shapes, one of which sounds, with labels, masks.
+
+    Interrupted, it goes on where it was when it is called again with the same settings.
+    """
+
+    root: Path
+    """Folder for the data set; made if need be."""
+    settings: Settings
+    workers: int | None = None
+    """Processes; one per core by default."""
+    contact_sheet: bool = True
+    """Draw some clips with their sounds into contact_sheet.png in that folder."""
+
+
+def main() -> None:
+    import tyro
+
+    from .sounding_sheet import contact_sheet
+
+    try:
+        config = (tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes)
+        command = tyro.cli(Command, prog="python -m avfuse.data.sounding_shapes", config=config)
+        generate(command.root, workers=command.workers, **asdict(command.settings))
+        if command.contact_sheet:
+            print(contact_sheet(command.root, command.root / "contact_sheet.png"))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
