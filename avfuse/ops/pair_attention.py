@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..checks import check_choice, check_mask, kind_of
+
 INTERACTIONS = ("additive", "bilinear")
 BACKENDS = ("triton", "torch", "xformers", "reference")
 CHUNK = 2**22  # elements of the largest temporary where pairs are streamed (16 MiB in float32)
@@ -110,8 +112,7 @@ def select_backend(backend: str | None = None) -> str:
     """
     if backend is None:
         return "torch"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_choice("backend", backend, BACKENDS)
     if backend in ("triton", "xformers"):
         raise ValueError(f"backend={backend!r} is unavailable: this version of avfuse has 'torch' and 'reference' only")
     return backend
@@ -168,8 +169,8 @@ def _attend(
             query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, scale
         )
     if pair_bias is None:
-        attended_image = _attend_modality(query, image_key, image_value, image_mask, scale)
-        attended_audio = _attend_modality(query, audio_key, audio_value, audio_mask, scale)
+        attended_image = masked_attention(query, image_key, image_value, image_mask, scale)
+        attended_audio = masked_attention(query, audio_key, audio_value, audio_mask, scale)
         return attended_image + attended_audio
     image_weights, audio_weights = _additive_weights(
         query, image_key, audio_key, image_mask, audio_mask, pair_bias, scale
@@ -178,13 +179,18 @@ def _attend(
     return (image_weights @ image_value + audio_weights @ audio_value).to(query.dtype)
 
 
-def _attend_modality(query, key, value, mask, scale):
-    """One half of the identity: ordinary cross-attention over the tokens of one modality."""
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Ordinary cross-attention (B, H, F, K) x (B, H, N, K) -> (B, H, F, V), one half of the identity.
+
+    `mask` is (B, N) bool, True = attend; where it leaves no token, the output is 0 and so are the gradients.
+    """
     if mask is None:
         return F.scaled_dot_product_attention(query, key, value, scale=scale)
     alive = _alive(mask)
-    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None] | ~alive, scale=scale)
-    return _zero_where_dead(attended, alive)
+    mask = mask[:, None, None] | ~alive  # (B, 1, 1, N)
+    return _zero_where_dead(F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale), alive)
 
 
 def _additive_weights(query, image_key, audio_key, image_mask, audio_mask, pair_bias, scale):
@@ -451,7 +457,7 @@ def _check_options(query, image_key, audio_key, image_mask, audio_mask, pair_bia
     if pair_bias is not None:
         pairs = (*query.shape[:2], image_key.shape[2], audio_key.shape[2])
         if not isinstance(pair_bias, Tensor) or not pair_bias.is_floating_point():
-            raise ValueError(f"pair_bias must be a floating point tensor, got {_kind(pair_bias)}")
+            raise ValueError(f"pair_bias must be a floating point tensor, got {kind_of(pair_bias)}")
         if pair_bias.device != query.device:
             raise ValueError(f"pair_bias must be on the device of query, {query.device}, got {pair_bias.device}")
         sizes = zip(reversed(pair_bias.shape), reversed(pairs), strict=False)
@@ -459,21 +465,4 @@ def _check_options(query, image_key, audio_key, image_mask, audio_mask, pair_bia
             raise ValueError(f"pair_bias must be broadcastable to {pairs}, got shape {tuple(pair_bias.shape)}")
     if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
         raise ValueError(f"scale must be a finite number or None, got {scale!r}")
-    if interaction not in INTERACTIONS:
-        raise ValueError(f"interaction must be one of {', '.join(INTERACTIONS)}, got {interaction!r}")
-
-
-def check_mask(name: str, mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> None:
-    """Raises ValueError unless `mask` is None or a bool tensor (True = attend) of `shape` on `device`."""
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise ValueError(f"{name} must be a bool tensor, True = attend, got {_kind(mask)}")
-    if tuple(mask.shape) != tuple(shape):
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(mask.shape)}")
-    if mask.device != device:
-        raise ValueError(f"{name} must be on {device}, got {mask.device}")
-
-
-def _kind(value):
-    return value.dtype if isinstance(value, Tensor) else type(value).__name__
+    check_choice("interaction", interaction, INTERACTIONS)

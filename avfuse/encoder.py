@@ -1,0 +1,352 @@
+"""The three-branch encoder: an image transformer, an audio transformer, and fusion tokens that tie them at any depth."""
+
+from dataclasses import asdict
+from typing import NamedTuple
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .checks import check_choice, check_mask, kind_of
+from .fusion import NORM_EPS, DenseFusion, FactorizedFusion, TokenFusion
+from .inputs import InputSettings
+from .pretrained import Pretrained, parameter_groups
+from .vit import build_vit, check_vit, describe_vit, patch_tokens, run_block, split_prefix, without_head
+
+INTERACTIONS = ("dense", "bilinear", "factorized", "token", "none")
+
+
+class EncoderOutput(NamedTuple):
+    """Normalised tokens of the last layer; `layers`, if asked for, holds those of every layer before the norm."""
+
+    image: Tensor | None  # (B, prefix + n_image, D)
+    audio: Tensor | None  # (B, prefix + n_audio, D)
+    fusion: Tensor  # (B, F, D)
+    layers: "list[EncoderOutput] | None" = None
+
+
+class AVEncoder(nn.Module, Pretrained):
+    """Early-fusion audio-visual encoder (paper Sec. 3.1): two timm ViTs joined by fusion tokens.
+
+    In a fused layer, all three branches update from the layer before (Eq. 1-3): the fusion block reads the image and
+    audio patch tokens, and both uni-modal blocks attend to the fusion tokens as extra keys and values. Layers
+    without fusion run the uni-modal blocks alone.
+
+    Args:
+        image, audio: timm VisionTransformers of equal width and depth with standard blocks; they become part of the
+            encoder, and lose their classifier head. Audio is a one-channel image (mel, time).
+        interactions: "dense" (exact, all pairs; the default), "bilinear", "factorized", "token" or "none".
+        fusion_layers: "all", "none", or the 0-based layers that fuse.
+        fusion_tokens: F; default 16. image_aggregation_tokens, audio_aggregation_tokens: of "factorized"; default 8.
+        num_heads: of the fusion blocks; default the image transformer's.
+        attn_ratio, mlp_ratio, drop, drop_path: of the fusion blocks, see `avfuse.fusion.FusionBlock`.
+        pair_bias: a learned bias per head and pair of positions in every fusion block ("dense" and "bilinear").
+        inputs: the input transforms, kept in config.json; default: those of the paper at the sizes of the ViTs.
+
+    Raises:
+        ValueError: naming the argument that is wrong.
+    """
+
+    def __init__(
+        self,
+        image: VisionTransformer,
+        audio: VisionTransformer,
+        *,
+        interactions="dense",
+        fusion_layers="all",
+        fusion_tokens=16,
+        image_aggregation_tokens=8,
+        audio_aggregation_tokens=8,
+        num_heads=None,
+        attn_ratio=0.25,
+        mlp_ratio=1.0,
+        pair_bias=False,
+        drop=0.0,
+        drop_path=0.0,
+        inputs: InputSettings | None = None,
+    ):
+        super().__init__()
+        check_vit("image", image)
+        check_vit("audio", audio)
+        for quantity, of_image, of_audio in (
+            ("width", image.embed_dim, audio.embed_dim),
+            ("depth", len(image.blocks), len(audio.blocks)),
+        ):
+            if of_image != of_audio:
+                raise ValueError(
+                    f"audio must have the {quantity} of image, {of_image}, got a {quantity} of {of_audio}"
+                )
+        check_choice("interactions", interactions, INTERACTIONS)
+        if pair_bias and interactions not in ("dense", "bilinear"):
+            raise ValueError(f"pair_bias needs interactions 'dense' or 'bilinear', got {interactions!r}")
+        if fusion_tokens < 1:
+            raise ValueError(f"fusion_tokens must be positive, got {fusion_tokens}")
+        self.image, self.audio = without_head(image), without_head(audio)
+        self.embed_dim, self.depth = image.embed_dim, len(image.blocks)
+        self.num_fusion_tokens = fusion_tokens
+        self.inputs = inputs or default_inputs(image, audio)
+        check_inputs(self.inputs, image, audio)
+        self.grad_checkpointing = False
+        self.fusion_layers = () if interactions == "none" else layers_of(fusion_layers, self.depth)
+        # Everything that rebuilds the fusion branch, as it goes into config.json.
+        self.settings = dict(
+            interactions=interactions,
+            fusion_layers=list(self.fusion_layers) or "none",
+            fusion_tokens=fusion_tokens,
+            image_aggregation_tokens=image_aggregation_tokens,
+            audio_aggregation_tokens=audio_aggregation_tokens,
+            num_heads=num_heads or image.blocks[0].attn.num_heads,
+            attn_ratio=attn_ratio,
+            mlp_ratio=mlp_ratio,
+            pair_bias=bool(pair_bias),
+            drop=drop,
+            drop_path=drop_path,
+        )
+        self.fusion_blocks = nn.ModuleDict({str(layer): self.make_block() for layer in self.fusion_layers})
+        self.fusion_tokens = nn.Parameter(torch.empty(1, self.num_state_tokens, self.embed_dim).normal_(std=0.02))
+        self.fusion_norm = nn.LayerNorm(self.embed_dim, eps=NORM_EPS)
+
+    @property
+    def num_state_tokens(self) -> int:
+        """Tokens of the fusion branch: the fusion tokens, with "factorized" also the aggregation tokens."""
+        settings = self.settings
+        if settings["interactions"] != "factorized":
+            return self.num_fusion_tokens
+        return self.num_fusion_tokens + settings["image_aggregation_tokens"] + settings["audio_aggregation_tokens"]
+
+    def make_block(self) -> nn.Module:
+        """One fusion block, as the settings say."""
+        settings = self.settings
+        options = {name: settings[name] for name in ("attn_ratio", "mlp_ratio", "drop", "drop_path")}
+        if settings["interactions"] == "token":
+            return TokenFusion(self.embed_dim, settings["num_heads"], **options)
+        if settings["interactions"] == "factorized":
+            counts = ("fusion_tokens", "image_aggregation_tokens", "audio_aggregation_tokens")
+            options |= {name: settings[name] for name in counts}
+            return FactorizedFusion(self.embed_dim, settings["num_heads"], **options)
+        options["interaction"] = "bilinear" if settings["interactions"] == "bilinear" else "additive"
+        if settings["pair_bias"]:
+            options["pair_bias"] = (self.image.patch_embed.num_patches, self.audio.patch_embed.num_patches)
+        return DenseFusion(self.embed_dim, settings["num_heads"], **options)
+
+    def forward(
+        self,
+        image: Tensor | None,
+        audio: Tensor | None,
+        *,
+        image_keep: Tensor | None = None,
+        audio_keep: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        audio_mask: Tensor | None = None,
+        return_layers: bool = False,
+    ) -> EncoderOutput:
+        """Encode images (B, 3, height, width) with spectrograms (B, 1, mel, time).
+
+        Args:
+            image, audio: either may be None (a missing modality, at inference); its output is then None.
+            image_keep, audio_keep: (B, n) long, indices of the patch tokens that are kept; prefix tokens always are.
+            image_mask, audio_mask: (B, N) bool over all patch tokens, True = attend: tokens nobody attends to.
+            return_layers: also return the tokens after every layer.
+
+        Raises:
+            ValueError: naming the argument that is wrong.
+        """
+        self.check_inputs(image, audio, image_keep, audio_keep, image_mask, audio_mask)
+        image = Branch.embed(self.image, image, image_keep, image_mask)
+        audio = Branch.embed(self.audio, audio, audio_keep, audio_mask)
+        fusion = self.fusion_tokens.repeat((audio if image is None else image).tokens.shape[0], 1, 1)
+
+        layers = []
+        for layer in range(self.depth):
+            image, audio, fusion = self.run_layer(layer, image, audio, fusion)
+            if return_layers:
+                layers.append(EncoderOutput(tokens_of(image), tokens_of(audio), self.visible_fusion(fusion)))
+        return EncoderOutput(
+            None if image is None else self.image.norm(image.tokens),
+            None if audio is None else self.audio.norm(audio.tokens),
+            self.fusion_norm(self.visible_fusion(fusion)),
+            layers if return_layers else None,
+        )
+
+    def run_layer(self, layer, image, audio, fusion):
+        """One layer: all branches read the layer before (paper Eq. 1-3)."""
+        if str(layer) not in self.fusion_blocks:
+            return self.run_unimodal(layer, image), self.run_unimodal(layer, audio), fusion
+        context = self.visible_fusion(fusion)
+        return (
+            self.run_unimodal(layer, image, context),
+            self.run_unimodal(layer, audio, context),
+            self.run_fusion(layer, fusion, image, audio),
+        )
+
+    def run_unimodal(self, layer, branch, context=None):
+        if branch is None:
+            return None
+        key_mask = branch.key_mask(0 if context is None else context.shape[1])
+        run = self.checkpointed(run_block)
+        return branch._replace(tokens=run(branch.vit.blocks[layer], branch.tokens, context, key_mask))
+
+    def run_fusion(self, layer, fusion, image, audio):
+        image = image or Branch.missing(self.image, audio.tokens)
+        audio = audio or Branch.missing(self.audio, image.tokens)
+        return self.checkpointed(self.fusion_blocks[str(layer)])(
+            fusion,
+            image.patches,
+            audio.patches,
+            image_mask=image.mask,
+            audio_mask=audio.mask,
+            image_positions=image.positions,
+            audio_positions=audio.positions,
+        )
+
+    def visible_fusion(self, state: Tensor) -> Tensor:
+        """The F fusion tokens out of the state of the fusion branch: what the other branches and the user see."""
+        return state[:, : self.num_fusion_tokens]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute every block in the backward instead of storing its activations."""
+        self.grad_checkpointing = enable
+
+    def checkpointed(self, function):
+        if not (self.grad_checkpointing and self.training and torch.is_grad_enabled()):
+            return function
+        return lambda *args, **kwargs: checkpoint(function, *args, use_reentrant=False, **kwargs)
+
+    def parameter_groups(self, weight_decay: float = 0.05) -> list[dict]:
+        """Optimizer groups by decay and layer, see `avfuse.pretrained.parameter_groups`."""
+        return parameter_groups(self, self.depth, weight_decay)
+
+    def config(self) -> dict:
+        """What config.json holds."""
+        return dict(
+            image=describe_vit(self.image), audio=describe_vit(self.audio), inputs=asdict(self.inputs), **self.settings
+        )
+
+    @classmethod
+    def from_config(cls, config: dict) -> "AVEncoder":
+        config = dict(config)
+        image, audio = build_vit(config.pop("image")), build_vit(config.pop("audio"))
+        return cls(image, audio, inputs=InputSettings(**config.pop("inputs")), **config)
+
+    def check_inputs(self, image, audio, image_keep, audio_keep, image_mask, audio_mask):
+        if image is None and audio is None:
+            raise ValueError("image and audio cannot both be None")
+        for name, vit, pixels, keep, mask in (
+            ("image", self.image, image, image_keep, image_mask),
+            ("audio", self.audio, audio, audio_keep, audio_mask),
+        ):
+            if pixels is None:
+                if keep is not None or mask is not None:
+                    raise ValueError(f"{name}_keep and {name}_mask need {name}, which is None")
+                continue
+            expected = (vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)
+            if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
+                raise ValueError(f"{name} must be a floating point tensor, got {kind_of(pixels)}")
+            if pixels.ndim != 4 or tuple(pixels.shape[1:]) != expected:
+                raise ValueError(
+                    f"{name} must be (B, {', '.join(map(str, expected))}), got shape {tuple(pixels.shape)}"
+                )
+            check_mask(f"{name}_mask", mask, (pixels.shape[0], vit.patch_embed.num_patches), pixels.device)
+            check_keep(f"{name}_keep", keep, pixels.shape[0], vit.patch_embed.num_patches, pixels.device)
+        if image is not None and audio is not None:
+            if image.shape[0] != audio.shape[0]:
+                raise ValueError(f"audio must have the batch size of image, {image.shape[0]}, got {audio.shape[0]}")
+            if image.device != audio.device:
+                raise ValueError(f"audio must be on the device of image, {image.device}, got {audio.device}")
+
+
+class Branch(NamedTuple):
+    """One uni-modal stream on its way through the layers."""
+
+    vit: VisionTransformer
+    tokens: Tensor  # (B, prefix + n, D)
+    mask: Tensor | None  # (B, n) over the patch tokens, True = attend
+    positions: Tensor | None  # (B, n) which patches they are; None = all, in order
+
+    @classmethod
+    def embed(cls, vit, pixels, keep, mask):
+        if pixels is None:
+            return None
+        if mask is not None and keep is not None:
+            mask = mask.gather(1, keep)
+        return cls(vit, patch_tokens(vit, pixels, keep), mask, keep)
+
+    @classmethod
+    def missing(cls, vit, like):
+        """A modality that is not there: one token that nobody attends to."""
+        B, prefix = like.shape[0], vit.num_prefix_tokens
+        tokens = like.new_zeros(B, prefix + 1, like.shape[-1])
+        nothing = torch.zeros(B, 1, dtype=torch.bool, device=like.device)
+        return cls(vit, tokens, nothing, nothing.long())
+
+    @property
+    def patches(self) -> Tensor:
+        return split_prefix(self.vit, self.tokens)[1]
+
+    def key_mask(self, num_context: int) -> Tensor | None:
+        """Mask (B, 1, 1, context + prefix + n) for self-attention; where it would leave nothing, it leaves all."""
+        if self.mask is None:
+            return None
+        always = self.mask.new_ones(self.mask.shape[0], num_context + self.vit.num_prefix_tokens)
+        mask = torch.cat([always, self.mask], dim=1)
+        return (mask | ~mask.any(1, keepdim=True))[:, None, None]
+
+
+def tokens_of(branch: Branch | None) -> Tensor | None:
+    return None if branch is None else branch.tokens
+
+
+def layers_of(fusion_layers, depth: int) -> tuple[int, ...]:
+    """ "all", "none" or 0-based layers -> sorted layers"""
+    if fusion_layers == "all":
+        return tuple(range(depth))
+    if fusion_layers == "none":
+        return ()
+    if isinstance(fusion_layers, int):
+        fusion_layers = (fusion_layers,)
+    valid = not isinstance(fusion_layers, str) and all(
+        isinstance(layer, int) and 0 <= layer < depth for layer in fusion_layers
+    )
+    if not valid:
+        raise ValueError(f"fusion_layers must be 'all', 'none' or integers in 0..{depth - 1}, got {fusion_layers!r}")
+    return tuple(sorted(set(fusion_layers)))
+
+
+def default_inputs(image: VisionTransformer, audio: VisionTransformer) -> InputSettings:
+    """The paper's transforms at the sizes of the two transformers: 3 s of sound in as many frames as there are."""
+    mel_bins, frames = audio.patch_embed.img_size
+    paper = InputSettings()
+    hop, rest = divmod(paper.samples, frames)
+    hop = paper.hop if rest else hop
+    return InputSettings(
+        image_size=image.patch_embed.img_size[0],
+        mel_bins=mel_bins,
+        hop=hop,
+        audio_seconds=frames * hop / paper.sample_rate,
+    )
+
+
+def check_inputs(inputs: InputSettings, image: VisionTransformer, audio: VisionTransformer) -> None:
+    for name, settings, size in (
+        ("image", (inputs.image_size, inputs.image_size), image.patch_embed.img_size),
+        ("audio", (inputs.mel_bins, inputs.frames), audio.patch_embed.img_size),
+    ):
+        if settings != tuple(size):
+            raise ValueError(f"inputs describes {name} of size {settings}, the {name} transformer takes {tuple(size)}")
+
+
+def check_keep(name, keep, batch, patches, device):
+    """Indices (B, n) long into the patch tokens; their range is checked where that needs no device synchronisation."""
+    if keep is None:
+        return
+    if not isinstance(keep, Tensor) or keep.dtype != torch.long:
+        raise ValueError(f"{name} must be a long tensor, got {kind_of(keep)}")
+    if keep.ndim != 2 or keep.shape[0] != batch or not 0 < keep.shape[1] <= patches:
+        raise ValueError(f"{name} must be ({batch}, n) with 0 < n <= {patches}, got shape {tuple(keep.shape)}")
+    if keep.device != device:
+        raise ValueError(f"{name} must be on {device}, got {keep.device}")
+    if keep.device.type == "cpu" and not torch.compiler.is_compiling():
+        if keep.min() < 0 or keep.max() >= patches:
+            raise ValueError(f"{name} must hold indices in 0..{patches - 1}, got {keep.min()}..{keep.max()}")
+

@@ -1,0 +1,267 @@
+"""The audio-visual masked autoencoder: hide most of the image and of the sound, rebuild both (paper Sec. 3.2)."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from timm.layers import build_sincos2d_pos_embed
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from .checks import check_mask
+from .encoder import AVEncoder
+from .fusion import initialize_linear
+from .pretrained import Pretrained, parameter_groups
+from .vit import split_prefix
+
+TARGET_EPS = 1e-6
+
+
+class MAEOutput(NamedTuple):
+    """Losses (scalars), predictions (B, N, values per patch) of all patches, and which were hidden (B, N) bool."""
+
+    loss: Tensor
+    image_loss: Tensor
+    audio_loss: Tensor
+    image_pred: Tensor
+    audio_pred: Tensor
+    image_removed: Tensor
+    audio_removed: Tensor
+
+
+class AVMAE(nn.Module, Pretrained):
+    """Audio-visual masked autoencoder (paper Eq. 14-16).
+
+    Args:
+        encoder: the `AVEncoder` to pretrain.
+        decoder_dim, decoder_depth, decoder_heads: of both decoders; default 512, 8, 16 (the paper's).
+        image_mask_ratio, audio_mask_ratio: shares of the patches that are hidden; default 0.75 and 0.8.
+        norm_target: rebuild each patch normalised by its own mean and deviation; default True.
+
+    Raises:
+        ValueError: naming the argument that is wrong, such as a ratio that hides nothing or everything.
+    """
+
+    def __init__(
+        self,
+        encoder: AVEncoder,
+        *,
+        decoder_dim=512,
+        decoder_depth=8,
+        decoder_heads=16,
+        image_mask_ratio=0.75,
+        audio_mask_ratio=0.8,
+        norm_target=True,
+    ):
+        super().__init__()
+        if not isinstance(encoder, AVEncoder):
+            raise ValueError(f"encoder must be an AVEncoder, got {type(encoder).__name__}")
+        if decoder_depth < 1:
+            raise ValueError(f"decoder_depth must be positive, got {decoder_depth}")
+        if decoder_heads < 1 or decoder_dim % decoder_heads or decoder_dim % 4:
+            raise ValueError(f"decoder_dim={decoder_dim} must be a multiple of 4 and of decoder_heads={decoder_heads}")
+        self.encoder = encoder
+        self.settings = dict(
+            decoder_dim=decoder_dim,
+            decoder_depth=decoder_depth,
+            decoder_heads=decoder_heads,
+            image_mask_ratio=image_mask_ratio,
+            audio_mask_ratio=audio_mask_ratio,
+            norm_target=norm_target,
+        )
+        self.norm_target = norm_target
+        self.image_mask_ratio, self.audio_mask_ratio = image_mask_ratio, audio_mask_ratio
+        for name, vit, ratio in (
+            ("image_mask_ratio", encoder.image, image_mask_ratio),
+            ("audio_mask_ratio", encoder.audio, audio_mask_ratio),
+        ):
+            count_removed(name, vit.patch_embed.num_patches, ratio)
+        self.image_decoder = Decoder(encoder.image.patch_embed, decoder_dim, decoder_depth, decoder_heads)
+        self.audio_decoder = Decoder(encoder.audio.patch_embed, decoder_dim, decoder_depth, decoder_heads)
+
+    def forward(
+        self,
+        image: Tensor,
+        audio: Tensor,
+        *,
+        image_removed: Tensor | None = None,
+        audio_removed: Tensor | None = None,
+        image_present: Tensor | None = None,
+        audio_present: Tensor | None = None,
+    ) -> MAEOutput:
+        """Hide, encode, decode, compare.
+
+        Args:
+            image: (B, 3, height, width). audio: (B, 1, mel, time).
+            image_removed, audio_removed: (B, N) bool, True = hidden from the encoder, the same number in every row;
+                drawn at the mask ratios when not given.
+            image_present, audio_present: (B,) bool, None = all: an absent modality is masked everywhere and leaves
+                its loss (which is 0 if no clip has it).
+
+        Raises:
+            ValueError: naming the argument that is wrong.
+        """
+        self.encoder.check_inputs(image, audio, None, None, None, None)
+        if image is None or audio is None:
+            raise ValueError("image and audio must both be given; say what is absent by image_present, audio_present")
+        image_removed, image_keep = self.mask("image", image, image_removed)
+        audio_removed, audio_keep = self.mask("audio", audio, audio_removed)
+        check_present("image_present", image_present, image)
+        check_present("audio_present", audio_present, audio)
+
+        latent = self.encoder(
+            image,
+            audio,
+            image_keep=image_keep,
+            audio_keep=audio_keep,
+            image_mask=everywhere(image_present, image_removed),
+            audio_mask=everywhere(audio_present, audio_removed),
+        )
+        image_pred, audio_pred = self.decode(latent, image_keep, audio_keep)
+        image_loss = self.loss("image", image, image_pred, image_removed, image_present)
+        audio_loss = self.loss("audio", audio, audio_pred, audio_removed, audio_present)
+        return MAEOutput(
+            image_loss + audio_loss, image_loss, audio_loss, image_pred, audio_pred, image_removed, audio_removed
+        )
+
+    def mask(self, name, pixels, removed):
+        """The hidden patches (B, N) bool, those given or drawn at the ratio, and the indices (B, n) of the others."""
+        patches = getattr(self.encoder, name).patch_embed.num_patches
+        ratio = getattr(self, f"{name}_mask_ratio")
+        hidden = count_removed(f"{name}_mask_ratio", patches, ratio)
+        if removed is None:
+            order = torch.rand(pixels.shape[0], patches, device=pixels.device).argsort(1)
+            removed = order.argsort(1) < hidden
+        else:
+            check_mask(f"{name}_removed", removed, (pixels.shape[0], patches), pixels.device)
+            if not torch.compiler.is_compiling():  # a compiled model takes the number from the ratio
+                hidden = same_in_every_row(f"{name}_removed", removed)
+        return removed, kept_indices(removed, patches - hidden)
+
+    def decode(self, latent, image_keep, audio_keep):
+        """Predictions (B, N, values) of all patches, from the fusion tokens and the kept patches of one modality."""
+        image_tokens = split_prefix(self.encoder.image, latent.image)[1]
+        audio_tokens = split_prefix(self.encoder.audio, latent.audio)[1]
+        return (
+            self.image_decoder(latent.fusion, image_tokens, image_keep),
+            self.audio_decoder(latent.fusion, audio_tokens, audio_keep),
+        )
+
+    def loss(self, name, pixels, pred, removed, present):
+        """Mean squared error over the hidden patches of the clips that have this modality (Eq. 14)."""
+        target = self.target(name, pixels)
+        error = (pred.float() - target).square().mean(-1)  # (B, N)
+        counted = removed if present is None else removed & present[:, None]
+        return (error * counted).sum() / counted.sum().clamp(min=1)
+
+    def target(self, name: str, pixels: Tensor) -> Tensor:
+        """What the decoder of "image" or "audio" should predict, (B, N, values): pixels, normalised within a patch."""
+        target = patchify(pixels.float(), getattr(self.encoder, name).patch_embed.patch_size)
+        if not self.norm_target:
+            return target
+        return (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + TARGET_EPS).sqrt()
+
+    def parameter_groups(self, weight_decay: float = 0.05) -> list[dict]:
+        """Optimizer groups by decay and layer, see `avfuse.pretrained.parameter_groups`."""
+        return parameter_groups(self, self.encoder.depth, weight_decay)
+
+    def config(self) -> dict:
+        """What config.json holds."""
+        return dict(encoder=self.encoder.config(), **self.settings)
+
+    @classmethod
+    def from_config(cls, config: dict) -> "AVMAE":
+        from .released import ReleasedEncoder  # which builds on this module
+
+        config = dict(config)
+        encoder = config.pop("encoder")
+        encoder_class = ReleasedEncoder if encoder.get("released") else AVEncoder
+        return cls(encoder_class.from_config(encoder), **config)
+
+
+class Decoder(nn.Module):
+    """A narrow transformer that rebuilds one modality from fusion tokens and the patches that were kept.
+
+    Its input: fusion tokens (no position), then visible and mask tokens in their places, with sine-cosine positions.
+    """
+
+    def __init__(self, patch_embed, dim, depth, heads):
+        super().__init__()
+        encoder_dim, channels = patch_embed.proj.out_channels, patch_embed.proj.in_channels
+        self.embed = nn.Linear(encoder_dim, dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim).normal_(std=0.02))
+        positions = build_sincos2d_pos_embed(patch_embed.grid_size, dim, interleave_sin_cos=False)
+        self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
+        blocks = (Block(dim, heads, qkv_bias=True, norm_layer=nn.LayerNorm) for _ in range(depth))  # eps 1e-5
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(dim)
+        self.pred = nn.Linear(dim, math.prod(patch_embed.patch_size) * channels)
+        initialize_linear(self)
+
+    def forward(self, fusion: Tensor, visible: Tensor, keep: Tensor) -> Tensor:
+        """Fusion tokens (B, F, D), visible patches (B, n, D) and their places (B, n) -> (B, N, values per patch)"""
+        fusion, visible = self.embed(fusion), self.embed(visible)
+        masked = self.mask_token.to(visible.dtype).expand(visible.shape[0], self.pos_embed.shape[1], -1)
+        tokens = masked.scatter(1, keep[..., None].expand_as(visible), visible) + self.pos_embed
+        tokens = torch.cat([fusion, tokens], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.pred(self.norm(tokens[:, fusion.shape[1] :]))
+
+
+def patchify(pixels: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """(B, C, rows * p, columns * q) -> (B, rows * columns, p * q * C)"""
+    B, C, height, width = pixels.shape
+    p, q = patch_size
+    patches = pixels.reshape(B, C, height // p, p, width // q, q)
+    return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def unpatchify(patches: Tensor, patch_size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """(B, rows * columns, p * q * C) -> (B, C, rows * p, columns * q)"""
+    (p, q), (rows, columns) = patch_size, grid
+    pixels = patches.reshape(patches.shape[0], rows, columns, p, q, -1)
+    return pixels.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, rows * p, columns * q)
+
+
+def count_removed(name: str, patches: int, ratio: float) -> int:
+    """How many of `patches` a mask ratio hides: what is kept is rounded down (196 at 0.75 keeps 49, 96 at 0.8: 19)."""
+    kept = math.floor(patches * (1 - ratio) + 1e-6) if 0 < ratio < 1 else 0
+    if not 0 < kept < patches:
+        raise ValueError(f"{name}={ratio} must hide some and keep some of {patches} patches")
+    return patches - kept
+
+
+def random_removed(patches: int, ratio: float, generator: torch.Generator | None = None) -> Tensor:
+    """A random (patches,) bool mask, True = hidden, that hides the share `ratio`."""
+    hidden = torch.randperm(patches, generator=generator)[: count_removed("ratio", patches, ratio)]
+    return torch.zeros(patches, dtype=torch.bool).index_fill(0, hidden, True)
+
+
+def kept_indices(removed: Tensor, kept: int) -> Tensor:
+    """(B, N) bool with `kept` False in every row -> their indices in order, (B, kept) long"""
+    return removed.to(torch.uint8).argsort(dim=1, stable=True)[:, :kept]
+
+
+def same_in_every_row(name: str, removed: Tensor) -> int:
+    """How many patches each row hides."""
+    counts = removed.sum(1).tolist()
+    if len(set(counts)) > 1:
+        raise ValueError(f"{name} must hide the same number in every row, got {counts}")
+    if not 0 < counts[0] < removed.shape[1]:
+        raise ValueError(f"{name} must hide some and keep some of {removed.shape[1]} patches, hides {counts[0]}")
+    return counts[0]
+
+
+def everywhere(present: Tensor | None, removed: Tensor) -> Tensor | None:
+    return None if present is None else present[:, None].expand_as(removed)
+
+
+def check_present(name, present, pixels):
+    if present is None:
+        return
+    if not isinstance(present, Tensor) or present.dtype != torch.bool or present.shape != pixels.shape[:1]:
+        got = f"{present.dtype} {tuple(present.shape)}" if isinstance(present, Tensor) else type(present).__name__
+        raise ValueError(f"{name} must be a bool tensor of shape ({pixels.shape[0]},), got {got}")
+    if present.device != pixels.device:
+        raise ValueError(f"{name} must be on {pixels.device}, got {present.device}")

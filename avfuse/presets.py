@@ -1,0 +1,60 @@
+"""Models by name: plain functions of a few numbers."""
+
+from timm.models.vision_transformer import VisionTransformer
+
+from .checks import check_choice
+from .encoder import AVEncoder
+from .inputs import InputSettings
+
+PATCH = 16
+PAPER = InputSettings()
+# 96 x 96 pixels and 64 mels x 128 frames of 3 s: 36 + 32 tokens, small enough to train on a CPU in minutes.
+SMALL_INPUTS = InputSettings(image_size=96, mel_bins=64, hop=375)
+
+SIZES = {  # width, depth, heads, inputs
+    "tiny": (192, 4, 3, SMALL_INPUTS),
+    "small": (384, 12, 6, PAPER),
+    "base": (768, 12, 12, PAPER),
+    "large": (1024, 24, 16, PAPER),
+}
+
+
+def create_encoder(
+    size: str = "base", interactions: str = "dense", *, inputs: InputSettings | None = None, **options
+) -> AVEncoder:
+    """An `AVEncoder` with fresh weights.
+
+    Args:
+        size: "tiny" (192 wide, 4 layers; 96 x 96 images and 64 x 128 spectrograms, for CPUs), or the ViT sizes
+            "small", "base" (the paper's) and "large" at 224 x 224 and 128 x 192.
+        interactions: see `AVEncoder`.
+        inputs: other input transforms; both sizes must be multiples of the 16-pixel patches.
+        options: any other keyword of `AVEncoder`, and `drop_path` for all three branches.
+
+    Raises:
+        ValueError: naming the argument that is wrong.
+    """
+    check_choice("size", size, tuple(SIZES))
+    dim, depth, heads, standard_inputs = SIZES[size]
+    inputs = inputs or standard_inputs
+    for name in ("image_size", "mel_bins", "frames"):
+        if getattr(inputs, name) % PATCH:
+            raise ValueError(f"inputs: {name}={getattr(inputs, name)} must be a multiple of the {PATCH}-pixel patches")
+
+    def vit(channels, height, width):
+        return VisionTransformer(
+            img_size=(height, width),
+            patch_size=PATCH,
+            in_chans=channels,
+            embed_dim=dim,
+            depth=depth,
+            num_heads=heads,
+            class_token=False,
+            global_pool="",
+            num_classes=0,
+            drop_path_rate=options.get("drop_path", 0.0),
+        )
+
+    image = vit(3, inputs.image_size, inputs.image_size)
+    audio = vit(1, inputs.mel_bins, inputs.frames)
+    return AVEncoder(image, audio, interactions=interactions, inputs=inputs, **options)

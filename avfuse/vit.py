@@ -1,0 +1,138 @@
+"""A timm VisionTransformer as one branch of an audio-visual encoder: embed, attend with extra keys, describe, rebuild."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, LayerNorm, Mlp, PatchEmbed, RmsNorm
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+NORMS = {"LayerNorm": (LayerNorm, nn.LayerNorm), "RmsNorm": (RmsNorm,)}
+ACTIVATIONS = {"GELU": nn.GELU, "SiLU": nn.SiLU, "ReLU": nn.ReLU}
+
+
+def patch_tokens(vit: VisionTransformer, pixels: Tensor, keep: Tensor | None) -> Tensor:
+    """Embedded tokens with positions, (B, prefix + N, D); of the patch tokens only those in `keep` (B, n), if given."""
+    tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(pixels)))
+    if keep is None:
+        return tokens
+    prefix, patches = split_prefix(vit, tokens)
+    kept = patches.gather(1, keep[..., None].expand(-1, -1, patches.shape[-1]))
+    return torch.cat([prefix, kept], dim=1)
+
+
+def split_prefix(vit: VisionTransformer, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, prefix + n, D) -> the class and register tokens, the patch tokens"""
+    prefix = vit.num_prefix_tokens
+    return tokens[:, :prefix], tokens[:, prefix:]
+
+
+def run_block(block: Block, tokens: Tensor, context: Tensor | None, key_mask: Tensor | None) -> Tensor:
+    """A timm block in which `context` tokens (B, F, D) serve as extra keys and values only (paper Eq. 2-3).
+
+    Running the block on the concatenation and dropping its first F outputs gives the same; this skips their
+    queries and their MLP. `key_mask` (B, 1, 1, F + N) bool, True = attend.
+    """
+    if context is None:
+        return block(tokens, attn_mask=key_mask)
+    attn = block.attn
+    union = block.norm1(torch.cat([context, tokens], dim=1))
+    weights, biases = attn.qkv.weight, attn.qkv.bias
+    width = attn.attn_dim
+    query = F.linear(union[:, context.shape[1] :], weights[:width], None if biases is None else biases[:width])
+    key_value = F.linear(union, weights[width:], None if biases is None else biases[width:])
+
+    query = attn.q_norm(query.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2))  # (B, H, N, K)
+    key, value = key_value.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, F + N, K)
+    attended = F.scaled_dot_product_attention(
+        query, attn.k_norm(key), value, attn_mask=key_mask, dropout_p=attn.attn_drop.p if attn.training else 0.0
+    )
+    attended = attn.proj_drop(attn.proj(attn.norm(attended.transpose(1, 2).flatten(2))))
+    tokens = tokens + block.drop_path1(block.ls1(attended))
+    return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+
+
+def check_vit(name: str, vit: VisionTransformer) -> None:
+    """Raises ValueError unless `vit` is a timm VisionTransformer made of standard pre-norm blocks."""
+    if not isinstance(vit, VisionTransformer):
+        raise ValueError(f"{name} must be a timm VisionTransformer, got {type(vit).__name__}")
+    for index, block in enumerate(vit.blocks):
+        parts = (block, Block), (getattr(block, "attn", None), Attention), (getattr(block, "mlp", None), Mlp)
+        for part, standard in parts:
+            if type(part) is not standard:
+                raise ValueError(
+                    f"{name} must have standard timm blocks; blocks[{index}] holds a {type(part).__name__} "
+                    f"where a {standard.__name__} belongs"
+                )
+        if block.attn.gate is not None:
+            raise ValueError(f"{name} must have standard attention; that of blocks[{index}] is gated")
+    if type(vit.patch_embed) is not PatchEmbed or vit.dynamic_img_size:
+        raise ValueError(f"{name} must embed patches by timm's PatchEmbed with a fixed img_size")
+    if not isinstance(vit.patch_drop, nn.Identity):
+        raise ValueError(f"{name} must not drop patches by itself (patch_drop_rate): pass image_keep or audio_keep")
+
+
+def without_head(vit: VisionTransformer) -> VisionTransformer:
+    """Removes pooling and classifier, which the encoder never calls (unused parameters break distributed training)."""
+    vit.head, vit.fc_norm, vit.attn_pool = nn.Identity(), nn.Identity(), None
+    vit.num_classes, vit.global_pool = 0, ""
+    return vit
+
+
+def describe_vit(vit: VisionTransformer) -> dict:
+    """The JSON-ready arguments from which `build_vit` makes the same architecture again.
+
+    Raises:
+        ValueError: the model has a part that they cannot express.
+    """
+    block = vit.blocks[0]
+    description = dict(
+        img_size=list(vit.patch_embed.img_size),
+        patch_size=list(vit.patch_embed.patch_size),
+        in_chans=vit.patch_embed.proj.in_channels,
+        embed_dim=vit.embed_dim,
+        depth=len(vit.blocks),
+        num_heads=block.attn.num_heads,
+        mlp_ratio=block.mlp.fc1.out_features / vit.embed_dim,
+        qkv_bias=block.attn.qkv.bias is not None,
+        qk_norm=not isinstance(block.attn.q_norm, nn.Identity),
+        scale_attn_norm=not isinstance(block.attn.norm, nn.Identity),
+        scale_mlp_norm=not isinstance(block.mlp.norm, nn.Identity),
+        proj_bias=block.attn.proj.bias is not None,
+        init_values=float(block.ls1.gamma.detach().flatten()[0]) if hasattr(block.ls1, "gamma") else None,
+        class_token=vit.has_class_token,
+        reg_tokens=vit.num_reg_tokens,
+        pos_embed="none" if vit.pos_embed is None else "learn",
+        no_embed_class=vit.no_embed_class,
+        pre_norm=not isinstance(vit.norm_pre, nn.Identity),
+        final_norm=not isinstance(vit.norm, nn.Identity),
+        proj_drop_rate=block.attn.proj_drop.p,
+        attn_drop_rate=block.attn.attn_drop.p,
+        drop_path_rate=float(getattr(vit.blocks[-1].drop_path1, "drop_prob", 0.0)),
+        norm_layer=_name_of(block.norm1, NORMS, "norm_layer"),
+        norm_eps=block.norm1.eps,
+        act_layer=_name_of(block.mlp.act, ACTIVATIONS, "act_layer"),
+    )
+    rebuilt = {key: tensor.shape for key, tensor in build_vit(description, device="meta").state_dict().items()}
+    if rebuilt != {key: tensor.shape for key, tensor in vit.state_dict().items()}:
+        raise ValueError("this VisionTransformer has parts that config.json cannot describe")
+    return description
+
+
+def build_vit(description: dict, device: str | None = None) -> VisionTransformer:
+    """A VisionTransformer from the arguments of `describe_vit`."""
+    arguments = dict(description)
+    norm, eps = NORMS[arguments.pop("norm_layer")][0], arguments.pop("norm_eps")
+    arguments |= dict(
+        norm_layer=lambda dim, **kind: norm(dim, eps=eps, **kind),
+        act_layer=ACTIVATIONS[arguments.pop("act_layer")],
+        img_size=tuple(arguments["img_size"]),
+        patch_size=tuple(arguments["patch_size"]),
+    )
+    return VisionTransformer(**arguments, num_classes=0, global_pool="", device=device)
+
+
+def _name_of(module, known, argument):
+    for name, classes in known.items():
+        if isinstance(module, classes):
+            return name
+    raise ValueError(f"{argument}: a {type(module).__name__} cannot be described in config.json")
