@@ -128,3 +128,10 @@ def test_kernels_import_nothing_of_avfuse():
     for path in KERNELS:
         for name in imported_names(path):
             assert is_inside(name, "avfuse.kernels") or not is_inside(name, "avfuse"), f"{path}: {name}"
+
+
+def test_public_names_are_the_documented_ones():
+    layers = {"DenseFusion", "FactorizedFusion", "TokenFusion", "AVEncoder", "AVMAE", "InputSettings"}
+    functions = {"pair_attention", "pair_attention_weights", "create_encoder", "from_deepavfusion"}
+    assert set(avfuse.__all__) == layers | functions
+    assert all(hasattr(avfuse, name) for name in avfuse.__all__)

@@ -1,0 +1,31 @@
+"""Audio-visual early fusion: a few fusion tokens read every pair of one image token and one audio token."""
+
+from pathlib import Path
+
+# The kernels lie beside this package in a checkout, inside it in a wheel, and are avfuse.kernels in both.
+# This comes before the imports below, which may need it.
+if not Path(__file__).with_name("kernels").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
+
+from .encoder import AVEncoder
+from .fusion import DenseFusion, FactorizedFusion, TokenFusion
+from .inputs import InputSettings
+from .mae import AVMAE
+from .ops.pair_attention import pair_attention, pair_attention_weights
+from .presets import create_encoder
+from .released import from_deepavfusion
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AVMAE",
+    "AVEncoder",
+    "DenseFusion",
+    "FactorizedFusion",
+    "InputSettings",
+    "TokenFusion",
+    "create_encoder",
+    "from_deepavfusion",
+    "pair_attention",
+    "pair_attention_weights",
+]
