@@ -18,8 +18,8 @@ from .released import from_deepavfusion
 __version__ = "0.1.0"
 
 __all__ = [
-    "AVMAE",
     "AVEncoder",
+    "AVMAE",
     "DenseFusion",
     "FactorizedFusion",
     "InputSettings",

@@ -1,4 +1,4 @@
-"""The checks of the public edge: each raises a ValueError that names the argument and what was wrong with it."""
+"""The checks of the public edge: each raises a ValueError that names the argument and what is wrong."""
 
 import torch
 from torch import Tensor

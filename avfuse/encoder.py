@@ -1,4 +1,4 @@
-"""The three-branch encoder: an image transformer, an audio transformer, and fusion tokens that tie them at any depth."""
+"""The three-branch encoder: image and audio transformers, and fusion tokens that tie them at any depth."""
 
 from dataclasses import asdict
 from typing import NamedTuple
@@ -18,7 +18,9 @@ INTERACTIONS = ("dense", "bilinear", "factorized", "token", "none")
 
 
 class EncoderOutput(NamedTuple):
-    """Normalised tokens of the last layer; `layers`, if asked for, holds those of every layer before the norm."""
+    """Normalised tokens of the last layer; `layers`, if asked for, holds those of every layer before the
+    norm.
+    """
 
     image: Tensor | None  # (B, prefix + n_image, D)
     audio: Tensor | None  # (B, prefix + n_audio, D)
@@ -29,20 +31,23 @@ class EncoderOutput(NamedTuple):
 class AVEncoder(nn.Module, Pretrained):
     """Early-fusion audio-visual encoder (paper Sec. 3.1): two timm ViTs joined by fusion tokens.
 
-    In a fused layer, all three branches update from the layer before (Eq. 1-3): the fusion block reads the image and
-    audio patch tokens, and both uni-modal blocks attend to the fusion tokens as extra keys and values. Layers
-    without fusion run the uni-modal blocks alone.
+    In a fused layer, all three branches update from the layer before (Eq. 1-3): the fusion block reads the
+    image and audio patch tokens, and both uni-modal blocks attend to the fusion tokens as extra keys and
+    values. Layers without fusion run the uni-modal blocks alone.
 
     Args:
-        image, audio: timm VisionTransformers of equal width and depth with standard blocks; they become part of the
-            encoder, and lose their classifier head. Audio is a one-channel image (mel, time).
+        image, audio: timm VisionTransformers of equal width and depth with standard blocks; they become part
+            of the encoder, and lose their classifier head. Audio is a one-channel image (mel, time).
         interactions: "dense" (exact, all pairs; the default), "bilinear", "factorized", "token" or "none".
         fusion_layers: "all", "none", or the 0-based layers that fuse.
-        fusion_tokens: F; default 16. image_aggregation_tokens, audio_aggregation_tokens: of "factorized"; default 8.
+        fusion_tokens: F; default 16. image_aggregation_tokens, audio_aggregation_tokens: of "factorized";
+            default 8.
         num_heads: of the fusion blocks; default the image transformer's.
         attn_ratio, mlp_ratio, drop, drop_path: of the fusion blocks, see `avfuse.fusion.FusionBlock`.
-        pair_bias: a learned bias per head and pair of positions in every fusion block ("dense" and "bilinear").
-        inputs: the input transforms, kept in config.json; default: those of the paper at the sizes of the ViTs.
+        pair_bias: a learned bias per head and pair of positions in every fusion block ("dense" and
+            "bilinear").
+        inputs: the input transforms, kept in config.json; default: those of the paper at the sizes of the
+            ViTs.
 
     Raises:
         ValueError: naming the argument that is wrong.
@@ -104,7 +109,9 @@ class AVEncoder(nn.Module, Pretrained):
             drop_path=drop_path,
         )
         self.fusion_blocks = nn.ModuleDict({str(layer): self.make_block() for layer in self.fusion_layers})
-        self.fusion_tokens = nn.Parameter(torch.empty(1, self.num_state_tokens, self.embed_dim).normal_(std=0.02))
+        self.fusion_tokens = nn.Parameter(
+            torch.empty(1, self.num_state_tokens, self.embed_dim).normal_(std=0.02)
+        )
         self.fusion_norm = nn.LayerNorm(self.embed_dim, eps=NORM_EPS)
 
     @property
@@ -113,7 +120,11 @@ class AVEncoder(nn.Module, Pretrained):
         settings = self.settings
         if settings["interactions"] != "factorized":
             return self.num_fusion_tokens
-        return self.num_fusion_tokens + settings["image_aggregation_tokens"] + settings["audio_aggregation_tokens"]
+        return (
+            self.num_fusion_tokens
+            + settings["image_aggregation_tokens"]
+            + settings["audio_aggregation_tokens"]
+        )
 
     def make_block(self) -> nn.Module:
         """One fusion block, as the settings say."""
@@ -145,8 +156,10 @@ class AVEncoder(nn.Module, Pretrained):
 
         Args:
             image, audio: either may be None (a missing modality, at inference); its output is then None.
-            image_keep, audio_keep: (B, n) long, indices of the patch tokens that are kept; prefix tokens always are.
-            image_mask, audio_mask: (B, N) bool over all patch tokens, True = attend: tokens nobody attends to.
+            image_keep, audio_keep: (B, n) long, indices of the patch tokens that are kept; prefix tokens
+                always are.
+            image_mask, audio_mask: (B, N) bool over all patch tokens, True = attend: tokens nobody attends
+                to.
             return_layers: also return the tokens after every layer.
 
         Raises:
@@ -201,7 +214,9 @@ class AVEncoder(nn.Module, Pretrained):
         )
 
     def visible_fusion(self, state: Tensor) -> Tensor:
-        """The F fusion tokens out of the state of the fusion branch: what the other branches and the user see."""
+        """The F fusion tokens out of the state of the fusion branch: what the other branches and the user
+        see.
+        """
         return state[:, : self.num_fusion_tokens]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -220,7 +235,10 @@ class AVEncoder(nn.Module, Pretrained):
     def config(self) -> dict:
         """What config.json holds."""
         return dict(
-            image=describe_vit(self.image), audio=describe_vit(self.audio), inputs=asdict(self.inputs), **self.settings
+            image=describe_vit(self.image),
+            audio=describe_vit(self.audio),
+            inputs=asdict(self.inputs),
+            **self.settings,
         )
 
     @classmethod
@@ -251,7 +269,9 @@ class AVEncoder(nn.Module, Pretrained):
             check_keep(f"{name}_keep", keep, pixels.shape[0], vit.patch_embed.num_patches, pixels.device)
         if image is not None and audio is not None:
             if image.shape[0] != audio.shape[0]:
-                raise ValueError(f"audio must have the batch size of image, {image.shape[0]}, got {audio.shape[0]}")
+                raise ValueError(
+                    f"audio must have the batch size of image, {image.shape[0]}, got {audio.shape[0]}"
+                )
             if image.device != audio.device:
                 raise ValueError(f"audio must be on the device of image, {image.device}, got {audio.device}")
 
@@ -285,7 +305,9 @@ class Branch(NamedTuple):
         return split_prefix(self.vit, self.tokens)[1]
 
     def key_mask(self, num_context: int) -> Tensor | None:
-        """Mask (B, 1, 1, context + prefix + n) for self-attention; where it would leave nothing, it leaves all."""
+        """Mask (B, 1, 1, context + prefix + n) for self-attention; where it would leave nothing, it leaves
+        all.
+        """
         if self.mask is None:
             return None
         always = self.mask.new_ones(self.mask.shape[0], num_context + self.vit.num_prefix_tokens)
@@ -309,12 +331,16 @@ def layers_of(fusion_layers, depth: int) -> tuple[int, ...]:
         isinstance(layer, int) and 0 <= layer < depth for layer in fusion_layers
     )
     if not valid:
-        raise ValueError(f"fusion_layers must be 'all', 'none' or integers in 0..{depth - 1}, got {fusion_layers!r}")
+        raise ValueError(
+            f"fusion_layers must be 'all', 'none' or integers in 0..{depth - 1}, got {fusion_layers!r}"
+        )
     return tuple(sorted(set(fusion_layers)))
 
 
 def default_inputs(image: VisionTransformer, audio: VisionTransformer) -> InputSettings:
-    """The paper's transforms at the sizes of the two transformers: 3 s of sound in as many frames as there are."""
+    """The paper's transforms at the sizes of the two transformers: 3 s of sound in as many frames as there
+    are.
+    """
     mel_bins, frames = audio.patch_embed.img_size
     paper = InputSettings()
     hop, rest = divmod(paper.samples, frames)
@@ -333,20 +359,25 @@ def check_inputs(inputs: InputSettings, image: VisionTransformer, audio: VisionT
         ("audio", (inputs.mel_bins, inputs.frames), audio.patch_embed.img_size),
     ):
         if settings != tuple(size):
-            raise ValueError(f"inputs describes {name} of size {settings}, the {name} transformer takes {tuple(size)}")
+            raise ValueError(
+                f"inputs describes {name} of size {settings}, the {name} transformer takes {tuple(size)}"
+            )
 
 
 def check_keep(name, keep, batch, patches, device):
-    """Indices (B, n) long into the patch tokens; their range is checked where that needs no device synchronisation."""
+    """Indices (B, n) long into the patch tokens; their range is checked where that needs no device
+    synchronisation.
+    """
     if keep is None:
         return
     if not isinstance(keep, Tensor) or keep.dtype != torch.long:
         raise ValueError(f"{name} must be a long tensor, got {kind_of(keep)}")
     if keep.ndim != 2 or keep.shape[0] != batch or not 0 < keep.shape[1] <= patches:
-        raise ValueError(f"{name} must be ({batch}, n) with 0 < n <= {patches}, got shape {tuple(keep.shape)}")
+        raise ValueError(
+            f"{name} must be ({batch}, n) with 0 < n <= {patches}, got shape {tuple(keep.shape)}"
+        )
     if keep.device != device:
         raise ValueError(f"{name} must be on {device}, got {keep.device}")
     if keep.device.type == "cpu" and not torch.compiler.is_compiling():
         if keep.min() < 0 or keep.max() >= patches:
             raise ValueError(f"{name} must hold indices in 0..{patches - 1}, got {keep.min()}..{keep.max()}")
-

@@ -2,9 +2,9 @@
 
     block(fusion, image, audio) -> fusion            (B, F, D), (B, I, D), (B, A, D) -> (B, F, D)
 
-`DenseFusion` attends to every pair of an image and an audio token (paper Eq. 4-8), `FactorizedFusion` to the pairs
-of a few aggregation tokens (Eq. 9-13), `TokenFusion` to the tokens themselves (Sec. 3.1). All are pre-norm residual
-blocks: z = x + proj(attention(norm x, norm image, norm audio)), out = z + mlp(norm z).
+`DenseFusion` attends to every pair of an image and an audio token (paper Eq. 4-8), `FactorizedFusion` to the
+pairs of a few aggregation tokens (Eq. 9-13), `TokenFusion` to the tokens themselves (Sec. 3.1). All are
+pre-norm residual blocks: z = x + proj(attention(norm x, norm image, norm audio)), out = z + mlp(norm z).
 """
 
 import torch
@@ -18,13 +18,16 @@ NORM_EPS = 1e-5
 
 
 class FusionBlock(nn.Module):
-    """What all fusion blocks share: queries from the fusion tokens, and the residual update from what they attended.
+    """What all fusion blocks share: queries from the fusion tokens, and the residual update from what they
+    attended.
 
     Args:
         dim: model width D.
         num_heads: attention heads.
-        attn_ratio: query, key and value widths are int(dim * attn_ratio) over all heads; default 0.25 (the paper's).
-        mlp_ratio: hidden width of the MLP over dim; default 1.0 (the paper's VGGSound model; 4.0 for AudioSet).
+        attn_ratio: query, key and value widths are int(dim * attn_ratio) over all heads; default 0.25 (the
+            paper's).
+        mlp_ratio: hidden width of the MLP over dim; default 1.0 (the paper's VGGSound model; 4.0 for
+            AudioSet).
         drop: dropout after the projection and in the MLP.
         drop_path: stochastic depth rate of both residual branches.
 
@@ -76,22 +79,24 @@ class FusionBlock(nn.Module):
 
 
 class DenseFusion(FusionBlock):
-    """Fusion by exact dense interactions: attention over all I x A pairs at the cost of I + A (paper Eq. 4-8).
+    """Fusion by exact dense interactions: attention over all I x A pairs at the cost of I + A (paper Eq.
+    4-8).
 
-    Keys and values of a pair are sums of a linear map of its image token and one of its audio token (Eq. 4 folded
-    into the key and value projections); a key bias would cancel in the softmax, and the value bias of a pair is
-    added once, after the sum. With `interaction="bilinear"` they are products, and each side keeps its bias, so that
-    bilinear pairs can fall back to additive ones.
+    Keys and values of a pair are sums of a linear map of its image token and one of its audio token (Eq. 4
+    folded into the key and value projections); a key bias would cancel in the softmax, and the value bias of
+    a pair is added once, after the sum. With `interaction="bilinear"` they are products, and each side keeps
+    its bias, so that bilinear pairs can fall back to additive ones.
 
     Args:
         dim, num_heads, attn_ratio, mlp_ratio, drop, drop_path: see `FusionBlock`.
         interaction: "additive" (the paper) or "bilinear".
-        pair_bias: None, or the numbers of image and audio tokens: a learned table (num_heads, I, A) over positions,
-            zero at first, is then added to the logits of the pairs.
+        pair_bias: None, or the numbers of image and audio tokens: a learned table (num_heads, I, A) over
+            positions, zero at first, is then added to the logits of the pairs.
 
     Call: `block(fusion, image, audio, *, image_mask=None, audio_mask=None, image_positions=None,
     audio_positions=None)`, (B, F, D), (B, I, D), (B, A, D) -> (B, F, D). Masks (B, N) bool, True = attend.
-    Positions (B, N) long tell the learned pair bias which tokens are left after masking; None = all, in order.
+    Positions (B, N) long tell the learned pair bias which tokens are left after masking; None = all, in
+    order.
 
     Raises:
         ValueError: naming the argument that is wrong.
@@ -114,7 +119,9 @@ class DenseFusion(FusionBlock):
         )
         check_choice("interaction", interaction, INTERACTIONS)
         if pair_bias is not None and (len(pair_bias) != 2 or min(pair_bias) < 1):
-            raise ValueError(f"pair_bias must be None or the counts of image and audio tokens, got {pair_bias!r}")
+            raise ValueError(
+                f"pair_bias must be None or the counts of image and audio tokens, got {pair_bias!r}"
+            )
         self.interaction = interaction
         bilinear = interaction == "bilinear"
         self.norm_image = nn.LayerNorm(dim, eps=NORM_EPS)
@@ -166,7 +173,9 @@ class DenseFusion(FusionBlock):
         )
 
     def positioned_bias(self, image, audio, image_positions, audio_positions):
-        """The learned table at the positions of the tokens: (1, H, I, A), or (B, H, I, A) where some were dropped."""
+        """The learned table at the positions of the tokens: (1, H, I, A), or (B, H, I, A) where some were
+        dropped.
+        """
         if self.pair_bias is None:
             return None
         image_positions = self._positions("image_positions", image_positions, image, self.pair_bias.shape[1])
@@ -176,14 +185,16 @@ class DenseFusion(FusionBlock):
         rows = torch.arange(image.shape[1])[None] if image_positions is None else image_positions
         columns = torch.arange(audio.shape[1])[None] if audio_positions is None else audio_positions
         rows, columns = rows.to(image.device), columns.to(audio.device)
-        return self.pair_bias[:, rows[:, :, None], columns[:, None]].transpose(0, 1)  # (H, B, I, A) -> (B, H, I, A)
+        return self.pair_bias[:, rows[:, :, None], columns[:, None]].transpose(
+            0, 1
+        )  # (H, B, I, A) -> (B, H, I, A)
 
     @staticmethod
     def _positions(name, positions, tokens, size):
         if positions is None:
             if tokens.shape[1] != size:
                 raise ValueError(
-                    f"{name} is needed: the pair bias was built for {size} tokens, there are {tokens.shape[1]}"
+                    f"{name} is needed: the pair bias has {size} tokens, there are {tokens.shape[1]}"
                 )
         elif positions.shape != tokens.shape[:2] or positions.dtype != torch.long:
             raise ValueError(
@@ -194,17 +205,20 @@ class DenseFusion(FusionBlock):
 
 
 class FactorizedFusion(nn.Module):
-    """Fusion by factorized interactions: pairs of a few aggregation tokens instead of all pairs (paper Eq. 9-13).
+    """Fusion by factorized interactions: pairs of a few aggregation tokens instead of all pairs (paper Eq.
+    9-13).
 
-    The image aggregation tokens read the image and the audio aggregation tokens the sound, each by a cross-attention
-    block with its own norms and MLP; a `DenseFusion` then forms the pairs from their normalised outputs.
+    The image aggregation tokens read the image and the audio aggregation tokens the sound, each by a
+    cross-attention block with its own norms and MLP; a `DenseFusion` then forms the pairs from their
+    normalised outputs.
 
     Args:
         dim, num_heads, attn_ratio, mlp_ratio, drop, drop_path: see `FusionBlock`.
-        fusion_tokens, image_aggregation_tokens, audio_aggregation_tokens: how the state is divided (default 16, 8, 8).
+        fusion_tokens, image_aggregation_tokens, audio_aggregation_tokens: how the state is divided (default
+            16, 8, 8).
 
-    Call: as `DenseFusion`, but takes and returns (B, fusion + image aggregation + audio aggregation tokens, D), in
-    that order. Positions are accepted and not needed.
+    Call: as `DenseFusion`, but takes and returns (B, fusion + image aggregation + audio aggregation tokens,
+    D), in that order. Positions are accepted and not needed.
 
     Raises:
         ValueError: naming the argument that is wrong.
@@ -266,8 +280,8 @@ class FactorizedFusion(nn.Module):
 
     @torch.no_grad()
     def attention_weights(self, fusion, image, audio, **_positions):
-        """Weights of the fusion tokens over image and audio tokens, (B, H, F, I) and (B, H, F, A): through the
-        aggregation tokens, so each is the product of two attention maps."""
+        """Weights of the fusion tokens over image and audio tokens, (B, H, F, I) and (B, H, F, A): through
+        the aggregation tokens, so each is the product of two attention maps."""
         fusion, image_aggregate, audio_aggregate = self.split(fusion)
         image_map = self.image_aggregation.attention_weights(image_aggregate, image)
         audio_map = self.audio_aggregation.attention_weights(audio_aggregate, audio)
@@ -280,7 +294,9 @@ class FactorizedFusion(nn.Module):
 
 
 class Aggregation(FusionBlock):
-    """Cross-attention block: a few aggregation tokens summarize the tokens of one modality (paper Eq. 9-10)."""
+    """Cross-attention block: a few aggregation tokens summarize the tokens of one modality (paper Eq.
+    9-10).
+    """
 
     def __init__(self, dim, num_heads, **block_options):
         super().__init__(dim, num_heads, **block_options)
@@ -301,8 +317,8 @@ class Aggregation(FusionBlock):
 
 
 class TokenFusion(FusionBlock):
-    """Fusion by tokens, the ablation without pairs (paper Sec. 3.1, like MBT): one softmax over the union of fusion,
-    image and audio tokens, so that the modalities compete for attention.
+    """Fusion by tokens, the ablation without pairs (paper Sec. 3.1, like MBT): one softmax over the union of
+    fusion, image and audio tokens, so that the modalities compete for attention.
 
     Args:
         dim, num_heads, attn_ratio, mlp_ratio, drop, drop_path: see `FusionBlock`.
@@ -338,18 +354,22 @@ class TokenFusion(FusionBlock):
 
     def _query_key_value(self, fusion, image, audio):
         normed = self.norm_fusion(fusion)
-        union = torch.cat([normed, self.norm_image(image), self.norm_audio(audio)], dim=1)  # (B, F + I + A, D)
+        union = torch.cat(
+            [normed, self.norm_image(image), self.norm_audio(audio)], dim=1
+        )  # (B, F + I + A, D)
         return self.split_heads(self.query(normed)), *self.keys_and_values(self.key_value(union))
 
     @torch.no_grad()
     def attention_weights(self, fusion, image, audio, **_positions):
-        """The image and audio parts, (B, H, F, I) and (B, H, F, A), of the one softmax: they do not sum to 1."""
+        """The image and audio parts, (B, H, F, I) and (B, H, F, A), of the one softmax: they do not sum to
+        1.
+        """
         query, key, _ = self._query_key_value(fusion, image, audio)
         weights = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
         return weights.split([fusion.shape[1], image.shape[1], audio.shape[1]], dim=-1)[1:]
 
 
-# --- what the blocks share -----------------------------------------------------------------------------------------
+# --- what the blocks share ----------------------------------------------------------------------------------
 
 
 def any_pair_left(image_mask, audio_mask):
@@ -368,7 +388,10 @@ def union_mask(*streams: tuple[Tensor, Tensor | None]) -> Tensor | None:
     """The mask over (tokens, mask) streams in a row, (B, sum of N); None where nothing is masked."""
     if all(mask is None for _, mask in streams):
         return None
-    masks = [tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask for tokens, mask in streams]
+    masks = [
+        tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask
+        for tokens, mask in streams
+    ]
     return torch.cat(masks, dim=1)
 
 

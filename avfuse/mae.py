@@ -1,4 +1,4 @@
-"""The audio-visual masked autoencoder: hide most of the image and of the sound, rebuild both (paper Sec. 3.2)."""
+"""The audio-visual masked autoencoder: hide most of image and sound, rebuild both (paper Sec. 3.2)."""
 
 import math
 from typing import NamedTuple
@@ -18,7 +18,9 @@ TARGET_EPS = 1e-6
 
 
 class MAEOutput(NamedTuple):
-    """Losses (scalars), predictions (B, N, values per patch) of all patches, and which were hidden (B, N) bool."""
+    """Losses (scalars), predictions (B, N, values per patch) of all patches, and which were hidden (B, N)
+    bool.
+    """
 
     loss: Tensor
     image_loss: Tensor
@@ -59,7 +61,9 @@ class AVMAE(nn.Module, Pretrained):
         if decoder_depth < 1:
             raise ValueError(f"decoder_depth must be positive, got {decoder_depth}")
         if decoder_heads < 1 or decoder_dim % decoder_heads or decoder_dim % 4:
-            raise ValueError(f"decoder_dim={decoder_dim} must be a multiple of 4 and of decoder_heads={decoder_heads}")
+            raise ValueError(
+                f"decoder_dim={decoder_dim} must be a multiple of 4 and of decoder_heads={decoder_heads}"
+            )
         self.encoder = encoder
         self.settings = dict(
             decoder_dim=decoder_dim,
@@ -93,17 +97,19 @@ class AVMAE(nn.Module, Pretrained):
 
         Args:
             image: (B, 3, height, width). audio: (B, 1, mel, time).
-            image_removed, audio_removed: (B, N) bool, True = hidden from the encoder, the same number in every row;
-                drawn at the mask ratios when not given.
-            image_present, audio_present: (B,) bool, None = all: an absent modality is masked everywhere and leaves
-                its loss (which is 0 if no clip has it).
+            image_removed, audio_removed: (B, N) bool, True = hidden from the encoder, the same number in
+                every row; drawn at the mask ratios when not given.
+            image_present, audio_present: (B,) bool, None = all: an absent modality is masked everywhere and
+                leaves its loss (which is 0 if no clip has it).
 
         Raises:
             ValueError: naming the argument that is wrong.
         """
         self.encoder.check_inputs(image, audio, None, None, None, None)
         if image is None or audio is None:
-            raise ValueError("image and audio must both be given; say what is absent by image_present, audio_present")
+            raise ValueError(
+                "image and audio must both be given; say what is absent by image_present, audio_present"
+            )
         image_removed, image_keep = self.mask("image", image, image_removed)
         audio_removed, audio_keep = self.mask("audio", audio, audio_removed)
         check_present("image_present", image_present, image)
@@ -121,11 +127,19 @@ class AVMAE(nn.Module, Pretrained):
         image_loss = self.loss("image", image, image_pred, image_removed, image_present)
         audio_loss = self.loss("audio", audio, audio_pred, audio_removed, audio_present)
         return MAEOutput(
-            image_loss + audio_loss, image_loss, audio_loss, image_pred, audio_pred, image_removed, audio_removed
+            image_loss + audio_loss,
+            image_loss,
+            audio_loss,
+            image_pred,
+            audio_pred,
+            image_removed,
+            audio_removed,
         )
 
     def mask(self, name, pixels, removed):
-        """The hidden patches (B, N) bool, those given or drawn at the ratio, and the indices (B, n) of the others."""
+        """The hidden patches (B, N) bool, those given or drawn at the ratio, and the indices (B, n) of the
+        others.
+        """
         patches = getattr(self.encoder, name).patch_embed.num_patches
         ratio = getattr(self, f"{name}_mask_ratio")
         hidden = count_removed(f"{name}_mask_ratio", patches, ratio)
@@ -139,7 +153,9 @@ class AVMAE(nn.Module, Pretrained):
         return removed, kept_indices(removed, patches - hidden)
 
     def decode(self, latent, image_keep, audio_keep):
-        """Predictions (B, N, values) of all patches, from the fusion tokens and the kept patches of one modality."""
+        """Predictions (B, N, values) of all patches, from the fusion tokens and the kept patches of one
+        modality.
+        """
         image_tokens = split_prefix(self.encoder.image, latent.image)[1]
         audio_tokens = split_prefix(self.encoder.audio, latent.audio)[1]
         return (
@@ -155,7 +171,9 @@ class AVMAE(nn.Module, Pretrained):
         return (error * counted).sum() / counted.sum().clamp(min=1)
 
     def target(self, name: str, pixels: Tensor) -> Tensor:
-        """What the decoder of "image" or "audio" should predict, (B, N, values): pixels, normalised within a patch."""
+        """What the decoder of "image" or "audio" should predict, (B, N, values): pixels, normalised within a
+        patch.
+        """
         target = patchify(pixels.float(), getattr(self.encoder, name).patch_embed.patch_size)
         if not self.norm_target:
             return target
@@ -182,7 +200,8 @@ class AVMAE(nn.Module, Pretrained):
 class Decoder(nn.Module):
     """A narrow transformer that rebuilds one modality from fusion tokens and the patches that were kept.
 
-    Its input: fusion tokens (no position), then visible and mask tokens in their places, with sine-cosine positions.
+    Its input: fusion tokens (no position), then visible and mask tokens in their places, with sine-cosine
+    positions.
     """
 
     def __init__(self, patch_embed, dim, depth, heads):
@@ -199,7 +218,9 @@ class Decoder(nn.Module):
         initialize_linear(self)
 
     def forward(self, fusion: Tensor, visible: Tensor, keep: Tensor) -> Tensor:
-        """Fusion tokens (B, F, D), visible patches (B, n, D) and their places (B, n) -> (B, N, values per patch)"""
+        """Fusion tokens (B, F, D), visible patches (B, n, D) and their places (B, n) -> (B, N, values per
+        patch)
+        """
         fusion, visible = self.embed(fusion), self.embed(visible)
         masked = self.mask_token.to(visible.dtype).expand(visible.shape[0], self.pos_embed.shape[1], -1)
         tokens = masked.scatter(1, keep[..., None].expand_as(visible), visible) + self.pos_embed
@@ -225,7 +246,9 @@ def unpatchify(patches: Tensor, patch_size: tuple[int, int], grid: tuple[int, in
 
 
 def count_removed(name: str, patches: int, ratio: float) -> int:
-    """How many of `patches` a mask ratio hides: what is kept is rounded down (196 at 0.75 keeps 49, 96 at 0.8: 19)."""
+    """How many of `patches` a mask ratio hides: what is kept is rounded down (196 at 0.75 keeps 49, 96 at
+    0.8: 19).
+    """
     kept = math.floor(patches * (1 - ratio) + 1e-6) if 0 < ratio < 1 else 0
     if not 0 < kept < patches:
         raise ValueError(f"{name}={ratio} must hide some and keep some of {patches} patches")
@@ -249,7 +272,9 @@ def same_in_every_row(name: str, removed: Tensor) -> int:
     if len(set(counts)) > 1:
         raise ValueError(f"{name} must hide the same number in every row, got {counts}")
     if not 0 < counts[0] < removed.shape[1]:
-        raise ValueError(f"{name} must hide some and keep some of {removed.shape[1]} patches, hides {counts[0]}")
+        raise ValueError(
+            f"{name} must hide some and keep some of {removed.shape[1]} patches, hides {counts[0]}"
+        )
     return counts[0]
 
 
@@ -261,7 +286,11 @@ def check_present(name, present, pixels):
     if present is None:
         return
     if not isinstance(present, Tensor) or present.dtype != torch.bool or present.shape != pixels.shape[:1]:
-        got = f"{present.dtype} {tuple(present.shape)}" if isinstance(present, Tensor) else type(present).__name__
+        got = (
+            f"{present.dtype} {tuple(present.shape)}"
+            if isinstance(present, Tensor)
+            else type(present).__name__
+        )
         raise ValueError(f"{name} must be a bool tensor of shape ({pixels.shape[0]},), got {got}")
     if present.device != pixels.device:
         raise ValueError(f"{name} must be on {pixels.device}, got {present.device}")

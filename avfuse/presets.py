@@ -25,8 +25,8 @@ def create_encoder(
     """An `AVEncoder` with fresh weights.
 
     Args:
-        size: "tiny" (192 wide, 4 layers; 96 x 96 images and 64 x 128 spectrograms, for CPUs), or the ViT sizes
-            "small", "base" (the paper's) and "large" at 224 x 224 and 128 x 192.
+        size: "tiny" (192 wide, 4 layers; 96 x 96 images and 64 x 128 spectrograms, for CPUs), or the ViT
+            sizes "small", "base" (the paper's) and "large" at 224 x 224 and 128 x 192.
         interactions: see `AVEncoder`.
         inputs: other input transforms; both sizes must be multiples of the 16-pixel patches.
         options: any other keyword of `AVEncoder`, and `drop_path` for all three branches.
@@ -39,7 +39,9 @@ def create_encoder(
     inputs = inputs or standard_inputs
     for name in ("image_size", "mel_bins", "frames"):
         if getattr(inputs, name) % PATCH:
-            raise ValueError(f"inputs: {name}={getattr(inputs, name)} must be a multiple of the {PATCH}-pixel patches")
+            raise ValueError(
+                f"inputs: {name}={getattr(inputs, name)} must be a multiple of the {PATCH}-pixel patches"
+            )
 
     def vit(channels, height, width):
         return VisionTransformer(

@@ -1,4 +1,6 @@
-"""Saving, loading and optimizing a whole model: safetensors + config.json, and parameter groups by decay and layer."""
+"""Saving, loading and optimizing a whole model: safetensors + config.json, and parameter groups by decay and
+layer.
+"""
 
 import json
 import os
@@ -13,8 +15,8 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 class Pretrained(ModelHubMixin, library_name="avfuse", tags=["audio-visual", "masked-autoencoder"]):
-    """`save_pretrained(dir)`, `from_pretrained(dir_or_hub_id)` and `push_to_hub(id)` for a model that can state its
-    `config()` and be made `from_config(...)`. A folder that exists is read without touching the network."""
+    """`save_pretrained(dir)`, `from_pretrained(dir_or_hub_id)` and `push_to_hub(id)` for a model that can
+    state its `config()` and be made `from_config(...)`. A folder that exists is read without the network."""
 
     def _save_pretrained(self, save_directory: Path) -> None:
         config = {"library": "avfuse", "class": type(self).__name__, "model": self.config()}
@@ -41,8 +43,9 @@ class Pretrained(ModelHubMixin, library_name="avfuse", tags=["audio-visual", "ma
 def parameter_groups(model: nn.Module, depth: int, weight_decay: float) -> list[dict]:
     """Optimizer groups `{"params", "weight_decay", "layer"}`.
 
-    1-D parameters (biases, norms) are not decayed. `layer` is 0 for embeddings and tokens, 1..depth for the blocks of
-    all three branches, depth + 1 for what follows: a layer-wise decay multiplies the rate by d**(depth + 1 - layer).
+    1-D parameters (biases, norms) are not decayed. `layer` is 0 for embeddings and tokens, 1..depth for the
+    blocks of all three branches, depth + 1 for what follows: a layer-wise decay multiplies the rate by
+    d**(depth + 1 - layer).
     """
     groups: dict[tuple[int, float], dict] = {}
     for name, parameter in model.named_parameters():

@@ -1,7 +1,8 @@
 """The semantics of the paper's released code, quirk by quirk, so that its weights give its outputs.
 
-Names and shapes of parameters are those of the released state dicts; the quirks are listed in each class. Where the
-released dense module forms all pairs, this one uses the exact identity of `avfuse.ops.pair_attention`.
+Names and shapes of parameters are those of the released state dicts; the quirks are listed in each class.
+Where the released dense module forms all pairs, this one uses the exact identity of
+`avfuse.ops.pair_attention`.
 """
 
 import math
@@ -30,12 +31,18 @@ from .mae import AVMAE
 from .ops.pair_attention import pair_attention
 
 INTERACTIONS = {"dense_mmi": "dense", "factorized_mmi": "factorized", "token": "token", "none": "none"}
+CONFIG_KEYS = (
+    *("embed_dim", "num_heads", "depth", "image_size", "audio_size", "patch_size", "attn_ratio", "mlp_ratio"),
+    *("interactions", "fusion_layers"),
+    *("fusion_tokens", "image_aggregation_tokens", "audio_aggregation_tokens"),
+    *("decoder_dim", "decoder_depth", "decoder_heads", "image_mask_ratio", "audio_mask_ratio", "norm_loss"),
+)
 DECODER_NAME = re.compile(r"^(image|audio)_decoder_")
 
 
 class ReleasedFusion(nn.Module):
-    """What the released fusion blocks share: the residual adds to the *normalised* tokens, which replace the input;
-    the softmax scale comes from the full width, (D / H) ** -0.5, whatever the query width."""
+    """What the released fusion blocks share: the residual adds to the *normalised* tokens, which replace the
+    input; the softmax scale comes from the full width, (D / H) ** -0.5, whatever the query width."""
 
     def __init__(self, dim, num_heads, *, mlp_ratio=1.0):
         super().__init__()
@@ -65,17 +72,24 @@ class ReleasedFusion(nn.Module):
     def split_heads(self, tokens):
         return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def pairs(self, query, image_key, image_value, audio_key, audio_value, value_bias, image_mask, audio_mask):
+    def pairs(
+        self, query, image_key, image_value, audio_key, audio_value, value_bias, image_mask, audio_mask
+    ):
         """Pair attention over (B, N, width) projections -> (B, F, value width)"""
         projections = (query, image_key, image_value, audio_key, audio_value)
         attended = pair_attention(
-            *map(self.split_heads, projections), image_mask=image_mask, audio_mask=audio_mask, scale=self.scale
+            *map(self.split_heads, projections),
+            image_mask=image_mask,
+            audio_mask=audio_mask,
+            scale=self.scale,
         )
         return attended.transpose(1, 2).flatten(2) + value_bias * any_pair_left(image_mask, audio_mask)
 
 
 class ReleasedDense(ReleasedFusion):
-    """Released "dense_mmi": one Linear over concatenated pairs, whose first D columns act on audio, the last on image."""
+    """Released "dense_mmi": one Linear over concatenated pairs, whose first D columns act on audio, the last
+    on image.
+    """
 
     def __init__(self, dim, num_heads, *, attn_ratio=0.25, mlp_ratio=1.0):
         super().__init__(dim, num_heads, mlp_ratio=mlp_ratio)
@@ -92,13 +106,15 @@ class ReleasedDense(ReleasedFusion):
         value_bias = self.attn["kv"].bias.chunk(2)[1]  # the key bias cancels in the softmax
         query = self.attn["q"](fusion)
         return self.attn["proj"](
-            self.pairs(query, image_key, image_value, audio_key, audio_value, value_bias, image_mask, audio_mask)
+            self.pairs(
+                query, image_key, image_value, audio_key, audio_value, value_bias, image_mask, audio_mask
+            )
         )
 
 
 class ReleasedFactorized(ReleasedFusion):
-    """Released "factorized_mmi": pairs of the raw outputs of the aggregation attentions (no residual, no MLP before);
-    one shared residual and MLP over all fusion and aggregation tokens; full-width values."""
+    """Released "factorized_mmi": pairs of the raw outputs of the aggregation attentions (no residual, no MLP
+    before); one shared residual and MLP over all fusion and aggregation tokens; full-width values."""
 
     def __init__(self, dim, num_heads, *, split_sizes=(16, 8, 8), attn_ratio=0.25, mlp_ratio=1.0):
         super().__init__(dim, num_heads, mlp_ratio=mlp_ratio)
@@ -117,7 +133,9 @@ class ReleasedFactorized(ReleasedFusion):
 
     @staticmethod
     def cross_attention(dim):
-        return nn.ModuleDict(dict(q=nn.Linear(dim, dim), kv=nn.Linear(dim, 2 * dim), proj=nn.Linear(dim, dim)))
+        return nn.ModuleDict(
+            dict(q=nn.Linear(dim, dim), kv=nn.Linear(dim, 2 * dim), proj=nn.Linear(dim, dim))
+        )
 
     def attend(self, fusion, image, audio, image_mask, audio_mask):
         fusion, image_aggregate, audio_aggregate = fusion.split(self.split_sizes, dim=1)
@@ -140,13 +158,15 @@ class ReleasedFactorized(ReleasedFusion):
 
     def aggregate(self, attn, aggregate, tokens, mask):
         key, value = attn["kv"](tokens).chunk(2, dim=-1)
-        attended = masked_attention(*map(self.split_heads, (attn["q"](aggregate), key, value)), mask, self.scale)
+        attended = masked_attention(
+            *map(self.split_heads, (attn["q"](aggregate), key, value)), mask, self.scale
+        )
         return attn["proj"](attended.transpose(1, 2).flatten(2))
 
 
 class ReleasedToken(ReleasedFusion):
-    """Released "token": one softmax over image and audio tokens, without the fusion tokens; its scale is that of its
-    own query width."""
+    """Released "token": one softmax over image and audio tokens, without the fusion tokens; its scale is that
+    of its own query width."""
 
     def __init__(self, dim, num_heads, *, attn_ratio=0.25, mlp_ratio=1.0):
         super().__init__(dim, num_heads, mlp_ratio=mlp_ratio)
@@ -160,13 +180,16 @@ class ReleasedToken(ReleasedFusion):
     def attend(self, fusion, image, audio, image_mask, audio_mask):
         key, value = self.attn["kv"](torch.cat([image, audio], dim=1)).chunk(2, dim=-1)
         mask = union_mask((image, image_mask), (audio, audio_mask))
-        attended = masked_attention(*map(self.split_heads, (self.attn["q"](fusion), key, value)), mask, self.scale)
+        attended = masked_attention(
+            *map(self.split_heads, (self.attn["q"](fusion), key, value)), mask, self.scale
+        )
         return self.attn["proj"](attended.transpose(1, 2).flatten(2))
 
 
 class ReleasedEncoder(AVEncoder):
-    """The released encoder: its blocks, and *all* fusion and aggregation tokens feed the uni-modal blocks and the
-    decoders. (Its "token" variant calls the block with image and audio exchanged, which `from_deepavfusion` undoes.)
+    """The released encoder: its blocks, and *all* fusion and aggregation tokens feed the uni-modal blocks and
+    the decoders. (Its "token" variant calls the block with image and audio exchanged, which
+    `from_deepavfusion` undoes.)
     """
 
     def __init__(self, image, audio, **options):
@@ -199,15 +222,16 @@ def from_deepavfusion(state_dict_or_path, *, config: dict | None = None) -> nn.M
 
     Args:
         state_dict_or_path: a checkpoint file (read with `weights_only=True`, or safetensors), a dictionary
-            {"state_dict": ...}, or a state dict, of the autoencoder (-> `AVMAE`), a bare encoder (-> `AVEncoder`) or
-            a single fusion block.
-        config: what names and shapes cannot tell, by the released names: image_size and audio_size (height, width),
-            num_heads, the token counts, fusion_layers ("all", "none" or "0-1"), decoder_heads, the mask ratios,
-            norm_loss. Defaults: heads D/64, tokens 16/8/8, square images, audio of 8 patch rows, 16 decoder heads,
-            norm_loss True.
+            {"state_dict": ...}, or a state dict, of the autoencoder (-> `AVMAE`), a bare encoder (->
+            `AVEncoder`) or a single fusion block.
+        config: what names and shapes cannot tell, by the released names: image_size and audio_size (height,
+            width), num_heads, the token counts, fusion_layers ("all", "none" or "0-1"), decoder_heads, the
+            mask ratios, norm_loss. Defaults: heads D/64, tokens 16/8/8, square images, audio of 8 patch rows,
+            16 decoder heads, norm_loss True.
 
     Raises:
-        ValueError: weights of none of these models, an unknown config key, or weights that do not fit strictly.
+        ValueError: weights of none of these models, an unknown config key, or weights that do not fit
+        strictly.
     """
     weights = read_weights(state_dict_or_path)
     settings = infer_settings(weights) | check_config(config)
@@ -236,7 +260,9 @@ def read_weights(source) -> dict[str, Tensor]:
     """The state dict in a file or dictionary, without the prefix that distributed training adds."""
     if isinstance(source, (str, os.PathLike)):
         is_safetensors = os.fspath(source).endswith(".safetensors")
-        source = load_file(source) if is_safetensors else torch.load(source, map_location="cpu", weights_only=True)
+        source = (
+            load_file(source) if is_safetensors else torch.load(source, map_location="cpu", weights_only=True)
+        )
     if not isinstance(source, dict):
         raise ValueError(f"state_dict_or_path must be a path or a dictionary, got {type(source).__name__}")
     weights = source.get("state_dict", source)
@@ -256,7 +282,7 @@ def infer_settings(weights: dict[str, Tensor]) -> dict:
         dim = encoder["fusion_tokens"].shape[-1]
     else:
         raise ValueError(
-            "state_dict_or_path holds neither a DeepAVFusion autoencoder, nor an encoder, nor a fusion block; "
+            "state_dict_or_path holds no DeepAVFusion autoencoder, encoder or fusion block; "
             f"its names begin with {sorted(weights)[:3]}"
         )
     settings = dict(
@@ -295,7 +321,9 @@ def infer_encoder(encoder: dict[str, Tensor], interactions: str) -> dict:
     patch_size = encoder["image.patch_embed.proj.weight"].shape[-1]
     image_patches, audio_patches = (encoder[f"{name}.pos_embed"].shape[1] for name in ("image", "audio"))
     side = math.isqrt(image_patches)
-    layers = sorted({int(match[1]) for name in encoder if (match := re.match(r"fusion_blocks\.(\d+)\.", name))})
+    layers = sorted(
+        {int(match[1]) for name in encoder if (match := re.match(r"fusion_blocks\.(\d+)\.", name))}
+    )
     inferred = dict(
         patch_size=patch_size,
         depth=count_blocks(encoder, r"image\.blocks\.(\d+)\."),
@@ -313,14 +341,9 @@ def count_blocks(weights: dict, pattern: str) -> int:
 
 
 def check_config(config: dict | None) -> dict:
-    known = {
-        "embed_dim", "num_heads", "depth", "image_size", "audio_size", "patch_size", "attn_ratio", "mlp_ratio",
-        "interactions", "fusion_layers", "fusion_tokens", "image_aggregation_tokens", "audio_aggregation_tokens",
-        "decoder_dim", "decoder_depth", "decoder_heads", "image_mask_ratio", "audio_mask_ratio", "norm_loss",
-    }  # fmt: skip
-    unknown = sorted(set(config or {}) - known)
+    unknown = sorted(set(config or {}) - set(CONFIG_KEYS))
     if unknown:
-        raise ValueError(f"config has unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        raise ValueError(f"config has unknown keys {', '.join(unknown)}; known are {', '.join(CONFIG_KEYS)}")
     if config and config.get("interactions", "none") not in INTERACTIONS:
         names = ", ".join(INTERACTIONS)
         raise ValueError(f"config: interactions must be one of {names}, got {config['interactions']!r}")

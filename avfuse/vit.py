@@ -1,4 +1,4 @@
-"""A timm VisionTransformer as one branch of an audio-visual encoder: embed, attend with extra keys, describe, rebuild."""
+"""A timm VisionTransformer as one branch of an encoder: embed, attend with extra keys, describe, rebuild."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,9 @@ ACTIVATIONS = {"GELU": nn.GELU, "SiLU": nn.SiLU, "ReLU": nn.ReLU}
 
 
 def patch_tokens(vit: VisionTransformer, pixels: Tensor, keep: Tensor | None) -> Tensor:
-    """Embedded tokens with positions, (B, prefix + N, D); of the patch tokens only those in `keep` (B, n), if given."""
+    """Embedded tokens with positions, (B, prefix + N, D); of the patch tokens only those in `keep` (B, n),
+    if given.
+    """
     tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(pixels)))
     if keep is None:
         return tokens
@@ -38,13 +40,19 @@ def run_block(block: Block, tokens: Tensor, context: Tensor | None, key_mask: Te
     union = block.norm1(torch.cat([context, tokens], dim=1))
     weights, biases = attn.qkv.weight, attn.qkv.bias
     width = attn.attn_dim
-    query = F.linear(union[:, context.shape[1] :], weights[:width], None if biases is None else biases[:width])
+    query = F.linear(
+        union[:, context.shape[1] :], weights[:width], None if biases is None else biases[:width]
+    )
     key_value = F.linear(union, weights[width:], None if biases is None else biases[width:])
 
     query = attn.q_norm(query.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2))  # (B, H, N, K)
     key, value = key_value.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, F + N, K)
     attended = F.scaled_dot_product_attention(
-        query, attn.k_norm(key), value, attn_mask=key_mask, dropout_p=attn.attn_drop.p if attn.training else 0.0
+        query,
+        attn.k_norm(key),
+        value,
+        attn_mask=key_mask,
+        dropout_p=attn.attn_drop.p if attn.training else 0.0,
     )
     attended = attn.proj_drop(attn.proj(attn.norm(attended.transpose(1, 2).flatten(2))))
     tokens = tokens + block.drop_path1(block.ls1(attended))
@@ -68,11 +76,15 @@ def check_vit(name: str, vit: VisionTransformer) -> None:
     if type(vit.patch_embed) is not PatchEmbed or vit.dynamic_img_size:
         raise ValueError(f"{name} must embed patches by timm's PatchEmbed with a fixed img_size")
     if not isinstance(vit.patch_drop, nn.Identity):
-        raise ValueError(f"{name} must not drop patches by itself (patch_drop_rate): pass image_keep or audio_keep")
+        raise ValueError(
+            f"{name} must not drop patches by itself (patch_drop_rate): pass image_keep or audio_keep"
+        )
 
 
 def without_head(vit: VisionTransformer) -> VisionTransformer:
-    """Removes pooling and classifier, which the encoder never calls (unused parameters break distributed training)."""
+    """Removes pooling and classifier, which the encoder never calls (unused parameters break distributed
+    training).
+    """
     vit.head, vit.fc_norm, vit.attn_pool = nn.Identity(), nn.Identity(), None
     vit.num_classes, vit.global_pool = 0, ""
     return vit
@@ -112,7 +124,9 @@ def describe_vit(vit: VisionTransformer) -> dict:
         norm_eps=block.norm1.eps,
         act_layer=_name_of(block.mlp.act, ACTIVATIONS, "act_layer"),
     )
-    rebuilt = {key: tensor.shape for key, tensor in build_vit(description, device="meta").state_dict().items()}
+    rebuilt = {
+        key: tensor.shape for key, tensor in build_vit(description, device="meta").state_dict().items()
+    }
     if rebuilt != {key: tensor.shape for key, tensor in vit.state_dict().items()}:
         raise ValueError("this VisionTransformer has parts that config.json cannot describe")
     return description

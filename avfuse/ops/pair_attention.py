@@ -1,4 +1,5 @@
-"""Cross-attention of a few queries over every pair of one image token i and one audio token j, never storing the pairs.
+"""Cross-attention of a few queries over every pair of one image token i and one audio token j, never storing
+the pairs.
 
 Additive pairs (paper Eq. 4-7) have keys k_i + k_j and values v_i + v_j, so the softmax over pairs factorizes:
 
@@ -6,8 +7,9 @@ Additive pairs (paper Eq. 4-7) have keys k_i + k_j and values v_i + v_j, so the 
     sum_ij p_i r_j (v_i + v_j) = sum_i p_i v_i + sum_j r_j v_j
 
 Exact dense interactions are the sum of two cross-attentions that share a query: cost I + A, not I * A.
-With a pair bias b_ij the weights no longer factorize, but additive values still need only the two marginals of the
-joint softmax. Bilinear pairs (keys k_i * k_j, values v_i * v_j) do real work per pair. Both stream over chunks.
+With a pair bias b_ij the weights no longer factorize, but additive values still need only the two marginals
+of the joint softmax. Bilinear pairs (keys k_i * k_j, values v_i * v_j) do real work per pair. Both stream
+over chunks.
 
 Shapes: B batch, H heads, F fusion tokens (queries), I image tokens, A audio tokens, K and V widths per head.
 """
@@ -41,16 +43,18 @@ def pair_attention(
     interaction: str = "additive",
     backend: str | None = None,
 ) -> Tensor:
-    """Attention of `query` over all I x A pairs of image and audio tokens (paper Eq. 4-7), exact, never storing them.
+    """Attention of `query` over all I x A pairs of image and audio tokens (paper Eq. 4-7), exact, never
+    storing them.
 
     Args:
         query: (B, H, F, K).
         image_key, image_value: (B, H, I, K) and (B, H, I, V).
         audio_key, audio_value: (B, H, A, K) and (B, H, A, V).
-        image_mask, audio_mask: (B, I) and (B, A) bool, True = attend. A modality without any token left contributes
-            0 and the other goes on alone, without the pair bias; with bilinear pairs the output is then 0.
-        pair_bias: added to the logit of pair (i, j), broadcastable to (B, H, I, A), differentiable; -inf masks a pair.
-            A query with no pair left gets output 0 and gradients 0.
+        image_mask, audio_mask: (B, I) and (B, A) bool, True = attend. A modality without any token left
+            contributes 0 and the other goes on alone, without the pair bias; with bilinear pairs the output
+            is then 0.
+        pair_bias: added to the logit of pair (i, j), broadcastable to (B, H, I, A), differentiable; -inf
+            masks a pair. A query with no pair left gets output 0 and gradients 0.
         scale: of the logits; default K**-0.5.
         interaction: "additive" (k_i + k_j, v_i + v_j) or "bilinear" (k_i * k_j, v_i * v_j).
         backend: None picks one (see `select_backend`); "reference" materializes every pair.
@@ -59,7 +63,8 @@ def pair_attention(
         (B, H, F, V), in the dtype of `query`.
 
     Raises:
-        ValueError: naming the argument whose shape, dtype, device or value is wrong, or the backend that is missing.
+        ValueError: naming the argument whose shape, dtype, device or value is wrong, or the backend that is
+        missing.
     """
     _check_tokens(query, image_key, audio_key, image_value, audio_value)
     _check_options(query, image_key, audio_key, image_mask, audio_mask, pair_bias, scale, interaction)
@@ -81,14 +86,15 @@ def pair_attention_weights(
     scale: float | None = None,
     interaction: str = "additive",
 ) -> tuple[Tensor, Tensor]:
-    """The image and the audio marginal of the attention weights over pairs: where a query looks, what it listens to.
+    """The image and the audio marginal of the attention weights over pairs: where a query looks, what it
+    listens to.
 
-    Arguments as in `pair_attention`. Without a pair bias, the joint map of additive pairs is the outer product of the
-    two. Differentiable.
+    Arguments as in `pair_attention`. Without a pair bias, the joint map of additive pairs is the outer
+    product of the two. Differentiable.
 
     Returns:
-        Image weights (B, H, F, I) and audio weights (B, H, F, A), each summing to 1 over its tokens; the weights of a
-        modality without any token left are 0.
+        Image weights (B, H, F, I) and audio weights (B, H, F, A), each summing to 1 over its tokens; the
+        weights of a modality without any token left are 0.
 
     Raises:
         ValueError: as `pair_attention`.
@@ -114,15 +120,26 @@ def select_backend(backend: str | None = None) -> str:
         return "torch"
     check_choice("backend", backend, BACKENDS)
     if backend in ("triton", "xformers"):
-        raise ValueError(f"backend={backend!r} is unavailable: this version of avfuse has 'torch' and 'reference' only")
+        raise ValueError(
+            f"backend={backend!r} is unavailable: this version of avfuse has 'torch' and 'reference' only"
+        )
     return backend
 
 
-# --- reference: every pair is stored; the oracle of the tests and the slow row of the tables -----------------------
+# --- reference: every pair is stored; the oracle of the tests and the slow row of the tables ----------------
 
 
 def reference(
-    query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, scale, interaction
+    query,
+    image_key,
+    image_value,
+    audio_key,
+    audio_value,
+    image_mask,
+    audio_mask,
+    pair_bias,
+    scale,
+    interaction,
 ):
     """Paper Eq. 4-7 as written: form every pair token's key and value, one softmax over all of them."""
     combine = torch.add if interaction == "additive" else torch.mul
@@ -130,7 +147,9 @@ def reference(
     image_value = _zero_where_dead(image_value, image_alive)
     audio_value = _zero_where_dead(audio_value, audio_alive)
 
-    weights = reference_weights(query, image_key, audio_key, image_mask, audio_mask, pair_bias, scale, interaction)
+    weights = reference_weights(
+        query, image_key, audio_key, image_mask, audio_mask, pair_bias, scale, interaction
+    )
     value = combine(image_value[:, :, :, None], audio_value[:, :, None])  # (B, H, I, A, V)
     return torch.einsum("bhfij,bhijv->bhfv", weights, value)
 
@@ -150,19 +169,32 @@ def reference_weights(query, image_key, audio_key, image_mask, audio_mask, pair_
             pair_bias = torch.where(torch.as_tensor(image_alive & audio_alive), pair_bias, 0.0)
         logits = logits + pair_bias[:, :, None]
     if image_mask is not None:
-        logits = logits.masked_fill(~(image_mask[:, None, None, :, None] | ~image_alive[..., None]), -math.inf)
+        logits = logits.masked_fill(
+            ~(image_mask[:, None, None, :, None] | ~image_alive[..., None]), -math.inf
+        )
     if audio_mask is not None:
-        logits = logits.masked_fill(~(audio_mask[:, None, None, None, :] | ~audio_alive[..., None]), -math.inf)
+        logits = logits.masked_fill(
+            ~(audio_mask[:, None, None, None, :] | ~audio_alive[..., None]), -math.inf
+        )
     none_left = (logits == -math.inf).all((-2, -1), keepdim=True)
     weights = logits.masked_fill(none_left, 0.0).flatten(-2).softmax(-1).view_as(logits)
     return weights.masked_fill(none_left, 0.0)
 
 
-# --- torch: exact and without a pair tensor ------------------------------------------------------------------------
+# --- torch: exact and without a pair tensor -----------------------------------------------------------------
 
 
 def _attend(
-    query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, scale, interaction
+    query,
+    image_key,
+    image_value,
+    audio_key,
+    audio_value,
+    image_mask,
+    audio_mask,
+    pair_bias,
+    scale,
+    interaction,
 ):
     if interaction == "bilinear":
         return _bilinear(
@@ -190,7 +222,9 @@ def masked_attention(
         return F.scaled_dot_product_attention(query, key, value, scale=scale)
     alive = _alive(mask)
     mask = mask[:, None, None] | ~alive  # (B, 1, 1, N)
-    return _zero_where_dead(F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale), alive)
+    return _zero_where_dead(
+        F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale), alive
+    )
 
 
 def _additive_weights(query, image_key, audio_key, image_mask, audio_mask, pair_bias, scale):
@@ -204,7 +238,10 @@ def _additive_weights(query, image_key, audio_key, image_mask, audio_mask, pair_
         return _PairMarginals.apply(image_logits, audio_logits, pair_bias)
 
     both = _alive(image_mask) & _alive(audio_mask)  # else the bias leaves together with the missing modality
-    image_alone, audio_alone = _masked_softmax(image_logits, image_mask), _masked_softmax(audio_logits, audio_mask)
+    image_alone, audio_alone = (
+        _masked_softmax(image_logits, image_mask),
+        _masked_softmax(audio_logits, audio_mask),
+    )
     if image_mask is not None:
         image_logits = image_logits.masked_fill(~image_mask[:, None, None], -math.inf)
     if audio_mask is not None:
@@ -217,8 +254,8 @@ class _PairMarginals(torch.autograd.Function):
     """Marginals of P_ij = softmax_ij(s_i + t_j + b_ij), streamed over image tokens.
 
     Every sum over pairs is a log-sum-exp, so the result is exact for any finite logits: a sum of products of
-    exponentials would underflow where the bias removes the pairs that hold the largest logits. The gradient of
-    additive values is additive, dP_ij = g_i + h_j, so the backward needs no value-wide product over pairs:
+    exponentials would underflow where the bias removes the pairs that hold the largest logits. The gradient
+    of additive values is additive, dP_ij = g_i + h_j, so the backward needs no value-wide product over pairs:
     dlogit_ij = P_ij (g_i + h_j - delta) with delta = sum_i p_i g_i + sum_j r_j h_j.
     """
 
@@ -239,7 +276,9 @@ class _PairMarginals(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, image_grad, audio_grad):
         image_logits, audio_logits, pair_bias, log_sum, image_weights, audio_weights = ctx.saved_tensors
-        delta = (image_weights * image_grad).sum(-1, keepdim=True) + (audio_weights * audio_grad).sum(-1, keepdim=True)
+        delta = (image_weights * image_grad).sum(-1, keepdim=True) + (audio_weights * audio_grad).sum(
+            -1, keepdim=True
+        )
         image_logits_grad, audio_logits_grad = [], torch.zeros_like(audio_logits)
         bias_grad = torch.zeros_like(pair_bias, dtype=image_logits.dtype) if ctx.needs_input_grad[2] else None
         for i in _chunks(image_logits.shape[-1], audio_logits.numel()):
@@ -260,24 +299,30 @@ def _biased_logits(image_logits, audio_logits, pair_bias, i):
     return logits + _rows(pair_bias, i).to(logits.dtype)[:, :, None]
 
 
-def _bilinear(query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, scale):
+def _bilinear(
+    query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, scale
+):
     """Bilinear pairs: symmetric in the modalities, so stream over the shorter one."""
     image = (image_key, image_value, image_mask)
     audio = (audio_key, audio_value, audio_mask)
     if image_key.shape[2] <= audio_key.shape[2]:
         return _BilinearPairAttention.apply(query, *image, *audio, pair_bias, scale)
-    return _BilinearPairAttention.apply(query, *audio, *image, None if pair_bias is None else pair_bias.mT, scale)
+    return _BilinearPairAttention.apply(
+        query, *audio, *image, None if pair_bias is None else pair_bias.mT, scale
+    )
 
 
 class _BilinearPairAttention(torch.autograd.Function):
     """softmax_ij(q.(k_i * k_j) + b_ij) over values v_i * v_j, streamed over the tokens i of the short side.
 
-    For one i, the rows q * k_i attend to the long side like F ordinary queries; the chunks of i are merged by an
-    online log-sum-exp. The backward recomputes each chunk's weights from the saved log-sum-exp.
+    For one i, the rows q * k_i attend to the long side like F ordinary queries; the chunks of i are merged by
+    an online log-sum-exp. The backward recomputes each chunk's weights from the saved log-sum-exp.
     """
 
     @staticmethod
-    def forward(ctx, query, short_key, short_value, short_mask, long_key, long_value, long_mask, pair_bias, scale):
+    def forward(
+        ctx, query, short_key, short_value, short_mask, long_key, long_value, long_mask, pair_bias, scale
+    ):
         dtype = query.dtype
         ctx.scale, ctx.masks = scale, (short_mask, long_mask)
         inputs = (query, short_key, short_value, long_key, long_value, pair_bias)
@@ -345,16 +390,20 @@ def _bilinear_logits(query, short_key, long_key, short_mask, long_mask, pair_bia
 
 
 def _bilinear_weights(query, image_key, audio_key, image_mask, audio_mask, pair_bias, scale):
-    """Marginals of bilinear pairs: the attention over pairs whose values are the indicators of their tokens."""
+    """Marginals of bilinear pairs: the attention over pairs whose values are the indicators of their
+    tokens.
+    """
     B, H, I, A = *image_key.shape[:3], audio_key.shape[2]  # noqa: E741
     kind = dict(dtype=query.dtype, device=query.device)
     image_value = torch.cat([torch.eye(I, **kind), torch.ones(I, A, **kind)], 1).expand(B, H, -1, -1)
     audio_value = torch.cat([torch.ones(A, I, **kind), torch.eye(A, **kind)], 1).expand(B, H, -1, -1)
-    weights = _bilinear(query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, scale)
+    weights = _bilinear(
+        query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, scale
+    )
     return weights.split([I, A], -1)
 
 
-# --- masks, chunks, dtypes -----------------------------------------------------------------------------------------
+# --- masks, chunks, dtypes ----------------------------------------------------------------------------------
 
 
 def _alive(mask):
@@ -374,7 +423,9 @@ def _masked_softmax(logits, mask):
 
 
 def _finite(log_sum):
-    """A log-sum-exp over nothing is -inf; 0 in its place makes all weights exp(-inf - 0) = 0 instead of NaN."""
+    """A log-sum-exp over nothing is -inf; 0 in its place makes all weights exp(-inf - 0) = 0 instead of
+    NaN.
+    """
     return log_sum.masked_fill(log_sum == -math.inf, 0.0)
 
 
@@ -416,22 +467,34 @@ def _four_dimensional(pair_bias):
     return None if pair_bias is None else pair_bias[(None,) * (4 - pair_bias.ndim)]
 
 
-# --- the public edge -----------------------------------------------------------------------------------------------
+# --- the public edge ----------------------------------------------------------------------------------------
 
 
 def _check_tokens(query, image_key, audio_key, image_value=None, audio_value=None):
     tensors = dict(
-        query=query, image_key=image_key, audio_key=audio_key, image_value=image_value, audio_value=audio_value
+        query=query,
+        image_key=image_key,
+        audio_key=audio_key,
+        image_value=image_value,
+        audio_value=audio_value,
     )
-    tensors = {name: tensor for name, tensor in tensors.items() if not (tensor is None and name.endswith("value"))}
+    tensors = {
+        name: tensor for name, tensor in tensors.items() if not (tensor is None and name.endswith("value"))
+    }
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.ndim != 4 or 0 in tensor.shape[1:]:
-            letters = "(B, H, F, K)" if name == "query" else f"(B, H, N, {'K' if name.endswith('key') else 'V'})"
-            raise ValueError(f"{name} must be {letters} with no empty dimension, got shape {tuple(tensor.shape)}")
+            letters = (
+                "(B, H, F, K)" if name == "query" else f"(B, H, N, {'K' if name.endswith('key') else 'V'})"
+            )
+            raise ValueError(
+                f"{name} must be {letters} with no empty dimension, got shape {tuple(tensor.shape)}"
+            )
         if not tensor.is_floating_point() or tensor.dtype != query.dtype:
-            raise ValueError(f"{name} must have the floating point dtype of query, {query.dtype}, got {tensor.dtype}")
+            raise ValueError(
+                f"{name} must have the floating point dtype of query, {query.dtype}, got {tensor.dtype}"
+            )
         if tensor.device != query.device:
             raise ValueError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
         if tensor.shape[:2] != query.shape[:2]:
@@ -441,14 +504,20 @@ def _check_tokens(query, image_key, audio_key, image_value=None, audio_value=Non
             )
     for name in ("image_key", "audio_key"):
         if tensors[name].shape[3] != query.shape[3]:
-            raise ValueError(f"{name} must have the width of query, {query.shape[3]}, got {tensors[name].shape[3]}")
+            raise ValueError(
+                f"{name} must have the width of query, {query.shape[3]}, got {tensors[name].shape[3]}"
+            )
     if image_value is None:
         return
     for key, value in ("image_key", "image_value"), ("audio_key", "audio_value"):
         if tensors[value].shape[2] != tensors[key].shape[2]:
-            raise ValueError(f"{value} has {tensors[value].shape[2]} tokens, {key} has {tensors[key].shape[2]}")
+            raise ValueError(
+                f"{value} has {tensors[value].shape[2]} tokens, {key} has {tensors[key].shape[2]}"
+            )
     if image_value.shape[3] != audio_value.shape[3]:
-        raise ValueError(f"audio_value has width {audio_value.shape[3]}, image_value has {image_value.shape[3]}")
+        raise ValueError(
+            f"audio_value has width {audio_value.shape[3]}, image_value has {image_value.shape[3]}"
+        )
 
 
 def _check_options(query, image_key, audio_key, image_mask, audio_mask, pair_bias, scale, interaction):
@@ -459,10 +528,14 @@ def _check_options(query, image_key, audio_key, image_mask, audio_mask, pair_bia
         if not isinstance(pair_bias, Tensor) or not pair_bias.is_floating_point():
             raise ValueError(f"pair_bias must be a floating point tensor, got {kind_of(pair_bias)}")
         if pair_bias.device != query.device:
-            raise ValueError(f"pair_bias must be on the device of query, {query.device}, got {pair_bias.device}")
+            raise ValueError(
+                f"pair_bias must be on the device of query, {query.device}, got {pair_bias.device}"
+            )
         sizes = zip(reversed(pair_bias.shape), reversed(pairs), strict=False)
         if pair_bias.ndim > 4 or any(size not in (1, full) for size, full in sizes):
-            raise ValueError(f"pair_bias must be broadcastable to {pairs}, got shape {tuple(pair_bias.shape)}")
+            raise ValueError(
+                f"pair_bias must be broadcastable to {pairs}, got shape {tuple(pair_bias.shape)}"
+            )
     if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
         raise ValueError(f"scale must be a finite number or None, got {scale!r}")
     check_choice("interaction", interaction, INTERACTIONS)
