@@ -219,6 +219,37 @@ class AVEncoder(nn.Module, Pretrained):
         """
         return state[:, : self.num_fusion_tokens]
 
+    @torch.no_grad()
+    def fusion_attention(
+        self, image: Tensor, audio: Tensor, layer: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Where the fusion tokens of a fused layer (default: the last) look and listen.
+
+        Returns:
+            Image weights (B, H, F, I) and audio weights (B, H, F, A) over the patch tokens.
+
+        Raises:
+            ValueError: no such fused layer, or an input that `forward` refuses.
+        """
+        layer = self.fusion_layers[-1] if layer is None and self.fusion_layers else layer
+        if layer not in self.fusion_layers:
+            raise ValueError(f"layer must be one of the fused layers {list(self.fusion_layers)}, got {layer}")
+        block, seen = self.fusion_blocks[str(layer)], {}
+
+        def remember(_, args, kwargs):
+            seen["weights"] = block.attention_weights(
+                *args,
+                image_positions=kwargs["image_positions"],
+                audio_positions=kwargs["audio_positions"],
+            )
+
+        hook = block.register_forward_pre_hook(remember, with_kwargs=True)
+        try:
+            self(image, audio)
+        finally:
+            hook.remove()
+        return seen["weights"]
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every block in the backward instead of storing its activations."""
         self.grad_checkpointing = enable

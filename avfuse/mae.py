@@ -1,6 +1,7 @@
 """The audio-visual masked autoencoder: hide most of image and sound, rebuild both (paper Sec. 3.2)."""
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -179,6 +180,12 @@ class AVMAE(nn.Module, Pretrained):
             return target
         return (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + TARGET_EPS).sqrt()
 
+    def mask_sampler(self) -> "MaskSampler":
+        """Draws masks of this model's sizes and ratios clip by clip, where a data loader prepares them."""
+        encoder = self.encoder
+        patches = encoder.image.patch_embed.num_patches, encoder.audio.patch_embed.num_patches
+        return MaskSampler(*patches, self.image_mask_ratio, self.audio_mask_ratio)
+
     def parameter_groups(self, weight_decay: float = 0.05) -> list[dict]:
         """Optimizer groups by decay and layer, see `avfuse.pretrained.parameter_groups`."""
         return parameter_groups(self, self.encoder.depth, weight_decay)
@@ -259,6 +266,22 @@ def random_removed(patches: int, ratio: float, generator: torch.Generator | None
     """A random (patches,) bool mask, True = hidden, that hides the share `ratio`."""
     hidden = torch.randperm(patches, generator=generator)[: count_removed("ratio", patches, ratio)]
     return torch.zeros(patches, dtype=torch.bool).index_fill(0, hidden, True)
+
+
+@dataclass(frozen=True)
+class MaskSampler:
+    """Draws the masks of one clip, `{"image_removed": (N,), "audio_removed": (N,)}`, from the clip's own generator."""
+
+    image_patches: int
+    audio_patches: int
+    image_ratio: float
+    audio_ratio: float
+
+    def __call__(self, generator: torch.Generator) -> dict[str, Tensor]:
+        return {
+            "image_removed": random_removed(self.image_patches, self.image_ratio, generator),
+            "audio_removed": random_removed(self.audio_patches, self.audio_ratio, generator),
+        }
 
 
 def kept_indices(removed: Tensor, kept: int) -> Tensor:

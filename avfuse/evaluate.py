@@ -1,0 +1,127 @@
+"""What a pretrained model is worth before any fine-tuning: held-out loss and a nearest-neighbour probe."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from .encoder import AVEncoder
+from .mae import AVMAE
+
+INPUTS = ("image", "audio", "image_removed", "audio_removed", "image_present", "audio_present")
+
+
+class HeldOutLoss(NamedTuple):
+    """Mean losses over the clips of a set, and what predicting zero everywhere would cost."""
+
+    image: float
+    audio: float
+    image_zero: float
+    audio_zero: float
+
+    @property
+    def total(self) -> float:
+        return self.image + self.audio
+
+    @property
+    def zero(self) -> float:
+        return self.image_zero + self.audio_zero
+
+    @property
+    def ratio(self) -> float:
+        """Loss over that of predicting zero: below 1 something was learnt."""
+        return self.total / self.zero
+
+
+class Probe(NamedTuple):
+    """Nearest-neighbour accuracy, its standard error, and the accuracy of a random neighbour."""
+
+    accuracy: float
+    standard_error: float
+    chance: float
+
+
+@torch.no_grad()
+def held_out_loss(mae: AVMAE, loader: DataLoader, device: torch.device) -> HeldOutLoss:
+    """Losses under the masks that the loader brings, each clip counted once whatever the batch size.
+
+    Raises:
+        ValueError: the loader yields no readable clip.
+    """
+    mae.eval()
+    sums, counts = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    for batch in tqdm(loader, desc="held-out loss", leave=False):
+        if "image" not in batch:
+            continue
+        inputs = {name: batch[name].to(device) for name in INPUTS}
+        output = mae(**inputs)
+        present = [int(inputs[f"{name}_present"].sum()) for name in ("image", "audio")]
+        zeros = [
+            mae.loss(
+                name,
+                inputs[name],
+                torch.zeros_like(getattr(output, f"{name}_pred")),
+                inputs[f"{name}_removed"],
+                inputs[f"{name}_present"],
+            )
+            for name in ("image", "audio")
+        ]
+        clips = torch.tensor(present + present, dtype=torch.float64)
+        losses = torch.stack([output.image_loss, output.audio_loss, *zeros]).double().cpu()
+        sums, counts = sums + losses * clips, counts + clips
+    if not counts.any():
+        raise ValueError("the held-out set has no readable clip")
+    return HeldOutLoss(*(sums / counts.clamp(min=1)).tolist())
+
+
+@torch.no_grad()
+def pooled_features(encoder: AVEncoder, loader: DataLoader, device: torch.device) -> dict[str, Tensor]:
+    """Mean-pooled `image`, `audio` and `fusion` tokens (N, D) of whole clips, with every `label_*` of the loader."""
+    encoder.eval()
+    batches = []
+    for batch in tqdm(loader, desc="features", leave=False):
+        if "image" not in batch:
+            continue
+        output = encoder(batch["image"].to(device), batch["audio"].to(device))
+        pooled = {name: getattr(output, name).mean(1).float().cpu() for name in ("image", "audio", "fusion")}
+        batches.append(pooled | {name: batch[name] for name in batch if name.startswith("label_")})
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]} if batches else {}
+
+
+def nearest_neighbour_probes(features: dict[str, Tensor]) -> dict[str, dict[str, Probe]]:
+    """Label -> feature -> probe: the label of each clip guessed from its nearest neighbour among all other clips.
+
+    Features are compared by cosine; "sum" adds the three similarities (protocol of the paper's Fig. 3).
+    """
+    names = [name for name in ("image", "audio", "fusion") if name in features]
+    similarities = {
+        name: normalize(features[name], dim=1) @ normalize(features[name], dim=1).T for name in names
+    }
+    similarities["sum"] = sum(similarities.values())
+    return {
+        label.removeprefix("label_"): {
+            name: nearest_neighbour_probe(similarity, features[label])
+            for name, similarity in similarities.items()
+        }
+        for label in features
+        if label.startswith("label_")
+    }
+
+
+def nearest_neighbour_probe(similarity: Tensor, labels: Tensor) -> Probe:
+    """1-NN accuracy from similarities (N, N) and labels (N,), leaving each clip itself out.
+
+    Raises:
+        ValueError: fewer than two clips.
+    """
+    n = len(labels)
+    if n < 2:
+        raise ValueError(f"labels: a nearest neighbour needs at least two clips, got {n}")
+    nearest = similarity.clone().fill_diagonal_(-torch.inf).argmax(1)
+    accuracy = (labels[nearest] == labels).double().mean().item()
+    counts = labels.unique(return_counts=True)[1].double()
+    chance = (counts * (counts - 1)).sum().item() / (n * (n - 1))
+    return Probe(accuracy, (accuracy * (1 - accuracy) / n) ** 0.5, chance)
