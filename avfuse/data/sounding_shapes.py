@@ -2,9 +2,9 @@
 
     python -m avfuse.data.sounding_shapes OUT
 
-Shapes move and pulse; one of them sounds. Sound alone tells which shape that is, and nothing of its colour. The
-picture alone shows every colour, and nothing of which object sounds. So naming the colour of the sounding object
-takes both: audio alone is right 1 time in 6, the picture alone 1 time in as many objects as there are.
+Shapes move and pulse; one of them sounds. Sound alone tells which shape that is, and nothing of its colour.
+The picture alone shows every colour, and nothing of which object sounds. So naming the colour of the sounding
+one takes both: audio alone is right 1 time in 6, the picture alone 1 time in as many objects as there are.
 """
 
 import json
@@ -62,8 +62,9 @@ class Settings:
     """Samples of sound per second, mono."""
 
     def __post_init__(self):
+        object.__setattr__(self, "seconds", float(self.seconds))  # 4 and 4.0 are the same data set
         frames = self.seconds * self.fps
-        whole = math.isfinite(frames) and frames >= 1 and frames % 1 == 0
+        whole = math.isfinite(frames) and round(frames) >= 1 and abs(frames - round(frames)) < 1e-6
         for name, right, wish in (
             ("train", self.train >= 0, "0 or more"),
             ("test", self.test >= 0, "0 or more"),

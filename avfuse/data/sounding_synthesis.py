@@ -1,6 +1,6 @@
 """What a Sounding Shapes clip shows and plays: random scenes of moving shapes, their pictures and sounds.
 
-Every shape has a timbre of its own. Pitch follows the height of an object on screen, loudness its
+Every shape has a timbre of its own. Pitch follows the height of an object on screen, loudness follows its
 visible pulsing. Which object sounds is drawn last and independently, so nothing visible gives it away.
 
 (0, 0) is the top left and (1, 1) the bottom right of the square frame; lengths are shares of its side.
@@ -13,14 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
-COLOURS = ("red", "yellow", "green", "cyan", "blue", "magenta")
-RGB = dict(
-    zip(
-        COLOURS,
-        [(235, 50, 45), (240, 210, 40), (45, 200, 70), (40, 210, 225), (60, 90, 245), (225, 60, 215)],
-        strict=True,
-    )
-)
+RGB = {
+    "red": (235, 50, 45),
+    "yellow": (240, 210, 40),
+    "green": (45, 200, 70),
+    "cyan": (40, 210, 225),
+    "blue": (60, 90, 245),
+    "magenta": (225, 60, 215),
+}
+COLOURS = tuple(RGB)
 
 LOW, HIGH = 0.125, 0.875  # centres stay in the middle 75 %, so that crops rarely lose an object
 BOTTOM_PITCH, TOP_PITCH = 150.0, 1500.0  # Hz, at those two heights
@@ -31,7 +32,7 @@ STRIKES = 4  # of the plucked timbre in every visible pulse
 
 @dataclass(frozen=True)
 class MovingShape:
-    """An object that swings around `centre` and pulses in size and brightness; rates in Hz, phases in radians."""
+    """An object that swings about `centre` and pulses in size and light; rates in Hz, phases in radians."""
 
     shape: str
     colour: str
@@ -45,10 +46,8 @@ class MovingShape:
 
     def position(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """x and y of its centre at `times` (seconds)."""
-        return tuple(_swing(*axis, times) for axis in self._axes())
-
-    def _axes(self):
-        return zip(self.centre, self.swing, self.swing_rate, self.swing_phase, strict=True)
+        axes = zip(self.centre, self.swing, self.swing_rate, self.swing_phase, strict=True)
+        return tuple(_swing(*axis, times) for axis in axes)
 
     def pulse(self, times: np.ndarray) -> np.ndarray:
         """0 (smallest, darkest, softest) to 1 (largest, brightest, loudest)."""
@@ -75,7 +74,7 @@ class Scene:
 def sample_scene(
     rng: np.random.Generator, *, objects: int = 3, sounding: int = 1, seconds: float = 4.0
 ) -> Scene:
-    """Draw a scene of distinct shapes in distinct colours; rounded numbers, so that JSON keeps them exactly."""
+    """Draw a scene of distinct shapes in distinct colours; rounded, so that JSON keeps it exactly."""
     shapes = rng.permutation(len(SHAPES))[:objects]
     colours = rng.permutation(len(COLOURS))[:objects]
     many = (CANDIDATES, objects)
