@@ -107,7 +107,7 @@ def generate(root: str | Path, *, workers: int | None = None, progress: bool = T
     """Write the data set into the folder `root`, or go on where a build was interrupted, or find it built.
 
     A clip is written aside and renamed, and `dataset.json` is written last: where it is, all clips are.
-    One call at a time may build a folder.
+    Two calls at once do the work twice and no harm; a killed one may leave a `.part` file that nothing reads.
 
     Args:
         root: the folder; made if need be.
