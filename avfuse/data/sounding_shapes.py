@@ -294,6 +294,11 @@ def _write(path: Path, content: bytes) -> None:
 # ---------------------------------------------------------------------------------------------------- reading
 
 
+def is_built(root: str | Path) -> bool:
+    """Whether the folder holds a finished data set."""
+    return (Path(root) / "dataset.json").exists()
+
+
 def read_manifest(root: str | Path, split: str) -> list[Entry]:
     """The clips of a split, "train" or "test", in order.
 
@@ -304,7 +309,7 @@ def read_manifest(root: str | Path, split: str) -> list[Entry]:
     root = Path(root)
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
-    if not (root / "dataset.json").exists():
+    if not is_built(root):
         raise FileNotFoundError(f"{root} holds no finished {NAME} data set: `generate` makes one")
     entries = []
     manifest = root / "manifest.jsonl"
