@@ -1,0 +1,315 @@
+"""Any folder of videos as training data: find clips, read each as a frame and a spectrogram, batch them.
+
+    scan = find_clips(folder)
+    dataset = ClipDataset(scan.clips, settings, train=True)
+    sampler = ClipSampler(dataset, train=True)
+    loader = DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate, worker_init_fn=worker_init)
+
+Every random choice about a clip is drawn from a generator seeded by (seed, epoch, index), so that the clip is
+the same whatever worker or process reads it. A clip that cannot be read is named, never replaced by another.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from tqdm import tqdm
+
+from ..checks import check_choice
+from ..inputs import InputSettings
+from .decode import ClipError, ClipReader, Streams, probe
+from .transforms import Spectrogram, evaluation_image, random_gain, training_image
+
+SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".ts", ".mts", ".m2ts"),
+    *(".wmv", ".ogv", ".3gp", ".3g2"),
+)
+NAMED = 3  # clips that a summary names of each kind
+
+
+# ---------------------------------------------------------------------------------------------------- finding
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video file, its labels by name, and what a scan found in it (None: not scanned)."""
+
+    path: Path
+    labels: dict[str, int] = field(default_factory=dict)
+    streams: Streams | None = None
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What was found: the clips to use, and by name whatever is amiss with others."""
+
+    clips: list[Clip]
+    without_sound: list[Path]  # among `clips` if they are kept
+    without_pictures: list[Path]
+    unreadable: list[ClipError]  # each has a path and a reason
+    links: list[Path] = field(default_factory=list)  # that lead out of the folder, and were not followed
+    kept: bool = False  # whether clips that lack a stream are among `clips`
+
+    def summary(self) -> str:
+        """For people: '3 clips; 1 without sound dropped: bikes.mp4'."""
+        done = "kept" if self.kept else "dropped"
+        parts = [f"{len(self.clips)} clip" + "s" * (len(self.clips) != 1)]
+        for what, names in (
+            (f"without sound {done}", [path.name for path in self.without_sound]),
+            (f"without pictures {done}", [path.name for path in self.without_pictures]),
+            ("unreadable", [f"{error.path.name} ({error.reason})" for error in self.unreadable]),
+            ("leading out of the folder not followed", [path.name for path in self.links]),
+        ):
+            if names:
+                more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+                parts.append(f"{len(names)} {what}: {', '.join(names[:NAMED])}{more}")
+        return "; ".join(parts)
+
+
+def find_clips(folder: str | Path, *, missing: str = "drop", progress: bool = True) -> Scan:
+    """Find the videos in a folder and its sub-folders, sorted by path, and look at what each holds.
+
+    Hidden files are passed over. Links that lead out of the folder are not followed but listed.
+
+    Args:
+        folder: where to look.
+        missing: what becomes of clips without sound or without pictures, "drop" or "keep".
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: `folder` does not exist or has no clip to use (the message says what it has), or `missing`
+            is neither.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"folder {folder} " + ("is a file" if folder.exists() else "does not exist"))
+    paths, links, unlisted = _walk(folder)
+    scan = scan_clips([Clip(path) for path in sorted(paths)], missing=missing, progress=progress)
+    scan = replace(scan, unreadable=scan.unreadable + unlisted, links=sorted(links))
+    if not scan.clips:
+        found = scan.summary() if paths or links or unlisted else f"no file ends in {', '.join(SUFFIXES)}"
+        raise ValueError(f"folder {folder} has no clip to use: {found}")
+    return scan
+
+
+def scan_clips(clips: Sequence[Clip], *, missing: str = "drop", progress: bool = True) -> Scan:
+    """Look at what each of the clips holds, from their headers, and sort out those that cannot be used.
+
+    Args:
+        clips: in the order in which they are returned; those that know their streams are not opened.
+        missing, progress: as for `find_clips`.
+
+    Raises:
+        ValueError: `missing` is neither "drop" nor "keep".
+    """
+    check_choice("missing", missing, ("drop", "keep"))
+    scan = Scan([], [], [], [], kept=missing == "keep")
+    with ThreadPoolExecutor() as pool:
+        looked = pool.map(_look, clips)
+        for clip in tqdm(looked, total=len(clips), desc="Scanning", unit="clip", disable=not progress):
+            if isinstance(clip, ClipError):
+                scan.unreadable.append(clip)
+                continue
+            if not clip.streams.audio:
+                scan.without_sound.append(clip.path)
+            if not clip.streams.video:
+                scan.without_pictures.append(clip.path)
+            if scan.kept or clip.streams.audio and clip.streams.video:
+                scan.clips.append(clip)
+    return scan
+
+
+def _look(clip: Clip) -> Clip | ClipError:
+    try:
+        return replace(clip, streams=clip.streams or probe(clip.path))
+    except ClipError as error:
+        return error
+
+
+def _walk(folder: Path) -> tuple[list[Path], list[Path], list[ClipError]]:
+    """Videos in a folder, links that lead out of it, and folders that cannot be listed."""
+    root = folder.resolve()
+    paths, links, unlisted = [], [], []
+
+    def on_error(error: OSError) -> None:
+        unlisted.append(ClipError(Path(error.filename), f"cannot be listed: {error.strerror}"))
+
+    for parent, folders, files in os.walk(folder, onerror=on_error):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        videos = [name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+        away = {name for name in folders + videos if _leaves(Path(parent, name), root)}
+        links += [Path(parent, name) for name in away]
+        paths += [Path(parent, name) for name in videos if name not in away]
+    return paths, links, unlisted
+
+
+def _leaves(path: Path, root: Path) -> bool:
+    try:
+        return path.is_symlink() and not path.resolve().is_relative_to(root)
+    except (OSError, RuntimeError):  # a link that leads to itself
+        return True
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What stands in a batch for a clip that cannot be read."""
+
+    index: int
+    path: Path
+    reason: str
+
+
+class ClipDataset(Dataset):
+    """Clips as one normalised frame and one log-mel spectrogram each.
+
+    Asked for `(epoch, index)`, or for `index`, which is epoch 0. In training the window of sound, the moment
+    of the frame within it, crop, flip and gain are random; in evaluation they are the middle window, its middle
+    frame, the central crop, no flip and no gain.
+
+    An item is a dictionary:
+        image: (3, image_size, image_size) float32; zeros for a clip without pictures.
+        audio: (1, mel_bins, frames) float32; zeros for a clip without sound.
+        image_present, audio_present: () bool.
+        index: () long.
+        label_<name>: () long, one for each of the clip's labels.
+        and what `extras` returns.
+    A clip that cannot be read is a `Failure` instead.
+
+    Args:
+        clips: best from `find_clips` or `scan_clips`; those not scanned are opened for it every time.
+        settings: transforms and sizes of the model that will see them.
+        train: whether there is augmentation.
+        seed: another seed, other random choices.
+        extras: gives more that belongs to an item, such as the masks of a masked autoencoder, drawn from the
+            generator it is called with, after everything else.
+
+    Raises:
+        ValueError: no clips, clips whose labels have different names, or a negative seed.
+    """
+
+    def __init__(
+        self,
+        clips: Sequence[Clip],
+        settings: InputSettings,
+        *,
+        train: bool,
+        seed: int = 0,
+        extras: Callable[[torch.Generator], dict[str, Tensor]] | None = None,
+    ):
+        _check_seed(seed)
+        if not clips:
+            raise ValueError("clips must not be empty")
+        for clip in clips:
+            if clip.labels.keys() != clips[0].labels.keys():
+                raise ValueError(
+                    f"clips must share their label names, got {sorted(clips[0].labels)} for {clips[0].path}"
+                    f" but {sorted(clip.labels)} for {clip.path}"
+                )
+        self.clips, self.settings, self.spectrogram = list(clips), settings, Spectrogram(settings)
+        self.train, self.seed, self.extras = train, seed, extras
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Tensor] | Failure:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        index = range(len(self))[index]
+        clip, generator = self.clips[index], _generator(self.seed, epoch, 1 + index)
+        try:
+            with ClipReader(clip.path) as reader:
+                item = self._read(reader, clip.streams or reader.streams, generator)
+        except ClipError as error:
+            return Failure(index, clip.path, error.reason)
+        item["index"] = torch.tensor(index)
+        item |= {f"label_{name}": torch.tensor(label) for name, label in clip.labels.items()}
+        return item | (self.extras(generator) if self.extras else {})
+
+    def _read(self, reader: ClipReader, streams: Streams, generator: torch.Generator) -> dict[str, Tensor]:
+        settings, size = self.settings, self.settings.image_size
+        place, moment = torch.rand(2, generator=generator).tolist() if self.train else (0.5, 0.5)
+        start = place * max(0.0, streams.seconds - settings.audio_seconds)
+        image = torch.zeros(3, size, size)
+        if streams.video:
+            frame = reader.frame(start + moment * min(settings.audio_seconds, streams.seconds))
+            frame = torch.from_numpy(frame).permute(2, 0, 1)
+            if self.train:
+                image = training_image(frame, settings, generator)
+            else:
+                image = evaluation_image(frame, settings)
+        audio = torch.zeros(1, settings.mel_bins, settings.frames)
+        if streams.audio:
+            waveform = torch.from_numpy(reader.audio(start, settings.audio_seconds, settings.sample_rate))
+            audio = self.spectrogram(random_gain(waveform, generator) if self.train else waveform)
+        return {
+            "image": image,
+            "audio": audio,
+            "image_present": torch.tensor(streams.video),
+            "audio_present": torch.tensor(streams.audio),
+        }
+
+
+# --------------------------------------------------------------------------------------------------- batching
+
+
+def collate(items: Sequence[dict[str, Tensor] | Failure]) -> dict[str, Tensor | list[Failure]]:
+    """Items of a `ClipDataset` as one batch: the tensors stacked, and "failures", a list.
+
+    The batch is smaller by its failures. If every clip failed it holds nothing but "failures", no "image".
+    """
+    read = [item for item in items if not isinstance(item, Failure)]
+    batch = {name: torch.stack([item[name] for item in read]) for name in (read[0] if read else ())}
+    return batch | {"failures": [item for item in items if isinstance(item, Failure)]}
+
+
+class ClipSampler(Sampler[tuple[int, int]]):
+    """The `(epoch, index)` of every clip once: shuffled by (seed, epoch) in training, in order in evaluation.
+
+    As each key carries the epoch, workers that live on across epochs still know it.
+
+    Raises:
+        ValueError: a negative seed.
+    """
+
+    def __init__(self, dataset: Sized, *, train: bool, seed: int = 0):
+        _check_seed(seed)
+        self.dataset, self.train, self.seed, self.epoch = dataset, train, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch (0 or above) that the next iteration is for."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch, order = self.epoch, range(len(self))
+        if self.train:
+            order = torch.randperm(len(self), generator=_generator(self.seed, epoch, 0)).tolist()
+        return ((epoch, index) for index in order)
+
+
+def worker_init(worker_id: int) -> None:
+    """A worker_init_fn for DataLoader: one thread in each worker, no messages of FFmpeg on the terminal."""
+    torch.set_num_threads(1)
+    av.logging.set_level(None)
+
+
+def _generator(seed: int, epoch: int, number: int) -> torch.Generator:
+    """The randomness of clip `number - 1` in an epoch; number 0 is the order of the clips."""
+    state = np.random.SeedSequence((seed, epoch, number)).generate_state(1)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+def _check_seed(seed: int) -> None:
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or above, got {seed}")

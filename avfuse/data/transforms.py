@@ -1,0 +1,104 @@
+"""Input transforms: sound to log-mel spectrograms, frames to normalised images, and their augmentation.
+
+Everything random is drawn from the generator that is passed in, never from the global state.
+"""
+
+import math
+
+import torch
+import torchaudio
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
+
+from ..inputs import InputSettings
+
+AREA = (0.5, 1.0)  # share of the frame that a training crop keeps
+RATIO = (3 / 4, 4 / 3)  # width / height of a training crop, before it is squeezed into a square
+GAIN = 6.0  # dB, up and down
+FLOOR = 1e-7  # added to the power, so that silence has a logarithm
+EVALUATION_RESIZE = 256 / 224  # the short side before the central crop, in crops
+RESIZE = {"interpolation": InterpolationMode.BICUBIC, "antialias": True}
+
+
+class Spectrogram(nn.Module):
+    """Log-mel spectrogram, log10(mel power + 1e-7), as `InputSettings` describes it."""
+
+    def __init__(self, settings: InputSettings):
+        super().__init__()
+        self.settings = settings
+        self.mel = torchaudio.transforms.MelSpectrogram(
+            sample_rate=settings.sample_rate,
+            n_fft=settings.window,
+            hop_length=settings.hop,
+            n_mels=settings.mel_bins,
+            f_max=settings.max_frequency,
+        )  # the rest is torchaudio's default: Hann window, centred, reflecting, power 2, HTK mels, no norm
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        """(..., samples) in -1..1 -> (..., 1, mel_bins, samples // hop); low frequencies first.
+
+        Raises:
+            ValueError: there are fewer samples than the reflected half windows need.
+        """
+        samples, hop, window = waveform.shape[-1], self.settings.hop, self.settings.window
+        if samples < hop or samples <= window // 2:
+            raise ValueError(f"waveform must be longer than half a window of {window} samples, got {samples}")
+        power = self.mel(waveform)[..., : samples // hop]  # the last centred frame is dropped
+        return torch.log10(power + FLOOR).unsqueeze(-3)
+
+
+def random_gain(waveform: Tensor, generator: torch.Generator) -> Tensor:
+    """(..., samples) made louder or softer by uniform -6..+6 dB, one gain for all, then clamped to -1..1."""
+    decibel = _uniform(-GAIN, GAIN, generator)
+    return (waveform * 10 ** (decibel / 20)).clamp(-1, 1)
+
+
+def training_image(frame: Tensor, settings: InputSettings, generator: torch.Generator) -> Tensor:
+    """A random crop, squeezed to a square and perhaps mirrored: (3, H, W) uint8 -> (3, size, size) float32.
+
+    It has half the area or more; size, mean and deviation are those of `settings`.
+    """
+    top, left, height, width = random_crop(*frame.shape[-2:], generator)
+    size = [settings.image_size, settings.image_size]
+    image = tv.resized_crop(frame, top, left, height, width, size, **RESIZE)
+    if _uniform(0, 1, generator) < 0.5:
+        image = tv.horizontal_flip(image)
+    return _normalise(image, settings)
+
+
+def evaluation_image(frame: Tensor, settings: InputSettings) -> Tensor:
+    """The central crop: (3, H, W) uint8 -> (3, size, size) float32.
+
+    The short side is resized to 256 for a crop of 224, and in proportion for others; size, mean and deviation
+    are those of `settings`.
+    """
+    image = tv.resize(frame, [round(settings.image_size * EVALUATION_RESIZE)], **RESIZE)
+    return _normalise(tv.center_crop(image, [settings.image_size, settings.image_size]), settings)
+
+
+def random_crop(height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
+    """Top, left, height, width of a crop with uniform area and log-uniform aspect ratio.
+
+    After ten draws that do not fit, the largest central crop of an allowed ratio.
+    """
+    for _ in range(10):
+        area = height * width * _uniform(*AREA, generator)
+        ratio = math.exp(_uniform(*map(math.log, RATIO), generator))
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = int(torch.randint(height - crop_height + 1, (), generator=generator))
+            left = int(torch.randint(width - crop_width + 1, (), generator=generator))
+            return top, left, crop_height, crop_width
+    crop_width = min(width, max(1, round(height * RATIO[1])))
+    crop_height = min(height, max(1, round(width / RATIO[0])))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def _uniform(low: float, high: float, generator: torch.Generator) -> float:
+    return low + (high - low) * float(torch.rand((), generator=generator))
+
+
+def _normalise(image: Tensor, settings: InputSettings) -> Tensor:
+    image = tv.to_dtype(image, torch.float32, scale=True)
+    return tv.normalize(image, settings.image_mean, settings.image_std)
