@@ -173,8 +173,8 @@ class ClipDataset(Dataset):
     """Clips as one normalised frame and one log-mel spectrogram each.
 
     Asked for `(epoch, index)`, or for `index`, which is epoch 0. In training the window of sound, the moment
-    of the frame within it, crop, flip and gain are random; in evaluation they are the middle window, its middle
-    frame, the central crop, no flip and no gain.
+    of the frame within it, crop, flip and gain are random; in evaluation they are the middle window, its
+    middle frame, the central crop, no flip and no gain.
 
     An item is a dictionary:
         image: (3, image_size, image_size) float32; zeros for a clip without pictures.

@@ -133,7 +133,7 @@ class ClipReader:
             for at_start in self._seek_back(self._video, seconds):
                 frame = self._decode_frame(seconds, at_start)
                 if frame is not None:
-                    pixels = frame.to_ndarray(format="rgb24")
+                    pixels = frame.to_ndarray(format="rgb24", threads=1)
                     return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
         raise ClipError(self.path, f"shows nothing at {seconds:g} s")
 
@@ -141,8 +141,8 @@ class ClipReader:
         """The mean of its channels from `start` on: (round(seconds * sample_rate),) float32 in about -1..1.
 
         The first sample is the one at `start`, to the nearest sample, or as near as the file's time stamps go
-        (1 ms in Matroska). Where the file has no sound yet, or a gap, there are zeros. Where its sound ends early,
-        the samples until then are extended by mirrored copies.
+        (1 ms in Matroska). Where the file has no sound yet, or a gap, there are zeros. Where its sound ends
+        early, the samples until then are extended by mirrored copies.
 
         Raises:
             ClipError: the file has no sound, or none from `start` on, or it cannot be decoded there.
@@ -171,7 +171,7 @@ class ClipReader:
         """Turn whatever a file can make FFmpeg and its wrapper raise into a ClipError."""
         try:
             yield
-        except (av.FFmpegError, OSError, ValueError, OverflowError, MemoryError) as error:
+        except (av.FFmpegError, OSError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise ClipError(self.path, f"{what}: {reason}") from error
 
@@ -182,6 +182,9 @@ class ClipReader:
             return None
         if stream.codec_context is None:
             raise ClipError(self.path, f"its {stream.type} has a codec that is not supported here")
+        entries = stream.index_entries
+        if len(entries) and entries[-1].pos + entries[-1].size > self._container.size:
+            raise ClipError(self.path, "is cut off: its header tells of more than there is")
         stream.codec_context.thread_count = 1  # each core has a reader of its own
         if stream.type == "video":
             stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
@@ -196,13 +199,12 @@ class ClipReader:
             end = Fraction(self._container.duration, av.time_base)
         if end is not None and stream.frames:
             return end
-        self._seek(stream, -1)
-        packets = (packet for packet in self._container.demux(stream) if packet.size)
-        ends = ((_pts(packet) or 0) + (packet.duration or 0) for packet in packets)
-        last = next(ends, None)
-        if last is None or end is not None:
-            return end if last is not None else None
-        return max(max((last, *ends)) * stream.time_base - self._origin, Fraction(0))
+        with _open(self.path) as container:
+            packets = (packet for packet in container.demux(container.streams[stream.index]) if packet.size)
+            if end is not None:
+                return end if next(packets, None) else None
+            last = max(((_pts(packet) or 0) + (packet.duration or 0) for packet in packets), default=None)
+        return None if last is None else max(last * stream.time_base - self._origin, Fraction(0))
 
     def _declared_end(self, stream) -> Fraction | None:
         if not stream.duration or stream.duration < 0:
@@ -225,7 +227,10 @@ class ClipReader:
         try:
             self._container.seek(at, stream=stream)
         except av.FFmpegError:  # some formats refuse times before the start
-            self._container.seek(max(at, start), stream=stream)
+            try:
+                self._container.seek(max(at, start), stream=stream)
+            except av.FFmpegError as error:
+                raise ClipError(self.path, f"has a damaged index: no way to {seconds:g} s") from error
 
     # ----------------------------------------------------------------------------------------------- decoding
 
@@ -255,6 +260,8 @@ class ClipReader:
             if is_wanted:
                 break
         frames += context.decode(None)
+        if any(frame.is_corrupt for frame in frames):  # what the decoder made up is not what was recorded
+            raise ClipError(self.path, f"its pictures are damaged before {seconds:g} s")
         frames = [frame for frame in frames if frame.pts is not None and frame.pts <= wanted]
         return max(frames, key=lambda frame: frame.pts, default=None)
 
@@ -312,7 +319,7 @@ class ClipReader:
                 yield time, frame.sample_rate, _mono(frame)
 
     def _seconds(self, pts: int) -> float:
-        return float(pts * self._audio.time_base - self._origin)
+        return pts * float(self._audio.time_base) - float(self._origin)
 
 
 def _open(path: Path) -> av.container.InputContainer:
@@ -334,6 +341,9 @@ def _pts(packet: av.Packet) -> int | None:
 
 def _mono(frame: av.AudioFrame) -> np.ndarray:
     """Mean of the channels: (samples,) float32."""
+    if frame.format.is_planar and frame.layout.nb_channels >= 8:  # PyAV looks for a ninth plane, and may crash
+        resampler = av.AudioResampler(format=frame.format.packed)
+        (frame,) = (*resampler.resample(frame), *resampler.resample(None))
     samples = frame.to_ndarray()  # (channels, samples), or (1, samples * channels) if packed
     if not frame.format.is_planar:
         samples = samples.reshape(-1, frame.layout.nb_channels).T

@@ -1,0 +1,354 @@
+"""Reading video files: exact frames, exact sound, and honest errors for files that are not what they should be."""
+
+import os
+import pickle
+import struct
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from av.stream import Disposition
+from videos import chirp, lag, number_of, numbered_frames, write_video
+
+from avfuse.data import decode
+from avfuse.data.decode import ClipError, ClipReader, probe, read_audio, read_frame
+
+OPEN = "open-gop=1:keyint=8:scenecut=0"  # frames before a key frame that need the frames before those
+LEADING = "bframes=3:keyint=8:scenecut=0"
+
+
+@pytest.fixture(autouse=True)
+def every_file_is_closed(tmp_path):
+    yield
+    if Path("/proc/self/fd").exists():
+        still_open = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+        assert not [path for path in still_open if path.startswith(str(tmp_path))]
+
+
+# ---------------------------------------------------------------------------------------------------------- frames
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "options"),
+    [
+        ("mp4", "libx264", {"x264-params": LEADING}),
+        ("mp4", "libx264", {"x264-params": OPEN}),
+        ("mkv", "libx264", {"x264-params": OPEN}),
+        ("mov", "libx264", {"g": "250"}),
+        ("ts", "libx264", {"x264-params": LEADING}),
+        ("flv", "libx264", {"x264-params": LEADING}),
+        ("mp4", "libx265", {"x265-params": "keyint=10:log-level=none"}),
+        ("mp4", "libsvtav1", {"preset": "12"}),
+        ("webm", "libvpx-vp9", {"cpu-used": "8", "g": "10"}),
+        ("avi", "mpeg4", {"g": "10", "qmax": "2"}),
+    ],
+)
+def test_the_frame_shown_at_any_time(tmp_path, suffix, codec, options):
+    path = write_video(tmp_path / f"a.{suffix}", 3, codecs=(codec, ""), audio=False, **options)
+    with ClipReader(path) as clip:
+        for number in (*range(30), 29, 3, 17, 16, 0):  # in order and not
+            for moment in (0, 0.03, 0.097):
+                frame = clip.frame(number / 10 + moment)
+                assert frame.shape == (48, 64, 3) and frame.dtype == np.uint8
+                assert number_of(frame) == number, (number, moment)
+        assert number_of(clip.frame(-1)) == 0
+        assert number_of(clip.frame(1e6)) == 29
+
+
+def test_a_time_of_a_frame_that_floating_point_rounds_down(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 1, 30, audio=False)
+    for number in range(30):
+        assert number_of(read_frame(path, np.nextafter(number / 30, -1))) == number
+
+
+def test_variable_frame_rate(tmp_path):
+    times = [0, 0.1, 0.2, 0.75, 0.8, 2.0, 2.1]
+    path = write_video(tmp_path / "a.mp4", times=times, video=numbered_frames(7), audio=False)
+    for time, number in ((0.15, 1), (0.5, 2), (0.74, 2), (0.76, 3), (1.9, 4), (2.05, 5), (9, 6)):
+        assert number_of(read_frame(path, time)) == number
+
+
+def test_pictures_that_start_later_than_the_sound(tmp_path):
+    times = [0.5 + 0.1 * number for number in range(10)]
+    path = write_video(tmp_path / "a.mp4", 2, times=times, video=numbered_frames(10))
+    assert [number_of(read_frame(path, time)) for time in (0, 0.49, 0.55, 0.65, 1.45)] == [0, 0, 0, 1, 9]
+
+
+def test_a_single_frame_is_shown_throughout_the_sound(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 3, 25, video=numbered_frames(1))
+    assert probe(path) == (True, True, 3.0, 25.0)
+    assert {number_of(read_frame(path, time)) for time in (0, 1.5, 3)} == {0}
+
+
+def test_only_the_group_of_the_frame_is_decoded(tmp_path):
+    """What lies outside is overwritten, so decoding any of it would fail or show in the frame."""
+    path = write_video(tmp_path / "a.mp4", 30, audio=False, g="20", bf="0", sc_threshold="0")
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    assert len(packets) == 300 and [p.is_keyframe for p in packets[200:221]] == [True] + 19 * [False] + [True]
+    for packet in packets[:200] + packets[206:]:
+        data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+    path.write_bytes(data)
+    assert number_of(read_frame(path, 20.55)) == 205 % 32
+    with pytest.raises(ClipError):
+        read_frame(path, 20.65)
+
+
+def test_frames_are_turned_upright(tmp_path):
+    corner = np.zeros((1, 32, 64, 3), np.uint8)
+    corner[:, :16, :32] = 255  # top left
+    path = write_video(tmp_path / "a.mp4", video=corner, audio=False)
+    assert read_frame(path, 0).shape == (32, 64, 3)
+    data = path.read_bytes()
+    header = data.index(b"tkhd")
+    matrix = data.index(struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30), header)
+    # Right becomes down and down becomes left: a quarter turn clockwise, as phones held upright write it.
+    turned = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(data[:matrix] + turned + data[matrix + len(turned) :])
+    frame = read_frame(path, 0)
+    assert frame.shape == (64, 32, 3)
+    assert frame[:32, 16:].mean() > 240  # top right
+    assert frame[32:].mean() < 15 and frame[:32, :16].mean() < 15
+
+
+def test_frames_too_large_to_be_meant(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "a.mp4", audio=False)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 64 * 48 // 2)
+    with pytest.raises(ClipError, match="its pictures cannot be decoded"):
+        read_frame(path, 0)
+
+
+# ----------------------------------------------------------------------------------------------------------- sound
+
+
+@pytest.mark.parametrize("rate", [16_000, 22_050, 44_100, 48_000])
+def test_sound_starts_at_the_sample(tmp_path, rate):
+    """AAC begins with a packet that only primes the decoder, after a seek too: off by one would be 1024 samples."""
+    path = write_video(tmp_path / "a.mp4", 6, sample_rate=rate)
+    for start in (0, 0.01, 0.29, 0.31, 1.23456, 2.5):
+        sound = read_audio(path, start, 3, 16_000)
+        truth = chirp((round(start * 16_000) + np.arange(48_000)) / 16_000)
+        assert sound.shape == (48_000,) and sound.dtype == np.float32
+        assert lag(sound, truth) == 0
+        assert np.abs(sound - truth).mean() < 0.01, start
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 44_100, 48_000, 96_000])
+def test_resampling_neither_shifts_nor_distorts(tmp_path, rate):
+    tones = [(0.3, 440.0, 0.1), (0.2, 3_000.0, 2.0)]
+
+    def play(times):
+        return sum(height * np.sin(2 * np.pi * pitch * times + phase) for height, pitch, phase in tones)
+
+    samples = play(np.arange(4 * rate) / rate)[None]
+    path = write_video(tmp_path / "a.flac", 4, sample_rate=rate, audio=samples, video=False, codecs=("", "flac"))
+    for start in (0.2, 1.23456):
+        sound = read_audio(path, start, 2, 16_000)
+        truth = play((round(start * 16_000) + np.arange(32_000)) / 16_000)
+        assert np.abs(sound - truth).max() < 1e-3, start
+
+
+def test_resampling_removes_what_the_new_rate_cannot_hold(tmp_path):
+    tone = 0.5 * np.sin(2 * np.pi * 11_000 * np.arange(96_000) / 48_000)[None]  # would alias to 5 kHz
+    path = write_video(tmp_path / "a.wav", 2, sample_rate=48_000, audio=tone, video=False, codecs=("", "pcm_s16le"))
+    assert np.abs(read_audio(path, 0.2, 1, 16_000)).max() < 1e-3
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6, 8])
+@pytest.mark.parametrize("suffix", ["pcm_u8.wav", "pcm_s16le.wav", "pcm_s32le.wav", "pcm_f64le.wav", "flac.flac"])
+def test_mono_is_the_mean_of_the_channels(tmp_path, channels, suffix):
+    audio = np.random.default_rng(0).uniform(-1, 1, (channels, 16_000)).astype(np.float32)
+    path = write_video(tmp_path / suffix, audio=audio, video=False, codecs=("", suffix.split(".")[0]))
+    sound = read_audio(path, 0, 1, 16_000)
+    assert np.abs(sound - audio.mean(0)).max() < (1 / 64 if "u8" in suffix else 1e-4)
+
+
+def test_eight_planar_channels(tmp_path):
+    """PyAV's own conversion to an array reads past the eighth."""
+    times = np.arange(96_000) / 48_000
+    audio = np.stack([chirp(times) * (1 if channel in (0, 4, 6) else 0) for channel in range(8)])
+    path = write_video(tmp_path / "a.mp4", 2, audio=audio, sample_rate=48_000)
+    sound = read_audio(path, 0.5, 1, 16_000)
+    truth = chirp(0.5 + np.arange(16_000) / 16_000) * 3 / 8
+    assert np.abs(sound - truth).mean() < 0.01
+
+
+def test_short_sound_is_extended_by_mirrored_copies(tmp_path):
+    audio = np.random.default_rng(0).uniform(-1, 1, (1, 16_000)).astype(np.float32)
+    path = write_video(tmp_path / "a.flac", audio=audio, video=False, codecs=("", "flac"))
+    there = audio[0]
+    sound = read_audio(path, 0, 3.5, 16_000)
+    assert np.allclose(sound, np.concatenate([there, there[::-1], there, there[:-8_001:-1]]), atol=1e-4)
+    sound = read_audio(path, 0.75, 1, 16_000)
+    end = there[12_000:]
+    assert np.allclose(sound, np.concatenate([end, end[::-1], end, end[::-1]]), atol=1e-4)
+
+
+def test_the_padding_of_the_last_packet_is_no_sound(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 1.3)  # 20,800 samples: not a whole number of packets of 1024
+    sound = read_audio(path, 0, 2, 16_000)
+    assert np.abs(sound[20_800:26_000] - sound[20_799:15_599:-1]).max() < 1e-6
+
+
+def test_silence_before_the_sound_and_in_its_gaps(tmp_path):
+    first, second = np.full((1, 8_000), 0.5, np.float32), np.full((1, 16_000), -0.25, np.float32)
+    audio = [(0.5, first), (1.5, second)]
+    path = write_video(tmp_path / "a.mkv", 3, audio=audio, codecs=("libx264", "pcm_s16le"))
+    truth = np.concatenate([np.zeros(8_000), first[0], np.zeros(8_000), second[0]])
+    assert np.allclose(read_audio(path, 0, 2.5, 16_000), truth, atol=1e-4)
+    assert np.allclose(read_audio(path, 1.1, 1.2, 16_000), truth[17_600:36_800], atol=1e-4)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "ts", "flv"])
+def test_pictures_and_sound_share_a_clock(tmp_path, suffix):
+    """A flash and a click at 2 s: formats that keep the start of AAC shift both alike."""
+    video = numbered_frames(1).repeat(80, 0)
+    video[40:] = 235
+    audio = np.zeros((1, 4 * 44_100), np.float32)
+    audio[:, 2 * 44_100 : 2 * 44_100 + 200] = 0.8 * np.sin(0.3 * np.arange(200))
+    path = write_video(tmp_path / f"a.{suffix}", 4, 20, video=video, audio=audio, sample_rate=44_100)
+    for start in (0.0, 1.5):
+        sound = read_audio(path, start, 2.5, 16_000)
+        click = start + np.flatnonzero(np.abs(sound) > 0.3)[0] / 16_000
+        assert read_frame(path, click - 0.002).mean() < 30
+        assert read_frame(path, click + 0.002).mean() > 220
+
+
+def test_no_sound_from_there_on(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 2)
+    with pytest.raises(ClipError, match="has no sound from 2.5 s on"):
+        read_audio(path, 2.5, 1, 16_000)
+    assert read_audio(path, 1.9, 1, 16_000).shape == (16_000,)
+
+
+def test_sound_that_is_not_finite(tmp_path):
+    audio = np.zeros((1, 16_000), np.float32)
+    audio[0, 9_000] = np.nan
+    path = write_video(tmp_path / "a.wav", audio=audio, video=False, codecs=("", "pcm_f32le"))
+    with pytest.raises(ClipError, match="not finite"):
+        read_audio(path, 0.5, 0.4, 16_000)
+
+
+# --------------------------------------------------------------------------------------------------------- probing
+
+
+def test_probe(tmp_path):
+    assert probe(write_video(tmp_path / "both.mp4", 2, 25)) == (True, True, 2.0, 25.0)
+    assert probe(write_video(tmp_path / "silent.mp4", 2, audio=False)) == (True, False, 2.0, 10.0)
+    assert probe(write_video(tmp_path / "dark.mp4", 2, video=False)) == (False, True, 2.0, 0.0)
+    audio = chirp(np.arange(48_000) / 16_000)[None]
+    assert probe(write_video(tmp_path / "longer.mp4", 1, audio=audio)).seconds == 3.0
+
+
+def test_a_length_that_the_header_does_not_tell(tmp_path):
+    path = write_video(tmp_path / "live.webm", 2, container={"live": "1"}, codecs=("libvpx", "libopus"))
+    with av.open(str(path)) as container:
+        assert not container.duration
+    assert probe(path) == (True, True, pytest.approx(2.0, abs=0.03), pytest.approx(10.0))
+
+
+def test_a_stream_with_nothing_in_it(tmp_path):
+    assert probe(write_video(tmp_path / "a.mkv", video=np.empty((0, 48, 64, 3), np.uint8)))[:2] == (False, True)
+    nothing = np.empty((1, 0), np.float32)
+    assert probe(write_video(tmp_path / "b.mkv", audio=nothing, codecs=("libx264", "flac")))[:2] == (True, False)
+
+
+def test_cover_art_is_no_video(tmp_path):
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as output:
+        art = output.add_stream("mjpeg", rate=1)
+        art.width, art.height, art.pix_fmt, art.disposition = 64, 48, "yuvj420p", Disposition.attached_pic
+        sound = output.add_stream("aac", rate=16_000, layout="mono")
+        output.mux(art.encode(av.VideoFrame.from_ndarray(numbered_frames(1)[0], format="rgb24")))
+        output.mux(art.encode(None))
+        frame = av.AudioFrame.from_ndarray(chirp(np.arange(16_000) / 16_000)[None], format="flt", layout="mono")
+        frame.sample_rate = 16_000
+        output.mux(sound.encode(frame))
+        output.mux(sound.encode(None))
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].disposition & Disposition.attached_pic
+    assert probe(path)[:2] == (False, True)
+    with pytest.raises(ClipError, match="has no pictures"):
+        read_frame(path, 0)
+
+
+# --------------------------------------------------------------------------------------------------------- hostile
+
+
+def hostile(folder: Path) -> dict[str, Path]:
+    """Files that no part of can be read, by what is wrong with them."""
+    good = write_video(folder / "good.mp4", 3)
+    whole = good.read_bytes()
+    quick = write_video(folder / "quick.mp4", 3, container={"movflags": "faststart"}).read_bytes()
+    media = quick.index(b"mdat") + 4
+    noise = np.random.default_rng(0)
+    contents = {
+        "empty": b"",
+        "garbage": noise.bytes(50_000),
+        "text": b"not a video\n" * 1000,
+        "cut before its header": whole[: len(whole) * 3 // 4],
+        "cut after its header": quick[: media + (len(quick) - media) // 2],
+        "no media": quick[:media] + bytes(len(quick) - media),
+        "noise for media": quick[:media] + noise.bytes(len(quick) - media),
+        "playlist": b"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\n%s\n#EXT-X-ENDLIST\n" % bytes(good),
+        "script": b"ffconcat version 1.0\nfile good.mp4\n",
+    }
+    paths = {"missing": folder / "missing.mp4", "folder": folder / "folder.mp4"}
+    paths["folder"].mkdir()
+    for what, content in contents.items():
+        paths[what] = folder / f"{what}.mp4"
+        paths[what].write_bytes(content)
+    return paths
+
+
+def test_hostile_files_are_errors_that_say_what(tmp_path):
+    for what, path in hostile(tmp_path).items():
+        for read in (lambda path: read_frame(path, 2.5), lambda path: read_audio(path, 0, 3, 16_000)):
+            with pytest.raises(ClipError) as caught:
+                read(path)
+            assert caught.value.path == path and caught.value.reason, what
+            assert str(caught.value) == f"{path}: {caught.value.reason}"
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("missing", "there is no such file"),
+        ("folder", "it is not a file"),
+        ("empty", "it is empty"),
+        ("cut after its header", "is cut off"),
+    ],
+)
+def test_reasons(tmp_path, what, reason):
+    with pytest.raises(ClipError, match=reason):
+        probe(hostile(tmp_path)[what])
+
+
+def test_a_lying_duration(tmp_path):
+    path = write_video(tmp_path / "a.mkv", 2)
+    data = path.read_bytes()
+    duration = data.index(b"\x44\x89\x88") + 3  # float64 milliseconds
+    path.write_bytes(data[:duration] + struct.pack(">d", 1e9) + data[duration + 8 :])
+    assert probe(path).seconds == 1e6
+    assert number_of(read_frame(path, 5e5)) == 19
+    with pytest.raises(ClipError, match="has no sound from 500000 s on"):
+        read_audio(path, 5e5, 3, 16_000)
+
+
+def test_errors_travel_between_processes():
+    error = pickle.loads(pickle.dumps(ClipError(Path("a.mp4"), "is empty")))
+    assert (error.path, error.reason, str(error)) == (Path("a.mp4"), "is empty", "a.mp4: is empty")
+
+
+def test_arguments(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 1)
+    for name, call in {
+        "seconds .* got nan": lambda: read_frame(path, float("nan")),
+        "start .* got inf": lambda: read_audio(path, float("inf"), 1, 16_000),
+        "seconds .* above 0, got 0": lambda: read_audio(path, 0, 0, 16_000),
+        "sample_rate .* got -1": lambda: read_audio(path, 0, 1, -1),
+    }.items():
+        with pytest.raises(ValueError, match=name):
+            call()
