@@ -1,11 +1,12 @@
 """What a pretrained model is worth before any fine-tuning: held-out loss and a nearest-neighbour probe."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn.functional import normalize
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .encoder import AVEncoder
@@ -15,8 +16,9 @@ INPUTS = ("image", "audio", "image_removed", "audio_removed", "image_present", "
 
 
 class HeldOutLoss(NamedTuple):
-    """Mean losses over the clips of a set, and what predicting zero everywhere would cost."""
+    """Mean losses over the clips that could be read, and what predicting zero everywhere would cost."""
 
+    clips: int
     image: float
     audio: float
     image_zero: float
@@ -45,15 +47,16 @@ class Probe(NamedTuple):
 
 
 @torch.no_grad()
-def held_out_loss(mae: AVMAE, loader: DataLoader, device: torch.device) -> HeldOutLoss:
-    """Losses under the masks that the loader brings, each clip counted once whatever the batch size.
+def held_out_loss(mae: AVMAE, batches: Iterable[dict], device: torch.device) -> HeldOutLoss:
+    """Losses under the masks that the batches bring, each clip counted once whatever the batch size.
 
     Raises:
-        ValueError: the loader yields no readable clip.
+        ValueError: no clip could be read.
     """
     mae.eval()
+    clips = 0
     sums, counts = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
-    for batch in tqdm(loader, desc="held-out loss", leave=False):
+    for batch in tqdm(batches, desc="held-out loss", leave=False):
         if "image" not in batch:
             continue
         inputs = {name: batch[name].to(device) for name in INPUTS}
@@ -69,30 +72,44 @@ def held_out_loss(mae: AVMAE, loader: DataLoader, device: torch.device) -> HeldO
             )
             for name in ("image", "audio")
         ]
-        clips = torch.tensor(present + present, dtype=torch.float64)
+        weights = torch.tensor(present + present, dtype=torch.float64)
         losses = torch.stack([output.image_loss, output.audio_loss, *zeros]).double().cpu()
-        sums, counts = sums + losses * clips, counts + clips
-    if not counts.any():
+        sums, counts = sums + losses * weights, counts + weights
+        clips += len(inputs["image"])
+    if not clips:
         raise ValueError("the held-out set has no readable clip")
-    return HeldOutLoss(*(sums / counts.clamp(min=1)).tolist())
+    return HeldOutLoss(clips, *(sums / counts.clamp(min=1)).tolist())
 
 
 @torch.no_grad()
-def pooled_features(encoder: AVEncoder, loader: DataLoader, device: torch.device) -> dict[str, Tensor]:
-    """Mean-pooled `image`, `audio` and `fusion` tokens (N, D) of whole clips, with every `label_*` of the loader."""
+def pooled_features(encoder: AVEncoder, loader: Iterable[dict], device: torch.device) -> dict[str, Tensor]:
+    """Mean-pooled `image`, `audio` and `fusion` tokens (N, D) of whole clips, with every `label_*` of the
+    loader.
+    """
     encoder.eval()
     batches = []
     for batch in tqdm(loader, desc="features", leave=False):
         if "image" not in batch:
             continue
-        output = encoder(batch["image"].to(device), batch["audio"].to(device))
+        image, audio = batch["image"].to(device), batch["audio"].to(device)
+        output = encoder(
+            image,
+            audio,
+            image_mask=patch_mask(batch["image_present"].to(device), encoder.image),
+            audio_mask=patch_mask(batch["audio_present"].to(device), encoder.audio),
+        )
         pooled = {name: getattr(output, name).mean(1).float().cpu() for name in ("image", "audio", "fusion")}
         batches.append(pooled | {name: batch[name] for name in batch if name.startswith("label_")})
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]} if batches else {}
 
 
+def patch_mask(present: Tensor, vit: VisionTransformer) -> Tensor:
+    """(B,) bool -> (B, N): an absent modality is masked everywhere."""
+    return present[:, None].expand(-1, vit.patch_embed.num_patches)
+
+
 def nearest_neighbour_probes(features: dict[str, Tensor]) -> dict[str, dict[str, Probe]]:
-    """Label -> feature -> probe: the label of each clip guessed from its nearest neighbour among all other clips.
+    """Label -> feature -> probe: a clip's label guessed from its nearest neighbour among all other clips.
 
     Features are compared by cosine; "sum" adds the three similarities (protocol of the paper's Fig. 3).
     """

@@ -52,15 +52,13 @@ def draw_reconstructions(mae: AVMAE, batch: dict[str, Tensor], path: Path, clips
     for column, name in enumerate(("image", "audio")):
         stages = restored(mae, name, batch[name][:clips], output)
         for row in range(clips):
-            low, high = stages[0][row].min(), stages[0][row].max()
+            low, high = stages[0][row].min().item(), stages[0][row].max().item()
             for stage, (title, pixels) in enumerate(zip(titles, stages, strict=True)):
                 axis = grid[row][3 * column + stage]
                 if name == "image":
-                    axis.imshow(rgb(pixels[row], mae.encoder.inputs))
+                    axis.imshow(rgb(pixels[row], mae.encoder.inputs).numpy())
                 else:
-                    axis.imshow(
-                        pixels[row, 0], origin="lower", aspect="auto", cmap="magma", vmin=low, vmax=high
-                    )
+                    show_sound(axis, pixels[row, 0], cmap="magma", vmin=low, vmax=high)
                 axis.axis("off")
                 if row == 0:
                     axis.set_title("spectrogram" if stage == 0 and name == "audio" else title, fontsize=10)
@@ -68,8 +66,8 @@ def draw_reconstructions(mae: AVMAE, batch: dict[str, Tensor], path: Path, clips
 
 
 def restored(mae: AVMAE, name: str, pixels: Tensor, output) -> tuple[Tensor, Tensor, Tensor]:
-    """Original, masked and rebuilt pixels (B, C, height, width). A normalised target tells a patch up to its mean and
-    deviation: the rebuilt picture takes these two numbers per patch from the original."""
+    """Original, masked and rebuilt pixels (B, C, height, width). A normalised target tells a patch up to its
+    mean and deviation: the rebuilt picture takes these two numbers per patch from the original."""
     embed = getattr(mae.encoder, name).patch_embed
     size, grid = embed.patch_size, embed.grid_size
     removed = getattr(output, f"{name}_removed")[..., None]
@@ -83,7 +81,9 @@ def restored(mae: AVMAE, name: str, pixels: Tensor, output) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def draw_attention(encoder: AVEncoder, batch: dict[str, Tensor], path: Path, clips: int = 4) -> None:
-    """Weights of the last fusion block, averaged over heads and fusion tokens, over frames and spectrograms."""
+    """Weights of the last fusion block, averaged over heads and fusion tokens, over frames and
+    spectrograms.
+    """
     encoder.eval()
     clips = min(clips, len(batch["image"]))
     image, audio = batch["image"][:clips], batch["audio"][:clips]
@@ -98,12 +98,12 @@ def draw_attention(encoder: AVEncoder, batch: dict[str, Tensor], path: Path, cli
         frame, sound = rgb(image[row].cpu(), encoder.inputs), audio[row, 0].cpu()
         for axis in grid[row]:
             axis.axis("off")
-        grid[row][0].imshow(frame)
-        grid[row][1].imshow(frame.mean(-1), cmap="gray", vmin=0, vmax=1)
-        grid[row][1].imshow(maps[0][row], cmap="inferno", alpha=0.6)
-        grid[row][2].imshow(sound, origin="lower", aspect="auto", cmap="magma")
-        grid[row][3].imshow(sound, origin="lower", aspect="auto", cmap="gray")
-        grid[row][3].imshow(maps[1][row], origin="lower", aspect="auto", cmap="inferno", alpha=0.6)
+        grid[row][0].imshow(frame.numpy())
+        grid[row][1].imshow(frame.mean(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+        grid[row][1].imshow(maps[0][row].numpy(), cmap="inferno", alpha=0.6)
+        show_sound(grid[row][2], sound, cmap="magma")
+        show_sound(grid[row][3], sound, cmap="gray")
+        show_sound(grid[row][3], maps[1][row], cmap="inferno", alpha=0.6)
     for axis, title in zip(grid[0], ("frame", "looked at", "spectrogram", "listened to"), strict=True):
         axis.set_title(title, fontsize=10)
     save(figure, path)
@@ -119,6 +119,11 @@ def rgb(image: Tensor, inputs: InputSettings) -> Tensor:
     """A normalised image (3, height, width) -> (height, width, 3) in [0, 1]"""
     mean, std = torch.tensor(inputs.image_mean), torch.tensor(inputs.image_std)
     return (image.permute(1, 2, 0) * std + mean).clamp(0, 1)
+
+
+def show_sound(axis, spectrogram: Tensor, **options) -> None:
+    """A (mel, time) picture, low frequencies at the bottom."""
+    axis.imshow(spectrogram.numpy(), origin="lower", aspect="auto", **options)
 
 
 def save(figure: Figure, path: Path) -> None:

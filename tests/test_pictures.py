@@ -1,0 +1,67 @@
+"""What the pictures show must be what the model saw and said."""
+
+import json
+
+import pytest
+import torch
+
+from avfuse import AVMAE, InputSettings, create_encoder
+from avfuse.mae import patchify
+from avfuse.pictures import draw_attention, draw_losses, draw_reconstructions, heat_map, restored, rgb
+
+
+@pytest.fixture(scope="module")
+def mae():
+    torch.manual_seed(0)
+    return AVMAE(create_encoder("tiny"), decoder_dim=32, decoder_depth=1, decoder_heads=2).eval()
+
+
+@pytest.fixture
+def batch(mae):
+    image, audio = torch.randn(2, 3, 96, 96), torch.randn(2, 1, 64, 128)
+    masks = [mae.mask_sampler()(torch.Generator().manual_seed(n)) for n in range(2)]
+    return dict(
+        image=image, audio=audio, **{name: torch.stack([m[name] for m in masks]) for name in masks[0]}
+    )
+
+
+def test_restored_keeps_visible_patches_and_inverts_the_target(mae, batch):
+    with torch.no_grad():
+        output = mae(**batch)
+    perfect = output._replace(image_pred=mae.target("image", batch["image"]))
+    original, seen, rebuilt = restored(mae, "image", batch["image"], perfect)
+    torch.testing.assert_close(original, batch["image"])
+    torch.testing.assert_close(rebuilt, batch["image"], atol=1e-4, rtol=1e-4)  # a perfect prediction
+    removed = batch["image_removed"]
+    assert torch.equal(patchify(seen, (16, 16))[~removed], patchify(batch["image"], (16, 16))[~removed])
+    assert not patchify(seen, (16, 16))[removed].any()
+    _, _, rebuilt = restored(mae, "image", batch["image"], output)
+    assert torch.equal(patchify(rebuilt, (16, 16))[~removed], patchify(batch["image"], (16, 16))[~removed])
+    assert not torch.allclose(rebuilt, batch["image"], atol=0.1)
+
+
+def test_heat_map_peaks_where_the_weight_is():
+    weights = torch.zeros(1, 6)
+    weights[0, 4] = 1.0  # row 1, column 1 of 2 x 3
+    peak = heat_map(weights, (2, 3), (32, 48))[0].argmax().item()
+    assert 16 <= peak // 48 < 32 and 16 <= peak % 48 < 32
+
+
+def test_rgb_undoes_the_normalisation():
+    settings = InputSettings()
+    pixels = torch.rand(4, 5, 3)
+    mean, std = torch.tensor(settings.image_mean), torch.tensor(settings.image_std)
+    torch.testing.assert_close(rgb(((pixels - mean) / std).permute(2, 0, 1), settings), pixels)
+
+
+def test_files_are_written(mae, batch, tmp_path):
+    rows = [dict(step=n, loss=2.0, image_loss=1.0, audio_loss=1.0) for n in range(1, 4)]
+    held_out = {f"held_out_{name}_{kind}": 1.0 for name in ("image", "audio") for kind in ("loss", "zero")}
+    lines = [json.dumps(row) for row in [dict(step=0, when="before", **held_out), *rows]]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    draw_losses(tmp_path / "metrics.jsonl", tmp_path / "pictures" / "losses.png")
+    draw_reconstructions(mae, batch, tmp_path / "pictures" / "reconstructions.png")
+    draw_attention(mae.encoder, batch, tmp_path / "pictures" / "attention.png")
+    for path in (tmp_path / "pictures").iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+    assert len(list((tmp_path / "pictures").iterdir())) == 3

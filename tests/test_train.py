@@ -1,0 +1,213 @@
+"""The training program end to end on tiny generated data: artefacts, resume, faults, wrong settings."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from videos import write_video
+
+from avfuse import AVMAE, train
+from avfuse.data import sounding_shapes
+from avfuse.train import TrainConfig, WarmupCosine, main
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shapes")
+    return sounding_shapes.generate(root, train=10, test=5, workers=1, progress=False)
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """The configuration of a run that went through."""
+    config = tiny(data, tmp_path_factory.mktemp("runs") / "whole")
+    main(config)
+    return config
+
+
+def tiny(data, run, **changes) -> TrainConfig:
+    config = TrainConfig(
+        data=data,
+        run=run,
+        epochs=3,
+        warmup_epochs=1,
+        batch_size=4,
+        workers=0,
+        decoder_dim=32,
+        decoder_depth=1,
+        decoder_heads=2,
+        fusion_layers=(1, 3),
+    )
+    return replace(config, **changes)
+
+
+def rows(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in rows(run) if "loss" in row}
+
+
+def test_run_folder_holds_everything(finished):
+    run = finished.run
+    assert json.loads((run / "config.json").read_text())["settings"]["epochs"] == 3
+    assert sorted(losses(run)) == [1, 2, 3, 4, 5, 6]  # 10 clips are two batches of 4 in each epoch
+    assert all(math.isfinite(loss) for loss in losses(run).values())
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["epoch-00003"]
+    assert list((run / "tensorboard").rglob("events.out.*"))
+    for name in ("losses", "reconstructions", "attention"):
+        assert (run / "pictures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_measures_before_and_after_are_recorded(finished):
+    before, after = (row for row in rows(finished.run) if "when" in row)
+    assert (before["when"], before["step"], after["when"], after["step"]) == ("before", 0, "after", 6)
+    for row in before, after:
+        assert row["clips"] == "held-out clips"
+        assert set(row["probes"]) == {"shape", "colour"}
+        for probe in row["probes"]["shape"].values():
+            assert 0 <= probe["accuracy"] <= 1 and 0 <= probe["chance"] <= 1
+    assert after["held_out_image_loss"] < before["held_out_image_loss"]
+    assert after["held_out_image_zero"] == before["held_out_image_zero"]
+
+
+def test_saved_model_is_the_trained_one(finished):
+    mae = AVMAE.from_pretrained(finished.run / "model")
+    assert mae.encoder.fusion_layers == (1, 3)
+    loader = train.make_loader(
+        sounding_shapes.clips(finished.data, "test"), mae, finished, batch_size=2, train=False
+    )
+    loss = train.held_out_loss(mae, loader, torch.device("cpu"))
+    recorded = rows(finished.run)[-1]
+    assert loss.clips == 5
+    assert loss.image == pytest.approx(recorded["held_out_image_loss"], rel=1e-5)  # whatever the batch size
+    assert loss.audio == pytest.approx(recorded["held_out_audio_loss"], rel=1e-5)
+
+
+def test_resumes_with_the_losses_of_an_uninterrupted_run(finished, tmp_path, monkeypatch):
+    config = replace(finished, run=tmp_path / "interrupted", workers=2)  # workers change nothing either
+    save = train.save_checkpoint
+
+    def save_then_die(accelerator, run, epoch):
+        save(accelerator, run, epoch)
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_checkpoint", save_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        main(config)
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    with (config.run / "metrics.jsonl").open("a") as file:  # a step after the checkpoint, cut off with it
+        file.write(json.dumps(dict(step=5, loss=99.0)) + "\n")
+    (config.run / "checkpoints" / "epoch-00003.partial").mkdir()  # a checkpoint that was never completed
+    main(config)
+    assert losses(config.run) == losses(finished.run)
+    assert [row.get("when") for row in rows(config.run)].count("before") == 1
+
+
+def test_finished_run_is_left_as_it_is(finished):
+    before = rows(finished.run)
+    main(finished)
+    assert rows(finished.run) == before
+
+
+def test_other_settings_need_another_folder(finished):
+    with pytest.raises(ValueError, match="--epochs 3 -> 4.*--restart"):
+        main(replace(finished, epochs=4))
+
+
+def test_restart_deletes_only_run_folders(finished, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match="not a run folder"):
+        main(replace(finished, run=tmp_path / "precious", restart=True))
+    assert (tmp_path / "precious" / "thesis.tex").exists()
+
+
+def test_clips_that_cannot_be_used_are_named(tmp_path, capsys):
+    folder = tmp_path / "videos"
+    for name in ("a", "b", "c"):
+        write_video(folder / f"{name}.mp4")
+    write_video(folder / "silent.mp4", audio=False)
+    (folder / "garbage.mp4").write_bytes(b"not a video" * 100)
+    main(tiny(folder, tmp_path / "run", epochs=1, batch_size=64))
+    said = capsys.readouterr().out
+    assert "1 without sound dropped: silent.mp4" in said
+    assert "batch size 3" in said and "training clips" in said
+    (bad,) = map(json.loads, (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines())
+    assert bad["path"].endswith("garbage.mp4") and bad["reason"]
+    assert [row["clips"] for row in rows(tmp_path / "run") if "loss" in row] == [3]
+
+
+def test_clip_that_breaks_after_the_scan_is_left_out(tmp_path, monkeypatch):
+    folder = tmp_path / "videos"
+    paths = [write_video(folder / f"{name}.mp4") for name in "abcd"]
+    make_loader = train.make_loader
+
+    def break_then_make(*args, **kwargs):
+        paths[1].write_bytes(paths[1].read_bytes()[:200])
+        return make_loader(*args, **kwargs)
+
+    monkeypatch.setattr(train, "make_loader", break_then_make)
+    main(tiny(folder, tmp_path / "run", epochs=2))
+    assert [row["clips"] for row in rows(tmp_path / "run") if "loss" in row] == [3, 3]
+    (bad,) = map(json.loads, (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines())
+    assert bad["path"] == str(paths[1])
+
+
+def test_keeps_clips_with_an_absent_modality(tmp_path, capsys):
+    folder = tmp_path / "videos"
+    write_video(folder / "both.mp4")
+    write_video(folder / "silent.mp4", audio=False)
+    write_video(folder / "blind.mp4", video=False)
+    main(tiny(folder, tmp_path / "run", epochs=1, missing="keep"))
+    assert "1 without sound kept: silent.mp4" in capsys.readouterr().out
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize("interactions", ["bilinear", "factorized", "token", "none"])
+def test_every_interaction_trains(data, tmp_path, interactions):
+    config = tiny(
+        data, tmp_path / "run", interactions=interactions, epochs=1, fusion_layers=(), probe_clips=4
+    )
+    main(config)
+    assert (config.run / "pictures" / "attention.png").exists() == (interactions != "none")
+
+
+def test_warmup_cosine_by_hand():
+    schedule = WarmupCosine(warmup=4, total=12)
+    assert [schedule(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert schedule(4) == 1.0
+    assert schedule(8) == pytest.approx(0.5)
+    assert schedule(12) == pytest.approx(0.0)
+    assert WarmupCosine(warmup=0, total=1)(0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (dict(epochs=0), "--epochs"),
+        (dict(batch_size=0), "--batch-size"),
+        (dict(workers=-1), "--workers"),
+        (dict(base_lr=-1.0), "--base-lr"),
+        (dict(fusion_layers=(4,)), "fusion_layers"),
+        (dict(image_mask_ratio=1.0), "image_mask_ratio"),
+        (dict(decoder_heads=5), "decoder_heads"),
+    ],
+)
+def test_wrong_settings_are_named(data, tmp_path, changes, named):
+    with pytest.raises(ValueError, match=named):
+        main(tiny(data, tmp_path / "run", **changes))
+
+
+def test_command_line_says_what_is_wrong_without_a_traceback(tmp_path):
+    arguments = ["--data", str(tmp_path / "nowhere"), "--run", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "avfuse.train", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "error: " in result.stderr and "nowhere" in result.stderr and "Traceback" not in result.stderr
