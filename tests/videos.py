@@ -60,8 +60,8 @@ def write_video(
         if audio is not False:
             for start, samples in audio:
                 for begin in range(0, samples.shape[1], 1024):
-                    piece = samples[:, begin : begin + 1024].T.reshape(1, -1).astype(np.float32)
-                    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(piece), format="flt", layout=layout)
+                    piece = np.float32(samples[:, begin : begin + 1024]).T.reshape(1, -1).copy()
+                    frame = av.AudioFrame.from_ndarray(piece, format="flt", layout=layout)
                     frame.sample_rate, frame.time_base = sample_rate, Fraction(1, sample_rate)
                     frame.pts = round(start * sample_rate) + begin
                     output.mux(sound.encode(frame))

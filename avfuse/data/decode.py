@@ -164,7 +164,7 @@ class ClipReader:
             sound = np.resize(np.concatenate((sound, sound[::-1])), wanted)  # repeats as often as needed
         return sound
 
-    # ------------------------------------------------------------------------------------------------ streams
+    # ----------------------------------------------------------------------------------------------- streams
 
     @contextmanager
     def _explaining(self, what: str) -> Iterator[None]:
@@ -232,7 +232,7 @@ class ClipReader:
             except av.FFmpegError as error:
                 raise ClipError(self.path, f"has a damaged index: no way to {seconds:g} s") from error
 
-    # ----------------------------------------------------------------------------------------------- decoding
+    # ---------------------------------------------------------------------------------------------- decoding
 
     def _decode_frame(self, seconds: float, at_start: bool) -> av.VideoFrame | None:
         """The frame shown at a time, decoding from here; None if that needs a key frame further back.
@@ -341,7 +341,7 @@ def _pts(packet: av.Packet) -> int | None:
 
 def _mono(frame: av.AudioFrame) -> np.ndarray:
     """Mean of the channels: (samples,) float32."""
-    if frame.format.is_planar and frame.layout.nb_channels >= 8:  # PyAV looks for a ninth plane, and may crash
+    if frame.format.is_planar and frame.layout.nb_channels >= 8:  # PyAV would look for one more
         resampler = av.AudioResampler(format=frame.format.packed)
         (frame,) = (*resampler.resample(frame), *resampler.resample(None))
     samples = frame.to_ndarray()  # (channels, samples), or (1, samples * channels) if packed

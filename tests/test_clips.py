@@ -1,0 +1,285 @@
+"""What a folder holds, items that depend on (seed, epoch, index) alone, failures named and never replaced."""
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from videos import chirp, number_of, write_video
+
+from avfuse.data.clips import (
+    Clip,
+    ClipDataset,
+    ClipSampler,
+    Failure,
+    collate,
+    find_clips,
+    scan_clips,
+    worker_init,
+)
+from avfuse.data.decode import Streams, read_audio
+from avfuse.data.transforms import Spectrogram
+from avfuse.inputs import InputSettings
+
+SETTINGS = InputSettings(image_size=32, audio_seconds=1.0, mel_bins=32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Five clips with pictures and sound, of 0.5 to 3 seconds; one that is broken; two that lack a stream."""
+    folder = tmp_path_factory.mktemp("videos")
+    write_video(folder / "a.mp4", 3, 10)
+    write_video(folder / "b/a.MP4", 2, 10)
+    write_video(folder / "b/c/d.mkv", 2.5, 10)
+    write_video(folder / "short.mp4", 0.5, 10)
+    write_video(folder / "z.mov", 1.5, 10)
+    (folder / "broken.mp4").write_bytes(b"no video")
+    write_video(folder / "dark.mp4", 2, video=False)
+    write_video(folder / "silent.mp4", 2, audio=False)
+    (folder / "notes.txt").write_text("no video either")
+    (folder / "._a.mp4").write_bytes(b"not meant to be seen")
+    return folder
+
+
+def masks(generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {"image_removed": torch.rand(4, generator=generator) < 0.5}
+
+
+def same(one: dict, two: dict) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+# --------------------------------------------------------------------------------------------------- finding
+
+
+def test_find_clips(folder):
+    scan = find_clips(folder, progress=False)
+    names = [str(clip.path.relative_to(folder)) for clip in scan.clips]
+    assert names == ["a.mp4", "b/a.MP4", "b/c/d.mkv", "short.mp4", "z.mov"]
+    assert scan.clips[0] == Clip(folder / "a.mp4", {}, Streams(True, True, 3.0, 10.0))
+    assert scan.without_sound == [folder / "silent.mp4"]
+    assert scan.without_pictures == [folder / "dark.mp4"]
+    assert [error.path for error in scan.unreadable] == [folder / "broken.mp4"]
+    assert scan.summary() == (
+        "5 clips; 1 without sound dropped: silent.mp4; 1 without pictures dropped: dark.mp4; 1 unreadable: "
+        f"broken.mp4 ({scan.unreadable[0].reason})"
+    )
+
+
+def test_clips_that_lack_a_stream_can_be_kept(folder):
+    scan = find_clips(folder, missing="keep", progress=False)
+    assert len(scan.clips) == 7
+    assert scan.without_sound == [folder / "silent.mp4"] and scan.without_pictures == [folder / "dark.mp4"]
+    assert "7 clips; 1 without sound kept: silent.mp4" in scan.summary()
+
+
+def test_a_manifest_is_scanned_alike(folder):
+    names = ("z.mov", "broken.mp4", "a.mp4", "dark.mp4")
+    scan = scan_clips([Clip(folder / name, {"kind": n}) for n, name in enumerate(names)], progress=False)
+    assert [(clip.path.name, clip.labels["kind"], clip.streams.seconds) for clip in scan.clips] == [
+        ("z.mov", 0, 1.5),
+        ("a.mp4", 2, 3.0),
+    ]
+    assert "2 clips; 1 without pictures dropped: dark.mp4; 1 unreadable: broken.mp4 (" in scan.summary()
+    assert scan_clips([], progress=False).summary() == "0 clips"
+
+
+def test_links_that_leave_the_folder_are_not_followed(tmp_path):
+    outside = write_video(tmp_path / "outside/secret.mp4", 1).parent
+    folder = tmp_path / "folder"
+    inside = write_video(folder / "real.mp4", 1)
+    (folder / "alias.mp4").symlink_to(inside)
+    (folder / "secret.mp4").symlink_to(outside / "secret.mp4")
+    (folder / "others").symlink_to(outside)
+    (folder / "loop.mp4").symlink_to(folder / "loop.mp4")
+    (tmp_path / "linked").symlink_to(folder)
+    for root in (folder, tmp_path / "linked"):
+        scan = find_clips(root, progress=False)
+        assert [clip.path.name for clip in scan.clips] == ["alias.mp4", "real.mp4"]
+        assert [path.name for path in scan.links] == ["loop.mp4", "others", "secret.mp4"]
+    assert scan.summary() == (
+        "2 clips; 3 leading out of the folder not followed: loop.mp4, others, secret.mp4"
+    )
+
+
+def test_folders_without_clips(tmp_path):
+    for folder, reason in ((tmp_path / "nowhere", "does not exist"), (tmp_path, "no file ends in .mp4")):
+        with pytest.raises(ValueError, match=f"folder {folder} .*{reason}"):
+            find_clips(folder, progress=False)
+    for n in range(5):
+        write_video(tmp_path / f"silent{n}.mp4", 1, audio=False)
+    with pytest.raises(ValueError, match="0 clips; 5 without sound dropped: .*silent2.mp4 and 2 more"):
+        find_clips(tmp_path, progress=False)
+    with pytest.raises(ValueError, match="missing must be one of 'drop', 'keep', got 'ignore'"):
+        find_clips(tmp_path, missing="ignore", progress=False)
+
+
+# --------------------------------------------------------------------------------------------------- reading
+
+
+def test_an_evaluation_item_is_the_middle(folder):
+    clip = Clip(folder / "a.mp4", {"shape": 3, "colour": 1})
+    item = ClipDataset([clip], SETTINGS, train=False)[0]
+    assert {name: (tuple(value.shape), value.dtype) for name, value in item.items()} == {
+        "image": ((3, 32, 32), torch.float32),
+        "audio": ((1, 32, 64), torch.float32),
+        "image_present": ((), torch.bool),
+        "audio_present": ((), torch.bool),
+        "index": ((), torch.int64),
+        "label_shape": ((), torch.int64),
+        "label_colour": ((), torch.int64),
+    }
+    assert item["image_present"] and item["audio_present"]
+    assert (item["index"], item["label_shape"], item["label_colour"]) == (0, 3, 1)
+    mean, std = (torch.tensor(value)[:, None, None] for value in (SETTINGS.image_mean, SETTINGS.image_std))
+    grey = 255 * (item["image"] * std + mean)
+    assert number_of(grey.numpy()) == 15  # at 1.5 s
+    truth = Spectrogram(SETTINGS)(torch.from_numpy(read_audio(clip.path, 1.0, 1.0, 16_000)))
+    assert torch.equal(item["audio"], truth)
+
+
+def test_training_draws_window_frame_crop_and_gain(folder):
+    settings = replace(SETTINGS, image_mean=(0.0, 0.0, 0.0), image_std=(1 / 255, 1 / 255, 1 / 255))
+    dataset = ClipDataset(find_clips(folder, progress=False).clips, settings, train=True)
+    items = [dataset[epoch, 0] for epoch in range(80)]
+    numbers = torch.tensor([number_of(item["image"].numpy()) for item in items])
+    assert numbers.min() < 4 and numbers.max() > 25 and len(numbers.unique()) > 20
+    starts = starts_of(torch.stack([item["audio"] for item in items]))
+    assert starts.min() < 0.2 and starts.max() > 1.8 and len(starts.unique()) > 14
+    moments = numbers / 10 - starts
+    assert moments.min() > -0.2 and moments.max() < 1.05  # the frame is one of the window...
+    assert moments.min() < 0.1 and moments.max() > 0.8  # ...and any of it
+    loudness = torch.stack([item["audio"].amax() for item in items])
+    assert 0.8 < loudness.max() - loudness.min() < 1.5  # 12 dB are 1.2
+
+
+def starts_of(audio: torch.Tensor) -> torch.Tensor:
+    """Where windows (N, 1, mel_bins, frames) of the chirp start, in steps of 0.1 s, by their shape."""
+    starts = torch.arange(0, 2.01, 0.1)
+    windows = chirp(starts[:, None].numpy() + np.arange(16_000) / 16_000)
+    shapes, known = (
+        (spectrogram - spectrogram.amax((1, 2, 3), keepdim=True)).clamp(min=-2).flatten(1)
+        for spectrogram in (audio, Spectrogram(SETTINGS)(torch.from_numpy(windows)))
+    )
+    return starts[torch.cdist(shapes, known).argmin(1)]
+
+
+def test_a_short_clip_is_mirrored_and_a_missing_modality_is_zeros(folder):
+    clips = find_clips(folder, missing="keep", progress=False).clips
+    dataset = ClipDataset(clips, SETTINGS, train=False)
+    items = {clip.path.name: dataset[n] for n, clip in enumerate(clips)}
+    there = read_audio(folder / "short.mp4", 0, 0.5, 16_000)
+    truth = Spectrogram(SETTINGS)(torch.from_numpy(np.concatenate([there, there[::-1]])))
+    torch.testing.assert_close(items["short.mp4"]["audio"], truth)
+    for name, absent, present in (("silent.mp4", "audio", "image"), ("dark.mp4", "image", "audio")):
+        assert not items[name][f"{absent}_present"] and items[name][f"{present}_present"]
+        assert not items[name][absent].any() and items[name][present].any()
+
+
+def test_clips_that_were_not_scanned_read_the_same(folder):
+    scanned = find_clips(folder, missing="keep", progress=False).clips
+    unknown = [Clip(clip.path) for clip in scanned]
+    for train in (False, True):
+        one, two = (ClipDataset(clips, SETTINGS, train=train, extras=masks) for clips in (scanned, unknown))
+        for n in range(len(scanned)):
+            assert same(one[4, n], two[4, n])
+
+
+def test_items_depend_on_seed_epoch_and_index_alone(folder):
+    clips = [Clip(folder / "a.mp4"), Clip(folder / "a.mp4")]
+    dataset = ClipDataset(clips, SETTINGS, train=True, seed=5, extras=masks)
+    item = dataset[2, 1]
+    torch.manual_seed(99)
+    dataset[0, 0]
+    assert same(dataset[2, 1], item) and same(dataset[2, -1], item)
+    assert same(dataset[1], dataset[0, 1])
+    reseeded = ClipDataset(clips, SETTINGS, train=True, seed=6, extras=masks)
+    for other in (dataset[2, 0], dataset[1, 1], reseeded[2, 1]):
+        assert not any(torch.equal(other[name], item[name]) for name in ("image", "audio"))
+    with pytest.raises(IndexError):
+        dataset[0, 2]
+    removed = torch.stack([dataset[epoch, 0]["image_removed"] for epoch in range(40)])
+    assert (removed.any(0) & ~removed.all(0)).all()
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_workers_read_the_same_as_this_process(folder, train):
+    clips = find_clips(folder, missing="keep", progress=False).clips * 2
+    dataset = ClipDataset(clips, SETTINGS, train=train, seed=1, extras=masks)
+    settings = {"batch_size": 3, "collate_fn": collate, "worker_init_fn": worker_init}
+    sampler = ClipSampler(dataset, train=train, seed=1)
+    here = DataLoader(dataset, sampler=sampler, **settings)
+    workers = DataLoader(dataset, sampler=sampler, num_workers=2, persistent_workers=True, **settings)
+    seen = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        for one, two in zip(here, workers, strict=True):
+            assert one.pop("failures") == two.pop("failures") == []
+            assert same(one, two)
+            seen.append(one["index"])
+    first, second = torch.cat(seen).view(2, -1)
+    assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(14))
+    assert torch.equal(first, second) != train
+
+
+def test_spawned_workers(folder):
+    dataset = ClipDataset([Clip(folder / "a.mp4"), Clip(folder / "broken.mp4")], SETTINGS, train=True)
+    settings = {"batch_size": 2, "collate_fn": collate, "worker_init_fn": worker_init}
+    loader = DataLoader(dataset, num_workers=1, multiprocessing_context="spawn", **settings)
+    (batch,) = loader
+    (failure,) = batch.pop("failures")
+    assert failure == dataset[1]
+    assert same(batch, {name: value[None] for name, value in dataset[0].items()})
+
+
+def test_failures_are_named_and_never_replaced(folder):
+    names = ("a.mp4", "broken.mp4", "gone.mp4", "z.mov")
+    clips = [Clip(folder / name, {"n": n}, Streams(True, True, 1.5, 10.0)) for n, name in enumerate(names)]
+    dataset = ClipDataset(clips, SETTINGS, train=False)
+    assert isinstance(dataset[1], Failure)
+    assert dataset[2] == Failure(2, folder / "gone.mp4", "cannot be opened: there is no such file")
+    batch = collate([dataset[n] for n in range(4)])
+    assert batch["index"].tolist() == batch["label_n"].tolist() == [0, 3]
+    assert len(batch["image"]) == len(batch["audio"]) == 2
+    assert [failure.index for failure in batch["failures"]] == [1, 2]
+    assert collate([dataset[1], dataset[2]]) == {"failures": [dataset[1], dataset[2]]}
+
+
+def test_a_stream_that_the_scan_promised_is_not_made_up(folder):
+    clip = Clip(folder / "silent.mp4", {}, Streams(True, True, 2.0, 10.0))
+    assert ClipDataset([clip], SETTINGS, train=False)[0] == Failure(0, clip.path, "has no sound")
+
+
+def test_sampler():
+    clips = range(50)
+    ordered, shuffled = ClipSampler(clips, train=False), ClipSampler(clips, train=True, seed=3)
+    assert len(ordered) == len(shuffled) == 50
+    assert list(ordered) == [(0, n) for n in range(50)]
+    first = list(shuffled)
+    assert sorted(first) == list(ordered) and first != list(ordered) and list(shuffled) == first
+    iterator = iter(shuffled)
+    shuffled.set_epoch(7)
+    assert list(iterator) == first  # an epoch under way is not disturbed
+    assert sorted(shuffled) == [(7, n) for n in range(50)]
+    assert [n for _, n in shuffled] != [n for _, n in first]
+    assert [n for _, n in ClipSampler(clips, train=True, seed=4)] != [n for _, n in first]
+
+
+def test_arguments(folder):
+    clip = Clip(folder / "a.mp4", {"shape": 1})
+    with pytest.raises(ValueError, match="clips must not be empty"):
+        ClipDataset([], SETTINGS, train=True)
+    with pytest.raises(ValueError, match=r"label names, got \['shape'\] .* but \[\] for .*z.mov"):
+        ClipDataset([clip, Clip(folder / "z.mov")], SETTINGS, train=True)
+    with pytest.raises(ValueError, match="seed must be 0 or above, got -1"):
+        ClipDataset([clip], SETTINGS, train=True, seed=-1)
+    with pytest.raises(ValueError, match="seed must be 0 or above, got -2"):
+        ClipSampler([], train=True, seed=-2)
+
+
+def test_datasets_can_be_sent_to_workers(folder):
+    dataset = ClipDataset([Clip(folder / "a.mp4")], SETTINGS, train=True, extras=masks)
+    assert same(pickle.loads(pickle.dumps(dataset))[0], dataset[0])

@@ -1,0 +1,187 @@
+"""Spectrograms against a hand-made computation, images against known pixels, and what decides at random."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from avfuse.data.transforms import (
+    Spectrogram,
+    evaluation_image,
+    random_crop,
+    random_gain,
+    training_image,
+)
+from avfuse.inputs import InputSettings
+
+PLAIN = {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}  # images stay in 0..1
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# ----------------------------------------------------------------------------------------------- spectrogram
+
+
+def log_mel(waveform: np.ndarray, settings: InputSettings) -> np.ndarray:
+    """(samples,) -> (mel_bins, frames), by the definition, in float64."""
+    window, hop, rate = settings.window, settings.hop, settings.sample_rate
+    padded = np.pad(waveform.astype(np.float64), window // 2, mode="reflect")
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / window)
+    starts = range(0, len(padded) - window + 1, hop)
+    power = np.stack([np.abs(np.fft.rfft(hann * padded[s : s + window])) ** 2 for s in starts], axis=1)
+    corners = np.linspace(0, 2595 * math.log10(1 + settings.max_frequency / 700), settings.mel_bins + 2)
+    corners = 700 * (10 ** (corners / 2595) - 1)  # Hz
+    pitch = np.arange(window // 2 + 1) * rate / window
+    mel = np.empty((settings.mel_bins, len(starts)))
+    for n, (low, middle, high) in enumerate(zip(corners, corners[1:], corners[2:], strict=False)):
+        triangle = np.minimum((pitch - low) / (middle - low), (high - pitch) / (high - middle))
+        mel[n] = np.maximum(triangle, 0) @ power
+    return np.log10(mel + 1e-7)[:, :-1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [InputSettings(), InputSettings(sample_rate=22_050, audio_seconds=1.0, window=512, hop=225, mel_bins=40)],
+)
+def test_spectrogram(settings):
+    noise = np.random.default_rng(0)
+    times = np.arange(settings.samples) / settings.sample_rate
+    waveform = 0.3 * np.sin(2 * np.pi * (100 * times + 900 * times**2))
+    waveform += 0.001 * noise.standard_normal(len(times))
+    ours = Spectrogram(settings)(torch.from_numpy(waveform.astype(np.float32)))
+    assert ours.shape == (1, settings.mel_bins, settings.frames)
+    assert np.abs(ours[0].numpy() - log_mel(waveform, settings)).max() < 2e-3  # of float32 at the quietest
+
+
+def test_spectrogram_of_a_batch_and_of_silence():
+    settings = InputSettings(audio_seconds=1.0)
+    spectrogram = Spectrogram(settings)
+    waveforms = torch.rand(2, 3, settings.samples, generator=generator()) - 0.5
+    batch = spectrogram(waveforms)
+    assert batch.shape == (2, 3, 1, 128, 64)
+    torch.testing.assert_close(batch[1, 2], spectrogram(waveforms[1, 2]))
+    assert spectrogram(torch.zeros(settings.samples)).unique().tolist() == [-7.0]
+
+
+def test_spectrogram_of_too_little():
+    with pytest.raises(ValueError, match="waveform .* 800 samples, got 400"):
+        Spectrogram(InputSettings())(torch.zeros(400))
+
+
+# ---------------------------------------------------------------------------------------------------- images
+
+
+def ramps(height: int, width: int) -> torch.Tensor:
+    """(3, height, width) uint8: red rises from left to right, green from top to bottom, blue is 100."""
+    across = torch.linspace(0, 255, width).expand(height, width)
+    down = torch.linspace(0, 255, height)[:, None].expand(height, width)
+    return torch.stack([across, down, torch.full((height, width), 100.0)]).round().to(torch.uint8)
+
+
+@pytest.mark.parametrize(("height", "width"), [(256, 512), (512, 256), (90, 120)])
+def test_evaluation_keeps_the_centre(height, width):
+    settings = InputSettings(image_size=112, **PLAIN)
+    image = evaluation_image(ramps(height, width), settings)
+    assert image.shape == (3, 112, 112) and image.dtype == torch.float32
+    short = min(height, width)
+    kept = short * 112 / 128  # pixels of the frame, around its centre
+    for channel, length in ((0, width), (1, height)):
+        line = image[0, 56] if channel == 0 else image[1, :, 56]
+        edges = 0.5 - kept / 2 / length, 0.5 + kept / 2 / length
+        centres = edges[0] + (torch.arange(112) + 0.5) / 112 * (edges[1] - edges[0])
+        torch.testing.assert_close(line, centres, atol=0.012, rtol=0)
+
+
+def test_images_are_normalised():
+    settings = InputSettings(image_size=32)
+    frame = ramps(40, 40)
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    for ours, plain in (
+        (evaluation_image(frame, settings), evaluation_image(frame, InputSettings(image_size=32, **PLAIN))),
+        (
+            training_image(frame, settings, generator()),
+            training_image(frame, InputSettings(image_size=32, **PLAIN), generator()),
+        ),
+    ):
+        torch.testing.assert_close(ours * std + mean, plain)
+        assert abs(float(plain[2].mean()) - 100 / 255) < 1e-6
+
+
+def test_downsizing_does_not_alias():
+    stripes = torch.zeros(3, 600, 600, dtype=torch.uint8)
+    stripes[:, :, ::2] = 255
+    settings = InputSettings(image_size=64, **PLAIN)
+    for image in (evaluation_image(stripes, settings), training_image(stripes, settings, generator())):
+        assert image.std() < 0.02 and abs(float(image.mean()) - 0.5) < 0.02
+
+
+@pytest.mark.parametrize(("height", "width"), [(360, 640), (480, 360), (128, 128)])
+def test_training_crops(height, width):
+    chance = generator()
+    crops = torch.tensor([random_crop(height, width, chance) for _ in range(4000)])
+    top, left, h, w = crops.double().T
+    assert (top >= 0).all() and (left >= 0).all() and (top + h <= height).all() and (left + w <= width).all()
+    area, ratio = h * w / (height * width), w / h
+    # Frames wider than 4:3 can hold no crop of that shape and large area: such draws are made again.
+    assert (area > 0.495).all() and (area <= 1).all()
+    assert (ratio > 0.74).all() and (ratio < 1.35).all()
+    assert area.min() < 0.51 and ratio.min() < 1 and ratio.max() > 1.1
+    for offset, room in ((top, height - h), (left, width - w)):
+        share = (offset[room > 9] / room[room > 9]).mean()
+        assert abs(share - 0.5) < 0.03
+    if height == width:
+        assert area.max() > 0.97
+        assert abs(ratio.log().mean()) < 0.02
+
+
+def test_training_crops_of_extreme_frames():
+    assert random_crop(100, 1000, generator()) == (0, 433, 100, 133)
+    assert random_crop(1000, 100, generator()) == (433, 0, 133, 100)
+    assert random_crop(1, 1, generator()) == (0, 0, 1, 1)
+
+
+def test_training_image_is_the_crop_and_half_are_mirrored():
+    settings = InputSettings(image_size=64, **PLAIN)
+    frame, mirrored = ramps(200, 300), 0
+    for seed in range(200):
+        image = training_image(frame, settings, generator(seed))
+        top, left, height, width = random_crop(200, 300, generator(seed))
+        flipped = bool(image[0, 32, 0] > image[0, 32, -1])
+        mirrored += flipped
+        row = image[0, 32].flip(0) if flipped else image[0, 32]
+        assert abs(float(row[0]) - (left + width / 128) / 300) < 0.015
+        assert abs(float(row[-1]) - (left + width - width / 128) / 300) < 0.015
+        assert abs(float(image[1, 0, 32]) - (top + height / 128) / 200) < 0.015
+        assert abs(float(image[1, -1, 32]) - (top + height - height / 128) / 200) < 0.015
+    assert 70 < mirrored < 130
+
+
+# ------------------------------------------------------------------------------------------------ randomness
+
+
+def test_gain():
+    waveform = torch.tensor([0.1, -0.2, 0.9, -0.9])
+    chance = generator()
+    gains = torch.stack([random_gain(waveform, chance)[0] / 0.1 for _ in range(2000)])
+    decibel = 20 * gains.log10()
+    assert -6 <= decibel.min() < -5.9 and 5.9 < decibel.max() <= 6.001
+    assert abs(decibel.mean()) < 0.3 and abs(decibel.std() - 12 / math.sqrt(12)) < 0.2
+    chance = generator()
+    for _ in range(100):
+        louder = random_gain(waveform, chance)
+        torch.testing.assert_close(louder, (waveform * louder[0] / 0.1).clamp(-1, 1))
+
+
+def test_only_the_generator_decides():
+    settings, frame, waveform = InputSettings(image_size=32), ramps(50, 70), torch.linspace(-1, 1, 100)
+    state = torch.get_rng_state()
+    first = training_image(frame, settings, generator(3)), random_gain(waveform, generator(3))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    again = training_image(frame, settings, generator(3)), random_gain(waveform, generator(3))
+    other = training_image(frame, settings, generator(4)), random_gain(waveform, generator(4))
+    for one, two, three in zip(first, again, other, strict=True):
+        assert torch.equal(one, two) and not torch.equal(one, three)
