@@ -66,7 +66,13 @@ def pair_attention(
         ValueError: naming the argument whose shape, dtype, device or value is wrong, or the backend that is
         missing.
     """
-    _check_tokens(query, image_key, audio_key, image_value, audio_value)
+    _check_tokens(
+        query=query,
+        image_key=image_key,
+        audio_key=audio_key,
+        image_value=image_value,
+        audio_value=audio_value,
+    )
     _check_options(query, image_key, audio_key, image_mask, audio_mask, pair_bias, scale, interaction)
     attend = {"torch": _attend, "reference": reference}[select_backend(backend)]
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -99,7 +105,7 @@ def pair_attention_weights(
     Raises:
         ValueError: as `pair_attention`.
     """
-    _check_tokens(query, image_key, audio_key)
+    _check_tokens(query=query, image_key=image_key, audio_key=audio_key)
     _check_options(query, image_key, audio_key, image_mask, audio_mask, pair_bias, scale, interaction)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     pair_bias = _four_dimensional(pair_bias)
@@ -229,7 +235,7 @@ def masked_attention(
 
 def _additive_weights(query, image_key, audio_key, image_mask, audio_mask, pair_bias, scale):
     """Marginals (B, H, F, I) and (B, H, F, A) of the joint softmax, in float32 or better."""
-    query = query.to(_accumulation_dtype(query)) * scale
+    query = query.to(torch.promote_types(query.dtype, torch.float32)) * scale
     image_logits = query @ image_key.to(query.dtype).mT
     audio_logits = query @ audio_key.to(query.dtype).mT
     if pair_bias is None:
@@ -253,29 +259,40 @@ def _additive_weights(query, image_key, audio_key, image_mask, audio_mask, pair_
 class _PairMarginals(torch.autograd.Function):
     """Marginals of P_ij = softmax_ij(s_i + t_j + b_ij), streamed over image tokens.
 
-    Every sum over pairs is a log-sum-exp, so the result is exact for any finite logits: a sum of products of
-    exponentials would underflow where the bias removes the pairs that hold the largest logits. The gradient
-    of additive values is additive, dP_ij = g_i + h_j, so the backward needs no value-wide product over pairs:
-    dlogit_ij = P_ij (g_i + h_j - delta) with delta = sum_i p_i g_i + sum_j r_j h_j.
+    Exponents are relative to the largest logit of a pair, so the result is exact for any finite logits: a sum
+    of products of exponentials would underflow where the bias removes the pairs that hold the largest
+    s_i and t_j. The gradient of additive values is additive, dP_ij = g_i + h_j, so the backward needs no
+    value-wide product over pairs: dlogit_ij = P_ij (g_i + h_j - delta) with
+    delta = sum_i p_i g_i + sum_j r_j h_j.
     """
 
     @staticmethod
     def forward(ctx, image_logits, audio_logits, pair_bias):
-        rows, columns = [], torch.full_like(audio_logits, -math.inf)
-        for i in _chunks(image_logits.shape[-1], audio_logits.numel()):
+        chunks = _chunks(image_logits.shape[-1], audio_logits.numel())
+        largest = torch.full_like(audio_logits[..., :1], -math.inf)  # (B, H, F, 1)
+        for i in chunks:
             logits = _biased_logits(image_logits, audio_logits, pair_bias, i)  # (B, H, F, chunk, A)
-            rows.append(logits.logsumexp(-1))
-            columns = torch.logaddexp(columns, logits.logsumexp(-2))
+            largest = torch.maximum(largest, logits.amax((-2, -1))[..., None])
+        largest = _finite(largest)
+
+        rows, columns = [], torch.zeros_like(audio_logits)
+        for i in chunks:
+            logits = _biased_logits(image_logits, audio_logits, pair_bias, i)
+            weights = (logits - largest[..., None]).exp_()
+            rows.append(weights.sum(-1))
+            columns += weights.sum(-2)
         rows = torch.cat(rows, -1)
-        log_sum = _finite(rows.logsumexp(-1, keepdim=True))  # (B, H, F, 1)
-        image_weights, audio_weights = (rows - log_sum).exp(), (columns - log_sum).exp()
-        ctx.save_for_backward(image_logits, audio_logits, pair_bias, log_sum, image_weights, audio_weights)
+        total = _total(rows.sum(-1, keepdim=True))
+        image_weights, audio_weights = rows / total, columns / total
+        inputs = (image_logits, audio_logits, pair_bias)
+        ctx.save_for_backward(*inputs, largest, total, image_weights, audio_weights)
         return image_weights, audio_weights
 
     @staticmethod
     @once_differentiable
     def backward(ctx, image_grad, audio_grad):
-        image_logits, audio_logits, pair_bias, log_sum, image_weights, audio_weights = ctx.saved_tensors
+        *inputs, largest, total, image_weights, audio_weights = ctx.saved_tensors
+        image_logits, audio_logits, pair_bias = inputs
         delta = (image_weights * image_grad).sum(-1, keepdim=True) + (audio_weights * audio_grad).sum(
             -1, keepdim=True
         )
@@ -283,8 +300,9 @@ class _PairMarginals(torch.autograd.Function):
         bias_grad = torch.zeros_like(pair_bias, dtype=image_logits.dtype) if ctx.needs_input_grad[2] else None
         for i in _chunks(image_logits.shape[-1], audio_logits.numel()):
             logits = _biased_logits(image_logits, audio_logits, pair_bias, i)
-            weights = (logits - log_sum[..., None]).exp()
-            grad = weights * ((image_grad - delta)[..., i, None] + audio_grad[..., None, :])
+            weights = (logits - largest[..., None]).exp_().div_(total[..., None])
+            weights_grad = image_grad[..., i, None] + audio_grad[..., None, :]
+            grad = weights_grad.sub_(delta[..., None]).mul_(weights)
             image_logits_grad.append(grad.sum(-1))
             audio_logits_grad += grad.sum(-2)
             if bias_grad is not None:
@@ -303,77 +321,81 @@ def _bilinear(
     query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, scale
 ):
     """Bilinear pairs: symmetric in the modalities, so stream over the shorter one."""
-    image = (image_key, image_value, image_mask)
-    audio = (audio_key, audio_value, audio_mask)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    image = (image_key.to(dtype), image_value.to(dtype), image_mask)
+    audio = (audio_key.to(dtype), audio_value.to(dtype), audio_mask)
+    scaled = query.to(dtype) * scale
     if image_key.shape[2] <= audio_key.shape[2]:
-        return _BilinearPairAttention.apply(query, *image, *audio, pair_bias, scale)
-    return _BilinearPairAttention.apply(
-        query, *audio, *image, None if pair_bias is None else pair_bias.mT, scale
-    )
+        output = _BilinearPairAttention.apply(scaled, *image, *audio, pair_bias)
+    else:
+        bias = None if pair_bias is None else pair_bias.mT
+        output = _BilinearPairAttention.apply(scaled, *audio, *image, bias)
+    return output.to(query.dtype)
 
 
 class _BilinearPairAttention(torch.autograd.Function):
     """softmax_ij(q.(k_i * k_j) + b_ij) over values v_i * v_j, streamed over the tokens i of the short side.
 
     For one i, the rows q * k_i attend to the long side like F ordinary queries; the chunks of i are merged by
-    an online log-sum-exp. The backward recomputes each chunk's weights from the saved log-sum-exp.
+    an online softmax. The backward recomputes each chunk's weights twice: once for
+    delta = sum_ij P_ij dP_ij, once for dlogit_ij = P_ij (dP_ij - delta).
     """
 
     @staticmethod
-    def forward(
-        ctx, query, short_key, short_value, short_mask, long_key, long_value, long_mask, pair_bias, scale
-    ):
-        dtype = query.dtype
-        ctx.scale, ctx.masks = scale, (short_mask, long_mask)
-        inputs = (query, short_key, short_value, long_key, long_value, pair_bias)
-        query, short_key, short_value, long_key, long_value = _accumulable(
-            query, short_key, short_value, long_key, long_value
-        )
-        query = query * scale
-        log_sum = query.new_full(query.shape[:-1], -math.inf)  # (B, H, F)
+    def forward(ctx, query, short_key, short_value, short_mask, long_key, long_value, long_mask, pair_bias):
+        inputs = (query, short_key, short_value, short_mask, long_key, long_value, long_mask, pair_bias)
+        largest = query.new_full((*query.shape[:-1], 1), -math.inf)  # (B, H, F, 1)
+        total = torch.zeros_like(largest)
         output = query.new_zeros(*query.shape[:-1], long_value.shape[-1])
         for i in _chunks(short_key.shape[2], _bilinear_row(query, long_key, long_value)):
             logits, _ = _bilinear_logits(query, short_key, long_key, short_mask, long_mask, pair_bias, i)
-            merged = torch.logaddexp(log_sum, logits.flatten(-2).logsumexp(-1))
-            reached = _finite(merged)
-            weights = (logits - reached[..., None, None]).exp()  # (B, H, F, chunk, long)
+            previous, largest = largest, torch.maximum(largest, logits.amax((-2, -1))[..., None])
+            rescale = (previous - _finite(largest)).exp()
+            weights = (logits - _finite(largest)[..., None]).exp_()  # (B, H, F, chunk, long)
             attended = _times_each(weights, long_value) * short_value[:, :, None, i]
-            output = output * (log_sum - reached).exp()[..., None] + attended.sum(3)
-            log_sum = merged
-        ctx.save_for_backward(*inputs, _finite(log_sum), output)
-        return output.to(dtype)
+            total = total * rescale + weights.sum((-2, -1))[..., None]
+            output = output * rescale + attended.sum(3)
+        total = _total(total)
+        ctx.save_for_backward(*inputs, _finite(largest)[..., None], total[..., None])
+        return output / total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, output_grad):
-        *tensors, pair_bias, log_sum, output = ctx.saved_tensors
-        short_mask, long_mask = ctx.masks
-        query, short_key, short_value, long_key, long_value, output_grad = _accumulable(*tensors, output_grad)
-        query = query * ctx.scale
-        delta = (output_grad * output).sum(-1)[..., None, None]  # (B, H, F, 1, 1)
-        grads = [torch.zeros_like(t) for t in (query, short_key, short_value, long_key, long_value)]
-        query_grad, short_key_grad, short_value_grad, long_key_grad, long_value_grad = grads
+        *inputs, pair_bias, largest, total = ctx.saved_tensors
+        query, short_key, short_value, short_mask, long_key, long_value, long_mask = inputs
+        query_grad, long_key_grad, long_value_grad = map(torch.zeros_like, (query, long_key, long_value))
+        short_key_grad, short_value_grad = torch.empty_like(short_key), torch.empty_like(short_value)
         bias_grad = torch.zeros_like(pair_bias, dtype=query.dtype) if ctx.needs_input_grad[7] else None
-        for i in _chunks(short_key.shape[2], _bilinear_row(query, long_key, long_value)):
-            logits, rows = _bilinear_logits(query, short_key, long_key, short_mask, long_mask, pair_bias, i)
-            weights = (logits - log_sum[..., None, None]).exp()
 
-            short_value_grad[:, :, i] = (_times_each(weights, long_value) * output_grad[:, :, :, None]).sum(2)
+        def recompute(i):
+            logits, rows = _bilinear_logits(query, short_key, long_key, short_mask, long_mask, pair_bias, i)
+            weights = (logits - largest).exp_().div_(total)
             attended_grad = output_grad[:, :, :, None] * short_value[:, :, None, i]  # (B, H, F, chunk, V)
+            return rows, weights, attended_grad, _times_each(attended_grad, long_value.mT)
+
+        chunks = _chunks(short_key.shape[2], _bilinear_row(query, long_key, long_value))
+        delta = torch.zeros_like(total)  # (B, H, F, 1, 1)
+        for i in chunks:
+            at_hand = _, weights, _, weights_grad = recompute(i)
+            delta += (weights * weights_grad).sum((-2, -1), keepdim=True)
+        for i in reversed(chunks):  # the last is still at hand: a single chunk is computed once
+            rows, weights, attended_grad, weights_grad = at_hand or recompute(i)
+            at_hand = None
+            short_value_grad[:, :, i] = (_times_each(weights, long_value) * output_grad[:, :, :, None]).sum(2)
             long_value_grad += weights.flatten(2, 3).mT @ attended_grad.flatten(2, 3)
 
-            logits_grad = weights * (_times_each(attended_grad, long_value.mT) - delta)
+            logits_grad = weights_grad.sub_(delta).mul_(weights)
             long_key_grad += logits_grad.flatten(2, 3).mT @ rows.flatten(2, 3)
             rows_grad = _times_each(logits_grad, long_key)  # (B, H, F, chunk, K)
             short_key_grad[:, :, i] = (rows_grad * query[:, :, :, None]).sum(2)
             query_grad += (rows_grad * short_key[:, :, None, i]).sum(3)
             if bias_grad is not None:
                 _add_reduced(bias_grad, i, logits_grad.sum(2))
-        query_grad *= ctx.scale
-        grads = [grad.to(tensor.dtype) for grad, tensor in zip(grads, tensors, strict=True)]
         if bias_grad is not None:
             bias_grad = bias_grad.to(pair_bias.dtype)
-        return *grads[:3], None, *grads[3:], None, bias_grad, None
+        short_grads, long_grads = (short_key_grad, short_value_grad), (long_key_grad, long_value_grad)
+        return query_grad, *short_grads, None, *long_grads, None, bias_grad
 
 
 def _bilinear_logits(query, short_key, long_key, short_mask, long_mask, pair_bias, i):
@@ -422,11 +444,14 @@ def _masked_softmax(logits, mask):
     return _zero_where_dead(logits.masked_fill(~(mask[:, None, None] | ~alive), -math.inf).softmax(-1), alive)
 
 
-def _finite(log_sum):
-    """A log-sum-exp over nothing is -inf; 0 in its place makes all weights exp(-inf - 0) = 0 instead of
-    NaN.
-    """
-    return log_sum.masked_fill(log_sum == -math.inf, 0.0)
+def _finite(largest):
+    """The largest of no logits is -inf; 0 in its place makes all weights exp(-inf - 0) = 0 instead of NaN."""
+    return largest.masked_fill(largest == -math.inf, 0.0)
+
+
+def _total(weights_sum):
+    """Sums of exp(logit - largest) are at least exp(0) = 1, or 0 over nothing, which divides to 0."""
+    return weights_sum.clamp(min=1.0)
 
 
 def _chunks(tokens, row):
@@ -455,14 +480,6 @@ def _add_reduced(bias_grad, i, grad):
     target += grad.sum_to_size(target.shape)
 
 
-def _accumulation_dtype(tensor):
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _accumulable(*tensors):
-    return [tensor.to(_accumulation_dtype(tensor)) for tensor in tensors]
-
-
 def _four_dimensional(pair_bias):
     return None if pair_bias is None else pair_bias[(None,) * (4 - pair_bias.ndim)]
 
@@ -470,17 +487,9 @@ def _four_dimensional(pair_bias):
 # --- the public edge ----------------------------------------------------------------------------------------
 
 
-def _check_tokens(query, image_key, audio_key, image_value=None, audio_value=None):
-    tensors = dict(
-        query=query,
-        image_key=image_key,
-        audio_key=audio_key,
-        image_value=image_value,
-        audio_value=audio_value,
-    )
-    tensors = {
-        name: tensor for name, tensor in tensors.items() if not (tensor is None and name.endswith("value"))
-    }
+def _check_tokens(**tensors):
+    """Checks query, image_key, audio_key and, where given, image_value, audio_value."""
+    query = tensors["query"]
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -491,10 +500,10 @@ def _check_tokens(query, image_key, audio_key, image_value=None, audio_value=Non
             raise ValueError(
                 f"{name} must be {letters} with no empty dimension, got shape {tuple(tensor.shape)}"
             )
-        if not tensor.is_floating_point() or tensor.dtype != query.dtype:
-            raise ValueError(
-                f"{name} must have the floating point dtype of query, {query.dtype}, got {tensor.dtype}"
-            )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"{name} must have the dtype of query, {query.dtype}, got {tensor.dtype}")
         if tensor.device != query.device:
             raise ValueError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
         if tensor.shape[:2] != query.shape[:2]:
@@ -507,17 +516,16 @@ def _check_tokens(query, image_key, audio_key, image_value=None, audio_value=Non
             raise ValueError(
                 f"{name} must have the width of query, {query.shape[3]}, got {tensors[name].shape[3]}"
             )
-    if image_value is None:
+    if "image_value" not in tensors:
         return
     for key, value in ("image_key", "image_value"), ("audio_key", "audio_value"):
         if tensors[value].shape[2] != tensors[key].shape[2]:
             raise ValueError(
                 f"{value} has {tensors[value].shape[2]} tokens, {key} has {tensors[key].shape[2]}"
             )
-    if image_value.shape[3] != audio_value.shape[3]:
-        raise ValueError(
-            f"audio_value has width {audio_value.shape[3]}, image_value has {image_value.shape[3]}"
-        )
+    image_width, audio_width = tensors["image_value"].shape[3], tensors["audio_value"].shape[3]
+    if image_width != audio_width:
+        raise ValueError(f"audio_value has width {audio_width}, image_value has {image_width}")
 
 
 def _check_options(query, image_key, audio_key, image_mask, audio_mask, pair_bias, scale, interaction):
