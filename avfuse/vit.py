@@ -1,13 +1,21 @@
 """A timm VisionTransformer as one branch of an encoder: embed, attend with extra keys, describe, rebuild."""
 
+import math
+
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, LayerNorm, Mlp, PatchEmbed, RmsNorm
+from timm.layers import GELU, Attention, GELUTanh, LayerNorm, Mlp, PatchEmbed, QuickGELU, RmsNorm
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 NORMS = {"LayerNorm": (LayerNorm, nn.LayerNorm), "RmsNorm": (RmsNorm,)}
-ACTIVATIONS = {"GELU": nn.GELU, "SiLU": nn.SiLU, "ReLU": nn.ReLU}
+ACTIVATIONS = {
+    "GELU": (nn.GELU, GELU),
+    "GELUTanh": (GELUTanh,),
+    "QuickGELU": (QuickGELU,),
+    "SiLU": (nn.SiLU,),
+    "ReLU": (nn.ReLU,),
+}
 
 
 def patch_tokens(vit: VisionTransformer, pixels: Tensor, keep: Tensor | None) -> Tensor:
@@ -59,9 +67,14 @@ def run_block(block: Block, tokens: Tensor, context: Tensor | None, key_mask: Te
     return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
 
 
+def input_shape(vit: VisionTransformer) -> tuple[int, int, int]:
+    """What one input must be: (channels, height, width)"""
+    return (vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)
+
+
 def check_vit(name: str, vit: VisionTransformer) -> None:
     """Raises ValueError unless `vit` is a timm VisionTransformer made of standard pre-norm blocks."""
-    if not isinstance(vit, VisionTransformer):
+    if type(vit) is not VisionTransformer:  # a subclass may compute something else
         raise ValueError(f"{name} must be a timm VisionTransformer, got {type(vit).__name__}")
     for index, block in enumerate(vit.blocks):
         parts = (block, Block), (getattr(block, "attn", None), Attention), (getattr(block, "mlp", None), Mlp)
@@ -71,7 +84,7 @@ def check_vit(name: str, vit: VisionTransformer) -> None:
                     f"{name} must have standard timm blocks; blocks[{index}] holds a {type(part).__name__} "
                     f"where a {standard.__name__} belongs"
                 )
-        if block.attn.gate is not None:
+        if getattr(block.attn, "gate", None) is not None:  # older versions of timm have none
             raise ValueError(f"{name} must have standard attention; that of blocks[{index}] is gated")
     if type(vit.patch_embed) is not PatchEmbed or vit.dynamic_img_size:
         raise ValueError(f"{name} must embed patches by timm's PatchEmbed with a fixed img_size")
@@ -83,8 +96,10 @@ def check_vit(name: str, vit: VisionTransformer) -> None:
 
 def without_head(vit: VisionTransformer) -> VisionTransformer:
     """Removes pooling and classifier, which the encoder never calls (unused parameters break distributed
-    training).
+    training). Average-pooling models keep their last norm behind the pool: it becomes that of the tokens.
     """
+    if isinstance(vit.norm, nn.Identity):
+        vit.norm = vit.fc_norm
     vit.head, vit.fc_norm, vit.attn_pool = nn.Identity(), nn.Identity(), None
     vit.num_classes, vit.global_pool = 0, ""
     return vit
@@ -104,19 +119,21 @@ def describe_vit(vit: VisionTransformer) -> dict:
         embed_dim=vit.embed_dim,
         depth=len(vit.blocks),
         num_heads=block.attn.num_heads,
-        mlp_ratio=block.mlp.fc1.out_features / vit.embed_dim,
+        mlp_ratio=ratio_of(block.mlp.fc1.out_features, vit.embed_dim),
         qkv_bias=block.attn.qkv.bias is not None,
         qk_norm=not isinstance(block.attn.q_norm, nn.Identity),
         scale_attn_norm=not isinstance(block.attn.norm, nn.Identity),
         scale_mlp_norm=not isinstance(block.mlp.norm, nn.Identity),
         proj_bias=block.attn.proj.bias is not None,
-        init_values=float(block.ls1.gamma.detach().flatten()[0]) if hasattr(block.ls1, "gamma") else None,
+        init_values=1e-5 if hasattr(block.ls1, "gamma") else None,
         class_token=vit.has_class_token,
         reg_tokens=vit.num_reg_tokens,
         pos_embed="none" if vit.pos_embed is None else "learn",
         no_embed_class=vit.no_embed_class,
         pre_norm=not isinstance(vit.norm_pre, nn.Identity),
         final_norm=not isinstance(vit.norm, nn.Identity),
+        pos_drop_rate=vit.pos_drop.p,
+        pos_drop_rate=vit.pos_drop.p,
         proj_drop_rate=block.attn.proj_drop.p,
         attn_drop_rate=block.attn.attn_drop.p,
         drop_path_rate=float(getattr(vit.blocks[-1].drop_path1, "drop_prob", 0.0)),
@@ -138,15 +155,21 @@ def build_vit(description: dict, device: str | None = None) -> VisionTransformer
     norm, eps = NORMS[arguments.pop("norm_layer")][0], arguments.pop("norm_eps")
     arguments |= dict(
         norm_layer=lambda dim, **kind: norm(dim, eps=eps, **kind),
-        act_layer=ACTIVATIONS[arguments.pop("act_layer")],
+        act_layer=ACTIVATIONS[arguments.pop("act_layer")][0],
         img_size=tuple(arguments["img_size"]),
         patch_size=tuple(arguments["patch_size"]),
     )
     return VisionTransformer(**arguments, num_classes=0, global_pool="", device=device)
 
 
+def ratio_of(width: int, dim: int) -> float:
+    """The r for which int(dim * r) is `width`, which width / dim misses by rounding at some sizes."""
+    ratio = width / dim
+    return ratio if int(dim * ratio) == width else math.nextafter(ratio, math.inf)
+
+
 def _name_of(module, known, argument):
     for name, classes in known.items():
-        if isinstance(module, classes):
+        if type(module) in classes and getattr(module, "approximate", "none") == "none":
             return name
     raise ValueError(f"{argument}: a {type(module).__name__} cannot be described in config.json")
