@@ -41,6 +41,8 @@ def folder(tmp_path_factory) -> Path:
     write_video(folder / "silent.mp4", 2, audio=False)
     (folder / "notes.txt").write_text("no video either")
     (folder / "._a.mp4").write_bytes(b"not meant to be seen")
+    (folder / ".cache").mkdir()
+    (folder / ".cache/a.mp4").write_bytes(b"nor is this")
     return folder
 
 

@@ -96,6 +96,30 @@ def test_only_the_group_of_the_frame_is_decoded(tmp_path):
         read_frame(path, 20.65)
 
 
+def test_frames_that_an_edit_list_hides(tmp_path):
+    """Cutting without encoding keeps the frames from the key frame to the cut, which are not to be shown."""
+    whole = write_video(tmp_path / "whole.mp4", 3, audio=False, g="30", bf="2", sc_threshold="0")
+    path = tmp_path / "cut.mp4"
+    with (
+        av.open(str(whole)) as source,
+        av.open(str(path), "w", options={"avoid_negative_ts": "disabled"}) as cut,
+    ):
+        stream = cut.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                shift = round(0.8 / packet.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
+                cut.mux(packet)
+    assert [number_of(read_frame(path, time)) for time in (-1, 0, 0.05, 0.15, 1.05, 9)] == [
+        8,
+        8,
+        8,
+        9,
+        18,
+        29,
+    ]
+
+
 def test_frames_are_turned_upright(tmp_path):
     corner = np.zeros((1, 32, 64, 3), np.uint8)
     corner[:, :16, :32] = 255  # top left
@@ -111,6 +135,24 @@ def test_frames_are_turned_upright(tmp_path):
     assert frame.shape == (64, 32, 3)
     assert frame[:32, 16:].mean() > 240  # top right
     assert frame[32:].mean() < 15 and frame[:32, :16].mean() < 15
+
+
+def test_a_frame_that_the_decoder_would_make_up_in_part(tmp_path):
+    tiles = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8).repeat(32, 0).repeat(32, 1)
+    video = np.stack([np.roll(tiles, 3 * number, axis=1) for number in range(20)])
+    path = write_video(tmp_path / "a.mp4", video=video, audio=False, g="20", bf="0", slices="4")
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][10]
+    last, end = packet.pos, packet.pos + packet.size
+    while (behind := last + 4 + int.from_bytes(data[last : last + 4], "big")) < end:
+        last = behind  # slice
+    data[last + 12 : end] = np.random.default_rng(1).bytes(end - last - 12)
+    path.write_bytes(data)
+    assert read_frame(path, 0.95).shape == (256, 256, 3)
+    for time in (1.05, 1.15):
+        with pytest.raises(ClipError, match="its pictures are damaged before"):
+            read_frame(path, time)
 
 
 def test_frames_too_large_to_be_meant(tmp_path, monkeypatch):
@@ -149,6 +191,32 @@ def test_resampling_neither_shifts_nor_distorts(tmp_path, rate):
         sound = read_audio(path, start, 2, 16_000)
         truth = play((round(start * 16_000) + np.arange(32_000)) / 16_000)
         assert np.abs(sound - truth).max() < 1e-3, start
+
+
+def test_the_last_samples_are_not_lost_in_the_filter(tmp_path):
+    samples = 0.3 * np.sin(2 * np.pi * 440 * np.arange(88_200) / 44_100)[None]
+    path = write_video(
+        tmp_path / "a.flac", sample_rate=44_100, audio=samples, video=False, codecs=("", "flac")
+    )
+    sound = read_audio(path, 1, 1, 16_000)
+    truth = 0.3 * np.sin(2 * np.pi * 440 * (1 + np.arange(16_000) / 16_000))
+    assert np.abs(sound - truth).max() < 0.005
+
+
+@pytest.mark.parametrize("start", [0, 1.3, 2.5])
+def test_rounded_time_stamps_leave_no_clicks(tmp_path, start):
+    path = write_video(tmp_path / "a.mkv", 6, sample_rate=44_100, codecs=("libx264", "flac"))
+    sound = read_audio(path, start, 3, 44_100)
+    late = lag(sound, chirp(start + np.arange(3 * 44_100) / 44_100))
+    assert abs(late) <= 23  # Matroska rounds to 1 ms
+    truth = chirp((round(start * 44_100) - late + np.arange(3 * 44_100)) / 44_100)
+    assert np.abs(sound - truth).max() < 1e-4
+
+
+def test_a_decoder_that_fails_at_first_after_a_seek(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 6, sample_rate=44_100, codecs=("libx264", "libmp3lame"))
+    sound = read_audio(path, 2.5, 3, 16_000)
+    assert lag(sound, chirp(2.5 + np.arange(48_000) / 16_000)) == 0
 
 
 def test_resampling_removes_what_the_new_rate_cannot_hold(tmp_path):
@@ -255,6 +323,8 @@ def test_a_length_that_the_header_does_not_tell(tmp_path):
 def test_a_stream_with_nothing_in_it(tmp_path):
     path = write_video(tmp_path / "a.mkv", video=np.empty((0, 48, 64, 3), np.uint8))
     assert probe(path)[:2] == (False, True)
+    with pytest.raises(ClipError):
+        read_frame(path, 0)
     path = write_video(tmp_path / "b.mkv", audio=np.empty((1, 0), np.float32), codecs=("libx264", "flac"))
     assert probe(path)[:2] == (True, False)
 
@@ -329,6 +399,14 @@ def test_hostile_files_are_errors_that_say_what(tmp_path):
 def test_reasons(tmp_path, what, reason):
     with pytest.raises(ClipError, match=reason):
         probe(hostile(tmp_path)[what])
+
+
+def test_names_and_titles_that_are_no_text(tmp_path):
+    path = write_video(tmp_path / "%d, concat: \u00fc.mkv", 1, title="a plain title")
+    data = path.read_bytes()
+    assert data.count(b"a plain title") == 1
+    path.write_bytes(data.replace(b"a plain title", b"\xff plain title"))
+    assert probe(path).video and number_of(read_frame(path, 0.55)) == 5
 
 
 def test_a_lying_duration(tmp_path):

@@ -20,6 +20,7 @@ def write_video(
     audio: np.ndarray | list[tuple[float, np.ndarray]] | bool = True,
     codecs: tuple[str, str] = ("libx264", "aac"),
     times: list[float] | None = None,
+    title: str = "",
     container: dict[str, str] | None = None,
     **options: str,
 ) -> Path:
@@ -31,6 +32,7 @@ def write_video(
         audio: (channels, samples) float32, or such pieces and when they start; True is a `chirp`, False none.
         codecs: of pictures and sound.
         times: when the frames are shown, in seconds; None is one frame every 1 / fps.
+        title: kept in the file if given.
         container: options of the container.
         options: of the picture codec.
     """
@@ -42,6 +44,8 @@ def write_video(
         audio = [(0.0, audio)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", options=container or {}) as output:
+        if title:
+            output.metadata["title"] = title
         if video is not False:
             pictures = output.add_stream(codecs[0], rate=fps, options=options)
             pictures.width, pictures.height, pictures.pix_fmt = video.shape[2], video.shape[1], "yuv420p"

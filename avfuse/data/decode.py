@@ -235,17 +235,14 @@ class ClipReader:
     # ---------------------------------------------------------------------------------------------- decoding
 
     def _decode_frame(self, seconds: float, at_start: bool) -> av.VideoFrame | None:
-        """The frame shown at a time, decoding from here; None if that needs a key frame further back.
+        """The frame shown at a time, decoding from here; None if that has to begin further back.
 
         The packets tell which one is wanted, so that only those it may refer to are decoded before it.
         """
         target = math.floor((seconds + EPSILON + self._origin) / self._video.time_base)
+        target = max(target, self._video.start_time or 0)
         packets = list(self._packets_until(target))
-        if not packets:
-            return None
-        # what is shown before the key frame refers further back
-        begin = -math.inf if at_start else _pts(packets[0])
-        times = [_pts(packet) for packet in packets if not packet.is_discard and _pts(packet) >= begin]
+        times = [_pts(packet) for packet in packets if not packet.is_discard]
         before = [time for time in times if time <= target]
         if not before and not (at_start and times):
             return None
@@ -266,16 +263,15 @@ class ClipReader:
         return max(frames, key=lambda frame: frame.pts, default=None)
 
     def _packets_until(self, target: int) -> Iterator[av.Packet]:
-        """The video packets from the next key frame on, in decoding order, that may be shown until then."""
-        started = False
+        """The next video packet, and those after it, in decoding order, that may be shown until `target`."""
+        any_shown = False
         for packet in self._container.demux(self._video):
             if not packet.size or _pts(packet) is None:
                 continue
-            if started and packet.dts is not None and packet.dts > target:
+            if any_shown and packet.dts is not None and packet.dts > target:
                 return
-            started = started or packet.is_keyframe
-            if started:
-                yield packet
+            any_shown = any_shown or not packet.is_discard
+            yield packet
 
     def _decode_audio(self, first: int, wanted: int, sample_rate: int) -> np.ndarray:
         """At most `wanted` samples of mono sound from sample `first` on, fewer where the sound ends."""
