@@ -1,5 +1,6 @@
 """The three-branch encoder: image and audio transformers, and fusion tokens that tie them at any depth."""
 
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -12,7 +13,16 @@ from .checks import check_choice, check_mask, kind_of
 from .fusion import NORM_EPS, DenseFusion, FactorizedFusion, TokenFusion
 from .inputs import InputSettings
 from .pretrained import Pretrained, parameter_groups
-from .vit import build_vit, check_vit, describe_vit, patch_tokens, run_block, split_prefix, without_head
+from .vit import (
+    build_vit,
+    check_vit,
+    describe_vit,
+    input_shape,
+    patch_tokens,
+    run_block,
+    split_prefix,
+    without_head,
+)
 
 INTERACTIONS = ("dense", "bilinear", "factorized", "token", "none")
 
@@ -274,7 +284,10 @@ class AVEncoder(nn.Module, Pretrained):
 
     @classmethod
     def from_config(cls, config: dict) -> "AVEncoder":
+        from .released import ReleasedEncoder  # which builds on this module
+
         config = dict(config)
+        cls = ReleasedEncoder if config.pop("released", False) else cls
         image, audio = build_vit(config.pop("image")), build_vit(config.pop("audio"))
         return cls(image, audio, inputs=InputSettings(**config.pop("inputs")), **config)
 
@@ -289,7 +302,7 @@ class AVEncoder(nn.Module, Pretrained):
                 if keep is not None or mask is not None:
                     raise ValueError(f"{name}_keep and {name}_mask need {name}, which is None")
                 continue
-            expected = (vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)
+            expected = input_shape(vit)
             if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
                 raise ValueError(f"{name} must be a floating point tensor, got {kind_of(pixels)}")
             if pixels.ndim != 4 or tuple(pixels.shape[1:]) != expected:
@@ -356,12 +369,10 @@ def layers_of(fusion_layers, depth: int) -> tuple[int, ...]:
         return tuple(range(depth))
     if fusion_layers == "none":
         return ()
-    if isinstance(fusion_layers, int):
+    if type(fusion_layers) is int:
         fusion_layers = (fusion_layers,)
-    valid = not isinstance(fusion_layers, str) and all(
-        isinstance(layer, int) and 0 <= layer < depth for layer in fusion_layers
-    )
-    if not valid:
+    is_list = isinstance(fusion_layers, Collection) and not isinstance(fusion_layers, str)
+    if not is_list or not all(type(layer) is int and 0 <= layer < depth for layer in fusion_layers):
         raise ValueError(
             f"fusion_layers must be 'all', 'none' or integers in 0..{depth - 1}, got {fusion_layers!r}"
         )
@@ -385,14 +396,13 @@ def default_inputs(image: VisionTransformer, audio: VisionTransformer) -> InputS
 
 
 def check_inputs(inputs: InputSettings, image: VisionTransformer, audio: VisionTransformer) -> None:
-    for name, settings, size in (
-        ("image", (inputs.image_size, inputs.image_size), image.patch_embed.img_size),
-        ("audio", (inputs.mel_bins, inputs.frames), audio.patch_embed.img_size),
+    for name, vit, described in (
+        ("image", image, (3, inputs.image_size, inputs.image_size)),
+        ("audio", audio, (1, inputs.mel_bins, inputs.frames)),
     ):
-        if settings != tuple(size):
-            raise ValueError(
-                f"inputs describes {name} of size {settings}, the {name} transformer takes {tuple(size)}"
-            )
+        taken = input_shape(vit)
+        if taken != described:
+            raise ValueError(f"{name} takes inputs of shape {taken}, while inputs describes {described}")
 
 
 def check_keep(name, keep, batch, patches, device):

@@ -118,10 +118,12 @@ class DenseFusion(FusionBlock):
             dim, num_heads, attn_ratio=attn_ratio, mlp_ratio=mlp_ratio, drop=drop, drop_path=drop_path
         )
         check_choice("interaction", interaction, INTERACTIONS)
-        if pair_bias is not None and (len(pair_bias) != 2 or min(pair_bias) < 1):
-            raise ValueError(
-                f"pair_bias must be None or the counts of image and audio tokens, got {pair_bias!r}"
-            )
+        if pair_bias is not None:
+            is_pair = isinstance(pair_bias, (tuple, list)) and len(pair_bias) == 2
+            if not is_pair or not all(type(count) is int and count > 0 for count in pair_bias):
+                raise ValueError(
+                    f"pair_bias must be None or the counts of image and audio tokens, got {pair_bias!r}"
+                )
         self.interaction = interaction
         bilinear = interaction == "bilinear"
         self.norm_image = nn.LayerNorm(dim, eps=NORM_EPS)

@@ -13,7 +13,7 @@ from .checks import check_mask
 from .encoder import AVEncoder
 from .fusion import initialize_linear
 from .pretrained import Pretrained, parameter_groups
-from .vit import split_prefix
+from .vit import input_shape, split_prefix
 
 TARGET_EPS = 1e-6
 
@@ -81,6 +81,9 @@ class AVMAE(nn.Module, Pretrained):
             ("audio_mask_ratio", encoder.audio, audio_mask_ratio),
         ):
             count_removed(name, vit.patch_embed.num_patches, ratio)
+            size, patch = input_shape(vit)[1:], vit.patch_embed.patch_size
+            if size[0] % patch[0] or size[1] % patch[1]:
+                raise ValueError(f"encoder takes inputs of size {size}: not whole patches of {patch}")
         self.image_decoder = Decoder(encoder.image.patch_embed, decoder_dim, decoder_depth, decoder_heads)
         self.audio_decoder = Decoder(encoder.audio.patch_embed, decoder_dim, decoder_depth, decoder_heads)
 
@@ -196,12 +199,11 @@ class AVMAE(nn.Module, Pretrained):
 
     @classmethod
     def from_config(cls, config: dict) -> "AVMAE":
-        from .released import ReleasedEncoder  # which builds on this module
+        from .released import ReleasedEncoder, train_positions  # which builds on this module
 
         config = dict(config)
-        encoder = config.pop("encoder")
-        encoder_class = ReleasedEncoder if encoder.get("released") else AVEncoder
-        return cls(encoder_class.from_config(encoder), **config)
+        mae = cls(AVEncoder.from_config(config.pop("encoder")), **config)
+        return train_positions(mae) if isinstance(mae.encoder, ReleasedEncoder) else mae
 
 
 class Decoder(nn.Module):
@@ -270,7 +272,9 @@ def random_removed(patches: int, ratio: float, generator: torch.Generator | None
 
 @dataclass(frozen=True)
 class MaskSampler:
-    """Draws the masks of one clip, `{"image_removed": (N,), "audio_removed": (N,)}`, from the clip's own generator."""
+    """Draws the masks of one clip, `{"image_removed": (N,), "audio_removed": (N,)}`, from the clip's own
+    generator.
+    """
 
     image_patches: int
     audio_patches: int

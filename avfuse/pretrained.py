@@ -19,7 +19,7 @@ class Pretrained(ModelHubMixin, library_name="avfuse", tags=["audio-visual", "ma
     state its `config()` and be made `from_config(...)`. A folder that exists is read without the network."""
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        config = {"library": "avfuse", "class": type(self).__name__, "model": self.config()}
+        config = {"library": "avfuse", "class": _saved_as(type(self)), "model": self.config()}
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         # Written aside and renamed: an interrupted save leaves the old file or none, never half of one.
         save_file(weights, save_directory / f".{WEIGHTS}", metadata={"format": "pt"})
@@ -27,17 +27,32 @@ class Pretrained(ModelHubMixin, library_name="avfuse", tags=["audio-visual", "ma
         (save_directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
-    def _from_pretrained(cls, *, model_id, config=None, **hub_options):
+    def _from_pretrained(
+        cls, *, model_id, revision, cache_dir, force_download, local_files_only, token, config=None
+    ):
         if config is None or config.get("library") != "avfuse":
             raise ValueError(f"{model_id} holds no {CONFIG} of an avfuse model")
-        if config["class"] != cls.__name__:
-            raise ValueError(f"{model_id} holds a model of class {config['class']}, not {cls.__name__}")
+        if config.get("class") != _saved_as(cls):
+            raise ValueError(f"{model_id} holds a model of class {config.get('class')}, not {_saved_as(cls)}")
         model = cls.from_config(config["model"])
         local = Path(model_id) / WEIGHTS
         if not Path(model_id).is_dir():
-            local = hf_hub_download(repo_id=model_id, filename=WEIGHTS, **hub_options)
+            local = hf_hub_download(
+                model_id,
+                WEIGHTS,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+            )
         model.load_state_dict(load_file(local), strict=True)
         return model.eval()
+
+
+def _saved_as(cls) -> str:
+    """The public class: a `ReleasedEncoder` is saved, and found again, as an `AVEncoder`."""
+    return next(base.__name__ for base in cls.__mro__ if Pretrained in base.__bases__)
 
 
 def parameter_groups(model: nn.Module, depth: int, weight_decay: float) -> list[dict]:

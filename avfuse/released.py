@@ -8,6 +8,7 @@ Where the released dense module forms all pairs, this one uses the exact identit
 import math
 import os
 import re
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ from .fusion import (
 from .inputs import InputSettings
 from .mae import AVMAE
 from .ops.pair_attention import pair_attention
+from .vit import ratio_of
 
 INTERACTIONS = {"dense_mmi": "dense", "factorized_mmi": "factorized", "token": "token", "none": "none"}
 CONFIG_KEYS = (
@@ -129,6 +131,7 @@ class ReleasedFactorized(ReleasedFusion):
                 proj=nn.Linear(dim, dim),
             )
         )
+        self.attn["k"].bias.requires_grad_(False)  # it cancels in the softmax: never used, never trained
         initialize_linear(self)
 
     @staticmethod
@@ -192,6 +195,7 @@ class ReleasedEncoder(AVEncoder):
     `from_deepavfusion` undoes.)
     """
 
+    @wraps(AVEncoder.__init__)  # its signature too, which the hub mixin reads
     def __init__(self, image, audio, **options):
         super().__init__(image, audio, **options)
         for branch in self.image, self.audio:
@@ -212,10 +216,6 @@ class ReleasedEncoder(AVEncoder):
     def config(self):
         return super().config() | {"released": True}
 
-    @classmethod
-    def from_config(cls, config):
-        return super().from_config({name: value for name, value in config.items() if name != "released"})
-
 
 def from_deepavfusion(state_dict_or_path, *, config: dict | None = None) -> nn.Module:
     """The module that released DeepAVFusion weights belong to, with those weights, in eval mode.
@@ -235,6 +235,9 @@ def from_deepavfusion(state_dict_or_path, *, config: dict | None = None) -> nn.M
     """
     weights = read_weights(state_dict_or_path)
     settings = infer_settings(weights) | check_config(config)
+    dim, heads = settings["embed_dim"], settings["num_heads"]
+    if heads < 1 or dim % heads:
+        raise ValueError(f"config: num_heads must divide the width of {dim}, got {heads}")
     if "norm1_mm.weight" in weights:
         return load_strictly(make_released_block(settings), weights)
     if not any(name.startswith("encoder.") for name in weights):
@@ -250,10 +253,8 @@ def from_deepavfusion(state_dict_or_path, *, config: dict | None = None) -> nn.M
         audio_mask_ratio=settings["audio_mask_ratio"],
         norm_target=settings["norm_loss"],
     )
-    for decoder in mae.image_decoder, mae.audio_decoder:
-        decoder.pos_embed.requires_grad_(True)  # released: trainable
     weights = {DECODER_NAME.sub(r"\1_decoder.", name): weight for name, weight in weights.items()}
-    return load_strictly(mae, exchange_token_norms(weights, settings))
+    return load_strictly(train_positions(mae), exchange_token_norms(weights, settings))
 
 
 def read_weights(source) -> dict[str, Tensor]:
@@ -277,9 +278,9 @@ def infer_settings(weights: dict[str, Tensor]) -> dict:
     prefix = "" if "norm1_mm.weight" in weights else r"fusion_blocks\.\d+\."
     block = {re.sub(f"^{prefix}", "", name): w for name, w in encoder.items() if re.match(prefix, name)}
     if not prefix:
-        dim = weights["norm1_mm.weight"].shape[0]
+        dim = size_of(block, "norm1_mm.weight", 0)
     elif "fusion_tokens" in encoder and "image.pos_embed" in encoder and "audio.pos_embed" in encoder:
-        dim = encoder["fusion_tokens"].shape[-1]
+        dim = size_of(encoder, "fusion_tokens", 2)
     else:
         raise ValueError(
             "state_dict_or_path holds no DeepAVFusion autoencoder, encoder or fusion block; "
@@ -299,27 +300,27 @@ def infer_settings(weights: dict[str, Tensor]) -> dict:
         audio_mask_ratio=0.8,
         norm_loss=True,
     )
-    if "attn.q.weight" in block:
-        is_factorized = "attn.attn_a.q.weight" in block
-        is_dense = not is_factorized and block["attn.kv.weight"].shape[1] == 2 * dim
+    if block:
+        is_factorized = any(name.startswith("attn.attn_a.") for name in block)
+        is_dense = not is_factorized and size_of(block, "attn.kv.weight", 1) == 2 * dim
         settings |= dict(
-            attn_ratio=block["attn.q.weight"].shape[0] / dim,
-            mlp_ratio=block["mlp.fc1.weight"].shape[0] / dim,
+            attn_ratio=ratio_of(size_of(block, "attn.q.weight", 0), dim),
+            mlp_ratio=ratio_of(size_of(block, "mlp.fc1.weight", 0), dim),
             interactions="factorized_mmi" if is_factorized else "dense_mmi" if is_dense else "token",
         )
     if prefix:
         settings |= infer_encoder(encoder, settings["interactions"])
     if "image_decoder_embed.weight" in weights:
         settings |= dict(
-            decoder_dim=weights["image_decoder_embed.weight"].shape[0],
+            decoder_dim=size_of(weights, "image_decoder_embed.weight", 0),
             decoder_depth=count_blocks(weights, r"image_decoder_blocks\.(\d+)\."),
         )
     return settings
 
 
 def infer_encoder(encoder: dict[str, Tensor], interactions: str) -> dict:
-    patch_size = encoder["image.patch_embed.proj.weight"].shape[-1]
-    image_patches, audio_patches = (encoder[f"{name}.pos_embed"].shape[1] for name in ("image", "audio"))
+    patch_size = size_of(encoder, "image.patch_embed.proj.weight", 3)
+    image_patches, audio_patches = (size_of(encoder, f"{name}.pos_embed", 1) for name in ("image", "audio"))
     side = math.isqrt(image_patches)
     layers = sorted(
         {int(match[1]) for name in encoder if (match := re.match(r"fusion_blocks\.(\d+)\.", name))}
@@ -332,8 +333,15 @@ def infer_encoder(encoder: dict[str, Tensor], interactions: str) -> dict:
         fusion_layers="-".join(map(str, layers)) or "none",
     )
     if interactions != "factorized_mmi":  # there are no aggregation tokens to tell apart
-        inferred["fusion_tokens"] = encoder["fusion_tokens"].shape[1]
+        inferred["fusion_tokens"] = size_of(encoder, "fusion_tokens", 1)
     return inferred
+
+
+def size_of(weights: dict[str, Tensor], name: str, dim: int) -> int:
+    """The size of a weight along `dim`, from which settings are inferred."""
+    if name not in weights or weights[name].ndim <= dim:
+        raise ValueError(f"state_dict_or_path holds no {name}, or one without dimension {dim}")
+    return weights[name].shape[dim]
 
 
 def count_blocks(weights: dict, pattern: str) -> int:
@@ -390,6 +398,13 @@ def make_released_encoder(settings: dict) -> ReleasedEncoder:
         mlp_ratio=settings["mlp_ratio"],
         inputs=released_inputs(settings),
     )
+
+
+def train_positions(mae: AVMAE) -> AVMAE:
+    """The released decoders train their positions."""
+    for decoder in mae.image_decoder, mae.audio_decoder:
+        decoder.pos_embed.requires_grad_(True)
+    return mae
 
 
 def released_inputs(settings: dict) -> InputSettings | None:
