@@ -263,21 +263,18 @@ class ClipReader:
         return max(frames, key=lambda frame: frame.pts, default=None)
 
     def _packets_until(self, target: int) -> Iterator[av.Packet]:
-        """The next video packet, and those after it, in decoding order, that may be shown until `target`."""
-        any_shown = False
+        """The video packets from here, in decoding order, that may be shown until `target`."""
         for packet in self._container.demux(self._video):
-            if not packet.size or _pts(packet) is None:
-                continue
-            if any_shown and packet.dts is not None and packet.dts > target:
+            if packet.dts is not None and packet.dts > target:
                 return
-            any_shown = any_shown or not packet.is_discard
-            yield packet
+            if packet.size and _pts(packet) is not None:
+                yield packet
 
     def _decode_audio(self, first: int, wanted: int, sample_rate: int) -> np.ndarray:
         """At most `wanted` samples of mono sound from sample `first` on, fewer where the sound ends."""
         start, end = first / sample_rate, (first + wanted) / sample_rate
         for at_start in self._seek_back(self._audio, start - WARM_UP):
-            pieces = list(self._pieces(start, end + MARGIN))
+            pieces = list(self._pieces(end + MARGIN))
             if pieces and (at_start or pieces[0][0] < start - MARGIN):
                 break
         else:
@@ -297,25 +294,16 @@ class ClipReader:
             sound = sound[: max(0, round(declared * rate) - begin)]
         return _resample(sound, rate, sample_rate)[skip : skip + wanted]
 
-    def _pieces(self, start: float, end: float) -> Iterator[tuple[float, int, np.ndarray]]:
+    def _pieces(self, end: float) -> Iterator[tuple[float, int, np.ndarray]]:
         """Decoded sound from here to `end`: time in seconds, sample rate and mono samples of each piece."""
         for packet in self._container.demux(self._audio):
-            try:
-                frames = packet.decode()
-            except av.InvalidDataError:
-                if _pts(packet) is None or self._seconds(_pts(packet)) > start - MARGIN:
-                    raise
-                continue  # a decoder that starts midway may lack what its first packets build on
-            for frame in frames:
+            for frame in packet.decode():
                 if frame.pts is None or not frame.samples:
                     continue
-                time = self._seconds(frame.pts)
+                time = frame.pts * float(self._audio.time_base) - float(self._origin)
                 if time > end:
                     return
                 yield time, frame.sample_rate, _mono(frame)
-
-    def _seconds(self, pts: int) -> float:
-        return pts * float(self._audio.time_base) - float(self._origin)
 
 
 def _open(path: Path) -> av.container.InputContainer:
