@@ -296,11 +296,12 @@ class ClipReader:
 
     def _pieces(self, end: float) -> Iterator[tuple[float, int, np.ndarray]]:
         """Decoded sound from here to `end`: time in seconds, sample rate and mono samples of each piece."""
+        unit, origin = float(self._audio.time_base), float(self._origin)
         for packet in self._container.demux(self._audio):
             for frame in packet.decode():
                 if frame.pts is None or not frame.samples:
                     continue
-                time = frame.pts * float(self._audio.time_base) - float(self._origin)
+                time = frame.pts * unit - origin
                 if time > end:
                     return
                 yield time, frame.sample_rate, _mono(frame)
@@ -339,7 +340,7 @@ def _mono(frame: av.AudioFrame) -> np.ndarray:
 
 def _join(pieces: list[tuple[float, int, np.ndarray]], rate: int, begin: int, end: int) -> np.ndarray:
     """Samples `begin` to `end`, each piece in its place, zeros between; shorter where the last ends early."""
-    sound, last = np.zeros(end - begin, np.float32), begin
+    sound, last = np.zeros(end - begin, np.float32), -math.inf
     for time, _, samples in pieces:
         at = round(time * rate)
         at = last if abs(at - last) < JITTER * rate else at
