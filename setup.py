@@ -29,7 +29,7 @@ setup(
         "torchaudio",
         "timm>=1.0.20",
         "numpy>=2.0",
-        "av>=16",
+        "av>=17,<19",  # 17 brought what the reader uses, 19 drops some of it
         "accelerate>=1.0",
         "tyro>=1.0",
         "safetensors>=0.4.5",
