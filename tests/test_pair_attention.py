@@ -63,7 +63,7 @@ def cut(pair_bias, kind):
 
 
 def run(tensors, *, attend=pair_attention, dtype=None, **options):
-    """Output and gradients by name; the gradient of the output depends on shape and dtype of `tensors` only."""
+    """Output and gradients by name; the gradient of the output depends on its shape and dtype only."""
     leaves = {name: x.detach().to(dtype or x.dtype).requires_grad_() for name, x in tensors.items()}
     output = attend(**leaves, **options)
     output_grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
@@ -244,6 +244,15 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(interaction, dtype, bias, 
         error, plain_error, size = (x.square().mean().sqrt().item() for x in differences)
         allowed = 2 * plain_error + torch.finfo(dtype).eps * size
         assert error <= allowed, f"{name}: {error:.2e}, allowed {allowed:.2e}"
+
+
+@both_interactions
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_is_computed_in_float32_and_rounded_once(interaction, dtype):
+    tensors = make(bias=(5, 4), keys=5.0, dtype=dtype)
+    truth = run(tensors, interaction=interaction, dtype=torch.float32)
+    for name, tensor in run(tensors, interaction=interaction).items():
+        assert torch.equal(tensor, truth[name].to(dtype)), name
 
 
 @both_interactions

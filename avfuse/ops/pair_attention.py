@@ -99,8 +99,9 @@ def pair_attention_weights(
     product of the two. Differentiable.
 
     Returns:
-        Image weights (B, H, F, I) and audio weights (B, H, F, A), each summing to 1 over its tokens; the
-        weights of a modality without any token left are 0.
+        Image weights (B, H, F, I) and audio weights (B, H, F, A), each summing to 1 over its tokens; those
+        of a modality without any token left are 0, and both where the output of `pair_attention` is 0 for
+        lack of pairs.
 
     Raises:
         ValueError: as `pair_attention`.
