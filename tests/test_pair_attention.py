@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from avfuse.ops import pair_attention as op
+from avfuse.ops import streaming
 from avfuse.ops.pair_attention import pair_attention, pair_attention_weights, select_backend
 
 INF = math.inf
@@ -190,8 +190,8 @@ def test_torch_agrees_with_the_reference_on_random_cases(monkeypatch, seed):
     truth = run(tensors, **options, backend="reference")
     natural = natural_scale(tensors, options["scale"] or K**-0.5, interaction)
     tolerances = {name: 1e-14 * keys * size for name, size in natural.items()}
-    for chunk in 1, 3 * B * H * F * max(I, A, K, V), op.CHUNK:
-        monkeypatch.setattr(op, "CHUNK", chunk)
+    for chunk in 1, 3 * B * H * F * max(I, A, K, V), streaming.CHUNK:
+        monkeypatch.setattr(streaming, "CHUNK", chunk)
         assert_close(run(tensors, **options, backend="torch"), truth, tolerances)
 
 
@@ -215,7 +215,7 @@ def test_gradients_against_finite_differences(monkeypatch, interaction, case):
         cut(tensors["pair_bias"], kind)
     if dead:
         options |= dict(image_mask=mask_of(2, 3, dead=dead[0]), audio_mask=mask_of(2, 4, dead=dead[1]))
-    monkeypatch.setattr(op, "CHUNK", 40)  # two tokens at a time
+    monkeypatch.setattr(streaming, "CHUNK", 40)  # two tokens at a time
 
     def outputs(*leaves):
         named = dict(zip(tensors, leaves, strict=True))
@@ -373,11 +373,11 @@ class Allocations(TorchDispatchMode):
 @both_interactions
 @pytest.mark.parametrize("bias", [None, (2048, 2048), (2048, 1), (1, 1, 1, 2048)], ids=str)
 def test_nothing_but_the_gradient_of_the_bias_grows_as_the_number_of_pairs(monkeypatch, interaction, bias):
-    monkeypatch.setattr(op, "CHUNK", 2**17)
+    monkeypatch.setattr(streaming, "CHUNK", 2**17)
     tensors = make(1, 1, 4, 2048, 2048, 8, 8, bias=bias, dtype=torch.float32)
     with Allocations() as streamed:
         run(tensors, interaction=interaction, image_mask=mask_of(1, 2048))
-    assert sum(size > 4 * op.CHUNK for size in streamed.sizes) == (bias == (2048, 2048))
+    assert sum(size > 4 * streaming.CHUNK for size in streamed.sizes) == (bias == (2048, 2048))
     with Allocations() as reference:
         run({name: tensors[name][..., :512, :] for name in TOKENS}, backend="reference")
     assert max(reference.sizes) >= 4 * 512 * 512 * 8
@@ -390,7 +390,7 @@ def test_nothing_but_the_gradient_of_the_bias_grows_as_the_number_of_pairs(monke
 @pytest.mark.parametrize("bias", [None, (5, 4)], ids=["no bias", "bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compile_checkpoint_autocast_and_repetition_change_nothing(monkeypatch, interaction, bias, dtype):
-    monkeypatch.setattr(op, "CHUNK", 200)
+    monkeypatch.setattr(streaming, "CHUNK", 200)
     torch._dynamo.reset()
     compiled = torch.compile(pair_attention, fullgraph=True, backend="aot_eager")
     checkpointed = partial(checkpoint, pair_attention, use_reentrant=False)

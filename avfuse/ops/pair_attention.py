@@ -20,13 +20,12 @@ import numbers
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..checks import check_choice, check_mask, kind_of
+from .streaming import BilinearPairAttention, PairMarginals
 
 INTERACTIONS = ("additive", "bilinear")
 BACKENDS = ("triton", "torch", "xformers", "reference")
-CHUNK = 2**22  # elements of the largest temporary where pairs are streamed (16 MiB in float32)
 
 
 def pair_attention(
@@ -242,80 +241,17 @@ def _additive_weights(query, image_key, audio_key, image_mask, audio_mask, pair_
     if pair_bias is None:
         return _masked_softmax(image_logits, image_mask), _masked_softmax(audio_logits, audio_mask)
     if image_mask is None and audio_mask is None:
-        return _PairMarginals.apply(image_logits, audio_logits, pair_bias)
+        return PairMarginals.apply(image_logits, audio_logits, pair_bias)
 
     both = _alive(image_mask) & _alive(audio_mask)  # else the bias leaves together with the missing modality
-    image_alone, audio_alone = (
-        _masked_softmax(image_logits, image_mask),
-        _masked_softmax(audio_logits, audio_mask),
-    )
+    image_alone = _masked_softmax(image_logits, image_mask)
+    audio_alone = _masked_softmax(audio_logits, audio_mask)
     if image_mask is not None:
         image_logits = image_logits.masked_fill(~image_mask[:, None, None], -math.inf)
     if audio_mask is not None:
         audio_logits = audio_logits.masked_fill(~audio_mask[:, None, None], -math.inf)
-    image_weights, audio_weights = _PairMarginals.apply(image_logits, audio_logits, pair_bias)
+    image_weights, audio_weights = PairMarginals.apply(image_logits, audio_logits, pair_bias)
     return torch.where(both, image_weights, image_alone), torch.where(both, audio_weights, audio_alone)
-
-
-class _PairMarginals(torch.autograd.Function):
-    """Marginals of P_ij = softmax_ij(s_i + t_j + b_ij), streamed over image tokens.
-
-    Exponents are relative to the largest logit of a pair, so the result is exact for any finite logits: a sum
-    of products of exponentials would underflow where the bias removes the pairs that hold the largest
-    s_i and t_j. The gradient of additive values is additive, dP_ij = g_i + h_j, so the backward needs no
-    value-wide product over pairs: dlogit_ij = P_ij (g_i + h_j - delta) with
-    delta = sum_i p_i g_i + sum_j r_j h_j.
-    """
-
-    @staticmethod
-    def forward(ctx, image_logits, audio_logits, pair_bias):
-        chunks = _chunks(image_logits.shape[-1], audio_logits.numel())
-        largest = torch.full_like(audio_logits[..., :1], -math.inf)  # (B, H, F, 1)
-        for i in chunks:
-            logits = _biased_logits(image_logits, audio_logits, pair_bias, i)  # (B, H, F, chunk, A)
-            largest = torch.maximum(largest, logits.amax((-2, -1))[..., None])
-        largest = _finite(largest)
-
-        rows, columns = [], torch.zeros_like(audio_logits)
-        for i in chunks:
-            logits = _biased_logits(image_logits, audio_logits, pair_bias, i)
-            weights = (logits - largest[..., None]).exp_()
-            rows.append(weights.sum(-1))
-            columns += weights.sum(-2)
-        rows = torch.cat(rows, -1)
-        total = _total(rows.sum(-1, keepdim=True))
-        image_weights, audio_weights = rows / total, columns / total
-        inputs = (image_logits, audio_logits, pair_bias)
-        ctx.save_for_backward(*inputs, largest, total, image_weights, audio_weights)
-        return image_weights, audio_weights
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, image_grad, audio_grad):
-        *inputs, largest, total, image_weights, audio_weights = ctx.saved_tensors
-        image_logits, audio_logits, pair_bias = inputs
-        delta = (image_weights * image_grad).sum(-1, keepdim=True) + (audio_weights * audio_grad).sum(
-            -1, keepdim=True
-        )
-        image_logits_grad, audio_logits_grad = [], torch.zeros_like(audio_logits)
-        bias_grad = torch.zeros_like(pair_bias, dtype=image_logits.dtype) if ctx.needs_input_grad[2] else None
-        for i in _chunks(image_logits.shape[-1], audio_logits.numel()):
-            logits = _biased_logits(image_logits, audio_logits, pair_bias, i)
-            weights = (logits - largest[..., None]).exp_().div_(total[..., None])
-            weights_grad = image_grad[..., i, None] + audio_grad[..., None, :]
-            grad = weights_grad.sub_(delta[..., None]).mul_(weights)
-            image_logits_grad.append(grad.sum(-1))
-            audio_logits_grad += grad.sum(-2)
-            if bias_grad is not None:
-                _add_reduced(bias_grad, i, grad.sum(2))
-        if bias_grad is not None:
-            bias_grad = bias_grad.to(pair_bias.dtype)
-        return torch.cat(image_logits_grad, -1), audio_logits_grad, bias_grad
-
-
-def _biased_logits(image_logits, audio_logits, pair_bias, i):
-    logits = image_logits[..., i, None] + audio_logits[..., None, :]  # (B, H, F, chunk, A)
-    return logits + _rows(pair_bias, i).to(logits.dtype)[:, :, None]
 
 
 def _bilinear(
@@ -327,96 +263,18 @@ def _bilinear(
     audio = (audio_key.to(dtype), audio_value.to(dtype), audio_mask)
     scaled = query.to(dtype) * scale
     if image_key.shape[2] <= audio_key.shape[2]:
-        output = _BilinearPairAttention.apply(scaled, *image, *audio, pair_bias)
+        output = BilinearPairAttention.apply(scaled, *image, *audio, pair_bias)
     else:
         bias = None if pair_bias is None else pair_bias.mT
-        output = _BilinearPairAttention.apply(scaled, *audio, *image, bias)
+        output = BilinearPairAttention.apply(scaled, *audio, *image, bias)
     return output.to(query.dtype)
-
-
-class _BilinearPairAttention(torch.autograd.Function):
-    """softmax_ij(q.(k_i * k_j) + b_ij) over values v_i * v_j, streamed over the tokens i of the short side.
-
-    For one i, the rows q * k_i attend to the long side like F ordinary queries; the chunks of i are merged by
-    an online softmax. The backward recomputes each chunk's weights twice: once for
-    delta = sum_ij P_ij dP_ij, once for dlogit_ij = P_ij (dP_ij - delta).
-    """
-
-    @staticmethod
-    def forward(ctx, query, short_key, short_value, short_mask, long_key, long_value, long_mask, pair_bias):
-        inputs = (query, short_key, short_value, short_mask, long_key, long_value, long_mask, pair_bias)
-        largest = query.new_full((*query.shape[:-1], 1), -math.inf)  # (B, H, F, 1)
-        total = torch.zeros_like(largest)
-        output = query.new_zeros(*query.shape[:-1], long_value.shape[-1])
-        for i in _chunks(short_key.shape[2], _bilinear_row(query, long_key, long_value)):
-            logits, _ = _bilinear_logits(query, short_key, long_key, short_mask, long_mask, pair_bias, i)
-            previous, largest = largest, torch.maximum(largest, logits.amax((-2, -1))[..., None])
-            rescale = (previous - _finite(largest)).exp()
-            weights = (logits - _finite(largest)[..., None]).exp_()  # (B, H, F, chunk, long)
-            attended = _times_each(weights, long_value) * short_value[:, :, None, i]
-            total = total * rescale + weights.sum((-2, -1))[..., None]
-            output = output * rescale + attended.sum(3)
-        total = _total(total)
-        ctx.save_for_backward(*inputs, _finite(largest)[..., None], total[..., None])
-        return output / total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, output_grad):
-        *inputs, pair_bias, largest, total = ctx.saved_tensors
-        query, short_key, short_value, short_mask, long_key, long_value, long_mask = inputs
-        query_grad, long_key_grad, long_value_grad = map(torch.zeros_like, (query, long_key, long_value))
-        short_key_grad, short_value_grad = torch.empty_like(short_key), torch.empty_like(short_value)
-        bias_grad = torch.zeros_like(pair_bias, dtype=query.dtype) if ctx.needs_input_grad[7] else None
-
-        def recompute(i):
-            logits, rows = _bilinear_logits(query, short_key, long_key, short_mask, long_mask, pair_bias, i)
-            weights = (logits - largest).exp_().div_(total)
-            attended_grad = output_grad[:, :, :, None] * short_value[:, :, None, i]  # (B, H, F, chunk, V)
-            return rows, weights, attended_grad, _times_each(attended_grad, long_value.mT)
-
-        chunks = _chunks(short_key.shape[2], _bilinear_row(query, long_key, long_value))
-        delta = torch.zeros_like(total)  # (B, H, F, 1, 1)
-        for i in chunks:
-            at_hand = _, weights, _, weights_grad = recompute(i)
-            delta += (weights * weights_grad).sum((-2, -1), keepdim=True)
-        for i in reversed(chunks):  # the last is still at hand: a single chunk is computed once
-            rows, weights, attended_grad, weights_grad = at_hand or recompute(i)
-            at_hand = None
-            short_value_grad[:, :, i] = (_times_each(weights, long_value) * output_grad[:, :, :, None]).sum(2)
-            long_value_grad += weights.flatten(2, 3).mT @ attended_grad.flatten(2, 3)
-
-            logits_grad = weights_grad.sub_(delta).mul_(weights)
-            long_key_grad += logits_grad.flatten(2, 3).mT @ rows.flatten(2, 3)
-            rows_grad = _times_each(logits_grad, long_key)  # (B, H, F, chunk, K)
-            short_key_grad[:, :, i] = (rows_grad * query[:, :, :, None]).sum(2)
-            query_grad += (rows_grad * short_key[:, :, None, i]).sum(3)
-            if bias_grad is not None:
-                _add_reduced(bias_grad, i, logits_grad.sum(2))
-        if bias_grad is not None:
-            bias_grad = bias_grad.to(pair_bias.dtype)
-        short_grads, long_grads = (short_key_grad, short_value_grad), (long_key_grad, long_value_grad)
-        return query_grad, *short_grads, None, *long_grads, None, bias_grad
-
-
-def _bilinear_logits(query, short_key, long_key, short_mask, long_mask, pair_bias, i):
-    """Logits (B, H, F, chunk, long) of the short-side tokens `i`, and the rows q * k_i they come from."""
-    rows = query[:, :, :, None] * short_key[:, :, None, i]  # (B, H, F, chunk, K)
-    logits = _times_each(rows, long_key.mT)
-    if pair_bias is not None:
-        logits = logits + _rows(pair_bias, i).to(logits.dtype)[:, :, None]
-    if short_mask is not None:
-        logits = logits.masked_fill(~short_mask[:, None, None, i, None], -math.inf)
-    if long_mask is not None:
-        logits = logits.masked_fill(~long_mask[:, None, None, None], -math.inf)
-    return logits, rows
 
 
 def _bilinear_weights(query, image_key, audio_key, image_mask, audio_mask, pair_bias, scale):
     """Marginals of bilinear pairs: the attention over pairs whose values are the indicators of their
     tokens.
     """
-    B, H, I, A = *image_key.shape[:3], audio_key.shape[2]  # noqa: E741
+    B, H, I, A = *image_key.shape[:3], audio_key.shape[2]
     kind = dict(dtype=query.dtype, device=query.device)
     image_value = torch.cat([torch.eye(I, **kind), torch.ones(I, A, **kind)], 1).expand(B, H, -1, -1)
     audio_value = torch.cat([torch.ones(A, I, **kind), torch.eye(A, **kind)], 1).expand(B, H, -1, -1)
@@ -426,7 +284,7 @@ def _bilinear_weights(query, image_key, audio_key, image_mask, audio_mask, pair_
     return weights.split([I, A], -1)
 
 
-# --- masks, chunks, dtypes ----------------------------------------------------------------------------------
+# --- masks -------------------------------------------------------------------------------------------------
 
 
 def _alive(mask):
@@ -443,42 +301,6 @@ def _masked_softmax(logits, mask):
         return logits.softmax(-1)
     alive = _alive(mask)
     return _zero_where_dead(logits.masked_fill(~(mask[:, None, None] | ~alive), -math.inf).softmax(-1), alive)
-
-
-def _finite(largest):
-    """The largest of no logits is -inf; 0 in its place makes all weights exp(-inf - 0) = 0 instead of NaN."""
-    return largest.masked_fill(largest == -math.inf, 0.0)
-
-
-def _total(weights_sum):
-    """Sums of exp(logit - largest) are at least exp(0) = 1, or 0 over nothing, which divides to 0."""
-    return weights_sum.clamp(min=1.0)
-
-
-def _chunks(tokens, row):
-    """Slices over `tokens` such that a temporary of `row` elements per token stays within CHUNK."""
-    step = max(1, CHUNK // max(1, row))
-    return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
-
-
-def _bilinear_row(query, long_key, long_value):
-    B, H, queries, width = query.shape
-    return B * H * queries * max(width, long_key.shape[2], long_value.shape[-1])
-
-
-def _times_each(left, right):
-    """(B, H, F, n, m) @ (B, H, m, k) -> (B, H, F, n, k) as one matrix product per batch entry and head."""
-    return (left.flatten(2, 3) @ right).unflatten(2, left.shape[2:4])
-
-
-def _rows(pair_bias, i):
-    return pair_bias if pair_bias.shape[2] == 1 else pair_bias[:, :, i]
-
-
-def _add_reduced(bias_grad, i, grad):
-    """Adds a chunk's gradient (B, H, chunk, A) to that of a bias which may be broadcast in any dimension."""
-    target = _rows(bias_grad, i)
-    target += grad.sum_to_size(target.shape)
 
 
 def _four_dimensional(pair_bias):
