@@ -151,7 +151,7 @@ def _bilinear_logits(query, short_key, long_key, short_mask, long_mask, pair_bia
     return logits, rows
 
 
-# --- chunks and sums 
+# --- chunks and sums ----------------------------------------------------------------------------------------
 
 
 def _finite(largest):
