@@ -3,6 +3,9 @@
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from avfuse import AVEncoder
 
@@ -22,9 +25,8 @@ def randomized(module: nn.Module, std: float = 0.2) -> nn.Module:
 def make_vit(shape=IMAGE, **options) -> VisionTransformer:
     channels, *size = shape
     options = dict(embed_dim=32, depth=3, num_heads=2, mlp_ratio=2.0, class_token=False) | options
-    return VisionTransformer(
-        img_size=tuple(size), patch_size=8, in_chans=channels, num_classes=0, global_pool="", **options
-    )
+    options = dict(num_classes=0, global_pool="") | options
+    return VisionTransformer(img_size=tuple(size), patch_size=8, in_chans=channels, **options)
 
 
 def make_encoder(interactions="dense", *, vit=None, **options) -> AVEncoder:
@@ -36,6 +38,17 @@ def make_encoder(interactions="dense", *, vit=None, **options) -> AVEncoder:
 
 def make_inputs(batch=2, dtype=torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(batch, *IMAGE, dtype=dtype), torch.randn(batch, *AUDIO, dtype=dtype)
+
+
+def count_flops(encoder: AVEncoder) -> int:
+    """Floating-point operations of one clip of the paper's size, on fake tensors: shapes without numbers."""
+    shapes = {name: weight.shape for name, weight in encoder.state_dict().items()}
+    with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), torch.device("cpu"):
+        weights = {name: torch.empty(shape) for name, shape in shapes.items()}
+        inputs = torch.empty(1, 3, 224, 224), torch.empty(1, 1, 128, 192)
+        with FlopCounterMode(display=False) as counter:
+            torch.func.functional_call(encoder.eval(), weights, inputs)
+    return counter.get_total_flops()
 
 
 def relative_error(ours: torch.Tensor, truth: torch.Tensor) -> float:

@@ -53,7 +53,7 @@ def attend(queries, keys, values, bias=None):
 
 
 def direct_pairs(block, fusion, image, audio, bias=None):
-    """Eq. 4-8: the token of a pair is W_image x_i + W_audio x_j (or the product); I x A of them are formed."""
+    """Eq. 4-8: the token of a pair is W_image x_i + W_audio x_j (or the product); all are formed."""
     queries = linear(norm(fusion, block.norm_fusion), block.query)
     image = linear(norm(image, block.norm_image), block.image_key_value)
     audio = linear(norm(audio, block.norm_audio), block.audio_key_value)
@@ -111,7 +111,7 @@ def direct(
         if bias is not None:
             row_places = rows if image_positions is None else image_positions[b, rows]
             column_places = columns if audio_positions is None else audio_positions[b, columns]
-            bias = torch.stack([bias[:, i, j] for i in row_places for j in column_places] or [bias[:, 0, 0]], 1)
+            bias = bias[:, row_places][:, :, column_places]  # (H, I, A)
         clips.append(DIRECT[type(block)](block, fusion[b], image[b, rows], audio[b, columns], bias))
     return torch.stack(clips)
 
@@ -177,9 +177,7 @@ def test_block_equals_the_equations(name, attn_ratio, mlp_ratio):
 def test_masks_drop_tokens(name, masked):
     """Also whole modalities: of one clip the image, of one the sound, of one both."""
     block, masks = make(name), make_masks()
-    assert_like_direct(
-        block, make_streams(block), **masks if masked == "both" else {masked: masks[masked]}
-    )
+    assert_like_direct(block, make_streams(block), **masks if masked == "both" else {masked: masks[masked]})
 
 
 @every_block

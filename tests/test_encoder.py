@@ -1,0 +1,584 @@
+"""The encoder against timm's own blocks run on the concatenation, the way the released code does it; masks,
+kept patches, missing modalities, fused layers, budgets of arithmetic, and what it refuses.
+"""
+
+import pytest
+import timm
+import torch
+from models import (
+    AUDIO,
+    AUDIO_TOKENS,
+    IMAGE,
+    IMAGE_TOKENS,
+    count_flops,
+    gradients,
+    make_encoder,
+    make_inputs,
+    make_vit,
+    relative_error,
+)
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
+from torch import nn
+
+from avfuse import AVMAE, AVEncoder, InputSettings, create_encoder
+from avfuse.encoder import INTERACTIONS
+from avfuse.released import ReleasedEncoder
+
+EXACT = 1e-11  # float64 rounding through a few layers, relative to the largest value
+VITS = {
+    "plain": dict(),
+    "class and register tokens": dict(class_token=True, reg_tokens=2),
+    "no_embed_class": dict(class_token=True, reg_tokens=1, no_embed_class=True),
+    "qk-norm, LayerScale": dict(qk_norm=True, init_values=0.1),
+    "scaled norms": dict(scale_attn_norm=True, scale_mlp_norm=True),
+    "no biases": dict(qkv_bias=False, proj_bias=False),
+    "pre-norm, no positions": dict(pre_norm=True, pos_embed="none"),
+}
+every_interaction = pytest.mark.parametrize("interactions", INTERACTIONS)
+
+
+def run_direct(encoder, image, audio, image_keep=None, audio_keep=None):
+    """Eq. 1-3 with timm's blocks on cat(fusion, tokens), whose fusion outputs are dropped.
+
+    Returns image, audio and fusion tokens after every layer, before the last norm.
+    """
+
+    def embed(vit, pixels, keep):
+        tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(pixels)))
+        if keep is None:
+            return tokens
+        prefix = vit.num_prefix_tokens
+        rows = [
+            torch.cat([clip[:prefix], clip[prefix + kept]]) for clip, kept in zip(tokens, keep, strict=True)
+        ]
+        return torch.stack(rows)
+
+    def unimodal(block, tokens, context):
+        return (
+            block(tokens)
+            if context is None
+            else block(torch.cat([context, tokens], 1))[:, context.shape[1] :]
+        )
+
+    image_tokens = embed(encoder.image, image, image_keep)
+    audio_tokens = embed(encoder.audio, audio, audio_keep)
+    state, layers = encoder.fusion_tokens.expand(len(image), -1, -1), []
+    for layer in range(encoder.depth):
+        fused, context = layer in encoder.fusion_layers, None
+        before = image_tokens, audio_tokens
+        if fused:
+            context = state if isinstance(encoder, ReleasedEncoder) else state[:, :4]
+            state = encoder.fusion_blocks[str(layer)](
+                state,
+                image_tokens[:, encoder.image.num_prefix_tokens :],
+                audio_tokens[:, encoder.audio.num_prefix_tokens :],
+                image_positions=image_keep,
+                audio_positions=audio_keep,
+            )
+        image_tokens = unimodal(encoder.image.blocks[layer], before[0], context)
+        audio_tokens = unimodal(encoder.audio.blocks[layer], before[1], context)
+        layers.append((image_tokens, audio_tokens, state[:, :4]))
+    return layers
+
+
+def normed(encoder, image, audio, fusion):
+    return encoder.image.norm(image), encoder.audio.norm(audio), encoder.fusion_norm(fusion)
+
+
+def assert_equal(ours, truth, tolerance=EXACT):
+    for name, part, true_part in zip(("image", "audio", "fusion"), ours, truth, strict=True):
+        error = relative_error(part, true_part)
+        assert error <= tolerance, f"{name} tokens are off by {error:.1e}"
+
+
+def keeps(batch=2, image=5, audio=4):
+    return dict(
+        image_keep=torch.rand(batch, IMAGE_TOKENS).argsort(1)[:, :image],
+        audio_keep=torch.rand(batch, AUDIO_TOKENS).argsort(1)[:, :audio],
+    )
+
+
+# --- the layers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", VITS)
+@pytest.mark.parametrize("kept", [False, True])
+def test_unimodal_blocks_equal_timm_on_the_concatenation(name, kept):
+    """Outputs of every layer and all gradients, whatever the blocks are made of."""
+    encoder, (image, audio) = make_encoder(vit=VITS[name]), make_inputs()
+    indices = keeps() if kept else {}
+    image.requires_grad_(), audio.requires_grad_()
+    ours = encoder(image, audio, return_layers=True, **indices)
+    layers = run_direct(encoder, image, audio, **indices)
+    for layer, truth in zip(ours.layers, layers, strict=True):
+        assert layer.layers is None
+        assert_equal(layer[:3], truth)
+    truth = normed(encoder, *layers[-1])
+    assert_equal(ours[:3], truth)
+
+    weights = [torch.randn_like(part) for part in truth]
+    true_grads, grads = (
+        gradients(
+            encoder, sum((w * part).sum() for w, part in zip(weights, parts, strict=True)), image, audio
+        )
+        for parts in (truth, ours[:3])
+    )
+    largest = max(grad.abs().max().item() for grad in true_grads.values())
+    for name, grad in grads.items():
+        assert (grad - true_grads[name]).abs().max() < EXACT * largest, f"gradient of {name}"
+
+
+@every_interaction
+@pytest.mark.parametrize("fusion_layers", ["all", "none", [2], (1, 0), 1])
+def test_fused_layers_and_the_others(interactions, fusion_layers):
+    encoder, (image, audio) = make_encoder(interactions, fusion_layers=fusion_layers), make_inputs()
+    expected = {"all": (0, 1, 2), "none": (), 1: (1,), (1, 0): (0, 1)}.get(
+        fusion_layers if isinstance(fusion_layers, (str, int, tuple)) else None, (2,)
+    )
+    assert encoder.fusion_layers == (() if interactions == "none" else expected)
+    layers = run_direct(encoder, image, audio)
+    ours = encoder(image, audio, return_layers=True)
+    for layer, truth in zip(ours.layers, layers, strict=True):
+        assert_equal(layer[:3], truth)
+    assert_equal(ours[:3], normed(encoder, *layers[-1]))
+    assert encoder(image, audio).layers is None
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_without_fusion_they_are_two_timm_transformers(name):
+    encoder, (image, audio) = make_encoder("none", vit=VITS[name]), make_inputs()
+    truth = encoder.image.forward_features(image), encoder.audio.forward_features(audio)
+    output = encoder(image, audio)
+    assert_equal(output[:3], (*truth, encoder.fusion_norm(encoder.fusion_tokens).repeat(2, 1, 1)))
+
+
+@pytest.mark.parametrize("interactions", ["dense", "bilinear", "factorized", "token"])
+def test_layers_before_the_first_fused_one_are_plain_timm(interactions):
+    encoder, (image, audio) = make_encoder(interactions, fusion_layers=[2]), make_inputs()
+    layers = encoder(image, audio, return_layers=True).layers
+    for name, pixels in ("image", image), ("audio", audio):
+        truth = getattr(encoder, name).forward_intermediates(
+            pixels, output_fmt="NLC", intermediates_only=True, norm=False
+        )
+        for layer in 0, 1:
+            assert relative_error(getattr(layers[layer], name), truth[layer]) < EXACT
+        assert relative_error(getattr(layers[2], name), truth[2]) > 1e-3  # now it fuses
+    for layer in 0, 1:
+        assert torch.equal(layers[layer].fusion, encoder.fusion_tokens[:, :4].expand(2, -1, -1))
+
+
+def test_factorized_hides_its_aggregation_tokens():
+    encoder, (image, audio) = make_encoder("factorized"), make_inputs()
+    assert encoder.fusion_tokens.shape == (1, 4 + 3 + 2, 32)
+    output = encoder(image, audio, return_layers=True)
+    assert output.fusion.shape == output.layers[0].fusion.shape == (2, 4, 32)
+
+
+# --- kept patches -------------------------------------------------------------------------------------------
+
+
+@every_interaction
+def test_keep_all_in_any_order_is_a_permutation(interactions):
+    pair_bias = interactions in ("dense", "bilinear")
+    encoder, (image, audio) = make_encoder(interactions, pair_bias=pair_bias), make_inputs()
+    indices = keeps(image=IMAGE_TOKENS, audio=AUDIO_TOKENS)
+    whole = encoder(image, audio)
+    truth = [
+        torch.stack([clip[kept] for clip, kept in zip(tokens, keep, strict=True)])
+        for tokens, keep in ((whole.image, indices["image_keep"]), (whole.audio, indices["audio_keep"]))
+    ]
+    assert_equal(encoder(image, audio, **indices)[:3], (*truth, whole.fusion))
+
+
+@every_interaction
+def test_dropped_patches_equal_masked_ones(interactions):
+    """With a pair bias too, which finds the kept tokens by their positions."""
+    pair_bias = interactions in ("dense", "bilinear")
+    encoder, (image, audio) = make_encoder(interactions, pair_bias=pair_bias), make_inputs()
+    indices = keeps()
+    masks = dict(
+        image_mask=torch.zeros(2, IMAGE_TOKENS).bool(), audio_mask=torch.zeros(2, AUDIO_TOKENS).bool()
+    )
+    masks["image_mask"].scatter_(1, indices["image_keep"], True)
+    masks["audio_mask"].scatter_(1, indices["audio_keep"], True)
+    kept, masked = encoder(image, audio, **indices), encoder(image, audio, **masks)
+    truth = [
+        torch.stack([clip[index] for clip, index in zip(tokens, keep, strict=True)])
+        for tokens, keep in ((masked.image, indices["image_keep"]), (masked.audio, indices["audio_keep"]))
+    ]
+    assert_equal(kept[:3], (*truth, masked.fusion))
+
+
+def test_prefix_tokens_are_never_dropped_and_never_paired():
+    encoder, (image, audio) = make_encoder(vit=VITS["class and register tokens"]), make_inputs()
+    seen = []
+    for block in encoder.fusion_blocks.values():
+        block.register_forward_pre_hook(lambda _, streams: seen.append([s.shape[1] for s in streams]))
+    output = encoder(image, audio, **keeps(image=5, audio=4))
+    assert seen == [[4, 5, 4]] * 3
+    assert output.image.shape[1] == 3 + 5 and output.audio.shape[1] == 3 + 4
+    # What the prefix tokens are reaches fusion only through the patch tokens: not in one layer.
+    encoder = make_encoder(vit=dict(class_token=True, depth=1))
+    fusion = encoder(image, audio).fusion
+    with torch.no_grad():
+        encoder.image.cls_token += 1.0
+    assert torch.equal(encoder(image, audio).fusion, fusion)
+
+
+# --- masks and missing modalities ---------------------------------------------------------------------------
+
+
+@every_interaction
+@pytest.mark.parametrize("vit", ["plain", "class and register tokens"])
+def test_a_masked_token_reaches_nobody(interactions, vit):
+    pair_bias = interactions in ("dense", "bilinear")
+    encoder = make_encoder(interactions, pair_bias=pair_bias, vit=VITS[vit])
+    image, audio = make_inputs()
+    masks = dict(image_mask=torch.ones(2, IMAGE_TOKENS).bool(), audio_mask=torch.ones(2, AUDIO_TOKENS).bool())
+    masks["image_mask"][0, 4], masks["audio_mask"][1, 7] = False, False  # patches (1, 1) and (1, 2)
+    before = encoder(image, audio, **masks)
+    image[0, :, 8:16, 8:16] += 1.0
+    audio[1, :, 8:16, 16:24] += 1.0
+    after = encoder(image, audio, **masks)
+
+    prefix = encoder.image.num_prefix_tokens
+    for name, clip, token in ("image", 0, 4), ("audio", 1, 7):
+        changed = (getattr(after, name) != getattr(before, name)).any(-1)
+        assert changed.nonzero().tolist() == [[clip, prefix + token]]
+    assert torch.equal(after.fusion, before.fusion)
+
+
+@every_interaction
+@pytest.mark.parametrize("missing", ["image", "audio"])
+@pytest.mark.parametrize("vit", ["plain", "class and register tokens"])
+def test_none_equals_a_modality_masked_everywhere(interactions, missing, vit):
+    pair_bias = interactions in ("dense", "bilinear")
+    encoder = make_encoder(interactions, pair_bias=pair_bias, vit=VITS[vit])
+    inputs = dict(zip(("image", "audio"), make_inputs(), strict=True))
+    tokens = IMAGE_TOKENS if missing == "image" else AUDIO_TOKENS
+    masked = encoder(**inputs, **{f"{missing}_mask": torch.zeros(2, tokens).bool()})
+    absent = encoder(**inputs | {missing: None}, return_layers=True)
+    assert getattr(absent, missing) is None and getattr(absent.layers[0], missing) is None
+    other = "audio" if missing == "image" else "image"
+    assert relative_error(getattr(absent, other), getattr(masked, other)) < EXACT
+    assert relative_error(absent.fusion, masked.fusion) < EXACT
+    # With patches dropped as well: a learned pair bias must not ask where the missing tokens are.
+    absent = encoder(**inputs | {missing: None}, **{f"{other}_keep": keeps()[f"{other}_keep"]})
+    assert absent.fusion.isfinite().all()
+
+
+@every_interaction
+@pytest.mark.parametrize("absent", ["image", "audio", "both"])
+def test_clips_that_miss_a_modality_are_finite_and_leave_the_others_alone(interactions, absent):
+    encoder, (image, audio) = make_encoder(interactions), make_inputs(batch=3)
+    masks = {}
+    for name, tokens in ("image", IMAGE_TOKENS), ("audio", AUDIO_TOKENS):
+        if absent in (name, "both"):
+            masks[f"{name}_mask"] = torch.ones(3, tokens).bool()
+            masks[f"{name}_mask"][1] = False
+    output = encoder(image, audio, **masks)
+    grads = gradients(encoder, sum(part.square().sum() for part in output[:3]))
+    assert all(grad.isfinite().all() for grad in grads.values())
+    alone = encoder(image[[0, 2]], audio[[0, 2]])
+    assert_equal([part[[0, 2]] for part in output[:3]], alone[:3])
+
+
+def test_masks_and_kept_patches_together():
+    """A mask is over all patches, also where some of them are dropped."""
+    encoder, (image, audio) = make_encoder(), make_inputs()
+    indices = keeps(image=6)
+    mask = torch.ones(2, IMAGE_TOKENS).bool()
+    mask[torch.arange(2), indices["image_keep"][:, 0]] = False
+    masked = encoder(image, audio, image_mask=mask, **indices)
+    dropped = encoder(image, audio, image_keep=indices["image_keep"][:, 1:], audio_keep=indices["audio_keep"])
+    assert_equal((masked.image[:, 1:], masked.audio, masked.fusion), dropped[:3])
+
+
+# --- attention of the fusion tokens -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interactions", ["dense", "bilinear", "factorized", "token"])
+def test_fusion_attention_is_that_of_the_block_on_its_inputs(interactions):
+    encoder = make_encoder(interactions, fusion_layers=[0, 2], vit=dict(class_token=True))
+    image, audio = make_inputs()
+    states = []
+    for layer in encoder.fusion_blocks.values():
+        layer.register_forward_pre_hook(lambda block, streams: states.append((block, streams)))
+    encoder(image, audio)
+    for layer, index in (0, 0), (2, 1), (None, 1):
+        block, streams = states[index]
+        for ours, truth in zip(
+            encoder.fusion_attention(image, audio, layer), block.attention_weights(*streams), strict=True
+        ):
+            assert torch.equal(ours, truth) and ours.shape[:3] == (2, 2, 4)
+    with pytest.raises(ValueError, match=r"layer must be one of the fused layers \[0, 2\], got 1"):
+        encoder.fusion_attention(image, audio, 1)
+    assert all(len(block._forward_pre_hooks) == 1 for block in encoder.fusion_blocks.values())  # only ours
+
+
+def test_fusion_attention_needs_a_fused_layer():
+    with pytest.raises(ValueError, match=r"fused layers \[\], got None"):
+        make_encoder("none").fusion_attention(*make_inputs())
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+@every_interaction
+def test_gradient_checkpointing_changes_memory_only(interactions):
+    """Drop-path included: the recomputation draws the same paths."""
+    encoder = make_encoder(
+        interactions,
+        drop=0.1,
+        drop_path=0.2,
+        vit=dict(drop_path_rate=0.2, class_token=True, proj_drop_rate=0.1),
+    )
+    (image, audio), indices = make_inputs(), keeps()
+    calls = []
+    encoder.image.blocks[1].mlp.register_forward_hook(lambda *_: calls.append("image"))
+    results = []
+    for enable in False, True:
+        encoder.set_grad_checkpointing(enable)
+        encoder.train()
+        torch.manual_seed(1)
+        output = encoder(image, audio, **indices)
+        loss = sum(part.square().sum() for part in output[:3])
+        results.append((loss, gradients(encoder, loss)))
+    assert len(calls) == 1 + 2  # it really recomputed
+    assert torch.equal(results[0][0], results[1][0])
+    for name, grad in results[0][1].items():
+        assert torch.equal(grad, results[1][1][name]), name
+
+
+@every_interaction
+def test_drop_path_acts_in_training_only(interactions):
+    encoder = create_encoder("tiny", interactions, drop_path=0.5)
+    inputs = torch.randn(2, 3, 96, 96), torch.randn(2, 1, 64, 128)
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in encoder.audio.blocks]
+    assert rates == pytest.approx([0, 0.5 / 3, 1 / 3, 0.5])
+    encoder.eval()
+    assert torch.equal(encoder(*inputs).image, encoder(*inputs).image)
+    encoder.train()
+    assert not torch.equal(encoder(*inputs).image, encoder(*inputs).image)
+
+
+@every_interaction
+@pytest.mark.parametrize("fusion_layers", ["all", [2]])
+@pytest.mark.parametrize("vit", ["plain", "class and register tokens", "qk-norm, LayerScale"])
+@pytest.mark.parametrize("present", [True, False])
+def test_every_trainable_parameter_gets_a_gradient(interactions, fusion_layers, vit, present):
+    """In one step of pretraining, as distributed training demands; also where a clip lacks its image."""
+    pair_bias = interactions in ("dense", "bilinear")
+    encoder = make_encoder(interactions, fusion_layers=fusion_layers, pair_bias=pair_bias, vit=VITS[vit])
+    mae = AVMAE(encoder, decoder_dim=32, decoder_depth=1, decoder_heads=2).double()
+    options = {} if present else dict(image_present=torch.tensor([True, False]))
+    mae(*make_inputs(), **options).loss.backward()
+    without = {name for name, p in mae.named_parameters() if p.requires_grad and p.grad is None}
+    assert not without
+    if present:  # and a gradient that is more than rounding
+        still = {n for n, p in mae.named_parameters() if p.requires_grad and p.grad.abs().max() < 1e-12}
+        assert not {
+            name for name in still if not name.endswith("k_norm.bias")
+        }  # which cancels in the softmax
+
+
+@every_interaction
+def test_bfloat16_autocast_is_finite_and_near(interactions):
+    encoder, (image, audio) = make_encoder(interactions, vit=VITS["qk-norm, LayerScale"]), make_inputs()
+    masks = dict(image_mask=torch.tensor([[True] * IMAGE_TOKENS, [False] * IMAGE_TOKENS]))
+    truth = encoder(image, audio, **masks)
+    encoder.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = encoder(image.float(), audio.float(), **masks)
+    grads = gradients(encoder, sum(part.float().square().mean() for part in output[:3]))
+    assert all(grad.isfinite().all() for grad in grads.values())
+    assert_equal([part.double() for part in output[:3]], truth[:3], tolerance=0.1)
+
+
+# --- models that exist --------------------------------------------------------------------------------------
+
+
+def test_real_timm_models_lose_their_heads_and_keep_their_features():
+    image_vit = timm.create_model("vit_tiny_patch16_224", pretrained=False)
+    audio_vit = timm.create_model("vit_tiny_patch16_224", pretrained=False, in_chans=1, img_size=(128, 192))
+    inputs = torch.randn(1, 3, 224, 224), torch.randn(1, 1, 128, 192)
+    with torch.no_grad():
+        truth = image_vit.eval().forward_features(inputs[0]), audio_vit.eval().forward_features(inputs[1])
+        encoder = AVEncoder(image_vit, audio_vit, interactions="none").eval()
+        output = encoder(*inputs)
+        assert relative_error(output.image, truth[0]) < 1e-5
+        assert relative_error(output.audio, truth[1]) < 1e-5
+    assert not any("head" in name for name, _ in encoder.named_parameters())
+    assert encoder.inputs == InputSettings()
+
+    encoder = AVEncoder(image_vit, audio_vit)  # dense
+    output = encoder(*inputs)
+    assert [tuple(part.shape) for part in output[:3]] == [(1, 197, 192), (1, 97, 192), (1, 16, 192)]
+
+
+def test_the_norm_behind_an_average_pool_becomes_that_of_the_tokens():
+    vit = make_vit(global_pool="avg")
+    nn.init.normal_(vit.fc_norm.weight)
+    weight = vit.fc_norm.weight.detach().clone()
+    encoder = AVEncoder(vit, make_vit(AUDIO), interactions="none", fusion_tokens=4).eval()
+    image, audio = make_inputs(dtype=torch.float32)
+    layer = encoder(image, audio, return_layers=True).layers[-1].image
+    truth = nn.functional.layer_norm(layer, (32,), weight, torch.zeros(32), 1e-6)
+    assert relative_error(encoder(image, audio).image, truth) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "size, parameters",
+    # Of one ViT: D (patch values + 1) + D positions + depth (12 D^2 + 13 D) + 2 D, by hand.
+    [
+        ("tiny", (192, 4, 36, 32)),
+        ("small", (384, 12, 196, 96)),
+        ("base", (768, 12, 196, 96)),
+        ("large", (1024, 24, 196, 96)),
+    ],
+)
+def test_presets_have_the_sizes_of_their_names(size, parameters):
+    D, depth, image_tokens, audio_tokens = parameters
+    with torch.device("meta"):
+        encoder = create_encoder(size, "none")
+    block = 12 * D**2 + 13 * D
+    both = sum(
+        D * (values + 1) + D * tokens + depth * block + 2 * D
+        for values, tokens in ((3 * 256, image_tokens), (256, audio_tokens))
+    )
+    assert sum(p.numel() for p in encoder.parameters()) == both + 16 * D + 2 * D
+
+
+@pytest.mark.parametrize("interactions, bound", [("none", 51.7), ("dense", 55.7), ("factorized", 57.0)])
+def test_arithmetic_stays_within_its_budget(interactions, bound):
+    """GFLOP of a clip, ViT-B; dense within 1.08 of no fusion."""
+    with torch.device("meta"):
+        flops = count_flops(create_encoder("base", interactions))
+        assert 51.5e9 < flops <= bound * 1e9
+        if interactions == "dense":
+            assert flops <= 1.08 * count_flops(create_encoder("base", "none"))
+
+
+# --- bad input ----------------------------------------------------------------------------------------------
+
+
+def make_gated(shape):
+    vit = make_vit(shape)
+    vit.blocks[2].attn.gate = nn.Linear(32, 32)
+    return vit
+
+
+GOOD = dict(image=lambda: make_vit(IMAGE), audio=lambda: make_vit(AUDIO))
+
+
+@pytest.mark.parametrize("name", ["image", "audio"])
+@pytest.mark.parametrize(
+    "make_bad, message",
+    [
+        (lambda s: make_vit(s, block_fn=ParallelScalingBlock), "blocks.0. holds a ParallelScalingBlock"),
+        (lambda s: make_vit(s, block_fn=ResPostBlock), "blocks.0. holds a ResPostBlock"),
+        (lambda s: make_gated(s), "that of blocks.2. is gated"),
+        (lambda s: make_vit(s, mlp_layer=timm.layers.GluMlp), "holds a GluMlp where a Mlp belongs"),
+        (lambda s: make_vit(s, dynamic_img_size=True), "fixed img_size"),
+        (lambda s: make_vit(s, patch_drop_rate=0.5), "patch_drop_rate"),
+        (lambda s: nn.Linear(3, 3), "a timm VisionTransformer, got Linear"),
+        (lambda s: None, "a timm VisionTransformer, got NoneType"),
+        (
+            lambda s: VisionTransformerDistilled(
+                img_size=s[1:], patch_size=8, embed_dim=32, depth=3, num_heads=2
+            ),
+            "got VisionTransformerDistilled",
+        ),
+        (lambda s: timm.create_model("resnet10t", pretrained=False), "got ResNet"),
+        (lambda s: make_vit((2, *s[1:])), r"takes inputs of shape \(2, "),
+    ],
+)
+def test_other_architectures_are_refused(name, make_bad, message):
+    shape = IMAGE if name == "image" else AUDIO
+    vits = {key: make() for key, make in GOOD.items()} | {name: make_bad(shape)}
+    with pytest.raises(ValueError, match=f"^{name} .*{message}"):
+        AVEncoder(**vits)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(audio=lambda: make_vit(AUDIO, embed_dim=64)), "audio must have the width of image, 32, .* 64"),
+        (dict(audio=lambda: make_vit(AUDIO, depth=2)), "audio must have the depth of image, 3, .* 2"),
+        (dict(interactions="sparse"), "interactions must be one of .* got 'sparse'"),
+        (dict(interactions="token", pair_bias=True), "pair_bias needs .* got 'token'"),
+        (dict(fusion_tokens=0), "fusion_tokens must be positive, got 0"),
+        (dict(fusion_layers=[3]), r"fusion_layers must be .* 0\.\.2, got \[3\]"),
+        (dict(fusion_layers=[-1]), "fusion_layers"),
+        (dict(fusion_layers="last"), "fusion_layers must be .* got 'last'"),
+        (dict(fusion_layers=[True]), "fusion_layers"),
+        (dict(fusion_layers=None), "fusion_layers must be .* got None"),
+        (dict(fusion_layers=1.5), "fusion_layers must be .* got 1.5"),
+        (dict(num_heads=3), "num_heads=3"),
+        (dict(attn_ratio=0.3), "attn_ratio=0.3"),
+        (dict(drop_path=1.0), "drop_path must .* got 1.0"),
+        (dict(interactions="factorized", image_aggregation_tokens=0), "image_aggregation_tokens"),
+        (dict(image=lambda: make_vit((3, 24, 32))), r"image takes inputs of shape \(3, 24, 32\)"),
+        (dict(inputs=InputSettings()), "image takes inputs of shape .* inputs describes"),
+        (
+            dict(inputs=InputSettings(image_size=24, mel_bins=16, hop=1000)),
+            r"audio takes .* \(1, 16, 40\), while inputs describes \(1, 16, 48\)",
+        ),
+    ],
+)
+def test_bad_settings_are_named(options, message):
+    vits = {name: options.get(name, make)() for name, make in GOOD.items()}
+    settings = {name: value for name, value in options.items() if name not in vits}
+    with pytest.raises(ValueError, match=message):
+        AVEncoder(**vits, **settings)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(image=None, audio=None), "image and audio cannot both be None"),
+        (
+            dict(image=torch.zeros(2, 3, 24, 32)),
+            r"image must be \(B, 3, 24, 24\), got shape \(2, 3, 24, 32\)",
+        ),
+        (dict(audio=torch.zeros(2, 16, 40)), r"audio must be \(B, 1, 16, 40\)"),
+        (
+            dict(audio=torch.zeros(2, 1, 16, 40).int()),
+            "audio must be a floating point tensor, got torch.int32",
+        ),
+        (dict(image=[1]), "image must be a floating point tensor, got list"),
+        (dict(audio=torch.zeros(3, 1, 16, 40)), "audio must have the batch size of image, 2, got 3"),
+        (dict(audio=torch.zeros(2, 1, 16, 40, device="meta")), "audio must be on the device of image, cpu"),
+        (dict(image_mask=torch.ones(2, 9)), "image_mask must be a bool tensor, .* got torch.float32"),
+        (dict(image_mask=torch.ones(2, 10).bool()), r"image_mask must have shape \(2, 9\), got \(2, 10\)"),
+        (dict(audio_mask=torch.ones(2, 10, device="meta").bool()), "audio_mask must be on cpu, got meta"),
+        (dict(audio_keep=torch.zeros(2, 3)), "audio_keep must be a long tensor, got torch.float32"),
+        (dict(audio_keep=torch.zeros(2, 11).long()), r"audio_keep must be \(2, n\) with 0 < n <= 10"),
+        (dict(image_keep=torch.zeros(2, 0).long()), "image_keep must be"),
+        (dict(image_keep=torch.zeros(9).long()), r"image_keep must be \(2, n\)"),
+        (dict(image_keep=torch.tensor([[0], [9]])), r"image_keep must hold indices in 0\.\.8, got 0\.\.9"),
+        (dict(image_keep=torch.tensor([[0], [-1]])), r"image_keep must hold indices in 0\.\.8, got -1\.\.0"),
+        (dict(image_keep=torch.zeros(2, 1, device="meta").long()), "image_keep must be on cpu, got meta"),
+        (dict(image=None, image_keep=torch.zeros(2, 1).long()), "image_keep and image_mask need image"),
+        (dict(audio=None, audio_mask=torch.ones(2, 10).bool()), "audio_keep and audio_mask need audio"),
+    ],
+)
+def test_bad_inputs_are_named(options, message):
+    inputs = dict(zip(("image", "audio"), make_inputs(), strict=True))
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make_encoder()(**inputs | options)
+
+
+@pytest.mark.parametrize(
+    "make_bad, message",
+    [
+        (lambda: create_encoder("huge"), "size must be one of .* got 'huge'"),
+        (lambda: create_encoder("tiny", "sparse"), "interactions must be one of .* got 'sparse'"),
+        (lambda: create_encoder("tiny", inputs=InputSettings(image_size=100)), "image_size=100"),
+        (lambda: create_encoder("tiny", inputs=InputSettings(hop=480)), "frames=100"),
+    ],
+)
+def test_bad_presets_are_named(make_bad, message):
+    with pytest.raises(ValueError, match=message):
+        make_bad()
