@@ -25,8 +25,8 @@ def randomized(module: nn.Module, std: float = 0.2) -> nn.Module:
 def make_vit(shape=IMAGE, **options) -> VisionTransformer:
     channels, *size = shape
     options = dict(embed_dim=32, depth=3, num_heads=2, mlp_ratio=2.0, class_token=False) | options
-    options = dict(num_classes=0, global_pool="") | options
-    return VisionTransformer(img_size=tuple(size), patch_size=8, in_chans=channels, **options)
+    options = dict(patch_size=8, num_classes=0, global_pool="") | options
+    return VisionTransformer(img_size=tuple(size), in_chans=channels, **options)
 
 
 def make_encoder(interactions="dense", *, vit=None, **options) -> AVEncoder:
@@ -61,7 +61,8 @@ def relative_error(ours: torch.Tensor, truth: torch.Tensor) -> float:
 def gradients(module: nn.Module, *losses_and_inputs) -> dict[str, torch.Tensor]:
     """Gradients by name of a scalar with respect to all parameters and the inputs that follow."""
     loss, *inputs = losses_and_inputs
-    named = dict(module.named_parameters()) | {f"input {i}": x for i, x in enumerate(inputs)}
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    named |= {f"input {i}": x for i, x in enumerate(inputs)}
     grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     return {
         name: torch.zeros_like(x) if g is None else g
