@@ -1,0 +1,321 @@
+"""Saved models come back with the same weights, outputs and input transforms, or say what is wrong; optimizer
+groups hold every parameter once.
+"""
+
+import json
+import os
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from models import AUDIO, IMAGE, make_encoder, make_inputs, make_vit, randomized
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from avfuse import AVMAE, AVEncoder, InputSettings, create_encoder
+from avfuse.encoder import INTERACTIONS
+from avfuse.vit import build_vit, describe_vit, ratio_of
+
+VITS = {
+    "plain": dict(),
+    "class and register tokens": dict(class_token=True, reg_tokens=2),
+    "no_embed_class": dict(class_token=True, no_embed_class=True),
+    "qk-norm, LayerScale": dict(qk_norm=True, init_values=0.1),
+    "scaled norms": dict(scale_attn_norm=True, scale_mlp_norm=True),
+    "no biases": dict(qkv_bias=False, proj_bias=False),
+    "pre-norm, no positions": dict(pre_norm=True, pos_embed="none"),
+    "no final norm": dict(final_norm=False),
+    "norm behind the pool": dict(global_pool="avg"),
+    "rates": dict(drop_path_rate=0.3, pos_drop_rate=0.1, proj_drop_rate=0.2, attn_drop_rate=0.4),
+    "RMS norm": dict(norm_layer="rmsnorm"),
+    "LayerNorm, eps 1e-3": dict(norm_layer=lambda dim, **kind: nn.LayerNorm(dim, eps=1e-3, **kind)),
+    "timm's GELU": dict(act_layer="gelu"),
+    "tanh GELU": dict(act_layer="gelu_tanh"),
+    "quick GELU": dict(act_layer="quick_gelu"),
+    "SiLU": dict(act_layer=nn.SiLU),
+    "odd sizes": dict(mlp_ratio=1.7, num_heads=4, patch_size=(8, 4)),
+}
+
+
+def make_mae(interactions="dense", **options):
+    encoder = make_encoder(interactions, **options)
+    settings = dict(decoder_dim=16, decoder_depth=1, decoder_heads=2, audio_mask_ratio=0.7, norm_target=False)
+    return randomized(AVMAE(encoder, **settings))
+
+
+def round_trip(model, folder):
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder)
+
+
+def assert_same(loaded, model):
+    """Of the same class, in eval mode, with the same parts, settings and weights, as trainable as they were."""
+    assert type(loaded) is type(model) and not loaded.training
+    # Every layer with its sizes, rates and epsilons. timm's GELU comes back as torch's.
+    assert repr(loaded).replace("GELU(approximate='none')", "GELU()") == repr(model).replace(
+        "GELU(approximate='none')", "GELU()"
+    )
+    assert loaded.config() == model.config()
+    weights, saved = loaded.state_dict(), model.state_dict()
+    assert weights.keys() == saved.keys()
+    assert all(torch.equal(weights[name], saved[name]) for name in saved)
+    trainable = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (loaded, model)]
+    assert trainable[0] == trainable[1]
+
+
+# --- round trips --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interactions", INTERACTIONS)
+@pytest.mark.parametrize("fusion_layers", ["all", "none", [1, 2]])
+def test_encoders_come_back(interactions, fusion_layers, tmp_path):
+    options = dict(attn_ratio=0.5, mlp_ratio=1.5, num_heads=4, drop=0.1, drop_path=0.2)
+    pair_bias = interactions in ("dense", "bilinear")
+    encoder = make_encoder(interactions, fusion_layers=fusion_layers, pair_bias=pair_bias, **options).float()
+    loaded = round_trip(encoder, tmp_path)
+    assert_same(loaded, encoder)
+    inputs = make_inputs(dtype=torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(loaded(*inputs)[:3], encoder(*inputs)[:3], strict=True))
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_transformers_come_back(name, tmp_path):
+    encoder = make_encoder(vit=VITS[name]).float()
+    loaded = round_trip(encoder, tmp_path)
+    assert_same(loaded, encoder)
+    inputs = make_inputs(dtype=torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(loaded(*inputs)[:3], encoder(*inputs)[:3], strict=True))
+
+
+@pytest.mark.parametrize("interactions", INTERACTIONS)
+def test_autoencoders_come_back(interactions, tmp_path):
+    mae = make_mae(interactions).float()
+    loaded = round_trip(mae, tmp_path)
+    assert_same(loaded, mae)
+    inputs, losses = make_inputs(dtype=torch.float32), []
+    for model in mae, loaded:
+        torch.manual_seed(0)
+        losses.append(model(*inputs).loss)
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_tiny_patch16_224",
+        "deit3_small_patch16_224",
+        "vit_base_patch16_siglip_224",
+        "vit_base_patch16_clip_quickgelu_224",
+        "vit_small_patch14_reg4_dinov2",
+    ],
+)
+def test_timm_models_can_be_described(name):
+    """Popular pretrained transformers keep their architecture in config.json."""
+    with torch.device("meta"):
+        vit = timm.create_model(name, pretrained=False, num_classes=0)
+        if name.endswith("dinov2"):
+            assert vit.num_prefix_tokens == 5
+        vit.attn_pool, vit.global_pool = None, ""
+        description = json.loads(json.dumps(describe_vit(vit)))
+        assert repr(build_vit(description).blocks) == repr(vit.blocks)
+
+
+def test_what_config_json_cannot_describe_is_refused(tmp_path):
+    for options, message in (
+        (dict(embed_norm_layer=nn.LayerNorm), "parts that config.json cannot describe"),
+        (dict(act_layer=nn.Tanh), "act_layer: a Tanh cannot be described"),
+        (dict(act_layer=lambda: nn.GELU(approximate="tanh")), "act_layer: a GELU cannot be described"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_encoder(vit=options).save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dim", [32, 192, 448, 704, 768, 832])
+def test_ratios_give_back_their_widths(dim):
+    assert all(int(dim * ratio_of(width, dim)) == width for width in range(1, 4 * dim + 1))
+
+
+# --- the folder ---------------------------------------------------------------------------------------------
+
+
+def test_config_holds_the_input_transforms(tmp_path):
+    inputs = InputSettings(
+        image_size=24, image_mean=(0.1, 0.2, 0.3), image_std=(0.4, 0.5, 0.6), sample_rate=8000,
+        audio_seconds=1.0, window=300, hop=200, mel_bins=16, max_frequency=3500.0,
+    )  # fmt: skip
+    encoder = AVEncoder(make_vit(IMAGE), make_vit(AUDIO), inputs=inputs, fusion_tokens=4)
+    for model, place in (encoder, ("model",)), (AVMAE(encoder), ("model", "encoder")):
+        assert round_trip(model, tmp_path / place[-1]) is not None
+        config = json.loads((tmp_path / place[-1] / "config.json").read_text())
+        assert config["library"] == "avfuse" and config["class"] == type(model).__name__
+        for key in place:
+            config = config[key]
+        assert config["inputs"] == dict(
+            image_size=24, image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6], sample_rate=8000,
+            audio_seconds=1.0, window=300, hop=200, mel_bins=16, max_frequency=3500.0,
+        )  # fmt: skip
+        loaded = type(model).from_pretrained(tmp_path / place[-1])
+        assert getattr(loaded, "encoder", loaded).inputs == inputs
+
+
+def test_inputs_default_to_the_papers_at_the_sizes_of_the_transformers():
+    assert create_encoder("small").inputs == InputSettings()
+    inputs = make_encoder().inputs  # 24 x 24, 16 mels x 40 frames of 3 s
+    assert inputs == InputSettings(image_size=24, mel_bins=16, hop=1200)
+    vit = make_vit((1, 16, 56))  # 3 s are no whole number of 56 hops
+    odd = AVEncoder(make_vit(IMAGE), vit, fusion_tokens=4).inputs
+    assert odd.frames == 56 and odd.hop == 250 and odd.audio_seconds == 56 / 64
+
+
+def test_weights_are_safetensors_by_the_names_of_the_state_dict(tmp_path):
+    encoder = make_encoder().float()
+    encoder.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert weights.keys() == encoder.state_dict().keys()
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+
+
+def test_a_failed_save_leaves_the_old_weights(tmp_path, monkeypatch):
+    encoder = make_encoder().float()
+    encoder.save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    def interrupted(weights, path, **options):
+        path.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("avfuse.pretrained.save_file", interrupted)
+    with pytest.raises(OSError, match="no space"):
+        randomized(encoder).float().save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_saving_twice_overwrites(tmp_path):
+    encoder = make_encoder().float()
+    encoder.save_pretrained(tmp_path)
+    randomized(encoder).float().save_pretrained(tmp_path)
+    assert_same(AVEncoder.from_pretrained(tmp_path), encoder)
+
+
+# --- what cannot be loaded ----------------------------------------------------------------------------------
+
+
+def test_a_model_of_another_class_is_named(tmp_path):
+    make_encoder().save_pretrained(tmp_path / "encoder")
+    make_mae().save_pretrained(tmp_path / "mae")
+    with pytest.raises(ValueError, match="encoder holds a model of class AVEncoder, not AVMAE"):
+        AVMAE.from_pretrained(tmp_path / "encoder")
+    with pytest.raises(ValueError, match="mae holds a model of class AVMAE, not AVEncoder"):
+        AVEncoder.from_pretrained(tmp_path / "mae")
+
+
+def test_folders_that_hold_no_model_are_named(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no config.json of an avfuse model"):
+        AVEncoder.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"architectures": ["Other"]}')
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no config.json of an avfuse model"):
+        AVEncoder.from_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="no/such/folder"):
+        AVEncoder.from_pretrained("no/such/folder")
+
+
+def test_models_that_are_not_here_are_not_looked_for_without_the_network():
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    with pytest.raises(huggingface_hub.errors.LocalEntryNotFoundError):
+        AVEncoder.from_pretrained("nobody/nothing")
+
+
+def test_a_folder_is_read_without_the_network(tmp_path, monkeypatch):
+    encoder = make_encoder().float()
+    encoder.save_pretrained(tmp_path)
+
+    def no_network(*_, **__):
+        raise AssertionError("asked the hub for a folder that exists")
+
+    monkeypatch.setattr("avfuse.pretrained.hf_hub_download", no_network)
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", no_network)
+    assert_same(AVEncoder.from_pretrained(tmp_path), encoder)
+
+
+def test_models_of_the_hub_are_downloaded_file_by_file(tmp_path, monkeypatch):
+    """The same two files, asked for with the options of the caller; the hub is played by a folder."""
+    encoder, asked = make_encoder().float(), []
+    encoder.save_pretrained(tmp_path)
+
+    def download(repo_id, filename, **options):
+        asked.append((repo_id, filename, options["revision"], options["token"]))
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr("avfuse.pretrained.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", download)
+    assert_same(AVEncoder.from_pretrained("someone/model", revision="v1", token="t"), encoder)
+    assert asked == [("someone/model", name, "v1", "t") for name in ("config.json", "model.safetensors")]
+
+
+def test_weights_must_fit_strictly(tmp_path):
+    encoder = make_encoder().float()
+    encoder.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    for damaged, message in (
+        (weights | {"extra": torch.zeros(1)}, "extra"),
+        ({name: w for name, w in weights.items() if name != "fusion_tokens"}, "fusion_tokens"),
+        (weights | {"fusion_norm.weight": torch.zeros(31)}, "fusion_norm.weight"),
+    ):
+        save_file(damaged, path)
+        with pytest.raises(RuntimeError, match=message):
+            AVEncoder.from_pretrained(tmp_path)
+
+
+def test_options_that_would_be_ignored_are_refused(tmp_path):
+    make_encoder().save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="interactions"):
+        AVEncoder.from_pretrained(tmp_path, interactions="token")
+
+
+# --- optimizer groups ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interactions", INTERACTIONS)
+@pytest.mark.parametrize("kind", ["encoder", "autoencoder"])
+@pytest.mark.parametrize("vit", ["plain", "class and register tokens", "qk-norm, LayerScale"])
+def test_parameter_groups_hold_everything_once_by_decay_and_layer(interactions, kind, vit):
+    pair_bias = interactions in ("dense", "bilinear")
+    model = make_encoder(interactions, vit=VITS[vit], pair_bias=pair_bias)
+    encoder = model
+    if kind == "autoencoder":
+        model = AVMAE(encoder, decoder_dim=16, decoder_depth=2, decoder_heads=2)
+    groups = model.parameter_groups(weight_decay=0.3)
+    assert len({(group["layer"], group["weight_decay"]) for group in groups}) == len(groups)
+
+    found = {}
+    for group in groups:
+        assert group.keys() == {"params", "weight_decay", "layer"}
+        for parameter in group["params"]:
+            assert id(parameter) not in found
+            assert group["weight_decay"] == (0.3 if parameter.ndim > 1 else 0.0)
+            found[id(parameter)] = group["layer"]
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    assert found.keys() == trainable
+
+    # Layers by module, not by name: blocks of three branches, what comes before, what comes after.
+    def layers(*modules):
+        return {found[id(p)] for m in modules for p in m.parameters() if p.requires_grad}
+
+    for layer in range(3):
+        fusion = [encoder.fusion_blocks[str(layer)]] if encoder.fusion_blocks else []
+        assert layers(encoder.image.blocks[layer], encoder.audio.blocks[layer], *fusion) == {layer + 1}
+    for branch in encoder.image, encoder.audio:
+        assert layers(branch.patch_embed) == {0} and layers(branch.norm) == {4}
+        tokens = [branch.pos_embed, branch.cls_token, branch.reg_token]
+        assert {found[id(p)] for p in tokens if p is not None} == {0}
+    assert found[id(encoder.fusion_tokens)] == 0 and layers(encoder.fusion_norm) == {4}
+    if kind == "autoencoder":
+        assert layers(model.image_decoder, model.audio_decoder) == {4}
+    torch.optim.AdamW(groups, lr=1e-3)
+
+
+def test_default_weight_decay_is_the_papers():
+    assert {group["weight_decay"] for group in make_encoder().parameter_groups()} == {0.0, 0.05}
+    assert {group["weight_decay"] for group in make_mae().parameter_groups()} == {0.0, 0.05}
