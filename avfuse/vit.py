@@ -133,7 +133,6 @@ def describe_vit(vit: VisionTransformer) -> dict:
         pre_norm=not isinstance(vit.norm_pre, nn.Identity),
         final_norm=not isinstance(vit.norm, nn.Identity),
         pos_drop_rate=vit.pos_drop.p,
-        pos_drop_rate=vit.pos_drop.p,
         proj_drop_rate=block.attn.proj_drop.p,
         attn_drop_rate=block.attn.attn_drop.p,
         drop_path_rate=float(getattr(vit.blocks[-1].drop_path1, "drop_prob", 0.0)),
