@@ -260,7 +260,7 @@ class FactorizedFusion(nn.Module):
         audio_positions: Tensor | None = None,
     ) -> Tensor:
         check_streams(self.dim, fusion, image, audio, image_mask, audio_mask)
-        fusion, image_aggregate, audio_aggregate = self.split(fusion)
+        fusion, image_aggregate, audio_aggregate = split_state(fusion, self.split_sizes)
         image_aggregate = self.image_aggregation(image_aggregate, image, image_mask)
         audio_aggregate = self.audio_aggregation(audio_aggregate, audio, audio_mask)
         fusion = self.fusion(
@@ -272,19 +272,11 @@ class FactorizedFusion(nn.Module):
         )
         return torch.cat([fusion, image_aggregate, audio_aggregate], dim=1)
 
-    def split(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, F + Ia + Aa, D) -> fusion, image aggregation and audio aggregation tokens"""
-        if state.shape[1] != sum(self.split_sizes):
-            raise ValueError(
-                f"fusion must hold {' + '.join(map(str, self.split_sizes))} tokens, got {state.shape[1]}"
-            )
-        return state.split(self.split_sizes, dim=1)
-
     @torch.no_grad()
     def attention_weights(self, fusion, image, audio, **_positions):
         """Weights of the fusion tokens over image and audio tokens, (B, H, F, I) and (B, H, F, A): through
         the aggregation tokens, so each is the product of two attention maps."""
-        fusion, image_aggregate, audio_aggregate = self.split(fusion)
+        fusion, image_aggregate, audio_aggregate = split_state(fusion, self.split_sizes)
         image_map = self.image_aggregation.attention_weights(image_aggregate, image)
         audio_map = self.audio_aggregation.attention_weights(audio_aggregate, audio)
         image_weights, audio_weights = self.fusion.attention_weights(
@@ -379,6 +371,13 @@ def any_pair_left(image_mask, audio_mask):
     if image_mask is None or audio_mask is None:
         return 1.0
     return (image_mask.any(1) | audio_mask.any(1))[:, None, None]
+
+
+def split_state(state: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, F + Ia + Aa, D) -> fusion, image aggregation and audio aggregation tokens"""
+    if state.shape[1] != sum(sizes):
+        raise ValueError(f"fusion must hold {' + '.join(map(str, sizes))} tokens, got {state.shape[1]}")
+    return state.split(sizes, dim=1)
 
 
 def aggregate_mask(mask, aggregate):

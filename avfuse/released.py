@@ -25,6 +25,7 @@ from .fusion import (
     check_streams,
     initialize_linear,
     masked_attention,
+    split_state,
     union_mask,
 )
 from .inputs import InputSettings
@@ -141,7 +142,7 @@ class ReleasedFactorized(ReleasedFusion):
         )
 
     def attend(self, fusion, image, audio, image_mask, audio_mask):
-        fusion, image_aggregate, audio_aggregate = fusion.split(self.split_sizes, dim=1)
+        fusion, image_aggregate, audio_aggregate = split_state(fusion, self.split_sizes)
         image_aggregate = self.aggregate(self.attn["attn_v"], image_aggregate, image, image_mask)
         audio_aggregate = self.aggregate(self.attn["attn_a"], audio_aggregate, audio, audio_mask)
 
@@ -310,10 +311,10 @@ def infer_settings(weights: dict[str, Tensor]) -> dict:
         )
     if prefix:
         settings |= infer_encoder(encoder, settings["interactions"])
-    if "image_decoder_embed.weight" in weights:
+    if any(name.startswith("encoder.") for name in weights):  # an autoencoder
         settings |= dict(
             decoder_dim=size_of(weights, "image_decoder_embed.weight", 0),
-            decoder_depth=count_blocks(weights, r"image_decoder_blocks\.(\d+)\."),
+            decoder_depth=count_blocks(weights, "image_decoder_blocks"),
         )
     return settings
 
@@ -327,7 +328,7 @@ def infer_encoder(encoder: dict[str, Tensor], interactions: str) -> dict:
     )
     inferred = dict(
         patch_size=patch_size,
-        depth=count_blocks(encoder, r"image\.blocks\.(\d+)\."),
+        depth=count_blocks(encoder, "image.blocks"),
         image_size=(side * patch_size, side * patch_size),
         audio_size=(8 * patch_size, audio_patches // 8 * patch_size),
         fusion_layers="-".join(map(str, layers)) or "none",
@@ -344,8 +345,12 @@ def size_of(weights: dict[str, Tensor], name: str, dim: int) -> int:
     return weights[name].shape[dim]
 
 
-def count_blocks(weights: dict, pattern: str) -> int:
-    return 1 + max(int(match[1]) for name in weights if (match := re.match(pattern, name)))
+def count_blocks(weights: dict[str, Tensor], blocks: str) -> int:
+    pattern = re.escape(blocks) + r"\.(\d+)\."
+    found = {int(match[1]) for name in weights if (match := re.match(pattern, name))}
+    if not found:
+        raise ValueError(f"state_dict_or_path holds no {blocks}")
+    return 1 + max(found)
 
 
 def check_config(config: dict | None) -> dict:

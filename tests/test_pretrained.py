@@ -50,7 +50,7 @@ def round_trip(model, folder):
 
 
 def assert_same(loaded, model):
-    """Of the same class, in eval mode, with the same parts, settings and weights, as trainable as they were."""
+    """Of the same class, in eval mode, with the same parts, settings and weights, as trainable as before."""
     assert type(loaded) is type(model) and not loaded.training
     # Every layer with its sizes, rates and epsilons. timm's GELU comes back as torch's.
     assert repr(loaded).replace("GELU(approximate='none')", "GELU()") == repr(model).replace(
