@@ -283,7 +283,8 @@ def _breath(thing, times, pitch, sample_rate, rng):
     """Noise in a band of about an octave around twice the pitch."""
     turns = _turns(pitch, sample_rate)
     halves = turns / np.pi  # noise that is new at every half cycle: the higher the pitch, the wider the band
-    noise = rng.normal(size=(math.ceil(halves[-1]) + 1, 2)) @ (1, 1j)
+    # No matrix product here: BLAS threads of a parent process hang those of a forked one.
+    noise = rng.normal(size=(math.ceil(halves[-1]) + 1, 2)).view(complex)[:, 0]
     noise = np.interp(halves, np.arange(len(noise)), noise)
     noise /= np.sqrt(1 + abs(noise) ** 2)  # rare peaks would make the rest soft
     return (noise * np.exp(2j * turns)).real
