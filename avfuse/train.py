@@ -300,15 +300,25 @@ def epoch_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("epoch-"))
 
 
+def read_rows(path: Path) -> list[dict]:
+    """The objects of a JSON lines file; a line that a killed process left half written is passed over."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
 class MetricsFile:
     """metrics.jsonl, one object a line; on resume, rows after the checkpoint are dropped."""
 
     def __init__(self, path: Path, active: bool, last_step: int):
         self.path, self.active = path, active
         if active:
-            rows = path.read_text().splitlines() if path.exists() else []
-            kept = [row for row in rows if self.precedes(json.loads(row), last_step)]
-            path.write_text("".join(row + "\n" for row in kept))
+            kept = [row for row in read_rows(path) if self.precedes(row, last_step)]
+            path.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     @staticmethod
     def precedes(row: dict, last_step: int) -> bool:
@@ -325,8 +335,7 @@ class Quarantine:
 
     def __init__(self, path: Path):
         self.path = path
-        rows = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
-        self.reasons = {row["path"]: row["reason"] for row in rows}
+        self.reasons = {row["path"]: row["reason"] for row in read_rows(path)}
 
     def add(self, when: str, failures: Iterable[Failure | ClipError]) -> None:
         for failure in failures:

@@ -103,7 +103,9 @@ def test_resumes_with_the_losses_of_an_uninterrupted_run(finished, tmp_path, mon
         main(config)
     monkeypatch.setattr(train, "save_checkpoint", save)
     with (config.run / "metrics.jsonl").open("a") as file:  # a step after the checkpoint, cut off with it
-        file.write(json.dumps(dict(step=5, loss=99.0)) + "\n")
+        file.write(
+            json.dumps(dict(step=5, loss=99.0)) + '\n{"step": 6, "lo'
+        )  # killed in the middle of a line
     (config.run / "checkpoints" / "epoch-00003.partial").mkdir()  # a checkpoint that was never completed
     main(config)
     assert losses(config.run) == losses(finished.run)
