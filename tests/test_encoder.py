@@ -284,6 +284,16 @@ def test_clips_that_miss_a_modality_are_finite_and_leave_the_others_alone(intera
     assert_equal([part[[0, 2]] for part in output[:3]], alone[:3])
 
 
+@every_interaction
+def test_clips_without_any_token_are_finite_in_unfused_attention_too(interactions):
+    """There, a softmax over nothing would be NaN."""
+    encoder, (image, audio) = make_encoder(interactions, fusion_layers=[2]), make_inputs()
+    for block in [*encoder.image.blocks, *encoder.audio.blocks]:
+        block.attn.fused_attn = False
+    output = encoder(image, audio, image_mask=torch.zeros(2, IMAGE_TOKENS).bool())
+    assert all(part.isfinite().all() for part in output[:3])
+
+
 def test_masks_and_kept_patches_together():
     """A mask is over all patches, also where some of them are dropped."""
     encoder, (image, audio) = make_encoder(), make_inputs()

@@ -141,7 +141,8 @@ def test_hidden_patches_reach_no_prediction(interactions):
 
 
 @pytest.mark.parametrize(
-    "patches, ratio, kept", [(196, 0.75, 49), (96, 0.8, 19), (36, 0.75, 9), (32, 0.8, 6), (10, 0.9, 1)]
+    "patches, ratio, kept",
+    [(196, 0.75, 49), (96, 0.8, 19), (36, 0.75, 9), (32, 0.8, 6), (9, 0.7, 2), (10, 0.9, 1)],
 )
 def test_what_is_kept_is_rounded_down(patches, ratio, kept):
     assert patches - count_removed("ratio", patches, ratio) == kept
