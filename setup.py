@@ -27,7 +27,7 @@ setup(
         "torch>=2.11,<2.15",  # the last torchaudio, 2.11, refuses the CUDA of torch 2.15
         "torchvision",
         "torchaudio",
-        "timm>=1.0.20",
+        "timm>=1.0.24",
         "numpy>=2.0",
         "av>=17,<19",  # 17 brought what the reader uses, 19 drops some of it
         "accelerate>=1.0",
