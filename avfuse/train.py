@@ -2,11 +2,7 @@
 
 import json
 import math
-import os
-import platform
-import shutil
 import sys
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,13 +15,21 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .data import sounding_shapes
-from .data.clips import ClipDataset, ClipSampler, Failure, Scan, collate, find_clips, scan_clips, worker_init
-from .data.decode import ClipError
+from .data.clips import ClipDataset, ClipSampler, Scan, collate, find_clips, scan_clips, worker_init
 from .evaluate import INPUTS, held_out_loss, nearest_neighbour_probes, pooled_features
 from .inputs import InputSettings
 from .mae import AVMAE
 from .pictures import draw_attention, draw_losses, draw_reconstructions
 from .presets import create_encoder
+from .run_folder import (
+    MetricsFile,
+    Quarantine,
+    begin_run,
+    check_run,
+    epoch_of,
+    latest_checkpoint,
+    save_checkpoint,
+)
 
 DEMO = Path("data/sounding-shapes")
 
@@ -114,17 +118,12 @@ def main(config: TrainConfig) -> None:
     say = accelerator.print
     set_seed(config.seed)
 
-    # --- run folder: resume what is there, or begin ---
-    with accelerator.main_process_first():
-        if accelerator.is_main_process:
-            open_run(config, accelerator)
-    checkpoint = latest_checkpoint(config.run)
+    settings = run_settings(config)
+    check_run(config.run, settings, config.restart)
 
     # --- data ---
     with accelerator.main_process_first():
         train_scan, test_scan, test_name = find_data(config, say)
-    quarantine = Quarantine(config.run / "quarantine.jsonl")
-    quarantine.add("scan", train_scan.unreadable + test_scan.unreadable)
     train_clips, test_clips = train_scan.clips, test_scan.clips[: config.probe_clips]
     batch_size = min(config.batch_size, len(train_clips))
     if batch_size < config.batch_size:
@@ -169,8 +168,13 @@ def main(config: TrainConfig) -> None:
     )
     schedule = accelerator.prepare(schedule)
 
-    # --- resume ---
-    first_epoch = 0
+    # --- run folder: now that data and model are in order, begin, or resume what is there ---
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            begin_run(config.run, settings, config.restart, accelerator.device)
+    quarantine = Quarantine(config.run / "quarantine.jsonl")
+    quarantine.add("scan", train_scan.unreadable + test_scan.unreadable)
+    checkpoint, first_epoch = latest_checkpoint(config.run), 0
     if checkpoint is not None:
         accelerator.load_state(checkpoint)
         first_epoch = epoch_of(checkpoint)
@@ -233,7 +237,16 @@ def main(config: TrainConfig) -> None:
     accelerator.end_training()
 
 
-# --- run folder ---------------------------------------------------------------------------------------------
+# --- settings -----------------------------------------------------------------------------------------------
+
+
+def run_settings(config: TrainConfig) -> dict:
+    """What must be the same for a run to be resumed, ready for JSON."""
+    data = None if config.data is None else str(config.data.resolve())
+    settings = asdict(config) | dict(data=data)
+    for name in ("run", "restart", "workers"):
+        del settings[name]
+    return json.loads(json.dumps(settings))
 
 
 def check_config(config: TrainConfig) -> None:
@@ -243,121 +256,6 @@ def check_config(config: TrainConfig) -> None:
     for name in ("warmup_epochs", "workers", "clip_grad", "weight_decay", "base_lr"):
         if getattr(config, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(config, name)}")
-
-
-def open_run(config: TrainConfig, accelerator: Accelerator) -> None:
-    """Makes the run folder, or checks that it belongs to this very configuration."""
-    if config.restart and config.run.exists():
-        if not (config.run / "config.json").exists():
-            raise ValueError(f"--run {config.run} is not a run folder (no config.json): not deleting it")
-        shutil.rmtree(config.run)
-    config.run.mkdir(parents=True, exist_ok=True)
-    settings = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(config).items()}
-    settings = json.loads(json.dumps({name: v for name, v in settings.items() if name != "restart"}))
-    path = config.run / "config.json"
-    if path.exists():
-        before = json.loads(path.read_text())["settings"]
-        changed = [
-            name for name in settings if before.get(name) != settings[name] and name not in ("run", "workers")
-        ]
-        if changed:
-            differences = ", ".join(
-                f"--{name.replace('_', '-')} {before.get(name)} -> {settings[name]}" for name in changed
-            )
-            raise ValueError(
-                f"--run {config.run} holds a run with other settings ({differences}): "
-                "choose another --run, or --restart to delete it"
-            )
-    versions = dict(
-        python=platform.python_version(),
-        torch=torch.__version__,
-        device=str(accelerator.device),
-        machine=platform.machine(),
-    )
-    path.write_text(json.dumps(dict(settings=settings, environment=versions), indent=2) + "\n")
-
-
-def save_checkpoint(accelerator: Accelerator, run: Path, epoch: int) -> None:
-    """Written aside and renamed, so that a checkpoint is whole or not there; then the older one goes."""
-    final = run / "checkpoints" / f"epoch-{epoch:05d}"
-    partial = final.with_suffix(".partial")
-    accelerator.save_state(partial)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        os.replace(partial, final)
-        for other in final.parent.iterdir():
-            if other != final:
-                shutil.rmtree(other)
-    accelerator.wait_for_everyone()
-
-
-def latest_checkpoint(run: Path) -> Path | None:
-    found = [path for path in (run / "checkpoints").glob("epoch-*") if path.suffix != ".partial"]
-    return max(found, key=epoch_of, default=None)
-
-
-def epoch_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("epoch-"))
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The objects of a JSON lines file; a line that a killed process left half written is passed over."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
-
-
-class MetricsFile:
-    """metrics.jsonl, one object a line; on resume, rows after the checkpoint are dropped."""
-
-    def __init__(self, path: Path, active: bool, last_step: int):
-        self.path, self.active = path, active
-        if active:
-            kept = [row for row in read_rows(path) if self.precedes(row, last_step)]
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-
-    @staticmethod
-    def precedes(row: dict, last_step: int) -> bool:
-        return 0 < last_step >= row["step"] and row.get("when") != "after"
-
-    def write(self, **row) -> None:
-        if self.active:
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-
-
-class Quarantine:
-    """Names and counts the clips that could not be read; they are left out of their batch, never replaced."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.reasons = {row["path"]: row["reason"] for row in read_rows(path)}
-
-    def add(self, when: str, failures: Iterable[Failure | ClipError]) -> None:
-        for failure in failures:
-            path = str(failure.path)
-            if path in self.reasons:
-                continue
-            tqdm.write(f"cannot read {path}: {failure.reason}")
-            self.reasons[path] = failure.reason
-            with self.path.open("a") as file:
-                file.write(json.dumps(dict(when=when, path=path, reason=failure.reason)) + "\n")
-
-    def watch(self, loader: DataLoader, when: str) -> Iterator[dict]:
-        """The batches of a loader, with their failures put on record."""
-        for batch in loader:
-            self.add(when, batch["failures"])
-            yield batch
-
-    def summary(self) -> str:
-        if not self.reasons:
-            return "every clip could be read"
-        names = ", ".join(sorted(self.reasons)[:10]) + (", ..." if len(self.reasons) > 10 else "")
-        return f"{len(self.reasons)} clips could not be read, see {self.path}: {names}"
 
 
 # --- data ---------------------------------------------------------------------------------------------------

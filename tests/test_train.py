@@ -131,6 +131,36 @@ def test_restart_deletes_only_run_folders(finished, tmp_path):
     assert (tmp_path / "precious" / "thesis.tex").exists()
 
 
+@pytest.mark.parametrize("config", ['{"architectures": ["other"]}', '{"settings": {"epo', "[]"])
+def test_restart_refuses_a_folder_of_another_program(finished, tmp_path, config):
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "notes.txt").write_text("precious")
+    with pytest.raises(ValueError, match="config.json is damaged, or not"):
+        main(replace(finished, run=tmp_path, restart=True))
+    assert (tmp_path / "notes.txt").read_text() == "precious"
+
+
+def test_restart_keeps_what_no_run_wrote(finished, tmp_path):
+    config = replace(finished, run=tmp_path / "run", epochs=1)
+    main(config)
+    (config.run / "notes.txt").write_text("precious")
+    main(replace(config, restart=True, seed=1))
+    assert (config.run / "notes.txt").exists()
+    assert sorted(losses(config.run)) == [1, 2]
+
+
+@pytest.mark.parametrize("mistake", [dict(data="nowhere"), dict(fusion_layers=(9,)), dict(decoder_heads=5)])
+def test_failed_start_neither_claims_nor_deletes(finished, tmp_path, mistake):
+    if "data" in mistake:
+        mistake = dict(data=tmp_path / "nowhere")
+    before = rows(finished.run)
+    for run, restart in (finished.run, True), (tmp_path / "new", False):
+        with pytest.raises(ValueError):
+            main(replace(finished, run=run, restart=restart, **mistake))
+    assert rows(finished.run) == before and (finished.run / "model" / "model.safetensors").exists()
+    assert not (tmp_path / "new" / "config.json").exists()
+
+
 def test_clips_that_cannot_be_used_are_named(tmp_path, capsys):
     folder = tmp_path / "videos"
     for name in ("a", "b", "c"):
