@@ -231,31 +231,37 @@ class AVEncoder(nn.Module, Pretrained):
 
     @torch.no_grad()
     def fusion_attention(
-        self, image: Tensor, audio: Tensor, layer: int | None = None
+        self,
+        image: Tensor | None,
+        audio: Tensor | None,
+        layer: int | None = None,
+        *,
+        image_mask: Tensor | None = None,
+        audio_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Where the fusion tokens of a fused layer (default: the last) look and listen.
 
         Returns:
-            Image weights (B, H, F, I) and audio weights (B, H, F, A) over the patch tokens.
+            Image weights (B, H, F, I) and audio weights (B, H, F, A) over the patch tokens; those of a masked
+            token are 0, and so is the single weight of a modality that is None.
 
         Raises:
-            ValueError: no such fused layer, or an input that `forward` refuses.
+            ValueError: no such fused layer, released blocks (which do not tell), or an input that `forward`
+                refuses.
         """
         layer = self.fusion_layers[-1] if layer is None and self.fusion_layers else layer
-        if layer not in self.fusion_layers:
+        if type(layer) is not int or layer not in self.fusion_layers:
             raise ValueError(f"layer must be one of the fused layers {list(self.fusion_layers)}, got {layer}")
         block, seen = self.fusion_blocks[str(layer)], {}
+        if not hasattr(block, "attention_weights"):
+            raise ValueError(f"layer {layer} is a {type(block).__name__}, which does not tell its weights")
 
         def remember(_, args, kwargs):
-            seen["weights"] = block.attention_weights(
-                *args,
-                image_positions=kwargs["image_positions"],
-                audio_positions=kwargs["audio_positions"],
-            )
+            seen["weights"] = block.attention_weights(*args, **kwargs)
 
         hook = block.register_forward_pre_hook(remember, with_kwargs=True)
         try:
-            self(image, audio)
+            self(image, audio, image_mask=image_mask, audio_mask=audio_mask)
         finally:
             hook.remove()
         return seen["weights"]

@@ -4,13 +4,13 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from .encoder import AVEncoder
 from .mae import AVMAE
+from .vit import presence_mask
 
 INPUTS = ("image", "audio", "image_removed", "audio_removed", "image_present", "audio_present")
 
@@ -95,17 +95,12 @@ def pooled_features(encoder: AVEncoder, loader: Iterable[dict], device: torch.de
         output = encoder(
             image,
             audio,
-            image_mask=patch_mask(batch["image_present"].to(device), encoder.image),
-            audio_mask=patch_mask(batch["audio_present"].to(device), encoder.audio),
+            image_mask=presence_mask(encoder.image, batch["image_present"].to(device)),
+            audio_mask=presence_mask(encoder.audio, batch["audio_present"].to(device)),
         )
         pooled = {name: getattr(output, name).mean(1).float().cpu() for name in ("image", "audio", "fusion")}
         batches.append(pooled | {name: batch[name] for name in batch if name.startswith("label_")})
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]} if batches else {}
-
-
-def patch_mask(present: Tensor, vit: VisionTransformer) -> Tensor:
-    """(B,) bool -> (B, N): an absent modality is masked everywhere."""
-    return present[:, None].expand(-1, vit.patch_embed.num_patches)
 
 
 def nearest_neighbour_probes(features: dict[str, Tensor]) -> dict[str, dict[str, Probe]]:

@@ -12,7 +12,13 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from .checks import check_choice, check_mask, check_rate, check_tokens
-from .ops.pair_attention import INTERACTIONS, masked_attention, pair_attention, pair_attention_weights
+from .ops.pair_attention import (
+    INTERACTIONS,
+    masked_attention,
+    masked_attention_weights,
+    pair_attention,
+    pair_attention_weights,
+)
 
 NORM_EPS = 1e-5
 
@@ -165,13 +171,29 @@ class DenseFusion(FusionBlock):
         return self.update(fusion, attended)
 
     @torch.no_grad()
-    def attention_weights(self, fusion, image, audio, *, image_positions=None, audio_positions=None):
+    def attention_weights(
+        self,
+        fusion,
+        image,
+        audio,
+        *,
+        image_mask=None,
+        audio_mask=None,
+        image_positions=None,
+        audio_positions=None,
+    ):
         """What the fusion tokens attend to: image weights (B, H, F, I) and audio weights (B, H, F, A)."""
         image_key, _ = self.keys_and_values(self.image_key_value(self.norm_image(image)))
         audio_key, _ = self.keys_and_values(self.audio_key_value(self.norm_audio(audio)))
         pair_bias = self.positioned_bias(image, audio, image_positions, audio_positions)
         return pair_attention_weights(
-            self.queries(fusion), image_key, audio_key, pair_bias=pair_bias, interaction=self.interaction
+            self.queries(fusion),
+            image_key,
+            audio_key,
+            image_mask=image_mask,
+            audio_mask=audio_mask,
+            pair_bias=pair_bias,
+            interaction=self.interaction,
         )
 
     def positioned_bias(self, image, audio, image_positions, audio_positions):
@@ -273,16 +295,19 @@ class FactorizedFusion(nn.Module):
         return torch.cat([fusion, image_aggregate, audio_aggregate], dim=1)
 
     @torch.no_grad()
-    def attention_weights(self, fusion, image, audio, **_positions):
-        """Weights of the fusion tokens over image and audio tokens, (B, H, F, I) and (B, H, F, A): through
-        the aggregation tokens, so each is the product of two attention maps."""
+    def attention_weights(self, fusion, image, audio, *, image_mask=None, audio_mask=None, **_positions):
+        """Weights of the fusion tokens over image and audio tokens, (B, H, F, I) and (B, H, F, A): each goes
+        through the aggregation tokens, so it is the product of two attention maps.
+        """
         fusion, image_aggregate, audio_aggregate = split_state(fusion, self.split_sizes)
-        image_map = self.image_aggregation.attention_weights(image_aggregate, image)
-        audio_map = self.audio_aggregation.attention_weights(audio_aggregate, audio)
+        image_map = self.image_aggregation.attention_weights(image_aggregate, image, image_mask)
+        audio_map = self.audio_aggregation.attention_weights(audio_aggregate, audio, audio_mask)
         image_weights, audio_weights = self.fusion.attention_weights(
             fusion,
-            self.image_aggregation(image_aggregate, image),
-            self.audio_aggregation(audio_aggregate, audio),
+            self.image_aggregation(image_aggregate, image, image_mask),
+            self.audio_aggregation(audio_aggregate, audio, audio_mask),
+            image_mask=aggregate_mask(image_mask, image_aggregate),
+            audio_mask=aggregate_mask(audio_mask, audio_aggregate),
         )
         return image_weights @ image_map, audio_weights @ audio_map
 
@@ -304,10 +329,9 @@ class Aggregation(FusionBlock):
         return self.update(aggregate, attended)
 
     @torch.no_grad()
-    def attention_weights(self, aggregate: Tensor, tokens: Tensor) -> Tensor:
+    def attention_weights(self, aggregate: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         key, _ = self.keys_and_values(self.key_value(self.norm_tokens(tokens)))
-        query = self.queries(aggregate)
-        return (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
+        return masked_attention_weights(self.queries(aggregate), key, mask)
 
 
 class TokenFusion(FusionBlock):
@@ -354,12 +378,11 @@ class TokenFusion(FusionBlock):
         return self.split_heads(self.query(normed)), *self.keys_and_values(self.key_value(union))
 
     @torch.no_grad()
-    def attention_weights(self, fusion, image, audio, **_positions):
-        """The image and audio parts, (B, H, F, I) and (B, H, F, A), of the one softmax: they do not sum to
-        1.
-        """
+    def attention_weights(self, fusion, image, audio, *, image_mask=None, audio_mask=None, **_positions):
+        """The two parts, (B, H, F, I) and (B, H, F, A), of the one softmax: they do not sum to 1."""
         query, key, _ = self._query_key_value(fusion, image, audio)
-        weights = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
+        mask = union_mask((fusion, None), (image, image_mask), (audio, audio_mask))
+        weights = masked_attention_weights(query, key, mask)
         return weights.split([fusion.shape[1], image.shape[1], audio.shape[1]], dim=-1)[1:]
 
 

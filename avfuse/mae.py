@@ -13,7 +13,7 @@ from .checks import check_mask
 from .encoder import AVEncoder
 from .fusion import initialize_linear
 from .pretrained import Pretrained, parameter_groups
-from .vit import input_shape, split_prefix
+from .vit import input_shape, presence_mask, split_prefix
 
 TARGET_EPS = 1e-6
 
@@ -124,8 +124,8 @@ class AVMAE(nn.Module, Pretrained):
             audio,
             image_keep=image_keep,
             audio_keep=audio_keep,
-            image_mask=everywhere(image_present, image_removed),
-            audio_mask=everywhere(audio_present, audio_removed),
+            image_mask=presence_mask(self.encoder.image, image_present),
+            audio_mask=presence_mask(self.encoder.audio, audio_present),
         )
         image_pred, audio_pred = self.decode(latent, image_keep, audio_keep)
         image_loss = self.loss("image", image, image_pred, image_removed, image_present)
@@ -303,10 +303,6 @@ def same_in_every_row(name: str, removed: Tensor) -> int:
             f"{name} must hide some and keep some of {removed.shape[1]} patches, hides {counts[0]}"
         )
     return counts[0]
-
-
-def everywhere(present: Tensor | None, removed: Tensor) -> Tensor | None:
-    return None if present is None else present[:, None].expand_as(removed)
 
 
 def check_present(name, present, pixels):

@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from .encoder import AVEncoder
+from .evaluate import INPUTS
 from .inputs import InputSettings
 from .mae import AVMAE, patchify, unpatchify
+from .vit import presence_mask
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"  # told apart by colour-blind readers (Okabe-Ito)
 
@@ -44,8 +46,7 @@ def draw_reconstructions(mae: AVMAE, batch: dict[str, Tensor], path: Path, clips
     """Original, masked input and reconstruction of frames and spectrograms, one row a clip."""
     mae.eval()
     clips = min(clips, len(batch["image"]))
-    names = ("image", "audio", "image_removed", "audio_removed")
-    output = mae(**{name: batch[name][:clips] for name in names})
+    output = mae(**{name: batch[name][:clips] for name in INPUTS})
     figure = Figure(figsize=(11.5, 1.75 * clips + 0.3), layout="constrained")
     grid = figure.subplots(clips, 6, squeeze=False, width_ratios=(1, 1, 1, 1.7, 1.7, 1.7))
     titles = ("frame", "what the model sees", "reconstruction")
@@ -87,7 +88,12 @@ def draw_attention(encoder: AVEncoder, batch: dict[str, Tensor], path: Path, cli
     encoder.eval()
     clips = min(clips, len(batch["image"]))
     image, audio = batch["image"][:clips], batch["audio"][:clips]
-    weights = encoder.fusion_attention(image, audio)
+    weights = encoder.fusion_attention(
+        image,
+        audio,
+        image_mask=presence_mask(encoder.image, batch["image_present"][:clips]),
+        audio_mask=presence_mask(encoder.audio, batch["audio_present"][:clips]),
+    )
     figure = Figure(figsize=(9.5, 1.75 * clips + 0.3), layout="constrained")
     grid = figure.subplots(clips, 4, squeeze=False, width_ratios=(1, 1, 1.7, 1.7))
     maps = [

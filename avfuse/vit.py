@@ -36,6 +36,11 @@ def split_prefix(vit: VisionTransformer, tokens: Tensor) -> tuple[Tensor, Tensor
     return tokens[:, :prefix], tokens[:, prefix:]
 
 
+def presence_mask(vit: VisionTransformer, present: Tensor | None) -> Tensor | None:
+    """(B,) bool -> (B, N) over the patch tokens: None = all are present."""
+    return None if present is None else present[:, None].expand(-1, vit.patch_embed.num_patches)
+
+
 def run_block(block: Block, tokens: Tensor, context: Tensor | None, key_mask: Tensor | None) -> Tensor:
     """A timm block in which `context` tokens (B, F, D) serve as extra keys and values only (paper Eq. 2-3).
 

@@ -20,9 +20,9 @@ def mae():
 def batch(mae):
     image, audio = torch.randn(2, 3, 96, 96), torch.randn(2, 1, 64, 128)
     masks = [mae.mask_sampler()(torch.Generator().manual_seed(n)) for n in range(2)]
-    return dict(
-        image=image, audio=audio, **{name: torch.stack([m[name] for m in masks]) for name in masks[0]}
-    )
+    masks = {name: torch.stack([mask[name] for mask in masks]) for name in masks[0]}
+    present = {f"{name}_present": torch.ones(2, dtype=torch.bool) for name in ("image", "audio")}
+    return dict(image=image, audio=audio, **masks, **present)
 
 
 def test_restored_keeps_visible_patches_and_inverts_the_target(mae, batch):

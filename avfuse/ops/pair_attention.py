@@ -233,6 +233,14 @@ def masked_attention(
     )
 
 
+def masked_attention_weights(
+    query: Tensor, key: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """The weights (B, H, F, N) of `masked_attention`, each row summing to 1, or 0 where no token is left."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return _masked_softmax(query @ key.mT * scale, mask)
+
+
 def _additive_weights(query, image_key, audio_key, image_mask, audio_mask, pair_bias, scale):
     """Marginals (B, H, F, I) and (B, H, F, A) of the joint softmax, in float32 or better."""
     query = query.to(torch.promote_types(query.dtype, torch.float32)) * scale
