@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python -m
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test smoke lint clean
+.PHONY: help train test lint clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,9 +16,6 @@ train: $(VENV)/complete  ## train; with no ARGS, the demo: make train ARGS="--he
 
 test: $(VENV)/complete  ## run the tests: make test ARGS="-k pair_attention"
 	$(RUN) pytest $(ARGS)
-
-smoke: $(VENV)/complete  ## run the slow tests, which train every entry point a few steps
-	$(RUN) pytest -m slow $(ARGS)
 
 lint: $(VENV)/complete  ## check the style
 	$(RUN) ruff check .

@@ -9,6 +9,11 @@ def check_choice(name: str, value: object, choices: tuple) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_count(name: str, value: int) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
 def check_rate(name: str, rate: float) -> None:
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"{name} must be in [0, 1), got {rate}")
@@ -27,11 +32,11 @@ def check_tokens(name: str, tokens: Tensor, dim: int, *, like: Tensor | None = N
 
 
 def check_mask(name: str, mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> None:
-    """A mask is None or bool, True = attend, of `shape` on `device`."""
+    """A mask is None or a bool tensor of `shape` on `device`."""
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise ValueError(f"{name} must be a bool tensor, True = attend, got {kind_of(mask)}")
+        raise ValueError(f"{name} must be a bool tensor, got {kind_of(mask)}")
     if tuple(mask.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(mask.shape)}")
     if mask.device != device:

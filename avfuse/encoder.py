@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .checks import check_choice, check_mask, kind_of
+from .checks import check_choice, check_count, check_mask, kind_of
 from .fusion import NORM_EPS, DenseFusion, FactorizedFusion, TokenFusion
 from .inputs import InputSettings
 from .pretrained import Pretrained, parameter_groups
@@ -95,8 +95,11 @@ class AVEncoder(nn.Module, Pretrained):
         check_choice("interactions", interactions, INTERACTIONS)
         if pair_bias and interactions not in ("dense", "bilinear"):
             raise ValueError(f"pair_bias needs interactions 'dense' or 'bilinear', got {interactions!r}")
-        if fusion_tokens < 1:
-            raise ValueError(f"fusion_tokens must be positive, got {fusion_tokens}")
+        num_heads = image.blocks[0].attn.num_heads if num_heads is None else num_heads
+        check_count("num_heads", num_heads)
+        check_count("fusion_tokens", fusion_tokens)
+        check_count("image_aggregation_tokens", image_aggregation_tokens)
+        check_count("audio_aggregation_tokens", audio_aggregation_tokens)
         self.image, self.audio = without_head(image), without_head(audio)
         self.embed_dim, self.depth = image.embed_dim, len(image.blocks)
         self.num_fusion_tokens = fusion_tokens
@@ -111,7 +114,7 @@ class AVEncoder(nn.Module, Pretrained):
             fusion_tokens=fusion_tokens,
             image_aggregation_tokens=image_aggregation_tokens,
             audio_aggregation_tokens=audio_aggregation_tokens,
-            num_heads=num_heads or image.blocks[0].attn.num_heads,
+            num_heads=num_heads,
             attn_ratio=attn_ratio,
             mlp_ratio=mlp_ratio,
             pair_bias=bool(pair_bias),

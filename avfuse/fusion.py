@@ -11,7 +11,7 @@ import torch
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
-from .checks import check_choice, check_mask, check_rate, check_tokens
+from .checks import check_choice, check_count, check_mask, check_rate, check_tokens
 from .ops.pair_attention import (
     INTERACTIONS,
     masked_attention,
@@ -43,9 +43,9 @@ class FusionBlock(nn.Module):
 
     def __init__(self, dim, num_heads, *, attn_ratio=0.25, mlp_ratio=1.0, drop=0.0, drop_path=0.0):
         super().__init__()
+        check_count("dim", dim)
+        check_count("num_heads", num_heads)
         self.dim, self.num_heads, self.width = dim, num_heads, int(dim * attn_ratio)
-        if dim < 1 or num_heads < 1:
-            raise ValueError(f"dim and num_heads must be positive, got {dim} and {num_heads}")
         if self.width < 1 or self.width % num_heads:
             raise ValueError(
                 f"attn_ratio={attn_ratio} gives int(dim * attn_ratio) = {self.width} channels, "
@@ -261,11 +261,9 @@ class FactorizedFusion(nn.Module):
         super().__init__()
         self.dim = dim
         self.split_sizes = [fusion_tokens, image_aggregation_tokens, audio_aggregation_tokens]
-        if min(self.split_sizes) < 1:
-            raise ValueError(
-                "fusion_tokens, image_aggregation_tokens and audio_aggregation_tokens must be positive, "
-                f"got {', '.join(map(str, self.split_sizes))}"
-            )
+        check_count("fusion_tokens", fusion_tokens)
+        check_count("image_aggregation_tokens", image_aggregation_tokens)
+        check_count("audio_aggregation_tokens", audio_aggregation_tokens)
         self.image_aggregation = Aggregation(dim, num_heads, **block_options)
         self.audio_aggregation = Aggregation(dim, num_heads, **block_options)
         self.fusion = DenseFusion(dim, num_heads, **block_options)

@@ -9,7 +9,7 @@ from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .checks import check_mask
+from .checks import check_count, check_mask
 from .encoder import AVEncoder
 from .fusion import initialize_linear
 from .pretrained import Pretrained, parameter_groups
@@ -59,9 +59,10 @@ class AVMAE(nn.Module, Pretrained):
         super().__init__()
         if not isinstance(encoder, AVEncoder):
             raise ValueError(f"encoder must be an AVEncoder, got {type(encoder).__name__}")
-        if decoder_depth < 1:
-            raise ValueError(f"decoder_depth must be positive, got {decoder_depth}")
-        if decoder_heads < 1 or decoder_dim % decoder_heads or decoder_dim % 4:
+        check_count("decoder_dim", decoder_dim)
+        check_count("decoder_depth", decoder_depth)
+        check_count("decoder_heads", decoder_heads)
+        if decoder_dim % decoder_heads or decoder_dim % 4:
             raise ValueError(
                 f"decoder_dim={decoder_dim} must be a multiple of 4 and of decoder_heads={decoder_heads}"
             )

@@ -24,13 +24,12 @@ from .fusion import (
     any_pair_left,
     check_streams,
     initialize_linear,
-    masked_attention,
     split_state,
     union_mask,
 )
 from .inputs import InputSettings
 from .mae import AVMAE
-from .ops.pair_attention import pair_attention
+from .ops.pair_attention import masked_attention, pair_attention
 from .vit import ratio_of
 
 INTERACTIONS = {"dense_mmi": "dense", "factorized_mmi": "factorized", "token": "token", "none": "none"}

@@ -348,10 +348,11 @@ def test_present_everywhere_changes_nothing():
         (dict(image_mask_ratio=0.95), "image_mask_ratio=0.95"),  # keeps less than one patch of 9
         (dict(audio_mask_ratio=1e-9), "audio_mask_ratio=1e-09"),  # hides less than one of 10
         (dict(image_mask_ratio=float("nan")), "image_mask_ratio=nan"),
-        (dict(decoder_depth=0), "decoder_depth must be positive, got 0"),
+        (dict(decoder_depth=0), "decoder_depth must be a positive integer, got 0"),
+        (dict(decoder_dim=0), "decoder_dim must be a positive integer, got 0"),
         (dict(decoder_dim=18), "decoder_dim=18"),
         (dict(decoder_heads=5), "decoder_heads=5"),
-        (dict(decoder_heads=0), "decoder_heads=0"),
+        (dict(decoder_heads=0), "decoder_heads must be a positive integer, got 0"),
         (
             dict(encoder=lambda: AVEncoder(make_vit(IMAGE), make_vit((1, 16, 42)), fusion_tokens=4)),
             r"encoder takes inputs of size \(16, 42\): not whole patches of \(8, 8\)",
