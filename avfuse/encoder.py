@@ -9,7 +9,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .checks import check_choice, check_count, check_mask, kind_of
+from .checks import (
+    check_choice,
+    check_count,
+    check_dtype,
+    check_flag,
+    check_floating_point,
+    check_indices,
+    check_mask,
+)
 from .fusion import NORM_EPS, DenseFusion, FactorizedFusion, TokenFusion
 from .inputs import InputSettings
 from .pretrained import Pretrained, parameter_groups
@@ -59,6 +67,9 @@ class AVEncoder(nn.Module, Pretrained):
         inputs: the input transforms, kept in config.json; default: those of the paper at the sizes of the
             ViTs.
 
+    A transformer whose parts config.json cannot describe (such as an unknown activation) works, but
+    `save_pretrained` refuses it.
+
     Raises:
         ValueError: naming the argument that is wrong.
     """
@@ -93,6 +104,7 @@ class AVEncoder(nn.Module, Pretrained):
                     f"audio must have the {quantity} of image, {of_image}, got a {quantity} of {of_audio}"
                 )
         check_choice("interactions", interactions, INTERACTIONS)
+        check_flag("pair_bias", pair_bias)
         if pair_bias and interactions not in ("dense", "bilinear"):
             raise ValueError(f"pair_bias needs interactions 'dense' or 'bilinear', got {interactions!r}")
         num_heads = image.blocks[0].attn.num_heads if num_heads is None else num_heads
@@ -103,10 +115,11 @@ class AVEncoder(nn.Module, Pretrained):
         self.image, self.audio = without_head(image), without_head(audio)
         self.embed_dim, self.depth = image.embed_dim, len(image.blocks)
         self.num_fusion_tokens = fusion_tokens
-        self.inputs = inputs or default_inputs(image, audio)
-        check_inputs(self.inputs, image, audio)
+        self.inputs = default_inputs(image, audio) if inputs is None else inputs
+        check_settings(self.inputs, image, audio)
         self.grad_checkpointing = False
-        self.fusion_layers = () if interactions == "none" else layers_of(fusion_layers, self.depth)
+        fusion_layers = layers_of(fusion_layers, self.depth)
+        self.fusion_layers = () if interactions == "none" else fusion_layers
         # Everything that rebuilds the fusion branch, as it goes into config.json.
         self.settings = dict(
             interactions=interactions,
@@ -117,7 +130,7 @@ class AVEncoder(nn.Module, Pretrained):
             num_heads=num_heads,
             attn_ratio=attn_ratio,
             mlp_ratio=mlp_ratio,
-            pair_bias=bool(pair_bias),
+            pair_bias=pair_bias,
             drop=drop,
             drop_path=drop_path,
         )
@@ -169,8 +182,8 @@ class AVEncoder(nn.Module, Pretrained):
 
         Args:
             image, audio: either may be None (a missing modality, at inference); its output is then None.
-            image_keep, audio_keep: (B, n) long, indices of the patch tokens that are kept; prefix tokens
-                always are.
+            image_keep, audio_keep: (B, n) long, indices of the patch tokens that are kept (one named twice
+                counts twice); prefix tokens always are.
             image_mask, audio_mask: (B, N) bool over all patch tokens, True = attend: tokens nobody attends
                 to.
             return_layers: also return the tokens after every layer.
@@ -312,14 +325,16 @@ class AVEncoder(nn.Module, Pretrained):
                     raise ValueError(f"{name}_keep and {name}_mask need {name}, which is None")
                 continue
             expected = input_shape(vit)
-            if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
-                raise ValueError(f"{name} must be a floating point tensor, got {kind_of(pixels)}")
+            check_floating_point(name, pixels)
             if pixels.ndim != 4 or tuple(pixels.shape[1:]) != expected:
                 raise ValueError(
                     f"{name} must be (B, {', '.join(map(str, expected))}), got shape {tuple(pixels.shape)}"
                 )
+            check_dtype(name, pixels, vit.patch_embed.proj.weight)
             check_mask(f"{name}_mask", mask, (pixels.shape[0], vit.patch_embed.num_patches), pixels.device)
-            check_keep(f"{name}_keep", keep, pixels.shape[0], vit.patch_embed.num_patches, pixels.device)
+            if keep is not None:
+                patches = vit.patch_embed.num_patches
+                check_indices(f"{name}_keep", keep, pixels.shape[0], patches, pixels.device)
         if image is not None and audio is not None:
             if image.shape[0] != audio.shape[0]:
                 raise ValueError(
@@ -404,7 +419,9 @@ def default_inputs(image: VisionTransformer, audio: VisionTransformer) -> InputS
     )
 
 
-def check_inputs(inputs: InputSettings, image: VisionTransformer, audio: VisionTransformer) -> None:
+def check_settings(inputs: InputSettings, image: VisionTransformer, audio: VisionTransformer) -> None:
+    if not isinstance(inputs, InputSettings):
+        raise ValueError(f"inputs must be InputSettings, got {type(inputs).__name__}")
     for name, vit, described in (
         ("image", image, (3, inputs.image_size, inputs.image_size)),
         ("audio", audio, (1, inputs.mel_bins, inputs.frames)),
@@ -412,22 +429,3 @@ def check_inputs(inputs: InputSettings, image: VisionTransformer, audio: VisionT
         taken = input_shape(vit)
         if taken != described:
             raise ValueError(f"{name} takes inputs of shape {taken}, while inputs describes {described}")
-
-
-def check_keep(name, keep, batch, patches, device):
-    """Indices (B, n) long into the patch tokens; their range is checked where that needs no device
-    synchronisation.
-    """
-    if keep is None:
-        return
-    if not isinstance(keep, Tensor) or keep.dtype != torch.long:
-        raise ValueError(f"{name} must be a long tensor, got {kind_of(keep)}")
-    if keep.ndim != 2 or keep.shape[0] != batch or not 0 < keep.shape[1] <= patches:
-        raise ValueError(
-            f"{name} must be ({batch}, n) with 0 < n <= {patches}, got shape {tuple(keep.shape)}"
-        )
-    if keep.device != device:
-        raise ValueError(f"{name} must be on {device}, got {keep.device}")
-    if keep.device.type == "cpu" and not torch.compiler.is_compiling():
-        if keep.min() < 0 or keep.max() >= patches:
-            raise ValueError(f"{name} must hold indices in 0..{patches - 1}, got {keep.min()}..{keep.max()}")

@@ -11,7 +11,16 @@ import torch
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
-from .checks import check_choice, check_count, check_mask, check_rate, check_tokens
+from .checks import (
+    check_choice,
+    check_count,
+    check_dtype,
+    check_indices,
+    check_mask,
+    check_positive,
+    check_rate,
+    check_tokens,
+)
 from .ops.pair_attention import (
     INTERACTIONS,
     masked_attention,
@@ -45,6 +54,8 @@ class FusionBlock(nn.Module):
         super().__init__()
         check_count("dim", dim)
         check_count("num_heads", num_heads)
+        check_positive("attn_ratio", attn_ratio)
+        check_positive("mlp_ratio", mlp_ratio)
         self.dim, self.num_heads, self.width = dim, num_heads, int(dim * attn_ratio)
         if self.width < 1 or self.width % num_heads:
             raise ValueError(
@@ -151,7 +162,7 @@ class DenseFusion(FusionBlock):
         image_positions: Tensor | None = None,
         audio_positions: Tensor | None = None,
     ) -> Tensor:
-        check_streams(self.dim, fusion, image, audio, image_mask, audio_mask)
+        check_streams(self, fusion, image, audio, image_mask, audio_mask)
         image_key, image_value = self.keys_and_values(self.image_key_value(self.norm_image(image)))
         audio_key, audio_value = self.keys_and_values(self.audio_key_value(self.norm_audio(audio)))
         attended = pair_attention(
@@ -183,6 +194,7 @@ class DenseFusion(FusionBlock):
         audio_positions=None,
     ):
         """What the fusion tokens attend to: image weights (B, H, F, I) and audio weights (B, H, F, A)."""
+        check_streams(self, fusion, image, audio, image_mask, audio_mask)
         image_key, _ = self.keys_and_values(self.image_key_value(self.norm_image(image)))
         audio_key, _ = self.keys_and_values(self.audio_key_value(self.norm_audio(audio)))
         pair_bias = self.positioned_bias(image, audio, image_positions, audio_positions)
@@ -220,11 +232,10 @@ class DenseFusion(FusionBlock):
                 raise ValueError(
                     f"{name} is needed: the pair bias has {size} tokens, there are {tokens.shape[1]}"
                 )
-        elif positions.shape != tokens.shape[:2] or positions.dtype != torch.long:
-            raise ValueError(
-                f"{name} must be a long tensor of shape {tuple(tokens.shape[:2])}, "
-                f"got {positions.dtype} {tuple(positions.shape)}"
-            )
+            return None
+        check_indices(name, positions, tokens.shape[0], size, tokens.device)
+        if positions.shape[1] != tokens.shape[1]:
+            raise ValueError(f"{name} must name {tokens.shape[1]} tokens, got shape {tuple(positions.shape)}")
         return positions
 
 
@@ -279,7 +290,7 @@ class FactorizedFusion(nn.Module):
         image_positions: Tensor | None = None,
         audio_positions: Tensor | None = None,
     ) -> Tensor:
-        check_streams(self.dim, fusion, image, audio, image_mask, audio_mask)
+        check_streams(self, fusion, image, audio, image_mask, audio_mask)
         fusion, image_aggregate, audio_aggregate = split_state(fusion, self.split_sizes)
         image_aggregate = self.image_aggregation(image_aggregate, image, image_mask)
         audio_aggregate = self.audio_aggregation(audio_aggregate, audio, audio_mask)
@@ -297,6 +308,7 @@ class FactorizedFusion(nn.Module):
         """Weights of the fusion tokens over image and audio tokens, (B, H, F, I) and (B, H, F, A): each goes
         through the aggregation tokens, so it is the product of two attention maps.
         """
+        check_streams(self, fusion, image, audio, image_mask, audio_mask)
         fusion, image_aggregate, audio_aggregate = split_state(fusion, self.split_sizes)
         image_map = self.image_aggregation.attention_weights(image_aggregate, image, image_mask)
         audio_map = self.audio_aggregation.attention_weights(audio_aggregate, audio, audio_mask)
@@ -363,7 +375,7 @@ class TokenFusion(FusionBlock):
         image_positions: Tensor | None = None,
         audio_positions: Tensor | None = None,
     ) -> Tensor:
-        check_streams(self.dim, fusion, image, audio, image_mask, audio_mask)
+        check_streams(self, fusion, image, audio, image_mask, audio_mask)
         query, key, value = self._query_key_value(fusion, image, audio)
         mask = union_mask((fusion, None), (image, image_mask), (audio, audio_mask))
         return self.update(fusion, self.merge_heads(masked_attention(query, key, value, mask)))
@@ -378,6 +390,7 @@ class TokenFusion(FusionBlock):
     @torch.no_grad()
     def attention_weights(self, fusion, image, audio, *, image_mask=None, audio_mask=None, **_positions):
         """The two parts, (B, H, F, I) and (B, H, F, A), of the one softmax: they do not sum to 1."""
+        check_streams(self, fusion, image, audio, image_mask, audio_mask)
         query, key, _ = self._query_key_value(fusion, image, audio)
         mask = union_mask((fusion, None), (image, image_mask), (audio, audio_mask))
         weights = masked_attention_weights(query, key, mask)
@@ -426,8 +439,13 @@ def initialize_linear(module: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-def check_streams(dim, fusion, image, audio, image_mask, audio_mask):
-    check_tokens("fusion", fusion, dim)
+def check_streams(block, fusion, image, audio, image_mask, audio_mask):
+    """Whether these are tokens and masks that a fusion block can take."""
+    check_tokens("fusion", fusion, block.dim)
     for name, tokens, mask in ("image", image, image_mask), ("audio", audio, audio_mask):
-        check_tokens(name, tokens, dim, like=fusion)
+        check_tokens(name, tokens, block.dim, like=fusion)
         check_mask(f"{name}_mask", mask, tokens.shape[:2], tokens.device)
+    weight = next(block.parameters())
+    check_dtype("fusion", fusion, weight)
+    check_dtype("image", image, weight)
+    check_dtype("audio", audio, weight)

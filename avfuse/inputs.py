@@ -6,6 +6,8 @@ from them, so that a model can never be fed with the wrong transform.
 
 from dataclasses import dataclass
 
+from .checks import check_count, check_positive, is_number
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -21,7 +23,9 @@ class InputSettings:
     `max_frequency`; the last of the `frames + 1` centred frames is dropped.
 
     Raises:
-        ValueError: a size that is not positive, or a clip length that is not a whole number of hops.
+        ValueError: naming the field: a size that is no positive integer, a deviation that is not positive,
+            frequencies above half the sample rate, a clip that is shorter than half a window or not a whole
+            number of hops.
     """
 
     image_size: int = 224  # pixels
@@ -35,21 +39,23 @@ class InputSettings:
     max_frequency: float = 8_000.0  # Hz
 
     def __post_init__(self):
-        for name in (
-            "image_size",
-            "sample_rate",
-            "audio_seconds",
-            "window",
-            "hop",
-            "mel_bins",
-            "max_frequency",
-        ):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("image_mean", "image_std"):  # JSON brings lists
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-            if len(getattr(self, name)) != 3:
-                raise ValueError(f"{name} needs three numbers (red, green, blue), got {getattr(self, name)}")
+        for name in ("image_size", "sample_rate", "window", "hop", "mel_bins"):
+            check_count(name, getattr(self, name))
+        for name in ("audio_seconds", "max_frequency"):
+            check_positive(name, getattr(self, name))
+        for name in ("image_mean", "image_std"):
+            rgb = getattr(self, name)
+            if not isinstance(rgb, (tuple, list)) or len(rgb) != 3 or not all(map(is_number, rgb)):
+                raise ValueError(f"{name} needs three numbers (red, green, blue), got {rgb!r}")
+            object.__setattr__(self, name, tuple(rgb))  # JSON brings lists
+        if min(self.image_std) <= 0:
+            raise ValueError(f"image_std must be positive, got {self.image_std}")
+        if self.max_frequency > self.sample_rate / 2:
+            raise ValueError(
+                f"max_frequency={self.max_frequency} is above half the sample_rate of {self.sample_rate}"
+            )
+        if self.samples <= self.window // 2:  # what the reflecting padding needs
+            raise ValueError(f"audio_seconds={self.audio_seconds} is less than half a window")
         if self.samples % self.hop:
             raise ValueError(
                 f"audio_seconds={self.audio_seconds} is not a whole number of hops of {self.hop} samples"

@@ -9,7 +9,7 @@ from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .checks import check_count, check_mask
+from .checks import check_count, check_flag, check_mask, is_number
 from .encoder import AVEncoder
 from .fusion import initialize_linear
 from .pretrained import Pretrained, parameter_groups
@@ -66,6 +66,7 @@ class AVMAE(nn.Module, Pretrained):
             raise ValueError(
                 f"decoder_dim={decoder_dim} must be a multiple of 4 and of decoder_heads={decoder_heads}"
             )
+        check_flag("norm_target", norm_target)
         self.encoder = encoder
         self.settings = dict(
             decoder_dim=decoder_dim,
@@ -103,7 +104,8 @@ class AVMAE(nn.Module, Pretrained):
         Args:
             image: (B, 3, height, width). audio: (B, 1, mel, time).
             image_removed, audio_removed: (B, N) bool, True = hidden from the encoder, the same number in
-                every row; drawn at the mask ratios when not given.
+                every row; drawn at the mask ratios when not given. Under torch.compile their number must be
+                that of the mask ratios: the compiled graph cannot count it.
             image_present, audio_present: (B,) bool, None = all: an absent modality is masked everywhere and
                 leaves its loss (which is 0 if no clip has it).
 
@@ -115,6 +117,8 @@ class AVMAE(nn.Module, Pretrained):
             raise ValueError(
                 "image and audio must both be given; say what is absent by image_present, audio_present"
             )
+        if not len(image):
+            raise ValueError("image must hold at least one clip, got an empty batch")
         image_removed, image_keep = self.mask("image", image, image_removed)
         audio_removed, audio_keep = self.mask("audio", audio, audio_removed)
         check_present("image_present", image_present, image)
@@ -259,9 +263,9 @@ def count_removed(name: str, patches: int, ratio: float) -> int:
     """How many of `patches` a mask ratio hides: what is kept is rounded down (196 at 0.75 keeps 49, 96 at
     0.8: 19).
     """
-    kept = math.floor(patches * (1 - ratio) + 1e-6) if 0 < ratio < 1 else 0
+    kept = math.floor(patches * (1 - ratio) + 1e-6) if is_number(ratio) and 0 < ratio < 1 else 0
     if not 0 < kept < patches:
-        raise ValueError(f"{name}={ratio} must hide some and keep some of {patches} patches")
+        raise ValueError(f"{name}={ratio!r} must hide some and keep some of {patches} patches")
     return patches - kept
 
 

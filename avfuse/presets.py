@@ -36,7 +36,9 @@ def create_encoder(
     """
     check_choice("size", size, tuple(SIZES))
     dim, depth, heads, standard_inputs = SIZES[size]
-    inputs = inputs or standard_inputs
+    inputs = standard_inputs if inputs is None else inputs
+    if not isinstance(inputs, InputSettings):
+        raise ValueError(f"inputs must be InputSettings, got {type(inputs).__name__}")
     for name in ("image_size", "mel_bins", "frames"):
         if getattr(inputs, name) % PATCH:
             raise ValueError(

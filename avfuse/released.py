@@ -7,16 +7,17 @@ Where the released dense module forms all pairs, this one uses the exact identit
 
 import math
 import os
+import pickle
 import re
 from functools import wraps
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from .checks import check_count, check_flag, check_positive
 from .encoder import AVEncoder
 from .fusion import (
     NORM_EPS,
@@ -30,15 +31,18 @@ from .fusion import (
 from .inputs import InputSettings
 from .mae import AVMAE
 from .ops.pair_attention import masked_attention, pair_attention
+from .pretrained import load_strictly, read_safetensors
 from .vit import ratio_of
 
 INTERACTIONS = {"dense_mmi": "dense", "factorized_mmi": "factorized", "token": "token", "none": "none"}
-CONFIG_KEYS = (
-    *("embed_dim", "num_heads", "depth", "image_size", "audio_size", "patch_size", "attn_ratio", "mlp_ratio"),
-    *("interactions", "fusion_layers"),
+COUNTS = (
+    *("embed_dim", "num_heads", "depth", "patch_size"),
     *("fusion_tokens", "image_aggregation_tokens", "audio_aggregation_tokens"),
-    *("decoder_dim", "decoder_depth", "decoder_heads", "image_mask_ratio", "audio_mask_ratio", "norm_loss"),
+    *("decoder_dim", "decoder_depth", "decoder_heads"),
 )
+RATIOS = ("attn_ratio", "mlp_ratio", "image_mask_ratio", "audio_mask_ratio")
+SIZES = ("image_size", "audio_size")
+CONFIG_KEYS = (*COUNTS, *RATIOS, *SIZES, "interactions", "fusion_layers", "norm_loss")
 DECODER_NAME = re.compile(r"^(image|audio)_decoder_")
 
 
@@ -66,7 +70,7 @@ class ReleasedFusion(nn.Module):
         image_positions: Tensor | None = None,
         audio_positions: Tensor | None = None,
     ) -> Tensor:
-        check_streams(self.dim, fusion, image, audio, image_mask, audio_mask)
+        check_streams(self, fusion, image, audio, image_mask, audio_mask)
         fusion, image, audio = self.norm1_mm(fusion), self.norm1_img(image), self.norm1_aud(audio)
         fusion = fusion + self.attend(fusion, image, audio, image_mask, audio_mask)
         return fusion + self.mlp(self.norm2(fusion))
@@ -239,6 +243,8 @@ def from_deepavfusion(state_dict_or_path, *, config: dict | None = None) -> nn.M
     if heads < 1 or dim % heads:
         raise ValueError(f"config: num_heads must divide the width of {dim}, got {heads}")
     if "norm1_mm.weight" in weights:
+        if settings["interactions"] == "none":
+            raise ValueError("config: interactions is 'none', but the weights are those of a fusion block")
         return load_strictly(make_released_block(settings), weights)
     if not any(name.startswith("encoder.") for name in weights):
         encoder = make_released_encoder(settings)
@@ -260,16 +266,21 @@ def from_deepavfusion(state_dict_or_path, *, config: dict | None = None) -> nn.M
 def read_weights(source) -> dict[str, Tensor]:
     """The state dict in a file or dictionary, without the prefix that distributed training adds."""
     if isinstance(source, (str, os.PathLike)):
-        is_safetensors = os.fspath(source).endswith(".safetensors")
-        source = (
-            load_file(source) if is_safetensors else torch.load(source, map_location="cpu", weights_only=True)
-        )
+        source = read_safetensors(source) if os.fspath(source).endswith(".safetensors") else read_pth(source)
     if not isinstance(source, dict):
         raise ValueError(f"state_dict_or_path must be a path or a dictionary, got {type(source).__name__}")
     weights = source.get("state_dict", source)
     if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
         raise ValueError("state_dict_or_path must hold tensors by name, by itself or under 'state_dict'")
     return {name.removeprefix("module."): weight for name, weight in weights.items()}
+
+
+def read_pth(path):
+    """A file of torch.save, of which only tensors and plain containers are accepted: no code runs."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, IsADirectoryError) as error:
+        raise ValueError(f"state_dict_or_path {path} is no file of weights alone: {error}") from error
 
 
 def infer_settings(weights: dict[str, Tensor]) -> dict:
@@ -353,13 +364,32 @@ def count_blocks(weights: dict[str, Tensor], blocks: str) -> int:
 
 
 def check_config(config: dict | None) -> dict:
-    unknown = sorted(set(config or {}) - set(CONFIG_KEYS))
+    if not (config is None or isinstance(config, dict)):
+        raise ValueError(f"config must be a dictionary, got {type(config).__name__}")
+    config = dict(config or {})
+    unknown = sorted(set(config) - set(CONFIG_KEYS))
     if unknown:
         raise ValueError(f"config has unknown keys {', '.join(unknown)}; known are {', '.join(CONFIG_KEYS)}")
-    if config and config.get("interactions", "none") not in INTERACTIONS:
+    for name in config:
+        if name in COUNTS:
+            check_count(f"config: {name}", config[name])
+        elif name in RATIOS:
+            check_positive(f"config: {name}", config[name])
+        elif name in SIZES:
+            height_and_width = config[name]
+            if not isinstance(height_and_width, (tuple, list)) or len(height_and_width) != 2:
+                raise ValueError(f"config: {name} must be (height, width), got {height_and_width!r}")
+            for size in height_and_width:
+                check_count(f"config: {name}", size)
+    if config.get("interactions", "none") not in INTERACTIONS:
         names = ", ".join(INTERACTIONS)
         raise ValueError(f"config: interactions must be one of {names}, got {config['interactions']!r}")
-    return dict(config or {})
+    if not re.fullmatch(r"all|none|\d+(-\d+)*", str(config.get("fusion_layers", "all"))):
+        raise ValueError(
+            f"config: fusion_layers must be 'all', 'none' or like '0-1', got {config['fusion_layers']!r}"
+        )
+    check_flag("config: norm_loss", config.get("norm_loss", True))
+    return config
 
 
 def make_released_block(settings: dict) -> ReleasedFusion:
@@ -424,11 +454,3 @@ def exchange_token_norms(weights: dict, settings: dict) -> dict:
         return weights
     exchanged = {"norm1_aud": "norm1_img", "norm1_img": "norm1_aud"}
     return {re.sub("norm1_(aud|img)", lambda m: exchanged[m[0]], name): w for name, w in weights.items()}
-
-
-def load_strictly(module: nn.Module, weights: dict) -> nn.Module:
-    try:
-        module.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"the weights do not fit a {type(module).__name__}: {error}") from error
-    return module.eval()

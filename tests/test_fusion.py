@@ -413,7 +413,7 @@ def test_bfloat16_autocast_is_finite_and_near(name):
         (lambda: DenseFusion(D, H, attn_ratio=0.01), "attn_ratio=0.01"),
         (lambda: DenseFusion(D, H, attn_ratio=0.3), "attn_ratio=0.3"),
         (lambda: DenseFusion(D, H, mlp_ratio=0.01), "mlp_ratio=0.01"),
-        (lambda: DenseFusion(D, H, mlp_ratio=-1), "mlp_ratio=-1"),
+        (lambda: DenseFusion(D, H, mlp_ratio=-1), "mlp_ratio must be a positive number, got -1"),
         (lambda: DenseFusion(D, H, drop=1.0), "drop must .* got 1.0"),
         (lambda: DenseFusion(D, H, drop_path=-0.1), "drop_path must .* got -0.1"),
         (lambda: DenseFusion(D, H, drop=float("nan")), "drop must .* got nan"),
@@ -427,6 +427,9 @@ def test_bfloat16_autocast_is_finite_and_near(name):
             "audio_aggregation_tokens must be a positive integer, got -1",
         ),
         (lambda: TokenFusion(D, 7), "num_heads=7"),
+        (lambda: TokenFusion(D, H, attn_ratio="x"), "attn_ratio must be a positive number, got 'x'"),
+        (lambda: TokenFusion(D, H, mlp_ratio=float("nan")), "mlp_ratio must be a positive number, got nan"),
+        (lambda: TokenFusion(D, H, drop="x"), r"drop must be a number in \[0, 1\), got 'x'"),
     ],
 )
 def test_bad_settings_are_named(make_block, message):
@@ -442,6 +445,10 @@ BAD_STREAMS = {
     "audio must be a floating": lambda s: s | dict(audio=s["audio"].long()),
     "fusion must be a floating": lambda s: s | dict(fusion=None),
     "image must be on cpu, got meta": lambda s: s | dict(image=s["image"].to("meta")),
+    "fusion must have the dtype of the weights, torch.float64, got torch.float32": lambda s: (
+        s | dict(fusion=s["fusion"].float())
+    ),
+    "audio must have the dtype of the weights": lambda s: s | dict(audio=s["audio"].bfloat16()),
     "image_mask must be a bool tensor": lambda s: s | dict(image_mask=torch.ones(B, I)),
     "audio_mask must have shape": lambda s: s | dict(audio_mask=torch.ones(B, I).bool()),
     "audio_mask must be on cpu": lambda s: s | dict(audio_mask=torch.ones(B, A).bool().to("meta")),
@@ -476,5 +483,10 @@ def test_positions_that_a_pair_bias_needs():
         block(*streams, image_positions=rows)
     with pytest.raises(ValueError, match="image_positions must be a long tensor"):
         block(*streams, image_positions=rows.int(), audio_positions=columns)
-    with pytest.raises(ValueError, match=r"audio_positions .* \(4, 6\), got .*\(4, 5\)"):
+    for wrong in rows - 1, rows + 12:
+        with pytest.raises(ValueError, match=r"image_positions must hold indices in 0\.\.11, got"):
+            block(*streams, image_positions=wrong, audio_positions=columns)
+    with pytest.raises(ValueError, match="image_positions must be a long tensor, got list"):
+        block(*streams, image_positions=rows.tolist(), audio_positions=columns)
+    with pytest.raises(ValueError, match=r"audio_positions must name 6 tokens, got shape \(4, 5\)"):
         block(*streams, image_positions=rows, audio_positions=columns[:, :5])

@@ -348,6 +348,8 @@ def test_present_everywhere_changes_nothing():
         (dict(image_mask_ratio=0.95), "image_mask_ratio=0.95"),  # keeps less than one patch of 9
         (dict(audio_mask_ratio=1e-9), "audio_mask_ratio=1e-09"),  # hides less than one of 10
         (dict(image_mask_ratio=float("nan")), "image_mask_ratio=nan"),
+        (dict(image_mask_ratio="x"), "image_mask_ratio='x'"),
+        (dict(norm_target=1), "norm_target must be True or False, got 1"),
         (dict(decoder_depth=0), "decoder_depth must be a positive integer, got 0"),
         (dict(decoder_dim=0), "decoder_dim must be a positive integer, got 0"),
         (dict(decoder_dim=18), "decoder_dim=18"),
@@ -381,6 +383,10 @@ UNEQUAL = torch.arange(9) < torch.tensor([[3], [4]])
         (
             dict(audio_removed=torch.ones(2, 9).bool()),
             r"audio_removed must have shape \(2, 10\), got \(2, 9\)",
+        ),
+        (
+            dict(image=torch.zeros(0, *IMAGE).double(), audio=torch.zeros(0, *AUDIO).double()),
+            "image must hold at least one clip",
         ),
         (dict(image_present=torch.ones(2)), r"image_present must be .* got torch.float32 \(2,\)"),
         (dict(audio_present=torch.ones(3).bool()), r"audio_present must be .* \(2,\), got torch.bool \(3,\)"),

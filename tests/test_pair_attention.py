@@ -414,6 +414,14 @@ def test_backends():
             pair_attention(**make(), backend=backend)
 
 
+@pytest.mark.parametrize("interaction", ["additive", "bilinear"])
+def test_shapes_are_told_without_numbers(interaction):
+    """On the "meta" device, which has neither data nor autocast."""
+    tensors = {name: tensor.to("meta") for name, tensor in make().items()}
+    output = pair_attention(**tensors, interaction=interaction)
+    assert output.is_meta and output.shape == pair_attention(**make(), interaction=interaction).shape
+
+
 def ones(*shape):
     return torch.ones(shape, dtype=torch.float64)
 
@@ -431,7 +439,7 @@ BAD = {
     "audio_mask": [[[True]], ones(2, 4).to("meta") > 0, *(ones(*n) > 0 for n in ((2, 5), (3, 4), ()))],
     "pair_bias": [0.0, ones(5, 4).long(), ones(5, 4) > 0, ones(5, 4).to("meta")]
     + [ones(*n) for n in ((4, 5), (2, 4), (0, 4), (3, 5, 4), (3, 2, 5, 4), (1, 2, 2, 5, 4))],
-    "scale": [math.nan, INF, -INF, "1", 1j, ones(1)],
+    "scale": [math.nan, INF, -INF, "1", 1j, True, ones(1)],
     "interaction": ["dense", "", None, 0, ["additive"]],
 }
 

@@ -216,7 +216,7 @@ def test_folders_that_hold_no_model_are_named(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["Other"]}')
     with pytest.raises(ValueError, match=f"{tmp_path} holds no config.json of an avfuse model"):
         AVEncoder.from_pretrained(str(tmp_path))
-    with pytest.raises(ValueError, match="no/such/folder"):
+    with pytest.raises(ValueError, match="'no/such/folder' is neither a folder nor a name on the hub"):
         AVEncoder.from_pretrained("no/such/folder")
 
 
@@ -264,8 +264,29 @@ def test_weights_must_fit_strictly(tmp_path):
         (weights | {"fusion_norm.weight": torch.zeros(31)}, "fusion_norm.weight"),
     ):
         save_file(damaged, path)
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(ValueError, match=f"(?s)the weights do not fit a AVEncoder.*{message}"):
             AVEncoder.from_pretrained(tmp_path)
+
+
+def test_damaged_files_are_named(tmp_path):
+    encoder = make_encoder().float()
+    for name, damage, message in (
+        ("model.safetensors", lambda whole: whole[:100], "weights .*model.safetensors cannot be read"),
+        ("model.safetensors", None, "weights .*model.safetensors cannot be read"),
+        ("config.json", lambda whole: whole[:100], "config.json is damaged"),
+        ("config.json", lambda whole: whole.replace(b'"embed_dim"', b'"width"'), "config.json is damaged"),
+        ("config.json", lambda whole: whole.replace(b'"image"', b'"picture"'), "config.json is damaged"),
+    ):
+        encoder.save_pretrained(tmp_path)
+        path = tmp_path / name
+        path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
+        with pytest.raises(ValueError, match=message):
+            AVEncoder.from_pretrained(tmp_path)
+
+
+def test_the_model_card_speaks_of_this_library(tmp_path):
+    make_encoder().save_pretrained(tmp_path)
+    assert "avfuse.AVMAE.from_pretrained" in (tmp_path / "README.md").read_text()
 
 
 def test_options_that_would_be_ignored_are_refused(tmp_path):
@@ -289,12 +310,14 @@ def test_parameter_groups_hold_everything_once_by_decay_and_layer(interactions, 
     groups = model.parameter_groups(weight_decay=0.3)
     assert len({(group["layer"], group["weight_decay"]) for group in groups}) == len(groups)
 
+    pair_biases = {id(block.pair_bias) for block in encoder.fusion_blocks.values() if pair_bias}
     found = {}
     for group in groups:
         assert group.keys() == {"params", "weight_decay", "layer"}
         for parameter in group["params"]:
             assert id(parameter) not in found
-            assert group["weight_decay"] == (0.3 if parameter.ndim > 1 else 0.0)
+            decayed = parameter.ndim > 1 and id(parameter) not in pair_biases
+            assert group["weight_decay"] == (0.3 if decayed else 0.0)
             found[id(parameter)] = group["layer"]
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
     assert found.keys() == trainable

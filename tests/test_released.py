@@ -3,7 +3,6 @@ outputs of tiny models, which say what they are in their metadata), and the stri
 """
 
 import json
-import pickle
 from pathlib import Path
 
 import pytest
@@ -208,7 +207,7 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
 
     _, weights, *_ = golden("block_token")
     torch.save({"state_dict": weights, "epoch": Malicious()}, tmp_path / "checkpoint.pth")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(ValueError, match="checkpoint.pth is no file of weights alone"):
         from_deepavfusion(tmp_path / "checkpoint.pth")
     assert not (tmp_path / "it ran").exists()
 
@@ -242,6 +241,15 @@ def test_extra_weights_are_refused(name, extra):
     config, weights, *_ = golden(name)
     with pytest.raises(ValueError):
         from_deepavfusion(weights | {extra: torch.zeros(32)}, config=config)
+
+
+def test_files_that_hold_no_weights_are_named(tmp_path):
+    for name in ("notes.json", "cut.pth", "empty.pth", "cut.safetensors"):
+        (tmp_path / name).write_bytes(b"" if "empty" in name else b'{"weights": 1}')
+        with pytest.raises(ValueError, match=name):
+            from_deepavfusion(tmp_path / name)
+    with pytest.raises(ValueError, match="state_dict_or_path .* is no file of weights alone"):
+        from_deepavfusion(tmp_path)
 
 
 def test_half_a_checkpoint_is_refused():
@@ -278,8 +286,21 @@ def test_bad_configs_are_named():
         load("encoder_dense", interactions="dense")
     with pytest.raises(ValueError, match="config: num_heads must divide the width of 32, got 5"):
         load("encoder_dense", num_heads=5)
-    with pytest.raises(ValueError, match="config: num_heads must divide the width of 32, got 0"):
+    with pytest.raises(ValueError, match="config: num_heads must be a positive integer, got 0"):
         load("block_dense", num_heads=0)
+    for wrong, message in (
+        (dict(interactions="none"), "config: interactions is 'none', but the weights are those of a fusion"),
+        (dict(fusion_layers="first"), "config: fusion_layers must be .* got 'first'"),
+        (dict(fusion_layers=[0, 1]), r"config: fusion_layers must be .* got \[0, 1\]"),
+        (dict(image_size=224), "config: image_size must be .* got 224"),
+        (dict(audio_size=(128, 192.0)), "config: audio_size must be a positive integer, got 192.0"),
+        (dict(mlp_ratio="1"), "config: mlp_ratio must be a positive number, got '1'"),
+        (dict(norm_loss="yes"), "config: norm_loss must be True or False, got 'yes'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load("block_dense", **wrong)
+    with pytest.raises(ValueError, match="config must be a dictionary, got list"):
+        from_deepavfusion(golden("block_dense")[1], config=["num_heads"])
     with pytest.raises(ValueError, match="the weights do not fit a ReleasedEncoder"):
         load("encoder_dense", fusion_layers="0")
     with pytest.raises(ValueError, match="the weights do not fit a ReleasedEncoder"):

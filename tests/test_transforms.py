@@ -185,3 +185,24 @@ def test_only_the_generator_decides():
     other = training_image(frame, settings, generator(4)), random_gain(waveform, generator(4))
     for one, two, three in zip(first, again, other, strict=True):
         assert torch.equal(one, two) and not torch.equal(one, three)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(image_size=96.0), "image_size must be a positive integer, got 96.0"),
+        (dict(image_size=True), "image_size must be a positive integer, got True"),
+        (dict(hop=12.5), "hop must be a positive integer, got 12.5"),
+        (dict(mel_bins=0), "mel_bins must be a positive integer, got 0"),
+        (dict(audio_seconds=float("inf")), "audio_seconds must be a positive number, got inf"),
+        (dict(audio_seconds=2.99), "audio_seconds=2.99 is not a whole number of hops"),
+        (dict(audio_seconds=1 / 64), "audio_seconds=0.015625 is less than half a window"),
+        (dict(max_frequency=8001), "max_frequency=8001 is above half the sample_rate of 16000"),
+        (dict(image_mean="abc"), "image_mean needs three numbers .* got 'abc'"),
+        (dict(image_std=(1.0, 1.0)), "image_std needs three numbers"),
+        (dict(image_std=(1.0, 0.0, 1.0)), "image_std must be positive"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        InputSettings(**wrong)

@@ -15,13 +15,12 @@ Shapes: B batch, H heads, F fusion tokens (queries), I image tokens, A audio tok
 """
 
 import math
-import numbers
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_choice, check_mask, kind_of
+from ..checks import check_choice, check_mask, is_number, kind_of, without_autocast
 from .streaming import BilinearPairAttention, PairMarginals
 
 INTERACTIONS = ("additive", "bilinear")
@@ -75,7 +74,7 @@ def pair_attention(
     _check_options(query, image_key, audio_key, image_mask, audio_mask, pair_bias, scale, interaction)
     attend = {"torch": _attend, "reference": reference}[select_backend(backend)]
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    with torch.autocast(query.device.type, enabled=False):  # the dtype of the inputs decides
+    with without_autocast(query.device):
         tensors = (query, image_key, image_value, audio_key, audio_value)
         return attend(*tensors, image_mask, audio_mask, _four_dimensional(pair_bias), scale, interaction)
 
@@ -109,7 +108,7 @@ def pair_attention_weights(
     _check_options(query, image_key, audio_key, image_mask, audio_mask, pair_bias, scale, interaction)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     pair_bias = _four_dimensional(pair_bias)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         if interaction == "bilinear":
             return _bilinear_weights(query, image_key, audio_key, image_mask, audio_mask, pair_bias, scale)
         weights = _additive_weights(query, image_key, audio_key, image_mask, audio_mask, pair_bias, scale)
@@ -375,6 +374,6 @@ def _check_options(query, image_key, audio_key, image_mask, audio_mask, pair_bia
             raise ValueError(
                 f"pair_bias must be broadcastable to {pairs}, got shape {tuple(pair_bias.shape)}"
             )
-    if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
+    if scale is not None and not is_number(scale):
         raise ValueError(f"scale must be a finite number or None, got {scale!r}")
     check_choice("interaction", interaction, INTERACTIONS)
