@@ -6,6 +6,7 @@ import numbers
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def check_choice(name: str, value: object, choices: tuple) -> None:
@@ -86,7 +87,8 @@ def check_indices(name: str, indices: Tensor, batch: int, size: int, device: tor
         )
     if indices.device != device:
         raise ValueError(f"{name} must be on {device}, got {indices.device}")
-    if indices.device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
+    traced = torch.compiler.is_compiling() or isinstance(indices, FakeTensor)
+    if indices.device.type == "cpu" and indices.numel() and not traced:
         if indices.min() < 0 or indices.max() >= size:
             raise ValueError(
                 f"{name} must hold indices in 0..{size - 1}, got {indices.min()}..{indices.max()}"

@@ -1,22 +1,28 @@
-"""The folder of a run: whose it is, its checkpoints, its metrics, and the clips that could not be read."""
+"""The folder of a run: whose it is, its settings and data, its metrics, the clips that could not be read."""
 
+import fcntl
+import hashlib
 import json
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import IO
 
 import torch
-from accelerate import Accelerator
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .data.clips import Failure
+from .data.clips import Clip, Failure
 from .data.decode import ClipError
+from .faults import RunError
+from .recipes import option
 
-CONFIG = "config.json"
-CONTENTS = (CONFIG, "metrics.jsonl", "quarantine.jsonl", "checkpoints", "pictures", "tensorboard", "model")
+CONFIG, LOCK = "config.json", ".lock"
+CONTENTS = (
+    *(CONFIG, "index.html", "metrics.jsonl", "quarantine.jsonl"),
+    *("checkpoints", "faults", "model", "pictures", "tensorboard"),
+)
 
 
 def check_run(run: Path, settings: dict, restart: bool) -> None:
@@ -31,66 +37,80 @@ def check_run(run: Path, settings: dict, restart: bool) -> None:
         if restart and run.exists() and any(run.iterdir()):
             raise ValueError(f"--run {run} is not a run folder (no {CONFIG}): not deleting it")
         return
-    before = read_settings(run)
+    before = read_config(run, "settings")
     changed = [name for name in settings if before.get(name) != settings[name]]
     if changed and not restart:
-        differences = ", ".join(
-            f"--{name.replace('_', '-')} {before.get(name)} -> {settings[name]}" for name in changed
-        )
+        differences = ", ".join(f"{option(name)} {before.get(name)} -> {settings[name]}" for name in changed)
         raise ValueError(
             f"--run {run} holds a run with other settings ({differences}): "
             "choose another --run, or --restart to delete it"
         )
 
 
-def begin_run(run: Path, settings: dict, restart: bool, device: torch.device) -> None:
-    """Makes the run folder this run's own. A restart deletes what a run writes, and nothing else."""
+def begin_run(run: Path, settings: dict, data: dict, restart: bool, device: torch.device) -> IO:
+    """Makes the run folder this run's own, for as long as the file that is returned stays open. A restart
+    deletes what a run writes, and nothing else.
+
+    Raises:
+        ValueError: another process is at work in it, or the data set is not that of the run it holds.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    lock = (run / LOCK).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which the system releases however a process ends
+    except BlockingIOError:
+        raise ValueError(f"--run {run} is in use by another process") from None
     if restart:
         for name in CONTENTS:
             path = run / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    run.mkdir(parents=True, exist_ok=True)
+    elif (run / CONFIG).exists():
+        before = read_config(run, "data")
+        if before != data:
+            raise ValueError(
+                f"--data has changed since the run in {run} began ({before.get('clips')} clips then, "
+                f"{data['clips']} now): it would not go on as it was. Choose another --run, or --restart"
+            )
     environment = dict(
         python=platform.python_version(),
         torch=torch.__version__,
         device=str(device),
         machine=platform.machine(),
     )
-    partial = run / f".{CONFIG}"
-    partial.write_text(json.dumps(dict(settings=settings, environment=environment), indent=2) + "\n")
-    os.replace(partial, run / CONFIG)
+    content = dict(settings=settings, data=data, environment=environment)
+    replace_text(run / CONFIG, json.dumps(content, indent=2) + "\n")
+    return lock
 
 
-def read_settings(run: Path) -> dict:
-    """The settings in the config.json of a run."""
+def read_config(run: Path, part: str) -> dict:
+    """The "settings" or the "data" in the config.json of a run."""
     try:
-        return json.loads((run / CONFIG).read_text())["settings"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        found = json.loads((run / CONFIG).read_text())[part]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{run / CONFIG} is damaged, or not the configuration of a run") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{run / CONFIG} is damaged, or not the configuration of a run")
+    return found
 
 
-def save_checkpoint(accelerator: Accelerator, run: Path, epoch: int) -> None:
-    """Written aside and renamed, so that a checkpoint is whole or not there; then the older one goes."""
-    final = run / "checkpoints" / f"epoch-{epoch:05d}"
-    partial = final.with_suffix(".partial")
-    accelerator.save_state(partial)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        os.replace(partial, final)
-        for other in final.parent.iterdir():
-            if other != final:
-                shutil.rmtree(other)
-    accelerator.wait_for_everyone()
+def describe_data(clips: Sequence[Clip]) -> dict:
+    """How many clips there are, and a hash of their names, sizes, streams and labels, in order: what decides
+    which clip a step reads.
+    """
+    common = os.path.commonpath([clip.path.parent for clip in clips])
+    described = hashlib.sha256()
+    for clip in clips:
+        name, size = os.path.relpath(clip.path, common), clip.path.stat().st_size
+        streams = (clip.streams.video, clip.streams.audio) if clip.streams else None
+        described.update(repr((name, size, streams, sorted(clip.labels.items()))).encode())
+    return dict(clips=len(clips), sha256=described.hexdigest())
 
 
-def latest_checkpoint(run: Path) -> Path | None:
-    """The newest complete checkpoint, if there is any."""
-    found = [path for path in (run / "checkpoints").glob("epoch-*") if path.name[6:].isdecimal()]
-    return max(found, key=epoch_of, default=None)
-
-
-def epoch_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("epoch-"))
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file aside and renames it, so that it holds the old text or the new, whatever happens."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -111,7 +131,7 @@ class MetricsFile:
         self.path, self.active = path, active
         if active:
             kept = [row for row in read_rows(path) if self.precedes(row, last_step)]
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     @staticmethod
     def precedes(row: dict, last_step: int) -> bool:
@@ -127,25 +147,30 @@ class MetricsFile:
 class Quarantine:
     """Names and counts the clips that could not be read; they are left out of their batch, never replaced."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, active: bool, clips: int, max_share: float):
+        self.path, self.active, self.clips, self.max_share = path, active, clips, max_share
         self.reasons = {row["path"]: row["reason"] for row in read_rows(path)}
 
     def add(self, when: str, failures: Iterable[Failure | ClipError]) -> None:
+        """Puts failures on record; every process is told of all, one of them (`active`) writes.
+
+        Raises:
+            RunError: by now more than the share that a run may lose.
+        """
         for failure in failures:
             path = str(failure.path)
             if path in self.reasons:
                 continue
-            tqdm.write(f"cannot read {path}: {failure.reason}")
             self.reasons[path] = failure.reason
-            with self.path.open("a") as file:
-                file.write(json.dumps(dict(when=when, path=path, reason=failure.reason)) + "\n")
-
-    def watch(self, loader: DataLoader, when: str) -> Iterator[dict]:
-        """The batches of a loader, with their failures put on record."""
-        for batch in loader:
-            self.add(when, batch["failures"])
-            yield batch
+            if self.active:
+                tqdm.write(f"cannot read {path}: {failure.reason}")
+                with self.path.open("a") as file:
+                    file.write(json.dumps(dict(when=when, path=path, reason=failure.reason)) + "\n")
+        if len(self.reasons) > self.max_share * self.clips:
+            raise RunError(
+                f"{len(self.reasons)} of {self.clips} clips could not be read, more than --max-unreadable "
+                f"{self.max_share:g}: see {self.path}"
+            )
 
     def summary(self) -> str:
         if not self.reasons:

@@ -2,112 +2,87 @@
 
 import json
 import math
+import os
+import signal
 import sys
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import NamedTuple
 
+import numpy as np
 import torch
-import tyro
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from torch.utils.data import DataLoader
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from .checkpoints import load_checkpoint, save_checkpoint
 from .data import sounding_shapes
-from .data.clips import ClipDataset, ClipSampler, Scan, collate, find_clips, scan_clips, worker_init
+from .data.clips import ClipDataset, ClipLoader, ClipSampler, Scan, find_clips, scan_clips
 from .evaluate import INPUTS, held_out_loss, nearest_neighbour_probes, pooled_features
-from .inputs import InputSettings
+from .faults import RunError, Signals, examine, memory_advice, write_fault
 from .mae import AVMAE
 from .pictures import draw_attention, draw_losses, draw_reconstructions
-from .presets import create_encoder
-from .run_folder import (
-    MetricsFile,
-    Quarantine,
-    begin_run,
-    check_run,
-    epoch_of,
-    latest_checkpoint,
-    save_checkpoint,
+from .pretrained import load_strictly
+from .recipes import (
+    FREE,
+    Schedule,
+    TrainConfig,
+    check_config,
+    count_parameters,
+    learning_rate,
+    make_model,
+    parse,
+    plan,
+    schedule_of,
 )
+from .released import read_weights
+from .report import write_report
+from .run_folder import MetricsFile, Quarantine, begin_run, check_run, describe_data
+from .vit import input_shape
 
 DEMO = Path("data/sounding-shapes")
+EVALUATION_BATCH = 64
+
+
+def main(config: TrainConfig) -> int:
+    """Trains to the end, and returns 0; or until a signal asks to stop, and returns 128 + its number.
+
+    Raises:
+        ValueError: a setting or folder is wrong; nothing was written or deleted.
+        RunError: the run could not go on; the message says why.
+    """
+    return train(set_up(config))
 
 
 @dataclass
-class TrainConfig:
-    """Pretrain an audio-visual early-fusion transformer by masked autoencoding (DeepAVFusion, Sec. 3.2).
+class Run:
+    """All parts of a run, ready to go on after `first_step`."""
 
-    Without arguments it builds the embedded data set, Sounding Shapes, under data/, pretrains the "tiny"
-    model on it for a few minutes (no GPU needed), and writes everything to runs/demo. With --data it trains
-    on the videos of any folder. Run the same command again to resume an interrupted run, or add --restart to
-    begin anew.
-
-    Several processes or GPUs: accelerate launch -m avfuse.train ...
-    """
-
-    data: Path | None = None
-    """Folder of videos (searched recursively; train/ and test/ inside it are the splits). Default: Sounding
-    Shapes, built once."""
-    run: Path = Path("runs/demo")
-    """Run folder: config, metrics, checkpoints, pictures, final model."""
-    restart: bool = False
-    """Delete what the run folder holds and begin anew."""
-
-    model: Literal["tiny", "small", "base", "large"] = "tiny"
-    """Size of both transformers; the paper's is base."""
-    interactions: Literal["dense", "bilinear", "factorized", "token", "none"] = "dense"
-    """How fusion tokens read image and audio tokens; dense is exact over all pairs."""
-    fusion_layers: tuple[int, ...] = ()
-    """0-based layers that fuse; default: all (early fusion)."""
-    fusion_tokens: int = 16
-    """Number of fusion tokens (the paper's)."""
-    attn_ratio: float = 0.25
-    """Width of the fusion attention over the model width (the paper's; 1.0 for its AudioSet model)."""
-    mlp_ratio: float = 1.0
-    """Width of the fusion MLP over the model width (the paper's; 4.0 for its AudioSet model)."""
-    decoder_dim: int = 128
-    """Width of both decoders; the paper's is 512."""
-    decoder_depth: int = 2
-    """Layers of both decoders; the paper's are 8."""
-    decoder_heads: int = 4
-    """Heads of both decoders; the paper's are 16."""
-    image_mask_ratio: float = 0.75
-    """Share of the image patches that are hidden (the paper's)."""
-    audio_mask_ratio: float = 0.8
-    """Share of the audio patches that are hidden (the paper's)."""
-
-    epochs: int = 60
-    """Passes over the data; the paper's are 200 (VGGSound ablation)."""
-    warmup_epochs: int = 6
-    """Epochs of linear warm-up before the cosine decay; the paper's are 40 of 200."""
-    batch_size: int = 64
-    """Clips per step and process; a smaller data set shrinks it. The paper's effective batch is 512."""
-    base_lr: float = 6e-3
-    """Learning rate per 256 clips: lr = base_lr * batch / 256. The paper's is 1.5e-4; a tiny model on a small
-    set wants a larger one."""
-    weight_decay: float = 0.05
-    """AdamW weight decay; biases and norms are left out (the paper's)."""
-    clip_grad: float = 1.0
-    """Largest gradient norm; 0 = no clipping."""
-    precision: Literal["no", "fp16", "bf16"] = "no"
-    """Mixed precision of Accelerate."""
-    grad_checkpointing: bool = False
-    """Recompute activations in the backward: less memory, more time."""
-
-    missing: Literal["drop", "keep"] = "drop"
-    """A clip without sound or without pictures: drop it (counted and named), or keep it with that modality
-    absent.
-    """
-    workers: Annotated[int, tyro.conf.arg(aliases=["-j"])] = 2
-    """Processes that read clips."""
-    seed: int = 0
-    """Seed of weights, masks, crops and order."""
-    probe_clips: int = 256
-    """Held-out clips for the loss and the nearest-neighbour probe, before and after."""
+    config: TrainConfig
+    accelerator: Accelerator
+    schedule: Schedule
+    train_clips: list
+    test_clips: list
+    test_name: str
+    mae: AVMAE
+    model: torch.nn.Module  # mae as Accelerate wraps it
+    average: AveragedModel | None  # of the weights of mae
+    optimizer: torch.optim.Optimizer
+    rates: torch.optim.lr_scheduler.LRScheduler
+    metrics: MetricsFile
+    quarantine: Quarantine
+    first_step: int
+    lock: object  # a file: while it is open, the run folder is ours
 
 
-def main(config: TrainConfig) -> None:
+def set_up(config: TrainConfig) -> Run:
+    """Checks everything, and only then begins the run folder, or resumes what is in it."""
     check_config(config)
     accelerator = Accelerator(
         mixed_precision=config.precision,
@@ -116,125 +91,274 @@ def main(config: TrainConfig) -> None:
         step_scheduler_with_optimizer=False,
     )
     say = accelerator.print
-    set_seed(config.seed)
-
     settings = run_settings(config)
     check_run(config.run, settings, config.restart)
+    set_seed(config.seed)
 
-    # --- data ---
-    with accelerator.main_process_first():
-        train_scan, test_scan, test_name = find_data(config, say)
-    train_clips, test_clips = train_scan.clips, test_scan.clips[: config.probe_clips]
-    batch_size = min(config.batch_size, len(train_clips))
-    if batch_size < config.batch_size:
-        say(f"batch size {batch_size}: the data set is smaller than --batch-size {config.batch_size}")
+    # --- data: one process looks, all are told ---
+    found = [find_data(config, say) if accelerator.is_main_process else None]
+    ((train_scan, test_scan, test_name),) = broadcast_object_list(found)
+    schedule = schedule_of(
+        config, len(train_scan.clips), accelerator.process_index, accelerator.num_processes
+    )
+    if schedule.batch_size < config.batch_size:
+        say(
+            f"batch size {schedule.batch_size}: the data set is smaller than --batch-size {config.batch_size}"
+        )
 
-    # --- model ---
-    encoder = create_encoder(
-        config.model,
-        config.interactions,
-        fusion_layers=config.fusion_layers or "all",
-        fusion_tokens=config.fusion_tokens,
-        attn_ratio=config.attn_ratio,
-        mlp_ratio=config.mlp_ratio,
-    )
-    encoder.set_grad_checkpointing(config.grad_checkpointing)
-    mae = AVMAE(
-        encoder,
-        decoder_dim=config.decoder_dim,
-        decoder_depth=config.decoder_depth,
-        decoder_heads=config.decoder_heads,
-        image_mask_ratio=config.image_mask_ratio,
-        audio_mask_ratio=config.audio_mask_ratio,
-    )
+    # --- model, optimizer, learning rates ---
+    mae = make_model(config)
+    load_branch("--image-weights", mae.encoder.image, config.image_weights)
+    load_branch("--audio-weights", mae.encoder.audio, config.audio_weights)
+    sizes = [f"{count_parameters(module) / 1e6:.1f} M" for module in (mae.encoder, mae)]
     say(
-        f"{config.model} model, {config.interactions}: {count_parameters(encoder)} in the encoder, "
-        f"{count_parameters(mae)} with decoders, on {accelerator.device}"
+        f"{config.model} model, {config.interactions}: {sizes[0]} parameters in the encoder, "
+        f"{sizes[1]} with decoders, on {accelerator.device}"
     )
+    average = None
+    if config.ema:
+        if accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError("--ema needs whole weights in each process: not with FSDP")
+        average = AveragedModel(mae, multi_avg_fn=get_ema_multi_avg_fn(config.ema)).to(accelerator.device)
+    groups = optimizer_groups(mae, config)
+    lr = learning_rate(config, schedule.batch_size)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+    warmup_cosine = WarmupCosine(config.warmup_epochs * schedule.steps_per_epoch, schedule.steps)
+    ramped = Ramped(warmup_cosine)
+    model, optimizer = accelerator.prepare(mae, optimizer)
+    rates = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, [ramped if group["ramp"] else warmup_cosine for group in groups]
+    )
+    rates = accelerator.prepare(rates)
 
-    # --- loaders, optimizer, schedule ---
-    loader = make_loader(train_clips, mae, config, batch_size, train=True)
-    test_loader = make_loader(test_clips, mae, config, batch_size, train=False)
-    effective_batch = batch_size * accelerator.num_processes
-    optimizer = torch.optim.AdamW(
-        mae.parameter_groups(config.weight_decay),
-        lr=config.base_lr * effective_batch / 256,
-        betas=(0.9, 0.95),
-    )
-    model, optimizer, loader = accelerator.prepare(mae, optimizer, loader)
-    steps_per_epoch = len(loader)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, WarmupCosine(config.warmup_epochs * steps_per_epoch, config.epochs * steps_per_epoch)
-    )
-    schedule = accelerator.prepare(schedule)
-
-    # --- run folder: now that data and model are in order, begin, or resume what is there ---
-    with accelerator.main_process_first():
-        if accelerator.is_main_process:
-            begin_run(config.run, settings, config.restart, accelerator.device)
-    quarantine = Quarantine(config.run / "quarantine.jsonl")
-    quarantine.add("scan", train_scan.unreadable + test_scan.unreadable)
-    checkpoint, first_epoch = latest_checkpoint(config.run), 0
-    if checkpoint is not None:
-        accelerator.load_state(checkpoint)
-        first_epoch = epoch_of(checkpoint)
-        say(f"resuming after epoch {first_epoch} of {config.epochs}, from {checkpoint}")
-    metrics = MetricsFile(
-        config.run / "metrics.jsonl", accelerator.is_main_process, first_epoch * steps_per_epoch
-    )
-    accelerator.init_trackers("tensorboard")
-
-    # --- before: what chance and an untrained model reach ---
-    if first_epoch == 0 and accelerator.is_main_process:
-        measure(0, "before", accelerator, mae, test_loader, test_name, quarantine, metrics)
+    # --- run folder ---
+    lock = None
+    if accelerator.is_main_process:
+        data = describe_data(train_scan.clips)
+        lock = begin_run(config.run, settings, data, config.restart, accelerator.device)
     accelerator.wait_for_everyone()
+    first_step = load_checkpoint(accelerator, config.run, average)
+    if first_step:
+        say(f"resuming after step {first_step} of {schedule.steps}")
+    is_main, clips = accelerator.is_main_process, looked_at(train_scan) + looked_at(test_scan)
+    quarantine = Quarantine(config.run / "quarantine.jsonl", is_main, clips, config.max_unreadable)
+    quarantine.add("scan", train_scan.unreadable + test_scan.unreadable)
+    metrics = MetricsFile(config.run / "metrics.jsonl", is_main, first_step)
+    accelerator.init_trackers("tensorboard")
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        schedule=schedule,
+        train_clips=train_scan.clips,
+        test_clips=test_scan.clips[: config.probe_clips],
+        test_name=test_name,
+        mae=mae,
+        model=model,
+        average=average,
+        optimizer=optimizer,
+        rates=rates,
+        metrics=metrics,
+        quarantine=quarantine,
+        first_step=first_step,
+        lock=lock,
+    )
 
-    # --- train ---
+
+def train(run: Run) -> int:
+    """From `first_step` to the end: 0, or 128 + the signal that asked to stop."""
+    accelerator, steps = run.accelerator, run.schedule.steps
+    with run.lock or nullcontext(), Signals() as signals:
+        if run.first_step == 0:
+            measure(run, 0, "before")
+        stopped = take_steps(run, signals)
+        if not stopped:
+            measure(run, steps, "after")
+            accelerator.print(run.quarantine.summary())
+            accelerator.print(
+                f"done: look at {run.config.run}/index.html; model in {run.config.run}/model "
+                "(AVMAE.from_pretrained)"
+            )
+        accelerator.end_training()
+    return 128 + stopped if stopped else 0
+
+
+def take_steps(run: Run, signals: Signals) -> int:
+    """All steps that are left, with checkpoints and measures on the way; the signal that cut them short."""
+    config, accelerator, steps = run.config, run.accelerator, run.schedule.steps
     progress = tqdm(
-        total=config.epochs * steps_per_epoch,
-        initial=first_epoch * steps_per_epoch,
+        total=steps,
+        initial=run.first_step,
         desc="training",
         unit="step",
         disable=not accelerator.is_main_process,
     )
-    step = first_epoch * steps_per_epoch
-    for epoch in range(first_epoch, config.epochs):
-        model.train()
-        loader.set_epoch(
-            epoch
-        )  # which passes it to the sampler; by itself it would count from 0 after a resume
-        for batch in quarantine.watch(loader, f"epoch {epoch}"):
-            if "image" in batch:
-                output = model(**{name: batch[name] for name in INPUTS})
-                accelerator.backward(output.loss)
-                if config.clip_grad:
-                    accelerator.clip_grad_norm_(model.parameters(), config.clip_grad)
-                optimizer.step()
-                optimizer.zero_grad()
-                row = dict(
-                    loss=output.loss.item(),
-                    image_loss=output.image_loss.item(),
-                    audio_loss=output.audio_loss.item(),
-                    lr=schedule.get_last_lr()[0],
-                )
-                metrics.write(step=step + 1, epoch=epoch, clips=len(batch["image"]), **row)
-                accelerator.log(row, step=step + 1)
-                progress.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-            schedule.step()
-            step += 1
+    with make_loader(run.mae, config, run.train_clips, train=True) as loader, progress:
+        batches = steps_of(run, loader)
+        for step in range(run.first_step + 1, steps + 1):
+            asked = train_step(run, step, batches, signals, progress)
             progress.update()
-        save_checkpoint(accelerator, config.run, epoch + 1)
-    progress.close()
+            if config.measure_every and step % config.measure_every == 0 and step < steps:
+                measure(run, step, "during")
+            if any(asked) or step % config.checkpoint_every == 0 or step == steps:
+                save_checkpoint(accelerator, config.run, step, config.keep_checkpoints, run.average)
+            if asked.stop:
+                tqdm.write(f"stopped after step {step} of {steps}: the same command resumes")
+                return asked.stop
+    return 0
 
-    # --- after: the same measures, pictures, the model ---
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        measure(step, "after", accelerator, mae, test_loader, test_name, quarantine, metrics)
-        draw_pictures(config.run, mae, test_loader, accelerator.device)
-        mae.save_pretrained(config.run / "model")
-        say(quarantine.summary())
-        say(f"done: pictures in {config.run}/pictures, model in {config.run}/model (AVMAE.from_pretrained)")
-    accelerator.end_training()
+
+# --- one step -----------------------------------------------------------------------------------------------
+
+
+class Asked(NamedTuple):
+    """What signals, in any of the processes, asked for."""
+
+    save: bool
+    stop: int  # the signal that asked to stop, or 0
+
+
+def train_step(run: Run, step: int, batches: Iterator[list[dict]], signals: Signals, progress: tqdm) -> Asked:
+    """One update of the weights, the same whatever the number of processes and the size of micro-batches:
+    the loss is the mean over the hidden patches of the whole batch, to which each micro-batch adds its share.
+    """
+    config, accelerator = run.config, run.accelerator
+    started = time.perf_counter()
+    read = next(batches)
+    waited = time.perf_counter() - started
+
+    inputs = [model_inputs(run.mae, batch) for batch in read]
+    counts = [torch.tensor([count_hidden(batch, name) for name in ("image", "audio")]) for batch in inputs]
+    failures = [failure for batch in read for failure in batch["failures"]]
+    clips = sum(len(batch["image"]) for batch in read if "image" in batch)
+    flags = [clips, len(failures), signals.save, signals.stop > 0]
+    *hidden, clips, failed, save, stop = sum_over_processes(accelerator, [*sum(counts).tolist(), *flags])
+    asked, signals.save = Asked(save > 0, signals.stop or (signal.SIGTERM if stop else 0)), False
+    if failed:
+        run.quarantine.add(f"step {step}", gather_object(failures))
+    if not clips:  # nothing to learn from
+        run.rates.step()
+        return asked
+
+    # --- forward and backward ---
+    run.model.train()
+    torch.manual_seed(
+        random_seed(config.seed, step, accelerator.process_index)
+    )  # nothing to restore on resume
+    losses = torch.zeros(2, device=accelerator.device)
+    total = torch.tensor(hidden).clamp(min=1)
+    inputs = [{name: value.to(accelerator.device) for name, value in batch.items()} for batch in inputs]
+    with memory_advice(
+        run.schedule.micro_batch, checkpointing=config.grad_checkpointing, precision=config.precision
+    ):
+        for batch, count in zip(inputs, counts, strict=True):
+            is_last = batch is inputs[-1]
+            with nullcontext() if is_last else accelerator.no_sync(run.model):
+                output = run.model(**batch)
+                share = (count / total).to(accelerator.device)
+                weighted = torch.stack([output.image_loss, output.audio_loss]) * share
+                accelerator.backward(
+                    weighted.sum() * accelerator.num_processes
+                )  # whose gradients are averaged
+            losses += weighted.detach()
+    image_loss, audio_loss = sum_over_processes(accelerator, losses.tolist())
+    norm = accelerator.clip_grad_norm_(run.model.parameters(), config.clip_grad or math.inf)
+    norm = float(norm) if norm is not None else math.nan
+
+    # --- update, unless it would spoil the weights ---
+    overflow = config.precision == "fp16"  # whose scaler skips gradients that are not finite
+    if not math.isfinite(image_loss + audio_loss) or not (math.isfinite(norm) or overflow):
+        stop_at_fault(run, step, image_loss + audio_loss, norm, inputs, read)
+    row = dict(
+        loss=image_loss + audio_loss,
+        image_loss=image_loss,
+        audio_loss=audio_loss,
+        lr=run.rates.get_last_lr()[0],
+        grad_norm=norm,
+    )
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.rates.step()
+    if run.average is not None:
+        run.average.update_parameters(run.mae)
+
+    seconds = time.perf_counter() - started
+    epoch = (step - 1) // run.schedule.steps_per_epoch
+    times = dict(seconds=round(seconds, 4), data_seconds=round(waited, 4))
+    run.metrics.write(step=step, epoch=epoch, clips=int(clips), **row, **times)
+    accelerator.log(row | dict(clips_per_second=clips / seconds), step=step)
+    progress.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+    return asked
+
+
+def steps_of(run: Run, loader: ClipLoader) -> Iterator[list[dict]]:
+    """This process's micro-batches of every step that is left; the loader reads ahead, over epochs too."""
+    schedule, epochs = run.schedule, run.config.epochs
+    sampler = ClipSampler(run.train_clips, train=True, seed=run.config.seed)
+
+    def keys() -> Iterator[Sequence[tuple[int, int]]]:
+        for epoch in range(run.first_step // schedule.steps_per_epoch, epochs):
+            sampler.set_epoch(epoch)
+            order, start = list(sampler), epoch * schedule.steps_per_epoch
+            for step in range(max(start, run.first_step), start + schedule.steps_per_epoch):
+                yield from schedule.micro_batches(order, step)
+
+    batches = loader.batches(keys())
+    per_step = len(schedule.micro_batches(range(schedule.clips), 0))
+    for _ in range(run.first_step, schedule.steps):
+        yield list(islice(batches, per_step))
+
+
+def model_inputs(mae: AVMAE, batch: dict) -> dict[str, Tensor]:
+    """What the model is called with. Of a batch in which no clip could be read a blank clip is left, present
+    in no modality and so without a loss: every process has a backward in every step.
+    """
+    if "image" not in batch:
+        encoder, generator = mae.encoder, torch.Generator().manual_seed(0)
+        batch = {name: torch.zeros(1, *input_shape(getattr(encoder, name))) for name in ("image", "audio")}
+        batch |= {name: mask[None] for name, mask in mae.mask_sampler()(generator).items()}
+        batch |= dict(image_present=torch.tensor([False]), audio_present=torch.tensor([False]))
+    everywhere = [name for name in ("image_present", "audio_present") if batch[name].all()]
+    return {name: batch[name] for name in INPUTS if name not in everywhere}  # no mask: a faster path
+
+
+def count_hidden(inputs: dict[str, Tensor], name: str) -> int:
+    """Over how many patches of one modality a batch has a loss."""
+    removed, present = inputs[f"{name}_removed"], inputs.get(f"{name}_present")
+    return int(removed.sum() if present is None else removed[present].sum())
+
+
+def sum_over_processes(accelerator: Accelerator, values: list[float]) -> list[float]:
+    summed = accelerator.reduce(torch.tensor(values, dtype=torch.float32, device=accelerator.device), "sum")
+    return summed.tolist()
+
+
+def random_seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def stop_at_fault(
+    run: Run, step: int, loss: float, norm: float, inputs: list[dict], read: list[dict]
+) -> None:
+    """Leaves a state to debug from, and raises a RunError that names clips and activations."""
+    config, accelerator = run.config, run.accelerator
+    names = [
+        [str(run.train_clips[i].path) for i in batch.get("index", torch.empty(0)).tolist()] for batch in read
+    ]
+    mae, report = whole_model(run), dict(clips=[], largest=[])
+    if accelerator.distributed_type != DistributedType.FSDP:  # whose processes hold parts of a model
+        report = examine(mae, inputs, names)
+    everyone = [name for of_batch in names for name in of_batch]
+    report |= dict(step=step, loss=str(loss), gradient_norm=str(norm), batch=everyone)
+    folder = config.run / "faults" / f"step-{step:08d}" / f"process-{accelerator.process_index}"
+    write_fault(folder, mae, inputs, report)
+    blamed, everyone = gather_object(report["clips"]), gather_object(everyone)
+    largest = ", ".join(f"{name} {value}" for name, value in report["largest"][:3])
+    raise RunError(
+        f"step {step}: the loss is {loss:g}, the gradient norm {norm:g}; nothing was updated. "
+        f"Clips whose own loss is not finite: {', '.join(blamed) or 'none alone'} "
+        f"(the batch: {', '.join(everyone[:8])}{', ...' if len(everyone) > 8 else ''}). "
+        f"Largest activations: {largest}. Weights and batch are in {folder.parent}"
+    )
 
 
 # --- settings -----------------------------------------------------------------------------------------------
@@ -242,20 +366,32 @@ def main(config: TrainConfig) -> None:
 
 def run_settings(config: TrainConfig) -> dict:
     """What must be the same for a run to be resumed, ready for JSON."""
-    data = None if config.data is None else str(config.data.resolve())
-    settings = asdict(config) | dict(data=data)
-    for name in ("run", "restart", "workers"):
-        del settings[name]
-    return json.loads(json.dumps(settings))
+    settings = {name: value for name, value in asdict(config).items() if name not in FREE}
+    paths = {name: str(value.resolve()) for name, value in settings.items() if isinstance(value, Path)}
+    return json.loads(json.dumps(settings | paths))
 
 
-def check_config(config: TrainConfig) -> None:
-    for name in ("epochs", "batch_size", "probe_clips"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(config, name)}")
-    for name in ("warmup_epochs", "workers", "clip_grad", "weight_decay", "base_lr"):
-        if getattr(config, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(config, name)}")
+def load_branch(option: str, vit: torch.nn.Module, path: Path | None) -> None:
+    """Starts a transformer from the weights in a file, if one is given."""
+    if path is None:
+        return
+    try:
+        load_strictly(vit, read_weights(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{option} {path}: {error}") from error
+
+
+def optimizer_groups(mae: AVMAE, config: TrainConfig) -> list[dict]:
+    """The model's groups, with those of transformers that start from weights apart (`ramp`)."""
+    branches = (mae.encoder.image, config.image_weights), (mae.encoder.audio, config.audio_weights)
+    pretrained = {id(p) for vit, weights in branches if weights is not None for p in vit.parameters()}
+    groups = []
+    for group in mae.parameter_groups(config.weight_decay):
+        for ramp in False, True:
+            parameters = [p for p in group["params"] if (id(p) in pretrained) == ramp]
+            if parameters:
+                groups.append(group | dict(params=parameters, ramp=ramp))
+    return groups
 
 
 # --- data ---------------------------------------------------------------------------------------------------
@@ -263,45 +399,39 @@ def check_config(config: TrainConfig) -> None:
 
 def find_data(config: TrainConfig, say) -> tuple[Scan, Scan, str]:
     """Clips to train on, clips to evaluate on, and what to call the latter."""
-    root = config.data
+    root, options = (
+        config.data,
+        dict(missing=config.missing, timeout=config.clip_timeout, workers=config.workers),
+    )
     if root is None:
         root = sounding_shapes.generate(DEMO)
     if sounding_shapes.is_built(root):
-        splits = [
-            scan_clips(sounding_shapes.clips(root, split), missing=config.missing)
-            for split in ("train", "test")
-        ]
+        splits = [scan_clips(sounding_shapes.clips(root, split), **options) for split in ("train", "test")]
     elif (root / "train").is_dir() and (root / "test").is_dir():
-        splits = [find_clips(root / split, missing=config.missing) for split in ("train", "test")]
+        splits = [find_clips(root / split, **options) for split in ("train", "test")]
     else:
-        scan = find_clips(root, missing=config.missing)
+        scan = find_clips(root, **options)
         say(scan.summary())
         say("no train/ and test/ inside: what is measured before and after is the training clips themselves")
-        return scan, scan, "training clips"
+        return scan, replace(scan, unreadable=[]), "training clips"
     for name, scan in zip(("train", "test"), splits, strict=True):
         say(f"{name}: {scan.summary()}")
     return *splits, "held-out clips"
 
 
-def make_loader(clips, mae: AVMAE, config: TrainConfig, batch_size: int, *, train: bool) -> DataLoader:
+def make_loader(mae: AVMAE, config: TrainConfig, clips: list, *, train: bool) -> ClipLoader:
     """A loader of clips, with the masks of each drawn from (seed, epoch, clip)."""
-    inputs: InputSettings = mae.encoder.inputs
-    dataset = ClipDataset(clips, inputs, train=train, seed=config.seed, extras=mae.mask_sampler())
-    sampler = ClipSampler(dataset, train=train, seed=config.seed)
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=sampler,
-        drop_last=train,
-        num_workers=config.workers,
-        persistent_workers=train and config.workers > 0,
-        collate_fn=collate,
-        worker_init_fn=worker_init,
-        pin_memory=torch.cuda.is_available(),
-    )
+    dataset = ClipDataset(clips, mae.encoder.inputs, train=train, seed=config.seed, extras=mae.mask_sampler())
+    return ClipLoader(dataset, workers=config.workers, timeout=config.clip_timeout)
 
 
-# --- schedule -----------------------------------------------------------------------------------------------
+def looked_at(scan: Scan) -> int:
+    """How many files a scan has looked at."""
+    dropped = set() if scan.kept else {*scan.without_sound, *scan.without_pictures}
+    return len(scan.clips) + len(scan.unreadable) + len(dropped)
+
+
+# --- learning rates -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -317,61 +447,123 @@ class WarmupCosine:
         return 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.total - self.warmup)))
 
 
+@dataclass(frozen=True)
+class Ramped:
+    """A schedule for weights that were pretrained: raised from 0 by half a cosine over the first half of
+    training, so that fresh fusion blocks do not undo them (released code).
+    """
+
+    schedule: WarmupCosine
+
+    def __call__(self, step: int) -> float:
+        risen = min(1.0, step / max(1, self.schedule.total / 2))
+        return self.schedule(step) * 0.5 * (1 - math.cos(math.pi * risen))
+
+
 # --- reports ------------------------------------------------------------------------------------------------
 
 
-def measure(step, when, accelerator, mae, loader, name, quarantine, metrics) -> None:
-    """Prints and records the loss beside that of predicting zero, and the nearest-neighbour probe with its
-    chance.
-    """
-    loss = held_out_loss(mae, quarantine.watch(loader, when), accelerator.device)
-    features = pooled_features(mae.encoder, loader, accelerator.device)
-    probes = nearest_neighbour_probes(features)
-    lines = [
-        f"{when} training, {loss.clips} {name}: loss {loss.total:.3f} (image {loss.image:.3f}, "
-        f"audio {loss.audio:.3f}), {loss.ratio:.2f} of predicting zero ({loss.zero:.3f})"
-    ]
-    for label, by_feature in probes.items():
-        cells = [f"{feature} {p.accuracy:.3f} ± {p.standard_error:.3f}" for feature, p in by_feature.items()]
-        chance = by_feature["image"].chance
-        lines.append(f"  nearest neighbour, {label}: {', '.join(cells)} (chance {chance:.3f})")
-    tqdm.write("\n".join(lines))
-    held_out = dict(
+def measure(run: Run, step: int, when: str) -> None:
+    """Held-out loss, nearest-neighbour probe, pictures, report: the main process does it, the others wait."""
+    mae, failures = whole_model(run), []
+    if run.accelerator.is_main_process:
+        size = min(run.config.batch_size, EVALUATION_BATCH, len(run.test_clips))
+        keys = [(0, index) for index in range(len(run.test_clips))]
+        with make_loader(mae, run.config, run.test_clips, train=False) as loader:
+            batches = list(loader.batches([keys[i : i + size] for i in range(0, len(keys), size)]))
+        failures = [failure for batch in batches for failure in batch["failures"]]
+        row = measures(mae, batches, run.accelerator.device)
+        tqdm.write(describe_measures(row, when, run.test_name))
+        run.metrics.write(step=step, when=when, clips=run.test_name, **row)
+        accuracies = {
+            f"probe_{label}_{feature}": probe["accuracy"]
+            for label, by_feature in row["probes"].items()
+            for feature, probe in by_feature.items()
+        }
+        numbers = {name: value for name, value in row.items() if name != "probes"}
+        run.accelerator.log(numbers | accuracies, step=step)
+        if when == "after":
+            mae.save_pretrained(run.config.run / "model")
+        draw(run.config.run, mae, batches, step, run.accelerator.device)
+    run.quarantine.add(when, gather_object(failures))
+    run.accelerator.wait_for_everyone()
+
+
+def measures(mae: AVMAE, batches: list[dict], device: torch.device) -> dict:
+    """The held-out losses, those of predicting zero, and the probes, ready for JSON."""
+    loss = held_out_loss(mae, batches, device)
+    probes = nearest_neighbour_probes(pooled_features(mae.encoder, batches, device))
+    return dict(
+        held_out_clips=loss.clips,
         held_out_image_loss=loss.image,
         held_out_audio_loss=loss.audio,
         held_out_image_zero=loss.image_zero,
         held_out_audio_zero=loss.audio_zero,
+        probes={label: {f: probe._asdict() for f, probe in by.items()} for label, by in probes.items()},
     )
-    accuracies = {
-        f"probe_{label}_{feature}": probe.accuracy
-        for label, by_feature in probes.items()
-        for feature, probe in by_feature.items()
-    }
-    details = {label: {f: probe._asdict() for f, probe in by.items()} for label, by in probes.items()}
-    metrics.write(step=step, when=when, clips=name, **held_out, probes=details)
-    accelerator.log(held_out | accuracies, step=step)
 
 
-def draw_pictures(run: Path, mae: AVMAE, loader: DataLoader, device: torch.device) -> None:
-    """Loss curves, reconstructions, and attention maps where there is fusion."""
-    draw_losses(run / "metrics.jsonl", run / "pictures" / "losses.png")
-    batch = next((batch for batch in loader if "image" in batch), None)
-    if batch is None:
-        return
+def describe_measures(row: dict, when: str, clips: str) -> str:
+    """The same for people."""
+    image, audio = row["held_out_image_loss"], row["held_out_audio_loss"]
+    zero = row["held_out_image_zero"] + row["held_out_audio_zero"]
+    lines = [
+        f"{when} training, {row['held_out_clips']} {clips}: loss {image + audio:.3f} (image {image:.3f}, "
+        f"audio {audio:.3f}), {(image + audio) / zero:.2f} of predicting zero ({zero:.3f})"
+    ]
+    for label, probes in row["probes"].items():
+        cells = [f"{f} {p['accuracy']:.3f} ± {p['standard_error']:.3f}" for f, p in probes.items()]
+        chance = probes["image"]["chance"]
+        lines.append(f"  nearest neighbour, {label}: {', '.join(cells)} (chance {chance:.3f})")
+    return "\n".join(lines)
+
+
+def draw(folder: Path, mae: AVMAE, batches: list[dict], step: int, device: torch.device) -> None:
+    """Loss curves, reconstructions, attention maps where there is fusion, and the report that shows them."""
+    batch = next((batch for batch in batches if "image" in batch), {})
     batch = {name: value.to(device) for name, value in batch.items() if torch.is_tensor(value)}
-    draw_reconstructions(mae, batch, run / "pictures" / "reconstructions.png")
-    if mae.encoder.fusion_layers:
-        draw_attention(mae.encoder, batch, run / "pictures" / "attention.png")
+    pictures = folder / "pictures"
+    try:
+        draw_losses(folder / "metrics.jsonl", pictures / "losses.png")
+        if batch:
+            draw_reconstructions(mae, batch, pictures / f"reconstructions-{step:06d}.png")
+        if batch and mae.encoder.fusion_layers:
+            draw_attention(mae.encoder, batch, pictures / f"attention-{step:06d}.png")
+        write_report(folder)
+    except OSError as error:  # a full disk: no picture is worth a run
+        tqdm.write(f"pictures could not be drawn: {error}")
 
 
-def count_parameters(module: torch.nn.Module) -> str:
-    return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.1f} M parameters"
+def whole_model(run: Run) -> AVMAE:
+    """The model to measure and keep: the average of the weights if there is one, else the weights."""
+    if run.average is not None:
+        return run.average.module
+    if run.accelerator.distributed_type != DistributedType.FSDP:
+        return run.mae
+    state = run.accelerator.get_state_dict(
+        run.model
+    )  # all processes give their part, the main one has it all
+    whole = make_model(run.config).to(run.accelerator.device)
+    if run.accelerator.is_main_process:
+        whole.load_state_dict(state)
+    return whole
+
+
+def cli() -> int | str:
+    """The command line: what to exit with. Mistakes and faults that are explained need no traceback."""
+    config = parse()
+    if config.plan:
+        print(plan(config, processes=int(os.environ.get("WORLD_SIZE", 1))))
+        return 0
+    try:
+        run = set_up(config)
+    except (ValueError, RunError) as error:
+        return f"error: {error}"
+    try:
+        return train(run)
+    except RunError as error:
+        return f"error: {error}"
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(TrainConfig, prog="python -m avfuse.train"))
-    except (
-        ValueError
-    ) as error:  # a wrong setting or folder: the message says which, a traceback would hide it
-        sys.exit(f"error: {error}")
+    sys.exit(cli())

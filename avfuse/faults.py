@@ -1,0 +1,119 @@
+"""What ends a run before its time: signals, losses that are not finite, and memory that does not suffice."""
+
+import json
+import math
+import signal
+import threading
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+LARGEST = 10  # modules that a report names
+
+
+class RunError(RuntimeError):
+    """The run cannot go on; the message says why and what to do. What was saved before is whole."""
+
+
+class Signals:
+    """While this context lasts, signals are noted instead of ending the process: SIGUSR1 asks for a
+    checkpoint, SIGTERM and SIGINT (Ctrl-C) for a checkpoint and the end. A second Ctrl-C ends it at once.
+    """
+
+    def __init__(self):
+        self.save = False
+        self.stop = 0  # the signal that asked to stop
+
+    def __enter__(self) -> "Signals":
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():  # the only one that may
+            for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+                self.before[number] = signal.signal(number, self.note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, _frame) -> None:
+        if number == signal.SIGUSR1:
+            self.save = True
+            return
+        self.stop = number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+
+
+@contextmanager
+def memory_advice(micro_batch: int, *, checkpointing: bool, precision: str):
+    """Turns running out of memory into a `RunError` that says which settings need less."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+            raise
+        advice = [f"--micro-batch {micro_batch // 2} (same losses)"] if micro_batch > 1 else []
+        advice += [] if checkpointing else ["--grad-checkpointing (same losses, more time)"]
+        advice += ["--precision bf16"] if precision == "no" else []
+        advice = ", ".join(advice or ["a smaller --model"])
+        raise RunError(f"out of memory with micro-batches of {micro_batch} clips: try {advice}") from error
+
+
+def examine(
+    model: nn.Module, batches: Sequence[dict[str, Tensor]], names: Sequence[Sequence[str]]
+) -> dict[str, list]:
+    """Why a loss is not finite: the clips whose own loss is not, alone in a batch, and the modules with the
+    largest outputs, those that are not finite first, in the order in which they ran.
+
+    Args:
+        model: as it was before the step; its weights are not changed.
+        batches: inputs of the model, as dictionaries.
+        names: the names of the clips in each.
+    """
+    largest: dict[str, float] = {}
+
+    def watch(name):
+        def remember(_module, _inputs, output):
+            tensors = [x for x in (output if isinstance(output, tuple) else (output,)) if torch.is_tensor(x)]
+            for tensor in tensors:
+                if tensor.is_floating_point() and tensor.numel():
+                    value, before = tensor.detach().abs().max().item(), largest.get(name, 0.0)
+                    largest[name] = before if math.isnan(before) or value < before else value
+
+        return remember
+
+    hooks = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if name]
+    clips = []
+    try:
+        with torch.no_grad():
+            for batch, of_batch in zip(batches, names, strict=True):
+                for index, name in enumerate(of_batch):
+                    loss = model(**{key: value[index : index + 1] for key, value in batch.items()}).loss
+                    if not torch.isfinite(loss):
+                        clips.append(name)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    finite = [name for name in largest if math.isfinite(largest[name])]
+    broken = [name for name in largest if not math.isfinite(largest[name])]
+    ordered = (broken + sorted(finite, key=largest.get, reverse=True))[:LARGEST]
+    return dict(clips=clips, largest=[[name, str(largest[name])] for name in ordered])
+
+
+def write_fault(folder: Path, model: nn.Module, batches: Sequence[dict[str, Tensor]], report: dict) -> None:
+    """A state to debug from: the weights before the step, the batches, and a report."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    save_file(
+        {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items()},
+        folder / "model.safetensors",
+    )
+    for index, batch in enumerate(batches):
+        save_file(
+            {name: value.cpu().contiguous() for name, value in batch.items()},
+            folder / f"batch-{index}.safetensors",
+        )

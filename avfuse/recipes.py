@@ -1,0 +1,401 @@
+"""What a pretraining run is: its settings, the paper's own runs as presets, and what a run will cost."""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from .data import sounding_shapes
+from .mae import AVMAE, count_removed
+from .presets import create_encoder
+from .vit import input_shape
+
+PROGRAM = "python -m avfuse.train"
+ADAMW_BYTES = 16  # per parameter in float32: weight, gradient, two moments
+
+
+@dataclass
+class TrainConfig:
+    """Pretrain an audio-visual early-fusion transformer by masked autoencoding (DeepAVFusion, Sec. 3.2).
+
+    Without arguments it builds the embedded data set, Sounding Shapes, under data/, pretrains the "tiny"
+    model on it for a few minutes (no GPU needed), and leaves a run folder with an index.html to look at. With
+    --data it trains on the videos of any folder. --preset sets the defaults to those of one of the paper's
+    runs; every option given beside it overrides them. --plan says what a run would cost, and starts nothing.
+
+    The same command resumes a run that was interrupted, in the middle of an epoch if need be, with the same
+    losses as if it had gone through; --restart begins anew. SIGUSR1 saves a checkpoint; SIGTERM and Ctrl-C
+    save one and stop.
+
+    Several processes or GPUs: accelerate launch -m avfuse.train ..., or torchrun --nproc-per-node N -m
+    avfuse.train .... The losses stay the same: --batch-size is that of all of them together.
+    """
+
+    preset: Literal["demo", "vggsound-ablation", "vggsound-large", "audioset"] = "demo"
+    """Whose defaults: the demo's or one of the paper's runs (Sec. 4.1)."""
+    plan: bool = False
+    """Print batch, learning rate, steps, parameters, tokens and estimated memory, and stop."""
+
+    data: Path | None = None
+    """Folder of videos (searched recursively; train/ and test/ inside it are the splits). Default: Sounding
+    Shapes, built once."""
+    run: Path = Path("runs/demo")
+    """Run folder: config, metrics, checkpoints, pictures, report, final model."""
+    restart: bool = False
+    """Delete what the run folder holds and begin anew."""
+
+    model: Literal["tiny", "small", "base", "large"] = "tiny"
+    """Size of both transformers; the paper's is base."""
+    interactions: Literal["dense", "bilinear", "factorized", "token", "none"] = "dense"
+    """How fusion tokens read image and audio tokens; dense is exact over all pairs, factorized the paper's
+    approximation."""
+    fusion_layers: tuple[int, ...] = ()
+    """0-based layers that fuse; default: all (early fusion)."""
+    fusion_tokens: int = 16
+    """Number of fusion tokens (the paper's)."""
+    image_aggregation_tokens: int = 8
+    """Number of image aggregation tokens of factorized interactions (the paper's)."""
+    audio_aggregation_tokens: int = 8
+    """Number of audio aggregation tokens of factorized interactions (the paper's)."""
+    attn_ratio: float = 0.25
+    """Width of the fusion attention over the model width (the paper's; 1.0 for its AudioSet model)."""
+    mlp_ratio: float = 1.0
+    """Width of the fusion MLP over the model width (the paper's; 4.0 for its AudioSet model)."""
+    decoder_dim: int = 128
+    """Width of both decoders; the paper's is 512."""
+    decoder_depth: int = 2
+    """Layers of both decoders; the paper's are 8."""
+    decoder_heads: int = 4
+    """Heads of both decoders; the paper's are 16."""
+    image_mask_ratio: float = 0.75
+    """Share of the image patches that are hidden (the paper's)."""
+    audio_mask_ratio: float = 0.8
+    """Share of the audio patches that are hidden (the paper's)."""
+    image_weights: Path | None = None
+    """Weights that the image transformer starts from: safetensors or a state dict with timm's names."""
+    audio_weights: Path | None = None
+    """Weights that the audio transformer starts from. Transformers that start from weights have their
+    learning rate raised from 0 by half a cosine over the first half of training (released code)."""
+
+    epochs: int = 60
+    """Passes over the data; the paper's are 200 (VGGSound ablation)."""
+    warmup_epochs: int = 6
+    """Epochs of linear warm-up before the cosine decay; the paper's are 40 of 200."""
+    batch_size: int = 64
+    """Clips per step, over all processes; a smaller data set shrinks it. The paper's is 512."""
+    micro_batch: int = 0
+    """Clips that a process takes at once; gradients are accumulated over the rest of its share of the batch.
+    0 = its whole share. Changes memory and speed, not the losses."""
+    base_lr: float = 6e-3
+    """Learning rate per 256 clips: lr = base_lr * batch / 256. The paper's is 1.5e-4; a tiny model on a small
+    set wants a larger one."""
+    weight_decay: float = 0.05
+    """AdamW weight decay; biases and norms are left out (the paper's)."""
+    clip_grad: float = 1.0
+    """Largest gradient norm; 0 = no clipping (the paper names none)."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, such as 0.9999, which is then what is measured
+    and saved; 0 = none (the paper's)."""
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    """Mixed precision of Accelerate."""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward: less memory, more time, same losses."""
+
+    missing: Literal["drop", "keep"] = "drop"
+    """A clip without sound or without pictures: drop it (counted and named), or keep it with that modality
+    absent.
+    """
+    max_unreadable: float = 0.01
+    """Share of the clips that may turn out unreadable before the run stops."""
+    clip_timeout: float = 60.0
+    """Seconds a worker may take over one clip before it is replaced, and the clip named."""
+    workers: Annotated[int, tyro.conf.arg(aliases=["-j"])] = 2
+    """Worker processes that read clips, for each process that trains; 0 reads in the training process, where
+    a decoder that hangs or crashes takes the run with it."""
+    seed: int = 0
+    """Seed of weights, masks, crops and order."""
+    probe_clips: int = 256
+    """Held-out clips for the loss and the nearest-neighbour probe."""
+    measure_every: int = 80
+    """Steps between measures and pictures on the way; before and after there always are. 0 = none."""
+    checkpoint_every: int = 40
+    """Steps between checkpoints; there always is one at the end."""
+    keep_checkpoints: int = 2
+    """How many of the latest checkpoints stay."""
+    clips: Annotated[int | None, tyro.conf.Suppress] = None
+    """Published size of the preset's training set, for --plan."""
+
+
+# These change how a run is carried out, not what comes out: they may differ when it is resumed.
+FREE = {
+    *(
+        "preset",
+        "plan",
+        "run",
+        "restart",
+        "micro_batch",
+        "grad_checkpointing",
+        "max_unreadable",
+        "clip_timeout",
+    ),
+    *("workers", "measure_every", "checkpoint_every", "keep_checkpoints", "clips"),
+}
+
+
+# --- the paper's runs (Sec. 4.1; released code where the paper is silent) -----------------------------------
+
+
+def demo() -> TrainConfig:
+    """Sounding Shapes, a tiny model, a few minutes on two CPU cores."""
+    return TrainConfig()
+
+
+def vggsound_ablation() -> TrainConfig:
+    """The paper's ablations: VGGSound (144k clips), ViT-B, 200 epochs, batch 512 as 2 GPUs x 64 clips x 4.
+
+    Where paper and released code differ: AdamW with betas (0.9, 0.95) and no decay on biases and norms, as
+    released (the paper says Adam); MLP ratio 1, as in the paper and the released command line (the released
+    file of defaults says 4); 192 spectrogram frames, as released (the paper says 196); precision, workers and
+    clipping are our choice. The paper starts from MAE and AudioMAE weights: give --image-weights and
+    --audio-weights. Interactions are its own, factorized; --interactions dense is exact and costs less.
+    """
+    return TrainConfig(
+        preset="vggsound-ablation",
+        run=Path("runs/vggsound-ablation"),
+        model="base",
+        interactions="factorized",
+        decoder_dim=512,
+        decoder_depth=8,
+        decoder_heads=16,
+        epochs=200,
+        warmup_epochs=40,
+        batch_size=512,
+        micro_batch=64,
+        base_lr=1.5e-4,
+        clip_grad=0.0,
+        precision="bf16",
+        workers=8,
+        probe_clips=2048,
+        measure_every=281 * 20,
+        checkpoint_every=281,
+        clips=144_000,
+    )
+
+
+def vggsound_large() -> TrainConfig:
+    """The paper's large VGGSound run: 800 epochs, batch 1024 as 8 GPUs x 64 clips x 2."""
+    return replace(
+        vggsound_ablation(),
+        preset="vggsound-large",
+        run=Path("runs/vggsound-large"),
+        epochs=800,
+        batch_size=1024,
+        measure_every=140 * 40,
+        checkpoint_every=140,
+    )
+
+
+def audioset() -> TrainConfig:
+    """The paper's AudioSet run: 1.73M clips, 200 epochs, batch 4096 as 8 GPUs x 64 clips x 8, with the wider
+    fusion blocks (attention ratio 1, MLP ratio 4) that its released AudioSet model has.
+    """
+    return replace(
+        vggsound_ablation(),
+        preset="audioset",
+        run=Path("runs/audioset"),
+        attn_ratio=1.0,
+        mlp_ratio=4.0,
+        batch_size=4096,
+        measure_every=422 * 20,
+        checkpoint_every=200,
+        clips=1_730_000,
+    )
+
+
+PRESETS = {
+    "demo": demo,
+    "vggsound-ablation": vggsound_ablation,
+    "vggsound-large": vggsound_large,
+    "audioset": audioset,
+}
+
+
+def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
+    """The command line: `--preset` sets the defaults, every other option overrides them."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="demo")
+    preset = first.parse_known_args(arguments)[0].preset
+    default = PRESETS.get(preset, demo)()  # of an unknown one tyro will say what there is
+    return tyro.cli(TrainConfig, prog=PROGRAM, args=arguments, default=default)
+
+
+def check_config(config: TrainConfig) -> None:
+    """Raises ValueError naming the option that makes no sense."""
+    for name in ("epochs", "batch_size", "probe_clips", "checkpoint_every", "keep_checkpoints"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{option(name)} must be positive, got {getattr(config, name)}")
+    for name in (
+        *("warmup_epochs", "workers", "clip_grad", "weight_decay", "base_lr", "micro_batch", "measure_every"),
+        *("max_unreadable", "seed"),
+    ):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"{option(name)} must not be negative, got {getattr(config, name)}")
+    if not config.clip_timeout > 0:
+        raise ValueError(f"--clip-timeout must be positive, got {config.clip_timeout}")
+    if not 0 <= config.ema < 1:
+        raise ValueError(f"--ema must be in [0, 1), got {config.ema}")
+
+
+def option(name: str) -> str:
+    """The name of a setting on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def make_model(config: TrainConfig) -> AVMAE:
+    """The masked autoencoder that the settings describe."""
+    encoder = create_encoder(
+        config.model,
+        config.interactions,
+        fusion_layers=config.fusion_layers or "all",
+        fusion_tokens=config.fusion_tokens,
+        image_aggregation_tokens=config.image_aggregation_tokens,
+        audio_aggregation_tokens=config.audio_aggregation_tokens,
+        attn_ratio=config.attn_ratio,
+        mlp_ratio=config.mlp_ratio,
+    )
+    encoder.set_grad_checkpointing(config.grad_checkpointing)
+    return AVMAE(
+        encoder,
+        decoder_dim=config.decoder_dim,
+        decoder_depth=config.decoder_depth,
+        decoder_heads=config.decoder_heads,
+        image_mask_ratio=config.image_mask_ratio,
+        audio_mask_ratio=config.audio_mask_ratio,
+    )
+
+
+# --- the way through the data -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which clips make up a step, and which of them one of several processes reads, whatever their number.
+
+    An epoch is cut into batches of `batch_size` clips, the rest is left out. A batch is dealt out to the
+    processes clip by clip, and each takes its share in micro-batches of at most `micro_batch`.
+    """
+
+    clips: int
+    epochs: int
+    batch_size: int  # over all processes
+    micro_batch: int
+    process: int = 0
+    processes: int = 1
+
+    def __post_init__(self):
+        if self.batch_size < self.processes:
+            raise ValueError(
+                f"--batch-size {self.batch_size} leaves some of the {self.processes} processes without a clip"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.clips // self.batch_size
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    def micro_batches(self, order: Sequence, step: int) -> list[Sequence]:
+        """This process's share of the batch of a step, out of the order of the clips in its epoch."""
+        start = step % self.steps_per_epoch * self.batch_size
+        share = order[start : start + self.batch_size][self.process :: self.processes]
+        return [share[i : i + self.micro_batch] for i in range(0, len(share), self.micro_batch)]
+
+
+def schedule_of(config: TrainConfig, clips: int, process: int = 0, processes: int = 1) -> Schedule:
+    """The schedule over a data set of `clips` clips; one smaller than the batch shrinks it."""
+    batch_size = min(config.batch_size, clips)
+    share = -(-batch_size // processes)
+    return Schedule(
+        clips, config.epochs, batch_size, min(config.micro_batch or share, share), process, processes
+    )
+
+
+def learning_rate(config: TrainConfig, batch_size: int) -> float:
+    """The linear scaling rule, lr = base_lr * batch / 256."""
+    return config.base_lr * batch_size / 256
+
+
+# --- what a run will cost -----------------------------------------------------------------------------------
+
+
+def plan(config: TrainConfig, processes: int = 1) -> str:
+    """What a run with these settings amounts to, for people. Reads no data and allocates no weights."""
+    with torch.device("meta"):
+        mae = make_model(config)
+    clips = config.clips or sounding_shapes.Settings().train
+    schedule = schedule_of(config, clips, processes=processes)
+    accumulated = len(schedule.micro_batches(range(clips), 0))
+    lr, of_all = learning_rate(config, schedule.batch_size), count_parameters(mae)
+    kept = {
+        name: (patches := getattr(mae.encoder, name).patch_embed.num_patches)
+        and f"{patches} tokens, {patches - count_removed('ratio', patches, ratio)} seen"
+        for name, ratio in (("image", config.image_mask_ratio), ("audio", config.audio_mask_ratio))
+    }
+    two, three = activation_bytes(mae, config.precision, 2), activation_bytes(mae, config.precision, 3)
+    activations = two + (schedule.micro_batch - 2) * (three - two)  # weights cast to bf16 do not grow
+    rows = {
+        "run": f"{config.preset}: {config.model} model, {config.interactions} interactions, in {config.run}",
+        "batch": f"{schedule.batch_size} clips = {processes} processes x {accumulated} accumulated "
+        f"x {schedule.micro_batch}",
+        "learning rate": f"{lr:.3g} = {config.base_lr:.3g} x {schedule.batch_size} / 256, "
+        f"{config.warmup_epochs} epochs of warm-up, then cosine",
+        "steps": f"{schedule.steps:,} = {config.epochs} epochs x {schedule.steps_per_epoch}, "
+        f"at {clips:,} clips",
+        "parameters": f"{count_parameters(mae.encoder) / 1e6:.1f} M in the encoder, "
+        f"{of_all / 1e6:.1f} M with decoders",
+        "tokens": f"image {kept['image']}; audio {kept['audio']}; {mae.encoder.num_state_tokens} fusion",
+        "memory": f"about {(of_all * ADAMW_BYTES + activations) / 2**30:.1f} GiB for each process: "
+        f"{of_all * ADAMW_BYTES / 2**30:.1f} weights, gradients and AdamW, {activations / 2**30:.1f} "
+        f"activations of {schedule.micro_batch} clips (computed; buffers of libraries come on top)",
+    }
+    return "\n".join(f"{name:>14}  {row}" for name, row in rows.items())
+
+
+def activation_bytes(mae: AVMAE, precision: str, clips: int) -> int:
+    """Bytes that a forward of so many clips keeps for its backward, counted on fake tensors."""
+    shapes = {name: tensor.shape for name, tensor in mae.state_dict().items()}
+    kept: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with FakeTensorMode():
+        state = {name: torch.empty(shape).requires_grad_() for name, shape in shapes.items()}
+        weights = {weight.untyped_storage()._cdata for weight in state.values()}
+        inputs = [torch.empty(clips, *input_shape(getattr(mae.encoder, name))) for name in ("image", "audio")]
+        dtype = dict(no=None, fp16=torch.float16, bf16=torch.bfloat16)[precision]
+        with (
+            torch.autocast("cpu", dtype, enabled=dtype is not None),
+            saved_tensors_hooks(count, lambda tensor: tensor),
+        ):
+            output = torch.func.functional_call(mae, state, tuple(inputs))
+        del output  # alive until here, so that no storage's address was used twice
+    return sum(kept.values())
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
