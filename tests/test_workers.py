@@ -1,4 +1,4 @@
-"""Worker processes that are killed, crash, hang, or answer by halves: the one call is lost, and nothing else."""
+"""Worker processes that are killed, crash, hang, or answer by halves: one call is lost, and nothing else."""
 
 import itertools
 import os

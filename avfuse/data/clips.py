@@ -299,8 +299,8 @@ def collate(items: Sequence[dict[str, Tensor] | Failure]) -> dict[str, Tensor | 
 class ClipLoader:
     """Batches of a dataset, read ahead by worker processes that live until it is closed.
 
-    What is read depends on the keys alone, not on the number of workers. A clip whose reader crashes, hangs or
-    raises becomes a `Failure` as one that cannot be read does; see `WorkerPool`.
+    What is read depends on the keys alone, not on the number of workers. A clip whose reader crashes, hangs
+    or raises becomes a `Failure` as one that cannot be read does; see `WorkerPool`.
 
     Args:
         dataset: whose items are read; a copy of it goes to each worker.

@@ -1,8 +1,8 @@
 """A function called in worker processes, any of which may crash or hang: that costs the one call.
 
 Each worker has a thread here, which hands it a key over a socket, reads the answer against a deadline, and
-replaces the worker if none comes. Workers share nothing with each other, neither locks nor queues: one that is
-killed at any moment, in the middle of an answer too, leaves nothing behind that others would wait for.
+replaces the worker if none comes. Workers share nothing with each other, neither locks nor queues: one that
+is killed at any moment, in the middle of an answer too, leaves nothing behind that others would wait for.
 """
 
 import itertools
@@ -46,12 +46,12 @@ class WorkerFailure:
 class WorkerPool:
     """Processes that call one function; one that crashes or hangs costs its own call and is replaced.
 
-    They start when first needed, and end with `close`, the `with` statement, or this process, however it ends.
-    A call whose worker is lost is made again in a fresh one, so that a worker killed from outside changes no
-    result. Neither the pool nor what it returns holds memory or files that are shared between processes.
+    They start when first needed, and end with `close`, the `with` statement, or this process, however that
+    ends. A call whose worker is lost is made again in a fresh one, so that a worker killed from outside
+    changes no result. No memory or files are shared between processes.
 
     Args:
-        function: called with one key. It, the keys and the results are pickled; results best hold NumPy arrays
+        function: called with one key. It, the keys and the results are pickled; results best hold arrays
             instead of tensors, which pickle slowly.
         workers: number of processes; 0 calls in this process, where nothing bounds time, memory or crashes.
         timeout: seconds that a call may take, the way of its result included.
