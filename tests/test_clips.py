@@ -1,24 +1,33 @@
 """What a folder holds, items that depend on (seed, epoch, index) alone, failures named and never replaced."""
 
+import itertools
+import os
 import pickle
+import re
+import signal
+import struct
+from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler
 from videos import chirp, number_of, write_video
 
 from avfuse.data.clips import (
     Clip,
     ClipDataset,
+    ClipLoader,
     ClipSampler,
     Failure,
+    _generator,
     collate,
     find_clips,
     scan_clips,
-    worker_init,
 )
 from avfuse.data.decode import Streams, read_audio
 from avfuse.data.transforms import Spectrogram
@@ -58,7 +67,7 @@ def same(one: dict, two: dict) -> bool:
 
 
 def test_find_clips(folder):
-    scan = find_clips(folder, progress=False)
+    scan = find_clips(folder, progress=False, workers=0)
     names = [str(clip.path.relative_to(folder)) for clip in scan.clips]
     assert names == ["a.mp4", "b/a.MP4", "b/c/d.mkv", "short.mp4", "z.mov"]
     assert scan.clips[0] == Clip(folder / "a.mp4", {}, Streams(True, True, 3.0, 10.0))
@@ -72,7 +81,7 @@ def test_find_clips(folder):
 
 
 def test_clips_that_lack_a_stream_can_be_kept(folder):
-    scan = find_clips(folder, missing="keep", progress=False)
+    scan = find_clips(folder, missing="keep", progress=False, workers=0)
     assert len(scan.clips) == 7
     assert scan.without_sound == [folder / "silent.mp4"] and scan.without_pictures == [folder / "dark.mp4"]
     assert "7 clips; 1 without sound kept: silent.mp4" in scan.summary()
@@ -80,13 +89,15 @@ def test_clips_that_lack_a_stream_can_be_kept(folder):
 
 def test_a_manifest_is_scanned_alike(folder):
     names = ("z.mov", "broken.mp4", "a.mp4", "dark.mp4")
-    scan = scan_clips([Clip(folder / name, {"kind": n}) for n, name in enumerate(names)], progress=False)
+    scan = scan_clips(
+        [Clip(folder / name, {"kind": n}) for n, name in enumerate(names)], progress=False, workers=0
+    )
     assert [(clip.path.name, clip.labels["kind"], clip.streams.seconds) for clip in scan.clips] == [
         ("z.mov", 0, 1.5),
         ("a.mp4", 2, 3.0),
     ]
     assert "2 clips; 1 without pictures dropped: dark.mp4; 1 unreadable: broken.mp4 (" in scan.summary()
-    assert scan_clips([], progress=False).summary() == "0 clips"
+    assert scan_clips([], progress=False, workers=0).summary() == "0 clips"
 
 
 def test_links_that_leave_the_folder_are_not_followed(tmp_path):
@@ -99,7 +110,7 @@ def test_links_that_leave_the_folder_are_not_followed(tmp_path):
     (folder / "loop.mp4").symlink_to(folder / "loop.mp4")
     (tmp_path / "linked").symlink_to(folder)
     for root in (folder, tmp_path / "linked"):
-        scan = find_clips(root, progress=False)
+        scan = find_clips(root, progress=False, workers=0)
         assert [clip.path.name for clip in scan.clips] == ["alias.mp4", "real.mp4"]
         assert [path.name for path in scan.links] == ["loop.mp4", "others", "secret.mp4"]
     assert scan.summary() == (
@@ -110,13 +121,13 @@ def test_links_that_leave_the_folder_are_not_followed(tmp_path):
 def test_folders_without_clips(tmp_path):
     for folder, reason in ((tmp_path / "nowhere", "does not exist"), (tmp_path, "no file ends in .mp4")):
         with pytest.raises(ValueError, match=f"folder {folder} .*{reason}"):
-            find_clips(folder, progress=False)
+            find_clips(folder, progress=False, workers=0)
     for n in range(5):
         write_video(tmp_path / f"silent{n}.mp4", 1, audio=False)
     with pytest.raises(ValueError, match="0 clips; 5 without sound dropped: .*silent2.mp4 and 2 more"):
-        find_clips(tmp_path, progress=False)
+        find_clips(tmp_path, progress=False, workers=0)
     with pytest.raises(ValueError, match="missing must be one of 'drop', 'keep', got 'ignore'"):
-        find_clips(tmp_path, missing="ignore", progress=False)
+        find_clips(tmp_path, missing="ignore", progress=False, workers=0)
 
 
 # --------------------------------------------------------------------------------------------------- reading
@@ -145,7 +156,7 @@ def test_an_evaluation_item_is_the_middle(folder):
 
 def test_training_draws_window_frame_crop_and_gain(folder):
     settings = replace(SETTINGS, image_mean=(0.0, 0.0, 0.0), image_std=(1 / 255, 1 / 255, 1 / 255))
-    dataset = ClipDataset(find_clips(folder, progress=False).clips, settings, train=True)
+    dataset = ClipDataset(find_clips(folder, progress=False, workers=0).clips, settings, train=True)
     items = [dataset[epoch, 0] for epoch in range(80)]
     numbers = torch.tensor([number_of(item["image"].numpy()) for item in items])
     assert numbers.min() < 4 and numbers.max() > 25 and len(numbers.unique()) > 20
@@ -170,7 +181,7 @@ def starts_of(audio: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_short_clip_is_mirrored_and_a_missing_modality_is_zeros(folder):
-    clips = find_clips(folder, missing="keep", progress=False).clips
+    clips = find_clips(folder, missing="keep", progress=False, workers=0).clips
     dataset = ClipDataset(clips, SETTINGS, train=False)
     items = {clip.path.name: dataset[n] for n, clip in enumerate(clips)}
     there = read_audio(folder / "short.mp4", 0, 0.5, 16_000)
@@ -182,7 +193,7 @@ def test_a_short_clip_is_mirrored_and_a_missing_modality_is_zeros(folder):
 
 
 def test_clips_that_were_not_scanned_read_the_same(folder):
-    scanned = find_clips(folder, missing="keep", progress=False).clips
+    scanned = find_clips(folder, missing="keep", progress=False, workers=0).clips
     unknown = [Clip(clip.path) for clip in scanned]
     for train in (False, True):
         one, two = (ClipDataset(clips, SETTINGS, train=train, extras=masks) for clips in (scanned, unknown))
@@ -207,36 +218,6 @@ def test_items_depend_on_seed_epoch_and_index_alone(folder):
     assert (removed.any(0) & ~removed.all(0)).all()
 
 
-@pytest.mark.parametrize("train", [True, False])
-def test_workers_read_the_same_as_this_process(folder, train):
-    clips = find_clips(folder, missing="keep", progress=False).clips * 2
-    dataset = ClipDataset(clips, SETTINGS, train=train, seed=1, extras=masks)
-    settings = {"batch_size": 3, "collate_fn": collate, "worker_init_fn": worker_init}
-    sampler = ClipSampler(dataset, train=train, seed=1)
-    here = DataLoader(dataset, sampler=sampler, **settings)
-    workers = DataLoader(dataset, sampler=sampler, num_workers=2, persistent_workers=True, **settings)
-    seen = []
-    for epoch in range(2):
-        sampler.set_epoch(epoch)
-        for one, two in zip(here, workers, strict=True):
-            assert one.pop("failures") == two.pop("failures") == []
-            assert same(one, two)
-            seen.append(one["index"])
-    first, second = torch.cat(seen).view(2, -1)
-    assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(14))
-    assert torch.equal(first, second) != train
-
-
-def test_spawned_workers(folder):
-    dataset = ClipDataset([Clip(folder / "a.mp4"), Clip(folder / "broken.mp4")], SETTINGS, train=True)
-    settings = {"batch_size": 2, "collate_fn": collate, "worker_init_fn": worker_init}
-    loader = DataLoader(dataset, num_workers=1, multiprocessing_context="spawn", **settings)
-    (batch,) = loader
-    (failure,) = batch.pop("failures")
-    assert failure == dataset[1]
-    assert same(batch, {name: value[None] for name, value in dataset[0].items()})
-
-
 def test_failures_are_named_and_never_replaced(folder):
     names = ("a.mp4", "broken.mp4", "gone.mp4", "z.mov")
     clips = [Clip(folder / name, {"n": n}, Streams(True, True, 1.5, 10.0)) for n, name in enumerate(names)]
@@ -253,6 +234,155 @@ def test_failures_are_named_and_never_replaced(folder):
 def test_a_stream_that_the_scan_promised_is_not_made_up(folder):
     clip = Clip(folder / "silent.mp4", {}, Streams(True, True, 2.0, 10.0))
     assert ClipDataset([clip], SETTINGS, train=False)[0] == Failure(0, clip.path, "has no sound")
+
+
+# ---------------------------------------------------------------------------------------------------- loader
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_batches_are_the_same_for_any_number_of_workers(folder, train):
+    clips = find_clips(folder, missing="keep", progress=False, workers=0).clips * 2
+    clips.insert(5, Clip(folder / "broken.mp4"))
+    dataset = ClipDataset(clips, SETTINGS, train=train, seed=1, extras=masks)
+    sampler = ClipSampler(dataset, train=train, seed=1)
+    batches = BatchSampler(sampler, batch_size=4, drop_last=False)
+    with ClipLoader(dataset, workers=1) as one, ClipLoader(dataset, workers=3) as three:
+        for epoch in range(2):
+            sampler.set_epoch(epoch)
+            keys = list(batches)
+            assert [len(batch) for batch in keys] == [4, 4, 4, 3]
+            for loader in (ClipLoader(dataset, workers=0), one, three):
+                for batch, its_keys in zip(loader.batches(batches), keys, strict=True):
+                    truth = collate([dataset[key] for key in its_keys])
+                    assert batch.pop("failures") == truth.pop("failures")
+                    assert same(batch, truth)
+
+
+class Trap:
+    """Masks, except that one clip brings its worker down, and another never ends."""
+
+    def __init__(self, crash: int, hang: int):
+        self.crash, self.hang = crash, hang
+
+    def __call__(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        number = generator.initial_seed()
+        if number == self.crash:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if number == self.hang:
+            signal.pause()
+        return {}
+
+
+def test_clips_that_crash_or_hang_are_named(folder):
+    dataset = ClipDataset([Clip(folder / "short.mp4")] * 9, SETTINGS, train=True)
+    dataset.extras = Trap(*(_generator(0, 3, 1 + index).initial_seed() for index in (2, 7)))
+    batches = [[(3, 0), (3, 1), (3, 2)], [(3, 7)], [], [(3, 8), (2, 7)]]
+    with ClipLoader(dataset, workers=2, timeout=2.0) as loader:
+        first, hung, empty, last = loader.batches(batches)
+    assert first["index"].tolist() == [0, 1]
+    assert first["failures"] == [Failure(2, folder / "short.mp4", "crashed its reader (signal 11)")]
+    assert hung == {"failures": [Failure(7, folder / "short.mp4", "took longer than 2 s")]}
+    assert empty == {"failures": []}
+    assert last["index"].tolist() == [8, 7] and last["failures"] == []
+
+
+def test_a_clip_that_takes_too_much_memory_is_named(folder, tmp_path):
+    large = write_video(tmp_path / "large.mp4", 1, 2, size=(4096, 4096), audio=False, g="1")
+    dataset = ClipDataset([Clip(folder / "a.mp4"), Clip(large)], SETTINGS, train=False)
+    for memory, read in ((2**25, [0]), (2**29, [0, 1])):
+        with ClipLoader(dataset, workers=1, memory=memory) as loader:
+            (batch,) = loader.batches([[(0, 0), (0, 1)]])
+        assert batch["index"].tolist() == read
+        assert [failure.path for failure in batch["failures"]] == [large] * (2 - len(read))
+
+
+def test_frames_on_the_way_to_the_wanted_one_are_not_kept(tmp_path):
+    long = write_video(tmp_path / "a.mp4", 10, 20, size=(640, 480), audio=False, g="250", sc_threshold="0")
+    dataset = ClipDataset([Clip(long)], SETTINGS, train=False)
+    with ClipLoader(dataset, workers=1, memory=2**25) as loader:  # 100 frames take 46 MB
+        (batch,) = loader.batches([[(0, 0)]])
+    assert batch["failures"] == []
+
+
+def test_a_loader_reads_no_further_than_two_batches_ahead(folder):
+    dataset = ClipDataset([Clip(folder / "short.mp4")], SETTINGS, train=False)
+    read = itertools.count()
+    keys = iter(lambda: [(next(read), 0)] * 2, None)
+    with ClipLoader(dataset, workers=2) as loader:
+        for _ in zip(range(10), loader.batches(keys), strict=False):
+            pass
+    assert next(read) <= 10 + 3
+
+
+# ------------------------------------------------------------------------------------------- a hostile folder
+
+
+def png() -> bytes:
+    context = av.CodecContext.create("png", "w")
+    context.width, context.height, context.pix_fmt, context.time_base = 64, 48, "rgb24", Fraction(1, 10)
+    frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")
+    return bytes(context.encode(frame)[0])
+
+
+def hostile_folder(folder: Path) -> None:
+    """200 clips: 100 good ones, 40 that lack a stream, 60 that cannot be read, each named for what it is."""
+    noise = np.random.default_rng(0)
+    made = folder.with_name("made")
+    good = [write_video(made / name, 2) for name in ("a.mp4", "b.mkv", "c.mov", "d.ts")]
+    whole, matroska = good[0].read_bytes(), bytearray(good[1].read_bytes())
+    quick = write_video(made / "quick.mp4", 2, container={"movflags": "faststart"}).read_bytes()
+    media = quick.index(b"mdat") + 4
+    duration = matroska.index(b"\x44\x89\x88") + 3  # float64 milliseconds
+    matroska[duration : duration + 8] = struct.pack(">d", 1e9)
+    sizes = whole.index(b"stsz") + 12  # how many samples there are, then the size of each
+
+    kinds = {
+        "good": [(path.suffix, path.read_bytes()) for path in good],
+        "misnamed": [(".avi", whole), (".mp4", bytes(good[1].read_bytes()))],  # no harm done
+        "dark": [(".mp4", write_video(made / "dark.mp4", 1, video=False).read_bytes())],
+        "silent": [(".mp4", write_video(made / "silent.mp4", 1, audio=False).read_bytes())],
+        "truncated": [(".mp4", whole[: len(whole) // 2]), (".mp4", quick[: (media + len(quick)) // 2])],
+        "empty": [(".mp4", b"")],
+        "garbage": [(".mp4", noise.bytes(20_000)), (".mp4", quick[:media] + noise.bytes(len(quick) - media))],
+        "text": [(".mp4", b"no video\n" * 500), (".mkv", b"#EXTM3U\n#EXTINF:3,\na.mp4\n#EXT-X-ENDLIST\n")],
+        "picture": [(".mp4", png())],
+        "lying": [
+            (".mkv", bytes(matroska)),
+            (".mp4", whole[:sizes] + struct.pack(">2I", 2**31 - 1, 2**30) + whole[sizes + 8 :]),
+        ],
+        "nothing": [(".mp4", whole[: whole.index(b"mdat") - 4])],
+    }
+    counts = {"good": 80, "misnamed": 20, "dark": 20, "silent": 20, "truncated": 16, "lying": 8, "nothing": 2}
+    folder.mkdir()
+    for kind, contents in kinds.items():
+        for number in range(counts.get(kind, 0) or (8 if kind != "garbage" else 10)):
+            suffix, content = contents[number % len(contents)]
+            (folder / f"{kind}{number}{suffix}").write_bytes(content)
+
+
+def test_a_hostile_folder(tmp_path):
+    folder = tmp_path / "folder"
+    hostile_folder(folder)
+    names = {path.name for path in folder.iterdir()}
+    assert len(names) == 200
+
+    scan = find_clips(folder, progress=False, workers=2)
+    alone = find_clips(folder, progress=False, workers=0)
+    assert (scan.clips, scan.summary()) == (alone.clips, alone.summary())
+    dataset = ClipDataset(scan.clips, SETTINGS, train=True, extras=masks)
+    with ClipLoader(dataset, workers=2) as loader:
+        keys = BatchSampler(ClipSampler(dataset, train=True), batch_size=16, drop_last=False)
+        batches = list(loader.batches(keys))
+
+    read = {scan.clips[index].path.name for batch in batches for index in batch.get("index", [])}
+    failed = [failure.path.name for batch in batches for failure in batch["failures"]]
+    unreadable = [error.path.name for error in scan.unreadable]
+    dark, silent = ([path.name for path in paths] for paths in (scan.without_pictures, scan.without_sound))
+    assert sorted(failed + unreadable + dark + silent) == sorted(names - read)  # each of them once
+    kinds = Counter(re.match("[a-z]+", name)[0] for name in read)
+    assert kinds == {"good": 80, "misnamed": 20}
+    for kind, found in (("dark", dark), ("silent", silent), ("lying", failed)):
+        assert found and all(name.startswith((kind, "garbage")) for name in found)
 
 
 def test_sampler():

@@ -2,17 +2,19 @@
 
     scan = find_clips(folder)
     dataset = ClipDataset(scan.clips, settings, train=True)
-    sampler = ClipSampler(dataset, train=True)
-    loader = DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate, worker_init_fn=worker_init)
+    keys = torch.utils.data.BatchSampler(ClipSampler(dataset, train=True), batch_size, drop_last=True)
+    with ClipLoader(dataset) as loader:
+        for batch in loader.batches(keys):
 
 Every random choice about a clip is drawn from a generator seeded by (seed, epoch, index), so that the clip is
-the same whatever worker or process reads it. A clip that cannot be read is named, never replaced by another.
+the same whatever worker or process reads it. A clip that cannot be read is named, never replaced by another;
+one that crashes or hangs its decoder takes a worker process with it, and nothing else.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence, Sized
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice, tee
 from pathlib import Path
 
 import av
@@ -26,12 +28,14 @@ from ..checks import check_choice
 from ..inputs import InputSettings
 from .decode import ClipError, ClipReader, Streams, probe
 from .transforms import Spectrogram, evaluation_image, random_gain, training_image
+from .workers import WorkerFailure, WorkerPool
 
 SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".ts", ".mts", ".m2ts"),
     *(".wmv", ".ogv", ".3gp", ".3g2"),
 )
 NAMED = 3  # clips that a summary names of each kind
+MEMORY = 4 * 2**30  # bytes a worker may allocate; the largest frames and those they refer to take less
 
 
 # --------------------------------------------------------------------------------------------------- finding
@@ -73,7 +77,14 @@ class Scan:
         return "; ".join(parts)
 
 
-def find_clips(folder: str | Path, *, missing: str = "drop", progress: bool = True) -> Scan:
+def find_clips(
+    folder: str | Path,
+    *,
+    missing: str = "drop",
+    progress: bool = True,
+    workers: int = 8,
+    timeout: float = 60.0,
+) -> Scan:
     """Find the videos in a folder and its sub-folders, sorted by path, and look at what each holds.
 
     Hidden files are passed over. Links that lead out of the folder are not followed but listed.
@@ -82,6 +93,8 @@ def find_clips(folder: str | Path, *, missing: str = "drop", progress: bool = Tr
         folder: where to look.
         missing: what becomes of clips without sound or without pictures, "drop" or "keep".
         progress: show a progress bar.
+        workers: processes that open the files, which may crash or hang them; 0 opens them in this process.
+        timeout: seconds after which a file that is still being opened is given up as unreadable.
 
     Raises:
         ValueError: `folder` does not exist or has no clip to use (the message says what it has), or `missing`
@@ -91,7 +104,8 @@ def find_clips(folder: str | Path, *, missing: str = "drop", progress: bool = Tr
     if not folder.is_dir():
         raise ValueError(f"folder {folder} " + ("is a file" if folder.exists() else "does not exist"))
     paths, links, unlisted = _walk(folder)
-    scan = scan_clips([Clip(path) for path in sorted(paths)], missing=missing, progress=progress)
+    clips = [Clip(path) for path in sorted(paths)]
+    scan = scan_clips(clips, missing=missing, progress=progress, workers=workers, timeout=timeout)
     scan = replace(scan, unreadable=scan.unreadable + unlisted, links=sorted(links))
     if not scan.clips:
         found = scan.summary() if paths or links or unlisted else f"no file ends in {', '.join(SUFFIXES)}"
@@ -99,36 +113,47 @@ def find_clips(folder: str | Path, *, missing: str = "drop", progress: bool = Tr
     return scan
 
 
-def scan_clips(clips: Sequence[Clip], *, missing: str = "drop", progress: bool = True) -> Scan:
+def scan_clips(
+    clips: Sequence[Clip],
+    *,
+    missing: str = "drop",
+    progress: bool = True,
+    workers: int = 8,
+    timeout: float = 60.0,
+) -> Scan:
     """Look at what each of the clips holds, from their headers, and sort out those that cannot be used.
 
     Args:
         clips: in the order in which they are returned; those that know their streams are not opened.
-        missing, progress: as for `find_clips`.
+        missing, progress, workers, timeout: as for `find_clips`.
 
     Raises:
         ValueError: `missing` is neither "drop" nor "keep".
     """
     check_choice("missing", missing, ("drop", "keep"))
     scan = Scan([], [], [], [], kept=missing == "keep")
-    with ThreadPoolExecutor() as pool:
-        looked = pool.map(_look, clips)
-        for clip in tqdm(looked, total=len(clips), desc="Scanning", unit="clip", disable=not progress):
-            if isinstance(clip, ClipError):
-                scan.unreadable.append(clip)
+    unknown = (clip.path for clip in clips if clip.streams is None)
+    with WorkerPool(_probe, workers, timeout=timeout, memory=MEMORY) as pool:
+        probed = pool.map(unknown)
+        for clip in tqdm(clips, desc="Scanning", unit="clip", disable=not progress):
+            streams = next(probed) if clip.streams is None else clip.streams
+            if isinstance(streams, WorkerFailure):
+                streams = ClipError(clip.path, streams.reason)
+            if isinstance(streams, ClipError):
+                scan.unreadable.append(streams)
                 continue
-            if not clip.streams.audio:
+            if not streams.audio:
                 scan.without_sound.append(clip.path)
-            if not clip.streams.video:
+            if not streams.video:
                 scan.without_pictures.append(clip.path)
-            if scan.kept or clip.streams.audio and clip.streams.video:
-                scan.clips.append(clip)
+            if scan.kept or streams.audio and streams.video:
+                scan.clips.append(replace(clip, streams=streams))
     return scan
 
 
-def _look(clip: Clip) -> Clip | ClipError:
+def _probe(path: Path) -> Streams | ClipError:
     try:
-        return replace(clip, streams=clip.streams or probe(clip.path))
+        return probe(path)
     except ClipError as error:
         return error
 
@@ -269,6 +294,78 @@ def collate(items: Sequence[dict[str, Tensor] | Failure]) -> dict[str, Tensor | 
     read = [item for item in items if not isinstance(item, Failure)]
     batch = {name: torch.stack([item[name] for item in read]) for name in (read[0] if read else ())}
     return batch | {"failures": [item for item in items if isinstance(item, Failure)]}
+
+
+class ClipLoader:
+    """Batches of a dataset, read ahead by worker processes that live until it is closed.
+
+    What is read depends on the keys alone, not on the number of workers. A clip whose reader crashes, hangs
+    or raises becomes a `Failure` as one that cannot be read does; see `WorkerPool`.
+
+    Args:
+        dataset: whose items are read; a copy of it goes to each worker.
+        workers: number of processes; 0 reads in this one, without a limit of time or memory.
+        timeout: seconds that a clip may take.
+        memory: bytes that a worker may allocate; a clip that takes more is a failure.
+
+    Raises:
+        ValueError: a negative number of workers, or a limit that is not positive.
+    """
+
+    def __init__(
+        self, dataset: ClipDataset, *, workers: int = 2, timeout: float = 60.0, memory: int = MEMORY
+    ):
+        self.dataset = dataset
+        self._pool = WorkerPool(_Read(dataset), workers, timeout=timeout, memory=memory)
+
+    def batches(
+        self, batches: Iterable[Sequence[tuple[int, int]]]
+    ) -> Iterator[dict[str, Tensor | list[Failure]]]:
+        """Collated batches, one for each sequence of `(epoch, index)`, in order.
+
+        Up to two batches of the size of the first are read ahead of the one that is asked for.
+
+        Raises:
+            RuntimeError: workers cannot be started, or the loader is closed.
+        """
+        batches, read = tee(batches)
+        first = next(read, None)
+        if first is None:
+            return
+        items = self._pool.map(chain(first, chain.from_iterable(read)), ahead=2 * max(1, len(first)))
+        for keys in batches:
+            yield collate([self._item(item) for item in islice(items, len(keys))])
+
+    def close(self) -> None:
+        """End the workers; the loader cannot be used again."""
+        self._pool.close()
+
+    def __enter__(self) -> "ClipLoader":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _item(self, item: dict[str, np.ndarray] | Failure | WorkerFailure) -> dict[str, Tensor] | Failure:
+        if isinstance(item, WorkerFailure):
+            index = range(len(self.dataset))[item.key[1]]
+            return Failure(index, self.dataset.clips[index].path, item.reason)
+        if isinstance(item, Failure):
+            return item
+        return {name: torch.from_numpy(array) for name, array in item.items()}
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Items of a dataset as arrays: they pickle by value, tensors by files shared between processes."""
+
+    dataset: ClipDataset
+
+    def __call__(self, key: tuple[int, int]) -> dict[str, np.ndarray] | Failure:
+        item = self.dataset[key]
+        if isinstance(item, Failure):
+            return item
+        return {name: tensor.numpy() for name, tensor in item.items()}
 
 
 class ClipSampler(Sampler[tuple[int, int]]):

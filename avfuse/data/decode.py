@@ -247,20 +247,25 @@ class ClipReader:
         if not before and not (at_start and times):
             return None
         wanted = max(before) if before else min(times)
-        frames = []
+        shown = None  # one frame is kept: all of a group would be gigabytes where pictures are large
+        for frame in self._decoded(packets, wanted):
+            if frame.is_corrupt:  # what the decoder made up is not what was recorded
+                raise ClipError(self.path, f"its pictures are damaged before {seconds:g} s")
+            if frame.pts is not None and frame.pts <= wanted and (shown is None or frame.pts > shown.pts):
+                shown = frame
+        return shown
+
+    def _decoded(self, packets: list[av.Packet], wanted: int) -> Iterator[av.VideoFrame]:
+        """The frames of the packets until the wanted one, without those that nothing refers to."""
         context = self._video.codec_context
         for packet in packets:
             is_wanted = _pts(packet) == wanted
             if context.name in ("h264", "hevc"):  # others look at this only once
                 context.skip_frame = "DEFAULT" if is_wanted else "NONREF"
-            frames += packet.decode()
+            yield from packet.decode()
             if is_wanted:
                 break
-        frames += context.decode(None)
-        if any(frame.is_corrupt for frame in frames):  # what the decoder made up is not what was recorded
-            raise ClipError(self.path, f"its pictures are damaged before {seconds:g} s")
-        frames = [frame for frame in frames if frame.pts is not None and frame.pts <= wanted]
-        return max(frames, key=lambda frame: frame.pts, default=None)
+        yield from context.decode(None)
 
     def _packets_until(self, target: int) -> Iterator[av.Packet]:
         """The video packets from here, in decoding order, that may be shown until `target`."""

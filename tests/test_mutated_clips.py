@@ -1,0 +1,109 @@
+"""Clips with bytes flipped, cut, moved and spliced: every one is read or named, and nothing grows."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import BatchSampler
+from videos import write_video
+
+from avfuse.data.clips import Clip, ClipDataset, ClipLoader, ClipSampler
+from avfuse.inputs import InputSettings
+
+SETTINGS = InputSettings(image_size=32, audio_seconds=1.0, mel_bins=32)
+KINDS = {  # suffix: codecs of pictures and sound
+    "mp4": ("libx264", "aac"),
+    "mov": ("libx265", "pcm_s16le"),
+    "mkv": ("libsvtav1", "flac"),
+    "webm": ("libvpx-vp9", "libopus"),
+    "avi": ("mpeg4", "libmp3lame"),
+    "ts": ("mpeg2video", "mp2"),
+    "flv": ("libx264", "aac"),
+    "wmv": ("wmv2", "libmp3lame"),
+}
+
+
+def mutated(data: bytes, other: bytes, random: np.random.Generator) -> bytes:
+    """One to three changes of a file; half of them are near its start or its end, where headers are."""
+    data = bytearray(data)
+    for _ in range(random.integers(1, 4)):
+        length = max(1, int(len(data) ** random.random()))  # from a byte to all of it, alike in logarithm
+        at = int(random.integers(max(1, len(data) - length + 1)))
+        at = random.choice([at, at, min(at, 2048), max(at, len(data) - 2048)])
+        start = int(random.integers(len(other)))
+        match random.integers(7):
+            case 0:  # a few bits, far apart
+                for place in random.integers(len(data) or 1, size=random.integers(1, 65)):
+                    data[place : place + 1] = [data[place] ^ 1 << random.integers(8)] if data else []
+            case 1:
+                data[at : at + length] = random.bytes(length)
+            case 2:
+                data[at : at + length] = bytes(length) if random.random() < 0.5 else b"\xff" * length
+            case 3:
+                del data[at:]
+            case 4:
+                del data[at : at + length]
+            case 5:
+                data[at:at] = data[at : at + length]
+            case 6:
+                data[at : at + length] = other[start : start + length]
+    return bytes(data)
+
+
+def mutated_clips(folder: Path, count: int) -> list[Clip]:
+    """Alike in every kind of file; the seed of each is its number."""
+    whole = [
+        write_video(folder / f"whole.{suffix}", 1.5, sample_rate=48_000, codecs=codecs).read_bytes()
+        for suffix, codecs in KINDS.items()
+    ]
+    clips = []
+    for number in range(count):
+        random = np.random.default_rng(number)
+        path = folder / f"{number}.{list(KINDS)[number % len(KINDS)]}"
+        path.write_bytes(mutated(whole[number % len(whole)], whole[random.integers(len(whole))], random))
+        clips.append(Clip(path))
+    return clips
+
+
+def resident(pid: int | str) -> int:
+    """Bytes of memory that a process has."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_mutated_clips_are_read_or_named(tmp_path):
+    clips = mutated_clips(tmp_path, 64)
+    dataset = ClipDataset(clips, SETTINGS, train=True)
+    keys = BatchSampler(ClipSampler(dataset, train=False), 16, drop_last=False)
+    with ClipLoader(dataset, workers=2, timeout=20.0) as loader:
+        batches = list(loader.batches(keys))
+    read = [index for batch in batches for index in batch.get("index", torch.empty(0)).tolist()]
+    failures = [failure for batch in batches for failure in batch["failures"]]
+    assert sorted(read + [failure.index for failure in failures]) == list(range(64))
+    assert all(failure.path == clips[failure.index].path and failure.reason for failure in failures)
+    assert 8 < len(read) < 56
+    for batch in batches:
+        assert all(batch[name].isfinite().all() for name in ("image", "audio") if name in batch)
+
+
+@pytest.mark.slow
+def test_thousands_of_mutated_clips_leave_nothing_behind(tmp_path):
+    """Memory and open files of this process and its workers at a quarter of the clips and at the end."""
+    clips = mutated_clips(tmp_path, 2000)
+    dataset = ClipDataset(clips, SETTINGS, train=True)
+    keys = BatchSampler(ClipSampler(dataset, train=False), 20, drop_last=False)
+    read, reasons, use = 0, Counter(), []
+    with ClipLoader(dataset, workers=2, timeout=20.0) as loader:
+        for number, batch in enumerate(loader.batches(keys)):
+            read += len(batch.get("index", ()))
+            reasons.update(failure.reason for failure in batch["failures"])
+            if number % 25 == 24:
+                pids = [os.getpid(), *(worker.process.pid for worker in loader._pool._running)]
+                use.append([(resident(pid) / 2**20, len(os.listdir(f"/proc/{pid}/fd"))) for pid in pids])
+    print(f"\n{read} read, {reasons.total()} failed; MiB and open files of this process and workers: {use}")
+    print(*(f"{count:6} {reason}" for reason, count in reasons.most_common(40)), sep="\n")
+    assert read + reasons.total() == 2000
+    for before, after in zip(use[0], use[-1], strict=True):
+        assert after[0] < before[0] + 100 and after[1] <= before[1] + 1
