@@ -47,7 +47,7 @@ class TrainConfig:
     data: Path | None = None
     """Folder of videos (searched recursively; train/ and test/ inside it are the splits). Default: Sounding
     Shapes, built once."""
-    run: Path = Path("runs/demo")
+    run: Annotated[Path, tyro.conf.arg(name="run-dir")] = Path("runs/demo")
     """Run folder: config, metrics, checkpoints, pictures, report, final model."""
     restart: bool = False
     """Delete what the run folder holds and begin anew."""

@@ -32,18 +32,18 @@ def check_run(run: Path, settings: dict, restart: bool) -> None:
         ValueError: it is no folder, belongs to something else, or holds a run with other settings.
     """
     if run.exists() and not run.is_dir():
-        raise ValueError(f"--run {run} is not a folder")
+        raise ValueError(f"--run-dir {run} is not a folder")
     if not (run / CONFIG).exists():
         if restart and run.exists() and any(run.iterdir()):
-            raise ValueError(f"--run {run} is not a run folder (no {CONFIG}): not deleting it")
+            raise ValueError(f"--run-dir {run} is not a run folder (no {CONFIG}): not deleting it")
         return
     before = read_config(run, "settings")
     changed = [name for name in settings if before.get(name) != settings[name]]
     if changed and not restart:
         differences = ", ".join(f"{option(name)} {before.get(name)} -> {settings[name]}" for name in changed)
         raise ValueError(
-            f"--run {run} holds a run with other settings ({differences}): "
-            "choose another --run, or --restart to delete it"
+            f"--run-dir {run} holds a run with other settings ({differences}): "
+            "choose another --run-dir, or --restart to delete it"
         )
 
 
@@ -59,7 +59,7 @@ def begin_run(run: Path, settings: dict, data: dict, restart: bool, device: torc
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which the system releases however a process ends
     except BlockingIOError:
-        raise ValueError(f"--run {run} is in use by another process") from None
+        raise ValueError(f"--run-dir {run} is in use by another process") from None
     if restart:
         for name in CONTENTS:
             path = run / name
@@ -69,7 +69,7 @@ def begin_run(run: Path, settings: dict, data: dict, restart: bool, device: torc
         if before != data:
             raise ValueError(
                 f"--data has changed since the run in {run} began ({before.get('clips')} clips then, "
-                f"{data['clips']} now): it would not go on as it was. Choose another --run, or --restart"
+                f"{data['clips']} now): it would not go on as it was. Choose another --run-dir, or --restart"
             )
     environment = dict(
         python=platform.python_version(),

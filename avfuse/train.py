@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from .checkpoints import load_checkpoint, save_checkpoint
 from .data import sounding_shapes
-from .data.clips import ClipDataset, ClipLoader, ClipSampler, Scan, find_clips, scan_clips
+from .data.clips import Clip, ClipDataset, ClipLoader, ClipSampler, Scan, find_clips, scan_clips
+from .data.decode import ClipError
 from .evaluate import INPUTS, held_out_loss, nearest_neighbour_probes, pooled_features
 from .faults import RunError, Signals, examine, memory_advice, write_fault
 from .mae import AVMAE
@@ -48,6 +49,7 @@ from .vit import input_shape
 
 DEMO = Path("data/sounding-shapes")
 EVALUATION_BATCH = 64
+SPLITS = ("train", "test")
 
 
 def main(config: TrainConfig) -> int:
@@ -85,6 +87,7 @@ def set_up(config: TrainConfig) -> Run:
     """Checks everything, and only then begins the run folder, or resumes what is in it."""
     check_config(config)
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else several processes on CPUs would not know each other
         mixed_precision=config.precision,
         log_with="tensorboard",
         project_dir=config.run,
@@ -96,11 +99,8 @@ def set_up(config: TrainConfig) -> Run:
     set_seed(config.seed)
 
     # --- data: one process looks, all are told ---
-    found = [find_data(config, say) if accelerator.is_main_process else None]
-    ((train_scan, test_scan, test_name),) = broadcast_object_list(found)
-    schedule = schedule_of(
-        config, len(train_scan.clips), accelerator.process_index, accelerator.num_processes
-    )
+    (found,) = broadcast_object_list([find_data(config, say) if accelerator.is_main_process else None])
+    schedule = schedule_of(config, len(found.train), accelerator.process_index, accelerator.num_processes)
     if schedule.batch_size < config.batch_size:
         say(
             f"batch size {schedule.batch_size}: the data set is smaller than --batch-size {config.batch_size}"
@@ -134,24 +134,24 @@ def set_up(config: TrainConfig) -> Run:
     # --- run folder ---
     lock = None
     if accelerator.is_main_process:
-        data = describe_data(train_scan.clips)
+        data = describe_data(found.train)
         lock = begin_run(config.run, settings, data, config.restart, accelerator.device)
     accelerator.wait_for_everyone()
     first_step = load_checkpoint(accelerator, config.run, average)
     if first_step:
         say(f"resuming after step {first_step} of {schedule.steps}")
-    is_main, clips = accelerator.is_main_process, looked_at(train_scan) + looked_at(test_scan)
-    quarantine = Quarantine(config.run / "quarantine.jsonl", is_main, clips, config.max_unreadable)
-    quarantine.add("scan", train_scan.unreadable + test_scan.unreadable)
+    is_main = accelerator.is_main_process
+    quarantine = Quarantine(config.run / "quarantine.jsonl", is_main, found.looked_at, config.max_unreadable)
+    quarantine.add("scan", found.unreadable)
     metrics = MetricsFile(config.run / "metrics.jsonl", is_main, first_step)
     accelerator.init_trackers("tensorboard")
     return Run(
         config=config,
         accelerator=accelerator,
         schedule=schedule,
-        train_clips=train_scan.clips,
-        test_clips=test_scan.clips[: config.probe_clips],
-        test_name=test_name,
+        train_clips=found.train,
+        test_clips=found.test[: config.probe_clips],
+        test_name=found.test_name,
         mae=mae,
         model=model,
         average=average,
@@ -397,38 +397,48 @@ def optimizer_groups(mae: AVMAE, config: TrainConfig) -> list[dict]:
 # --- data ---------------------------------------------------------------------------------------------------
 
 
-def find_data(config: TrainConfig, say) -> tuple[Scan, Scan, str]:
-    """Clips to train on, clips to evaluate on, and what to call the latter."""
-    root, options = (
-        config.data,
-        dict(missing=config.missing, timeout=config.clip_timeout, workers=config.workers),
-    )
-    if root is None:
-        root = sounding_shapes.generate(DEMO)
+class Found(NamedTuple):
+    """The clips of a data set, and what a scan of it found."""
+
+    train: list[Clip]
+    test: list[Clip]
+    test_name: str  # what to call the latter
+    unreadable: list[ClipError]
+    looked_at: int  # files
+
+
+def find_data(config: TrainConfig, say) -> Found:
+    """Looks through the data set, which is built first if it is the demo's."""
+    options = dict(missing=config.missing, timeout=config.clip_timeout, workers=config.workers)
+    root = sounding_shapes.generate(DEMO) if config.data is None else config.data
     if sounding_shapes.is_built(root):
-        splits = [scan_clips(sounding_shapes.clips(root, split), **options) for split in ("train", "test")]
-    elif (root / "train").is_dir() and (root / "test").is_dir():
-        splits = [find_clips(root / split, **options) for split in ("train", "test")]
+        scans = [scan_clips(sounding_shapes.clips(root, split), **options) for split in SPLITS]
+    elif all((root / split).is_dir() for split in SPLITS):
+        scans = [find_clips(root / split, **options) for split in SPLITS]
     else:
-        scan = find_clips(root, **options)
-        say(scan.summary())
-        say("no train/ and test/ inside: what is measured before and after is the training clips themselves")
-        return scan, replace(scan, unreadable=[]), "training clips"
-    for name, scan in zip(("train", "test"), splits, strict=True):
-        say(f"{name}: {scan.summary()}")
-    return *splits, "held-out clips"
-
-
-def make_loader(mae: AVMAE, config: TrainConfig, clips: list, *, train: bool) -> ClipLoader:
-    """A loader of clips, with the masks of each drawn from (seed, epoch, clip)."""
-    dataset = ClipDataset(clips, mae.encoder.inputs, train=train, seed=config.seed, extras=mae.mask_sampler())
-    return ClipLoader(dataset, workers=config.workers, timeout=config.clip_timeout)
+        scans = [find_clips(root, **options)]
+        say("no train/ and test/ inside: what is measured are the training clips themselves")
+    for name, scan in zip(SPLITS, scans, strict=False):
+        say(f"{name}: {scan.summary()}" if len(scans) > 1 else scan.summary())
+    return Found(
+        train=scans[0].clips,
+        test=scans[-1].clips,
+        test_name="held-out clips" if len(scans) > 1 else "training clips",
+        unreadable=[error for scan in scans for error in scan.unreadable],
+        looked_at=sum(looked_at(scan) for scan in scans),
+    )
 
 
 def looked_at(scan: Scan) -> int:
     """How many files a scan has looked at."""
     dropped = set() if scan.kept else {*scan.without_sound, *scan.without_pictures}
     return len(scan.clips) + len(scan.unreadable) + len(dropped)
+
+
+def make_loader(mae: AVMAE, config: TrainConfig, clips: list, *, train: bool) -> ClipLoader:
+    """A loader of clips, with the masks of each drawn from (seed, epoch, clip)."""
+    dataset = ClipDataset(clips, mae.encoder.inputs, train=train, seed=config.seed, extras=mae.mask_sampler())
+    return ClipLoader(dataset, workers=config.workers, timeout=config.clip_timeout)
 
 
 # --- learning rates -----------------------------------------------------------------------------------------

@@ -5,14 +5,18 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from videos import write_video
 
 from avfuse import AVMAE, train
+from avfuse.checkpoints import list_checkpoints
 from avfuse.data import sounding_shapes
-from avfuse.train import TrainConfig, WarmupCosine, main
+from avfuse.faults import RunError
+from avfuse.recipes import TrainConfig
+from avfuse.train import WarmupCosine, main
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +41,9 @@ def tiny(data, run, **changes) -> TrainConfig:
         warmup_epochs=1,
         batch_size=4,
         workers=0,
+        checkpoint_every=2,
+        measure_every=4,
+        max_unreadable=1.0,
         decoder_dim=32,
         decoder_depth=1,
         decoder_heads=2,
@@ -58,16 +65,20 @@ def test_run_folder_holds_everything(finished):
     assert json.loads((run / "config.json").read_text())["settings"]["epochs"] == 3
     assert sorted(losses(run)) == [1, 2, 3, 4, 5, 6]  # 10 clips are two batches of 4 in each epoch
     assert all(math.isfinite(loss) for loss in losses(run).values())
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["epoch-00003"]
+    assert [path.name for path in list_checkpoints(run)] == ["step-00000006", "step-00000004"]
+    assert (run / "index.html").exists()
     assert list((run / "tensorboard").rglob("events.out.*"))
-    for name in ("losses", "reconstructions", "attention"):
+    pictures = ["losses", *(f"{n}-{s:06d}" for n in ("reconstructions", "attention") for s in (0, 4, 6))]
+    assert sorted(path.stem for path in (run / "pictures").iterdir()) == sorted(pictures)
+    for name in pictures:
         assert (run / "pictures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_measures_before_and_after_are_recorded(finished):
-    before, after = (row for row in rows(finished.run) if "when" in row)
-    assert (before["when"], before["step"], after["when"], after["step"]) == ("before", 0, "after", 6)
-    for row in before, after:
+def test_measures_before_during_and_after_are_recorded(finished):
+    before, during, after = (row for row in rows(finished.run) if "when" in row)
+    moments = [(row["when"], row["step"]) for row in (before, during, after)]
+    assert moments == [("before", 0), ("during", 4), ("after", 6)]
+    for row in before, during, after:
         assert row["clips"] == "held-out clips"
         assert set(row["probes"]) == {"shape", "colour"}
         for probe in row["probes"]["shape"].values():
@@ -79,10 +90,9 @@ def test_measures_before_and_after_are_recorded(finished):
 def test_saved_model_is_the_trained_one(finished):
     mae = AVMAE.from_pretrained(finished.run / "model")
     assert mae.encoder.fusion_layers == (1, 3)
-    loader = train.make_loader(
-        sounding_shapes.clips(finished.data, "test"), mae, finished, batch_size=2, train=False
-    )
-    loss = train.held_out_loss(mae, loader, torch.device("cpu"))
+    loader = train.make_loader(mae, finished, sounding_shapes.clips(finished.data, "test"), train=False)
+    batches = loader.batches([[(0, 0), (0, 1)], [(0, 2), (0, 3)], [(0, 4)]])
+    loss = train.held_out_loss(mae, batches, torch.device("cpu"))
     recorded = rows(finished.run)[-1]
     assert loss.clips == 5
     assert loss.image == pytest.approx(recorded["held_out_image_loss"], rel=1e-5)  # whatever the batch size
@@ -91,22 +101,23 @@ def test_saved_model_is_the_trained_one(finished):
 
 def test_resumes_with_the_losses_of_an_uninterrupted_run(finished, tmp_path, monkeypatch):
     config = replace(finished, run=tmp_path / "interrupted", workers=2)  # workers change nothing either
+    config = replace(config, checkpoint_every=3)  # in the middle of the second epoch
     save = train.save_checkpoint
 
-    def save_then_die(accelerator, run, epoch):
-        save(accelerator, run, epoch)
-        if epoch == 2:
-            raise KeyboardInterrupt
+    def save_then_die(*args):
+        save(*args)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "save_checkpoint", save_then_die)
     with pytest.raises(KeyboardInterrupt):
         main(config)
     monkeypatch.setattr(train, "save_checkpoint", save)
+    assert [path.name for path in list_checkpoints(config.run)] == ["step-00000003"]
     with (config.run / "metrics.jsonl").open("a") as file:  # a step after the checkpoint, cut off with it
         file.write(
             json.dumps(dict(step=5, loss=99.0)) + '\n{"step": 6, "lo'
         )  # killed in the middle of a line
-    (config.run / "checkpoints" / "epoch-00003.partial").mkdir()  # a checkpoint that was never completed
+    (config.run / "checkpoints" / "step-00000006.partial").mkdir()  # a checkpoint that was never completed
     main(config)
     assert losses(config.run) == losses(finished.run)
     assert [row.get("when") for row in rows(config.run)].count("before") == 1
@@ -174,6 +185,8 @@ def test_clips_that_cannot_be_used_are_named(tmp_path, capsys):
     (bad,) = map(json.loads, (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines())
     assert bad["path"].endswith("garbage.mp4") and bad["reason"]
     assert [row["clips"] for row in rows(tmp_path / "run") if "loss" in row] == [3]
+    with pytest.raises(RunError, match="1 of 5 clips could not be read, more than --max-unreadable 0.01"):
+        main(tiny(folder, tmp_path / "strict", epochs=1, max_unreadable=0.01))
 
 
 def test_clip_that_breaks_after_the_scan_is_left_out(tmp_path, monkeypatch):
@@ -188,6 +201,9 @@ def test_clip_that_breaks_after_the_scan_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "make_loader", break_then_make)
     main(tiny(folder, tmp_path / "run", epochs=2))
     assert [row["clips"] for row in rows(tmp_path / "run") if "loss" in row] == [3, 3]
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="--data has changed since the run"):
+        main(tiny(folder, tmp_path / "run", epochs=2))
     (bad,) = map(json.loads, (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines())
     assert bad["path"] == str(paths[1])
 
@@ -208,7 +224,7 @@ def test_every_interaction_trains(data, tmp_path, interactions):
         data, tmp_path / "run", interactions=interactions, epochs=1, fusion_layers=(), probe_clips=4
     )
     main(config)
-    assert (config.run / "pictures" / "attention.png").exists() == (interactions != "none")
+    assert (config.run / "pictures" / "attention-000002.png").exists() == (interactions != "none")
 
 
 def test_warmup_cosine_by_hand():
@@ -226,6 +242,12 @@ def test_warmup_cosine_by_hand():
         (dict(epochs=0), "--epochs"),
         (dict(batch_size=0), "--batch-size"),
         (dict(workers=-1), "--workers"),
+        (dict(micro_batch=-1), "--micro-batch"),
+        (dict(checkpoint_every=0), "--checkpoint-every"),
+        (dict(max_unreadable=math.nan), "--max-unreadable"),
+        (dict(clip_timeout=0.0), "--clip-timeout"),
+        (dict(ema=1.0), "--ema"),
+        (dict(image_weights=Path("nowhere.safetensors")), "--image-weights nowhere.safetensors"),
         (dict(base_lr=-1.0), "--base-lr"),
         (dict(fusion_layers=(4,)), "fusion_layers"),
         (dict(image_mask_ratio=1.0), "image_mask_ratio"),
@@ -238,7 +260,7 @@ def test_wrong_settings_are_named(data, tmp_path, changes, named):
 
 
 def test_command_line_says_what_is_wrong_without_a_traceback(tmp_path):
-    arguments = ["--data", str(tmp_path / "nowhere"), "--run", str(tmp_path / "run")]
+    arguments = ["--data", str(tmp_path / "nowhere"), "--run-dir", str(tmp_path / "run")]
     command = [sys.executable, "-m", "avfuse.train", *arguments]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
