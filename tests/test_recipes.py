@@ -1,0 +1,120 @@
+"""Settings of runs: the paper's presets against its text, how batches are dealt out, and what a plan says."""
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from avfuse import recipes
+from avfuse.recipes import PRESETS, Schedule, demo, learning_rate, make_model, parse, plan, schedule_of
+
+
+@pytest.mark.parametrize(
+    "preset, clips, epochs, batch, lr, steps_per_epoch",  # paper Sec. 4.1: lr = 1.5e-4 * batch / 256
+    [
+        ("vggsound-ablation", 144_000, 200, 512, 3e-4, 281),
+        ("vggsound-large", 144_000, 800, 1024, 6e-4, 140),
+        ("audioset", 1_730_000, 200, 4096, 2.4e-3, 422),
+    ],
+)
+def test_presets_are_the_papers_runs(preset, clips, epochs, batch, lr, steps_per_epoch):
+    config = parse(["--preset", preset])
+    assert (config.preset, config.clips, config.epochs, config.batch_size) == (preset, clips, epochs, batch)
+    assert config.warmup_epochs == 40 and config.weight_decay == 0.05
+    assert learning_rate(config, config.batch_size) == pytest.approx(lr)
+    assert (config.image_mask_ratio, config.audio_mask_ratio) == (0.75, 0.8)
+    assert (config.decoder_dim, config.decoder_depth, config.decoder_heads) == (512, 8, 16)
+    assert (config.fusion_tokens, config.image_aggregation_tokens, config.audio_aggregation_tokens) == (
+        16,
+        8,
+        8,
+    )
+    wide = preset == "audioset"
+    assert (config.attn_ratio, config.mlp_ratio) == ((1.0, 4.0) if wide else (0.25, 1.0))
+    schedule = schedule_of(config, clips, processes=8)
+    assert schedule.steps_per_epoch == steps_per_epoch and schedule.steps == epochs * steps_per_epoch
+    accumulated = {"vggsound-ablation": 1, "vggsound-large": 2, "audioset": 8}[preset]  # on 8 GPUs x 64 clips
+    assert [len(part) for part in schedule.micro_batches(range(clips), 0)] == [64] * accumulated
+
+    said = plan(config, processes=8)
+    for fact in (
+        f"{batch} clips = 8 processes x {accumulated} accumulated x 64",
+        f"{lr:.3g} = 0.00015 x {batch} / 256",
+        f"{epochs * steps_per_epoch:,} = {epochs} epochs x {steps_per_epoch}",
+        "image 196 tokens, 49 seen; audio 96 tokens, 19 seen; 32 fusion",
+    ):
+        assert fact in said
+
+
+def test_plan_counts_the_parameters_of_the_model():
+    of_encoder, of_all = map(
+        float, re.search(r"parameters +(\S+) M in the encoder, (\S+) M", plan(demo())).groups()
+    )
+    mae = make_model(demo())
+    assert of_encoder == pytest.approx(sum(p.numel() for p in mae.encoder.parameters()) / 1e6, abs=0.05)
+    assert of_all == pytest.approx(sum(p.numel() for p in mae.parameters()) / 1e6, abs=0.05)
+
+
+def test_activations_are_those_that_a_real_forward_keeps():
+    mae, kept = make_model(demo()).train(), {}
+    owned = {tensor.untyped_storage().data_ptr() for tensor in mae.state_dict().values()}
+
+    def count(tensor):
+        if tensor.untyped_storage().data_ptr() not in owned:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        output = mae(torch.randn(3, 3, 96, 96), torch.randn(3, 1, 64, 128))
+    assert recipes.activation_bytes(mae, "no", 3) == pytest.approx(sum(kept.values()), rel=0.05)
+    del output
+    assert recipes.activation_bytes(mae, "bf16", 8) < recipes.activation_bytes(mae, "no", 8)
+
+
+def test_options_override_a_preset():
+    config = parse(["--batch-size", "64", "--preset", "audioset", "--interactions", "dense", "-j", "3"])
+    assert (config.batch_size, config.interactions, config.workers) == (64, "dense", 3)
+    assert config.epochs == 200 and str(config.run) == "runs/audioset"
+    assert parse([]) == demo()
+    assert str(parse(["--run-dir", "x"]).run) == "x"
+    assert {name for name in PRESETS} == {make().preset for make in PRESETS.values()}
+
+
+@pytest.mark.parametrize("wrong", [["--preset", "imagenet"], ["--epoch", "3"], ["--batch-size", "x"]])
+def test_wrong_options_end_the_program(wrong, capsys):
+    with pytest.raises(SystemExit):
+        parse(wrong)
+    assert wrong[0] in capsys.readouterr().err
+
+
+def test_plan_starts_nothing(tmp_path):
+    command = [sys.executable, "-m", "avfuse.train", "--preset", "audioset", "--plan"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0 and "4096 clips" in result.stdout and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+@pytest.mark.parametrize("micro_batch", [0, 1, 4])
+def test_every_clip_of_a_batch_is_dealt_out_once(processes, micro_batch):
+    config = replace(demo(), batch_size=10, epochs=2, micro_batch=micro_batch)
+    order = list(range(100, 127))
+    for step in range(4):
+        batch = order[step % 2 * 10 : step % 2 * 10 + 10]
+        dealt = []
+        for process in range(processes):
+            schedule = schedule_of(config, len(order), process, processes)
+            assert (schedule.steps, schedule.steps_per_epoch) == (4, 2)
+            parts = schedule.micro_batches(order, step)
+            assert parts and all(0 < len(part) <= (micro_batch or 10) for part in parts)
+            dealt += [clip for part in parts for clip in part]
+        assert sorted(dealt) == batch
+
+
+def test_a_small_data_set_shrinks_the_batch_but_every_process_needs_a_clip():
+    assert schedule_of(replace(demo(), batch_size=64), 5).batch_size == 5
+    with pytest.raises(ValueError, match="--batch-size 3 leaves some of the 4 processes without a clip"):
+        schedule_of(demo(), 3, processes=4)
+    assert Schedule(clips=8, epochs=1, batch_size=4, micro_batch=4, processes=4).steps == 2
