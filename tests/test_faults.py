@@ -1,0 +1,163 @@
+"""What ends a run before its time, provoked in real runs: signals, losses not finite, lack of memory."""
+
+import json
+import os
+import signal
+from itertools import count
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from avfuse import AVMAE, train
+from avfuse.checkpoints import list_checkpoints
+from avfuse.data import sounding_shapes
+from avfuse.faults import RunError, Signals, examine, memory_advice
+from avfuse.recipes import TrainConfig
+from avfuse.train import main, set_up
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shapes")
+    return sounding_shapes.generate(root, train=8, test=2, workers=1, progress=False)
+
+
+@pytest.fixture
+def config(data, tmp_path):
+    return TrainConfig(
+        data=data,
+        run=tmp_path / "run",
+        epochs=2,
+        warmup_epochs=1,
+        batch_size=4,
+        micro_batch=2,
+        workers=0,
+        decoder_dim=32,
+        decoder_depth=1,
+        decoder_heads=2,
+        fusion_layers=(1,),
+        checkpoint_every=100,
+        measure_every=0,
+    )
+
+
+def losses(run) -> dict[int, float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def send_at(monkeypatch, step, *numbers):
+    """Sends signals to this process in the middle of a step."""
+    take = train.train_step
+
+    def send_then_take(run, at, *args):
+        for number in numbers if at == step else ():
+            os.kill(os.getpid(), number)
+        return take(run, at, *args)
+
+    monkeypatch.setattr(train, "train_step", send_then_take)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_and_resumes(config, tmp_path, monkeypatch, number, capsys):
+    with monkeypatch.context() as patch:
+        send_at(patch, 3, number)
+        assert main(config) == 128 + number
+    assert [path.name for path in list_checkpoints(config.run)] == ["step-00000003"]
+    assert "stopped after step 3 of 4: the same command resumes" in capsys.readouterr().out
+    assert main(config) == 0
+    interrupted, config.run = losses(config.run), tmp_path / "whole"
+    assert main(config) == 0
+    assert losses(config.run) == interrupted and sorted(interrupted) == [1, 2, 3, 4]
+
+
+def test_asked_to_save_it_goes_on(config, monkeypatch):
+    send_at(monkeypatch, 2, signal.SIGUSR1)
+    assert main(config) == 0
+    assert [path.name for path in list_checkpoints(config.run)] == ["step-00000004", "step-00000002"]
+
+
+def test_signals_are_as_they_were_afterwards():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.stop == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):  # the second
+            os.kill(os.getpid(), signal.SIGINT)
+    assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_before_the_update(config, monkeypatch, value):
+    """One pixel of one clip is spoilt in the first micro-batch of step 3."""
+    run = set_up(config)
+    calls, spoilt, prepare = count(), {}, train.model_inputs
+
+    def spoil(mae, batch):
+        inputs = prepare(mae, batch)
+        if next(calls) != 4:  # two micro-batches in each of the two steps before
+            return inputs
+        spoilt["clip"] = str(run.train_clips[batch["index"][1]].path)
+        spoilt["weights"] = {name: tensor.clone() for name, tensor in run.mae.state_dict().items()}
+        inputs["image"][1, 0, 0, 0] = value
+        inputs["image_removed"][1] = inputs["image_removed"][1].sort().values.flip(0)  # the first are hidden
+        return inputs
+
+    monkeypatch.setattr(train, "model_inputs", spoil)
+    with pytest.raises(RunError, match="step 3: the loss is nan.*; nothing was updated") as stopped:
+        train.train(run)
+    assert f"not finite: {spoilt['clip']} (the batch" in str(stopped.value)
+    assert sorted(losses(config.run)) == [1, 2]
+
+    folder = config.run / "faults" / "step-00000003" / "process-0"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["clips"] == [spoilt["clip"]] and len(report["batch"]) == 4 and report["step"] == 3
+    assert report["largest"] and all(name for name, _ in report["largest"])
+    weights = load_file(folder / "model.safetensors")
+    assert all(torch.equal(weights[name], tensor) for name, tensor in spoilt["weights"].items())
+    batches = [load_file(folder / f"batch-{n}.safetensors") for n in (0, 1)]
+    assert [len(batch["image"]) for batch in batches] == [2, 2] and not batches[0]["image"].isfinite().all()
+
+
+def test_examine_finds_clip_and_module():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(2, 2), nn.Linear(2, 2), nn.Identity()
+
+        def forward(self, x):
+            from types import SimpleNamespace
+
+            return SimpleNamespace(loss=self.third(self.second(self.first(x)) ** 3).mean())
+
+    model = Model()
+    nn.init.eye_(model.first.weight), nn.init.zeros_(model.first.bias)
+    nn.init.constant_(model.second.weight, 1e13), nn.init.zeros_(model.second.bias)
+    x = torch.tensor([[1e-13, 0.0], [1.0, 1.0], [2e-13, 1e-13]])
+    report = examine(model, [dict(x=x[:2]), dict(x=x[2:])], [["a", "b"], ["c"]])
+    assert report["clips"] == ["b"]  # (2e13)**3 is above the largest float32
+    assert [name for name, _ in report["largest"]] == ["third", "second", "first"]
+    assert report["largest"][0][1] == "inf" and float(report["largest"][2][1]) == 1.0
+
+
+def test_out_of_memory_says_what_to_change(config, monkeypatch):
+    def forward(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    run = set_up(config)
+    monkeypatch.setattr(AVMAE, "forward", forward)
+    run.first_step = 1  # past the measures before training
+    advice = "--micro-batch 1 .same losses., --grad-checkpointing .same losses, more time., --precision bf16"
+    with pytest.raises(RunError, match=f"out of memory with micro-batches of 2 clips: try {advice}"):
+        train.train(run)
+
+
+def test_memory_advice_is_what_is_left_to_try():
+    with pytest.raises(RunError, match="try a smaller --model$"):
+        with memory_advice(1, checkpointing=True, precision="bf16"):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+    with pytest.raises(RuntimeError, match="^something else$"):
+        with memory_advice(1, checkpointing=True, precision="bf16"):
+            raise RuntimeError("something else")

@@ -1,0 +1,120 @@
+"""Training in several processes, and killed: the losses are those of one process left alone."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from avfuse.data import sounding_shapes
+
+TINY = (
+    *("--warmup-epochs", "1", "--decoder-dim", "32", "--decoder-depth", "1", "--decoder-heads", "2"),
+    *("--fusion-layers", "1", "3", "--measure-every", "0", "--workers", "1"),
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shapes")
+    return sounding_shapes.generate(root, train=17, test=2, workers=1, progress=False)
+
+
+def command(data, run, *options, processes=1) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
+    launcher = launcher if processes > 1 else []
+    paths = "--data", str(data), "--run-dir", str(run)
+    return [sys.executable, *launcher, "-m", "avfuse.train", *paths, *TINY, *options]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | dict(OMP_NUM_THREADS="1")
+
+
+def losses(run) -> dict[int, list[float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    names = ("loss", "image_loss", "audio_loss", "grad_norm", "lr")
+    return {row["step"]: [row[name] for name in names] for row in rows if "loss" in row}
+
+
+def train(data, run, *options, processes=1) -> dict[int, list[float]]:
+    result = subprocess.run(
+        command(data, run, *options, processes=processes),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=environment(),
+    )
+    assert result.returncode == 0, result.stderr
+    return losses(run)
+
+
+def assert_close(ours, truth):
+    assert ours.keys() == truth.keys()
+    for step, values in truth.items():
+        assert ours[step] == pytest.approx(values, rel=2e-5), f"step {step}"
+
+
+def test_losses_do_not_depend_on_the_number_of_processes(data, tmp_path):
+    """Nor on micro-batches; batches of 8 out of 17 clips, dealt out to 1, 2 and 4 processes."""
+    options = "--epochs", "2", "--batch-size", "8"
+    truth = train(data, tmp_path / "1", *options)
+    assert sorted(truth) == [1, 2, 3, 4]
+    assert_close(train(data, tmp_path / "2", *options, "--micro-batch", "3", processes=2), truth)
+    assert_close(train(data, tmp_path / "4", *options, processes=4), truth)
+
+
+def test_broken_clips_do_not_either(data, tmp_path):
+    """Clips that a scan takes for whole and nobody can read, in shares that become empty by it: each is
+    named once, and adds nothing to the loss."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for path in sorted((data / "train").glob("*.mp4")):
+        content = path.read_bytes()
+        index = int(path.stem)
+        (folder / path.name).write_bytes(content if index % 2 or index > 8 else hollow(content))
+    options = "--epochs", "2", "--batch-size", "4", "--max-unreadable", "0.9"
+    truth = train(folder, tmp_path / "1", *options)
+    assert_close(train(folder, tmp_path / "4", *options, processes=4), truth)
+    for run in "1", "4":
+        rows = [json.loads(line) for line in (tmp_path / run / "quarantine.jsonl").read_text().splitlines()]
+        assert sorted(row["path"][-5] for row in rows) == ["0", "2", "4", "6", "8"]
+
+
+def hollow(video: bytes) -> bytes:
+    """Headers as they were, zeros where the pictures and the sound were."""
+    start = video.index(b"mdat") + 4
+    size = int.from_bytes(video[start - 8 : start - 4], "big") - 8
+    return video[:start] + bytes(size) + video[start + size :]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_random_moments_it_ends_with_the_same_losses(data, tmp_path, processes):
+    """SIGKILL to all its processes, 20 times, at moments drawn uniformly from its start on."""
+    options = "--epochs", "60", "--batch-size", "8", "--checkpoint-every", "3"
+    truth = train(data, tmp_path / "whole", *options, processes=processes)
+    chance, kills, reached = random.Random(0), 0, []
+    while kills < 20:
+        process = subprocess.Popen(
+            command(data, tmp_path / "killed", *options, processes=processes),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env=environment(),
+        )
+        try:
+            assert process.wait(timeout=chance.uniform(1, 14 + 4 * processes)) == 0
+            break  # it went through before it was killed
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+            checkpoints = (tmp_path / "killed" / "checkpoints").glob("step-????????")
+            reached.append(max((int(path.name[5:]) for path in checkpoints), default=0))
+    print(f"killed {kills} times, at steps {reached} of {len(truth)}")
+    assert train(data, tmp_path / "killed", *options, processes=processes) == truth
+    assert kills == 20 and len(set(reached)) > 3  # else it was not killed at many different moments
