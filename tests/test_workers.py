@@ -103,6 +103,16 @@ def test_workers_killed_from_outside_change_nothing():
     assert seen == list(range(200))
 
 
+def test_a_worker_killed_while_idle_costs_no_call_a_try():
+    with WorkerPool(calls.whereabouts, 1, retries=0) as pool:
+        ((_, pid, _),) = pool.map([0])
+        os.kill(pid, signal.SIGKILL)
+        (idle,) = pool._idle
+        idle.process.join(60)
+        ((key, other, _),) = pool.map([1])
+    assert key == 1 and other != pid
+
+
 def test_signals_to_every_process_of_a_job_are_for_the_parent():
     with WorkerPool(calls.whereabouts, 1) as pool:
         ((_, pid, _),) = pool.map([0])
