@@ -297,7 +297,9 @@ def test_a_clip_that_takes_too_much_memory_is_named(folder, tmp_path):
 
 
 def test_frames_on_the_way_to_the_wanted_one_are_not_kept(tmp_path):
-    long = write_video(tmp_path / "a.mp4", 10, 20, size=(640, 480), audio=False, g="250", bf="0")
+    long = write_video(
+        tmp_path / "a.mp4", 10, 20, size=(640, 480), audio=False, g="250", bf="0", sc_threshold="0"
+    )
     dataset = ClipDataset([Clip(long)], SETTINGS, train=False)
     with ClipLoader(dataset, workers=1, memory=2**25) as loader:  # 100 frames take 46 MB
         (batch,) = loader.batches([[(0, 0)]])
