@@ -192,7 +192,7 @@ SCRIPT = """
 import os, signal, sys, calls
 from avfuse.data.workers import WorkerPool
 
-pool = WorkerPool(calls.misbehave, 3, timeout=3.0)
+pool = WorkerPool(calls.misbehave, 3, timeout=1.5)
 print(len(list(pool.map(range(6)))), flush=True)
 results = pool.map(["good"] + (["hang"] if sys.argv[1] == "kill" else []))
 next(results)
@@ -220,3 +220,5 @@ def test_arguments():
     for name, value in (("workers", -1), ("retries", -1), ("timeout", 0.0), ("memory", 0)):
         with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
             WorkerPool(calls.square, **{"workers": 1, name: value})
+    with pytest.raises(ValueError, match="function must be one that can be pickled .*lambda"):
+        WorkerPool(lambda key: key, 1)
