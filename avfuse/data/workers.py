@@ -273,13 +273,10 @@ def _work(connection: socket.socket, timeout: float, memory: int | None) -> None
         _limit(memory)
         while True:
             key = pickle.loads(_receive(connection))
-            signal.setitimer(
-                signal.ITIMER_REAL, 2 * timeout
-            )  # in case the parent is not there to see it hang
-            answer = _attempt(lambda key: pickle.dumps((True, function(key)), protocol=5), key)
+            signal.setitimer(signal.ITIMER_REAL, 2 * timeout)  # if it hangs with no parent there to see it
+            done, answer = _attempt(lambda key: pickle.dumps((True, function(key)), protocol=5), key)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            done, message = answer
-            _send(connection, message if done else pickle.dumps(answer))
+            _send(connection, answer if done else pickle.dumps((False, answer)))
     except (EOFError, ConnectionError):
         return
 
