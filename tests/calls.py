@@ -4,7 +4,7 @@ import itertools
 import os
 import signal
 import sys
-from pathlib import Path
+from pathlib import Path, PosixPath
 
 from avfuse.data import workers
 
@@ -63,6 +63,13 @@ def in_reverse(key: tuple[int, Path]) -> int:
 
 def allocate(size: int) -> int:
     return len(bytearray(size))
+
+
+class Bomb(PosixPath):
+    """A path that misbehaves in the worker that it is sent to."""
+
+    def __reduce__(self):
+        return misbehave, (self.stem,)
 
 
 class Unloadable:

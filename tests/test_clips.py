@@ -15,6 +15,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from calls import Bomb
 from torch.utils.data import BatchSampler
 from videos import chirp, number_of, write_video
 
@@ -98,6 +99,19 @@ def test_a_manifest_is_scanned_alike(folder):
     ]
     assert "2 clips; 1 without pictures dropped: dark.mp4; 1 unreadable: broken.mp4 (" in scan.summary()
     assert scan_clips([], progress=False, workers=0).summary() == "0 clips"
+
+
+def test_headers_that_crash_or_hang_are_named(folder):
+    paths = [folder / "a.mp4", Bomb("crash.mp4"), Bomb("hang.mp4"), folder / "broken.mp4", folder / "z.mov"]
+    known = Clip(Bomb("exit.mp4"), {}, Streams(True, True, 1.0, 10.0))  # not opened
+    clips = [known, *map(Clip, paths)]
+    scan = scan_clips(clips, progress=False, workers=2, timeout=2.0)
+    assert [clip.path.name for clip in scan.clips] == ["exit.mp4", "a.mp4", "z.mov"]
+    assert [error.reason for error in scan.unreadable][:2] == [
+        "crashed its reader (signal 11)",
+        "took longer than 2 s",
+    ]
+    assert [error.path for error in scan.unreadable] == paths[1:4]
 
 
 def test_links_that_leave_the_folder_are_not_followed(tmp_path):
@@ -297,7 +311,9 @@ def test_a_clip_that_takes_too_much_memory_is_named(folder, tmp_path):
 
 
 def test_frames_on_the_way_to_the_wanted_one_are_not_kept(tmp_path):
-    long = write_video(tmp_path / "a.mp4", 10, 20, size=(640, 480), audio=False, g="250", sc_threshold="0")
+    long = write_video(
+        tmp_path / "a.mp4", 10, 20, size=(640, 480), audio=False, g="250", bf="0", sc_threshold="0"
+    )
     dataset = ClipDataset([Clip(long)], SETTINGS, train=False)
     with ClipLoader(dataset, workers=1, memory=2**25) as loader:  # 100 frames take 46 MB
         (batch,) = loader.batches([[(0, 0)]])

@@ -103,6 +103,16 @@ def test_workers_killed_from_outside_change_nothing():
     assert seen == list(range(200))
 
 
+def test_a_worker_killed_while_idle_costs_no_call_a_try():
+    with WorkerPool(calls.whereabouts, 1, retries=0) as pool:
+        ((_, pid, _),) = pool.map([0])
+        os.kill(pid, signal.SIGKILL)
+        (idle,) = pool._idle
+        idle.process.join(60)
+        ((key, other, _),) = pool.map([1])
+    assert key == 1 and other != pid
+
+
 def test_signals_to_every_process_of_a_job_are_for_the_parent():
     with WorkerPool(calls.whereabouts, 1) as pool:
         ((_, pid, _),) = pool.map([0])
@@ -182,7 +192,7 @@ SCRIPT = """
 import os, signal, sys, calls
 from avfuse.data.workers import WorkerPool
 
-pool = WorkerPool(calls.misbehave, 3, timeout=3.0)
+pool = WorkerPool(calls.misbehave, 3, timeout=1.5)
 print(len(list(pool.map(range(6)))), flush=True)
 results = pool.map(["good"] + (["hang"] if sys.argv[1] == "kill" else []))
 next(results)
@@ -210,3 +220,5 @@ def test_arguments():
     for name, value in (("workers", -1), ("retries", -1), ("timeout", 0.0), ("memory", 0)):
         with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
             WorkerPool(calls.square, **{"workers": 1, name: value})
+    with pytest.raises(ValueError, match="function must be one that can be pickled .*lambda"):
+        WorkerPool(lambda key: key, 1)

@@ -216,7 +216,7 @@ class ClipDataset(Dataset):
         train: whether there is augmentation.
         seed: another seed, other random choices.
         extras: gives more that belongs to an item, such as the masks of a masked autoencoder, drawn from the
-            generator it is called with, after everything else.
+            generator it is called with, after everything else; workers need one that can be pickled.
 
     Raises:
         ValueError: no clips, clips whose labels have different names, or a negative seed.
@@ -309,7 +309,8 @@ class ClipLoader:
         memory: bytes that a worker may allocate; a clip that takes more is a failure.
 
     Raises:
-        ValueError: a negative number of workers, or a limit that is not positive.
+        ValueError: a negative number of workers, a limit that is not positive, or `extras` that cannot be
+            pickled.
     """
 
     def __init__(

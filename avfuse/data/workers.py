@@ -60,7 +60,8 @@ class WorkerPool:
             it allocation fails, which is for the function to handle, as is any exception.
 
     Raises:
-        ValueError: `workers` or `retries` negative, `timeout` or `memory` not positive.
+        ValueError: `workers` or `retries` negative, `timeout` or `memory` not positive, or a function that
+            cannot be pickled.
     """
 
     def __init__(
@@ -83,7 +84,10 @@ class WorkerPool:
         self.memory, self._closed = memory, False
         self._running, self._idle = set(), []  # workers; the idle ones are running too
         if workers:
-            self._pickled = pickle.dumps(function, protocol=5)
+            try:
+                self._pickled = pickle.dumps(function, protocol=5)
+            except Exception as error:
+                raise ValueError(f"function must be one that can be pickled for workers: {error}") from error
             self._threads = ThreadPoolExecutor(workers, thread_name_prefix="worker")
             self._kill = Finalize(self, _kill, [self._running], exitpriority=0)
 
@@ -201,14 +205,14 @@ class _Worker:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self.socket, theirs = socket.socketpair()
-        self.process = context.Process(target=_work, args=(theirs, *arguments), daemon=True)
+        process = context.Process(target=_work, args=(theirs, *arguments), daemon=True)
         main = sys.modules["__main__"]
         try:
             if not imports_main:  # else each would import the training program, or run a script without guard
                 sys.modules["__main__"] = ModuleType("__main__")
-            self.process.start()
+            process.start()
+            self.process = process
         except (OSError, EOFError) as error:  # the process that they are forked from was killed
-            self.process = None
             raise _Lost(f"could not be forked: {error}") from error
         finally:
             sys.modules["__main__"] = main
@@ -269,13 +273,10 @@ def _work(connection: socket.socket, timeout: float, memory: int | None) -> None
         _limit(memory)
         while True:
             key = pickle.loads(_receive(connection))
-            signal.setitimer(
-                signal.ITIMER_REAL, 2 * timeout
-            )  # in case the parent is not there to see it hang
-            answer = _attempt(lambda key: pickle.dumps((True, function(key)), protocol=5), key)
+            signal.setitimer(signal.ITIMER_REAL, 2 * timeout)  # if it hangs with no parent there to see it
+            done, answer = _attempt(lambda key: pickle.dumps((True, function(key)), protocol=5), key)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            done, message = answer
-            _send(connection, message if done else pickle.dumps(answer))
+            _send(connection, answer if done else pickle.dumps((False, answer)))
     except (EOFError, ConnectionError):
         return
 
