@@ -31,12 +31,12 @@ INK, GREEN, PINK = "#010203", "#009E73", "#CC79A7"  # text and axes; two more co
 VARIABLES = {INK: "ink", BLUE: "image", ORANGE: "audio", GREEN: "fusion", PINK: "sum", GREY: "grey"}
 FEATURES = dict(image=(BLUE, "o-"), audio=(ORANGE, "s--"), fusion=(GREEN, "^-."), sum=(PINK, "D:"))
 COLUMNS = dict(
-    image_loss="Image loss (mean squared error)",
-    audio_loss="Audio loss (mean squared error)",
+    image_loss="Image loss",
+    audio_loss="Audio loss",
     lr="Learning rate",
     grad_norm="Gradient norm",
-    rate="Throughput (clips per second)",
-    waiting="Waiting for data (share of a step's time)",
+    throughput="Clips per second",
+    waiting="Share of time waiting for data",
 )
 PICTURES = dict(
     reconstructions="Original, what the model sees, and what it makes of it",
@@ -66,7 +66,7 @@ PAGE = Template("""<!DOCTYPE html>
 body { margin: 0 auto; max-width: 72rem; padding: 1rem; background: var(--paper); color: var(--ink);
   font: 1rem/1.45 system-ui, sans-serif; overflow-wrap: anywhere }
 h2 { margin: 2rem 0 .5rem; padding-top: .5rem; border-top: 1px solid var(--line); font-size: 1.2rem }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1rem }
 figure { margin: 0 }
 figcaption, footer { color: var(--grey); font-size: .9rem }
 svg { width: 100%; height: auto }
@@ -74,6 +74,7 @@ table { display: block; overflow-x: auto; border-collapse: collapse; font-size: 
 td, th { padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); text-align: left;
   vertical-align: top; min-width: 6rem }
 .moments { display: flex; flex-wrap: wrap; gap: .3rem .7rem; margin: .5rem 0 1.5rem }
+.moments label { white-space: nowrap }
 .moments img { display: none; order: 1; width: 100% }
 .moments input:checked + label + img { display: block }
 </style>
@@ -214,14 +215,14 @@ def status(config: dict, metrics: Path, steps: list[dict], measures: list[dict])
 def curves(steps: list[dict], measures: list[dict]) -> str:
     timed = [row for row in steps if row.get("seconds") and "data_seconds" in row]
     for row in timed:
-        row.update(rate=row["clips"] / row["seconds"], waiting=row["data_seconds"] / row["seconds"])
+        row |= dict(throughput=row["clips"] / row["seconds"], waiting=row["data_seconds"] / row["seconds"])
     text = charts([curve(steps, measures, name) for name in COLUMNS])
     if timed:
         clips, seconds, waited = (
             sum(row[key] for row in timed) for key in ("clips", "seconds", "data_seconds")
         )
         text += paragraph(
-            f"All steps: {clips / seconds:.1f} clips per second, {waited / seconds:.1%} of it waiting"
+            f"All steps: {clips / seconds:.1f} clips per second, {waited / seconds:.1%} waiting for data"
         )
     if len(steps) > 2 * BINS:
         text += paragraph("Faint: the range of neighbouring steps; line: their mean")
@@ -240,9 +241,8 @@ def curve(steps: list[dict], measures: list[dict], name: str) -> str:
         if long:
             means = ([part.mean() for part in np.array_split(values, BINS // 2)] for values in (x, y))
             axis.plot(*means, color=colour, lw=1.5)
-        axis.plot(
-            *thin(*column(measures, f"held_out_{name}"), bins=50), "o", color=INK, ms=4, label="held out"
-        )
+        held_out = column(measures, f"held_out_{name}")
+        axis.plot(*thin(*held_out, bins=50), "o", color=INK, ms=4, label="held out")
         for zero in column(measures, f"held_out_{name}".replace("loss", "zero"))[1][-1:]:
             axis.axhline(zero, color=GREY, ls="--", lw=1, label="predicting zero")
             axis.legend(frameon=False)
@@ -302,7 +302,7 @@ def pictures(folder: Path) -> str:
 def quarantine(rows: list[dict]) -> str:
     names = table(([row.get(key, "") for key in HEADER] for row in rows[:NAMES]), HEADER)
     more = f", {len(rows) - NAMES} more in quarantine.jsonl" if len(rows) > NAMES else ""
-    return paragraph(f"{len(rows)} clips{more}") + names if rows else ""
+    return paragraph(f"{len(rows)} in all{more}") + names if rows else ""
 
 
 # --- parts of a page ----------------------------------------------------------------------------------------
@@ -320,14 +320,14 @@ def figure(axis: Axes, caption: str) -> str:
     it is no part of the chart, where matplotlib would read it as mathematics."""
     file = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context({"svg.hashsalt": caption}):  # the charts of a page must not share ids
+    with matplotlib.rc_context({"svg.hashsalt": ascii(caption)}):  # the charts of a page must not share ids
         axis.figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace("xlink:href", "href")
     svg = re.sub(r'(?<=<g) id="[^"]*"| xmlns(:\w+)?="[^"]*"| (width|height)="[\d.]+pt"', "", svg)
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour.lower(), f"var(--{variable})")
-    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+    return f"<figure><figcaption>{escape(caption)}</figcaption>{svg}</figure>"
 
 
 def charts(figures: list[str]) -> str:
