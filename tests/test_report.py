@@ -224,7 +224,9 @@ def test_a_long_run_gives_a_small_page_that_shows_every_spike(run):
     assert "20000 in all, 19800 more in quarantine.jsonl" in page.text
     x, y = curve_points(page, "image").T
     assert y.argmin() not in (0, len(y) - 1)
-    np.testing.assert_allclose((x[y.argmin()] - x[0]) / (x[-1] - x[0]), spike / steps, atol=1e-4)
+    np.testing.assert_allclose(
+        (x[y.argmin()] - x[0]) / (x[-1] - x[0]), spike / steps, atol=1e-3
+    )  # of 300 pixels
 
 
 # --- unfinished, damaged, hostile ---------------------------------------------------------------------------
