@@ -36,6 +36,7 @@ setup(
         "huggingface_hub>=0.30",
         "tensorboard>=2.18",
         "matplotlib>=3.9",
+        "pillow",
         "tqdm>=4.66",
     ],
     extras_require={
