@@ -24,7 +24,7 @@ def data(tmp_path_factory):
 
 
 def command(data, run, *options, processes=1) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     launcher = launcher if processes > 1 else []
     paths = "--data", str(data), "--run-dir", str(run)
     return [sys.executable, *launcher, "-m", "avfuse.train", *paths, *TINY, *options]
@@ -45,7 +45,7 @@ def train(data, run, *options, processes=1) -> dict[int, list[float]]:
         command(data, run, *options, processes=processes),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=300,
         env=environment(),
     )
     assert result.returncode == 0, result.stderr
@@ -78,8 +78,8 @@ def test_broken_clips_do_not_either(data, tmp_path):
         (folder / path.name).write_bytes(content if index % 2 or index > 8 else hollow(content))
     options = "--epochs", "2", "--batch-size", "4", "--max-unreadable", "0.9"
     truth = train(folder, tmp_path / "1", *options)
-    assert_close(train(folder, tmp_path / "4", *options, processes=4), truth)
-    for run in "1", "4":
+    assert_close(train(folder, tmp_path / "2", *options, processes=2), truth)
+    for run in "1", "2":
         rows = [json.loads(line) for line in (tmp_path / run / "quarantine.jsonl").read_text().splitlines()]
         assert sorted(row["path"][-5] for row in rows) == ["0", "2", "4", "6", "8"]
 
