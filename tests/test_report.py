@@ -126,6 +126,7 @@ def test_page_is_well_formed_and_needs_nothing_else(run):
     for tag, attributes in page.tags:
         assert attributes.get("src", "data:").startswith("data:"), tag
         assert attributes.get("href", "#").startswith("#"), tag
+    assert "xlink:" not in page.source  # nothing declares it
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(set(ids)) == len(ids)
     used = re.findall(r"url\(#(.+?)\)|href=\"#(.+?)\"", page.source)
@@ -151,6 +152,9 @@ def test_numbers_are_those_of_the_run(run):
         "All steps: 16.0 clips per second, 25.0% waiting for data",
     ):
         assert caption in page.text
+    assert (
+        page.text.count("predicting zero") == 2 + 2 and page.text.count("held out") == 2
+    )  # text and legends
     last = ["0.220 ± 0.010", "0.320 ± 0.020", "0.420 ± 0.030", "0.520 ± 0.040", "0.250"]
     assert ["shape", "12", *last] in page.rows and ["colour", "12", *last] in page.rows
     assert ["a/b.mp4", "no video stream", "scan"] in page.rows and "1 in all" in page.text
