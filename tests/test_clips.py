@@ -272,6 +272,20 @@ def test_batches_are_the_same_for_any_number_of_workers(folder, train):
                     assert same(batch, truth)
 
 
+def test_workers_killed_from_outside_change_no_batch(folder):
+    dataset = ClipDataset([Clip(folder / "a.mp4"), Clip(folder / "z.mov")], SETTINGS, train=True)
+    keys = [[(epoch, 0), (epoch, 1)] for epoch in range(30)]
+    with ClipLoader(dataset, workers=2) as loader:
+        for number, batch in enumerate(loader.batches(keys)):
+            if number % 10 == 0:
+                for process in [worker.process for worker in loader._pool._running]:
+                    if process is not None:  # not just being replaced
+                        process.kill()
+            assert batch.pop("failures") == []
+            truth = collate([dataset[key] for key in keys[number]])
+            assert same(batch, {name: truth[name] for name in batch}) and len(truth) == len(batch) + 1
+
+
 class Trap:
     """Masks, except that one clip brings its worker down, and another never ends."""
 

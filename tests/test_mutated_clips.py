@@ -86,7 +86,8 @@ def test_mutated_clips_are_read_or_named(tmp_path, count):
                 read += batch["index"].tolist()
             failures += batch["failures"]
             if number in (len(keys) // 4, len(keys)):
-                pids = [os.getpid(), *(worker.process.pid for worker in loader._pool._running)]
+                processes = [worker.process for worker in loader._pool._running]
+                pids = [os.getpid(), *(process.pid for process in processes)]
                 use.append([(resident(pid) >> 20, len(os.listdir(f"/proc/{pid}/fd"))) for pid in pids])
     print(f"\n{len(read)} read, {len(failures)} not; MiB and open files of this process and workers: {use}")
     print(*Counter(failure.reason for failure in failures).most_common(40), sep="\n")
