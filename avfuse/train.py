@@ -106,6 +106,12 @@ def set_up(config: TrainConfig) -> Run:
             f"batch size {schedule.batch_size}: the data set is smaller than --batch-size {config.batch_size}"
         )
 
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if config.ema:
+            raise ValueError("--ema needs whole weights in each process: not with FSDP")
+        if schedule.batch_size % accelerator.num_processes:
+            raise ValueError("--batch-size must be a multiple of the number of processes with FSDP")
+
     # --- model, optimizer, learning rates ---
     mae = make_model(config)
     load_branch("--image-weights", mae.encoder.image, config.image_weights)
@@ -117,8 +123,6 @@ def set_up(config: TrainConfig) -> Run:
     )
     average = None
     if config.ema:
-        if accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError("--ema needs whole weights in each process: not with FSDP")
         average = AveragedModel(mae, multi_avg_fn=get_ema_multi_avg_fn(config.ema)).to(accelerator.device)
     groups = optimizer_groups(mae, config)
     lr = learning_rate(config, schedule.batch_size)
@@ -202,7 +206,7 @@ def take_steps(run: Run, signals: Signals) -> int:
             if any(asked) or step % config.checkpoint_every == 0 or step == steps:
                 save_checkpoint(accelerator, config.run, step, config.keep_checkpoints, run.average)
             if asked.stop:
-                tqdm.write(f"stopped after step {step} of {steps}: the same command resumes")
+                accelerator.print(f"stopped after step {step} of {steps}: the same command resumes")
                 return asked.stop
     return 0
 
@@ -230,9 +234,10 @@ def train_step(run: Run, step: int, batches: Iterator[list[dict]], signals: Sign
     counts = [torch.tensor([count_hidden(batch, name) for name in ("image", "audio")]) for batch in inputs]
     failures = [failure for batch in read for failure in batch["failures"]]
     clips = sum(len(batch["image"]) for batch in read if "image" in batch)
-    flags = [clips, len(failures), signals.save, signals.stop > 0]
+    save, signals.save = signals.save, False
+    flags = [clips, len(failures), save, signals.stop > 0]
     *hidden, clips, failed, save, stop = sum_over_processes(accelerator, [*sum(counts).tolist(), *flags])
-    asked, signals.save = Asked(save > 0, signals.stop or (signal.SIGTERM if stop else 0)), False
+    asked = Asked(save > 0, signals.stop or (signal.SIGTERM if stop else 0))
     if failed:
         run.quarantine.add(f"step {step}", gather_object(failures))
     if not clips:  # nothing to learn from
@@ -241,9 +246,8 @@ def train_step(run: Run, step: int, batches: Iterator[list[dict]], signals: Sign
 
     # --- forward and backward ---
     run.model.train()
-    torch.manual_seed(
-        random_seed(config.seed, step, accelerator.process_index)
-    )  # nothing to restore on resume
+    # From its own seed: what a step draws does not depend on whether the run was interrupted before it.
+    torch.manual_seed(random_seed(config.seed, step, accelerator.process_index))
     losses = torch.zeros(2, device=accelerator.device)
     total = torch.tensor(hidden).clamp(min=1)
     inputs = [{name: value.to(accelerator.device) for name, value in batch.items()} for batch in inputs]
@@ -256,9 +260,8 @@ def train_step(run: Run, step: int, batches: Iterator[list[dict]], signals: Sign
                 output = run.model(**batch)
                 share = (count / total).to(accelerator.device)
                 weighted = torch.stack([output.image_loss, output.audio_loss]) * share
-                accelerator.backward(
-                    weighted.sum() * accelerator.num_processes
-                )  # whose gradients are averaged
+                gradients_of = weighted.sum() * accelerator.num_processes  # over which they are averaged
+                accelerator.backward(gradients_of)
             losses += weighted.detach()
     image_loss, audio_loss = sum_over_processes(accelerator, losses.tolist())
     norm = accelerator.clip_grad_norm_(run.model.parameters(), config.clip_grad or math.inf)
@@ -501,8 +504,11 @@ def measure(run: Run, step: int, when: str) -> None:
 
 def measures(mae: AVMAE, batches: list[dict], device: torch.device) -> dict:
     """The held-out losses, those of predicting zero, and the probes, ready for JSON."""
+    if not any("image" in batch for batch in batches):
+        raise RunError("none of the clips to measure on could be read")
     loss = held_out_loss(mae, batches, device)
-    probes = nearest_neighbour_probes(pooled_features(mae.encoder, batches, device))
+    features = pooled_features(mae.encoder, batches, device)
+    probes = nearest_neighbour_probes(features) if loss.clips > 1 else {}
     return dict(
         held_out_clips=loss.clips,
         held_out_image_loss=loss.image,

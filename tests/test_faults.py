@@ -24,6 +24,11 @@ def data(tmp_path_factory):
     return sounding_shapes.generate(root, train=8, test=2, workers=1, progress=False)
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(train, "draw", lambda *_: None)
+
+
 @pytest.fixture
 def config(data, tmp_path):
     return TrainConfig(

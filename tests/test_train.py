@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from videos import write_video
 
 from avfuse import AVMAE, train
@@ -16,7 +17,7 @@ from avfuse.checkpoints import list_checkpoints
 from avfuse.data import sounding_shapes
 from avfuse.faults import RunError
 from avfuse.recipes import TrainConfig
-from avfuse.train import WarmupCosine, main
+from avfuse.train import Ramped, WarmupCosine, main
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,13 @@ def finished(data, tmp_path_factory):
     config = tiny(data, tmp_path_factory.mktemp("runs") / "whole")
     main(config)
     return config
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Pictures take longer than all else: only those who look at them have them drawn."""
+    if "interaction" not in request.node.name:
+        monkeypatch.setattr(train, "draw", lambda *_: None)
 
 
 def tiny(data, run, **changes) -> TrainConfig:
@@ -225,6 +233,105 @@ def test_every_interaction_trains(data, tmp_path, interactions):
     )
     main(config)
     assert (config.run / "pictures" / "attention-000002.png").exists() == (interactions != "none")
+
+
+def test_a_single_clip_to_measure_on_has_no_neighbour(data, tmp_path):
+    main(tiny(data, tmp_path / "run", epochs=1, probe_clips=1))
+    assert [row["probes"] for row in rows(tmp_path / "run") if "when" in row] == [{}, {}]
+
+
+def test_recomputing_activations_changes_no_loss(finished, tmp_path):
+    main(replace(finished, run=tmp_path / "run", grad_checkpointing=True))
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished.run), rel=1e-6)
+
+
+def test_bfloat16_trains_to_nearly_the_same(finished, tmp_path):
+    AcceleratorState._reset_state()  # which holds one precision for all of a process
+    main(replace(finished, run=tmp_path / "run", precision="bf16"))
+    AcceleratorState._reset_state()
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished.run), rel=0.02)
+    assert losses(tmp_path / "run") != losses(finished.run)
+
+
+def test_gradients_are_clipped(data, tmp_path, monkeypatch):
+    """What the optimizer is given has the norm that is allowed; what is recorded is the norm before."""
+    norms = []
+    run = train.set_up(tiny(data, tmp_path / "run", clip_grad=0.01))
+    step = run.optimizer.step
+
+    def observe():
+        gradients = [p.grad for p in run.mae.parameters() if p.grad is not None]
+        norms.append(torch.stack([gradient.norm() for gradient in gradients]).norm().item())
+        step()
+
+    monkeypatch.setattr(run.optimizer, "step", observe)
+    train.train(run)
+    assert norms == pytest.approx([0.01] * 6, rel=1e-3)
+    assert all(row["grad_norm"] > 0.1 for row in rows(tmp_path / "run") if "loss" in row)
+
+
+def test_the_average_of_the_weights_is_what_is_kept(data, tmp_path, monkeypatch):
+    """By hand from the weights after every step; also across an interruption."""
+    config = tiny(data, tmp_path / "run", ema=0.7, checkpoint_every=3)
+    expected = None
+
+    def run_until(stop):
+        nonlocal expected
+        run = train.set_up(config)
+        update = run.optimizer.step
+
+        def observe():
+            nonlocal expected
+            update()
+            weights = {name: tensor.clone() for name, tensor in run.mae.state_dict().items()}
+            if expected is None:  # the average begins as the first weights
+                expected = weights
+            else:
+                expected = {name: 0.7 * expected[name] + 0.3 * weights[name] for name in weights}
+
+        monkeypatch.setattr(run.optimizer, "step", observe)
+        if stop:
+            monkeypatch.setattr(train, "save_checkpoint", stop)
+        train.train(run)
+
+    save = train.save_checkpoint
+
+    def save_then_die(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "save_checkpoint", save)
+        run_until(save_then_die)
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    run_until(None)
+    kept = AVMAE.from_pretrained(config.run / "model").state_dict()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(kept[name], tensor, rtol=1e-5, atol=1e-7)
+
+
+def test_pretrained_transformers_begin_with_their_weights_and_are_ramped(data, tmp_path):
+    vit = train.make_model(TrainConfig()).encoder.image
+    torch.save({"state_dict": vit.state_dict()}, tmp_path / "image.pth")
+    run = train.set_up(tiny(data, tmp_path / "run", image_weights=tmp_path / "image.pth"))
+    branches = {name: getattr(run.mae.encoder, name) for name in ("image", "audio")}
+    for name, tensor in vit.state_dict().items():
+        assert torch.equal(branches["image"].state_dict()[name], tensor)
+    ramped = {id(p) for group in run.optimizer.param_groups if group["ramp"] for p in group["params"]}
+    assert ramped == {id(p) for p in branches["image"].parameters() if p.requires_grad}
+    train.train(run)
+    factors = [Ramped(WarmupCosine(2, 6))(step) / WarmupCosine(2, 6)(step) for step in range(6)]
+    assert factors == pytest.approx([0.0, 0.25, 0.75, 1.0, 1.0, 1.0])  # half a cosine over 3 of 6 steps
+    with pytest.raises(ValueError, match="--audio-weights .*image.pth: the weights do not fit"):
+        main(tiny(data, tmp_path / "other", audio_weights=tmp_path / "image.pth"))
+
+
+def test_a_run_folder_serves_one_process(data, tmp_path):
+    run = train.set_up(tiny(data, tmp_path / "run"))
+    with pytest.raises(ValueError, match="--run-dir .* is in use by another process"):
+        main(tiny(data, tmp_path / "run", restart=True))
+    assert train.train(run) == 0
+    assert main(tiny(data, tmp_path / "run")) == 0
 
 
 def test_warmup_cosine_by_hand():
