@@ -28,7 +28,7 @@ import torch
 PRELOADED = ["avfuse.data.clips"]  # imported once, by the process that workers are forked from
 STARTING = 300.0  # seconds in which a worker must be ready; the first imports torch, maybe over a network
 GRACE = 0.1  # seconds past a deadline, for what has arrived while this process was itself held up
-STARTS = 3  # workers in a row that fail to start before the pool gives up
+STARTS = 4  # workers in a row that fail to start before the pool gives up
 PROCESSES = threading.Lock()  # multiprocessing's records of its processes are not made for threads
 FOR_THE_PARENT = [  # signals that a terminal or a scheduler sends to every process of a job
     *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2),
@@ -167,7 +167,8 @@ class WorkerPool:
             self._drop(worker)  # killed while it had nothing to do
 
     def _start(self) -> "_Worker":
-        for _ in range(STARTS):
+        for seconds in range(STARTS):
+            time.sleep(seconds)  # a process that workers are forked from takes a moment to be seen as dead
             worker = _Worker()
             try:
                 with PROCESSES:
