@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, islice, tee
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 from torch import Tensor
@@ -394,12 +393,6 @@ class ClipSampler(Sampler[tuple[int, int]]):
         if self.train:
             order = torch.randperm(len(self), generator=_generator(self.seed, epoch, 0)).tolist()
         return ((epoch, index) for index in order)
-
-
-def worker_init(worker_id: int) -> None:
-    """A worker_init_fn for DataLoader: one thread in each worker, no messages of FFmpeg on the terminal."""
-    torch.set_num_threads(1)
-    av.logging.set_level(None)
 
 
 def _generator(seed: int, epoch: int, number: int) -> torch.Generator:
