@@ -40,7 +40,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-benchmark>=5", "ruff", "setuptools>=77"],
+        "test": ["psutil>=6", "pytest>=8", "pytest-benchmark>=5", "ruff", "setuptools>=77"],
         "xformers": ["xformers"],
     },
 )

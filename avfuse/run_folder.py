@@ -19,6 +19,7 @@ from .faults import RunError
 from .recipes import option
 
 CONFIG, LOCK = "config.json", ".lock"
+SAID = 20  # unreadable clips that are named on the terminal
 CONTENTS = (
     *(CONFIG, "index.html", "metrics.jsonl", "quarantine.jsonl"),
     *("checkpoints", "faults", "model", "pictures", "tensorboard"),
@@ -163,7 +164,9 @@ class Quarantine:
                 continue
             self.reasons[path] = failure.reason
             if self.active:
-                tqdm.write(f"cannot read {path}: {failure.reason}")
+                if len(self.reasons) <= SAID:
+                    more = f" (all others are named in {self.path})" if len(self.reasons) == SAID else ""
+                    tqdm.write(f"cannot read {path}: {failure.reason}{more}")
                 with self.path.open("a") as file:
                     file.write(json.dumps(dict(when=when, path=path, reason=failure.reason)) + "\n")
         if len(self.reasons) > self.max_share * self.clips:

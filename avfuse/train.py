@@ -480,23 +480,21 @@ def measure(run: Run, step: int, when: str) -> None:
     """Held-out loss, nearest-neighbour probe, pictures, report: the main process does it, the others wait."""
     mae, failures = whole_model(run), []
     if run.accelerator.is_main_process:
+        if when == "after":
+            mae.save_pretrained(run.config.run / "model")
         size = min(run.config.batch_size, EVALUATION_BATCH, len(run.test_clips))
         keys = [(0, index) for index in range(len(run.test_clips))]
         with make_loader(mae, run.config, run.test_clips, train=False) as loader:
             batches = list(loader.batches([keys[i : i + size] for i in range(0, len(keys), size)]))
         failures = [failure for batch in batches for failure in batch["failures"]]
-        row = measures(mae, batches, run.accelerator.device)
-        tqdm.write(describe_measures(row, when, run.test_name))
-        run.metrics.write(step=step, when=when, clips=run.test_name, **row)
-        accuracies = {
-            f"probe_{label}_{feature}": probe["accuracy"]
-            for label, by_feature in row["probes"].items()
-            for feature, probe in by_feature.items()
-        }
-        numbers = {name: value for name, value in row.items() if name != "probes"}
-        run.accelerator.log(numbers | accuracies, step=step)
-        if when == "after":
-            mae.save_pretrained(run.config.run / "model")
+        batches = [batch for batch in batches if "image" in batch]
+        if batches:
+            row = measures(mae, batches, run.accelerator.device)
+            tqdm.write(describe_measures(row, when, run.test_name))
+            run.metrics.write(step=step, when=when, clips=run.test_name, **row)
+            run.accelerator.log(flat(row), step=step)
+        else:
+            tqdm.write(f"{when} training: none of the {run.test_name} to measure on could be read")
         draw(run.config.run, mae, batches, step, run.accelerator.device)
     run.quarantine.add(when, gather_object(failures))
     run.accelerator.wait_for_everyone()
@@ -504,8 +502,6 @@ def measure(run: Run, step: int, when: str) -> None:
 
 def measures(mae: AVMAE, batches: list[dict], device: torch.device) -> dict:
     """The held-out losses, those of predicting zero, and the probes, ready for JSON."""
-    if not any("image" in batch for batch in batches):
-        raise RunError("none of the clips to measure on could be read")
     loss = held_out_loss(mae, batches, device)
     features = pooled_features(mae.encoder, batches, device)
     probes = nearest_neighbour_probes(features) if loss.clips > 1 else {}
@@ -517,6 +513,14 @@ def measures(mae: AVMAE, batches: list[dict], device: torch.device) -> dict:
         held_out_audio_zero=loss.audio_zero,
         probes={label: {f: probe._asdict() for f, probe in by.items()} for label, by in probes.items()},
     )
+
+
+def flat(row: dict) -> dict[str, float]:
+    """The same for trackers, which take numbers by name."""
+    numbers = {name: value for name, value in row.items() if name != "probes"}
+    for label, by_feature in row["probes"].items():
+        numbers |= {f"probe_{label}_{feature}": p["accuracy"] for feature, p in by_feature.items()}
+    return numbers
 
 
 def describe_measures(row: dict, when: str, clips: str) -> str:
@@ -536,15 +540,14 @@ def describe_measures(row: dict, when: str, clips: str) -> str:
 
 def draw(folder: Path, mae: AVMAE, batches: list[dict], step: int, device: torch.device) -> None:
     """Loss curves, reconstructions, attention maps where there is fusion, and the report that shows them."""
-    batch = next((batch for batch in batches if "image" in batch), {})
-    batch = {name: value.to(device) for name, value in batch.items() if torch.is_tensor(value)}
     pictures = folder / "pictures"
     try:
         draw_losses(folder / "metrics.jsonl", pictures / "losses.png")
-        if batch:
+        for batch in batches[:1]:
+            batch = {name: value.to(device) for name, value in batch.items() if torch.is_tensor(value)}
             draw_reconstructions(mae, batch, pictures / f"reconstructions-{step:06d}.png")
-        if batch and mae.encoder.fusion_layers:
-            draw_attention(mae.encoder, batch, pictures / f"attention-{step:06d}.png")
+            if mae.encoder.fusion_layers:
+                draw_attention(mae.encoder, batch, pictures / f"attention-{step:06d}.png")
         write_report(folder)
     except OSError as error:  # a full disk: no picture is worth a run
         tqdm.write(f"pictures could not be drawn: {error}")

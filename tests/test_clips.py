@@ -5,19 +5,16 @@ import os
 import pickle
 import re
 import signal
-import struct
 from collections import Counter
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
 from calls import Bomb
 from torch.utils.data import BatchSampler
-from videos import chirp, number_of, write_video
+from videos import chirp, hostile_folder, number_of, write_video
 
 from avfuse.data.clips import (
     Clip,
@@ -345,49 +342,6 @@ def test_a_loader_reads_no_further_than_two_batches_ahead(folder):
 
 
 # ------------------------------------------------------------------------------------------- a hostile folder
-
-
-def png() -> bytes:
-    context = av.CodecContext.create("png", "w")
-    context.width, context.height, context.pix_fmt, context.time_base = 64, 48, "rgb24", Fraction(1, 10)
-    frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")
-    return bytes(context.encode(frame)[0])
-
-
-def hostile_folder(folder: Path) -> None:
-    """200 clips: 100 good ones, 40 that lack a stream, 60 that cannot be read, each named for what it is."""
-    noise = np.random.default_rng(0)
-    made = folder.with_name("made")
-    good = [write_video(made / name, 2) for name in ("a.mp4", "b.mkv", "c.mov", "d.ts")]
-    whole, matroska = good[0].read_bytes(), bytearray(good[1].read_bytes())
-    quick = write_video(made / "quick.mp4", 2, container={"movflags": "faststart"}).read_bytes()
-    media = quick.index(b"mdat") + 4
-    duration = matroska.index(b"\x44\x89\x88") + 3  # float64 milliseconds
-    matroska[duration : duration + 8] = struct.pack(">d", 1e9)
-    sizes = whole.index(b"stsz") + 12  # how many samples there are, then the size of each
-
-    kinds = {
-        "good": [(path.suffix, path.read_bytes()) for path in good],
-        "misnamed": [(".avi", whole), (".mp4", bytes(good[1].read_bytes()))],  # no harm done
-        "dark": [(".mp4", write_video(made / "dark.mp4", 1, video=False).read_bytes())],
-        "silent": [(".mp4", write_video(made / "silent.mp4", 1, audio=False).read_bytes())],
-        "truncated": [(".mp4", whole[: len(whole) // 2]), (".mp4", quick[: (media + len(quick)) // 2])],
-        "empty": [(".mp4", b"")],
-        "garbage": [(".mp4", noise.bytes(20_000)), (".mp4", quick[:media] + noise.bytes(len(quick) - media))],
-        "text": [(".mp4", b"no video\n" * 500), (".mkv", b"#EXTM3U\n#EXTINF:3,\na.mp4\n#EXT-X-ENDLIST\n")],
-        "picture": [(".mp4", png())],
-        "lying": [
-            (".mkv", bytes(matroska)),
-            (".mp4", whole[:sizes] + struct.pack(">2I", 2**31 - 1, 2**30) + whole[sizes + 8 :]),
-        ],
-        "nothing": [(".mp4", whole[: whole.index(b"mdat") - 4])],
-    }
-    counts = {"good": 80, "misnamed": 20, "dark": 20, "silent": 20, "truncated": 16, "lying": 8, "nothing": 2}
-    folder.mkdir()
-    for kind, contents in kinds.items():
-        for number in range(counts.get(kind, 0) or (8 if kind != "garbage" else 10)):
-            suffix, content = contents[number % len(contents)]
-            (folder / f"{kind}{number}{suffix}").write_bytes(content)
 
 
 def test_a_hostile_folder(tmp_path):

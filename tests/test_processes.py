@@ -3,10 +3,10 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from avfuse.data import sounding_shapes
@@ -91,6 +91,16 @@ def hollow(video: bytes) -> bytes:
     return video[:start] + bytes(size) + video[start + size :]
 
 
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL to a launcher, the processes that train, and their readers (in sessions of their own)."""
+    family = [psutil.Process(process.pid)]
+    family += family[0].children(recursive=True)
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family, timeout=60)
+    process.wait()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_at_random_moments_it_ends_with_the_same_losses(data, tmp_path, processes):
@@ -103,15 +113,13 @@ def test_killed_at_random_moments_it_ends_with_the_same_losses(data, tmp_path, p
             command(data, tmp_path / "killed", *options, processes=processes),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,
             env=environment(),
         )
         try:
             assert process.wait(timeout=chance.uniform(1, 10 + 4 * processes)) == 0
             break  # it went through before it was killed
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            kill_all(process)
             kills += 1
             checkpoints = (tmp_path / "killed" / "checkpoints").glob("step-????????")
             reached.append(max((int(path.name[5:]) for path in checkpoints), default=0))

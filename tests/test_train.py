@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from videos import write_video
+from videos import hostile_folder, write_video
 
 from avfuse import AVMAE, train
 from avfuse.checkpoints import list_checkpoints
 from avfuse.data import sounding_shapes
 from avfuse.faults import RunError
 from avfuse.recipes import TrainConfig
+from avfuse.run_folder import read_rows
 from avfuse.train import Ramped, WarmupCosine, main
 
 
@@ -214,6 +215,21 @@ def test_clip_that_breaks_after_the_scan_is_left_out(tmp_path, monkeypatch):
         main(tiny(folder, tmp_path / "run", epochs=2))
     (bad,) = map(json.loads, (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines())
     assert bad["path"] == str(paths[1])
+
+
+def test_a_hostile_folder_trains_on_what_is_good_and_names_the_rest(tmp_path):
+    folder = tmp_path / "folder"
+    hostile_folder(folder)  # 200 files: 100 good, 40 that lack a stream, 60 that cannot be read
+    config = tiny(folder, tmp_path / "run", epochs=1, batch_size=200, micro_batch=32, workers=2)
+    config = replace(config, probe_clips=4, measure_every=0)  # of which none can be read
+    with pytest.raises(RunError, match="of 200 clips could not be read, more than --max-unreadable 0.01"):
+        main(replace(config, max_unreadable=0.01))
+    main(config)
+    assert [row["clips"] for row in rows(config.run) if "loss" in row] == [100]
+    named = [Path(row["path"]).name for row in read_rows(config.run / "quarantine.jsonl")]
+    usable = ("good", "misnamed", "dark", "silent")
+    broken = [path.name for path in folder.iterdir() if not path.name.startswith(usable)]
+    assert sorted(named) == sorted(broken) and len(broken) == 60
 
 
 def test_keeps_clips_with_an_absent_modality(tmp_path, capsys):
