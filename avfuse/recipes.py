@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from .data import sounding_shapes
+from .data.clips import SUFFIXES
 from .mae import AVMAE, count_removed
 from .presets import create_encoder
 from .vit import input_shape
@@ -35,7 +37,7 @@ class TrainConfig:
     losses as if it had gone through; --restart begins anew. SIGUSR1 saves a checkpoint; SIGTERM and Ctrl-C
     save one and stop.
 
-    Several processes or GPUs: accelerate launch -m avfuse.train ..., or torchrun --nproc-per-node N -m
+    Several processes or GPUs: accelerate launch -m avfuse.train ..., or torchrun --standalone --nproc-per-node N -m
     avfuse.train .... The losses stay the same: --batch-size is that of all of them together.
     """
 
@@ -340,10 +342,10 @@ def learning_rate(config: TrainConfig, batch_size: int) -> float:
 
 
 def plan(config: TrainConfig, processes: int = 1) -> str:
-    """What a run with these settings amounts to, for people. Reads no data and allocates no weights."""
+    """What a run with these settings amounts to, for people. Opens no clip and allocates no weights."""
     with torch.device("meta"):
         mae = make_model(config)
-    clips = config.clips or sounding_shapes.Settings().train
+    clips, counted = count_clips(config)
     schedule = schedule_of(config, clips, processes=processes)
     accumulated = len(schedule.micro_batches(range(clips), 0))
     lr, of_all = learning_rate(config, schedule.batch_size), count_parameters(mae)
@@ -356,12 +358,12 @@ def plan(config: TrainConfig, processes: int = 1) -> str:
     activations = two + (schedule.micro_batch - 2) * (three - two)  # weights cast to bf16 do not grow
     rows = {
         "run": f"{config.preset}: {config.model} model, {config.interactions} interactions, in {config.run}",
-        "batch": f"{schedule.batch_size} clips = {processes} processes x {accumulated} accumulated "
+        "batch": f"{schedule.batch_size} clips = {processes} process{'es' * (processes != 1)} x {accumulated} accumulated "
         f"x {schedule.micro_batch}",
         "learning rate": f"{lr:.3g} = {config.base_lr:.3g} x {schedule.batch_size} / 256, "
         f"{config.warmup_epochs} epochs of warm-up, then cosine",
         "steps": f"{schedule.steps:,} = {config.epochs} epochs x {schedule.steps_per_epoch}, "
-        f"at {clips:,} clips",
+        f"at {clips:,} clips ({counted})",
         "parameters": f"{count_parameters(mae.encoder) / 1e6:.1f} M in the encoder, "
         f"{of_all / 1e6:.1f} M with decoders",
         "tokens": f"image {kept['image']}; audio {kept['audio']}; {mae.encoder.num_state_tokens} fusion",
@@ -370,6 +372,21 @@ def plan(config: TrainConfig, processes: int = 1) -> str:
         f"activations of {schedule.micro_batch} clips (computed; buffers of libraries come on top)",
     }
     return "\n".join(f"{name:>14}  {row}" for name, row in rows.items())
+
+
+def count_clips(config: TrainConfig) -> tuple[int, str]:
+    """How many clips there are to train on, and how that is known."""
+    if config.data is None:
+        return (
+            (config.clips, "as published")
+            if config.clips
+            else (sounding_shapes.Settings().train, "the demo's")
+        )
+    if not config.data.is_dir():
+        raise ValueError(f"--data {config.data} is not a folder")
+    root = config.data / "train" if (config.data / "train").is_dir() else config.data
+    files = (name for _, _, names in os.walk(root) for name in names)
+    return sum(name.lower().endswith(SUFFIXES) for name in files), "files that may be videos"
 
 
 def activation_bytes(mae: AVMAE, precision: str, clips: int) -> int:

@@ -117,7 +117,7 @@ def replace_text(path: Path, text: str) -> None:
 def read_rows(path: Path) -> list[dict]:
     """The objects of a JSON lines file; a line that a killed process left half written is passed over."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

@@ -571,10 +571,11 @@ def whole_model(run: Run) -> AVMAE:
 def cli() -> int | str:
     """The command line: what to exit with. Mistakes and faults that are explained need no traceback."""
     config = parse()
-    if config.plan:
-        print(plan(config, processes=int(os.environ.get("WORLD_SIZE", 1))))
-        return 0
     try:
+        check_config(config)
+        if config.plan:
+            print(plan(config, processes=int(os.environ.get("WORLD_SIZE", 1))))
+            return 0
         run = set_up(config)
     except (ValueError, RunError) as error:
         return f"error: {error}"

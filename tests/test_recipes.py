@@ -74,6 +74,15 @@ def test_activations_are_those_that_a_real_forward_keeps():
     assert recipes.activation_bytes(mae, "bf16", 8) < recipes.activation_bytes(mae, "no", 8)
 
 
+def test_plan_counts_the_files_there_are(tmp_path):
+    for name in ("train/a.mp4", "train/b/c.MKV", "train/notes.txt", "test/d.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert "60 = 60 epochs x 1, at 2 clips (files that may be videos)" in plan(replace(demo(), data=tmp_path))
+    with pytest.raises(ValueError, match="--data .*nowhere is not a folder"):
+        plan(replace(demo(), data=tmp_path / "nowhere"))
+
+
 def test_options_override_a_preset():
     config = parse(["--batch-size", "64", "--preset", "audioset", "--interactions", "dense", "-j", "3"])
     assert (config.batch_size, config.interactions, config.workers) == (64, "dense", 3)
