@@ -37,8 +37,9 @@ class TrainConfig:
     losses as if it had gone through; --restart begins anew. SIGUSR1 saves a checkpoint; SIGTERM and Ctrl-C
     save one and stop.
 
-    Several processes or GPUs: accelerate launch -m avfuse.train ..., or torchrun --standalone --nproc-per-node N -m
-    avfuse.train .... The losses stay the same: --batch-size is that of all of them together.
+    Several processes or GPUs: accelerate launch -m avfuse.train ..., or torchrun --standalone
+    --nproc-per-node N -m avfuse.train .... The losses stay the same: --batch-size is that of all of them
+    together.
     """
 
     preset: Literal["demo", "vggsound-ablation", "vggsound-large", "audioset"] = "demo"
@@ -358,8 +359,8 @@ def plan(config: TrainConfig, processes: int = 1) -> str:
     activations = two + (schedule.micro_batch - 2) * (three - two)  # weights cast to bf16 do not grow
     rows = {
         "run": f"{config.preset}: {config.model} model, {config.interactions} interactions, in {config.run}",
-        "batch": f"{schedule.batch_size} clips = {processes} process{'es' * (processes != 1)} x {accumulated} accumulated "
-        f"x {schedule.micro_batch}",
+        "batch": f"{schedule.batch_size} clips = {processes} process{'es' * (processes != 1)} "
+        f"x {accumulated} accumulated x {schedule.micro_batch}",
         "learning rate": f"{lr:.3g} = {config.base_lr:.3g} x {schedule.batch_size} / 256, "
         f"{config.warmup_epochs} epochs of warm-up, then cosine",
         "steps": f"{schedule.steps:,} = {config.epochs} epochs x {schedule.steps_per_epoch}, "
