@@ -82,16 +82,21 @@ def load_checkpoint(accelerator: Accelerator, run: Path, average: nn.Module | No
         if average is not None:
             average.load_state_dict(load_file(checkpoint / AVERAGE))
     except (OSError, pickle.UnpicklingError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {checkpoint} does not fit this run: {error}") from error
+        reason = str(error).split("\n")[0]  # torch goes on to advise reading it unsafely
+        raise CheckpointError(f"checkpoint {checkpoint} does not fit this run: {reason}") from error
     return step_of(checkpoint)
 
 
 def latest_whole(run: Path) -> Path | None:
     """The latest checkpoint that is as it was written, None if there is no checkpoint at all."""
+    for partial in (run / "checkpoints").glob("*.partial"):  # of a process that was killed
+        shutil.rmtree(partial)
     found = list_checkpoints(run)
-    for checkpoint in found:
+    for count, checkpoint in enumerate(found):
         fault = damage(checkpoint)
         if not fault:
+            for passed_over in found[:count]:  # so that they are not counted among those to keep
+                os.replace(passed_over, passed_over.with_name(f"damaged-{passed_over.name}"))
             return checkpoint
         tqdm.write(f"checkpoint {checkpoint} is damaged ({fault}): passing it over")
     if found:
@@ -134,7 +139,7 @@ def damage(folder: Path) -> str:
             path = folder / name
             if path.stat().st_size != file["bytes"] or digest(path) != file["sha256"]:
                 return f"{name} has changed since it was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 

@@ -24,19 +24,6 @@ class HeldOutLoss(NamedTuple):
     image_zero: float
     audio_zero: float
 
-    @property
-    def total(self) -> float:
-        return self.image + self.audio
-
-    @property
-    def zero(self) -> float:
-        return self.image_zero + self.audio_zero
-
-    @property
-    def ratio(self) -> float:
-        """Loss over that of predicting zero: below 1 something was learnt."""
-        return self.total / self.zero
-
 
 class Probe(NamedTuple):
     """Nearest-neighbour accuracy, its standard error, and the accuracy of a random neighbour."""

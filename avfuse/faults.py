@@ -25,8 +25,7 @@ class Signals:
     """
 
     def __init__(self):
-        self.save = False
-        self.stop = 0  # the signal that asked to stop
+        self.save = self.terminate = self.interrupt = False
 
     def __enter__(self) -> "Signals":
         self.before = {}
@@ -42,9 +41,10 @@ class Signals:
     def note(self, number: int, _frame) -> None:
         if number == signal.SIGUSR1:
             self.save = True
-            return
-        self.stop = number
-        if number == signal.SIGINT:
+        elif number == signal.SIGTERM:
+            self.terminate = True
+        else:
+            self.interrupt = True
             signal.signal(number, signal.default_int_handler)
 
 
@@ -54,7 +54,8 @@ def memory_advice(micro_batch: int, *, checkpointing: bool, precision: str):
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+        lacking = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not lacking and "can't allocate memory" not in str(error):  # as PyTorch says it of CPUs
             raise
         advice = [f"--micro-batch {micro_batch // 2} (same losses)"] if micro_batch > 1 else []
         advice += [] if checkpointing else ["--grad-checkpointing (same losses, more time)"]

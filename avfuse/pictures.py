@@ -1,6 +1,5 @@
 """Pictures of a run: loss curves, masked reconstructions, and where the fusion tokens look and listen."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from .encoder import AVEncoder
 from .evaluate import INPUTS
 from .inputs import InputSettings
 from .mae import AVMAE, patchify, unpatchify
+from .run_folder import read_rows
 from .vit import presence_mask
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"  # told apart by colour-blind readers (Okabe-Ito)
@@ -19,8 +19,8 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"  # told apart by colour-bli
 
 def draw_losses(metrics: Path, path: Path) -> None:
     """Training losses by step, with the held-out losses before and after, from a metrics.jsonl."""
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    steps = [row for row in rows if "loss" in row]
+    rows = read_rows(metrics)
+    steps = [row for row in rows if {"step", "image_loss", "audio_loss"} <= row.keys()]
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True)
     for axis, name, colour in zip(axes, ("image", "audio"), (BLUE, ORANGE), strict=True):

@@ -34,8 +34,8 @@ class TrainConfig:
     runs; every option given beside it overrides them. --plan says what a run would cost, and starts nothing.
 
     The same command resumes a run that was interrupted, in the middle of an epoch if need be, with the same
-    losses as if it had gone through; --restart begins anew. SIGUSR1 saves a checkpoint; SIGTERM and Ctrl-C
-    save one and stop.
+    losses as if it had gone through; --restart begins anew. To a process that trains, SIGUSR1 says to save a
+    checkpoint, SIGTERM and Ctrl-C to save one and stop.
 
     Several processes or GPUs: accelerate launch -m avfuse.train ..., or torchrun --standalone
     --nproc-per-node N -m avfuse.train .... The losses stay the same: --batch-size is that of all of them
@@ -53,7 +53,7 @@ class TrainConfig:
     run: Annotated[Path, tyro.conf.arg(name="run-dir")] = Path("runs/demo")
     """Run folder: config, metrics, checkpoints, pictures, report, final model."""
     restart: bool = False
-    """Delete what the run folder holds and begin anew."""
+    """Delete what the run folder holds and begin anew; not for commands that a scheduler repeats."""
 
     model: Literal["tiny", "small", "base", "large"] = "tiny"
     """Size of both transformers; the paper's is base."""
@@ -252,8 +252,12 @@ def check_config(config: TrainConfig) -> None:
     ):
         if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"{option(name)} must not be negative, got {getattr(config, name)}")
-    if not config.clip_timeout > 0:
-        raise ValueError(f"--clip-timeout must be positive, got {config.clip_timeout}")
+    if not 0 < config.clip_timeout < math.inf:
+        raise ValueError(f"--clip-timeout must be a positive number of seconds, got {config.clip_timeout}")
+    if config.seed >= 2**32:
+        raise ValueError(f"--seed must be below 2**32, got {config.seed}")
+    if config.warmup_epochs > config.epochs:
+        raise ValueError(f"--warmup-epochs {config.warmup_epochs} are more than --epochs {config.epochs}")
     if not 0 <= config.ema < 1:
         raise ValueError(f"--ema must be in [0, 1), got {config.ema}")
 
@@ -356,6 +360,7 @@ def plan(config: TrainConfig, processes: int = 1) -> str:
         for name, ratio in (("image", config.image_mask_ratio), ("audio", config.audio_mask_ratio))
     }
     two, three = activation_bytes(mae, config.precision, 2), activation_bytes(mae, config.precision, 3)
+    kept_bytes = ADAMW_BYTES + (4 if config.ema else 0)
     activations = two + (schedule.micro_batch - 2) * (three - two)  # weights cast to bf16 do not grow
     rows = {
         "run": f"{config.preset}: {config.model} model, {config.interactions} interactions, in {config.run}",
@@ -368,8 +373,8 @@ def plan(config: TrainConfig, processes: int = 1) -> str:
         "parameters": f"{count_parameters(mae.encoder) / 1e6:.1f} M in the encoder, "
         f"{of_all / 1e6:.1f} M with decoders",
         "tokens": f"image {kept['image']}; audio {kept['audio']}; {mae.encoder.num_state_tokens} fusion",
-        "memory": f"about {(of_all * ADAMW_BYTES + activations) / 2**30:.1f} GiB for each process: "
-        f"{of_all * ADAMW_BYTES / 2**30:.1f} weights, gradients and AdamW, {activations / 2**30:.1f} "
+        "memory": f"about {(of_all * kept_bytes + activations) / 2**30:.1f} GiB for each process: "
+        f"{of_all * kept_bytes / 2**30:.1f} weights, gradients and AdamW, {activations / 2**30:.1f} "
         f"activations of {schedule.micro_batch} clips (computed; buffers of libraries come on top)",
     }
     return "\n".join(f"{name:>14}  {row}" for name, row in rows.items())

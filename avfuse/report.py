@@ -373,7 +373,7 @@ def main(run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]
     the folder holds and changes nothing but index.html. Open the page in any browser: it needs no server.
 
     Args:
-        run: Run folder, as given to `python -m avfuse.train --run`.
+        run: Run folder, as given to `python -m avfuse.train --run-dir`.
     """
     print(write_report(run))
 

@@ -13,16 +13,16 @@ from typing import IO
 import torch
 from tqdm import tqdm
 
-from .data.clips import Clip, Failure
+from .data.clips import Clip, Failure, printable
 from .data.decode import ClipError
 from .faults import RunError
-from .recipes import option
+from .recipes import FREE, option
 
 CONFIG, LOCK = "config.json", ".lock"
 SAID = 20  # unreadable clips that are named on the terminal
-CONTENTS = (
-    *(CONFIG, "index.html", "metrics.jsonl", "quarantine.jsonl"),
-    *("checkpoints", "faults", "model", "pictures", "tensorboard"),
+CONTENTS = (  # the configuration last: while it is there, a restart that was cut short can be repeated
+    *("index.html", "metrics.jsonl", "quarantine.jsonl"),
+    *("checkpoints", "faults", "model", "pictures", "tensorboard", CONFIG),
 )
 
 
@@ -35,13 +35,22 @@ def check_run(run: Path, settings: dict, restart: bool) -> None:
     if run.exists() and not run.is_dir():
         raise ValueError(f"--run-dir {run} is not a folder")
     if not (run / CONFIG).exists():
-        if restart and run.exists() and any(run.iterdir()):
+        others = [path.name for path in run.iterdir() if path.name != LOCK] if run.exists() else []
+        if others and restart:
             raise ValueError(f"--run-dir {run} is not a run folder (no {CONFIG}): not deleting it")
+        if "checkpoints" in others:
+            raise ValueError(f"--run-dir {run} holds checkpoints of a run whose {CONFIG} is gone")
         return
+    if restart:
+        for name in CONTENTS:
+            if (run / name).is_symlink():
+                raise ValueError(f"--restart does not delete links: {run / name} is one")
     before = read_config(run, "settings")
-    changed = [name for name in settings if before.get(name) != settings[name]]
+    changed = [name for name in settings.keys() - FREE if before.get(name) != settings[name]]
     if changed and not restart:
-        differences = ", ".join(f"{option(name)} {before.get(name)} -> {settings[name]}" for name in changed)
+        differences = ", ".join(
+            f"{option(name)} {before.get(name)} -> {settings[name]}" for name in sorted(changed)
+        )
         raise ValueError(
             f"--run-dir {run} holds a run with other settings ({differences}): "
             "choose another --run-dir, or --restart to delete it"
@@ -56,7 +65,7 @@ def begin_run(run: Path, settings: dict, data: dict, restart: bool, device: torc
         ValueError: another process is at work in it, or the data set is not that of the run it holds.
     """
     run.mkdir(parents=True, exist_ok=True)
-    lock = (run / LOCK).open("w")
+    lock = (run / LOCK).open("a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which the system releases however a process ends
     except BlockingIOError:
@@ -115,14 +124,16 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The objects of a JSON lines file; a line that a killed process left half written is passed over."""
+    """The objects of a JSON lines file; a line that a killed process left half written is passed over, and so
+    is anything else that is no object.
+    """
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             continue
-    return rows
+    return [row for row in rows if isinstance(row, dict)]
 
 
 class MetricsFile:
@@ -137,7 +148,8 @@ class MetricsFile:
     @staticmethod
     def precedes(row: dict, last_step: int) -> bool:
         """Whether a row is from before the checkpoint; a run that begins anew (last_step 0) keeps none."""
-        return last_step > 0 and row["step"] <= last_step and row.get("when") != "after"
+        step = row.get("step")
+        return type(step) is int and last_step > 0 and step <= last_step and row.get("when") != "after"
 
     def write(self, **row) -> None:
         if self.active:
@@ -145,18 +157,30 @@ class MetricsFile:
                 file.write(json.dumps(row) + "\n")
 
 
+class TooManyUnreadable(RunError):
+    """More clips could not be read than a run may lose."""
+
+
 class Quarantine:
-    """Names and counts the clips that could not be read; they are left out of their batch, never replaced."""
+    """Names and counts the clips that could not be read; they are left out of their batch, never replaced.
+
+    The file keeps all that was ever found; the share that a run may lose is counted from this start on, so
+    that a disk which was away for a while does not end the run for good.
+    """
 
     def __init__(self, path: Path, active: bool, clips: int, max_share: float):
         self.path, self.active, self.clips, self.max_share = path, active, clips, max_share
-        self.reasons = {row["path"]: row["reason"] for row in read_rows(path)}
+        self.reasons: dict[str, str] = {}
+        rows = [row for row in read_rows(path) if {"path", "reason"} <= row.keys()]
+        self.written = {row["path"] for row in rows}
+        if active and path.exists():  # drops what a killed process left half written
+            replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def add(self, when: str, failures: Iterable[Failure | ClipError]) -> None:
         """Puts failures on record; every process is told of all, one of them (`active`) writes.
 
         Raises:
-            RunError: by now more than the share that a run may lose.
+            TooManyUnreadable: by now more than the share that a run may lose.
         """
         for failure in failures:
             path = str(failure.path)
@@ -164,19 +188,25 @@ class Quarantine:
                 continue
             self.reasons[path] = failure.reason
             if self.active:
-                if len(self.reasons) <= SAID:
-                    more = f" (all others are named in {self.path})" if len(self.reasons) == SAID else ""
-                    tqdm.write(f"cannot read {path}: {failure.reason}{more}")
+                self.say(failure)
+            if self.active and path not in self.written:
                 with self.path.open("a") as file:
                     file.write(json.dumps(dict(when=when, path=path, reason=failure.reason)) + "\n")
         if len(self.reasons) > self.max_share * self.clips:
-            raise RunError(
+            raise TooManyUnreadable(
                 f"{len(self.reasons)} of {self.clips} clips could not be read, more than --max-unreadable "
-                f"{self.max_share:g}: see {self.path}"
+                f"{self.max_share:g}: see {self.path}. Once they can be, the same command goes on"
             )
+
+    def say(self, failure: Failure | ClipError) -> None:
+        if len(self.reasons) <= SAID:
+            more = f" (all others are named in {self.path})" if len(self.reasons) == SAID else ""
+            tqdm.write(f"cannot read {printable(failure.path)}: {printable(failure.reason)}{more}")
 
     def summary(self) -> str:
         if not self.reasons:
             return "every clip could be read"
-        names = ", ".join(sorted(self.reasons)[:10]) + (", ..." if len(self.reasons) > 10 else "")
+        names = ", ".join(map(printable, sorted(self.reasons)[:10])) + (
+            ", ..." if len(self.reasons) > 10 else ""
+        )
         return f"{len(self.reasons)} clips could not be read, see {self.path}: {names}"

@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -16,14 +18,21 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from .checkpoints import load_checkpoint, save_checkpoint
 from .data import sounding_shapes
-from .data.clips import Clip, ClipDataset, ClipLoader, ClipSampler, Scan, find_clips, scan_clips
+from .data.clips import Clip, ClipDataset, ClipLoader, ClipSampler, Scan, find_clips, printable, scan_clips
 from .data.decode import ClipError
 from .evaluate import INPUTS, held_out_loss, nearest_neighbour_probes, pooled_features
 from .faults import RunError, Signals, examine, memory_advice, write_fault
@@ -31,7 +40,6 @@ from .mae import AVMAE
 from .pictures import draw_attention, draw_losses, draw_reconstructions
 from .pretrained import load_strictly
 from .recipes import (
-    FREE,
     Schedule,
     TrainConfig,
     check_config,
@@ -44,11 +52,12 @@ from .recipes import (
 )
 from .released import read_weights
 from .report import write_report
-from .run_folder import MetricsFile, Quarantine, begin_run, check_run, describe_data
+from .run_folder import MetricsFile, Quarantine, TooManyUnreadable, begin_run, check_run, describe_data
 from .vit import input_shape
 
 DEMO = Path("data/sounding-shapes")
 EVALUATION_BATCH = 64
+WAITING = timedelta(hours=1)  # for the process that scans the data or measures
 SPLITS = ("train", "test")
 
 
@@ -92,7 +101,12 @@ def set_up(config: TrainConfig) -> Run:
         log_with="tensorboard",
         project_dir=config.run,
         step_scheduler_with_optimizer=False,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAITING)],
     )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError("gradient accumulation is a matter of --micro-batch: leave Accelerate's at 1")
+    if config.precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("--precision fp16 needs a GPU; bf16 runs on CPUs")
     say = accelerator.print
     settings = run_settings(config)
     check_run(config.run, settings, config.restart)
@@ -100,7 +114,16 @@ def set_up(config: TrainConfig) -> Run:
 
     # --- data: one process looks, all are told ---
     (found,) = broadcast_object_list([find_data(config, say) if accelerator.is_main_process else None])
+    if not found.train:
+        raise ValueError("--data: none of the clips to train on can be read")
     schedule = schedule_of(config, len(found.train), accelerator.process_index, accelerator.num_processes)
+    if not found.test:
+        raise ValueError("--data: none of the clips to measure on can be read")
+    if config.restart and len(found.unreadable) > config.max_unreadable * found.looked_at:
+        raise ValueError(
+            f"{len(found.unreadable)} of {found.looked_at} clips cannot be read, more than --max-unreadable "
+            f"{config.max_unreadable:g}: nothing was deleted"
+        )
     if schedule.batch_size < config.batch_size:
         say(
             f"batch size {schedule.batch_size}: the data set is smaller than --batch-size {config.batch_size}"
@@ -127,13 +150,11 @@ def set_up(config: TrainConfig) -> Run:
     groups = optimizer_groups(mae, config)
     lr = learning_rate(config, schedule.batch_size)
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
-    warmup_cosine = WarmupCosine(config.warmup_epochs * schedule.steps_per_epoch, schedule.steps)
-    ramped = Ramped(warmup_cosine)
     model, optimizer = accelerator.prepare(mae, optimizer)
-    rates = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, [ramped if group["ramp"] else warmup_cosine for group in groups]
-    )
-    rates = accelerator.prepare(rates)
+    shape = dict(warmup=config.warmup_epochs * schedule.steps_per_epoch, total=schedule.steps)
+    rate, raised_rate = partial(warmup_cosine, **shape), partial(raised_warmup_cosine, **shape)
+    rates = [raised_rate if group["ramp"] else rate for group in groups]
+    rates = accelerator.prepare(torch.optim.lr_scheduler.LambdaLR(optimizer, rates))
 
     # --- run folder ---
     lock = None
@@ -148,7 +169,7 @@ def set_up(config: TrainConfig) -> Run:
     quarantine = Quarantine(config.run / "quarantine.jsonl", is_main, found.looked_at, config.max_unreadable)
     quarantine.add("scan", found.unreadable)
     metrics = MetricsFile(config.run / "metrics.jsonl", is_main, first_step)
-    accelerator.init_trackers("tensorboard")
+    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first_step + 1}})
     return Run(
         config=config,
         accelerator=accelerator,
@@ -171,7 +192,12 @@ def set_up(config: TrainConfig) -> Run:
 def train(run: Run) -> int:
     """From `first_step` to the end: 0, or 128 + the signal that asked to stop."""
     accelerator, steps = run.accelerator, run.schedule.steps
-    with run.lock or nullcontext(), Signals() as signals:
+    memory = memory_advice(
+        run.schedule.micro_batch,
+        checkpointing=run.config.grad_checkpointing,
+        precision=run.config.precision,
+    )
+    with run.lock or nullcontext(), Signals() as signals, memory:
         if run.first_step == 0:
             measure(run, 0, "before")
         stopped = take_steps(run, signals)
@@ -199,7 +225,12 @@ def take_steps(run: Run, signals: Signals) -> int:
     with make_loader(run.mae, config, run.train_clips, train=True) as loader, progress:
         batches = steps_of(run, loader)
         for step in range(run.first_step + 1, steps + 1):
-            asked = train_step(run, step, batches, signals, progress)
+            try:
+                asked = train_step(run, step, batches, signals, progress)
+            except TooManyUnreadable:  # in all processes, before anything was changed
+                if step - 1 > run.first_step:
+                    save_checkpoint(accelerator, config.run, step - 1, config.keep_checkpoints, run.average)
+                raise
             progress.update()
             if config.measure_every and step % config.measure_every == 0 and step < steps:
                 measure(run, step, "during")
@@ -235,9 +266,10 @@ def train_step(run: Run, step: int, batches: Iterator[list[dict]], signals: Sign
     failures = [failure for batch in read for failure in batch["failures"]]
     clips = sum(len(batch["image"]) for batch in read if "image" in batch)
     save, signals.save = signals.save, False
-    flags = [clips, len(failures), save, signals.stop > 0]
-    *hidden, clips, failed, save, stop = sum_over_processes(accelerator, [*sum(counts).tolist(), *flags])
-    asked = Asked(save > 0, signals.stop or (signal.SIGTERM if stop else 0))
+    flags = [clips, len(failures), save, signals.terminate, signals.interrupt]
+    values = sum_over_processes(accelerator, [*sum(counts).tolist(), *flags])  # what all decide by
+    *hidden, clips, failed, save, terminate, interrupt = values
+    asked = Asked(save > 0, signal.SIGTERM if terminate else signal.SIGINT if interrupt else 0)
     if failed:
         run.quarantine.add(f"step {step}", gather_object(failures))
     if not clips:  # nothing to learn from
@@ -251,18 +283,15 @@ def train_step(run: Run, step: int, batches: Iterator[list[dict]], signals: Sign
     losses = torch.zeros(2, device=accelerator.device)
     total = torch.tensor(hidden).clamp(min=1)
     inputs = [{name: value.to(accelerator.device) for name, value in batch.items()} for batch in inputs]
-    with memory_advice(
-        run.schedule.micro_batch, checkpointing=config.grad_checkpointing, precision=config.precision
-    ):
-        for batch, count in zip(inputs, counts, strict=True):
-            is_last = batch is inputs[-1]
-            with nullcontext() if is_last else accelerator.no_sync(run.model):
-                output = run.model(**batch)
-                share = (count / total).to(accelerator.device)
-                weighted = torch.stack([output.image_loss, output.audio_loss]) * share
-                gradients_of = weighted.sum() * accelerator.num_processes  # over which they are averaged
-                accelerator.backward(gradients_of)
-            losses += weighted.detach()
+    for batch, count in zip(inputs, counts, strict=True):
+        is_last = batch is inputs[-1]
+        with nullcontext() if is_last else accelerator.no_sync(run.model):
+            output = run.model(**batch)
+            share = (count / total).to(accelerator.device)
+            weighted = torch.stack([output.image_loss, output.audio_loss]) * share
+            gradients_of = weighted.sum() * accelerator.num_processes  # over which they are averaged
+            accelerator.backward(gradients_of)
+        losses += weighted.detach()
     image_loss, audio_loss = sum_over_processes(accelerator, losses.tolist())
     norm = accelerator.clip_grad_norm_(run.model.parameters(), config.clip_grad or math.inf)
     norm = float(norm) if norm is not None else math.nan
@@ -276,7 +305,7 @@ def train_step(run: Run, step: int, batches: Iterator[list[dict]], signals: Sign
         image_loss=image_loss,
         audio_loss=audio_loss,
         lr=run.rates.get_last_lr()[0],
-        grad_norm=norm,
+        grad_norm=norm if math.isfinite(norm) else None,
     )
     run.optimizer.step()
     run.optimizer.zero_grad()
@@ -288,7 +317,8 @@ def train_step(run: Run, step: int, batches: Iterator[list[dict]], signals: Sign
     epoch = (step - 1) // run.schedule.steps_per_epoch
     times = dict(seconds=round(seconds, 4), data_seconds=round(waited, 4))
     run.metrics.write(step=step, epoch=epoch, clips=int(clips), **row, **times)
-    accelerator.log(row | dict(clips_per_second=clips / seconds), step=step)
+    numbers = {name: value for name, value in row.items() if value is not None}
+    accelerator.log(numbers | dict(clips_per_second=clips / seconds), step=step)
     progress.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
     return asked
 
@@ -347,13 +377,16 @@ def stop_at_fault(
     names = [
         [str(run.train_clips[i].path) for i in batch.get("index", torch.empty(0)).tolist()] for batch in read
     ]
-    mae, report = whole_model(run), dict(clips=[], largest=[])
-    if accelerator.distributed_type != DistributedType.FSDP:  # whose processes hold parts of a model
-        report = examine(mae, inputs, names)
+    is_whole = accelerator.distributed_type != DistributedType.FSDP  # whose processes hold parts of a model
+    mae = run.mae if is_whole else whole_model(run)
+    report = examine(mae, inputs, names) if is_whole else dict(clips=[], largest=[])
     everyone = [name for of_batch in names for name in of_batch]
     report |= dict(step=step, loss=str(loss), gradient_norm=str(norm), batch=everyone)
     folder = config.run / "faults" / f"step-{step:08d}" / f"process-{accelerator.process_index}"
-    write_fault(folder, mae, inputs, report)
+    try:
+        write_fault(folder, mae, inputs, report)
+    except (OSError, SafetensorError) as error:  # a full disk must not hide what happened
+        tqdm.write(f"{folder} could not be written: {error}")
     blamed, everyone = gather_object(report["clips"]), gather_object(everyone)
     largest = ", ".join(f"{name} {value}" for name, value in report["largest"][:3])
     raise RunError(
@@ -368,8 +401,8 @@ def stop_at_fault(
 
 
 def run_settings(config: TrainConfig) -> dict:
-    """What must be the same for a run to be resumed, ready for JSON."""
-    settings = {name: value for name, value in asdict(config).items() if name not in FREE}
+    """The settings, ready for JSON."""
+    settings = {name: value for name, value in asdict(config).items() if name not in ("plan", "restart")}
     paths = {name: str(value.resolve()) for name, value in settings.items() if isinstance(value, Path)}
     return json.loads(json.dumps(settings | paths))
 
@@ -447,30 +480,19 @@ def make_loader(mae: AVMAE, config: TrainConfig, clips: list, *, train: bool) ->
 # --- learning rates -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class WarmupCosine:
-    """Share of the peak learning rate at a step: linear from 0, then half a cosine down to 0."""
-
-    warmup: int
-    total: int
-
-    def __call__(self, step: int) -> float:
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.total - self.warmup)))
+def warmup_cosine(step: int, warmup: int, total: int) -> float:
+    """Share of the peak learning rate: up to it in `warmup` equal steps, then down to 0 by half a cosine."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-@dataclass(frozen=True)
-class Ramped:
-    """A schedule for weights that were pretrained: raised from 0 by half a cosine over the first half of
+def raised_warmup_cosine(step: int, warmup: int, total: int) -> float:
+    """The same for weights that were pretrained: raised from 0 by half a cosine over the first half of
     training, so that fresh fusion blocks do not undo them (released code).
     """
-
-    schedule: WarmupCosine
-
-    def __call__(self, step: int) -> float:
-        risen = min(1.0, step / max(1, self.schedule.total / 2))
-        return self.schedule(step) * 0.5 * (1 - math.cos(math.pi * risen))
+    raised = 0.5 * (1 - math.cos(math.pi * min(1.0, step / max(1, total / 2))))
+    return raised * warmup_cosine(step, warmup, total)
 
 
 # --- reports ------------------------------------------------------------------------------------------------
@@ -482,7 +504,7 @@ def measure(run: Run, step: int, when: str) -> None:
     if run.accelerator.is_main_process:
         if when == "after":
             mae.save_pretrained(run.config.run / "model")
-        size = min(run.config.batch_size, EVALUATION_BATCH, len(run.test_clips))
+        size = min(run.schedule.micro_batch, EVALUATION_BATCH, len(run.test_clips))
         keys = [(0, index) for index in range(len(run.test_clips))]
         with make_loader(mae, run.config, run.test_clips, train=False) as loader:
             batches = list(loader.batches([keys[i : i + size] for i in range(0, len(keys), size)]))
@@ -574,15 +596,18 @@ def cli() -> int | str:
     try:
         check_config(config)
         if config.plan:
-            print(plan(config, processes=int(os.environ.get("WORLD_SIZE", 1))))
+            if os.environ.get("RANK", "0") == "0":
+                print(plan(config, processes=int(os.environ.get("WORLD_SIZE", 1))))
             return 0
         run = set_up(config)
-    except (ValueError, RunError) as error:
-        return f"error: {error}"
+    except (ValueError, OSError, RunError) as error:
+        return f"error: {printable(error)}"
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     try:
         return train(run)
-    except RunError as error:
-        return f"error: {error}"
+    except (OSError, RunError) as error:
+        return f"error: {printable(error)}"
 
 
 if __name__ == "__main__":

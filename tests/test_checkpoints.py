@@ -71,6 +71,7 @@ def test_an_average_of_the_weights_is_kept(state, tmp_path):
 def test_nothing_to_load(state, tmp_path):
     (tmp_path / "checkpoints" / "step-00000004.partial").mkdir(parents=True)
     assert load_checkpoint(state[0], tmp_path) == 0
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -94,6 +95,8 @@ def test_a_damaged_one_is_named_and_passed_over(state, tmp_path, capsys, name, d
     assert load_checkpoint(state[0], tmp_path) == 1
     assert "step-00000002 is damaged" in capsys.readouterr().out
     assert_equal(snapshot(state), truth)
+    save_checkpoint(state[0], tmp_path, 3, keep=2)  # what was passed over is not among those that are kept
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000001"]
 
 
 def has_changed(manifest: Path) -> bool:

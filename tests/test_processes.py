@@ -1,8 +1,10 @@
 """Training in several processes, and killed: the losses are those of one process left alone."""
 
+import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +12,7 @@ import time
 import psutil
 import pytest
 
+from avfuse.checkpoints import list_checkpoints
 from avfuse.data import sounding_shapes
 
 TINY = (
@@ -103,6 +106,34 @@ def kill_all(process: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_both(data, tmp_path):
+    """In the middle of training; then the run is resumed by one process and ends with the same losses."""
+    options = "--epochs", "100", "--batch-size", "8", "--checkpoint-every", "1000"
+    truth = train(data, tmp_path / "whole", *options)
+    process = subprocess.Popen(
+        command(data, tmp_path / "run", *options, processes=2),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(),
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(losses(tmp_path / "run")) > 5):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.1)
+    trains = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "avfuse.train" in child.cmdline() and "torch.distributed.run" not in child.cmdline()
+    ]
+    assert len(trains) == 2
+    trains[1].send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) != 0
+    stopped = max(losses(tmp_path / "run"))
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == [f"step-{stopped:08d}"]
+    assert_close(train(data, tmp_path / "run", *options), truth)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_at_random_moments_it_ends_with_the_same_losses(data, tmp_path, processes):
     """SIGKILL to all its processes, 20 times, at moments drawn uniformly from when it is half started on."""
@@ -110,7 +141,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_losses(data, tmp_path, p
     begun = time.time()
     truth = train(data, tmp_path / "whole", *options, processes=processes)
     starting = (tmp_path / "whole" / "config.json").stat().st_mtime - begun
-    latest = starting + (time.time() - begun - starting) / 6
+    latest = starting + (time.time() - begun - starting) / 12
     chance, kills, reached = random.Random(0), 0, []
     while kills < 20:
         process = subprocess.Popen(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,7 +19,7 @@ from avfuse.data import sounding_shapes
 from avfuse.faults import RunError
 from avfuse.recipes import TrainConfig
 from avfuse.run_folder import read_rows
-from avfuse.train import Ramped, WarmupCosine, main
+from avfuse.train import main, raised_warmup_cosine, warmup_cosine
 
 
 @pytest.fixture(scope="module")
@@ -336,10 +337,68 @@ def test_pretrained_transformers_begin_with_their_weights_and_are_ramped(data, t
     ramped = {id(p) for group in run.optimizer.param_groups if group["ramp"] for p in group["params"]}
     assert ramped == {id(p) for p in branches["image"].parameters() if p.requires_grad}
     train.train(run)
-    factors = [Ramped(WarmupCosine(2, 6))(step) / WarmupCosine(2, 6)(step) for step in range(6)]
+    factors = [raised_warmup_cosine(step, 2, 6) / warmup_cosine(step, 2, 6) for step in range(6)]
     assert factors == pytest.approx([0.0, 0.25, 0.75, 1.0, 1.0, 1.0])  # half a cosine over 3 of 6 steps
+    assert main(tiny(data, tmp_path / "run", image_weights=tmp_path / "image.pth")) == 0  # and can be resumed
     with pytest.raises(ValueError, match="--audio-weights .*image.pth: the weights do not fit"):
         main(tiny(data, tmp_path / "other", audio_weights=tmp_path / "image.pth"))
+
+
+def test_damaged_records_do_not_end_a_run(finished, tmp_path):
+    config = replace(finished, run=tmp_path / "run", checkpoint_every=3)
+    main(config)
+    whole = losses(config.run)
+    junk = (
+        b'\xff\xfe\n[]\n123\n{}\n{"step": null}\n{"step": 0, "loss": null}\n' + b"[" * 100_000 + b'\n{"path'
+    )
+    for name in "metrics.jsonl", "quarantine.jsonl":
+        with (config.run / name).open("ab") as file:
+            file.write(junk)
+    shutil.rmtree(config.run / "checkpoints" / "step-00000006")
+    assert main(config) == 0
+    assert {step: loss for step, loss in losses(config.run).items() if loss} == whole
+    assert (config.run / "quarantine.jsonl").read_text() == ""
+
+
+def test_checkpoints_without_their_settings_are_not_gone_on_with(finished, tmp_path):
+    shutil.copytree(finished.run, tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(ValueError, match="holds checkpoints of a run whose config.json is gone"):
+        main(replace(finished, run=tmp_path / "run", seed=7))
+
+
+def test_restart_deletes_nothing_before_all_is_in_order(data, tmp_path):
+    folder, config = tmp_path / "videos", tiny(tmp_path / "videos", tmp_path / "run", epochs=1)
+    for name in "abcd":
+        write_video(folder / f"{name}.mp4")
+    main(config)
+    before = rows(config.run)
+    (folder / "e.mp4").touch()
+    with pytest.raises(ValueError, match="1 of 5 clips cannot be read.*nothing was deleted"):
+        main(replace(config, restart=True, max_unreadable=0.01))
+    (config.run / "faults").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="--restart does not delete links: .*faults is one"):
+        main(replace(config, restart=True))
+    assert rows(config.run) == before
+
+
+def test_a_disk_that_was_away_does_not_end_a_run_for_good(tmp_path):
+    folder, config = tmp_path / "videos", tiny(tmp_path / "videos", tmp_path / "run", max_unreadable=0.3)
+    for name in "abcd":
+        write_video(folder / f"{name}.mp4")
+    run = train.set_up(config)
+    contents = {path: path.read_bytes() for path in folder.iterdir()}
+    for path in contents:
+        path.write_bytes(b"")
+    with pytest.raises(RunError, match="more than --max-unreadable 0.3.* the same command goes on"):
+        train.train(run)
+    for path, content in contents.items():
+        path.write_bytes(content)
+    assert main(config) == 0
+    assert len(losses(config.run)) == 3
+    assert (
+        len((config.run / "quarantine.jsonl").read_text().splitlines()) == 4
+    )  # what happened stays on record
 
 
 def test_a_run_folder_serves_one_process(data, tmp_path):
@@ -351,12 +410,11 @@ def test_a_run_folder_serves_one_process(data, tmp_path):
 
 
 def test_warmup_cosine_by_hand():
-    schedule = WarmupCosine(warmup=4, total=12)
-    assert [schedule(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
-    assert schedule(4) == 1.0
-    assert schedule(8) == pytest.approx(0.5)
-    assert schedule(12) == pytest.approx(0.0)
-    assert WarmupCosine(warmup=0, total=1)(0) == 1.0
+    assert [warmup_cosine(step, warmup=4, total=12) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert warmup_cosine(4, warmup=4, total=12) == 1.0
+    assert warmup_cosine(8, warmup=4, total=12) == pytest.approx(0.5)
+    assert warmup_cosine(12, warmup=4, total=12) == pytest.approx(0.0)
+    assert warmup_cosine(0, warmup=0, total=1) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -370,6 +428,10 @@ def test_warmup_cosine_by_hand():
         (dict(max_unreadable=math.nan), "--max-unreadable"),
         (dict(clip_timeout=0.0), "--clip-timeout"),
         (dict(ema=1.0), "--ema"),
+        (dict(seed=2**32), "--seed"),
+        (dict(clip_timeout=math.inf), "--clip-timeout"),
+        (dict(warmup_epochs=4), "--warmup-epochs 4 are more than --epochs 3"),
+        (dict(precision="fp16"), "fp16"),
         (dict(image_weights=Path("nowhere.safetensors")), "--image-weights nowhere.safetensors"),
         (dict(base_lr=-1.0), "--base-lr"),
         (dict(fusion_layers=(4,)), "fusion_layers"),

@@ -72,7 +72,7 @@ class Scan:
         ):
             if names:
                 more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-                parts.append(f"{len(names)} {what}: {', '.join(names[:NAMED])}{more}")
+                parts.append(f"{len(names)} {what}: {', '.join(map(printable, names[:NAMED]))}{more}")
         return "; ".join(parts)
 
 
@@ -323,7 +323,8 @@ class ClipLoader:
     ) -> Iterator[dict[str, Tensor | list[Failure]]]:
         """Collated batches, one for each sequence of `(epoch, index)`, in order.
 
-        Up to two batches of the size of the first are read ahead of the one that is asked for.
+        Up to two batches of the size of the first are read ahead of the one that is asked for, or four clips
+        for each worker if those are more.
 
         Raises:
             RuntimeError: workers cannot be started, or the loader is closed.
@@ -332,7 +333,8 @@ class ClipLoader:
         first = next(read, None)
         if first is None:
             return
-        items = self._pool.map(chain(first, chain.from_iterable(read)), ahead=2 * max(1, len(first)))
+        ahead = max(2 * len(first), 4 * self._pool.workers, 1)
+        items = self._pool.map(chain(first, chain.from_iterable(read)), ahead=ahead)
         for keys in batches:
             yield collate([self._item(item) for item in islice(items, len(keys))])
 
@@ -393,6 +395,11 @@ class ClipSampler(Sampler[tuple[int, int]]):
         if self.train:
             order = torch.randperm(len(self), generator=_generator(self.seed, epoch, 0)).tolist()
         return ((epoch, index) for index in order)
+
+
+def printable(text: object) -> str:
+    """A name from outside as one line that any terminal can show: what is not printable is escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def _generator(seed: int, epoch: int, number: int) -> torch.Generator:

@@ -296,7 +296,7 @@ def _write(path: Path, content: bytes) -> None:
 
 def is_built(root: str | Path) -> bool:
     """Whether the folder holds a finished data set."""
-    return (Path(root) / "dataset.json").exists()
+    return all((Path(root) / name).exists() for name in ("dataset.json", "manifest.jsonl"))
 
 
 def read_manifest(root: str | Path, split: str) -> list[Entry]:
