@@ -340,7 +340,7 @@ def backward(output_grad, query, image_key, image_value, audio_key, audio_value,
     masks = [None if mask is None else rows_of(mask) for mask in (image_mask, audio_mask)]
     output_grad = rows_of(output_grad)
     sizes = B, H, F, I, A, K, V = sizes_of(*tensors)
-    options = settings(query.dtype, *sizes, backward=True)
+    options = settings(query.dtype, *sizes)
     splits, tiles = options["SPLITS"], triton.cdiv(F, options["BLOCK_F"])
     grads = [empty_slots(query, splits), *(empty_slots(tensor, tiles) for tensor in tensors[1:])]
     statistics = query.new_empty((B, 2, 3, splits, F, H), dtype=torch.float32) if splits > 1 else None
@@ -356,17 +356,24 @@ def backward(output_grad, query, image_key, image_value, audio_key, audio_value,
         return [add_slots(grad, query.dtype) for grad in grads]
 
 
-def settings(dtype, B, H, F, I, A, K, V, backward=False):
-    """Tile sizes and launch options. See kernels/README.md for where they come from."""
-    block_f = min(padded(F), 32 if backward else 64)
-    wide = dtype == torch.float32 or max(K, V) > 64
+def settings(dtype, B, H, F, I, A, K, V):
+    """Tile sizes and launch options. kernels/README.md says where they come from."""
+    single, wide = dtype == torch.float32, max(K, V) > 64
+    block_f = min(padded(F), 16 if wide else 32)
     splits, programs = 1, B * H * triton.cdiv(F, block_f)
     while 2 * splits * programs <= PROGRAMS and 2 * splits * SPLIT_TOKENS <= max(I, A):
         splits *= 2
     return dict(
-        K=K, V=V, SPLITS=splits, PRECISION=precision_of(dtype), BLOCK_F=block_f, BLOCK_N=32 if wide else 64,
-        num_warps=4, num_stages=2,
-    )  # fmt: skip
+        K=K,
+        V=V,
+        SPLITS=splits,
+        PRECISION=precision_of(dtype),
+        BLOCK_F=block_f,
+        BLOCK_N=16 if single else 32 if wide else 64,
+        num_warps=8 if single or wide else 4,
+        num_stages=2,
+        maxnreg=255,  # else ptxas spills a little here and there, to fit one program more on a multiprocessor
+    )
 
 
 def sizes_of(query, image_key, image_value, audio_key, _):
