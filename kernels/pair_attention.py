@@ -6,8 +6,8 @@
 
 Nothing is saved between the directions. The backward walks the tokens of each modality twice: first for the
 largest logit of the softmax, its sum and delta, then for the gradients. Every walk computes logits by the same
-dot, with tokens as rows and queries as columns; only loaded tiles are transposed. Logits and sums are float32,
-and logits carry a factor log2(e), for exp2.
+dot, with tokens as rows and queries as columns; only loaded tiles are transposed. Logits and sums are float32.
+(exp(x - max), not exp2 of logits that carry a factor log2(e): that factor's rounding costs digits at large logits.)
 
 Few heads with many tokens are split among programs (SPLITS of them), and so are more than BLOCK_F queries.
 Each program then leaves partial results in a float32 slot of its own, and slots are added in order: there are
@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 
 from .tiles import (
-    LOG2_E,
     add_slots,
     empty_slots,
     finite,
@@ -55,7 +54,6 @@ def forward_kernel(
     # One program owns BLOCK_F queries of one head of one clip, and reads one of SPLITS parts of its tokens.
     b, h, split = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(2)
     queries = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    scale = scale * LOG2_E
 
     q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
     image_top, image_sum, image_out = attend(
@@ -99,8 +97,8 @@ def attend(
 
         logits = logits_of(q, k, attended, scale, PRECISION)
         previous, top = top, tl.maximum(top, tl.max(logits, 0))
-        weights = tl.exp2(logits - finite(top))
-        rescale = tl.exp2(previous - finite(top))
+        weights = tl.exp(logits - finite(top))
+        rescale = tl.exp(previous - finite(top))
         total = total * rescale + tl.sum(weights, 0)
         weighted = weighted * rescale + tl.dot(tl.trans(v), weights.to(v.dtype), input_precision=PRECISION)
     return top, total, weighted
@@ -124,7 +122,7 @@ def merge_kernel(
             )  # fmt: skip
             part_of = slot_head(partial, modality * SPLITS + split, 2 * SPLITS, b, h, H, F, V)
             weighted = load_rows(part_of, H * V, queries, queries < F, V)
-            out += weighted * (tl.exp2(own_top - top) * inverse)[:, None]
+            out += weighted * (tl.exp(own_top - top) * inverse)[:, None]
     store_rows(slot_head(output, 0, 1, b, h, H, F, V), H * V, queries, queries < F, out, V)
 
 
@@ -144,7 +142,6 @@ def statistics_kernel(
     # One program owns BLOCK_F queries of one head of one clip, and reads one of SPLITS parts of its tokens.
     b, h, split = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(2)
     queries = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    scale = scale * LOG2_E
 
     q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
     do = load_rows(head(output_grad, output_grad_strides, b, h), output_grad_strides[2], queries, queries < F, V)
@@ -213,8 +210,8 @@ def survey(
         logits = logits_of(q, k, attended, scale, PRECISION)
         weights_grad = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         previous, top = top, tl.maximum(top, tl.max(logits, 0))
-        weights = tl.exp2(logits - finite(top))
-        rescale = tl.exp2(previous - finite(top))
+        weights = tl.exp(logits - finite(top))
+        rescale = tl.exp(previous - finite(top))
         total = total * rescale + tl.sum(weights, 0)
         weighted = weighted * rescale + tl.sum(weights * weights_grad, 0)
     return top, total, weighted
@@ -230,7 +227,7 @@ def differentiate(
     """Stores the gradients of keys and values of one modality, and adds to that of the queries, (K, BLOCK_F)."""
     if SPLITS == 1:
         top, total, weighted = survey(
-            q, do, key, value, mask, key_strides, value_strides, mask_stride, b, h, N, split, scale * LOG2_E,
+            q, do, key, value, mask, key_strides, value_strides, mask_stride, b, h, N, split, scale,
             K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N,
         )  # fmt: skip
         top, inverse = finite(top), reciprocal(total)
@@ -248,8 +245,8 @@ def differentiate(
         k = load_rows(key, key_strides[2], tokens, attended, K)
         v = load_rows(value, value_strides[2], tokens, attended, V)
 
-        logits = logits_of(q, k, attended, scale * LOG2_E, PRECISION)
-        weights = tl.exp2(logits - top) * inverse
+        logits = logits_of(q, k, attended, scale, PRECISION)
+        weights = tl.exp(logits - top) * inverse
         dv = tl.dot(weights.to(do.dtype), do, input_precision=PRECISION)
         weights_grad = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         logits_grad = (weights * (weights_grad - delta)).to(q.dtype)
@@ -300,7 +297,7 @@ def load_statistics(statistics, modality: tl.constexpr, b, h, H, queries, F, SPL
     totals = tl.load(pointers + step, mask=inside, other=0.0)
     weighted = tl.load(pointers + 2 * step, mask=inside, other=0.0)
     top = finite(tl.max(tops, 0))
-    rescale = tl.exp2(tops - top[None, :])
+    rescale = tl.exp(tops - top[None, :])
     inverse = reciprocal(tl.sum(totals * rescale, 0))
     return top, inverse, tl.sum(weighted * rescale, 0) * inverse
 

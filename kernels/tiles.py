@@ -6,9 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-
 
 @triton.constexpr_function
 def padded(width):
@@ -55,7 +52,7 @@ def load_mask(mask, stride, b, tokens, N):
 
 @triton.jit
 def finite(top):
-    """The largest of no logits is -inf; 0 in its place makes all weights exp2(-inf - 0) = 0 instead of NaN."""
+    """The largest of no logits is -inf; 0 in its place makes all weights exp(-inf - 0) = 0 instead of NaN."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 

@@ -1,0 +1,93 @@
+"""The Triton kernels as torch operators: what autograd, torch.compile, export and the FLOP counter know of them.
+
+    avfuse::pair_attention            tensors, masks, bias -> output (B, H, F, V)
+    avfuse::pair_attention_backward   output_grad, the same -> gradients
+
+An operator is opaque: kernels are imported and launched only when it runs on real tensors.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+ARGUMENTS = (
+    "Tensor query, Tensor image_key, Tensor image_value, Tensor audio_key, Tensor audio_value, "
+    "Tensor? image_mask, Tensor? audio_mask, Tensor? pair_bias, float scale"
+)
+for name, schema in {
+    "pair_attention": f"({ARGUMENTS}) -> Tensor",
+    "pair_attention_backward": f"(Tensor output_grad, {ARGUMENTS}, bool bias_grad) -> Tensor[]",
+}.items():
+    torch.library.define(f"avfuse::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+
+
+class PairAttention(torch.autograd.Function):
+    """Saves its inputs only. (An autograd.Function around the operator costs half of what `register_autograd`
+    does at each call.)
+    """
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        *tensors, ctx.scale = inputs
+        ctx.save_for_backward(*tensors)
+        return torch.ops.avfuse.pair_attention(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, output_grad):
+        bias_grad = ctx.needs_input_grad[7]
+        inputs = (*ctx.saved_tensors, ctx.scale)
+        grads = torch.ops.avfuse.pair_attention_backward(output_grad, *inputs, bias_grad)
+        return *grads[:5], None, None, grads[5] if bias_grad else None, None
+
+
+# --- what runs ----------------------------------------------------------------------------------------------
+
+
+@torch.library.impl("avfuse::pair_attention", ("cuda", "cpu"))
+def pair_attention(*inputs):
+    from ..kernels import pair_attention as kernels
+
+    *tensors, _bias, scale = inputs
+    return kernels.forward(*tensors, scale)
+
+
+@torch.library.impl("avfuse::pair_attention_backward", ("cuda", "cpu"))
+def pair_attention_backward(output_grad, *inputs):
+    from ..kernels import pair_attention as kernels
+
+    *tensors, _bias, scale, _bias_grad = inputs
+    return kernels.backward(output_grad, *tensors, scale)
+
+
+# --- what is known without running --------------------------------------------------------------------------
+
+
+@torch.library.register_fake("avfuse::pair_attention")
+def _(query, image_key, image_value, *_):
+    B, H, F, _ = query.shape
+    return query.new_empty((B, F, H, image_value.shape[3])).transpose(1, 2)
+
+
+@torch.library.register_fake("avfuse::pair_attention_backward")
+def _(output_grad, query, image_key, image_value, audio_key, audio_value, *options):
+    tensors = (query, image_key, image_value, audio_key, audio_value)
+    grads = [x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2) for x in tensors]
+    return grads
+
+
+@register_flop_formula(torch.ops.avfuse.pair_attention)
+def _(query, image_key, image_value, audio_key, audio_value, *_, **__) -> int:
+    """Logits (width K) and weighted values (width V) of every query and token."""
+    B, H, F, K = query
+    return 2 * B * H * F * (image_key[2] + audio_key[2]) * (K + image_value[3])
+
+
+@register_flop_formula(torch.ops.avfuse.pair_attention_backward)
+def _(output_grad, query, image_key, image_value, audio_key, audio_value, *_, **__) -> int:
+    """Logits and the gradients of queries and keys (width K), of weights and values (width V): as PyTorch counts
+    its own attention, which leaves out that the kernel computes logits and gradients of weights twice.
+    """
+    B, H, F, K = query
+    return 2 * B * H * F * (image_key[2] + audio_key[2]) * (3 * K + 2 * image_value[3])
