@@ -25,13 +25,16 @@ from .tiles import (
     head,
     load_mask,
     load_rows,
+    logits_of,
     on_device_of,
     padded,
     precision_of,
     reciprocal,
     rows_of,
+    sizes_of,
     slot_head,
     store_rows,
+    strides_of,
 )
 
 PROGRAMS = 256  # tokens are split until there are so many: 2 for each multiprocessor of an A100 or H100
@@ -262,13 +265,6 @@ def differentiate(
 
 
 @triton.jit
-def logits_of(q, k, attended, scale, PRECISION: tl.constexpr):
-    """Logits (BLOCK_N, BLOCK_F), -inf at tokens that are not attended to."""
-    logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
-    return tl.where(attended[:, None], logits, float("-inf"))
-
-
-@triton.jit
 def part(N, split, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
     """First and last + 1 of the tokens of one of SPLITS parts, which begin at multiples of BLOCK_N."""
     size = tl.cdiv(N, SPLITS * BLOCK_N) * BLOCK_N
@@ -371,14 +367,3 @@ def settings(dtype, B, H, F, I, A, K, V):
         num_stages=2,
         maxnreg=255,  # else ptxas spills a little here and there, to fit one program more on a multiprocessor
     )
-
-
-def sizes_of(query, image_key, image_value, audio_key, _):
-    B, H, F, K = query.shape
-    return B, H, F, image_key.shape[2], audio_key.shape[2], K, image_value.shape[3]
-
-
-def strides_of(tensors, masks):
-    """Of each tensor as a tuple, of each mask that of a clip; the last dimension has stride 1."""
-    strides = [tensor.stride()[:3] for tensor in tensors]
-    return *strides, *(0 if mask is None else mask.stride(0) for mask in masks)

@@ -16,13 +16,13 @@ def padded(width):
 @triton.jit
 def head(pointer, strides, b, h):
     """The matrix (N, WIDTH) of one head of one clip in a tensor (B, H, N, WIDTH)."""
-    return pointer + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
+    return pointer + tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1]
 
 
 @triton.jit
 def slot_head(pointer, slot, slots, b, h, H, N, WIDTH: tl.constexpr):
     """The matrix (N, WIDTH), of row stride H * WIDTH, of one head of one clip in results (B, slots, N, H, WIDTH)."""
-    return pointer + (((b.to(tl.int64) * slots + slot) * N) * H + h) * WIDTH
+    return pointer + (((tl.cast(b, tl.int64) * slots + slot) * N) * H + h) * WIDTH
 
 
 @triton.jit
@@ -46,8 +46,15 @@ def load_mask(mask, stride, b, tokens, N):
     """Which of the tokens of one clip may be attended to."""
     attended = tokens < N
     if mask is not None:
-        attended = attended & tl.load(mask + b.to(tl.int64) * stride + tokens, mask=attended, other=False)
+        attended = attended & tl.load(mask + tl.cast(b, tl.int64) * stride + tokens, mask=attended, other=False)
     return attended
+
+
+@triton.jit
+def logits_of(q, k, attended, scale, PRECISION: tl.constexpr):
+    """Logits (BLOCK_N, BLOCK_F), -inf at tokens that are not attended to."""
+    logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+    return tl.where(attended[:, None], logits, float("-inf"))
 
 
 @triton.jit
@@ -93,3 +100,14 @@ def add_slots(results, dtype):
     """(B, slots, N, H, WIDTH) -> (B, H, N, WIDTH); a view where there is one slot."""
     total = results[:, 0] if results.shape[1] == 1 else results.sum(1).to(dtype)
     return total.transpose(1, 2)
+
+
+def sizes_of(query, image_key, image_value, audio_key, _):
+    B, H, F, K = query.shape
+    return B, H, F, image_key.shape[2], audio_key.shape[2], K, image_value.shape[3]
+
+
+def strides_of(tensors, masks):
+    """Of each tensor as a tuple, of each mask that of a clip; the last dimension has stride 1."""
+    strides = [tensor.stride()[:3] for tensor in tensors]
+    return *strides, *(0 if mask is None else mask.stride(0) for mask in masks)

@@ -47,18 +47,26 @@ class PairAttention(torch.autograd.Function):
 
 @torch.library.impl("avfuse::pair_attention", ("cuda", "cpu"))
 def pair_attention(*inputs):
-    from ..kernels import pair_attention as kernels
+    *tensors, pair_bias, scale = inputs
+    if pair_bias is not None:
+        from ..kernels import biased_pair_attention
 
-    *tensors, _bias, scale = inputs
-    return kernels.forward(*tensors, scale)
+        return biased_pair_attention.forward(*tensors, pair_bias, scale)
+    from ..kernels import pair_attention
+
+    return pair_attention.forward(*tensors, scale)
 
 
 @torch.library.impl("avfuse::pair_attention_backward", ("cuda", "cpu"))
-def pair_attention_backward(output_grad, *inputs):
-    from ..kernels import pair_attention as kernels
+def pair_attention_backward(*inputs):
+    *tensors, pair_bias, scale, bias_grad = inputs
+    if pair_bias is not None:
+        from ..kernels import biased_pair_attention
 
-    *tensors, _bias, scale, _bias_grad = inputs
-    return kernels.backward(output_grad, *tensors, scale)
+        return biased_pair_attention.backward(*tensors, pair_bias, scale, bias_grad)
+    from ..kernels import pair_attention
+
+    return pair_attention.backward(*tensors, scale)
 
 
 # --- what is known without running --------------------------------------------------------------------------
@@ -71,10 +79,10 @@ def _(query, image_key, image_value, *_):
 
 
 @torch.library.register_fake("avfuse::pair_attention_backward")
-def _(output_grad, query, image_key, image_value, audio_key, audio_value, *options):
-    tensors = (query, image_key, image_value, audio_key, audio_value)
+def _(output_grad, *inputs):
+    *tensors, image_mask, audio_mask, pair_bias, scale, bias_grad = inputs
     grads = [x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2) for x in tensors]
-    return grads
+    return [*grads, pair_bias.new_empty(pair_bias.shape)] if bias_grad else grads
 
 
 @register_flop_formula(torch.ops.avfuse.pair_attention)
