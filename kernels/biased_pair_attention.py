@@ -10,7 +10,7 @@ Values are additive, so only marginals are needed. In a tile of pairs they are t
 E = exp(b - max b), u = exp(s_i - max s), w = exp(s_j - max s), p = u (E w) and r = w (E' u), up to a factor. The
 products underflow where b removes the pairs that hold both maxima. What they lose is below 2**-126 of the largest
 bound max b + max s + max s of a tile; so a sum of at least SAFE = 2**-76 of it is exact to float32, and a program
-with a query below that starts again with EXACT tiles (BLOCK_E, BLOCK_E, BLOCK_F) of exponentials of the logits.
+with a query below that starts again with EXACT tiles (BLOCK_N, BLOCK_N, BLOCK_F) of exponentials of the logits.
 Either is exact for any finite logits and any pattern of -inf.
 
 A modality whose tokens are all masked stands as one token with key, value and bias 0.
@@ -50,7 +50,7 @@ def forward_kernel(
     image_mask_stride, audio_mask_stride, bias_strides,
     H, F, I, A, scale: tl.float32,
     K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # One program owns BLOCK_F queries of one head of one clip.
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
@@ -62,7 +62,7 @@ def forward_kernel(
 
     out, safe = attend(q, image, audio, bias, scale, K, V, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, False)
     if not safe:
-        out, safe = attend(q, image, audio, bias, scale, K, V, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_E, True)
+        out, safe = attend(q, image, audio, bias, scale, K, V, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, True)
     store_rows(slot_head(output, 0, 1, b, h, H, F, V), H * V, queries, queries < F, tl.trans(out), V)
 
 
@@ -90,8 +90,8 @@ def attend(
             audio_total = audio_total * rescale + tl.sum(audio_weights, 0)
             image_out *= rescale
             audio_out *= rescale
-            image_out += tl.dot(tl.trans(image_v), image_weights.to(q.dtype), input_precision=PRECISION)
-            audio_out += tl.dot(tl.trans(audio_v), audio_weights.to(q.dtype), input_precision=PRECISION)
+            image_out += tl.dot(tl.trans(image_v).to(tl.float32), image_weights, input_precision=PAIR_PRECISION)
+            audio_out += tl.dot(tl.trans(audio_v).to(tl.float32), audio_weights, input_precision=PAIR_PRECISION)
     out = image_out * reciprocal(image_total) + audio_out * reciprocal(audio_total)
     return out, is_safe(top, image_total, audio_total)
 
@@ -107,7 +107,7 @@ def backward_kernel(
     image_mask_stride, audio_mask_stride, bias_strides, output_grad_strides,
     H, F, I, A, scale: tl.float32,
     K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # One program owns BLOCK_F queries of one head of one clip. It walks the pairs three times: for the statistics
     # of the softmax, by image tokens and by audio tokens.
@@ -132,10 +132,10 @@ def backward_kernel(
             K, V, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, False,
         )  # fmt: skip
     else:
-        stats, _ = survey(q, do, image, audio, bias, scale, K, V, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_E, True)
+        stats, _ = survey(q, do, image, audio, bias, scale, K, V, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, True)
         dq = differentiate(
             q, do, image, audio, bias, stats, image_grads, audio_grads, scale,
-            K, V, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_E, True,
+            K, V, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, True,
         )  # fmt: skip
     store_rows(slot_head(query_grad, 0, 1, b, h, H, F, K), H * K, queries, queries < F, tl.trans(dq * scale), K)
     if statistics is not None:  # for bias_kernel
@@ -221,12 +221,12 @@ def differentiate_side(
             weights += more_weights
             others += more_others
         weights *= inverse
-        logits_grad = (weights * own_grad + others * inverse).to(q.dtype)
+        logits_grad = weights * own_grad + others * inverse
         tokens = i + tl.arange(0, BLOCK_N)
         inside, alive = tokens < own[5], own[6]
-        dk = tl.dot(logits_grad, q, input_precision=PRECISION) * scale
-        dv = tl.dot(weights.to(do.dtype), do, input_precision=PRECISION)
-        dq += tl.dot(tl.trans(k), logits_grad, input_precision=PRECISION)
+        dk = tl.dot(logits_grad, q.to(tl.float32), input_precision=PAIR_PRECISION) * scale
+        dv = tl.dot(weights, do.to(tl.float32), input_precision=PAIR_PRECISION)
+        dq += tl.dot(tl.trans(k).to(tl.float32), logits_grad, input_precision=PAIR_PRECISION)
         store_rows(grads[0], grads[2] * K, tokens, inside, tl.where(alive, dk, 0.0), K)
         store_rows(grads[1], grads[2] * V, tokens, inside, tl.where(alive, dv, 0.0), V)
     return dq
@@ -240,15 +240,15 @@ def bias_kernel(
     image_mask_stride, audio_mask_stride, bias_strides, output_grad_strides, bias_sizes,
     B, H, F, I, A, scale: tl.float32,
     K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # One program owns a tile of the bias, and walks all clips, heads, tokens and queries that share it.
-    tiles = tl.cdiv(bias_sizes[2], BLOCK_E)
+    tiles = tl.cdiv(bias_sizes[2], BLOCK_N)
     first_b, last_b = shared_range(tl.program_id(1) // bias_sizes[1], bias_sizes[0], B, 1)
     first_h, last_h = shared_range(tl.program_id(1) % bias_sizes[1], bias_sizes[1], H, 1)
-    first_i, last_i = shared_range(tl.program_id(0) % tiles, bias_sizes[2], I, BLOCK_E)
-    first_j, last_j = shared_range(tl.program_id(0) // tiles, bias_sizes[3], A, BLOCK_E)
-    grad = tl.zeros((BLOCK_E, BLOCK_E), tl.float32)
+    first_i, last_i = shared_range(tl.program_id(0) % tiles, bias_sizes[2], I, BLOCK_N)
+    first_j, last_j = shared_range(tl.program_id(0) // tiles, bias_sizes[3], A, BLOCK_N)
+    grad = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
     for b in range(first_b, last_b):
         for h in range(first_h, last_h):
             image = side(image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride, b, h, I)
@@ -259,14 +259,14 @@ def bias_kernel(
                 q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
                 do = load_rows(head(output_grad, output_grad_strides, b, h), output_grad_strides[2], queries, queries < F, V)
                 top, inverse, image_mean, audio_mean, safe = load_statistics(statistics, b, h, H, queries, F)
-                for i in range(first_i, last_i, BLOCK_E):
-                    image_logits, image_k, image_v = load_tokens(q, image, i, scale, K, V, PRECISION, BLOCK_E)
+                for i in range(first_i, last_i, BLOCK_N):
+                    image_logits, image_k, image_v = load_tokens(q, image, i, scale, K, V, PRECISION, BLOCK_N)
                     image_grad = tl.dot(image_v, tl.trans(do), input_precision=PRECISION) - image_mean
-                    for j in range(first_j, last_j, BLOCK_E):
-                        audio_logits, audio_k, audio_v = load_tokens(q, audio, j, scale, K, V, PRECISION, BLOCK_E)
+                    for j in range(first_j, last_j, BLOCK_N):
+                        audio_logits, audio_k, audio_v = load_tokens(q, audio, j, scale, K, V, PRECISION, BLOCK_N)
                         audio_grad = tl.dot(audio_v, tl.trans(do), input_precision=PRECISION) - audio_mean
-                        tile = load_bias(bias, image, audio, i, j, BLOCK_E)
-                        if safe:
+                        tile = load_bias(bias, image, audio, i, j, BLOCK_N)
+                        if safe and PRECISION != "ieee":  # whose products take too many registers
                             more = pair_grads(
                                 image_logits, audio_logits, image_grad, audio_grad, tile, top, inverse,
                                 PAIR_PRECISION, False,
@@ -279,8 +279,8 @@ def bias_kernel(
                         grad += tl.where(image[6] & audio[6], more, 0.0)
     grad = tl.where(bias_sizes[2] == 1, tl.sum(grad, 0)[None, :], grad)
     grad = tl.where(bias_sizes[3] == 1, tl.sum(grad, 1)[:, None], grad)
-    rows = (tl.program_id(0) % tiles) * BLOCK_E + tl.arange(0, BLOCK_E)
-    columns = (tl.program_id(0) // tiles) * BLOCK_E + tl.arange(0, BLOCK_E)
+    rows = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = (tl.program_id(0) // tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     bias_grad += (tl.program_id(1).to(tl.int64) * bias_sizes[2] + rows[:, None]) * bias_sizes[3] + columns[None, :]
     tl.store(bias_grad, grad, mask=(rows < bias_sizes[2])[:, None] & (columns < bias_sizes[3])[None, :])
 
@@ -296,7 +296,7 @@ def shared_range(own, size, full, BLOCK: tl.constexpr):
 def load_statistics(statistics, b, h, H, queries, F):
     statistics = statistics + ((tl.cast(b, tl.int64) * 6 * H + h) * F + queries)
     inside = queries < F
-    top = tl.load(statistics, mask=inside, other=0.0)
+    top = tl.load(statistics, mask=inside, other=float("inf"))  # what is not there weighs nothing
     inverse = tl.load(statistics + H * F, mask=inside, other=0.0)
     image_mean = tl.load(statistics + 3 * H * F, mask=inside, other=0.0)
     audio_mean = tl.load(statistics + 4 * H * F, mask=inside, other=0.0)
@@ -447,9 +447,8 @@ def backward(
         )
         results = [add_slots(grad, query.dtype) for grad in grads]
         if bias_grad:
-            sizes, block = tuple(pair_bias.shape), options["BLOCK_E"]
+            sizes, block = tuple(pair_bias.shape), options["BLOCK_N"]
             results.append(pair_bias.new_empty(sizes))
-            del options["BLOCK_N"]
             bias_kernel[triton.cdiv(sizes[2], block) * triton.cdiv(sizes[3], block), sizes[0] * sizes[1]](
                 *tensors, *masks, pair_bias, output_grad, statistics, results[-1], *strides, sizes,
                 B, H, F, I, A, scale, **options,
@@ -466,10 +465,9 @@ def settings(dtype, F, K, V):
         PRECISION=precision,
         PAIR_PRECISION=precision if dtype == torch.float32 else "tf32",  # float16 has too few exponents
         BLOCK_F=16,
-        BLOCK_N=32,
-        BLOCK_E=16,
+        BLOCK_N=16,
         num_warps=4,
-        num_stages=2,
+        num_stages=1,
         maxnreg=255,
     )
 
