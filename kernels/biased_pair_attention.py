@@ -466,7 +466,7 @@ def settings(dtype, F, K, V):
         PAIR_PRECISION=precision if dtype == torch.float32 else "tf32",  # float16 has too few exponents
         BLOCK_F=16,
         BLOCK_N=16,
-        num_warps=4,
+        num_warps=4 if dtype != torch.float32 else 8 if max(K, V) <= 32 else 16,
         num_stages=1,
         maxnreg=255,
     )

@@ -17,7 +17,7 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def skip_without_cuda(request):
-    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+def pytest_runtest_setup(item):
+    """Skips from here rather than from a fixture, so that pytest reports all of them in one line."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

@@ -5,16 +5,23 @@ interpreter. With -m gpu also what only a GPU shows: bfloat16, tf32, memory, rep
 import functools
 import itertools
 import math
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from avfuse import AVMAE, fusion
 from avfuse.kernels import biased_pair_attention as biased_kernels
 from avfuse.kernels import pair_attention as kernels
-from avfuse.ops.pair_attention import pair_attention, select_backend
+from avfuse.ops.pair_attention import pair_attention
+
+from models import make_encoder, make_inputs
 
 INF = math.inf
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -243,3 +250,238 @@ def force_splits(monkeypatch, splits):
 @pytest.mark.parametrize("case", pairwise(OPTIONS, 100), ids=name_of)
 def test_output_and_gradients(monkeypatch, case):
     check(monkeypatch, **case)
+
+
+# --- compiled for GPUs that are not here --------------------------------------------------------------------
+
+
+KERNELS = {"forward_kernel", "merge_kernel", "statistics_kernel", "backward_kernel", "bias_kernel"}
+
+
+def assert_no_register_is_spilled(*arguments):
+    """Runs benchmarks/kernel_resources.py for 8.0 and 9.0 at once and prints what it prints."""
+    script = Path(__file__).parents[1] / "benchmarks/kernel_resources.py"
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(script.parents[1])}
+    options = dict(env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    commands = [[sys.executable, script, arch, *arguments] for arch in ("80", "90")]
+    for process in [subprocess.Popen(command, **options) for command in commands]:
+        printed, errors = process.communicate(timeout=1800)
+        assert process.returncode == 0, errors
+        columns, *lines = printed.splitlines()
+        print("", columns, *lines, sep="\n")
+        rows = [dict(zip(columns.split(), line.split(), strict=True)) for line in lines]
+        assert {row["kernel"] for row in rows} == KERNELS
+        for row in rows:
+            assert row["STACK"] == "0", row
+            assert int(row["SHARED"]) <= 99 * 1024, row  # what a program may have on any GPU from 8.0 on
+
+
+def test_kernels_compile_without_spilling_registers():
+    assert_no_register_is_spilled("--few")
+
+
+@pytest.mark.slow
+def test_every_variant_compiles_without_spilling_registers():
+    assert_no_register_is_spilled()
+
+
+# --- the operator in PyTorch --------------------------------------------------------------------------------
+
+MASKS = dict(image_mask=torch.tensor([[True] * 5, [False] * 5]), audio_mask=torch.ones(2, 4, dtype=torch.bool))
+INPUTS = {
+    "plain": lambda: (make(B=2, H=1), {}),
+    "masks": lambda: (make(B=2, H=1), {name: mask.to(DEVICE) for name, mask in MASKS.items()}),
+    "bias": lambda: ({**make(B=2, H=1), "pair_bias": torch.randn(2, 1, 5, 4, device=DEVICE)}, {}),
+    "masks and bias": lambda: (
+        {**make(B=2, H=1), "pair_bias": torch.randn(5, 1, device=DEVICE)},
+        {name: mask.to(DEVICE) for name, mask in MASKS.items()},
+    ),
+}
+all_inputs = pytest.mark.parametrize("kind", INPUTS)
+triton_attention = functools.partial(pair_attention, backend="triton")
+
+
+@all_inputs
+def test_opcheck(kind):
+    tensors, options = INPUTS[kind]()
+    bias = tensors.pop("pair_bias", None)
+    bias = None if bias is None else bias[(None,) * (4 - bias.ndim)]
+    masks = (options.get("image_mask"), options.get("audio_mask"))
+    inputs = (*tensors.values(), *masks, bias, 0.3)
+    torch.library.opcheck(torch.ops.avfuse.pair_attention.default, inputs)
+    output_grad = torch.randn(2, 1, 3, 7, device=DEVICE)
+    backward = torch.ops.avfuse.pair_attention_backward.default
+    torch.library.opcheck(backward, (output_grad, *inputs, bias is not None))
+
+
+@all_inputs
+def test_compile_checkpoint_autocast_and_repetition_change_nothing(kind):
+    tensors, options = INPUTS[kind]()
+    output_grad = torch.randn(2, 1, 3, 7, device=DEVICE)
+    torch._dynamo.reset()
+    ways = {
+        "again": triton_attention,
+        "compile": torch.compile(triton_attention, fullgraph=True, backend="aot_eager"),
+        "checkpoint": functools.partial(checkpoint, triton_attention, use_reentrant=False),
+        "autocast": torch.autocast(DEVICE, torch.bfloat16)(triton_attention),
+    }
+    truth = run(tensors, output_grad, attend=triton_attention, **options)
+    for way, attend in ways.items():
+        for name, tensor in run(tensors, output_grad, attend=attend, **options).items():
+            assert torch.equal(tensor, truth[name]), f"{way}: {name}"
+
+
+def test_one_dynamic_graph_serves_all_sizes():
+    torch._dynamo.reset()
+    compiled = torch.compile(triton_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for I, A in (5, 4), (9, 7), (70, 3):
+        with torch._dynamo.config.patch(error_on_recompile=(I, A) != (5, 4)):
+            tensors = make(I=I, A=A, B=1)
+            assert torch.equal(compiled(**tensors), triton_attention(**tensors))
+
+
+@all_inputs
+def test_export(kind):
+    tensors, options = INPUTS[kind]()
+
+    class Model(torch.nn.Module):
+        def forward(self, inputs):
+            return triton_attention(**inputs)
+
+    inputs = {**tensors, **options}
+    exported = torch.export.export(Model(), (inputs,))
+    assert torch.equal(exported.module()(inputs), triton_attention(**inputs))
+
+
+def test_flop_formulas_count_products_as_pytorch_does():
+    tensors = make(B=2, F=3, I=5, A=4, K=6, V=7)
+    with FlopCounterMode(display=False) as forward:
+        triton_attention(**tensors)
+    assert forward.get_total_flops() == 2 * (2 * 2 * 3) * (5 + 4) * (6 + 7)
+    with FlopCounterMode(display=False) as both:
+        run(tensors, torch.randn(2, 2, 3, 7, device=DEVICE), attend=triton_attention)
+    backward = both.get_total_flops() - forward.get_total_flops()
+    assert backward == 2 * (2 * 2 * 3) * (5 + 4) * (3 * 6 + 2 * 7)
+
+
+def test_only_needed_gradients_of_a_bias_are_computed():
+    tensors = {**make(), "pair_bias": torch.randn(5, 4, device=DEVICE)}
+    tensors["query"].requires_grad_()
+    triton_attention(**tensors).sum().backward()
+    assert tensors["query"].grad is not None and tensors["pair_bias"].grad is None
+
+
+@pytest.mark.parametrize("pair_bias", [False, True])
+def test_dense_masked_autoencoder_trains_as_through_pytorch(monkeypatch, pair_bias):
+    """A few steps of AVMAE, whose losses must agree to float32's rounding."""
+    losses = {}
+    inputs = [x.to(DEVICE) for x in make_inputs(dtype=torch.float32)]
+    for backend in "triton", "torch":
+        monkeypatch.setattr(fusion, "pair_attention", functools.partial(pair_attention, backend=backend))
+        torch.manual_seed(0)
+        mae = AVMAE(make_encoder(pair_bias=pair_bias), decoder_dim=16, decoder_depth=1, decoder_heads=2)
+        mae = mae.float().to(DEVICE).train()
+        optimizer = torch.optim.SGD(mae.parameters(), lr=0.05)
+        losses[backend] = []
+        for _ in range(3):
+            torch.manual_seed(1)
+            loss = mae(*inputs).loss
+            losses[backend].append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert losses["triton"] == pytest.approx(losses["torch"], rel=1e-5)
+    assert losses["torch"][-1] < 0.99 * losses["torch"][0]
+
+
+# --- what only a GPU shows ----------------------------------------------------------------------------------
+
+GPU_OPTIONS = {**OPTIONS, "dtype": (torch.bfloat16, torch.float32), "tf32": (False, True)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", pairwise(GPU_OPTIONS, 110, seed=1), ids=name_of)
+def test_output_and_gradients_in_bfloat16_and_tf32(monkeypatch, case):
+    tf32 = case.pop("tf32")
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32" if tf32 else "ieee")
+    check(monkeypatch, **case)
+
+
+def gpu_inputs(bias=None, dtype=torch.bfloat16):
+    tensors = make(16, 196, 96, 16, 16, B=8, H=12, dtype=dtype)
+    return tensors if bias is None else {**tensors, "pair_bias": torch.randn(bias, device=DEVICE)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [None, (196, 96), (8, 12, 196, 96), (196, 1)], ids=str)
+def test_twenty_runs_are_equal_bit_by_bit(bias):
+    for B in 8, 1:
+        tensors = {name: x[:B] if name in TOKENS else x for name, x in gpu_inputs(bias).items()}
+        if bias and len(bias) == 4:
+            tensors["pair_bias"] = tensors["pair_bias"][:B]
+        output_grad = torch.randn(B, 12, 16, 16, device=DEVICE)
+        truth = run(tensors, output_grad, attend=triton_attention)
+        for _ in range(20):
+            results = run(tensors, output_grad, attend=triton_attention)
+            assert all(torch.equal(results[name], tensor) for name, tensor in truth.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [None, (4096, 1), (1, 4096), (4096, 4096)], ids=str)
+def test_memory_holds_no_pairs_but_those_of_the_bias(bias):
+    tensors = make(16, 4096, 4096, 16, 16, B=1, H=1)
+    if bias:
+        tensors["pair_bias"] = torch.randn(bias, device=DEVICE)
+    output_grad = torch.randn(1, 1, 16, 16, device=DEVICE)
+    run(tensors, output_grad, attend=triton_attention)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run(tensors, output_grad, attend=triton_attention)
+    pairs = 4 * 4096 * 4096
+    assert torch.cuda.max_memory_allocated() - before < pairs / 4 + pairs * (bias == (4096, 4096))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [None, (12, 196, 96)], ids=str)
+def test_a_cuda_graph_replays_forward_and_backward(bias):
+    tensors, output_grad = gpu_inputs(bias), torch.randn(8, 12, 16, 16, device=DEVICE)
+    truth = run(tensors, output_grad, attend=triton_attention)
+    leaves = {name: torch.zeros_like(tensor).requires_grad_() for name, tensor in tensors.items()}
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles before the capture
+        torch.autograd.grad(triton_attention(**leaves), list(leaves.values()), output_grad.bfloat16())
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = triton_attention(**leaves)
+        grads = torch.autograd.grad(output, list(leaves.values()), output_grad.bfloat16())
+    with torch.no_grad():
+        for name, leaf in leaves.items():
+            leaf.copy_(tensors[name])
+    graph.replay()
+    assert torch.equal(output, truth["output"])
+    assert all(torch.equal(grad, truth[name]) for name, grad in zip(leaves, grads, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [None, (1, 2, 5, 4)], ids=str)
+def test_offsets_beyond_32_bits(bias):
+    """Clips, heads and tokens that lie more than 2**31 elements apart, in a memory of 2**32 elements (8 GiB)."""
+    memory = torch.empty(2**32 + 2**20, dtype=torch.float16, device=DEVICE)
+    tensors = make(dtype=torch.float16, B=2, H=2, K=16, V=16)
+    far = {}
+    for (name, x), strides in zip(
+        tensors.items(),
+        ((2**31 + 2**16, 64, 16), (64, 2**31 + 2**16, 16), (64, 2**31 + 2**18, 16), (2**31, 128, 2**23), (2**31 + 99, 512, 16)),
+        strict=True,
+    ):
+        start = 4096 * len(far)
+        far[name] = memory[start:].as_strided(x.shape, (*strides, 1)).copy_(x)
+    for name, x in tensors.items():
+        assert torch.equal(far[name], x), name
+    if bias:
+        tensors["pair_bias"] = far["pair_bias"] = torch.randn(bias, device=DEVICE)
+    output_grad = torch.randn(2, 2, 3, 16, device=DEVICE)
+    ours, truth = (run(x, output_grad, attend=triton_attention) for x in (far, tensors))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in truth.items())
