@@ -6,12 +6,13 @@
     dk_i = c sum_q (sum_j dx_ij) q                   dq = c (sum_ij dx_ij k_i + sum_ij dx_ij k_j)
     db_ij = sum_q dx_ij, also over all that the bias is broadcast along;  j is treated like i
 
-Values are additive, so only marginals are needed. In a tile of pairs they are two matrix products: with
-E = exp(b - max b), u = exp(s_i - max s), w = exp(s_j - max s), p = u (E w) and r = w (E' u), up to a factor. The
-products underflow where b removes the pairs that hold both maxima. What they lose is below 2**-126 of the largest
-bound max b + max s + max s of a tile; so a sum of at least SAFE = 2**-76 of it is exact to float32, and a program
-with a query below that starts again with EXACT tiles (BLOCK_N, BLOCK_N, BLOCK_F) of exponentials of the logits.
-Either is exact for any finite logits and any pattern of -inf.
+Values are additive, so only marginals are needed, and in a tile of pairs they are two matrix products: with
+s_i = c q.k_i, t_j = c q.k_j, u = exp(s - max s), w = exp(t - max t) and E = exp(b - max b), they are u (E w)
+and w (E' u), times exp(max s + max t + max b). The products underflow where b removes the pairs that hold the
+maxima. Each pair loses less than 2**-126 of the largest such bound of a tile, so that a sum of weights of at
+least SAFE = 2**-76 of it is right to float32. A program that ends with a query below SAFE starts again with
+EXACT tiles: exponentials of all logits, (BLOCK_N, BLOCK_N, BLOCK_F), relative to the largest. So the result
+is exact for any finite logits and any pattern of -inf.
 
 A modality whose tokens are all masked stands as one token with key, value and bias 0.
 """
@@ -55,14 +56,20 @@ def forward_kernel(
     # One program owns BLOCK_F queries of one head of one clip.
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
     queries = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    image = side(image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride, b, h, I)
-    audio = side(audio_key, audio_value, audio_mask, audio_key_strides, audio_value_strides, audio_mask_stride, b, h, A)
+    image = side(
+        image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride, b, h, I
+    )
+    audio = side(
+        audio_key, audio_value, audio_mask, audio_key_strides, audio_value_strides, audio_mask_stride, b, h, A
+    )
     bias = (head(pair_bias, bias_strides, b, h), bias_strides[2], bias_strides[3])
     q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
 
     out, safe = attend(q, image, audio, bias, scale, K, V, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, False)
     if not safe:
-        out, safe = attend(q, image, audio, bias, scale, K, V, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, True)
+        out, safe = attend(
+            q, image, audio, bias, scale, K, V, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, True
+        )
     store_rows(slot_head(output, 0, 1, b, h, H, F, V), H * V, queries, queries < F, tl.trans(out), V)
 
 
@@ -75,7 +82,10 @@ def attend(
     """Output (V, BLOCK_F), and whether it is exact."""
     top = tl.full((BLOCK_F,), float("-inf"), tl.float32)
     image_total, audio_total = tl.zeros((BLOCK_F,), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
-    image_out, audio_out = tl.zeros((padded(V), BLOCK_F), tl.float32), tl.zeros((padded(V), BLOCK_F), tl.float32)
+    image_out, audio_out = (
+        tl.zeros((padded(V), BLOCK_F), tl.float32),
+        tl.zeros((padded(V), BLOCK_F), tl.float32),
+    )
     for i in range(0, image[5], BLOCK_N):
         image_logits, image_k, image_v = load_tokens(q, image, i, scale, K, V, PRECISION, BLOCK_N)
         for j in range(0, audio[5], BLOCK_N):
@@ -90,8 +100,12 @@ def attend(
             audio_total = audio_total * rescale + tl.sum(audio_weights, 0)
             image_out *= rescale
             audio_out *= rescale
-            image_out += tl.dot(tl.trans(image_v).to(tl.float32), image_weights, input_precision=PAIR_PRECISION)
-            audio_out += tl.dot(tl.trans(audio_v).to(tl.float32), audio_weights, input_precision=PAIR_PRECISION)
+            image_out += tl.dot(
+                tl.trans(image_v).to(tl.float32), image_weights, input_precision=PAIR_PRECISION
+            )
+            audio_out += tl.dot(
+                tl.trans(audio_v).to(tl.float32), audio_weights, input_precision=PAIR_PRECISION
+            )
     out = image_out * reciprocal(image_total) + audio_out * reciprocal(audio_total)
     return out, is_safe(top, image_total, audio_total)
 
@@ -109,40 +123,58 @@ def backward_kernel(
     K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # One program owns BLOCK_F queries of one head of one clip. It walks the pairs three times: for the statistics
-    # of the softmax, by image tokens and by audio tokens.
+    # One program owns BLOCK_F queries of one head of one clip. It walks the pairs three times: for the
+    # statistics of the softmax, by image tokens and by audio tokens.
     b, h, part, parts = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1), tl.num_programs(1)
     queries = part * BLOCK_F + tl.arange(0, BLOCK_F)
-    image = side(image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride, b, h, I)
-    audio = side(audio_key, audio_value, audio_mask, audio_key_strides, audio_value_strides, audio_mask_stride, b, h, A)
+    image = side(
+        image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride, b, h, I
+    )
+    audio = side(
+        audio_key, audio_value, audio_mask, audio_key_strides, audio_value_strides, audio_mask_stride, b, h, A
+    )
     bias = (head(pair_bias, bias_strides, b, h), bias_strides[2], bias_strides[3])
     q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
-    do = load_rows(head(output_grad, output_grad_strides, b, h), output_grad_strides[2], queries, queries < F, V)
+    do = load_rows(
+        head(output_grad, output_grad_strides, b, h), output_grad_strides[2], queries, queries < F, V
+    )
     image_grads = (
-        slot_head(image_key_grad, part, parts, b, h, H, I, K), slot_head(image_value_grad, part, parts, b, h, H, I, V), H
+        slot_head(image_key_grad, part, parts, b, h, H, I, K),
+        slot_head(image_value_grad, part, parts, b, h, H, I, V), H,
     )  # fmt: skip
     audio_grads = (
-        slot_head(audio_key_grad, part, parts, b, h, H, A, K), slot_head(audio_value_grad, part, parts, b, h, H, A, V), H
+        slot_head(audio_key_grad, part, parts, b, h, H, A, K),
+        slot_head(audio_value_grad, part, parts, b, h, H, A, V), H,
     )  # fmt: skip
 
-    stats, safe = survey(q, do, image, audio, bias, scale, K, V, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, False)
+    stats, safe = survey(
+        q, do, image, audio, bias, scale, K, V, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, False
+    )
     if safe:
         dq = differentiate(
             q, do, image, audio, bias, stats, image_grads, audio_grads, scale,
             K, V, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, False,
         )  # fmt: skip
     else:
-        stats, _ = survey(q, do, image, audio, bias, scale, K, V, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, True)
+        stats, _ = survey(
+            q, do, image, audio, bias, scale, K, V, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, True
+        )
         dq = differentiate(
             q, do, image, audio, bias, stats, image_grads, audio_grads, scale,
             K, V, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, True,
         )  # fmt: skip
-    store_rows(slot_head(query_grad, 0, 1, b, h, H, F, K), H * K, queries, queries < F, tl.trans(dq * scale), K)
+    store_rows(
+        slot_head(query_grad, 0, 1, b, h, H, F, K), H * K, queries, queries < F, tl.trans(dq * scale), K
+    )
     if statistics is not None:  # for bias_kernel
         statistics = statistics + ((b.to(tl.int64) * 6 * H + h) * F + queries)
         for n in tl.static_range(5):
             tl.store(statistics + n * H * F, stats[n], mask=queries < F)
-        tl.store(statistics + 5 * H * F, tl.where(safe, 1.0, 0.0) + tl.zeros((BLOCK_F,), tl.float32), mask=queries < F)
+        tl.store(
+            statistics + 5 * H * F,
+            tl.where(safe, 1.0, 0.0) + tl.zeros((BLOCK_F,), tl.float32),
+            mask=queries < F,
+        )
 
 
 @triton.jit
@@ -184,7 +216,7 @@ def differentiate(
     K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Stores the gradients of keys and values; returns that of the queries (K, BLOCK_F), but for the scale."""
+    """Stores the gradients of keys and values; returns that of the queries / scale, (K, BLOCK_F)."""
     top, image_inverse, audio_inverse, image_mean, audio_mean = stats
     transposed = (bias[0], bias[2], bias[1])
     dq = differentiate_side(
@@ -251,19 +283,47 @@ def bias_kernel(
     grad = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
     for b in range(first_b, last_b):
         for h in range(first_h, last_h):
-            image = side(image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride, b, h, I)
-            audio = side(audio_key, audio_value, audio_mask, audio_key_strides, audio_value_strides, audio_mask_stride, b, h, A)
+            image = side(
+                image_key,
+                image_value,
+                image_mask,
+                image_key_strides,
+                image_value_strides,
+                image_mask_stride,
+                b,
+                h,
+                I,
+            )
+            audio = side(
+                audio_key,
+                audio_value,
+                audio_mask,
+                audio_key_strides,
+                audio_value_strides,
+                audio_mask_stride,
+                b,
+                h,
+                A,
+            )
             bias = (head(pair_bias, bias_strides, b, h), bias_strides[2], bias_strides[3])
             for first_query in range(0, F, BLOCK_F):
                 queries = first_query + tl.arange(0, BLOCK_F)
                 q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
-                do = load_rows(head(output_grad, output_grad_strides, b, h), output_grad_strides[2], queries, queries < F, V)
+                do = load_rows(
+                    head(output_grad, output_grad_strides, b, h),
+                    output_grad_strides[2],
+                    queries,
+                    queries < F,
+                    V,
+                )
                 top, inverse, image_mean, audio_mean, safe = load_statistics(statistics, b, h, H, queries, F)
                 for i in range(first_i, last_i, BLOCK_N):
                     image_logits, image_k, image_v = load_tokens(q, image, i, scale, K, V, PRECISION, BLOCK_N)
                     image_grad = tl.dot(image_v, tl.trans(do), input_precision=PRECISION) - image_mean
                     for j in range(first_j, last_j, BLOCK_N):
-                        audio_logits, audio_k, audio_v = load_tokens(q, audio, j, scale, K, V, PRECISION, BLOCK_N)
+                        audio_logits, audio_k, audio_v = load_tokens(
+                            q, audio, j, scale, K, V, PRECISION, BLOCK_N
+                        )
                         audio_grad = tl.dot(audio_v, tl.trans(do), input_precision=PRECISION) - audio_mean
                         tile = load_bias(bias, image, audio, i, j, BLOCK_N)
                         if safe and PRECISION != "ieee":  # whose products take too many registers
@@ -281,13 +341,15 @@ def bias_kernel(
     grad = tl.where(bias_sizes[3] == 1, tl.sum(grad, 1)[:, None], grad)
     rows = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = (tl.program_id(0) // tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    bias_grad += (tl.program_id(1).to(tl.int64) * bias_sizes[2] + rows[:, None]) * bias_sizes[3] + columns[None, :]
+    bias_grad += (tl.program_id(1).to(tl.int64) * bias_sizes[2] + rows[:, None]) * bias_sizes[3] + columns[
+        None, :
+    ]
     tl.store(bias_grad, grad, mask=(rows < bias_sizes[2])[:, None] & (columns < bias_sizes[3])[None, :])
 
 
 @triton.jit
 def shared_range(own, size, full, BLOCK: tl.constexpr):
-    """What a program walks of a dimension: its own block, or all of it where the bias is broadcast along it."""
+    """What a program walks of a dimension: its own block, or all where the bias is broadcast."""
     first = tl.where(size == 1, 0, own * BLOCK)
     return first, tl.where(size == 1, full, tl.minimum(first + BLOCK, full))
 
@@ -309,7 +371,7 @@ def load_statistics(statistics, b, h, H, queries, F):
 
 @triton.jit
 def marginals(s, t, bias, top, PRECISION: tl.constexpr, EXACT: tl.constexpr):
-    """Sums over j and over i of exp(s_i + t_j + b_ij - top), (BLOCK, BLOCK_F) each, and top, which may rise."""
+    """Sums over j and over i of exp(s_i + t_j + b_ij - top), (BLOCK, BLOCK_F) each, and the new top."""
     if EXACT:
         logits = s[:, None, :] + t[None, :, :] + bias[:, :, None]
         top = tl.maximum(top, tl.max(tl.max(logits, 0), 0))
@@ -372,7 +434,7 @@ def is_safe(top, image_total, audio_total):
 
 @triton.jit
 def side(key, value, mask, key_strides, value_strides, mask_stride, b, h, N):
-    """One modality of one head: key, value, mask, row strides of key and value, tokens, whether any is attended."""
+    """One modality of one head: key, value, mask, strides of their rows, tokens, whether any is attended."""
     alive = N > 0
     if mask is not None:
         mask += tl.cast(b, tl.int64) * mask_stride
@@ -382,15 +444,23 @@ def side(key, value, mask, key_strides, value_strides, mask_stride, b, h, N):
             found += tl.max(tl.load(mask + tokens, mask=tokens < N, other=0).to(tl.int32), 0)
         alive = found > 0
     return (
-        head(key, key_strides, b, h), head(value, value_strides, b, h), mask, key_strides[2], value_strides[2], N, alive
+        head(key, key_strides, b, h), head(value, value_strides, b, h), mask,
+        key_strides[2], value_strides[2], N, alive,
     )  # fmt: skip
 
 
 @triton.jit
 def load_tokens(
-    q, modality, start, scale, K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr
+    q,
+    modality,
+    start,
+    scale,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Logits (BLOCK_N, BLOCK_F), keys and values of a tile of tokens; of a dead modality, the first is all 0."""
+    """Logits (BLOCK_N, BLOCK_F), keys and values of a tile of tokens; a dead modality has one, all 0."""
     key, value, mask, key_stride, value_stride, N, alive = modality
     tokens = start + tl.arange(0, BLOCK_N)
     attended = load_mask(mask, 0, start, tokens, N)
@@ -414,7 +484,7 @@ def load_bias(bias, own, other, i, j, BLOCK_N: tl.constexpr):
 
 
 def forward(query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, scale):
-    """(B, H, F, V) as `pair_attention` says, in memory ordered (B, F, H, V); pair_bias has four dimensions."""
+    """As `forward` of pair_attention.py, with pair_bias (B or 1, H or 1, I or 1, A or 1)."""
     tensors = [rows_of(x) for x in (query, image_key, image_value, audio_key, audio_value)]
     masks = [None if mask is None else rows_of(mask) for mask in (image_mask, audio_mask)]
     B, H, F, I, A, K, V = sizes_of(*tensors)
@@ -429,9 +499,19 @@ def forward(query, image_key, image_value, audio_key, audio_value, image_mask, a
 
 
 def backward(
-    output_grad, query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, scale, bias_grad
+    output_grad,
+    query,
+    image_key,
+    image_value,
+    audio_key,
+    audio_value,
+    image_mask,
+    audio_mask,
+    pair_bias,
+    scale,
+    bias_grad,
 ):
-    """Gradients of query, image_key, image_value, audio_key, audio_value and, if `bias_grad`, of pair_bias."""
+    """Gradients of query, image_key, image_value, audio_key, audio_value; pair_bias if `bias_grad`."""
     tensors = [rows_of(x) for x in (query, image_key, image_value, audio_key, audio_value)]
     masks = [None if mask is None else rows_of(mask) for mask in (image_mask, audio_mask)]
     output_grad = rows_of(output_grad)
@@ -443,7 +523,19 @@ def backward(
     strides = *strides_of(tensors, masks), broadcast_strides(pair_bias), output_grad.stride()
     with on_device_of(query):
         backward_kernel[B * H, parts](
-            *tensors, *masks, pair_bias, output_grad, *grads, statistics, *strides, H, F, I, A, scale, **options
+            *tensors,
+            *masks,
+            pair_bias,
+            output_grad,
+            *grads,
+            statistics,
+            *strides,
+            H,
+            F,
+            I,
+            A,
+            scale,
+            **options,
         )
         results = [add_slots(grad, query.dtype) for grad in grads]
         if bias_grad:
@@ -466,11 +558,13 @@ def settings(dtype, F, K, V):
         PAIR_PRECISION=precision if dtype == torch.float32 else "tf32",  # float16 has too few exponents
         BLOCK_F=16,
         BLOCK_N=16,
-        num_warps=4 if dtype != torch.float32 else 8 if max(K, V) <= 32 else 16,
+        num_warps=8 if dtype == torch.float32 else 4,
         num_stages=1,
         maxnreg=255,
     )
 
 
 def broadcast_strides(tensor):
-    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tuple(
+        0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )

@@ -2,12 +2,12 @@
 
     o    = sum_i p_i v_i + sum_j r_j v_j         p = softmax_i(c q.k_i),  r = softmax_j(c q.k_j),  c = scale
     dv_i = sum_q p_i do                          ds_i = p_i (do.v_i - delta),  delta = sum_i p_i do.v_i
-    dk_i = c sum_q ds_i q                        dq = c (sum_i ds_i k_i + sum_j ds_j k_j);  j is treated like i
+    dk_i = c sum_q ds_i q                        dq = c (sum_i ds_i k_i + sum_j ds_j k_j);  j is treated as i
 
 Nothing is saved between the directions. The backward walks the tokens of each modality twice: first for the
-largest logit of the softmax, its sum and delta, then for the gradients. Every walk computes logits by the same
-dot, with tokens as rows and queries as columns; only loaded tiles are transposed. Logits and sums are float32.
-(exp(x - max), not exp2 of logits that carry a factor log2(e): that factor's rounding costs digits at large logits.)
+softmax's largest logit, sum and delta, then for the gradients. Every walk computes logits by the same dot,
+with tokens as rows and queries as columns; only loaded tiles are transposed. Logits and sums are float32.
+(exp(x - max) and not exp2 of logits with a factor log2(e), whose rounding costs digits at large logits.)
 
 Few heads with many tokens are split among programs (SPLITS of them), and so are more than BLOCK_F queries.
 Each program then leaves partial results in a float32 slot of its own, and slots are added in order: there are
@@ -119,10 +119,8 @@ def merge_kernel(
     for modality in tl.static_range(2):
         top, inverse, _ = load_statistics(statistics, modality, b, h, H, queries, F, SPLITS)
         for split in range(SPLITS):
-            own_top = tl.load(
-                slot_head(statistics, (modality * 3) * SPLITS + split, 6 * SPLITS, b, h, H, F, 1) + queries * H,
-                mask=queries < F, other=0.0,
-            )  # fmt: skip
+            own_top = slot_head(statistics, 3 * modality * SPLITS + split, 6 * SPLITS, b, h, H, F, 1)
+            own_top = tl.load(own_top + queries * H, mask=queries < F, other=0.0)
             part_of = slot_head(partial, modality * SPLITS + split, 2 * SPLITS, b, h, H, F, V)
             weighted = load_rows(part_of, H * V, queries, queries < F, V)
             out += weighted * (tl.exp(own_top - top) * inverse)[:, None]
@@ -147,7 +145,9 @@ def statistics_kernel(
     queries = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
 
     q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
-    do = load_rows(head(output_grad, output_grad_strides, b, h), output_grad_strides[2], queries, queries < F, V)
+    do = load_rows(
+        head(output_grad, output_grad_strides, b, h), output_grad_strides[2], queries, queries < F, V
+    )
     top, total, weighted = survey(
         q, do, image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride,
         b, h, I, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N,
@@ -176,7 +176,9 @@ def backward_kernel(
     queries = tile * BLOCK_F + tl.arange(0, BLOCK_F)
 
     q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
-    do = load_rows(head(output_grad, output_grad_strides, b, h), output_grad_strides[2], queries, queries < F, V)
+    do = load_rows(
+        head(output_grad, output_grad_strides, b, h), output_grad_strides[2], queries, queries < F, V
+    )
     dq = tl.zeros((padded(K), BLOCK_F), tl.float32)
     dq = differentiate(
         dq, q, do, image_key, image_value, image_mask, image_key_grad, image_value_grad, statistics, 0,
@@ -227,7 +229,7 @@ def differentiate(
     K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Stores the gradients of keys and values of one modality, and adds to that of the queries, (K, BLOCK_F)."""
+    """Stores the gradients of keys and values of one modality; adds to that of the queries, (K, BLOCK_F)."""
     if SPLITS == 1:
         top, total, weighted = survey(
             q, do, key, value, mask, key_strides, value_strides, mask_stride, b, h, N, split, scale,
@@ -302,8 +304,8 @@ def load_statistics(statistics, modality: tl.constexpr, b, h, H, queries, F, SPL
 
 
 def forward(query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, scale):
-    """(B, H, F, K), (B, H, I, K), (B, H, I, V), (B, H, A, K), (B, H, A, V) -> (B, H, F, V), as `pair_attention`
-    says, in memory ordered (B, F, H, V).
+    """(B, H, F, K), (B, H, I, K), (B, H, I, V), (B, H, A, K), (B, H, A, V) -> (B, H, F, V), which lies in
+    memory as (B, F, H, V). Masks (B, I) and (B, A) bool or None.
     """
     tensors = [rows_of(x) for x in (query, image_key, image_value, audio_key, audio_value)]
     masks = [None if mask is None else rows_of(mask) for mask in (image_mask, audio_mask)]
@@ -327,7 +329,9 @@ def forward(query, image_key, image_value, audio_key, audio_value, image_mask, a
     return output.transpose(1, 2)
 
 
-def backward(output_grad, query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, scale):
+def backward(
+    output_grad, query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, scale
+):
     """Gradients of query, image_key, image_value, audio_key and audio_value."""
     tensors = [rows_of(x) for x in (query, image_key, image_value, audio_key, audio_value)]
     masks = [None if mask is None else rows_of(mask) for mask in (image_mask, audio_mask)]

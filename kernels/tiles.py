@@ -21,7 +21,7 @@ def head(pointer, strides, b, h):
 
 @triton.jit
 def slot_head(pointer, slot, slots, b, h, H, N, WIDTH: tl.constexpr):
-    """The matrix (N, WIDTH), of row stride H * WIDTH, of one head of one clip in results (B, slots, N, H, WIDTH)."""
+    """The matrix (N, WIDTH), of row stride H * WIDTH, of one head in results (B, slots, N, H, WIDTH)."""
     return pointer + (((tl.cast(b, tl.int64) * slots + slot) * N) * H + h) * WIDTH
 
 
@@ -46,7 +46,9 @@ def load_mask(mask, stride, b, tokens, N):
     """Which of the tokens of one clip may be attended to."""
     attended = tokens < N
     if mask is not None:
-        attended = attended & tl.load(mask + tl.cast(b, tl.int64) * stride + tokens, mask=attended, other=False)
+        attended = attended & tl.load(
+            mask + tl.cast(b, tl.int64) * stride + tokens, mask=attended, other=False
+        )
     return attended
 
 
@@ -88,9 +90,9 @@ def on_device_of(tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def empty_slots(like, slots, dtype=None):
-    """Room (B, slots, N, H, WIDTH) for results like the tensor (B, H, N, WIDTH): in its dtype where there is one
-    slot, in float32 where several are to be added.
+def empty_slots(like, slots):
+    """Room (B, slots, N, H, WIDTH) for results like the tensor (B, H, N, WIDTH): in its dtype where there is
+    one slot, in float32 where several are to be added.
     """
     B, H, N, width = like.shape
     return like.new_empty((B, slots, N, H, width), dtype=like.dtype if slots == 1 else torch.float32)

@@ -1,5 +1,5 @@
 """The Triton kernels of pair_attention against float64: on the GPU where there is one, else in Triton's
-interpreter. With -m gpu also what only a GPU shows: bfloat16, tf32, memory, repetition, graphs, large offsets.
+interpreter. With -m gpu also what only a GPU shows: bfloat16, tf32, memory, repetition, graphs, offsets.
 """
 
 import functools
@@ -13,15 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from avfuse.kernels import biased_pair_attention as biased_kernels
+from avfuse.kernels import pair_attention as kernels
+from models import make_encoder, make_inputs
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from avfuse import AVMAE, fusion
-from avfuse.kernels import biased_pair_attention as biased_kernels
-from avfuse.kernels import pair_attention as kernels
 from avfuse.ops.pair_attention import pair_attention
-
-from models import make_encoder, make_inputs
 
 INF = math.inf
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,7 +37,18 @@ OPTIONS = {
     "K": (3, 16, 64),
     "V": (4, 64, 80),
     "masks": (None, "random", "dead"),
-    "bias": (None, "own", "shared", "table", "image", "audio", "row, column", "few pairs", "opposed", "no pair"),
+    "bias": (
+        None,
+        "own",
+        "shared",
+        "table",
+        "image",
+        "audio",
+        "row, column",
+        "few pairs",
+        "opposed",
+        "no pair",
+    ),
     "magnitude": (1.0, 60.0, 3000.0),
     "layout": ("contiguous", "projections", "strided"),
     "splits": (1, 2, 4),
@@ -112,7 +122,7 @@ def bias_of(kind, B, H, tensors, magnitude, dtype):
 
 
 def masks_of(kind, B, I, A):
-    """About 60 % of the tokens; with "dead", clip 0 has no image, clip 1 no sound, clip 2 neither, clip 3 both."""
+    """About 60 % of the tokens; with "dead", clip 0 lacks the image, clip 1 the sound, clip 2 both."""
     if kind is None:
         return {}
     masks = {"image_mask": torch.rand(B, I) < 0.6, "audio_mask": torch.rand(B, A) < 0.6}
@@ -125,7 +135,8 @@ def masks_of(kind, B, I, A):
 
 def laid_out(tensor, layout):
     if layout == "projections":  # (B, N, H, width) in memory, as chunk and transpose leave it
-        return torch.cat([tensor, tensor], -1).transpose(1, 2).contiguous().transpose(1, 2)[..., : tensor.shape[-1]]
+        twice = torch.cat([tensor, tensor], -1).transpose(1, 2).contiguous()
+        return twice.transpose(1, 2)[..., : tensor.shape[-1]]
     if layout == "strided":  # nothing adjacent, and NaN in between
         wide = tensor.new_full((*tensor.shape[:2], 2 * tensor.shape[2], 2 * tensor.shape[3]), math.nan)
         wide[:, :, ::2, ::2] = tensor
@@ -166,15 +177,17 @@ def plain(
 
 
 def usual_errors(tensors, truth, output_grad, **options):
-    """The largest errors of `plain` by name, over some orders of what it sums: at large logits the error of one
-    order is a draw of luck. Where plain float16 overflows, it counts for nothing.
+    """The largest errors of `plain` by name, over some orders of what it sums: at large logits the error of
+    one order is a draw of luck. Where plain float16 overflows, it counts for nothing.
     """
-    sizes = dict(zip("KIVA", (*tensors["image_key"].shape[:1:-1], *tensors["audio_value"].shape[:1:-1]), strict=True))
+    keys, values = tensors["image_key"].shape, tensors["audio_value"].shape
+    sizes = {"I": keys[2], "K": keys[3], "A": values[2], "V": values[3]}
     errors = dict.fromkeys(truth, 0.0)
     for _ in range(8):
         orders = {letter: torch.randperm(size, device=DEVICE) for letter, size in sizes.items()}
         permuted, true = (
-            {name: reorder(name, x, orders) for name, x in group.items()} for group in ({**tensors, **options}, truth)
+            {name: reorder(name, x, orders) for name, x in group.items()}
+            for group in ({**tensors, **options}, truth)
         )
         leaves = {name: permuted.pop(name) for name in tensors}
         usual = run(leaves, reorder("output", output_grad, orders), attend=plain, **permuted)
@@ -192,8 +205,8 @@ def reorder(name, tensor, orders):
 
 
 def cancellation(query, image_key, image_value, audio_key, audio_value, pair_bias, output_grad):
-    """What a sum of weights times gradients consists of, at most: where a single pair has all the weight it is 0,
-    as differences of equal numbers, which marginals are known for to float32 only.
+    """What sums of weights times gradients consist of. With a bias their terms are rounded to float32
+    before they cancel, also where a single pair has all the weight and they cancel to 0.
     """
     image, audio = ((output_grad @ value.mT).abs().max().item() for value in (image_value, audio_value))
     largest, scale = 2 * (image + audio), query.shape[-1] ** -0.5
@@ -287,7 +300,9 @@ def test_every_variant_compiles_without_spilling_registers():
 
 # --- the operator in PyTorch --------------------------------------------------------------------------------
 
-MASKS = dict(image_mask=torch.tensor([[True] * 5, [False] * 5]), audio_mask=torch.ones(2, 4, dtype=torch.bool))
+MASKS = dict(
+    image_mask=torch.tensor([[True] * 5, [False] * 5]), audio_mask=torch.ones(2, 4, dtype=torch.bool)
+)
 INPUTS = {
     "plain": lambda: (make(B=2, H=1), {}),
     "masks": lambda: (make(B=2, H=1), {name: mask.to(DEVICE) for name, mask in MASKS.items()}),
@@ -467,17 +482,14 @@ def test_a_cuda_graph_replays_forward_and_backward(bias):
 @pytest.mark.gpu
 @pytest.mark.parametrize("bias", [None, (1, 2, 5, 4)], ids=str)
 def test_offsets_beyond_32_bits(bias):
-    """Clips, heads and tokens that lie more than 2**31 elements apart, in a memory of 2**32 elements (8 GiB)."""
+    """Clips, heads and tokens that lie 2**31 elements apart, in a memory of 2**32 elements (8 GiB)."""
     memory = torch.empty(2**32 + 2**20, dtype=torch.float16, device=DEVICE)
     tensors = make(dtype=torch.float16, B=2, H=2, K=16, V=16)
-    far = {}
-    for (name, x), strides in zip(
-        tensors.items(),
-        ((2**31 + 2**16, 64, 16), (64, 2**31 + 2**16, 16), (64, 2**31 + 2**18, 16), (2**31, 128, 2**23), (2**31 + 99, 512, 16)),
-        strict=True,
-    ):
+    far, gap = {}, 2**31 + 2**16
+    strides = (gap, 64, 16), (64, gap, 16), (128, gap, 16), (gap, 128, 2**23), (64, 32, gap // 4)
+    for (name, x), stride in zip(tensors.items(), strides, strict=True):
         start = 4096 * len(far)
-        far[name] = memory[start:].as_strided(x.shape, (*strides, 1)).copy_(x)
+        far[name] = memory[start:].as_strided(x.shape, (*stride, 1)).copy_(x)
     for name, x in tensors.items():
         assert torch.equal(far[name], x), name
     if bias:

@@ -166,7 +166,7 @@ def _triton_lacks(query, value, interaction) -> str | None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None  # anywhere, slowly
     if not query.is_cuda:
-        return f"runs on CUDA, got query on {query.device} (for tests, TRITON_INTERPRET=1 lets it run anywhere)"
+        return f"runs on CUDA, got query on {query.device} (TRITON_INTERPRET=1 lets tests run it anywhere)"
     if torch.version.hip or torch.cuda.get_device_properties(query.device).major < 8:
         return f"needs an NVIDIA GPU of compute capability 8.0 or above, got {query.device}"
     return None

@@ -1,4 +1,4 @@
-"""The Triton kernels as torch operators: what autograd, torch.compile, export and the FLOP counter know of them.
+"""The Triton kernels as operators of torch: what autograd, compilation, export and FLOP counters see of them.
 
     avfuse::pair_attention            tensors, masks, bias -> output (B, H, F, V)
     avfuse::pair_attention_backward   output_grad, the same -> gradients
@@ -7,7 +7,6 @@ An operator is opaque: kernels are imported and launched only when it runs on re
 """
 
 import torch
-from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
@@ -94,8 +93,8 @@ def _(query, image_key, image_value, audio_key, audio_value, *_, **__) -> int:
 
 @register_flop_formula(torch.ops.avfuse.pair_attention_backward)
 def _(output_grad, query, image_key, image_value, audio_key, audio_value, *_, **__) -> int:
-    """Logits and the gradients of queries and keys (width K), of weights and values (width V): as PyTorch counts
-    its own attention, which leaves out that the kernel computes logits and gradients of weights twice.
+    """Logits and the gradients of queries and keys (width K), of weights and values (width V): what PyTorch
+    counts for its own attention, which leaves out that the kernel computes logits and dP twice.
     """
     B, H, F, K = query
     return 2 * B * H * F * (image_key[2] + audio_key[2]) * (3 * K + 2 * image_value[3])
