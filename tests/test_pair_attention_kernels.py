@@ -368,15 +368,18 @@ def test_export(kind):
     assert torch.equal(exported.module()(inputs), triton_attention(**inputs))
 
 
-def test_flop_formulas_count_products_as_pytorch_does():
+@pytest.mark.parametrize("bias", [None, (5, 4)])
+def test_flop_formulas_count_products(bias):
     tensors = make(B=2, F=3, I=5, A=4, K=6, V=7)
+    if bias:
+        tensors["pair_bias"] = torch.randn(bias, device=DEVICE)
     with FlopCounterMode(display=False) as forward:
         triton_attention(**tensors)
-    assert forward.get_total_flops() == 2 * (2 * 2 * 3) * (5 + 4) * (6 + 7)
+    assert forward.get_total_flops() == 2 * (2 * 2 * 3) * ((5 + 4) * (6 + 7) + (2 * 5 * 4 if bias else 0))
     with FlopCounterMode(display=False) as both:
         run(tensors, torch.randn(2, 2, 3, 7, device=DEVICE), attend=triton_attention)
     backward = both.get_total_flops() - forward.get_total_flops()
-    assert backward == 2 * (2 * 2 * 3) * (5 + 4) * (3 * 6 + 2 * 7)
+    assert backward == 2 * (2 * 2 * 3) * ((5 + 4) * (3 * 6 + 2 * 7) + (6 * 5 * 4 if bias else 0))
 
 
 def test_only_needed_gradients_of_a_bias_are_computed():

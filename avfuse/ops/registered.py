@@ -85,16 +85,26 @@ def _(output_grad, *inputs):
 
 
 @register_flop_formula(torch.ops.avfuse.pair_attention)
-def _(query, image_key, image_value, audio_key, audio_value, *_, **__) -> int:
-    """Logits (width K) and weighted values (width V) of every query and token."""
+def _(
+    query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, *_, **__
+) -> int:
+    """Logits (width K) and weighted values (width V) of every query and token; with a bias, two marginals of
+    every query and pair.
+    """
     B, H, F, K = query
-    return 2 * B * H * F * (image_key[2] + audio_key[2]) * (K + image_value[3])
+    I, A, V = image_key[2], audio_key[2], image_value[3]
+    pairs = 0 if pair_bias is None else 2 * I * A
+    return 2 * B * H * F * ((I + A) * (K + V) + pairs)
 
 
 @register_flop_formula(torch.ops.avfuse.pair_attention_backward)
-def _(output_grad, query, image_key, image_value, audio_key, audio_value, *_, **__) -> int:
-    """Logits and the gradients of queries and keys (width K), of weights and values (width V): what PyTorch
-    counts for its own attention, which leaves out that the kernel computes logits and dP twice.
+def _(output_grad, query, image_key, image_value, audio_key, *options, **_) -> int:
+    """Logits and the gradients of queries and keys (width K), dP and the gradient of values (width V): what
+    PyTorch counts for its own attention, which leaves out that the kernel computes logits and dP more than once.
+    With a bias, weights and their gradients of every query and pair for each modality, and those of the bias.
     """
+    *_, pair_bias, _scale, bias_grad = options
     B, H, F, K = query
-    return 2 * B * H * F * (image_key[2] + audio_key[2]) * (3 * K + 2 * image_value[3])
+    I, A, V = image_key[2], audio_key[2], image_value[3]
+    pairs = 0 if pair_bias is None else (4 + 2 * bias_grad) * I * A
+    return 2 * B * H * F * ((I + A) * (3 * K + 2 * V) + pairs)
