@@ -41,6 +41,7 @@ from .tiles import (
 )
 
 SAFE = tl.constexpr(2.0**-76)
+TOKENS, ALIVE = tl.constexpr(5), tl.constexpr(6)  # of what `side` returns
 
 
 @triton.jit
@@ -86,9 +87,9 @@ def attend(
         tl.zeros((padded(V), BLOCK_F), tl.float32),
         tl.zeros((padded(V), BLOCK_F), tl.float32),
     )
-    for i in range(0, image[5], BLOCK_N):
+    for i in range(0, image[TOKENS], BLOCK_N):
         image_logits, image_k, image_v = load_tokens(q, image, i, scale, K, V, PRECISION, BLOCK_N)
-        for j in range(0, audio[5], BLOCK_N):
+        for j in range(0, audio[TOKENS], BLOCK_N):
             audio_logits, audio_k, audio_v = load_tokens(q, audio, j, scale, K, V, PRECISION, BLOCK_N)
             tile = load_bias(bias, image, audio, i, j, BLOCK_N)
             previous = top
@@ -189,10 +190,10 @@ def survey(
     top = tl.full((BLOCK_F,), float("-inf"), tl.float32)
     image_total, audio_total = tl.zeros((BLOCK_F,), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
     image_mean, audio_mean = tl.zeros((BLOCK_F,), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
-    for i in range(0, image[5], BLOCK_N):
+    for i in range(0, image[TOKENS], BLOCK_N):
         image_logits, image_k, image_v = load_tokens(q, image, i, scale, K, V, PRECISION, BLOCK_N)
         image_grad = tl.dot(image_v, tl.trans(do), input_precision=PRECISION)
-        for j in range(0, audio[5], BLOCK_N):
+        for j in range(0, audio[TOKENS], BLOCK_N):
             audio_logits, audio_k, audio_v = load_tokens(q, audio, j, scale, K, V, PRECISION, BLOCK_N)
             audio_grad = tl.dot(audio_v, tl.trans(do), input_precision=PRECISION)
             tile = load_bias(bias, image, audio, i, j, BLOCK_N)
@@ -238,12 +239,12 @@ def differentiate_side(
 ):  # fmt: skip
     """Stores the gradients of keys and values of one modality; returns its part of that of the queries."""
     dq = tl.zeros((padded(K), BLOCK_F), tl.float32)
-    for i in range(0, own[5], BLOCK_N):
+    for i in range(0, own[TOKENS], BLOCK_N):
         logits, k, v = load_tokens(q, own, i, scale, K, V, PRECISION, BLOCK_N)
         own_grad = tl.dot(v, tl.trans(do), input_precision=PRECISION) - own_mean
         weights = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)  # p_i
         others = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)  # sum_j P_ij g_j
-        for j in range(0, other[5], BLOCK_N):
+        for j in range(0, other[TOKENS], BLOCK_N):
             other_logits, other_k, other_v = load_tokens(q, other, j, scale, K, V, PRECISION, BLOCK_N)
             other_grad = tl.dot(other_v, tl.trans(do), input_precision=PRECISION) - other_mean
             tile = load_bias(bias, own, other, i, j, BLOCK_N)
@@ -255,7 +256,7 @@ def differentiate_side(
         weights *= inverse
         logits_grad = weights * own_grad + others * inverse
         tokens = i + tl.arange(0, BLOCK_N)
-        inside, alive = tokens < own[5], own[6]
+        inside, alive = tokens < own[TOKENS], own[ALIVE]
         dk = tl.dot(logits_grad, q.to(tl.float32), input_precision=PAIR_PRECISION) * scale
         dv = tl.dot(weights, do.to(tl.float32), input_precision=PAIR_PRECISION)
         dq += tl.dot(tl.trans(k).to(tl.float32), logits_grad, input_precision=PAIR_PRECISION)
@@ -336,7 +337,7 @@ def bias_kernel(
                                 image_logits, audio_logits, image_grad, audio_grad, tile, top, inverse,
                                 PAIR_PRECISION, True,
                             )  # fmt: skip
-                        grad += tl.where(image[6] & audio[6], more, 0.0)
+                        grad += tl.where(image[ALIVE] & audio[ALIVE], more, 0.0)
     grad = tl.where(bias_sizes[2] == 1, tl.sum(grad, 0)[None, :], grad)
     grad = tl.where(bias_sizes[3] == 1, tl.sum(grad, 1)[:, None], grad)
     rows = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -475,7 +476,7 @@ def load_bias(bias, own, other, i, j, BLOCK_N: tl.constexpr):
     """A tile of the bias in float32; 0 where a modality is dead."""
     pointer, row_stride, column_stride = bias
     rows, columns = i + tl.arange(0, BLOCK_N), j + tl.arange(0, BLOCK_N)
-    inside = (rows < own[5])[:, None] & (columns < other[5])[None, :] & (own[6] & other[6])
+    inside = (rows < own[TOKENS])[:, None] & (columns < other[TOKENS])[None, :] & (own[ALIVE] & other[ALIVE])
     offsets = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
     return tl.load(pointer + offsets, mask=inside, other=0.0).to(tl.float32)
 

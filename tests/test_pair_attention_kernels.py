@@ -16,6 +16,7 @@ import torch
 from avfuse.kernels import biased_pair_attention as biased_kernels
 from avfuse.kernels import pair_attention as kernels
 from models import make_encoder, make_inputs
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -389,6 +390,22 @@ def test_only_needed_gradients_of_a_bias_are_computed():
     assert tensors["query"].grad is not None and tensors["pair_bias"].grad is None
 
 
+def test_distributed_data_parallel_changes_nothing(monkeypatch):
+    monkeypatch.setattr(fusion, "pair_attention", triton_attention)
+    block = fusion.DenseFusion(16, 2, attn_ratio=1.0).to(DEVICE)
+    inputs = [torch.randn(2, n, 16, device=DEVICE) for n in (3, 5, 4)]
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        grads = []
+        for module in block, DistributedDataParallel(block):
+            block.zero_grad()
+            module(*inputs).square().sum().backward()
+            grads.append([parameter.grad.clone() for parameter in block.parameters()])
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+
+
 @pytest.mark.parametrize("pair_bias", [False, True])
 def test_dense_masked_autoencoder_trains_as_through_pytorch(monkeypatch, pair_bias):
     """A few steps of AVMAE, whose losses must agree to float32's rounding."""
@@ -489,7 +506,7 @@ def test_offsets_beyond_32_bits(bias):
     memory = torch.empty(2**32 + 2**20, dtype=torch.float16, device=DEVICE)
     tensors = make(dtype=torch.float16, B=2, H=2, K=16, V=16)
     far, gap = {}, 2**31 + 2**16
-    strides = (gap, 64, 16), (64, gap, 16), (128, gap, 16), (gap, 128, 2**23), (64, 32, gap // 4)
+    strides = (gap, 64, 16), (128, gap, 16), (128, gap, 16), (gap, 128, 2**23), (64, 32, gap // 4)
     for (name, x), stride in zip(tensors.items(), strides, strict=True):
         start = 4096 * len(far)
         far[name] = memory[start:].as_strided(x.shape, (*stride, 1)).copy_(x)

@@ -100,7 +100,7 @@ def _(
 @register_flop_formula(torch.ops.avfuse.pair_attention_backward)
 def _(output_grad, query, image_key, image_value, audio_key, *options, **_) -> int:
     """Logits and the gradients of queries and keys (width K), dP and the gradient of values (width V): what
-    PyTorch counts for its own attention, which leaves out that the kernel computes logits and dP more than once.
+    PyTorch counts for its own attention. That the kernel computes logits and dP more than once is left out.
     With a bias, weights and their gradients of every query and pair for each modality, and those of the bias.
     """
     *_, pair_bias, _scale, bias_grad = options
