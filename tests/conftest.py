@@ -8,13 +8,16 @@ os.environ["MPLBACKEND"] = "Agg"
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on CPU tensors; read when they are imported
+
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def skip_without_cuda(request):
-    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+def pytest_runtest_setup(item):
+    """Skips from here rather than from a fixture, so that pytest reports all of them in one line."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

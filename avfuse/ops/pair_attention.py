@@ -14,17 +14,23 @@ over chunks.
 Shapes: B batch, H heads, F fusion tokens (queries), I image tokens, A audio tokens, K and V widths per head.
 """
 
+import importlib.util
 import math
+import os
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_choice, check_mask, is_number, kind_of, without_autocast
+from .registered import PairAttention
 from .streaming import BilinearPairAttention, PairMarginals
 
 INTERACTIONS = ("additive", "bilinear")
 BACKENDS = ("triton", "torch", "xformers", "reference")
+HAS_TRITON, HAS_XFORMERS = (importlib.util.find_spec(name) is not None for name in ("triton", "xformers"))
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TRITON_WIDTH = 128  # a tile of wider keys or values does not fit a multiprocessor's registers
 
 
 def pair_attention(
@@ -55,7 +61,8 @@ def pair_attention(
             masks a pair. A query with no pair left gets output 0 and gradients 0.
         scale: of the logits; default K**-0.5.
         interaction: "additive" (k_i + k_j, v_i + v_j) or "bilinear" (k_i * k_j, v_i * v_j).
-        backend: None picks one (see `select_backend`); "reference" materializes every pair.
+        backend: None picks "triton" on CUDA where it can, else "torch" (see `select_backend`); "xformers" has
+            no pair bias; "reference" materializes every pair.
 
     Returns:
         (B, H, F, V), in the dtype of `query`.
@@ -72,7 +79,8 @@ def pair_attention(
         audio_value=audio_value,
     )
     _check_options(query, image_key, audio_key, image_mask, audio_mask, pair_bias, scale, interaction)
-    attend = {"torch": _attend, "reference": reference}[select_backend(backend)]
+    backend = select_backend(backend, query, image_value, interaction)
+    attend = {"triton": _triton, "torch": _attend, "xformers": _xformers, "reference": reference}[backend]
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     with without_autocast(query.device):
         tensors = (query, image_key, image_value, audio_key, audio_value)
@@ -115,20 +123,115 @@ def pair_attention_weights(
         return weights[0].to(query.dtype), weights[1].to(query.dtype)
 
 
-def select_backend(backend: str | None = None) -> str:
-    """The backend that `pair_attention` runs when asked for `backend`: the one place where this is decided.
+def select_backend(
+    backend: str | None = None,
+    query: Tensor | None = None,
+    value: Tensor | None = None,
+    interaction: str = "additive",
+) -> str:
+    """The backend that `pair_attention` runs for these inputs when asked for `backend`: the one place where
+    this is decided. None is "triton" for what its kernels can do on CUDA, and "torch" for all else.
 
     Raises:
-        ValueError: the backend is unknown, or not available here.
+        ValueError: the backend is unknown, or cannot run these inputs here.
     """
     if backend is None:
-        return "torch"
+        on_cuda = query is not None and query.is_cuda
+        return "triton" if on_cuda and not _triton_lacks(query, value, interaction) else "torch"
     check_choice("backend", backend, BACKENDS)
-    if backend in ("triton", "xformers"):
-        raise ValueError(
-            f"backend={backend!r} is unavailable: this version of avfuse has 'torch' and 'reference' only"
-        )
+    lacks = None
+    if backend == "triton":
+        lacks = _triton_lacks(query, value, interaction)
+    elif backend == "xformers":
+        lacks = _xformers_lacks(interaction)
+    if lacks:
+        raise ValueError(f"backend={backend!r} {lacks}")
     return backend
+
+
+def _triton_lacks(query, value, interaction) -> str | None:
+    """Why the kernels cannot run; None if they can."""
+    if interaction != "additive":
+        return f"runs additive pairs only, got interaction={interaction!r}"
+    if not HAS_TRITON:
+        return "needs the package triton, which is not installed"
+    if query is None:
+        return None
+    if query.dtype not in TRITON_DTYPES:
+        return f"takes float32, float16 or bfloat16, got query of {query.dtype}"
+    if max(query.shape[-1], value.shape[-1]) > TRITON_WIDTH:
+        widths = query.shape[-1], value.shape[-1]
+        return f"takes key and value widths up to {TRITON_WIDTH} per head, got {widths[0]} and {widths[1]}"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None  # anywhere, slowly
+    if not query.is_cuda:
+        return f"runs on CUDA, got query on {query.device} (TRITON_INTERPRET=1 lets tests run it anywhere)"
+    if torch.version.hip or torch.cuda.get_device_properties(query.device).major < 8:
+        return f"needs an NVIDIA GPU of compute capability 8.0 or above, got {query.device}"
+    return None
+
+
+def _xformers_lacks(interaction) -> str | None:
+    if interaction != "additive":
+        return f"runs additive pairs only, got interaction={interaction!r}"
+    if not HAS_XFORMERS:
+        return "needs the package xformers: pip install 'avfuse[xformers]'"
+    return None
+
+
+# --- triton, xformers ---------------------------------------------------------------------------------------
+
+
+def _triton(
+    query,
+    image_key,
+    image_value,
+    audio_key,
+    audio_value,
+    image_mask,
+    audio_mask,
+    pair_bias,
+    scale,
+    interaction,
+):
+    tensors = (query, image_key, image_value, audio_key, audio_value)
+    return PairAttention.apply(*tensors, image_mask, audio_mask, pair_bias, scale)
+
+
+def _xformers(
+    query,
+    image_key,
+    image_value,
+    audio_key,
+    audio_value,
+    image_mask,
+    audio_mask,
+    pair_bias,
+    scale,
+    interaction,
+):
+    if pair_bias is not None:
+        raise ValueError("backend='xformers' has no pair bias, got pair_bias")
+    attended_image = _xformers_attention(query, image_key, image_value, image_mask, scale)
+    return attended_image + _xformers_attention(query, audio_key, audio_value, audio_mask, scale)
+
+
+def _xformers_attention(query, key, value, mask, scale):
+    from xformers.ops import memory_efficient_attention
+
+    bias, alive = None, _alive(mask)
+    if mask is not None:  # as a bias, whose memory must be a multiple of 8 wide
+        B, H, F, N = *query.shape[:3], key.shape[2]
+        bias = query.new_zeros(B, H, F, N + -N % 8)[..., :N]
+        bias = bias.masked_fill_(~(mask[:, None, None] | ~alive), -math.inf)
+    tensors = (x.transpose(1, 2) for x in (query, key, value))  # (B, N, H, width)
+    try:
+        output = memory_efficient_attention(*tensors, attn_bias=bias, scale=scale)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"backend='xformers' has no operator for query of {query.dtype} on {query.device}: {error}"
+        ) from error
+    return _zero_where_dead(output.transpose(1, 2), alive)
 
 
 # --- reference: every pair is stored; the oracle of the tests and the slow row of the tables ----------------

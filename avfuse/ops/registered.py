@@ -1,0 +1,110 @@
+"""The Triton kernels as operators of torch: what autograd, compilation, export and FLOP counters see of them.
+
+    avfuse::pair_attention            tensors, masks, bias -> output (B, H, F, V)
+    avfuse::pair_attention_backward   output_grad, the same -> gradients
+
+An operator is opaque: kernels are imported and launched only when it runs on real tensors.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+ARGUMENTS = (
+    "Tensor query, Tensor image_key, Tensor image_value, Tensor audio_key, Tensor audio_value, "
+    "Tensor? image_mask, Tensor? audio_mask, Tensor? pair_bias, float scale"
+)
+for name, schema in {
+    "pair_attention": f"({ARGUMENTS}) -> Tensor",
+    "pair_attention_backward": f"(Tensor output_grad, {ARGUMENTS}, bool bias_grad) -> Tensor[]",
+}.items():
+    torch.library.define(f"avfuse::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+
+
+class PairAttention(torch.autograd.Function):
+    """Saves its inputs only. (An autograd.Function around the operator costs half of what `register_autograd`
+    does at each call.)
+    """
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        *tensors, ctx.scale = inputs
+        ctx.save_for_backward(*tensors)
+        return torch.ops.avfuse.pair_attention(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, output_grad):
+        bias_grad = ctx.needs_input_grad[7]
+        inputs = (*ctx.saved_tensors, ctx.scale)
+        grads = torch.ops.avfuse.pair_attention_backward(output_grad, *inputs, bias_grad)
+        return *grads[:5], None, None, grads[5] if bias_grad else None, None
+
+
+# --- what runs ----------------------------------------------------------------------------------------------
+
+
+@torch.library.impl("avfuse::pair_attention", ("cuda", "cpu"))
+def pair_attention(*inputs):
+    *tensors, pair_bias, scale = inputs
+    if pair_bias is not None:
+        from ..kernels import biased_pair_attention
+
+        return biased_pair_attention.forward(*tensors, pair_bias, scale)
+    from ..kernels import pair_attention
+
+    return pair_attention.forward(*tensors, scale)
+
+
+@torch.library.impl("avfuse::pair_attention_backward", ("cuda", "cpu"))
+def pair_attention_backward(*inputs):
+    *tensors, pair_bias, scale, bias_grad = inputs
+    if pair_bias is not None:
+        from ..kernels import biased_pair_attention
+
+        return biased_pair_attention.backward(*tensors, pair_bias, scale, bias_grad)
+    from ..kernels import pair_attention
+
+    return pair_attention.backward(*tensors, scale)
+
+
+# --- what is known without running --------------------------------------------------------------------------
+
+
+@torch.library.register_fake("avfuse::pair_attention")
+def _(query, image_key, image_value, *_):
+    B, H, F, _ = query.shape
+    return query.new_empty((B, F, H, image_value.shape[3])).transpose(1, 2)
+
+
+@torch.library.register_fake("avfuse::pair_attention_backward")
+def _(output_grad, *inputs):
+    *tensors, image_mask, audio_mask, pair_bias, scale, bias_grad = inputs
+    grads = [x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2) for x in tensors]
+    return [*grads, pair_bias.new_empty(pair_bias.shape)] if bias_grad else grads
+
+
+@register_flop_formula(torch.ops.avfuse.pair_attention)
+def _(
+    query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, *_, **__
+) -> int:
+    """Logits (width K) and weighted values (width V) of every query and token; with a bias, two marginals of
+    every query and pair.
+    """
+    B, H, F, K = query
+    I, A, V = image_key[2], audio_key[2], image_value[3]
+    pairs = 0 if pair_bias is None else 2 * I * A
+    return 2 * B * H * F * ((I + A) * (K + V) + pairs)
+
+
+@register_flop_formula(torch.ops.avfuse.pair_attention_backward)
+def _(output_grad, query, image_key, image_value, audio_key, *options, **_) -> int:
+    """Logits and the gradients of queries and keys (width K), dP and the gradient of values (width V): what
+    PyTorch counts for its own attention. That the kernel computes logits and dP more than once is left out.
+    With a bias, weights and their gradients of every query and pair for each modality, and those of the bias.
+    """
+    *_, pair_bias, _scale, bias_grad = options
+    B, H, F, K = query
+    I, A, V = image_key[2], audio_key[2], image_value[3]
+    pairs = 0 if pair_bias is None else (4 + 2 * bias_grad) * I * A
+    return 2 * B * H * F * ((I + A) * (3 * K + 2 * V) + pairs)

@@ -1,0 +1,373 @@
+"""Pair attention without a pair term: two cross-attentions that share their queries, in one launch.
+
+    o    = sum_i p_i v_i + sum_j r_j v_j         p = softmax_i(c q.k_i),  r = softmax_j(c q.k_j),  c = scale
+    dv_i = sum_q p_i do                          ds_i = p_i (do.v_i - delta),  delta = sum_i p_i do.v_i
+    dk_i = c sum_q ds_i q                        dq = c (sum_i ds_i k_i + sum_j ds_j k_j);  j is treated as i
+
+Nothing is saved between the directions. The backward walks the tokens of each modality twice: first for the
+softmax's largest logit, sum and delta, then for the gradients. Every walk computes logits by the same dot,
+with tokens as rows and queries as columns; only loaded tiles are transposed. Logits and sums are float32.
+(exp(x - max) and not exp2 of logits with a factor log2(e), whose rounding costs digits at large logits.)
+
+Few heads with many tokens are split among programs (SPLITS of them), and so are more than BLOCK_F queries.
+Each program then leaves partial results in a float32 slot of its own, and slots are added in order: there are
+no atomics, and equal inputs give equal bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .tiles import (
+    add_slots,
+    empty_slots,
+    finite,
+    head,
+    load_mask,
+    load_rows,
+    logits_of,
+    on_device_of,
+    padded,
+    precision_of,
+    reciprocal,
+    rows_of,
+    sizes_of,
+    slot_head,
+    store_rows,
+    strides_of,
+)
+
+PROGRAMS = 256  # tokens are split until there are so many: 2 for each multiprocessor of an A100 or H100
+SPLIT_TOKENS = 256  # the fewest tokens that are worth a program of their own
+
+
+# --- forward ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def forward_kernel(
+    query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask,
+    output, statistics, partial,
+    query_strides, image_key_strides, image_value_strides, audio_key_strides, audio_value_strides,
+    image_mask_stride, audio_mask_stride,
+    H, F, I, A, scale: tl.float32,
+    K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # One program owns BLOCK_F queries of one head of one clip, and reads one of SPLITS parts of its tokens.
+    b, h, split = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(2)
+    queries = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+
+    q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
+    image_top, image_sum, image_out = attend(
+        q, image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride,
+        b, h, I, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N,
+    )  # fmt: skip
+    audio_top, audio_sum, audio_out = attend(
+        q, audio_key, audio_value, audio_mask, audio_key_strides, audio_value_strides, audio_mask_stride,
+        b, h, A, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N,
+    )  # fmt: skip
+
+    if SPLITS == 1:
+        out = image_out * reciprocal(image_sum) + audio_out * reciprocal(audio_sum)
+        store_rows(slot_head(output, 0, 1, b, h, H, F, V), H * V, queries, queries < F, tl.trans(out), V)
+    else:
+        store_statistics(statistics, 0, split, b, h, H, queries, F, image_top, image_sum, 0.0, SPLITS)
+        store_statistics(statistics, 1, split, b, h, H, queries, F, audio_top, audio_sum, 0.0, SPLITS)
+        image_partial = slot_head(partial, split, 2 * SPLITS, b, h, H, F, V)
+        audio_partial = slot_head(partial, SPLITS + split, 2 * SPLITS, b, h, H, F, V)
+        store_rows(image_partial, H * V, queries, queries < F, tl.trans(image_out), V)
+        store_rows(audio_partial, H * V, queries, queries < F, tl.trans(audio_out), V)
+
+
+@triton.jit
+def attend(
+    q, key, value, mask, key_strides, value_strides, mask_stride, b, h, N, split, scale,
+    K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Largest logit, sum of weights (BLOCK_F,) and weighted values (V, BLOCK_F) of one modality."""
+    key, value = head(key, key_strides, b, h), head(value, value_strides, b, h)
+    top = tl.full((BLOCK_F,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_F,), tl.float32)
+    weighted = tl.zeros((padded(V), BLOCK_F), tl.float32)
+    first, last = part(N, split, SPLITS, BLOCK_N)
+    for start in range(first, last, BLOCK_N):
+        tokens = start + tl.arange(0, BLOCK_N)
+        attended = load_mask(mask, mask_stride, b, tokens, N)
+        k = load_rows(key, key_strides[2], tokens, attended, K)
+        v = load_rows(value, value_strides[2], tokens, attended, V)
+
+        logits = logits_of(q, k, attended, scale, PRECISION)
+        previous, top = top, tl.maximum(top, tl.max(logits, 0))
+        weights = tl.exp(logits - finite(top))
+        rescale = tl.exp(previous - finite(top))
+        total = total * rescale + tl.sum(weights, 0)
+        weighted = weighted * rescale + tl.dot(tl.trans(v), weights.to(v.dtype), input_precision=PRECISION)
+    return top, total, weighted
+
+
+@triton.jit
+def merge_kernel(
+    statistics, partial, output, H, F,
+    V: tl.constexpr, SPLITS: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    # One program owns BLOCK_F queries of one head of one clip, and adds what the programs of its splits left.
+    b, h = tl.program_id(0) // H, tl.program_id(0) % H
+    queries = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    out = tl.zeros((BLOCK_F, padded(V)), tl.float32)
+    for modality in tl.static_range(2):
+        top, inverse, _ = load_statistics(statistics, modality, b, h, H, queries, F, SPLITS)
+        for split in range(SPLITS):
+            own_top = slot_head(statistics, 3 * modality * SPLITS + split, 6 * SPLITS, b, h, H, F, 1)
+            own_top = tl.load(own_top + queries * H, mask=queries < F, other=0.0)
+            part_of = slot_head(partial, modality * SPLITS + split, 2 * SPLITS, b, h, H, F, V)
+            weighted = load_rows(part_of, H * V, queries, queries < F, V)
+            out += weighted * (tl.exp(own_top - top) * inverse)[:, None]
+    store_rows(slot_head(output, 0, 1, b, h, H, F, V), H * V, queries, queries < F, out, V)
+
+
+# --- backward -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def statistics_kernel(
+    query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, output_grad,
+    statistics,
+    query_strides, image_key_strides, image_value_strides, audio_key_strides, audio_value_strides,
+    image_mask_stride, audio_mask_stride, output_grad_strides,
+    H, F, I, A, scale: tl.float32,
+    K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # One program owns BLOCK_F queries of one head of one clip, and reads one of SPLITS parts of its tokens.
+    b, h, split = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(2)
+    queries = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+
+    q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
+    do = load_rows(
+        head(output_grad, output_grad_strides, b, h), output_grad_strides[2], queries, queries < F, V
+    )
+    top, total, weighted = survey(
+        q, do, image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride,
+        b, h, I, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N,
+    )  # fmt: skip
+    store_statistics(statistics, 0, split, b, h, H, queries, F, top, total, weighted, SPLITS)
+    top, total, weighted = survey(
+        q, do, audio_key, audio_value, audio_mask, audio_key_strides, audio_value_strides, audio_mask_stride,
+        b, h, A, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N,
+    )  # fmt: skip
+    store_statistics(statistics, 1, split, b, h, H, queries, F, top, total, weighted, SPLITS)
+
+
+@triton.jit
+def backward_kernel(
+    query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, output_grad,
+    query_grad, image_key_grad, image_value_grad, audio_key_grad, audio_value_grad, statistics,
+    query_strides, image_key_strides, image_value_strides, audio_key_strides, audio_value_strides,
+    image_mask_stride, audio_mask_stride, output_grad_strides,
+    H, F, I, A, scale: tl.float32,
+    K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # One program owns BLOCK_F queries of one head of one clip, and reads one of SPLITS parts of its tokens.
+    b, h, split = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(2)
+    tile, tiles = tl.program_id(1), tl.num_programs(1)
+    queries = tile * BLOCK_F + tl.arange(0, BLOCK_F)
+
+    q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
+    do = load_rows(
+        head(output_grad, output_grad_strides, b, h), output_grad_strides[2], queries, queries < F, V
+    )
+    dq = tl.zeros((padded(K), BLOCK_F), tl.float32)
+    dq = differentiate(
+        dq, q, do, image_key, image_value, image_mask, image_key_grad, image_value_grad, statistics, 0,
+        image_key_strides, image_value_strides, image_mask_stride,
+        b, h, H, queries, F, I, tile, tiles, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N,
+    )  # fmt: skip
+    dq = differentiate(
+        dq, q, do, audio_key, audio_value, audio_mask, audio_key_grad, audio_value_grad, statistics, 1,
+        audio_key_strides, audio_value_strides, audio_mask_stride,
+        b, h, H, queries, F, A, tile, tiles, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N,
+    )  # fmt: skip
+    query_grad = slot_head(query_grad, split, SPLITS, b, h, H, F, K)
+    store_rows(query_grad, H * K, queries, queries < F, tl.trans(dq * scale), K)
+
+
+@triton.jit
+def survey(
+    q, do, key, value, mask, key_strides, value_strides, mask_stride, b, h, N, split, scale,
+    K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Largest logit, sum of weights and of weights * do.v, (BLOCK_F,) each, of one modality."""
+    key, value = head(key, key_strides, b, h), head(value, value_strides, b, h)
+    top = tl.full((BLOCK_F,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_F,), tl.float32)
+    weighted = tl.zeros((BLOCK_F,), tl.float32)
+    first, last = part(N, split, SPLITS, BLOCK_N)
+    for start in range(first, last, BLOCK_N):
+        tokens = start + tl.arange(0, BLOCK_N)
+        attended = load_mask(mask, mask_stride, b, tokens, N)
+        k = load_rows(key, key_strides[2], tokens, attended, K)
+        v = load_rows(value, value_strides[2], tokens, attended, V)
+
+        logits = logits_of(q, k, attended, scale, PRECISION)
+        weights_grad = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        previous, top = top, tl.maximum(top, tl.max(logits, 0))
+        weights = tl.exp(logits - finite(top))
+        rescale = tl.exp(previous - finite(top))
+        total = total * rescale + tl.sum(weights, 0)
+        weighted = weighted * rescale + tl.sum(weights * weights_grad, 0)
+    return top, total, weighted
+
+
+@triton.jit
+def differentiate(
+    dq, q, do, key, value, mask, key_grad, value_grad, statistics, modality: tl.constexpr,
+    key_strides, value_strides, mask_stride, b, h, H, queries, F, N, tile, tiles, split, scale,
+    K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Stores the gradients of keys and values of one modality; adds to that of the queries, (K, BLOCK_F)."""
+    if SPLITS == 1:
+        top, total, weighted = survey(
+            q, do, key, value, mask, key_strides, value_strides, mask_stride, b, h, N, split, scale,
+            K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N,
+        )  # fmt: skip
+        top, inverse = finite(top), reciprocal(total)
+        delta = weighted * inverse
+    else:
+        top, inverse, delta = load_statistics(statistics, modality, b, h, H, queries, F, SPLITS)
+
+    key, value = head(key, key_strides, b, h), head(value, value_strides, b, h)
+    key_grad = slot_head(key_grad, tile, tiles, b, h, H, N, K)
+    value_grad = slot_head(value_grad, tile, tiles, b, h, H, N, V)
+    first, last = part(N, split, SPLITS, BLOCK_N)
+    for start in range(first, last, BLOCK_N):
+        tokens = start + tl.arange(0, BLOCK_N)
+        attended = load_mask(mask, mask_stride, b, tokens, N)
+        k = load_rows(key, key_strides[2], tokens, attended, K)
+        v = load_rows(value, value_strides[2], tokens, attended, V)
+
+        logits = logits_of(q, k, attended, scale, PRECISION)
+        weights = tl.exp(logits - top) * inverse
+        dv = tl.dot(weights.to(do.dtype), do, input_precision=PRECISION)
+        weights_grad = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        logits_grad = (weights * (weights_grad - delta)).to(q.dtype)
+        dk = tl.dot(logits_grad, q, input_precision=PRECISION) * scale
+        dq += tl.dot(tl.trans(k), logits_grad, input_precision=PRECISION)
+
+        store_rows(value_grad, H * V, tokens, tokens < N, dv, V)
+        store_rows(key_grad, H * K, tokens, tokens < N, dk, K)
+    return dq
+
+
+# --- what both directions share -----------------------------------------------------------------------------
+
+
+@triton.jit
+def part(N, split, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First and last + 1 of the tokens of one of SPLITS parts, which begin at multiples of BLOCK_N."""
+    size = tl.cdiv(N, SPLITS * BLOCK_N) * BLOCK_N
+    return split * size, tl.minimum(split * size + size, N)
+
+
+@triton.jit
+def store_statistics(
+    statistics, modality: tl.constexpr, split, b, h, H, queries, F, top, total, weighted, SPLITS: tl.constexpr
+):
+    """Keeps what one split found about its queries in a tensor (B, modality, quantity, SPLITS, F, H)."""
+    statistics = slot_head(statistics, 3 * modality * SPLITS + split, 6 * SPLITS, b, h, H, F, 1) + queries * H
+    step = SPLITS * F * H
+    tl.store(statistics, top, mask=queries < F)
+    tl.store(statistics + step, total, mask=queries < F)
+    tl.store(statistics + 2 * step, weighted, mask=queries < F)
+
+
+@triton.jit
+def load_statistics(statistics, modality: tl.constexpr, b, h, H, queries, F, SPLITS: tl.constexpr):
+    """Merges the splits: largest logit, 1 / sum of weights, and delta, (BLOCK_F,) each."""
+    statistics = slot_head(statistics, 3 * modality * SPLITS, 6 * SPLITS, b, h, H, F, 1)
+    pointers = statistics + tl.arange(0, SPLITS)[:, None] * F * H + queries[None, :] * H  # (SPLITS, BLOCK_F)
+    step, inside = SPLITS * F * H, (queries < F)[None, :]
+    tops = tl.load(pointers, mask=inside, other=float("-inf"))
+    totals = tl.load(pointers + step, mask=inside, other=0.0)
+    weighted = tl.load(pointers + 2 * step, mask=inside, other=0.0)
+    top = finite(tl.max(tops, 0))
+    rescale = tl.exp(tops - top[None, :])
+    inverse = reciprocal(tl.sum(totals * rescale, 0))
+    return top, inverse, tl.sum(weighted * rescale, 0) * inverse
+
+
+# --- the host's side ----------------------------------------------------------------------------------------
+
+
+def forward(query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, scale):
+    """(B, H, F, K), (B, H, I, K), (B, H, I, V), (B, H, A, K), (B, H, A, V) -> (B, H, F, V), which lies in
+    memory as (B, F, H, V). Masks (B, I) and (B, A) bool or None.
+    """
+    tensors = [rows_of(x) for x in (query, image_key, image_value, audio_key, audio_value)]
+    masks = [None if mask is None else rows_of(mask) for mask in (image_mask, audio_mask)]
+    sizes = B, H, F, I, A, K, V = sizes_of(*tensors)
+    options = settings(query.dtype, *sizes)
+    splits, tiles = options["SPLITS"], triton.cdiv(F, options["BLOCK_F"])
+    output = query.new_empty((B, F, H, V))
+    statistics = partial = None
+    if splits > 1:
+        statistics = query.new_empty((B, 2, 3, splits, F, H), dtype=torch.float32)
+        partial = query.new_empty((B, 2, splits, F, H, V), dtype=torch.float32)
+    with on_device_of(query):
+        forward_kernel[B * H, tiles, splits](
+            *tensors, *masks, output, statistics, partial, *strides_of(tensors, masks),
+            H, F, I, A, scale, **options,
+        )  # fmt: skip
+        if splits > 1:
+            merge_kernel[B * H, tiles](
+                statistics, partial, output, H, F, V=V, SPLITS=splits, BLOCK_F=options["BLOCK_F"]
+            )
+    return output.transpose(1, 2)
+
+
+def backward(
+    output_grad, query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, scale
+):
+    """Gradients of query, image_key, image_value, audio_key and audio_value."""
+    tensors = [rows_of(x) for x in (query, image_key, image_value, audio_key, audio_value)]
+    masks = [None if mask is None else rows_of(mask) for mask in (image_mask, audio_mask)]
+    output_grad = rows_of(output_grad)
+    sizes = B, H, F, I, A, K, V = sizes_of(*tensors)
+    options = settings(query.dtype, *sizes)
+    splits, tiles = options["SPLITS"], triton.cdiv(F, options["BLOCK_F"])
+    grads = [empty_slots(query, splits), *(empty_slots(tensor, tiles) for tensor in tensors[1:])]
+    statistics = query.new_empty((B, 2, 3, splits, F, H), dtype=torch.float32) if splits > 1 else None
+    strides = *strides_of(tensors, masks), output_grad.stride()
+    with on_device_of(query):
+        if splits > 1:
+            statistics_kernel[B * H, tiles, splits](
+                *tensors, *masks, output_grad, statistics, *strides, H, F, I, A, scale, **options
+            )
+        backward_kernel[B * H, tiles, splits](
+            *tensors, *masks, output_grad, *grads, statistics, *strides, H, F, I, A, scale, **options
+        )
+        return [add_slots(grad, query.dtype) for grad in grads]
+
+
+def settings(dtype, B, H, F, I, A, K, V):
+    """Tile sizes and launch options. kernels/README.md says where they come from."""
+    single, wide = dtype == torch.float32, max(K, V) > 64
+    block_f = min(padded(F), 16 if wide else 32)
+    splits, programs = 1, B * H * triton.cdiv(F, block_f)
+    while 2 * splits * programs <= PROGRAMS and 2 * splits * SPLIT_TOKENS <= max(I, A):
+        splits *= 2
+    return dict(
+        K=K,
+        V=V,
+        SPLITS=splits,
+        PRECISION=precision_of(dtype),
+        BLOCK_F=block_f,
+        BLOCK_N=16 if single else 32 if wide else 64,
+        num_warps=8 if single or wide else 4,
+        num_stages=2,
+        maxnreg=255,  # else ptxas spills a little here and there, to fit one program more on a multiprocessor
+    )

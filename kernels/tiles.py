@@ -1,0 +1,115 @@
+"""What the kernels share: tiles of a matrix of tokens (rows) or queries, and the layout of their results."""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.constexpr_function
+def padded(width):
+    """The width of a tile: tl.dot takes powers of 2 from 16 on."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+@triton.jit
+def head(pointer, strides, b, h):
+    """The matrix (N, WIDTH) of one head of one clip in a tensor (B, H, N, WIDTH)."""
+    return pointer + tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1]
+
+
+@triton.jit
+def slot_head(pointer, slot, slots, b, h, H, N, WIDTH: tl.constexpr):
+    """The matrix (N, WIDTH), of row stride H * WIDTH, of one head in results (B, slots, N, H, WIDTH)."""
+    return pointer + (((tl.cast(b, tl.int64) * slots + slot) * N) * H + h) * WIDTH
+
+
+@triton.jit
+def load_rows(pointer, stride, rows, present, WIDTH: tl.constexpr):
+    """Those of the rows that are present; 0 elsewhere."""
+    columns = tl.arange(0, padded(WIDTH))
+    inside = present[:, None] & (columns < WIDTH)[None, :]
+    return tl.load(pointer + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(pointer, stride, rows, present, values, WIDTH: tl.constexpr):
+    """Stores those of the rows that are present."""
+    columns = tl.arange(0, padded(WIDTH))
+    inside = present[:, None] & (columns < WIDTH)[None, :]
+    tl.store(pointer + rows.to(tl.int64)[:, None] * stride + columns[None, :], values, mask=inside)
+
+
+@triton.jit
+def load_mask(mask, stride, b, tokens, N):
+    """Which of the tokens of one clip may be attended to."""
+    attended = tokens < N
+    if mask is not None:
+        attended = attended & tl.load(
+            mask + tl.cast(b, tl.int64) * stride + tokens, mask=attended, other=False
+        )
+    return attended
+
+
+@triton.jit
+def logits_of(q, k, attended, scale, PRECISION: tl.constexpr):
+    """Logits (BLOCK_N, BLOCK_F), -inf at tokens that are not attended to."""
+    logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+    return tl.where(attended[:, None], logits, float("-inf"))
+
+
+@triton.jit
+def finite(top):
+    """The largest of no logits is -inf; 0 in its place makes all weights exp(-inf - 0) = 0 instead of NaN."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def reciprocal(total):
+    """1 / total, or 0 of nothing."""
+    return tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), 0.0)
+
+
+# --- the host's side ----------------------------------------------------------------------------------------
+
+
+def rows_of(tensor):
+    """The tensor with adjacent elements in its last dimension: itself, for all that projections produce."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def precision_of(dtype):
+    """How tl.dot treats float32: as the rest of PyTorch is told to."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def on_device_of(tensor):
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def empty_slots(like, slots):
+    """Room (B, slots, N, H, WIDTH) for results like the tensor (B, H, N, WIDTH): in its dtype where there is
+    one slot, in float32 where several are to be added.
+    """
+    B, H, N, width = like.shape
+    return like.new_empty((B, slots, N, H, width), dtype=like.dtype if slots == 1 else torch.float32)
+
+
+def add_slots(results, dtype):
+    """(B, slots, N, H, WIDTH) -> (B, H, N, WIDTH); a view where there is one slot."""
+    total = results[:, 0] if results.shape[1] == 1 else results.sum(1).to(dtype)
+    return total.transpose(1, 2)
+
+
+def sizes_of(query, image_key, image_value, audio_key, _):
+    B, H, F, K = query.shape
+    return B, H, F, image_key.shape[2], audio_key.shape[2], K, image_value.shape[3]
+
+
+def strides_of(tensors, masks):
+    """Of each tensor as a tuple, of each mask that of a clip; the last dimension has stride 1."""
+    strides = [tensor.stride()[:3] for tensor in tensors]
+    return *strides, *(0 if mask is None else mask.stride(0) for mask in masks)

@@ -1,0 +1,519 @@
+"""The Triton kernels of pair_attention against float64: on the GPU where there is one, else in Triton's
+interpreter. With -m gpu also what only a GPU shows: bfloat16, tf32, memory, repetition, graphs, offsets.
+"""
+
+import functools
+import itertools
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from avfuse.kernels import biased_pair_attention as biased_kernels
+from avfuse.kernels import pair_attention as kernels
+from models import make_encoder, make_inputs
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from avfuse import AVMAE, fusion
+from avfuse.ops.pair_attention import pair_attention
+
+INF = math.inf
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOKENS = ("query", "image_key", "image_value", "audio_key", "audio_value")
+KEYS = ("image_key", "audio_key")
+AXES = {"query": "K", "image_key": "IK", "image_value": "IV", "audio_key": "AK", "audio_value": "AV"}
+AXES |= {"image_mask": "I", "audio_mask": "A", "pair_bias": "IA", "output": "V"}  # the last dimensions
+
+OPTIONS = {
+    "dtype": (torch.float32, torch.float16),
+    "F": (1, 5, 16, 33),
+    "I": (1, 7, 64, 65, 130),
+    "A": (1, 3, 33, 96, 129),
+    "K": (3, 16, 64),
+    "V": (4, 64, 80),
+    "masks": (None, "random", "dead"),
+    "bias": (
+        None,
+        "own",
+        "shared",
+        "table",
+        "image",
+        "audio",
+        "row, column",
+        "few pairs",
+        "opposed",
+        "no pair",
+    ),
+    "magnitude": (1.0, 60.0, 3000.0),
+    "layout": ("contiguous", "projections", "strided"),
+    "splits": (1, 2, 4),
+}
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Memory that a kernel is given to fill holds NaN."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(*args, **options):
+        tensor = new_empty(*args, **options)
+        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+def pairwise(options, count, seed=0):
+    """`count` cases in which every two values of two options meet."""
+    pick, cases = random.Random(seed), []
+    wanted = {
+        frozenset({(x, i), (y, j)})
+        for x, y in itertools.combinations(options, 2)
+        for i, j in itertools.product(options[x], options[y])
+    }
+    while len(cases) < count:
+        drawn = [{name: pick.choice(values) for name, values in options.items()} for _ in range(60)]
+        pairs = [{frozenset(pair) for pair in itertools.combinations(case.items(), 2)} for case in drawn]
+        best = max(range(60), key=lambda n: len(pairs[n] & wanted))
+        wanted -= pairs[best]
+        cases.append(drawn[best])
+    assert not wanted, f"{count} cases leave {len(wanted)} pairs of options untested"
+    return cases
+
+
+def name_of(case):
+    return "-".join(str(value).removeprefix("torch.") for value in case.values())
+
+
+# --- cases --------------------------------------------------------------------------------------------------
+
+
+def make(F=3, I=5, A=4, K=6, V=7, *, B=3, H=2, dtype=torch.float32, magnitude=1.0, device=DEVICE):
+    """Inputs by name whose logits have about the given standard deviation."""
+    shapes = {"query": (F, K), "image_key": (I, K), "image_value": (I, V)}
+    shapes |= {"audio_key": (A, K), "audio_value": (A, V)}
+    tensors = {name: torch.randn(B, H, *shape, dtype=torch.float64) for name, shape in shapes.items()}
+    for name in "image_key", "audio_key":
+        tensors[name] *= magnitude
+    return {name: tensor.to(dtype).to(device) for name, tensor in tensors.items()}
+
+
+def bias_of(kind, B, H, tensors, magnitude, dtype):
+    """A bias (B or 1, H or 1, I or 1, A or 1) of about the size of the logits."""
+    (I, A), K = (tensors[name].shape[2] for name in ("image_key", "audio_key")), tensors["query"].shape[-1]
+    shapes = {"own": (B, H, I, A), "shared": (1, H, I, A), "table": (1, 1, I, A)}
+    shapes |= {"image": (B, 1, I, 1), "audio": (1, H, 1, A)}
+    bias = magnitude * torch.randn(shapes.get(kind, (B, H, I, A)), device=DEVICE)
+    if kind == "row, column":
+        bias[:, :, 0] = bias[..., -1] = -INF
+    elif kind == "few pairs":
+        bias.masked_fill_(torch.rand(bias.shape, device=DEVICE) < 0.97, -INF)
+    elif kind == "opposed":  # the first query is left with the pairs that it would look at least
+        image, audio = (tensors[name].double() @ tensors["query"][:, :, 0, :, None].double() for name in KEYS)
+        logits = (image + audio.mT) * K**-0.5
+        bias.masked_fill_(logits > logits.flatten(-2).quantile(0.1, -1)[..., None, None], -INF)
+    elif kind == "no pair":
+        bias[0] = -INF
+    return bias.to(dtype)
+
+
+def masks_of(kind, B, I, A):
+    """About 60 % of the tokens; with "dead", clip 0 lacks the image, clip 1 the sound, clip 2 both."""
+    if kind is None:
+        return {}
+    masks = {"image_mask": torch.rand(B, I) < 0.6, "audio_mask": torch.rand(B, A) < 0.6}
+    for mask in masks.values():
+        mask[:, -1] = True
+    if kind == "dead":
+        masks["image_mask"][[0, 2]] = masks["audio_mask"][[1, 2]] = False
+    return {name: mask.to(DEVICE) for name, mask in masks.items()}
+
+
+def laid_out(tensor, layout):
+    if layout == "projections":  # (B, N, H, width) in memory, as chunk and transpose leave it
+        twice = torch.cat([tensor, tensor], -1).transpose(1, 2).contiguous()
+        return twice.transpose(1, 2)[..., : tensor.shape[-1]]
+    if layout == "strided":  # nothing adjacent, and NaN in between
+        wide = tensor.new_full((*tensor.shape[:2], 2 * tensor.shape[2], 2 * tensor.shape[3]), math.nan)
+        wide[:, :, ::2, ::2] = tensor
+        return wide[:, :, ::2, ::2]
+    return tensor
+
+
+def run(tensors, output_grad, *, attend=pair_attention, dtype=None, **options):
+    """Output and gradients by name."""
+    leaves = {name: x.detach().to(dtype or x.dtype).requires_grad_() for name, x in tensors.items()}
+    output = attend(**leaves, **options)
+    grads = torch.autograd.grad(output, list(leaves.values()), output_grad.to(output.dtype))
+    return {"output": output.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def plain(
+    query, image_key, image_value, audio_key, audio_value, pair_bias=None, image_mask=None, audio_mask=None
+):
+    """Ordinary PyTorch in the dtype of the inputs: the error that the kernels are measured against."""
+    sides = []
+    for key, value, mask in (image_key, image_value, image_mask), (audio_key, audio_value, audio_mask):
+        logits = query @ key.mT * query.shape[-1] ** -0.5
+        if mask is not None:  # a modality that is missing becomes tokens of 0
+            alive = mask.any(1)[:, None, None, None]
+            logits = torch.where(alive, logits, 0.0).masked_fill(~(mask[:, None, None] | ~alive), -INF)
+            value = torch.where(alive, value, 0.0)
+            if pair_bias is not None:
+                pair_bias = torch.where(alive, pair_bias, 0.0)
+        sides.append((logits, value))
+    (image_logits, image_value), (audio_logits, audio_value) = sides
+    if pair_bias is None:
+        return image_logits.softmax(-1) @ image_value + audio_logits.softmax(-1) @ audio_value
+    logits = image_logits[..., None] + audio_logits[..., None, :] + pair_bias[:, :, None].to(query.dtype)
+    none_left = (logits == -INF).all((-2, -1), keepdim=True)
+    weights = logits.masked_fill(none_left, 0.0).flatten(-2).softmax(-1).view_as(logits)
+    weights = weights.masked_fill(none_left, 0.0)
+    return weights.sum(-1) @ image_value + weights.sum(-2) @ audio_value
+
+
+def usual_errors(tensors, truth, output_grad, **options):
+    """The largest errors of `plain` by name, over some orders of what it sums: at large logits the error of
+    one order is a draw of luck. Where plain float16 overflows, it counts for nothing.
+    """
+    keys, values = tensors["image_key"].shape, tensors["audio_value"].shape
+    sizes = {"I": keys[2], "K": keys[3], "A": values[2], "V": values[3]}
+    errors = dict.fromkeys(truth, 0.0)
+    for _ in range(8):
+        orders = {letter: torch.randperm(size, device=DEVICE) for letter, size in sizes.items()}
+        permuted, true = (
+            {name: reorder(name, x, orders) for name, x in group.items()}
+            for group in ({**tensors, **options}, truth)
+        )
+        leaves = {name: permuted.pop(name) for name in tensors}
+        usual = run(leaves, reorder("output", output_grad, orders), attend=plain, **permuted)
+        for name, tensor in usual.items():
+            error = (tensor.double() - true[name]).abs().max().item()
+            errors[name] = max(errors[name], error if math.isfinite(error) else 0.0)
+    return errors
+
+
+def reorder(name, tensor, orders):
+    for dim, letter in enumerate(reversed(AXES[name]), 1):
+        if tensor.shape[-dim] > 1:
+            tensor = tensor.index_select(-dim, orders[letter])
+    return tensor
+
+
+def cancellation(query, image_key, image_value, audio_key, audio_value, pair_bias, output_grad):
+    """What sums of weights times gradients consist of. With a bias their terms are rounded to float32
+    before they cancel, also where a single pair has all the weight and they cancel to 0.
+    """
+    image, audio = ((output_grad @ value.mT).abs().max().item() for value in (image_value, audio_value))
+    largest, scale = 2 * (image + audio), query.shape[-1] ** -0.5
+    queries, q = query.shape[:3].numel(), query.abs().max().item()
+    keys = image_key.abs().max().item() + audio_key.abs().max().item()
+    return {
+        "query": largest * keys * scale,
+        "image_key": query.shape[2] * largest * q * scale,
+        "audio_key": query.shape[2] * largest * q * scale,
+        "pair_bias": queries * largest,
+    }
+
+
+def assert_accurate(ours, usual, truth, dtype, terms):
+    """At most twice the error of plain PyTorch in the same dtype, plus eps * max|truth|, for each tensor, or
+    the smallest number there is.
+    """
+    for name, true in truth.items():
+        assert ours[name].dtype == dtype and ours[name].isfinite().all(), name
+        error = (ours[name].double() - true).abs().max().item()
+        smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        allowed = 2 * usual[name] + torch.finfo(dtype).eps * true.abs().max().item() + smallest
+        allowed += torch.finfo(torch.float32).eps * terms.get(name, 0.0)
+        assert error <= allowed, f"{name} is off by {error:.2e}, allowed {allowed:.2e}"
+
+
+def check(monkeypatch, dtype, F, I, A, K, V, masks, bias, magnitude, layout, splits):
+    B, H = (4, 1) if masks == "dead" else (2, 1) if bias in ("shared", "table", "no pair") else (1, 2)
+    force_splits(monkeypatch, splits)
+    tensors = make(F, I, A, K, V, B=B, H=H, dtype=dtype, magnitude=magnitude)
+    if bias:
+        tensors["pair_bias"] = bias_of(bias, B, H, tensors, magnitude, dtype)
+    options = masks_of(masks, B, I, A)
+    output_grad = torch.randn(B, H, F, V, device=DEVICE).to(dtype)
+    truth = run(tensors, output_grad, dtype=torch.float64, backend="reference", **options)
+    usual = usual_errors(tensors, truth, output_grad, **options)
+    terms = cancellation(**tensors, output_grad=output_grad) if bias else {}
+    tensors = {name: laid_out(tensor, layout) for name, tensor in tensors.items()}
+    ours = run(tensors, laid_out(output_grad, layout), backend="triton", **options)
+    assert_accurate(ours, usual, truth, dtype, terms)
+
+
+def force_splits(monkeypatch, splits):
+    """Divides the tokens among this many programs, however few they are. The interpreter takes large tiles of
+    pairs: its time goes by tiles.
+    """
+    settings, biased_settings = kernels.settings, biased_kernels.settings
+    usual = {} if DEVICE == "cuda" else dict(BLOCK_N=64)
+    large = {} if DEVICE == "cuda" else dict(BLOCK_N=128, BLOCK_F=32)
+    monkeypatch.setattr(kernels, "settings", lambda *sizes: {**settings(*sizes), **usual, "SPLITS": splits})
+    monkeypatch.setattr(biased_kernels, "settings", lambda *sizes: {**biased_settings(*sizes), **large})
+
+
+@pytest.mark.parametrize("case", pairwise(OPTIONS, 100), ids=name_of)
+def test_output_and_gradients(monkeypatch, case):
+    check(monkeypatch, **case)
+
+
+# --- compiled for GPUs that are not here --------------------------------------------------------------------
+
+
+KERNELS = {"forward_kernel", "merge_kernel", "statistics_kernel", "backward_kernel", "bias_kernel"}
+
+
+def assert_no_register_is_spilled(*arguments):
+    """Runs benchmarks/kernel_resources.py for 8.0 and 9.0 at once and prints what it prints."""
+    script = Path(__file__).parents[1] / "benchmarks/kernel_resources.py"
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(script.parents[1])}
+    options = dict(env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    commands = [[sys.executable, script, arch, *arguments] for arch in ("80", "90")]
+    for process in [subprocess.Popen(command, **options) for command in commands]:
+        printed, errors = process.communicate(timeout=1800)
+        assert process.returncode == 0, errors
+        columns, *lines = printed.splitlines()
+        print("", columns, *lines, sep="\n")
+        rows = [dict(zip(columns.split(), line.split(), strict=True)) for line in lines]
+        assert {row["kernel"] for row in rows} == KERNELS
+        for row in rows:
+            assert row["STACK"] == "0", row
+            assert int(row["SHARED"]) <= 99 * 1024, row  # what a program may have on any GPU from 8.0 on
+
+
+def test_kernels_compile_without_spilling_registers():
+    assert_no_register_is_spilled("--few")
+
+
+@pytest.mark.slow
+def test_every_variant_compiles_without_spilling_registers():
+    assert_no_register_is_spilled()
+
+
+# --- the operator in PyTorch --------------------------------------------------------------------------------
+
+MASKS = dict(
+    image_mask=torch.tensor([[True] * 5, [False] * 5]), audio_mask=torch.ones(2, 4, dtype=torch.bool)
+)
+INPUTS = {
+    "plain": lambda: (make(B=2, H=1), {}),
+    "masks": lambda: (make(B=2, H=1), {name: mask.to(DEVICE) for name, mask in MASKS.items()}),
+    "bias": lambda: ({**make(B=2, H=1), "pair_bias": torch.randn(2, 1, 5, 4, device=DEVICE)}, {}),
+    "masks and bias": lambda: (
+        {**make(B=2, H=1), "pair_bias": torch.randn(5, 1, device=DEVICE)},
+        {name: mask.to(DEVICE) for name, mask in MASKS.items()},
+    ),
+}
+all_inputs = pytest.mark.parametrize("kind", INPUTS)
+triton_attention = functools.partial(pair_attention, backend="triton")
+
+
+@all_inputs
+def test_opcheck(kind):
+    tensors, options = INPUTS[kind]()
+    bias = tensors.pop("pair_bias", None)
+    bias = None if bias is None else bias[(None,) * (4 - bias.ndim)]
+    masks = (options.get("image_mask"), options.get("audio_mask"))
+    inputs = (*tensors.values(), *masks, bias, 0.3)
+    torch.library.opcheck(torch.ops.avfuse.pair_attention.default, inputs)
+    output_grad = torch.randn(2, 1, 3, 7, device=DEVICE)
+    backward = torch.ops.avfuse.pair_attention_backward.default
+    torch.library.opcheck(backward, (output_grad, *inputs, bias is not None))
+
+
+@all_inputs
+def test_compile_checkpoint_autocast_and_repetition_change_nothing(kind):
+    tensors, options = INPUTS[kind]()
+    output_grad = torch.randn(2, 1, 3, 7, device=DEVICE)
+    torch._dynamo.reset()
+    ways = {
+        "again": triton_attention,
+        "compile": torch.compile(triton_attention, fullgraph=True, backend="aot_eager"),
+        "checkpoint": functools.partial(checkpoint, triton_attention, use_reentrant=False),
+        "autocast": torch.autocast(DEVICE, torch.bfloat16)(triton_attention),
+    }
+    truth = run(tensors, output_grad, attend=triton_attention, **options)
+    for way, attend in ways.items():
+        for name, tensor in run(tensors, output_grad, attend=attend, **options).items():
+            assert torch.equal(tensor, truth[name]), f"{way}: {name}"
+
+
+def test_one_dynamic_graph_serves_all_sizes():
+    torch._dynamo.reset()
+    compiled = torch.compile(triton_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for I, A in (5, 4), (9, 7), (70, 3):
+        with torch._dynamo.config.patch(error_on_recompile=(I, A) != (5, 4)):
+            tensors = make(I=I, A=A, B=1)
+            assert torch.equal(compiled(**tensors), triton_attention(**tensors))
+
+
+@all_inputs
+def test_export(kind):
+    tensors, options = INPUTS[kind]()
+
+    class Model(torch.nn.Module):
+        def forward(self, inputs):
+            return triton_attention(**inputs)
+
+    inputs = {**tensors, **options}
+    exported = torch.export.export(Model(), (inputs,))
+    assert torch.equal(exported.module()(inputs), triton_attention(**inputs))
+
+
+@pytest.mark.parametrize("bias", [None, (5, 4)])
+def test_flop_formulas_count_products(bias):
+    tensors = make(B=2, F=3, I=5, A=4, K=6, V=7)
+    if bias:
+        tensors["pair_bias"] = torch.randn(bias, device=DEVICE)
+    with FlopCounterMode(display=False) as forward:
+        triton_attention(**tensors)
+    assert forward.get_total_flops() == 2 * (2 * 2 * 3) * ((5 + 4) * (6 + 7) + (2 * 5 * 4 if bias else 0))
+    with FlopCounterMode(display=False) as both:
+        run(tensors, torch.randn(2, 2, 3, 7, device=DEVICE), attend=triton_attention)
+    backward = both.get_total_flops() - forward.get_total_flops()
+    assert backward == 2 * (2 * 2 * 3) * ((5 + 4) * (3 * 6 + 2 * 7) + (6 * 5 * 4 if bias else 0))
+
+
+def test_only_needed_gradients_of_a_bias_are_computed():
+    tensors = {**make(), "pair_bias": torch.randn(5, 4, device=DEVICE)}
+    tensors["query"].requires_grad_()
+    triton_attention(**tensors).sum().backward()
+    assert tensors["query"].grad is not None and tensors["pair_bias"].grad is None
+
+
+def test_distributed_data_parallel_changes_nothing(monkeypatch):
+    monkeypatch.setattr(fusion, "pair_attention", triton_attention)
+    block = fusion.DenseFusion(16, 2, attn_ratio=1.0).to(DEVICE)
+    inputs = [torch.randn(2, n, 16, device=DEVICE) for n in (3, 5, 4)]
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        grads = []
+        for module in block, DistributedDataParallel(block):
+            block.zero_grad()
+            module(*inputs).square().sum().backward()
+            grads.append([parameter.grad.clone() for parameter in block.parameters()])
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("pair_bias", [False, True])
+def test_dense_masked_autoencoder_trains_as_through_pytorch(monkeypatch, pair_bias):
+    """A few steps of AVMAE, whose losses must agree to float32's rounding."""
+    losses = {}
+    inputs = [x.to(DEVICE) for x in make_inputs(dtype=torch.float32)]
+    for backend in "triton", "torch":
+        monkeypatch.setattr(fusion, "pair_attention", functools.partial(pair_attention, backend=backend))
+        torch.manual_seed(0)
+        mae = AVMAE(make_encoder(pair_bias=pair_bias), decoder_dim=16, decoder_depth=1, decoder_heads=2)
+        mae = mae.float().to(DEVICE).train()
+        optimizer = torch.optim.SGD(mae.parameters(), lr=0.05)
+        losses[backend] = []
+        for _ in range(3):
+            torch.manual_seed(1)
+            loss = mae(*inputs).loss
+            losses[backend].append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert losses["triton"] == pytest.approx(losses["torch"], rel=1e-5)
+    assert losses["torch"][-1] < 0.99 * losses["torch"][0]
+
+
+# --- what only a GPU shows ----------------------------------------------------------------------------------
+
+GPU_OPTIONS = {**OPTIONS, "dtype": (torch.bfloat16, torch.float32), "tf32": (False, True)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", pairwise(GPU_OPTIONS, 110, seed=1), ids=name_of)
+def test_output_and_gradients_in_bfloat16_and_tf32(monkeypatch, case):
+    tf32 = case.pop("tf32")
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32" if tf32 else "ieee")
+    check(monkeypatch, **case)
+
+
+def gpu_inputs(bias=None, dtype=torch.bfloat16):
+    tensors = make(16, 196, 96, 16, 16, B=8, H=12, dtype=dtype)
+    return tensors if bias is None else {**tensors, "pair_bias": torch.randn(bias, device=DEVICE)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [None, (196, 96), (8, 12, 196, 96), (196, 1)], ids=str)
+def test_twenty_runs_are_equal_bit_by_bit(bias):
+    for B in 8, 1:
+        tensors = {name: x[:B] if name in TOKENS else x for name, x in gpu_inputs(bias).items()}
+        if bias and len(bias) == 4:
+            tensors["pair_bias"] = tensors["pair_bias"][:B]
+        output_grad = torch.randn(B, 12, 16, 16, device=DEVICE)
+        truth = run(tensors, output_grad, attend=triton_attention)
+        for _ in range(20):
+            results = run(tensors, output_grad, attend=triton_attention)
+            assert all(torch.equal(results[name], tensor) for name, tensor in truth.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [None, (4096, 1), (1, 4096), (4096, 4096)], ids=str)
+def test_memory_holds_no_pairs_but_those_of_the_bias(bias):
+    tensors = make(16, 4096, 4096, 16, 16, B=1, H=1)
+    if bias:
+        tensors["pair_bias"] = torch.randn(bias, device=DEVICE)
+    output_grad = torch.randn(1, 1, 16, 16, device=DEVICE)
+    run(tensors, output_grad, attend=triton_attention)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run(tensors, output_grad, attend=triton_attention)
+    pairs = 4 * 4096 * 4096
+    assert torch.cuda.max_memory_allocated() - before < pairs / 4 + pairs * (bias == (4096, 4096))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [None, (12, 196, 96)], ids=str)
+def test_a_cuda_graph_replays_forward_and_backward(bias):
+    tensors, output_grad = gpu_inputs(bias), torch.randn(8, 12, 16, 16, device=DEVICE)
+    truth = run(tensors, output_grad, attend=triton_attention)
+    leaves = {name: torch.zeros_like(tensor).requires_grad_() for name, tensor in tensors.items()}
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles before the capture
+        torch.autograd.grad(triton_attention(**leaves), list(leaves.values()), output_grad.bfloat16())
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = triton_attention(**leaves)
+        grads = torch.autograd.grad(output, list(leaves.values()), output_grad.bfloat16())
+    with torch.no_grad():
+        for name, leaf in leaves.items():
+            leaf.copy_(tensors[name])
+    graph.replay()
+    assert torch.equal(output, truth["output"])
+    assert all(torch.equal(grad, truth[name]) for name, grad in zip(leaves, grads, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [None, (1, 2, 5, 4)], ids=str)
+def test_offsets_beyond_32_bits(bias):
+    """Clips, heads and tokens that lie 2**31 elements apart, in a memory of 2**32 elements (8 GiB)."""
+    memory = torch.empty(2**32 + 2**20, dtype=torch.float16, device=DEVICE)
+    tensors = make(dtype=torch.float16, B=2, H=2, K=16, V=16)
+    far, gap = {}, 2**31 + 2**16
+    strides = (gap, 64, 16), (128, gap, 16), (128, gap, 16), (gap, 128, 2**23), (64, 32, gap // 4)
+    for (name, x), stride in zip(tensors.items(), strides, strict=True):
+        start = 4096 * len(far)
+        far[name] = memory[start:].as_strided(x.shape, (*stride, 1)).copy_(x)
+    for name, x in tensors.items():
+        assert torch.equal(far[name], x), name
+    if bias:
+        tensors["pair_bias"] = far["pair_bias"] = torch.randn(bias, device=DEVICE)
+    output_grad = torch.randn(2, 2, 3, 16, device=DEVICE)
+    ours, truth = (run(x, output_grad, attend=triton_attention) for x in (far, tensors))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in truth.items())
