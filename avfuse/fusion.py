@@ -108,7 +108,8 @@ class DenseFusion(FusionBlock):
         dim, num_heads, attn_ratio, mlp_ratio, drop, drop_path: see `FusionBlock`.
         interaction: "additive" (the paper) or "bilinear".
         pair_bias: None, or the numbers of image and audio tokens: a learned table (num_heads, I, A) over
-            positions, zero at first, is then added to the logits of the pairs.
+            positions, zero at first, is then added to the logits of the pairs. Where tokens were dropped, its
+            part for the tokens that are left is gathered: (B, num_heads, I, A) numbers.
 
     Call: `block(fusion, image, audio, *, image_mask=None, audio_mask=None, image_positions=None,
     audio_positions=None)`, (B, F, D), (B, I, D), (B, A, D) -> (B, F, D). Masks (B, N) bool, True = attend.

@@ -23,6 +23,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from avfuse import AVMAE, fusion
 from avfuse.ops.pair_attention import pair_attention
 
+pytestmark = [  # of Triton's interpreter
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+]
+
 INF = math.inf
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = ("query", "image_key", "image_value", "audio_key", "audio_value")
