@@ -117,9 +117,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(data, tmp_path):
         env=environment(),
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and len(losses(tmp_path / "run")) > 5):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=0.1)
+    wait_until(process, lambda: metrics.exists() and len(losses(tmp_path / "run")) > 5)
     trains = [
         child
         for child in psutil.Process(process.pid).children(recursive=True)
@@ -136,28 +134,37 @@ def test_a_signal_to_one_of_two_processes_stops_both(data, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_at_random_moments_it_ends_with_the_same_losses(data, tmp_path, processes):
-    """SIGKILL to all its processes, 20 times, at moments drawn uniformly from when it is half started on."""
+    """SIGKILL to all its processes, 20 times: one in four while it starts, the others while it trains."""
     options = "--epochs", "150", "--batch-size", "8", "--checkpoint-every", "3"
     begun = time.time()
     truth = train(data, tmp_path / "whole", *options, processes=processes)
     starting = (tmp_path / "whole" / "config.json").stat().st_mtime - begun
-    latest = starting + (time.time() - begun - starting) / 12
-    chance, kills, reached = random.Random(0), 0, []
-    while kills < 20:
+    training = time.time() - begun - starting
+    chance, reached, config = random.Random(0), [], tmp_path / "killed" / "config.json"
+    for life in range(20):
+        begun = time.time()
         process = subprocess.Popen(
             command(data, tmp_path / "killed", *options, processes=processes),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env=environment(),
         )
-        try:
-            assert process.wait(timeout=chance.uniform(starting / 2, latest)) == 0
-            break  # it went through before it was killed
-        except subprocess.TimeoutExpired:
-            kill_all(process)
-            kills += 1
-            checkpoints = (tmp_path / "killed" / "checkpoints").glob("step-????????")
-            reached.append(max((int(path.name[5:]) for path in checkpoints), default=0))
-    print(f"killed {kills} times, at steps {reached} of {len(truth)}")
+        moment = chance.uniform(0, starting)
+        if life % 4:  # the configuration is written anew when all is in order
+            wait_until(process, lambda begun=begun: config.exists() and config.stat().st_mtime > begun)
+            moment = chance.uniform(0, training / 10)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=moment)
+        assert process.poll() is None, "it ended before it was killed"
+        kill_all(process)
+        checkpoints = (tmp_path / "killed" / "checkpoints").glob("step-????????")
+        reached.append(max((int(path.name[5:]) for path in checkpoints), default=0))
+    print(f"killed {len(reached)} times, at steps {reached} of {len(truth)}")
     assert train(data, tmp_path / "killed", *options, processes=processes) == truth
-    assert kills == 20 and len(set(reached)) > 3  # else it was not killed at many different moments
+    assert len(set(reached)) > 3  # else it was not killed at many different moments
+
+
+def wait_until(process: subprocess.Popen, condition) -> None:
+    while process.poll() is None and not condition():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.1)

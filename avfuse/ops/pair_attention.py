@@ -65,8 +65,7 @@ def pair_attention(
             no pair bias; "reference" materializes every pair.
 
     Returns:
-        (B, H, F, V), in the dtype of `query`. Twice differentiable only by "reference", and by "torch" for
-        additive pairs without a bias.
+        (B, H, F, V), in the dtype of `query`. Second derivatives need backend="reference".
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value is wrong, or the backend that is
