@@ -43,13 +43,19 @@ def synchronize(device: str) -> None:
 class WallClock:
     """Seconds per call, seen from outside: one call that does not count, then as many as fill `turn` seconds (at
     least one) between two synchronisations. `before` is called ahead of them, outside the clock.
+
+    Calls that take longer than LONG are warm enough from the last turn: only their first is not counted.
     """
 
+    LONG = 2.0  # seconds
+
     def __init__(self, call: Callable, device: str, *, turn: float = 0.0, before: Callable | None = None):
-        self.call, self.device, self.turn, self.before, self.repeats = call, device, turn, before, 1
+        self.call, self.device, self.turn, self.before = call, device, turn, before
+        self.repeats, self.last = 1, 0.0
 
     def __call__(self) -> float:
-        self.call()
+        if self.last < self.LONG:
+            self.call()
         if self.before:
             self.before()
         synchronize(self.device)
@@ -58,7 +64,7 @@ class WallClock:
             self.call()
         synchronize(self.device)
         elapsed = (time.perf_counter() - start) / self.repeats
-        self.repeats = max(1, round(self.turn / elapsed))
+        self.repeats, self.last = max(1, round(self.turn / elapsed)), elapsed
         return elapsed
 
 
