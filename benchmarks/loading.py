@@ -30,9 +30,9 @@ STAGES = {
 class Options:
     """Clips per second and core of the reader: opening, decoding, transforms, spectrogram, and all of it.
 
-    The clips are Sounding Shapes (H.264 + AAC), generated for the run in each of the given sizes; 360 pixels is
-    what the paper's clips have. What is measured is what a worker process does: one thread, one clip at a time,
-    at the paper's input settings, with training crops, gains, windows and moments.
+    The clips are Sounding Shapes (H.264 + AAC), generated for the run in each of the given sizes; 360 pixels
+    is what the paper's clips have. What is measured is what a worker process does: one thread, one clip at a
+    time, at the paper's input settings, with training crops, gains, windows and moments.
     """
 
     sizes: tuple[int, ...] = (128, 360)

@@ -1,4 +1,5 @@
-"""Dense interactions as the paper writes them, with every pair in memory: what the exact rows are compared with.
+"""Dense interactions as the paper writes them, with every pair in memory: what the exact rows are compared
+with.
 
 Good PyTorch throughout: broadcast sums instead of concatenated pairs, one projection for keys and values, and
 `scaled_dot_product_attention` over the I x A pair tokens.
@@ -26,7 +27,9 @@ class PairTokenFusion(DenseFusion):
         self.pair_key_value = nn.Linear(dim, 2 * self.width, bias=False)
         initialize_linear(self)
 
-    def forward(self, fusion, image, audio, *, image_positions=None, audio_positions=None, **_no_masks) -> Tensor:
+    def forward(
+        self, fusion, image, audio, *, image_positions=None, audio_positions=None, **_no_masks
+    ) -> Tensor:
         pairs = all_pairs(self.pair_image(self.norm_image(image)), self.pair_audio(self.norm_audio(audio)))
         key, value = self.keys_and_values(self.pair_key_value(pairs))  # (B, H, I * A, K)
         bias = self.positioned_bias(image, audio, image_positions, audio_positions)
@@ -49,7 +52,9 @@ class PairKeyFusion(DenseFusion):
 
     attend = PairTokenFusion.attend
 
-    def forward(self, fusion, image, audio, *, image_positions=None, audio_positions=None, **_no_masks) -> Tensor:
+    def forward(
+        self, fusion, image, audio, *, image_positions=None, audio_positions=None, **_no_masks
+    ) -> Tensor:
         image_key_value = self.image_key_value(self.norm_image(image))
         key_value = all_pairs(image_key_value, self.audio_key_value(self.norm_audio(audio)))
         bias = self.positioned_bias(image, audio, image_positions, audio_positions)
@@ -62,7 +67,9 @@ def all_pairs(image: Tensor, audio: Tensor) -> Tensor:
 
 
 def with_blocks(encoder: AVEncoder, kind: type[DenseFusion]) -> AVEncoder:
-    """The same encoder with a fresh `kind` in place of every `DenseFusion`, also of those inside other blocks."""
+    """The same encoder with a fresh `kind` in place of every `DenseFusion`, also of those inside other
+    blocks.
+    """
     for parent in list(encoder.modules()):
         for name, block in list(parent.named_children()):
             if type(block) is DenseFusion:

@@ -41,8 +41,8 @@ def synchronize(device: str) -> None:
 
 
 class WallClock:
-    """Seconds per call, seen from outside: one call that does not count, then as many as fill `turn` seconds (at
-    least one) between two synchronisations. `before` is called ahead of them, outside the clock.
+    """Seconds per call, seen from outside: one call that does not count, then as many as fill `turn` seconds
+    (at least one) between two synchronisations. `before` is called ahead of them, outside the clock.
 
     Calls that take longer than LONG are warm enough from the last turn: only their first is not counted.
     """
@@ -69,8 +69,8 @@ class WallClock:
 
 
 class GpuClock:
-    """Seconds per call by the GPU's own events. The GPU is kept waiting until all of a call is in its queue, so
-    that gaps between launches do not count; `before`, such as emptying the cache, does not count either.
+    """Seconds per call by the GPU's own events. The GPU is kept waiting until all of a call is in its queue,
+    so that gaps between launches do not count; `before`, such as emptying the cache, does not count either.
     """
 
     WAIT = 1_000_000  # GPU cycles, about half a millisecond
@@ -91,12 +91,17 @@ class GpuClock:
 
 
 def time_rounds(
-    clocks: dict[str, Callable[[], float]], *, seconds: float, rounds: tuple[int, int] = (3, 50), title: str = ""
+    clocks: dict[str, Callable[[], float]],
+    *,
+    seconds: float,
+    rounds: tuple[int, int] = (3, 50),
+    title: str = "",
 ) -> dict[str, list[float]]:
-    """Seconds per call, by name: one number for each round, so that the n-th numbers of all were taken together.
+    """Seconds per call, by name: one number for each round, so that the n-th numbers of all were taken
+    together.
 
-    In a round every clock has its turn, in an order drawn anew: whatever slows the machine for a while slows all
-    of them. Rounds go on for `seconds`, but are as many as `rounds` allows.
+    In a round every clock has its turn, in an order drawn anew: whatever slows the machine for a while slows
+    all of them. Rounds go on for `seconds`, but are as many as `rounds` allows.
     """
     order, rng, times = list(clocks), random.Random(0), {name: [] for name in clocks}
     began = time.perf_counter()
@@ -120,7 +125,9 @@ def cache_flush(device: str) -> Callable[[], object]:
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
     """How many there are, their median, and the quartiles and extremes around it."""
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    low, median, high = (
+        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    )
     spread = dict(min=min(values), q25=low, median=median, q75=high, max=max(values))
     return dict(n=len(values)) | {name: float(f"{value:.6g}") for name, value in spread.items()}
 
@@ -298,7 +305,9 @@ def machine(device: str) -> dict:
     )
     if device == "cuda":
         gpu = torch.cuda.get_device_properties(0)
-        described |= dict(gpu=gpu.name, gpu_memory_gib=round(gpu.total_memory / GIB, 1), cuda=torch.version.cuda)
+        described |= dict(
+            gpu=gpu.name, gpu_memory_gib=round(gpu.total_memory / GIB, 1), cuda=torch.version.cuda
+        )
     return described
 
 
@@ -327,8 +336,8 @@ def relative_error(ours: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def print_table(rows: Sequence[Sequence[object] | str]) -> None:
-    """Rows of cells, the first row a header, the first column to the left and the others to the right; a string
-    stands for a whole row.
+    """Rows of cells, the first row a header, the first column to the left and the others to the right; a
+    string stands for a whole row.
     """
     columns = zip(*(row for row in rows if not isinstance(row, str)), strict=True)
     widths = [max(len(str(cell)) for cell in column) for column in columns]

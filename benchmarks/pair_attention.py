@@ -44,14 +44,14 @@ class Options:
     """`avfuse.pair_attention` against other ways to compute it: forward, backward, and both.
 
     Rows: avfuse (the backend it picks here); reference (every pair stored); sdpa (two calls of
-    scaled_dot_product_attention and their sum); xformers, where it is installed; compiled (torch.compile of sdpa).
-    Every row is first compared with a float64 softmax over all pairs on the same inputs, output and gradients;
-    one that disagrees gets no time.
+    scaled_dot_product_attention and their sum); xformers, where it is installed; compiled (torch.compile of
+    sdpa). Every row is first compared with a float64 softmax over all pairs on the same inputs, output and
+    gradients; one that disagrees gets no time.
 
-    Times are wall time per call, launches included, and on a GPU also GPU time; each with a warm cache (inputs
-    were just used) and a cold one (a buffer larger than the cache was written in between). The floor is what
-    the bytes that must move, or the multiplications, take at the speeds of a large copy and a large matrix
-    product measured in the same run.
+    Times are wall time per call, launches included, and on a GPU also GPU time; each with a warm cache
+    (inputs were just used) and a cold one (a buffer larger than the cache was written in between). The floor
+    is what the bytes that must move, or the multiplications, take at the speeds of a large copy and a large
+    matrix product measured in the same run.
     """
 
     rows: tuple[RowName, ...] = ("avfuse", "reference", "sdpa", "xformers", "compiled")
@@ -134,7 +134,9 @@ def run_with_gradients(attend: Callable, inputs: list[Tensor], grad: Tensor) -> 
     grads = torch.autograd.grad(output, inputs, grad)
     seen = dict(zip(("output", *NAMES), (output, *grads), strict=True))
     return {
-        name: tensor[0, 0, :QUERIES].double().cpu() if name in ("output", "query") else tensor[0, 0].double().cpu()
+        name: tensor[0, 0, :QUERIES].double().cpu()
+        if name in ("output", "query")
+        else tensor[0, 0].double().cpu()
         for name, tensor in seen.items()
     }
 
@@ -156,7 +158,9 @@ def truth(inputs: list[Tensor], grad: Tensor) -> dict[str, Tensor]:
 
 
 def compare(ours: dict, theirs: list[dict], true: dict, dtype: torch.dtype) -> dict:
-    """Errors, and whether every tensor is within twice the error of plain PyTorch in this dtype, and a rounding."""
+    """Errors, and whether every tensor is within twice the error of plain PyTorch in this dtype, and a
+    rounding.
+    """
     errors = {name: relative_error(ours[name], tensor) for name, tensor in true.items()}
     allowed = {
         name: 2 * max(relative_error(found[name], tensor) for found in theirs) + torch.finfo(dtype).eps
@@ -170,7 +174,13 @@ def compare(ours: dict, theirs: list[dict], true: dict, dtype: torch.dtype) -> d
 
 def measure_shape(options: Options, shape: Shape, ceiling: dict) -> dict:
     I, A = SHAPES[shape]
-    B, H, F_, K, V = options.batch, options.heads, options.fusion_tokens, options.key_width, options.value_width
+    B, H, F_, K, V = (
+        options.batch,
+        options.heads,
+        options.fusion_tokens,
+        options.key_width,
+        options.value_width,
+    )
     dtype = DTYPES[options.dtype]
     torch.manual_seed(0)
     sizes = ((F_, K), (I, K), (I, V), (A, K), (A, V))
@@ -249,9 +259,9 @@ def calls_of(attend: Callable, inputs: list, grad: Tensor) -> dict[Mode, Callabl
 def count_work(options: Options, shape: Shape, mode: Mode) -> tuple[int, int]:
     """Bytes that must move once, and floating-point operations (a multiply-add is 2), by hand.
 
-    Forward: queries, keys and values are read, the output written; logits (K) and weighted values (V). Backward:
-    the inputs and the output's gradient are read, the inputs' gradients written; logits again (K), gradients of
-    weights and values (2 V), of queries and keys (2 K).
+    Forward: queries, keys and values are read, the output written; logits (K) and weighted values (V).
+    Backward: the inputs and the output's gradient are read, the inputs' gradients written; logits again (K),
+    gradients of weights and values (2 V), of queries and keys (2 K).
     """
     I, A = SHAPES[shape]
     F_, K, V = options.fusion_tokens, options.key_width, options.value_width
@@ -265,20 +275,29 @@ def count_work(options: Options, shape: Shape, mode: Mode) -> tuple[int, int]:
 
 def print_shape(options: Options, shape: Shape, result: dict) -> None:
     I, A = SHAPES[shape]
-    print(f"\n{shape}: {I} + {A} tokens, batch {options.batch}, {options.dtype}, microseconds, median (quartiles)")
-    names = {name: None for row in result["rows"].values() for mode in row.get("seconds", {}).values() for name in mode}
+    print(f"\n{shape}: {I} + {A} tokens, batch {options.batch}, {options.dtype}, microseconds (quartiles)")
+    names = {
+        name: None
+        for row in result["rows"].values()
+        for mode in row.get("seconds", {}).values()
+        for name in mode
+    }
     table = [("", *names, "of the floor")]
     for mode in options.modes:
         floor = result["floor_seconds"][mode]
         moved, flop = result["bytes"][mode] / 1e6, result["flop"][mode] / 1e6
-        table.append((f"{mode}: {moved:.1f} MB, {flop:.0f} MFLOP", *["" for _ in names], f"{1e6 * floor:.1f} us"))
+        table.append(
+            (f"{mode}: {moved:.1f} MB, {flop:.0f} MFLOP", *["" for _ in names], f"{1e6 * floor:.1f} us")
+        )
         for label, row in result["rows"].items():
             if "seconds" not in row:
                 why = row.get("failed") or f"disagrees, {row['errors']}"
                 table.append(f"  {label}: {why}")
                 continue
             found = row["seconds"][mode]
-            cells = [f"{1e6 * q['median']:.0f} ({1e6 * q['q25']:.0f}-{1e6 * q['q75']:.0f})" for q in found.values()]
+            cells = [
+                f"{1e6 * q['median']:.0f} ({1e6 * q['q25']:.0f}-{1e6 * q['q75']:.0f})" for q in found.values()
+            ]
             coldest = found.get("GPU, cold") or found["wall, cold"]
             table.append((f"  {label}", *cells, f"{coldest['median'] / floor:.1f} x"))
     print_table(table)

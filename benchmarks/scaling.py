@@ -44,10 +44,10 @@ Mode = Literal["forward", "training"]
 class Options:
     """Time and peak memory of one dense fusion block on N image and N audio tokens, as N grows.
 
-    Exact dense interactions against the same with every pair in memory, as pair tokens (the paper's Eq. 4-7) or
-    as pair keys and values, until these do not fit. Memory is what a call needs over what was there before
-    (weights, inputs), each in a fresh process. Slopes of log time and log memory over log N are fitted from 512
-    up: 1 is linear in the tokens, 2 linear in the pairs.
+    Exact dense interactions against the same with every pair in memory, as pair tokens (the paper's Eq. 4-7)
+    or as pair keys and values, until these do not fit. Memory is what a call needs over what was there before
+    (weights, inputs), each in a fresh process. Slopes of log time and log memory over log N are fitted from
+    512 up: 1 is linear in the tokens, 2 linear in the pairs.
     """
 
     rows: tuple[RowName, ...] = tuple(ROWS)
@@ -104,7 +104,9 @@ def make_blocks(options: Options) -> dict[str, DenseFusion]:
     torch.manual_seed(0)
     blocks = {name: kind(options.dim, options.heads) for name, kind in ROWS.items()}
     with torch.no_grad():
-        blocks["materialized"].query.weight *= 4  # else all pairs weigh nearly the same, and mistakes do not show
+        blocks[
+            "materialized"
+        ].query.weight *= 4  # else all pairs weigh nearly the same, and mistakes do not show
     for name in ("dense", "pair-keys"):
         blocks[name].load_state_dict(folded(blocks["materialized"].state_dict()))
     return blocks
@@ -134,8 +136,8 @@ def no_grad_call(block, inputs):
 
 
 def disagreement(options: Options, blocks: dict, row: RowName, tokens: int) -> str | None:
-    """What is wrong with a row's output; None if nothing is. The truth is exact dense fusion in float64, which is
-    itself compared with the stored pair tokens in float64 where these are few.
+    """What is wrong with a row's output; None if nothing is. The truth is exact dense fusion in float64,
+    which is itself compared with the stored pair tokens in float64 where these are few.
     """
     dtype, inputs = DTYPES[options.dtype], make_inputs(options, tokens)
     with torch.inference_mode():
@@ -208,7 +210,9 @@ def slope(tokens: list[int], values: list[float]) -> float:
 
 
 def print_mode(options: Options, mode: Mode, rows: dict) -> None:
-    print(f"\n{mode}: one block, width {options.dim}, batch {options.batch}, {options.dtype}, {options.device};")
+    print(
+        f"\n{mode}: one block, width {options.dim}, batch {options.batch}, {options.dtype}, {options.device};"
+    )
     print(f"milliseconds (quartiles), and peak MiB; at most {options.memory_limit:g} GiB\n")
     table = [("tokens", *(cell for row in rows for cell in (LABELS[row], "MiB")))]
     for tokens in options.tokens:
