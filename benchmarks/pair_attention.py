@@ -1,4 +1,4 @@
-"""Attention over all pairs alone: time, bytes and arithmetic of every implementation, against this machine."""
+"""Attention over all pairs alone: time of every implementation against the bytes and arithmetic it takes."""
 
 import sys
 from collections.abc import Callable
@@ -104,7 +104,7 @@ def main(options: Options) -> dict:
 
 
 def sdpa(query, image_key, image_value, audio_key, audio_value):
-    """The identity in two calls: softmaxes over image and over audio tokens, and the sum of what they give."""
+    """The identity in two calls: attention to image tokens, plus attention to audio tokens."""
     image = F.scaled_dot_product_attention(query, image_key, image_value)
     return image + F.scaled_dot_product_attention(query, audio_key, audio_value)
 

@@ -31,7 +31,7 @@ MODES = {"inference": "Inference", "training": "Training step"}
 
 @dataclass(frozen=True)
 class Options:
-    """Rewrite the tables between the markers of README.md and benchmarks/README.md, and the plots in docs/."""
+    """Rewrite the tables in README.md and benchmarks/README.md, and the plots in docs/, from the results."""
 
     check: bool = False
     """Change nothing; fail if tables or plots are not those of the results."""
@@ -194,17 +194,13 @@ def paper_cells(name: str) -> tuple[str, str]:
 def scaling_line(record: dict | None) -> str:
     if record is None:
         return f"Scaling: {MISSING}."
-    block = record["forward"]["dense"]
-    stopped = "; ".join(
-        f"{LABELS[name]} stop at {row['stopped']}"
-        for name, row in record["forward"].items()
-        if "stopped" in row
-    )
+    block, limit = record["forward"]["dense"], record["settings"]["memory_limit"]
+    stopped = [row["stopped"].split(":")[0] for row in record["forward"].values() if "stopped" in row]
+    ends = f" ({' and '.join(sorted(stopped))}, at a limit of {limit:g} GiB)" if stopped else ""
     return (
         f"One dense block alone, from {FIT_FROM} + {FIT_FROM} tokens up: time grows as the tokens to the "
-        f"power {spread(block['time_slope'], '.2f')}, memory to the power {block['memory_slope']:.2f}. With pairs "
-        f"stored both grow as the square until memory ends, here at {record['settings']['memory_limit']:g} GiB ({stopped}). "
-        f"{origin(record)}"
+        f"power {spread(block['time_slope'], '.2f')}, memory to the power {block['memory_slope']:.2f}; "
+        f"with pairs stored both grow as the square, until memory ends{ends}. {origin(record)}"
     )
 
 

@@ -1,4 +1,4 @@
-"""How time and memory of a dense fusion block grow with the number of tokens: exact, and with pairs stored."""
+"""How time and memory of a dense fusion block grow with the tokens: exact, and with pairs stored."""
 
 import math
 import statistics

@@ -1,4 +1,4 @@
-"""Speed, memory and arithmetic of all ways to fuse, against no fusion: the paper's Table 5 on this machine."""
+"""Speed, memory and arithmetic of the ways to fuse, against no fusion: the paper's Table 5 here."""
 
 import copy
 import sys
@@ -61,8 +61,7 @@ GRADIENTS = ("fusion_tokens", "image.patch_embed.proj.weight", "audio.patch_embe
 
 @dataclass(frozen=True)
 class Options:
-    """Clips per second, peak memory and GFLOP per clip of every way to fuse, against no fusion (paper Table
-    5).
+    """Clips per second, peak memory and GFLOP per clip of the ways to fuse, against no fusion (Table 5).
 
     Inference is the encoder on whole clips. A training step is the masked autoencoder's forward, backward and
     AdamW on random masks; its baseline is an audio-visual autoencoder that has no fusion tokens at all.
@@ -309,7 +308,7 @@ def make_models(options: Options, preset: str, mode: Mode) -> tuple[dict, dict]:
 
 @torch.no_grad()
 def sharpened(encoder: AVEncoder) -> AVEncoder:
-    """With logits of the fusion tokens that differ, and biases that are not 0: else mistakes would not show."""
+    """With logits that differ and biases that are not 0: else mistakes would not show."""
     for name, parameter in encoder.fusion_blocks.named_parameters():
         if name.endswith("query.weight"):
             parameter *= 4
@@ -368,7 +367,7 @@ def draw_masks(mae: AVMAE, clips: int) -> dict[str, torch.Tensor]:
 
 
 def outputs(model, image, audio, removed: dict, dtype=torch.float32) -> dict[str, torch.Tensor]:
-    """What is compared: image, audio and fusion tokens; or the loss, and gradients that all others lead to."""
+    """What is compared: image, audio and fusion tokens; or the loss and gradients far from it."""
     if not removed:
         with torch.inference_mode():
             wanted = image.dtype if image.dtype == torch.float64 else dtype
