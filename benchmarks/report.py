@@ -104,8 +104,11 @@ def origin(record: dict | None) -> str:
     if record is None:
         return f"{MISSING[0].upper()}{MISSING[1:]}."
     machine, versions = record["machine"], record["versions"]
-    place = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
-    note = f"; {record['note']}" if record["note"] else ""
+    threads = (
+        f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''} on {machine['cores']} cores"
+    )
+    place = machine.get("gpu") or f"{machine['cpu']}, {threads}"
+    note = "" if record["note"] in record["command"] else f"; {record['note']}"
     load = "" if "gpu" in machine else f", load {record['load_at_start']:.1f} to {record['load_at_end']:.1f}"
     return (
         f"`{record['command']}`: {place}; torch {versions['torch']}; commit {record['commit']}, "
@@ -362,21 +365,24 @@ def pair_attention_tables(results: dict) -> str:
 
 
 def shape_table(shape: str, found: dict) -> str:
+    timed = {name: row for name, row in found["rows"].items() if "seconds" in row}
+    others = [
+        f"{name}: {row.get('failed', 'disagrees')}."
+        for name, row in found["rows"].items()
+        if name not in timed
+    ]
     clocks = list(
-        dict.fromkeys(c for row in found["rows"].values() for m in row.get("seconds", {}).values() for c in m)
+        dict.fromkeys(clock for row in timed.values() for of in row["seconds"].values() for clock in of)
     )
     I, A = SHAPES[shape]
     rows = [(f"{I} + {A}", "", *clocks, "of the floor")]
     for mode, floor in found["floor_seconds"].items():
-        for name, row in found["rows"].items():
-            if "seconds" not in row:
-                rows.append((name, mode, row.get("failed", "disagrees"), *[""] * len(clocks)))
-                continue
+        for name, row in timed.items():
             quantiles = row["seconds"][mode]
             coldest = quantiles.get("GPU, cold") or quantiles["wall, cold"]
             cells = [spread(quantiles[clock], ",.0f", 1e6) for clock in clocks]
             rows.append((name, mode, *cells, f"{coldest['median'] / floor:.1f} x"))
-    return table(rows)
+    return "\n\n".join([table(rows), *(["Without a time: " + " ".join(others)] if others else [])])
 
 
 def scaling_tables(results: dict) -> str:
@@ -477,8 +483,8 @@ def draw_throughput(results: dict, name: str) -> Figure:
             best[key]["memory_bytes"] / without[best_batch(rows[key])]["memory_bytes"] for key in shown
         ]
         for axis, values, error, of_paper, title in (
-            (row_axes[0], middle, errors, 0, "speed over no fusion (more is better)"),
-            (row_axes[1], memories, None, 1, "peak memory over no fusion (less is better)"),
+            (row_axes[0], middle, errors, 0, "speed"),
+            (row_axes[1], memories, None, 1, "peak memory"),
         ):
             axis.barh(
                 places,
@@ -513,9 +519,9 @@ def draw_throughput(results: dict, name: str) -> Figure:
             axis.spines[["top", "right"]].set_visible(False)
         row_axes[0].set_yticks(places, [rows[key]["label"] for key in shown], fontsize=9)
         if mode == "inference":
-            row_axes[1].legend(frameon=False, fontsize=9, loc="upper right")
-    for axis in grid[-1]:
-        axis.set_xlabel("x no fusion, CPU")
+            row_axes[1].legend(frameon=False, fontsize=9, loc="lower right")
+    grid[-1][0].set_xlabel("clips per second over no fusion, CPU (more is better)")
+    grid[-1][1].set_xlabel("bytes over no fusion, CPU (less is better)")
     return figure
 
 
@@ -541,7 +547,7 @@ def draw_scaling(results: dict, name: str) -> Figure:
         memory_axis.text(64, limit * 0.85, f"limit of {limit / 1024:g} GiB", color=GREY, fontsize=8, va="top")
         for axis, what in ((time_axis, "time, milliseconds"), (memory_axis, "peak memory, MiB")):
             tokens = record["settings"]["tokens"]
-            axis.set(xscale="log", yscale="log", title=f"{mode}: {what}")
+            axis.set(xscale="log", yscale="log", title=mode, ylabel=what)
             axis.title.set_fontsize(10)
             axis.set_xticks(tokens, [str(n) for n in tokens])
             axis.minorticks_off()

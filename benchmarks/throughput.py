@@ -394,16 +394,16 @@ def told(errors: dict[str, float]) -> str:
 
 def time_batch(options: Options, mode: Mode, batch: int, rows: dict, models: dict) -> None:
     """Adds clips per second at this batch size to the rows that agree and fit into memory."""
+    fitting = {name: model for name, model in models.items() if can_be_timed(rows[name], batch)}
+    if not fitting:
+        return
     dtype = DTYPES[options.dtype]
     clips = make_inputs(encoder_of(models["none"]), batch, options.device)
     parameters = {id(p): p for model in models.values() for p in model.parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters.values())  # one for all: what has no gradient, it leaves alone
     turn = 0.3 if options.device == "cuda" else 0.0
     clocks = {}
-    for name, model in models.items():
-        result = rows[name]["batches"][batch]
-        if not rows[name]["agrees"] or "failed" in result:
-            continue
+    for name, model in fitting.items():
         run = compiled(model, options.compile)
         step = inference(run, dtype) if mode == "inference" else training(run, dtype, optimizer)
         try:
@@ -412,13 +412,17 @@ def time_batch(options: Options, mode: Mode, batch: int, rows: dict, models: dic
         except RuntimeError as error:
             if (asked := asked_for(error)) is None:
                 raise
-            result["failed"] = asked
+            rows[name]["batches"][batch]["failed"] = asked
     times = time_rounds(clocks, seconds=options.seconds, title=f"{mode} x {batch}")
     for name, seconds in times.items():
         result = rows[name]["batches"][batch]
         result["clips_per_second"] = quantiles([batch / second for second in seconds])
         if "none" in times:
             result["speed_over_none"] = ratios(times["none"], seconds)
+
+
+def can_be_timed(row: dict, batch: int) -> bool:
+    return row["agrees"] and "failed" not in row["batches"][batch]
 
 
 # --- the table ----------------------------------------------------------------------------------------------

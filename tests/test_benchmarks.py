@@ -4,6 +4,7 @@ results.
 
 import json
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -150,8 +151,8 @@ def test_throughput_refuses_a_row_that_disagrees_or_does_not_fit(out, monkeypatc
     assert not row["agrees"] and "clips_per_second" not in row["batches"]["1"]
     assert "no speed: it disagrees" in capsys.readouterr().out
 
-    throughput.main(replace(TINY, rows=("none",), batch=(100_000,), memory_limit=1.0, out=out))
-    failed = record_of(out)["inference"]["rows"]["none"]["batches"]["100000"]["failed"]
+    throughput.main(replace(TINY, rows=("none",), batch=(4000,), memory_limit=0.5, out=out))
+    failed = record_of(out)["inference"]["rows"]["none"]["batches"]["4000"]["failed"]
     assert re.fullmatch(r"out of memory: one more tensor of [\d.]+ GiB did not fit", failed)
 
 
@@ -232,3 +233,9 @@ def test_options_that_make_no_sense():
     with pytest.raises(ValueError, match="--batch must be positive"):
         throughput.resolve(throughput.Options(batch=(0,)))
     assert create_encoder("tiny").embed_dim < 384  # what SMALL_DECODER goes by
+
+
+def test_single_operations_run():
+    command = [sys.executable, "-m", "pytest", "benchmarks/operations.py", "-q", "--benchmark-disable"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "10 passed" in done.stdout, done.stdout + done.stderr
