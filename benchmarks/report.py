@@ -203,7 +203,22 @@ def scaling_line(record: dict | None) -> str:
     return (
         f"One dense block alone, from {FIT_FROM} + {FIT_FROM} tokens up: time grows as the tokens to the "
         f"power {spread(block['time_slope'], '.2f')}, memory to the power {block['memory_slope']:.2f}; "
-        f"with pairs stored both grow as the square, until memory ends{ends}. {origin(record)}"
+        f"with pairs stored both grow as the square, until memory ends{ends}. "
+        f"{largest_common(record['forward'])}{origin(record)}"
+    )
+
+
+def largest_common(rows: dict) -> str:
+    """Exact fusion beside stored pair tokens, at the largest number of tokens that both can do."""
+    exact, stored = rows["dense"]["points"], rows.get("materialized", {}).get("points", {})
+    common = [n for n, point in stored.items() if "seconds" in point and "seconds" in exact.get(n, {})]
+    if not common:
+        return ""
+    tokens = max(common, key=int)
+    (ms, mib), (stored_ms, stored_mib) = (point_cells(points[tokens]) for points in (exact, stored))
+    return (
+        f"At {tokens} + {tokens}, the most that stored pair tokens can do here, exact fusion takes {ms} ms "
+        f"and {mib} MiB, and they take {stored_ms} ms and {stored_mib} MiB. "
     )
 
 
@@ -403,9 +418,9 @@ def scaling_tables(results: dict) -> str:
             rows.append((f"slope from {FIT_FROM} up", *slopes))
             parts.append(table(rows))
             stopped = [
-                f"{LABELS[n]} stop at {row['stopped']}" for n, row in record[mode].items() if "stopped" in row
+                f"{LABELS[n]} at {row['stopped']}" for n, row in record[mode].items() if "stopped" in row
             ]
-            parts.append("; ".join(stopped).capitalize() + "." if stopped else "")
+            parts.append(f"Stopped: {'; '.join(stopped)}." if stopped else "")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -529,51 +544,54 @@ def draw_scaling(results: dict, name: str) -> Figure:
     """Time and memory against tokens per modality, both logarithmic, forward and training."""
     record = results[f"{name}-cpu"]
     modes = [mode for mode in ("forward", "training") if mode in record]
-    figure = Figure(figsize=(10, 0.5 + 3.3 * len(modes)), layout="constrained")
+    figure = Figure(figsize=(10, 0.9 + 3.2 * len(modes)), layout="constrained")
     grid = figure.subplots(len(modes), 2, squeeze=False, sharex=True)
     for (time_axis, memory_axis), mode in zip(grid, modes, strict=True):
         for row, result in record[mode].items():
             points = {int(n): point for n, point in result["points"].items() if "seconds" in point}
-            style = dict(
-                color=COLOURS[row], marker={"dense": "o", "pair-keys": "s", "materialized": "^"}[row], ms=5
-            )
-            draw_row(time_axis, result, points, style, LABELS[row])
-            mib = {n: point["memory_bytes"] / 2**20 for n, point in points.items()}
-            memory_axis.plot(
-                mib.keys(), mib.values(), lw=1.5, label=labelled(row, result.get("memory_slope")), **style
-            )
-        limit = record["settings"]["memory_limit"] * 1024
-        memory_axis.axhline(limit, color=GREY, lw=1, ls="--")
-        memory_axis.text(64, limit * 0.85, f"limit of {limit / 1024:g} GiB", color=GREY, fontsize=8, va="top")
+            ms = [
+                {name: 1e3 * value for name, value in point["seconds"].items()} for point in points.values()
+            ]
+            spread_of = [[q["median"] - q["q25"] for q in ms], [q["q75"] - q["median"] for q in ms]]
+            mib = [point["memory_bytes"] / 2**20 for point in points.values()]
+            slope = result.get("time_slope", {}).get("median")
+            draw_line(time_axis, row, list(points), [q["median"] for q in ms], spread_of, slope)
+            draw_line(memory_axis, row, list(points), mib, None, result.get("memory_slope"))
+        limit = record["settings"]["memory_limit"]
+        memory_axis.axhline(limit * 1024, color=GREY, lw=1, ls="--")
+        memory_axis.annotate(
+            f"limit of {limit:g} GiB",
+            (record["settings"]["tokens"][0], limit * 1024),
+            xytext=(0, -4),
+            textcoords="offset points",
+            va="top",
+            color=GREY,
+            fontsize=9,
+        )
         for axis, what in ((time_axis, "time, milliseconds"), (memory_axis, "peak memory, MiB")):
             tokens = record["settings"]["tokens"]
             axis.set(xscale="log", yscale="log", title=mode, ylabel=what)
+            axis.margins(0.11, 0.1)
             axis.title.set_fontsize(10)
             axis.set_xticks(tokens, [str(n) for n in tokens])
             axis.minorticks_off()
             axis.grid(color="#dddddd", lw=0.6)
             axis.spines[["top", "right"]].set_visible(False)
-            axis.legend(frameon=False, fontsize=8, loc="upper left" if axis is time_axis else "center right")
     for axis in grid[-1]:
         axis.set_xlabel("image tokens, and as many audio tokens")
+    lines, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=10)
     return figure
 
 
-def draw_row(axis: Axes, result: dict, points: dict, style: dict, label: str) -> None:
-    """Medians with quartiles of the time of one row."""
-    ms = {n: {name: 1e3 * value for name, value in point["seconds"].items()} for n, point in points.items()}
-    medians = [q["median"] for q in ms.values()]
-    errors = [[q["median"] - q["q25"] for q in ms.values()], [q["q75"] - q["median"] for q in ms.values()]]
-    slope = result.get("time_slope", {}).get("median")
-    axis.errorbar(list(ms), medians, errors, lw=1.5, capsize=2, label=f"{label}{told_slope(slope)}", **style)
-
-
-def labelled(row: str, slope: float | None) -> str:
-    return f"{LABELS[row]}{told_slope(slope)}"
-
-
-def told_slope(slope: float | None) -> str:
-    return "" if slope is None else f": slope {slope:.2f}"
+def draw_line(axis: Axes, row: str, tokens: list, values: list, spread_of: list | None, slope: float | None):
+    """One row in one panel, with its slope beside the last point."""
+    marker = {"dense": "o", "pair-keys": "s", "materialized": "^"}[row]
+    style = dict(color=COLOURS[row], marker=marker, ms=5, lw=1.5, capsize=2)
+    axis.errorbar(tokens, values, spread_of, label=LABELS[row], **style)
+    if slope is not None:
+        where = dict(xytext=(18, -10), textcoords="offset points", ha="center", va="top", fontsize=9)
+        axis.annotate(f"slope {slope:.2f}", (tokens[-1], values[-1]), color=COLOURS[row], **where)
 
 
 if __name__ == "__main__":
