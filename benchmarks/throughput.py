@@ -195,7 +195,7 @@ def training(model, dtype, optimizer) -> Callable:
     """A call that takes one training step."""
 
     def call(image, audio):
-        with torch.autocast(image.device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(image.device.type, dtype, enabled=dtype.itemsize == 2):
             loss = model(image, audio).loss
         loss.backward()
         optimizer.step()
@@ -267,11 +267,10 @@ def peak_memory(options: Options, name: str, preset: str, mode: Mode, batch: int
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     clips = make_inputs(encoder_of(model), batch, options.device)
     run = compiled(model, options.compile)
-    call = (
-        inference(run, dtype)
-        if mode == "inference"
-        else training(run, dtype, make_optimizer(model.parameters()))
-    )
+    if mode == "inference":
+        call = inference(run, dtype)
+    else:
+        call = training(run, dtype, make_optimizer(model.parameters()))
     if options.device == "cpu":
         torch.ones(64, 64) @ torch.ones(64, 64)  # starts the threads
     with PeakMemory(options.device) as peak:
@@ -292,10 +291,8 @@ def make_models(options: Options, preset: str, mode: Mode) -> tuple[dict, dict]:
     }
     for name, model in models.items():
         if mode == "training":
-            model.image_decoder, model.audio_decoder = (
-                models["none"].image_decoder,
-                models["none"].audio_decoder,
-            )
+            for decoder in ("image_decoder", "audio_decoder"):
+                setattr(model, decoder, getattr(models["none"], decoder))
         encoder, row = encoder_of(model), ROWS[name]
         if row.interactions == "dense":
             state = stored[row.pair_bias].state_dict()
@@ -334,7 +331,7 @@ def compare(options: Options, mode: Mode, models: dict, stored: dict) -> Iterato
         if kind not in known:
             reference = reference_of(model, ROWS[name], stored)
             plain = outputs(placed(copy.deepcopy(reference), options, mode), *clips, removed, dtype)
-            truth = outputs(reference.double().cpu(), image.double(), audio.double(), removed)
+            truth = outputs(reference.double().cpu(), image.double(), audio.double(), removed, torch.float64)
             allowed = {
                 part: 2 * relative_error(plain[part], truth[part]) + torch.finfo(dtype).eps for part in truth
             }
@@ -366,17 +363,14 @@ def draw_masks(mae: AVMAE, clips: int) -> dict[str, torch.Tensor]:
     return {name: torch.stack([mask[name] for mask in masks]) for name in masks[0]}
 
 
-def outputs(model, image, audio, removed: dict, dtype=torch.float32) -> dict[str, torch.Tensor]:
+def outputs(model, image, audio, removed: dict, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """What is compared: image, audio and fusion tokens; or the loss and gradients far from it."""
     if not removed:
         with torch.inference_mode():
-            wanted = image.dtype if image.dtype == torch.float64 else dtype
-            tokens = model(image.to(wanted), audio.to(wanted))
+            tokens = model(image.to(dtype), audio.to(dtype))
         return {part: getattr(tokens, part).double().cpu() for part in ("image", "audio", "fusion")}
     removed = {name: mask.to(image.device) for name, mask in removed.items()}
-    with torch.autocast(
-        image.device.type, dtype, enabled=dtype != torch.float32 and image.dtype != torch.float64
-    ):
+    with torch.autocast(image.device.type, dtype, enabled=dtype.itemsize == 2):
         loss = model(image, audio, **removed).loss
     named = dict(encoder_of(model).named_parameters())
     chosen = {name: named[name] for name in GRADIENTS}
