@@ -90,7 +90,7 @@ class Options:
     """Run the models through torch.compile in this mode; reduce-overhead uses CUDA graphs."""
     device: Literal["cpu", "cuda"] | None = None
     """Default: the GPU if there is one."""
-    seconds: float = 60.0
+    seconds: float = 45.0
     """How long each of inference and training is timed, at each batch size; three rounds at least."""
     memory_limit: float | None = None
     """GiB that a row may allocate. Default: what is free."""
