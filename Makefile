@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python -m
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint clean
+.PHONY: help train test bench lint clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,6 +16,9 @@ train: $(VENV)/complete  ## train; with no ARGS, the demo: make train ARGS="--he
 
 test: $(VENV)/complete  ## run the tests: make test ARGS="-k pair_attention"
 	$(RUN) pytest $(ARGS)
+
+bench: $(VENV)/complete  ## time single operations: make bench ARGS="-k spectrogram"
+	$(RUN) pytest benchmarks/operations.py $(ARGS)
 
 lint: $(VENV)/complete  ## check the style
 	$(RUN) ruff check .

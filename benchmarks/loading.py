@@ -1,0 +1,132 @@
+"""How many clips a second one core reads, decodes and transforms, stage by stage."""
+
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+from measure import RESULTS, WallClock, begin_record, print_table, quantiles, time_rounds, write_record
+
+from avfuse import InputSettings
+from avfuse.data import sounding_shapes
+from avfuse.data.clips import ClipDataset, scan_clips
+from avfuse.data.decode import ClipReader
+from avfuse.data.transforms import Spectrogram, random_gain, training_image
+
+STAGES = {
+    "open": "open, read the header",
+    "picture": "open, seek, decode one frame",
+    "sound": "open, seek, decode 3 s of sound",
+    "image": "crop, resize, normalise",
+    "spectrogram": "gain, log-mel spectrogram",
+    "whole": "a training item, all of it",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Clips per second and core of the reader: opening, decoding, transforms, spectrogram, and all of it.
+
+    The clips are Sounding Shapes (H.264 + AAC), generated for the run in each of the given sizes; 360 pixels
+    is what the paper's clips have. What is measured is what a worker process does: one thread, one clip at a
+    time, at the paper's input settings, with training crops, gains, windows and moments.
+    """
+
+    sizes: tuple[int, ...] = (128, 360)
+    """Width and height of the clips, in pixels."""
+    clips: int = 12
+    """Clips of each size."""
+    clip_seconds: float = 4.0
+    """Length of a clip."""
+    seconds: float = 20.0
+    """How long each size is timed; five rounds at least."""
+    note: str = ""
+    """Kept with the results, such as what else the machine was doing."""
+    out: Path | None = None
+    """File for the results. Default: benchmarks/results/loading-cpu.json."""
+
+
+def main(options: Options) -> dict:
+    options = replace(options, out=options.out or RESULTS / "loading-cpu.json")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    settings = asdict(options) | {"device": "cpu"}
+    for name in ("note", "out"):
+        settings.pop(name)
+    record = begin_record("loading", settings, options.note)
+    record["sizes"] = {}
+    for size in options.sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            sounding_shapes.generate(
+                folder, train=options.clips, test=0, size=size, seconds=options.clip_seconds, progress=False
+            )
+            record["sizes"][size] = measure_size(options, Path(folder), size)
+        print_size(size, record["sizes"][size])
+    write_record(options.out, record)
+    torch.set_num_threads(threads)
+    return record
+
+
+def measure_size(options: Options, folder: Path, size: int) -> dict[str, dict]:
+    """Quantiles of clips per second by stage; one number for each pass over all clips."""
+    clips = scan_clips(sounding_shapes.clips(folder, "train"), progress=False, workers=0).clips
+    dataset = ClipDataset(clips, InputSettings(), train=True)
+    for clip, item in zip(clips, map(dataset.__getitem__, range(len(clips))), strict=True):
+        if not isinstance(item, dict) or not item["image_present"] or not item["audio_present"]:
+            raise ValueError(f"clip {clip.path.name} cannot be read whole")
+    clocks = {name: WallClock(stage, "cpu") for name, stage in stages(dataset).items()}
+    times = time_rounds(clocks, seconds=options.seconds, rounds=(5, 50), title=f"{size} pixels")
+    return {
+        name: dict(clips_per_second=quantiles([len(clips) / second for second in seconds]))
+        for name, seconds in times.items()
+    }
+
+
+def stages(dataset: ClipDataset) -> dict[str, Callable]:
+    """Each stage as a call that does it for all clips; the transforms work on what was decoded beforehand."""
+    settings, spectrogram = dataset.settings, Spectrogram(dataset.settings)
+    generator = torch.Generator().manual_seed(0)
+    window = settings.audio_seconds, settings.sample_rate
+    starts = [max(0.0, clip.streams.seconds - settings.audio_seconds) / 2 for clip in dataset.clips]
+    frames, sounds = [], []
+    for clip, start in zip(dataset.clips, starts, strict=True):
+        with ClipReader(clip.path) as reader:
+            frames.append(torch.from_numpy(reader.frame(start + settings.audio_seconds / 2)).permute(2, 0, 1))
+            sounds.append(torch.from_numpy(reader.audio(start, *window)))
+
+    def for_each_clip(read: Callable) -> Callable:
+        def run():
+            for clip, start in zip(dataset.clips, starts, strict=True):
+                with ClipReader(clip.path) as reader:
+                    read(reader, start)
+
+        return run
+
+    return {
+        "open": for_each_clip(lambda reader, start: reader.streams),
+        "picture": for_each_clip(lambda reader, start: reader.frame(start + settings.audio_seconds / 2)),
+        "sound": for_each_clip(lambda reader, start: reader.audio(start, *window)),
+        "image": lambda: [training_image(frame, settings, generator) for frame in frames],
+        "spectrogram": lambda: [spectrogram(random_gain(sound, generator)) for sound in sounds],
+        "whole": lambda: [dataset[0, index] for index in range(len(dataset))],
+    }
+
+
+def print_size(size: int, result: dict) -> None:
+    print(f"\nclips of {size} x {size} pixels, one core\n")
+    table = [("stage", "clips/s", "quartiles", "ms per clip")]
+    for name, label in STAGES.items():
+        speed = result[name]["clips_per_second"]
+        spread = f"{speed['q25']:.0f}-{speed['q75']:.0f}"
+        table.append((label, f"{speed['median']:.0f}", spread, f"{1e3 / speed['median']:.2f}"))
+    print_table(table)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options, prog="python benchmarks/loading.py"))
+    except ValueError as error:
+        sys.exit(f"error: {error}")

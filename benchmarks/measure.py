@@ -1,0 +1,351 @@
+"""What all benchmarks share: time in rounds, memory in fresh processes, arithmetic without numbers, ceilings,
+and what a result file says about where it comes from.
+"""
+
+import datetime
+import json
+import multiprocessing
+import os
+import platform
+import random
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+PACKAGES = ("torch", "timm", "triton", "xformers", "numpy", "av")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GIB = 2**30
+
+
+# --- time ---------------------------------------------------------------------------------------------------
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+class WallClock:
+    """Seconds per call, seen from outside: one call that does not count, then as many as fill `turn` seconds
+    (at least one) between two synchronisations. `before` is called ahead of them, outside the clock.
+
+    Calls that take longer than LONG are warm enough from the last turn: only their first is not counted.
+    """
+
+    LONG = 2.0  # seconds
+
+    def __init__(self, call: Callable, device: str, *, turn: float = 0.0, before: Callable | None = None):
+        self.call, self.device, self.turn, self.before = call, device, turn, before
+        self.repeats, self.last = 1, 0.0
+
+    def __call__(self) -> float:
+        if self.last < self.LONG:
+            self.call()
+        if self.before:
+            self.before()
+        synchronize(self.device)
+        start = time.perf_counter()
+        for _ in range(self.repeats):
+            self.call()
+        synchronize(self.device)
+        elapsed = (time.perf_counter() - start) / self.repeats
+        self.repeats, self.last = max(1, round(self.turn / elapsed)), elapsed
+        return elapsed
+
+
+class GpuClock:
+    """Seconds per call by the GPU's own events. The GPU is kept waiting until all of a call is in its queue,
+    so that gaps between launches do not count; `before`, such as emptying the cache, does not count either.
+    """
+
+    WAIT = 1_000_000  # GPU cycles, about half a millisecond
+
+    def __init__(self, call: Callable, *, repeats: int = 20, before: Callable | None = None):
+        self.call, self.repeats, self.before = call, repeats, before or call
+
+    def __call__(self) -> float:
+        marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(self.repeats)]
+        for start, end in marks:
+            self.before()
+            torch.cuda._sleep(self.WAIT)
+            start.record()
+            self.call()
+            end.record()
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in marks) / 1e3
+
+
+def time_rounds(
+    clocks: dict[str, Callable[[], float]],
+    *,
+    seconds: float,
+    rounds: tuple[int, int] = (3, 50),
+    title: str = "",
+) -> dict[str, list[float]]:
+    """Seconds per call, by name: one number for each round, so that the n-th numbers of all were taken
+    together.
+
+    In a round every clock has its turn, in an order drawn anew: whatever slows the machine for a while slows
+    all of them. Rounds go on for `seconds`, but are as many as `rounds` allows.
+    """
+    order, rng, times = list(clocks), random.Random(0), {name: [] for name in clocks}
+    began = time.perf_counter()
+    with tqdm(total=rounds[1], desc=title, unit="round", leave=False, disable=None) as bar:
+        for done in range(rounds[1] if clocks else 0):
+            if done >= rounds[0] and time.perf_counter() - began > seconds:
+                break
+            rng.shuffle(order)
+            for name in order:
+                bar.set_postfix_str(name)
+                times[name].append(clocks[name]())
+            bar.update()
+    return times
+
+
+def cache_flush(device: str) -> Callable[[], object]:
+    """A call that writes more memory than the second-level caches hold."""
+    buffer = torch.empty(2**28 if device == "cuda" else 2**25, dtype=torch.uint8, device=device)
+    return buffer.zero_
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """How many there are, their median, and the quartiles and extremes around it."""
+    low, median, high = (
+        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    )
+    spread = dict(min=min(values), q25=low, median=median, q75=high, max=max(values))
+    return dict(n=len(values)) | {name: float(f"{value:.6g}") for name, value in spread.items()}
+
+
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """Quantiles of ours / theirs, round by round: what slowed both in a round cancels."""
+    return quantiles([a / b for a, b in zip(ours, theirs, strict=False)])
+
+
+# --- memory -------------------------------------------------------------------------------------------------
+
+
+def in_fresh_process(function: Callable, *args):
+    """The value of `function(*args)` in a process of its own, which has imported and not yet allocated.
+
+    Raises:
+        MemoryError: it died for lack of memory; the message says how much it asked for.
+    """
+    # The fork server imports once; with this, what malloc frees goes back to the system at once.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "avfuse", "__main__"])
+    try:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            return pool.submit(function, *args).result()
+    except BrokenProcessPool:
+        raise MemoryError("killed by the system, which was out of memory") from None
+    except RuntimeError as error:
+        if (asked := asked_for(error)) is None:
+            raise
+        raise MemoryError(asked) from None
+
+
+def asked_for(error: RuntimeError) -> str | None:
+    """What an error of torch's allocators says about the size that it asked for; None for other errors."""
+    said = re.search(r"tried to allocate ([\d.]+) *([A-Za-z]+)", str(error), re.I)
+    if said is None:
+        return None
+    amount = f"{float(said[1]) / GIB:.1f} GiB" if said[2] == "bytes" else f"{said[1]} {said[2]}"
+    return f"out of memory: one more tensor of {amount} did not fit"
+
+
+class PeakMemory:
+    """`with PeakMemory(device) as peak: ...; peak.bytes`: the largest memory in use, over that at the start.
+
+    On a GPU what torch allocated there, on a CPU what the process held (resident set size).
+    """
+
+    def __init__(self, device: str):
+        self.device = device
+
+    def __enter__(self):
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.start = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+            self.start = process_memory("VmRSS")
+        return self
+
+    def __exit__(self, *exception):
+        synchronize(self.device)
+        peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else process_memory("VmHWM")
+        self.bytes = peak - self.start
+
+
+def process_memory(field: str) -> int:
+    """VmRSS (resident now), VmHWM (its peak) or VmSize (addresses in use), in bytes. Linux only."""
+    return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def limit_memory(device: str, gib: float) -> None:
+    """Let this process allocate `gib` more and then fail with an error, instead of being killed."""
+    if device == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total))
+    else:
+        import resource
+
+        limit = process_memory("VmSize") + int(gib * GIB)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def free_memory(device: str) -> float:
+    """GiB that could be allocated now."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0] / GIB
+    return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024 / GIB
+
+
+# --- arithmetic and ceilings --------------------------------------------------------------------------------
+
+
+def count_flops(build: Callable, run: Callable) -> int:
+    """Floating-point operations of `run(build())`, on the meta device: shapes without numbers.
+
+    A multiply-add is 2. Attention is counted as matrix products, whatever kernel runs it.
+    """
+    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH):
+        built = build()
+        with FlopCounterMode(display=False) as counter:
+            run(built)
+    return counter.get_total_flops()
+
+
+def ceilings(device: str, dtype: torch.dtype) -> dict[str, float]:
+    """What this machine reaches now: bytes/s of copying a large tensor, FLOP/s of a large matrix product."""
+    large = torch.ones(2**28 if device == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    other, size = torch.empty_like(large), 8192 if device == "cuda" else 2048
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    calls = {"copy": lambda: other.copy_(large), "matmul": lambda: matrix @ matrix}
+    clocks = {name: WallClock(call, device, turn=0.05) for name, call in calls.items()}
+    times = time_rounds(clocks, seconds=2, rounds=(5, 20), title="ceilings")
+    return {
+        "copy_bytes_per_s": 2 * large.numel() / min(times["copy"]),
+        "matmul_flop_per_s": 2 * size**3 / min(times["matmul"]),
+    }
+
+
+# --- results ------------------------------------------------------------------------------------------------
+
+
+def begin_record(benchmark: str, settings: dict, note: str) -> dict:
+    """Where the numbers of a run come from; without host names and paths. To be taken before the run."""
+    return dict(
+        benchmark=benchmark,
+        command=command(),
+        date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        commit=commit(),
+        machine=machine(settings["device"]),
+        versions=dict(python=platform.python_version()) | versions(),
+        load_at_start=round(os.getloadavg()[0], 2),
+        note=note,
+        settings=settings,
+    )
+
+
+def write_record(path: Path, record: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record["load_at_end"] = round(os.getloadavg()[0], 2)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def command() -> str:
+    """The command line as somebody else would type it: without where this one wrote its file."""
+    words, kept = iter(sys.argv[1:]), []
+    for word in words:
+        if word == "--out":
+            next(words, None)
+        elif not word.startswith("--out="):
+            kept.append(word)
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *kept])
+
+
+def commit() -> str:
+    """The commit that ran, marked where tracked files outside of the results differ from it."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        commit = subprocess.check_output([*git, "rev-parse", "--short=12", "HEAD"], text=True).strip()
+        paths = ["avfuse", "kernels", "benchmarks/*.py"]
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *paths]).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + (" with changes" if changed else "")
+
+
+def machine(device: str) -> dict:
+    """What the numbers were measured on."""
+    described = dict(
+        cpu=cpu_name(),
+        cores=len(os.sched_getaffinity(0)),
+        threads=torch.get_num_threads(),
+        memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
+    )
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        described |= dict(
+            gpu=gpu.name, gpu_memory_gib=round(gpu.total_memory / GIB, 1), cuda=torch.version.cuda
+        )
+    return described
+
+
+def cpu_name() -> str:
+    """The model name, and the widest of the vector and matrix instructions that it is said to have."""
+    info = Path("/proc/cpuinfo").read_text()
+    name = re.search(r"model name\s*: (.+)", info)
+    has = [flag for flag in ("amx_bf16", "avx512f", "avx2") if re.search(rf"\b{flag}\b", info)]
+    return " ".join([name[1] if name else platform.machine(), *(f"({flag})" for flag in has[:1])])
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            pass
+    return found
+
+
+def relative_error(ours: torch.Tensor, truth: torch.Tensor) -> float:
+    """Norm of the difference over the norm of the truth, where that is not 0."""
+    difference, size = (ours - truth).norm().item(), truth.norm().item()
+    return float(f"{difference / (size or 1.0):.3g}")
+
+
+def print_table(rows: Sequence[Sequence[object] | str]) -> None:
+    """Rows of cells, the first row a header, the first column to the left and the others to the right; a
+    string stands for a whole row.
+    """
+    columns = zip(*(row for row in rows if not isinstance(row, str)), strict=True)
+    widths = [max(len(str(cell)) for cell in column) for column in columns]
+    for number, row in enumerate(rows):
+        if isinstance(row, str):
+            print(row)
+            continue
+        cells = [str(cell).rjust(width) for cell, width in zip(row, widths, strict=True)]
+        print("  ".join([str(row[0]).ljust(widths[0]), *cells[1:]]).rstrip())
+        if number == 0:
+            print("-" * (sum(widths) + 2 * len(widths) - 2))

@@ -1,0 +1,248 @@
+"""How time and memory of a dense fusion block grow with the tokens: exact, and with pairs stored."""
+
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from materialized import PairKeyFusion, PairTokenFusion, folded
+from measure import (
+    DTYPES,
+    RESULTS,
+    PeakMemory,
+    WallClock,
+    begin_record,
+    in_fresh_process,
+    limit_memory,
+    print_table,
+    quantiles,
+    relative_error,
+    time_rounds,
+    write_record,
+)
+from tqdm import tqdm
+
+from avfuse import DenseFusion
+
+ROWS = {"dense": DenseFusion, "pair-keys": PairKeyFusion, "materialized": PairTokenFusion}
+LABELS = {
+    "dense": "dense, exact (avfuse)",
+    "pair-keys": "pair keys stored",
+    "materialized": "pair tokens stored (Eq. 4-7)",
+}
+FIT_FROM = 512  # tokens per modality: below, what does not grow weighs too much
+RowName = Literal["dense", "pair-keys", "materialized"]
+Mode = Literal["forward", "training"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Time and peak memory of one dense fusion block on N image and N audio tokens, as N grows.
+
+    Exact dense interactions against the same with every pair in memory, as pair tokens (the paper's Eq. 4-7)
+    or as pair keys and values, until these do not fit. Memory is what a call needs over what was there before
+    (weights, inputs), each in a fresh process. Slopes of log time and log memory over log N are fitted from
+    512 up: 1 is linear in the tokens, 2 linear in the pairs.
+    """
+
+    rows: tuple[RowName, ...] = tuple(ROWS)
+    tokens: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048, 4096)
+    """N: image tokens, and as many audio tokens."""
+    modes: tuple[Mode, ...] = ("forward", "training")
+    """Training is forward and backward."""
+    batch: int | None = None
+    """Clips. Default: 1 on a CPU, 8 on a GPU."""
+    dim: int = 768
+    heads: int = 12
+    fusion_tokens: int = 16
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Default: float32 on a CPU, bfloat16 on a GPU."""
+    device: Literal["cpu", "cuda"] | None = None
+    """Default: the GPU if there is one."""
+    seconds: float = 60.0
+    """How long each of forward and training is timed; three rounds at least."""
+    memory_limit: float | None = None
+    """GiB that a row may allocate; where it needs more, it stops. Default: 4 on a CPU, 64 on a GPU."""
+    note: str = ""
+    """Kept with the results, such as what else the machine was doing."""
+    out: Path | None = None
+    """File for the results. Default: benchmarks/results/scaling-DEVICE.json."""
+
+
+def main(options: Options) -> dict:
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options = replace(
+        options,
+        device=device,
+        tokens=tuple(sorted(options.tokens)),
+        batch=options.batch or (8 if device == "cuda" else 1),
+        dtype=options.dtype or ("bfloat16" if device == "cuda" else "float32"),
+        memory_limit=options.memory_limit or (64.0 if device == "cuda" else 4.0),
+        out=options.out or RESULTS / f"scaling-{device}.json",
+    )
+    settings = asdict(options)
+    for name in ("note", "out"):
+        settings.pop(name)
+    record = begin_record("scaling", settings, options.note)
+    for mode in options.modes:
+        record[mode] = measure_mode(options, mode)
+        print_mode(options, mode, record[mode])
+    write_record(options.out, record)
+    return record
+
+
+# --- blocks -------------------------------------------------------------------------------------------------
+
+
+def make_blocks(options: Options) -> dict[str, DenseFusion]:
+    """One block of each kind, in float32 on the CPU, that compute the same."""
+    torch.manual_seed(0)
+    blocks = {name: kind(options.dim, options.heads) for name, kind in ROWS.items()}
+    with torch.no_grad():
+        blocks[
+            "materialized"
+        ].query.weight *= 4  # else all pairs weigh nearly the same, and mistakes do not show
+    for name in ("dense", "pair-keys"):
+        blocks[name].load_state_dict(folded(blocks["materialized"].state_dict()))
+    return blocks
+
+
+def make_inputs(options: Options, tokens: int) -> list[torch.Tensor]:
+    """Fusion, image and audio tokens in float32 on the CPU."""
+    rng = torch.Generator().manual_seed(tokens)
+    counts = (options.fusion_tokens, tokens, tokens)
+    return [torch.randn(options.batch, count, options.dim, generator=rng) for count in counts]
+
+
+def call_of(options: Options, mode: Mode, block: DenseFusion, tokens: int) -> Callable:
+    """One call on the device. Gradients add up in place, so that they take memory only once."""
+    dtype = DTYPES[options.dtype]
+    inputs = [tensor.to(options.device, dtype) for tensor in make_inputs(options, tokens)]
+    block.to(options.device, dtype)
+    if mode == "forward":
+        return lambda: no_grad_call(block, inputs)
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    return lambda: block(*inputs).float().square().mean().backward()
+
+
+def no_grad_call(block, inputs):
+    with torch.inference_mode():
+        return block(*inputs)
+
+
+def disagreement(options: Options, blocks: dict, row: RowName, tokens: int) -> str | None:
+    """What is wrong with a row's output; None if nothing is. The truth is exact dense fusion in float64,
+    which is itself compared with the stored pair tokens in float64 where these are few.
+    """
+    dtype, inputs = DTYPES[options.dtype], make_inputs(options, tokens)
+    with torch.inference_mode():
+        double = [tensor.double() for tensor in inputs]
+        stored, exact = blocks["materialized"].double(), blocks["dense"].double()
+        exact.load_state_dict(folded(stored.state_dict()))
+        truth = exact(*double)
+        if tokens <= 128:
+            error = relative_error(stored(*double), truth)
+            if error > 1e-10:
+                return f"exact dense fusion is off by {error} from stored pairs"
+        block = blocks[row].to(options.device, dtype)
+        ours = block(*(tensor.to(options.device, dtype) for tensor in inputs)).double().cpu()
+    error = relative_error(ours, truth)
+    return None if error < 16 * torch.finfo(dtype).eps else f"disagrees by {error:.1e}"
+
+
+# --- measuring ----------------------------------------------------------------------------------------------
+
+
+def measure_mode(options: Options, mode: Mode) -> dict:
+    rows, blocks = {name: dict(points={}) for name in options.rows}, make_blocks(options)
+    for row in (bar := tqdm(options.rows, desc=f"{mode}: memory", leave=False, disable=None)):
+        for tokens in options.tokens:
+            bar.set_postfix_str(f"{row} {tokens} + {tokens}")
+            try:
+                used, wrong = in_fresh_process(peak_memory, options, mode, row, tokens)
+            except MemoryError as error:
+                rows[row]["stopped"] = f"{tokens} + {tokens} tokens: {error}"
+                break
+            rows[row]["points"][tokens] = dict(memory_bytes=used) | ({"failed": wrong} if wrong else {})
+    calls = {
+        (row, tokens): call_of(options, mode, blocks[row], tokens)
+        for row, result in rows.items()
+        for tokens, point in result["points"].items()
+        if "failed" not in point
+    }
+    clocks = {key: WallClock(call, options.device, turn=0.02) for key, call in calls.items()}
+    times = time_rounds(clocks, seconds=options.seconds, title=f"{mode}: time")
+    for (row, tokens), seconds in times.items():
+        rows[row]["points"][tokens]["seconds"] = quantiles(seconds)
+    for row, result in rows.items():
+        fitted = [tokens for tokens in result["points"] if tokens >= FIT_FROM and (row, tokens) in times]
+        if len(fitted) > 1:
+            of_rounds = zip(*(times[row, tokens] for tokens in fitted), strict=True)
+            result["time_slope"] = quantiles([slope(fitted, seconds) for seconds in of_rounds])
+            used = [result["points"][tokens]["memory_bytes"] for tokens in fitted]
+            result["memory_slope"] = round(slope(fitted, used), 3)
+    return rows
+
+
+def peak_memory(options: Options, mode: Mode, row: RowName, tokens: int) -> tuple[int, str | None]:
+    """Bytes that a call needs over what was there before, and what is wrong with the output; run in a fresh
+    process.
+    """
+    limit_memory(options.device, options.memory_limit)
+    blocks = make_blocks(options)
+    first = min(options.tokens[0], 64)
+    call_of(options, mode, blocks[row], first)()  # libraries take their memory, gradients are allocated
+    call = call_of(options, mode, blocks[row], tokens)
+    with PeakMemory(options.device) as peak:
+        call()
+    del call
+    return peak.bytes, disagreement(options, blocks, row, tokens)
+
+
+def slope(tokens: list[int], values: list[float]) -> float:
+    """Of the logarithms, by least squares."""
+    return statistics.linear_regression([math.log(x) for x in tokens], [math.log(y) for y in values]).slope
+
+
+def print_mode(options: Options, mode: Mode, rows: dict) -> None:
+    print(
+        f"\n{mode}: one block, width {options.dim}, batch {options.batch}, {options.dtype}, {options.device};"
+    )
+    print(f"milliseconds (quartiles), and peak MiB; at most {options.memory_limit:g} GiB\n")
+    table = [("tokens", *(cell for row in rows for cell in (LABELS[row], "MiB")))]
+    for tokens in options.tokens:
+        cells = [cell for row in rows.values() for cell in point_cells(row["points"].get(tokens))]
+        table.append((f"{tokens} + {tokens}", *cells))
+    slopes = [cell for row in rows.values() for cell in slope_cells(row)]
+    table.append(("slope", *slopes))
+    print_table(table)
+    for row, result in rows.items():
+        if "stopped" in result:
+            print(f"{LABELS[row]} stopped at {result['stopped']}")
+
+
+def point_cells(point: dict | None) -> tuple[str, str]:
+    if point is None:
+        return "-", "-"
+    if "seconds" not in point:
+        return point["failed"], "-"
+    ms = {name: 1e3 * value for name, value in point["seconds"].items()}
+    return f"{ms['median']:.1f} ({ms['q25']:.1f}-{ms['q75']:.1f})", f"{point['memory_bytes'] / 2**20:.1f}"
+
+
+def slope_cells(row: dict) -> tuple[str, str]:
+    if "time_slope" not in row:
+        return "-", "-"
+    return "{median:.2f} ({q25:.2f}-{q75:.2f})".format(**row["time_slope"]), f"{row['memory_slope']:.2f}"
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options, prog="python benchmarks/scaling.py"))
+    except ValueError as error:
+        sys.exit(f"error: {error}")

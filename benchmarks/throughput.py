@@ -1,0 +1,469 @@
+"""Speed, memory and arithmetic of the ways to fuse, against no fusion: the paper's Table 5 here."""
+
+import copy
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import tyro
+from materialized import PairKeyFusion, PairTokenFusion, folded, with_blocks
+from measure import (
+    DTYPES,
+    RESULTS,
+    PeakMemory,
+    WallClock,
+    asked_for,
+    begin_record,
+    count_flops,
+    free_memory,
+    in_fresh_process,
+    limit_memory,
+    print_table,
+    quantiles,
+    ratios,
+    relative_error,
+    time_rounds,
+    write_record,
+)
+from tqdm import tqdm
+
+from avfuse import AVMAE, AVEncoder, create_encoder
+from avfuse.vit import input_shape
+
+
+class Row(NamedTuple):
+    """One way to fuse: how the table calls it, and the encoder that does it."""
+
+    label: str
+    interactions: str
+    pair_bias: bool = False
+    block: type | None = None  # in place of DenseFusion
+
+
+ROWS = {
+    "none": Row("no fusion", "none"),
+    "token": Row("token", "token"),
+    "materialized": Row("dense, pair tokens stored (Eq. 4-7)", "dense", block=PairTokenFusion),
+    "pair-keys": Row("dense, pair keys stored", "dense", block=PairKeyFusion),
+    "factorized": Row("factorized", "factorized"),
+    "dense": Row("dense, exact (avfuse)", "dense"),
+    "pair-bias": Row("dense with pair bias (avfuse)", "dense", pair_bias=True),
+}
+RowName = Literal["none", "token", "materialized", "pair-keys", "factorized", "dense", "pair-bias"]
+Mode = Literal["inference", "training"]
+CLIPS = 2  # that outputs are compared on, at most
+SMALL_DECODER = dict(decoder_dim=128, decoder_depth=2, decoder_heads=4)  # beside "tiny", as in avfuse.train
+GRADIENTS = ("fusion_tokens", "image.patch_embed.proj.weight", "audio.patch_embed.proj.weight")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Clips per second, peak memory and GFLOP per clip of the ways to fuse, against no fusion (Table 5).
+
+    Inference is the encoder on whole clips. A training step is the masked autoencoder's forward, backward and
+    AdamW on random masks; its baseline is an audio-visual autoencoder that has no fusion tokens at all.
+
+    What happens, in this order: arithmetic is counted; memory is measured, each row in a fresh process; the
+    outputs and gradients of each row are compared with a float64 model of the same weights that stores every
+    pair, and a row that disagrees gets no speed; then all rows are timed in turns, round by round, so that a
+    machine that slows down slows all of them. Relative speeds are medians over rounds.
+
+    With no arguments it takes less than five minutes on two CPU cores: float32, ViT-B at batch 1 for
+    inference, ViT-S at batch 4 for training. On a GPU: bfloat16, ViT-B, and each row at its best batch size.
+    """
+
+    preset: Literal["tiny", "small", "base", "large"] | None = None
+    """Size of both transformers. Default: base (the paper's); small for training on a CPU."""
+    modes: tuple[Mode, ...] = ("inference", "training")
+    """What to measure."""
+    rows: tuple[RowName, ...] = tuple(ROWS)
+    """Which rows; "none" is always among them."""
+    batch: tuple[int, ...] = ()
+    """Clips in a batch; of several, each row is shown at its fastest. Default: 1 and 4 (training) on a CPU,
+    64 128 256 512 on a GPU."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the weights in inference, of autocast in training. Default: float32 on a CPU, bfloat16 on a GPU."""
+    compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = "no"
+    """Run the models through torch.compile in this mode; reduce-overhead uses CUDA graphs."""
+    device: Literal["cpu", "cuda"] | None = None
+    """Default: the GPU if there is one."""
+    seconds: float = 45.0
+    """How long each of inference and training is timed, at each batch size; three rounds at least."""
+    memory_limit: float | None = None
+    """GiB that a row may allocate. Default: what is free."""
+    note: str = ""
+    """Kept with the results, such as what else the machine was doing."""
+    out: Path | None = None
+    """File for the results. Default: benchmarks/results/throughput-DEVICE.json."""
+
+
+def main(options: Options) -> dict:
+    options = resolve(options)
+    record = begin_record("throughput", recorded(options), options.note)
+    for mode in options.modes:
+        record[mode] = measure_mode(options, mode)
+        print_results(options, mode, record[mode])
+    write_record(options.out, record)
+    return record
+
+
+def resolve(options: Options) -> Options:
+    """The options with all defaults filled in that depend on the machine."""
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no CUDA device")
+    if any(batch < 1 for batch in options.batch):
+        raise ValueError(f"--batch must be positive, got {options.batch}")
+    return replace(
+        options,
+        device=device,
+        rows=tuple(name for name in ROWS if name == "none" or name in options.rows),
+        dtype=options.dtype or ("bfloat16" if device == "cuda" else "float32"),
+        memory_limit=options.memory_limit or 0.9 * free_memory(device),
+        out=options.out or RESULTS / f"throughput-{device}.json",
+    )
+
+
+def recorded(options: Options) -> dict:
+    """What of the options belongs into the results."""
+    settings = asdict(options)
+    return {name: settings[name] for name in ("device", "dtype", "compile", "rows", "seconds")} | {
+        "memory_limit_gib": round(options.memory_limit, 1)
+    }
+
+
+def preset_of(options: Options, mode: Mode) -> str:
+    small = mode == "training" and options.device == "cpu"
+    return options.preset or ("small" if small else "base")
+
+
+def batches_of(options: Options, mode: Mode) -> tuple[int, ...]:
+    on_cpu = (1,) if mode == "inference" else (4,)
+    return options.batch or (on_cpu if options.device == "cpu" else (64, 128, 256, 512))
+
+
+# --- models -------------------------------------------------------------------------------------------------
+
+
+class PlainAutoencoder(AVMAE):
+    """Two masked autoencoders side by side: no fusion tokens, in the decoders neither."""
+
+    def decode(self, latent, image_keep, audio_keep):
+        return super().decode(latent._replace(fusion=latent.fusion[:, :0]), image_keep, audio_keep)
+
+
+def make_encoder(row: Row, base: AVEncoder) -> AVEncoder:
+    """The encoder of a row around the transformers of `base`, which it shares."""
+    encoder = AVEncoder(
+        base.image, base.audio, interactions=row.interactions, pair_bias=row.pair_bias, inputs=base.inputs
+    )
+    return with_blocks(encoder, row.block) if row.block else encoder
+
+
+def make_model(row: Row, base: AVEncoder, mode: Mode) -> AVEncoder | AVMAE:
+    """What is measured: the encoder, or the masked autoencoder around it, with decoders of its own."""
+    encoder = make_encoder(row, base)
+    if mode == "inference":
+        return encoder.eval()
+    kind = PlainAutoencoder if row.interactions == "none" else AVMAE
+    return kind(encoder, **(SMALL_DECODER if encoder.embed_dim < 384 else {})).train()
+
+
+def make_inputs(encoder: AVEncoder, batch: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    shapes = input_shape(encoder.image), input_shape(encoder.audio)
+    return tuple(torch.randn(batch, *shape, device=device) for shape in shapes)
+
+
+def encoder_of(model) -> AVEncoder:
+    return getattr(model, "encoder", model)
+
+
+def inference(model, dtype) -> Callable:
+    """A call that encodes, in the dtype of the weights."""
+
+    def call(image, audio):
+        with torch.inference_mode():
+            return model(image.to(dtype), audio.to(dtype))[:3]
+
+    return call
+
+
+def training(model, dtype, optimizer) -> Callable:
+    """A call that takes one training step."""
+
+    def call(image, audio):
+        with torch.autocast(image.device.type, dtype, enabled=dtype.itemsize == 2):
+            loss = model(image, audio).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return call
+
+
+def make_optimizer(parameters: Iterable) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.05, fused=True)
+
+
+def compiled(model, how: str):
+    return model if how == "no" else torch.compile(model, mode=how, dynamic=False)
+
+
+def placed(model, options: Options, mode: Mode):
+    """On the device; in inference in the dtype too, while training keeps float32 weights under autocast."""
+    return model.to(options.device, DTYPES[options.dtype] if mode == "inference" else None)
+
+
+# --- one mode of the table ----------------------------------------------------------------------------------
+
+
+def measure_mode(options: Options, mode: Mode) -> dict:
+    """The results of inference or training: a dictionary for each row, with one for each batch size in it."""
+    preset, batches = preset_of(options, mode), batches_of(options, mode)
+    print(
+        f"\n{mode}: preset {preset}, batch {', '.join(map(str, batches))}, {options.dtype}, {options.device}"
+    )
+    rows = {name: dict(label=ROWS[name].label, batches={}) for name in options.rows}
+    for name, row in rows.items():
+        row["gflop_per_clip"] = gflop_per_clip(ROWS[name], preset, mode)
+    for name in (bar := tqdm(options.rows, desc="memory, in fresh processes", leave=False, disable=None)):
+        bar.set_postfix_str(name)
+        for batch in batches:
+            try:
+                used = in_fresh_process(peak_memory, options, name, preset, mode, batch)
+                rows[name]["batches"][batch] = dict(memory_bytes=used)
+            except MemoryError as error:
+                rows[name]["batches"][batch] = dict(failed=str(error))
+    models, stored = make_models(options, preset, mode)
+    for name, found in compare(options, mode, models, stored):
+        rows[name] |= found
+        print(f"  {'agrees' if found['agrees'] else 'DISAGREES'}: {name}, {told(found['errors'])}")
+    for batch in batches:
+        time_batch(options, mode, batch, rows, models)
+    return dict(preset=preset, rows=rows)
+
+
+def gflop_per_clip(row: Row, preset: str, mode: Mode) -> float:
+    """Counted, masks and backward included; without the optimizer, whose work is per step."""
+
+    def run(model):
+        output = model(*make_inputs(encoder_of(model), 1, "meta"))
+        if mode == "training":
+            output.loss.backward()
+
+    with torch.set_grad_enabled(mode == "training"):
+        flops = count_flops(lambda: make_model(row, create_encoder(preset, "none"), mode), run)
+    return round(flops / 1e9, 2)
+
+
+def peak_memory(options: Options, name: str, preset: str, mode: Mode, batch: int) -> int:
+    """Bytes of the weights and of what two calls need on top; run in a fresh process."""
+    limit_memory(options.device, options.memory_limit)
+    dtype = DTYPES[options.dtype]
+    model = placed(make_model(ROWS[name], create_encoder(preset, "none"), mode), options, mode)
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    clips = make_inputs(encoder_of(model), batch, options.device)
+    run = compiled(model, options.compile)
+    if mode == "inference":
+        call = inference(run, dtype)
+    else:
+        call = training(run, dtype, make_optimizer(model.parameters()))
+    if options.device == "cpu":
+        torch.ones(64, 64) @ torch.ones(64, 64)  # starts the threads
+    with PeakMemory(options.device) as peak:
+        call(*clips)
+        call(*clips)
+    return weights + peak.bytes
+
+
+def make_models(options: Options, preset: str, mode: Mode) -> tuple[dict, dict]:
+    """All rows on the device, around the same two transformers (and decoders); and the encoders that store
+    every pair, without and with a pair bias, whose weights the dense rows have.
+    """
+    torch.manual_seed(0)
+    base = create_encoder(preset, "none")
+    models = {name: make_model(ROWS[name], base, mode) for name in options.rows}
+    stored = {
+        bias: sharpened(make_encoder(Row("", "dense", bias, PairTokenFusion), base)) for bias in (False, True)
+    }
+    for name, model in models.items():
+        if mode == "training":
+            for decoder in ("image_decoder", "audio_decoder"):
+                setattr(model, decoder, getattr(models["none"], decoder))
+        encoder, row = encoder_of(model), ROWS[name]
+        if row.interactions == "dense":
+            state = stored[row.pair_bias].state_dict()
+            encoder.load_state_dict(state if row.block is PairTokenFusion else folded(state))
+        else:
+            sharpened(encoder)
+        models[name] = placed(model, options, mode)
+    return models, stored
+
+
+@torch.no_grad()
+def sharpened(encoder: AVEncoder) -> AVEncoder:
+    """With logits that differ and biases that are not 0: else mistakes would not show."""
+    for name, parameter in encoder.fusion_blocks.named_parameters():
+        if name.endswith("query.weight"):
+            parameter *= 4
+        elif name.endswith("bias"):
+            parameter += 0.5 * torch.randn_like(parameter)
+    return encoder
+
+
+# --- whether a row computes what it should ------------------------------------------------------------------
+
+
+def compare(options: Options, mode: Mode, models: dict, stored: dict) -> Iterator[tuple[str, dict]]:
+    """Errors of each row against the float64 model that stores every pair, and whether they are those of the
+    dtype: at most twice what that model makes of itself in the same dtype on the same device, and a rounding.
+    """
+    dtype, none = DTYPES[options.dtype], models["none"]
+    image, audio = make_inputs(encoder_of(none), min(CLIPS, max(batches_of(options, mode))))
+    clips = image.to(options.device), audio.to(options.device)
+    removed = draw_masks(none, len(image)) if mode == "training" else {}
+    known = {}  # the dense rows share a reference
+    for name, model in models.items():
+        kind = ROWS[name].interactions, ROWS[name].pair_bias
+        if kind not in known:
+            reference = reference_of(model, ROWS[name], stored)
+            plain = outputs(placed(copy.deepcopy(reference), options, mode), *clips, removed, dtype)
+            truth = outputs(reference.double().cpu(), image.double(), audio.double(), removed, torch.float64)
+            allowed = {
+                part: 2 * relative_error(plain[part], truth[part]) + torch.finfo(dtype).eps for part in truth
+            }
+            known[kind] = truth, allowed
+        truth, allowed = known[kind]
+        ours = outputs(compiled(model, options.compile), *clips, removed, dtype)
+        errors = {part: relative_error(ours[part], truth[part]) for part in truth}
+        agrees = all(errors[part] <= allowed[part] for part in truth)
+        yield name, dict(agrees=agrees, errors=errors, allowed=allowed)
+
+
+def reference_of(model, row: Row, stored: dict):
+    """The same weights, with every pair stored. Rows that form no pairs are their own reference."""
+    reference = copy.deepcopy(model)
+    if row.interactions == "dense":
+        encoder = copy.deepcopy(stored[row.pair_bias])
+        if reference is not encoder_of(reference):
+            reference.encoder = encoder
+            return reference.train()
+        return encoder.eval()
+    if row.interactions == "factorized":
+        with_blocks(reference, PairKeyFusion).load_state_dict(model.state_dict())
+    return reference
+
+
+def draw_masks(mae: AVMAE, clips: int) -> dict[str, torch.Tensor]:
+    sampler, generator = mae.mask_sampler(), torch.Generator().manual_seed(0)
+    masks = [sampler(generator) for _ in range(clips)]
+    return {name: torch.stack([mask[name] for mask in masks]) for name in masks[0]}
+
+
+def outputs(model, image, audio, removed: dict, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What is compared: image, audio and fusion tokens; or the loss and gradients far from it."""
+    if not removed:
+        with torch.inference_mode():
+            tokens = model(image.to(dtype), audio.to(dtype))
+        return {part: getattr(tokens, part).double().cpu() for part in ("image", "audio", "fusion")}
+    removed = {name: mask.to(image.device) for name, mask in removed.items()}
+    with torch.autocast(image.device.type, dtype, enabled=dtype.itemsize == 2):
+        loss = model(image, audio, **removed).loss
+    named = dict(encoder_of(model).named_parameters())
+    chosen = {name: named[name] for name in GRADIENTS}
+    grads = torch.autograd.grad(loss, list(chosen.values()), allow_unused=True)
+    found = {name: grad for name, grad in zip(chosen, grads, strict=True) if grad is not None}
+    return {name: tensor.detach().double().cpu() for name, tensor in ({"loss": loss} | found).items()}
+
+
+def told(errors: dict[str, float]) -> str:
+    return f"largest error {max(errors.values()):.1e}"
+
+
+# --- speed --------------------------------------------------------------------------------------------------
+
+
+def time_batch(options: Options, mode: Mode, batch: int, rows: dict, models: dict) -> None:
+    """Adds clips per second at this batch size to the rows that agree and fit into memory."""
+    fitting = {name: model for name, model in models.items() if can_be_timed(rows[name], batch)}
+    if not fitting:
+        return
+    dtype = DTYPES[options.dtype]
+    clips = make_inputs(encoder_of(models["none"]), batch, options.device)
+    parameters = {id(p): p for model in models.values() for p in model.parameters() if p.requires_grad}
+    optimizer = make_optimizer(parameters.values())  # one for all: what has no gradient, it leaves alone
+    turn = 0.3 if options.device == "cuda" else 0.0
+    clocks = {}
+    for name, model in fitting.items():
+        run = compiled(model, options.compile)
+        step = inference(run, dtype) if mode == "inference" else training(run, dtype, optimizer)
+        try:
+            step(*clips)
+            clocks[name] = WallClock(lambda step=step: step(*clips), options.device, turn=turn)
+        except RuntimeError as error:
+            if (asked := asked_for(error)) is None:
+                raise
+            rows[name]["batches"][batch]["failed"] = asked
+    times = time_rounds(clocks, seconds=options.seconds, title=f"{mode} x {batch}")
+    for name, seconds in times.items():
+        result = rows[name]["batches"][batch]
+        result["clips_per_second"] = quantiles([batch / second for second in seconds])
+        if "none" in times:
+            result["speed_over_none"] = ratios(times["none"], seconds)
+
+
+def can_be_timed(row: dict, batch: int) -> bool:
+    return row["agrees"] and "failed" not in row["batches"][batch]
+
+
+# --- the table ----------------------------------------------------------------------------------------------
+
+
+def best_batch(row: dict) -> str | int | None:
+    """The batch size at which a row is fastest; None where it has no speed."""
+    timed = {batch: result for batch, result in row["batches"].items() if "clips_per_second" in result}
+    return max(timed, key=lambda batch: timed[batch]["clips_per_second"]["median"], default=None)
+
+
+def print_results(options: Options, mode: Mode, results: dict) -> None:
+    rows = results["rows"]
+    print(
+        f"\n{mode}, clips per second (quartiles), and over no fusion; the paper's Table 5 had, for inference,"
+    )
+    print("dense 0.30 x speed and 3.07 x memory, factorized 0.88 x and 1.27 x\n")
+    table = [("", "clips/s", "quartiles", "speed", "memory MiB", "memory", "GFLOP/clip", "GFLOP", "batch")]
+    for row in rows.values():
+        table.append(cells(row, rows["none"]))
+    print_table(table)
+
+
+def cells(row: dict, none: dict) -> tuple[str, ...] | str:
+    batch = best_batch(row)
+    if batch is None:
+        failures = [result["failed"] for result in row["batches"].values() if "failed" in result]
+        why = failures[0] if failures else f"no speed: it disagrees, {told(row['errors'])}"
+        return f"{row['label']}: {why}"
+    result = row["batches"][batch]
+    speed, relative = result["clips_per_second"], result.get("speed_over_none")
+    without = none["batches"][batch].get("memory_bytes")
+    return (
+        row["label"],
+        f"{speed['median']:.4g}",
+        f"{speed['q25']:.3g}-{speed['q75']:.3g}",
+        f"{relative['median']:.2f} x" if relative else "-",
+        f"{result['memory_bytes'] / 2**20:,.0f}",
+        f"{result['memory_bytes'] / without:.2f} x" if without else "-",
+        f"{row['gflop_per_clip']:.1f}",
+        f"{row['gflop_per_clip'] / none['gflop_per_clip']:.2f} x",
+        str(batch),
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options, prog="python benchmarks/throughput.py"))
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,241 @@
+"""The benchmarks run end to end at a tiny size, refuse what is wrong, and the tables are those of the
+results.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import loading  # noqa: E402
+import measure  # noqa: E402
+import pair_attention  # noqa: E402
+import report  # noqa: E402
+import scaling  # noqa: E402
+import throughput  # noqa: E402
+from materialized import PairKeyFusion, PairTokenFusion, folded  # noqa: E402
+
+from avfuse import DenseFusion, create_encoder  # noqa: E402
+
+TINY = throughput.Options(
+    preset="tiny", modes=("inference",), rows=("none", "dense"), seconds=0.0, device="cpu", dtype="float32"
+)
+
+
+@pytest.fixture
+def out(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["benchmarks/some.py", "--out", "somewhere/secret.json", "--seconds", "0"]
+    )
+    return tmp_path / "results.json"
+
+
+def record_of(out) -> dict:
+    """The record as written, which must tell where it comes from, and no names or paths of this machine."""
+    text = out.read_text()
+    record = json.loads(text)
+    assert record["command"] == "python benchmarks/some.py --seconds 0"
+    assert (
+        record["commit"]
+        and record["machine"]["cores"] >= 1
+        and torch.__version__.startswith(record["versions"]["torch"])
+    )
+    assert str(Path.home()) not in text and str(ROOT) not in text and "secret" not in text
+    return record
+
+
+# --- materialized pairs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pair_bias", [None, (5, 3)])
+def test_stored_pairs_equal_exact_dense_fusion(pair_bias):
+    """The rows called materialized do compute dense interactions: forward and gradients of the tokens."""
+    stored = PairTokenFusion(16, 2, attn_ratio=0.5, pair_bias=pair_bias).double()
+    with torch.no_grad():
+        for parameter in stored.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    tokens = [torch.randn(2, n, 16, dtype=torch.float64, requires_grad=True) for n in (4, 5, 3)]
+    truth = stored(*tokens)
+    true_grads = torch.autograd.grad(truth.square().sum(), tokens)
+    for kind in (PairKeyFusion, DenseFusion):
+        block = kind(16, 2, attn_ratio=0.5, pair_bias=pair_bias).double()
+        block.load_state_dict(folded(stored.state_dict()))
+        output = block(*tokens)
+        assert measure.relative_error(output, truth) < 1e-12
+        for grad, true_grad in zip(
+            torch.autograd.grad(output.square().sum(), tokens), true_grads, strict=True
+        ):
+            assert measure.relative_error(grad, true_grad) < 1e-12
+
+
+# --- measuring ----------------------------------------------------------------------------------------------
+
+
+def test_flops_are_those_of_the_paper_size():
+    """Against a count by hand of the two transformers: 12 layers of width 768 on 196 and 96 tokens."""
+    layers = 12 * sum(n * 12 * 768**2 + 2 * n * n * 768 for n in (196, 96))
+    embeddings = 768 * (196 * 3 + 96) * 256
+    assert throughput.gflop_per_clip(throughput.ROWS["none"], "base", "inference") == pytest.approx(
+        2 * (layers + embeddings) / 1e9, rel=1e-3
+    )
+
+
+def allocate(mib: int, limit_gib: float) -> int:
+    measure.limit_memory("cpu", limit_gib)
+    with measure.PeakMemory("cpu") as peak:
+        torch.ones(mib, 2**18)  # float32
+    return peak.bytes
+
+
+def test_peak_memory_and_its_limit():
+    assert measure.in_fresh_process(allocate, 64, 1.0) / 2**20 == pytest.approx(64, abs=12)
+    with pytest.raises(MemoryError, match="one more tensor of 2.0 GiB did not fit"):
+        measure.in_fresh_process(allocate, 2048, 1.0)
+
+
+def test_rounds_give_every_clock_its_turn_and_ratios_are_of_one_round():
+    told = {"slow": iter([4.0, 8.0, 2.0]), "fast": iter([2.0, 4.0, 1.0])}  # the machine drifts
+    clocks = {name: lambda values=values: next(values) for name, values in told.items()}
+    times = measure.time_rounds(clocks, seconds=0.0, rounds=(3, 5))
+    assert times == {"slow": [4.0, 8.0, 2.0], "fast": [2.0, 4.0, 1.0]}
+    ratios = measure.ratios(times["slow"], times["fast"])
+    assert ratios["min"] == ratios["median"] == ratios["max"] == 2.0 and ratios["n"] == 3
+
+
+# --- end to end ---------------------------------------------------------------------------------------------
+
+
+def test_throughput(out, capsys):
+    throughput.main(replace(TINY, rows=tuple(throughput.ROWS), out=out))
+    rows = record_of(out)["inference"]["rows"]
+    assert list(rows) == list(throughput.ROWS)
+    check_rows(rows)
+    printed = capsys.readouterr().out
+    assert "dense, exact (avfuse)" in printed and "0.30 x" in printed
+
+
+def test_throughput_of_training(out):
+    throughput.main(
+        replace(TINY, rows=("none", "materialized", "dense"), modes=("training",), batch=(2,), out=out)
+    )
+    check_rows(record_of(out)["training"]["rows"])
+
+
+def check_rows(rows: dict) -> None:
+    for row in rows.values():
+        assert row["agrees"], row
+        (result,) = row["batches"].values()
+        assert result["clips_per_second"]["n"] == result["speed_over_none"]["n"] >= 3
+        assert result["memory_bytes"] > 20 * 2**20  # two transformers of 1.9 million weights, and more
+    assert (
+        rows["materialized"]["gflop_per_clip"]
+        > rows["dense"]["gflop_per_clip"]
+        > rows["none"]["gflop_per_clip"]
+    )
+
+
+def test_throughput_refuses_a_row_that_disagrees_or_does_not_fit(out, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "avfuse.fusion.pair_attention", lambda query, *tokens, **_: query + tokens[1].mean(2, keepdim=True)
+    )
+    throughput.main(replace(TINY, out=out))
+    row = record_of(out)["inference"]["rows"]["dense"]
+    assert not row["agrees"] and "clips_per_second" not in row["batches"]["1"]
+    assert "no speed: it disagrees" in capsys.readouterr().out
+
+    throughput.main(replace(TINY, rows=("none",), batch=(4000,), memory_limit=0.5, out=out))
+    failed = record_of(out)["inference"]["rows"]["none"]["batches"]["4000"]["failed"]
+    assert re.fullmatch(r"out of memory: one more tensor of [\d.]+ GiB did not fit", failed)
+
+
+def test_pair_attention(out, capsys):
+    rows = ("avfuse", "reference", "sdpa")
+    options = pair_attention.Options(
+        rows=rows, shapes=("pretraining",), batch=1, heads=2, seconds=0.0, device="cpu"
+    )
+    pair_attention.main(replace(options, dtype="float32", memory_limit=64.0, out=out))
+    shape = record_of(out)["shapes"]["pretraining"]
+    for row in shape["rows"].values():
+        assert row["agrees"] and set(row["seconds"]) == {"forward", "backward", "both"}
+        assert set(row["seconds"]["forward"]) == {"wall, warm", "wall, cold"}
+    assert shape["bytes"]["forward"] == 4 * 2 * (16 * 16 + 68 * 32 + 16 * 16)
+    assert shape["flop"]["both"] == 2 * 2 * 16 * 68 * (32 + 80)
+    assert "of the floor" in capsys.readouterr().out
+
+
+def test_scaling(out, capsys):
+    options = scaling.Options(
+        tokens=(64, 512, 1024), seconds=0.0, device="cpu", dim=64, heads=2, dtype="float32"
+    )
+    scaling.main(replace(options, modes=("forward",), memory_limit=0.25, out=out))
+    rows = record_of(out)["forward"]
+    assert not any("failed" in point for row in rows.values() for point in row["points"].values())
+    assert set(rows["dense"]["points"]) == {"64", "512", "1024"} and rows["dense"]["time_slope"]["n"] >= 3
+    assert set(rows["materialized"]["points"]) == {"64", "512"}
+    assert "1024 + 1024 tokens: out of memory" in rows["materialized"]["stopped"]
+    assert "slope" in capsys.readouterr().out
+
+
+def test_loading(out):
+    loading.main(loading.Options(sizes=(32,), clips=2, seconds=0.0, out=out))
+    stages = record_of(out)["sizes"]["32"]
+    assert set(stages) == set(loading.STAGES)
+    speeds = {name: stage["clips_per_second"]["max"] for name, stage in stages.items()}
+    assert 0 < speeds["whole"]
+
+
+# --- results and tables -------------------------------------------------------------------------------------
+
+
+def test_tables_and_plots_are_those_of_the_results():
+    report.main(report.Options(check=True))
+
+
+def test_results_say_where_they_come_from():
+    for path in report.RESULTS.glob("*.json"):
+        record = json.loads(path.read_text())
+        assert path.stem == f"{record['benchmark']}-{record['settings']['device']}"
+        assert {"command", "date", "commit", "machine", "versions", "note"} <= record.keys()
+        assert "changes" not in record["commit"], f"{path.name}: measured on files never committed"
+        assert not re.search(r"[\"' =](/|~/)\w", path.read_text()), f"{path.name} holds a path"
+
+
+def test_report_notices_other_numbers():
+    results = report.read_results(report.RESULTS)
+    before = report.texts(results)
+    results["loading-cpu"]["sizes"]["128"]["whole"]["clips_per_second"]["median"] *= 2
+    after = report.texts(results)
+    assert all(before[path] != after[path] for path in before)
+    assert report.plots(results)[ROOT / "docs/scaling.png"][0] == report.drawn_from(ROOT / "docs/scaling.png")
+    with pytest.raises(ValueError, match="one <!-- speed -->"):
+        report.filled("no markers", {"speed": ""})
+
+
+def test_report_judges_budgets():
+    record = {"preset": "base", "rows": {}}
+    for name, speed in ("none", 1.0), ("dense", 0.5), ("factorized", 0.9):
+        result = dict(clips_per_second=dict(median=speed), speed_over_none=dict(median=speed), memory_bytes=1)
+        record["rows"][name] = dict(gflop_per_clip=50.0, batches={"1": result})
+    found = report.budgets_table({"throughput-cpu": {"inference": record}})
+    assert "batch 1: time of dense over no fusion | at most 1.12 | 2 | missed by 78.6% |" in found
+    assert "| GPU: speed of dense over no fusion | at least 0.92 | not yet measured |  |" in found
+
+
+def test_options_that_make_no_sense():
+    with pytest.raises(ValueError, match="--batch must be positive"):
+        throughput.resolve(throughput.Options(batch=(0,)))
+    assert create_encoder("tiny").embed_dim < 384  # what SMALL_DECODER goes by
+
+
+def test_single_operations_run():
+    command = [sys.executable, "-m", "pytest", "benchmarks/operations.py", "-q", "--benchmark-disable"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "10 passed" in done.stdout, done.stdout + done.stderr
