@@ -49,7 +49,7 @@ def train(data, run, *options, processes=1) -> dict[int, list[float]]:
         command(data, run, *options, processes=processes),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
         env=environment(),
     )
     assert result.returncode == 0, result.stderr
