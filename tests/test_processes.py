@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import psutil
 import pytest
 
-from avfuse.checkpoints import list_checkpoints
+from avfuse.checkpoints import list_checkpoints, step_of
 from avfuse.data import sounding_shapes
+from avfuse.run_folder import read_rows
 
 TINY = (
     *("--warmup-epochs", "1", "--decoder-dim", "32", "--decoder-depth", "1", "--decoder-heads", "2"),
@@ -39,7 +41,7 @@ def environment() -> dict[str, str]:
 
 
 def losses(run) -> dict[int, list[float]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(run / "metrics.jsonl")
     names = ("loss", "image_loss", "audio_loss", "grad_norm", "lr")
     return {row["step"]: [row[name] for name in names] for row in rows if "loss" in row}
 
@@ -140,9 +142,19 @@ def test_killed_at_random_moments_it_ends_with_the_same_losses(data, tmp_path, p
     truth = train(data, tmp_path / "whole", *options, processes=processes)
     starting = (tmp_path / "whole" / "config.json").stat().st_mtime - begun
     training = time.time() - begun - starting
-    chance, reached, config = random.Random(0), [], tmp_path / "killed" / "config.json"
+    chance, reached, killed = random.Random(0), [], tmp_path / "killed"
+
+    def saved() -> int:
+        return max((step_of(path) for path in list_checkpoints(killed)), default=0)
+
+    def trains(begun: float, first: int) -> bool:
+        """Whether this life has written its configuration, and taken a step after its checkpoint."""
+        config = killed / "config.json"
+        fresh = config.exists() and config.stat().st_mtime > begun
+        return fresh and (killed / "metrics.jsonl").exists() and max(losses(killed), default=0) > first
+
     for life in range(20):
-        begun = time.time()
+        begun, first = time.time(), saved()
         process = subprocess.Popen(
             command(data, tmp_path / "killed", *options, processes=processes),
             stdout=subprocess.DEVNULL,
@@ -150,15 +162,14 @@ def test_killed_at_random_moments_it_ends_with_the_same_losses(data, tmp_path, p
             env=environment(),
         )
         moment = chance.uniform(0, starting)
-        if life % 4:  # the configuration is written anew when all is in order
-            wait_until(process, lambda begun=begun: config.exists() and config.stat().st_mtime > begun)
-            moment = chance.uniform(0, training / 10)
+        if life % 4:
+            wait_until(process, partial(trains, begun, first))
+            moment = chance.uniform(0, training / 20)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=moment)
         assert process.poll() is None, "it ended before it was killed"
         kill_all(process)
-        checkpoints = (tmp_path / "killed" / "checkpoints").glob("step-????????")
-        reached.append(max((int(path.name[5:]) for path in checkpoints), default=0))
+        reached.append(saved())
     print(f"killed {len(reached)} times, at steps {reached} of {len(truth)}")
     assert train(data, tmp_path / "killed", *options, processes=processes) == truth
     assert len(set(reached)) > 3  # else it was not killed at many different moments
