@@ -277,10 +277,12 @@ def bias_kernel(
 ):  # fmt: skip
     # One program owns a tile of the bias, and walks all clips, heads, tokens and queries that share it.
     tiles = tl.cdiv(bias_sizes[2], BLOCK_N)
-    first_b, last_b = shared_range(tl.program_id(1) // bias_sizes[1], bias_sizes[0], B, 1)
-    first_h, last_h = shared_range(tl.program_id(1) % bias_sizes[1], bias_sizes[1], H, 1)
-    first_i, last_i = shared_range(tl.program_id(0) % tiles, bias_sizes[2], I, BLOCK_N)
-    first_j, last_j = shared_range(tl.program_id(0) // tiles, bias_sizes[3], A, BLOCK_N)
+    tiles_of_head = tiles * tl.cdiv(bias_sizes[3], BLOCK_N)
+    matrix, own_tile = tl.program_id(0) // tiles_of_head, tl.program_id(0) % tiles_of_head
+    first_b, last_b = shared_range(matrix // bias_sizes[1], bias_sizes[0], B, 1)
+    first_h, last_h = shared_range(matrix % bias_sizes[1], bias_sizes[1], H, 1)
+    first_i, last_i = shared_range(own_tile % tiles, bias_sizes[2], I, BLOCK_N)
+    first_j, last_j = shared_range(own_tile // tiles, bias_sizes[3], A, BLOCK_N)
     grad = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
     for b in range(first_b, last_b):
         for h in range(first_h, last_h):
@@ -340,11 +342,9 @@ def bias_kernel(
                         grad += tl.where(image[ALIVE] & audio[ALIVE], more, 0.0)
     grad = tl.where(bias_sizes[2] == 1, tl.sum(grad, 0)[None, :], grad)
     grad = tl.where(bias_sizes[3] == 1, tl.sum(grad, 1)[:, None], grad)
-    rows = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = (tl.program_id(0) // tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    bias_grad += (tl.program_id(1).to(tl.int64) * bias_sizes[2] + rows[:, None]) * bias_sizes[3] + columns[
-        None, :
-    ]
+    rows = (own_tile % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = (own_tile // tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    bias_grad += (matrix.to(tl.int64) * bias_sizes[2] + rows[:, None]) * bias_sizes[3] + columns[None, :]
     tl.store(bias_grad, grad, mask=(rows < bias_sizes[2])[:, None] & (columns < bias_sizes[3])[None, :])
 
 
@@ -444,6 +444,8 @@ def side(key, value, mask, key_strides, value_strides, mask_stride, b, h, N):
             tokens = start + tl.arange(0, 128)
             found += tl.max(tl.load(mask + tokens, mask=tokens < N, other=0).to(tl.int32), 0)
         alive = found > 0
+    else:
+        mask = tl.full((), 0, tl.int32)  # a compiled function returns no None: see `load_tokens`
     return (
         head(key, key_strides, b, h), head(value, value_strides, b, h), mask,
         key_strides[2], value_strides[2], N, alive,
@@ -464,7 +466,9 @@ def load_tokens(
     """Logits (BLOCK_N, BLOCK_F), keys and values of a tile of tokens; a dead modality has one, all 0."""
     key, value, mask, key_stride, value_stride, N, alive = modality
     tokens = start + tl.arange(0, BLOCK_N)
-    attended = load_mask(mask, 0, start, tokens, N)
+    attended = tokens < N
+    if mask.dtype.is_ptr():
+        attended = load_mask(mask, 0, start, tokens, N)
     k = load_rows(key, key_stride, tokens, attended, K)
     v = load_rows(value, value_stride, tokens, attended, V)
     stands_in = (tokens == 0) & (alive == 0)
@@ -542,7 +546,8 @@ def backward(
         if bias_grad:
             sizes, block = tuple(pair_bias.shape), options["BLOCK_N"]
             results.append(pair_bias.new_empty(sizes))
-            bias_kernel[triton.cdiv(sizes[2], block) * triton.cdiv(sizes[3], block), sizes[0] * sizes[1]](
+            tiles = triton.cdiv(sizes[2], block) * triton.cdiv(sizes[3], block)
+            bias_kernel[sizes[0] * sizes[1] * tiles,](  # all in one dimension: the others end at 65535
                 *tensors, *masks, pair_bias, output_grad, statistics, results[-1], *strides, sizes,
                 B, H, F, I, A, scale, **options,
             )  # fmt: skip

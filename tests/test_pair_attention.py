@@ -423,6 +423,19 @@ def test_shapes_are_told_without_numbers(interaction):
     assert output.is_meta and output.shape == pair_attention(**make(), interaction=interaction).shape
 
 
+@pytest.mark.parametrize("options", [dict(bias=(5, 4)), dict(interaction="bilinear")], ids=str)
+def test_second_derivatives_are_refused_not_forgotten(options):
+    """Also where the gradient of the output is a constant: there PyTorch's own check sees nothing."""
+    interaction = options.pop("interaction", "additive")
+    tensors = {name: tensor.requires_grad_() for name, tensor in make(**options).items()}
+    output = pair_attention(**tensors, interaction=interaction)
+    with pytest.raises(RuntimeError, match="second derivatives of pair_attention need backend='reference'"):
+        torch.autograd.grad(output.sum(), tensors["query"], create_graph=True)
+    output = pair_attention(**tensors, interaction=interaction, backend="reference")
+    (grad,) = torch.autograd.grad(output.sum(), tensors["query"], create_graph=True)
+    assert grad.requires_grad
+
+
 TRITON_REFUSES = {
     "takes float32, float16 or bfloat16, got query of torch.float64": {},
     "takes key and value widths up to 128 per head, got 6 and 129": dict(V=129, dtype=torch.float32),

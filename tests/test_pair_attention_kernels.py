@@ -522,3 +522,14 @@ def test_offsets_beyond_32_bits(bias):
     output_grad = torch.randn(2, 2, 3, 16, device=DEVICE)
     ours, truth = (run(x, output_grad, attend=triton_attention) for x in (far, tensors))
     assert all(torch.equal(ours[name], tensor) for name, tensor in truth.items())
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_second_derivatives_are_refused_not_forgotten(biased):
+    sizes = dict(zip(TOKENS, ((3, 6), (5, 6), (5, 7), (4, 6), (4, 7)), strict=True))
+    inputs = {name: torch.randn(1, 1, *size, device=DEVICE) for name, size in sizes.items()}
+    inputs["query"].requires_grad_()
+    bias = torch.randn(5, 4, device=DEVICE) if biased else None
+    output = pair_attention(**inputs, pair_bias=bias, backend="triton")
+    with pytest.raises(RuntimeError, match="second derivatives of pair_attention need backend='reference'"):
+        torch.autograd.grad(output.sum(), inputs["query"], create_graph=True)

@@ -7,8 +7,9 @@ An operator is opaque: kernels are imported and launched only when it runs on re
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
+
+from .streaming import once_differentiable
 
 ARGUMENTS = (
     "Tensor query, Tensor image_key, Tensor image_value, Tensor audio_key, Tensor audio_value, "

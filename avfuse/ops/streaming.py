@@ -4,12 +4,26 @@
 Shapes as in `pair_attention`; both are called by its torch backend, and work in the dtype they are given.
 """
 
+import functools
 import math
 
 import torch
-from torch.autograd.function import once_differentiable
 
 CHUNK = 2**22  # elements of the largest temporary (16 MiB in float32), if one token's row of pairs fits in it
+
+
+def once_differentiable(backward):
+    """For the backward of an autograd.Function. PyTorch's own decorator passes over second derivatives
+    without a word where the gradient of the output has none itself.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx, *grads):
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("second derivatives of pair_attention need backend='reference'")
+        return backward(ctx, *grads)
+
+    return checked
 
 
 class PairMarginals(torch.autograd.Function):
