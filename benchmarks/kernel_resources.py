@@ -97,7 +97,7 @@ def variants(few):
             yield dict(dtype=dtype, B=64, F=F, N=196, K=K, V=V, masks=True), "masks"
         yield dict(dtype=dtype, B=1, F=16, N=4096, K=16, V=16), "split"
         for width in (16,) if few or dtype == torch.float32 else (16, 64):
-            yield dict(dtype=dtype, B=64, F=16, N=196, K=width, V=width, masks=True, bias=1), "bias, masks"
+            yield dict(dtype=dtype, B=64, F=16, N=196, K=width, V=width, masks=True, bias=1), "bias+masks"
         yield dict(dtype=dtype, B=64, F=16, N=196, K=16, V=16, bias=1), "bias"
 
 
