@@ -124,3 +124,44 @@ def nearest_neighbour_probe(similarity: Tensor, labels: Tensor) -> Probe:
     counts = labels.unique(return_counts=True)[1].double()
     chance = (counts * (counts - 1)).sum().item() / (n * (n - 1))
     return Probe(accuracy, (accuracy * (1 - accuracy) / n) ** 0.5, chance)
+
+
+# --- all of it at once --------------------------------------------------------------------------------------
+
+
+def measures(mae: AVMAE, batches: list[dict], device: torch.device) -> dict:
+    """The held-out losses, those of predicting zero, and the probes, ready for JSON."""
+    loss = held_out_loss(mae, batches, device)
+    features = pooled_features(mae.encoder, batches, device)
+    probes = nearest_neighbour_probes(features) if loss.clips > 1 else {}
+    return dict(
+        held_out_clips=loss.clips,
+        held_out_image_loss=loss.image,
+        held_out_audio_loss=loss.audio,
+        held_out_image_zero=loss.image_zero,
+        held_out_audio_zero=loss.audio_zero,
+        probes={label: {f: probe._asdict() for f, probe in by.items()} for label, by in probes.items()},
+    )
+
+
+def flat(row: dict) -> dict[str, float]:
+    """The same for trackers, which take numbers by name."""
+    numbers = {name: value for name, value in row.items() if name != "probes"}
+    for label, by_feature in row["probes"].items():
+        numbers |= {f"probe_{label}_{feature}": p["accuracy"] for feature, p in by_feature.items()}
+    return numbers
+
+
+def describe_measures(row: dict, when: str, clips: str) -> str:
+    """The same for people."""
+    image, audio = row["held_out_image_loss"], row["held_out_audio_loss"]
+    zero = row["held_out_image_zero"] + row["held_out_audio_zero"]
+    lines = [
+        f"{when} training, {row['held_out_clips']} {clips}: loss {image + audio:.3f} (image {image:.3f}, "
+        f"audio {audio:.3f}), {(image + audio) / zero:.2f} of predicting zero ({zero:.3f})"
+    ]
+    for label, probes in row["probes"].items():
+        cells = [f"{f} {p['accuracy']:.3f} ± {p['standard_error']:.3f}" for f, p in probes.items()]
+        chance = probes["image"]["chance"]
+        lines.append(f"  nearest neighbour, {label}: {', '.join(cells)} (chance {chance:.3f})")
+    return "\n".join(lines)

@@ -53,7 +53,7 @@ def memory_advice(micro_batch: int, *, checkpointing: bool, precision: str):
     """Turns running out of memory into a `RunError` that says which settings need less."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:  # OutOfMemoryError is a RuntimeError
         lacking = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if not lacking and "can't allocate memory" not in str(error):  # as PyTorch says it of CPUs
             raise

@@ -151,9 +151,10 @@ def read_config(path: Path) -> dict:
 
 
 def read_objects(path: Path) -> list[dict]:
+    """The rows of a JSON lines file, none if it cannot be read."""
     try:
-        return [row for row in read_rows(path) if isinstance(row, dict)]
-    except (OSError, UnicodeDecodeError):
+        return read_rows(path)
+    except OSError:
         return []
 
 

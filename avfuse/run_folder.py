@@ -206,7 +206,6 @@ class Quarantine:
     def summary(self) -> str:
         if not self.reasons:
             return "every clip could be read"
-        names = ", ".join(map(printable, sorted(self.reasons)[:10])) + (
-            ", ..." if len(self.reasons) > 10 else ""
-        )
+        first = sorted(self.reasons)[:10]
+        names = ", ".join(map(printable, first)) + (", ..." if len(self.reasons) > len(first) else "")
         return f"{len(self.reasons)} clips could not be read, see {self.path}: {names}"

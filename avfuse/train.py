@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 from .checkpoints import load_checkpoint, save_checkpoint
 from .data import sounding_shapes
-from .data.clips import Clip, ClipDataset, ClipLoader, ClipSampler, Scan, find_clips, printable, scan_clips
+from .data.clips import Clip, ClipDataset, ClipLoader, ClipSampler, find_clips, printable, scan_clips
 from .data.decode import ClipError
-from .evaluate import INPUTS, held_out_loss, nearest_neighbour_probes, pooled_features
+from .evaluate import INPUTS, describe_measures, flat, measures
 from .faults import RunError, Signals, examine, memory_advice, write_fault
 from .mae import AVMAE
 from .pictures import draw_attention, draw_losses, draw_reconstructions
@@ -461,14 +461,8 @@ def find_data(config: TrainConfig, say) -> Found:
         test=scans[-1].clips,
         test_name="held-out clips" if len(scans) > 1 else "training clips",
         unreadable=[error for scan in scans for error in scan.unreadable],
-        looked_at=sum(looked_at(scan) for scan in scans),
+        looked_at=sum(scan.looked_at for scan in scans),
     )
-
-
-def looked_at(scan: Scan) -> int:
-    """How many files a scan has looked at."""
-    dropped = set() if scan.kept else {*scan.without_sound, *scan.without_pictures}
-    return len(scan.clips) + len(scan.unreadable) + len(dropped)
 
 
 def make_loader(mae: AVMAE, config: TrainConfig, clips: list, *, train: bool) -> ClipLoader:
@@ -522,44 +516,6 @@ def measure(run: Run, step: int, when: str) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def measures(mae: AVMAE, batches: list[dict], device: torch.device) -> dict:
-    """The held-out losses, those of predicting zero, and the probes, ready for JSON."""
-    loss = held_out_loss(mae, batches, device)
-    features = pooled_features(mae.encoder, batches, device)
-    probes = nearest_neighbour_probes(features) if loss.clips > 1 else {}
-    return dict(
-        held_out_clips=loss.clips,
-        held_out_image_loss=loss.image,
-        held_out_audio_loss=loss.audio,
-        held_out_image_zero=loss.image_zero,
-        held_out_audio_zero=loss.audio_zero,
-        probes={label: {f: probe._asdict() for f, probe in by.items()} for label, by in probes.items()},
-    )
-
-
-def flat(row: dict) -> dict[str, float]:
-    """The same for trackers, which take numbers by name."""
-    numbers = {name: value for name, value in row.items() if name != "probes"}
-    for label, by_feature in row["probes"].items():
-        numbers |= {f"probe_{label}_{feature}": p["accuracy"] for feature, p in by_feature.items()}
-    return numbers
-
-
-def describe_measures(row: dict, when: str, clips: str) -> str:
-    """The same for people."""
-    image, audio = row["held_out_image_loss"], row["held_out_audio_loss"]
-    zero = row["held_out_image_zero"] + row["held_out_audio_zero"]
-    lines = [
-        f"{when} training, {row['held_out_clips']} {clips}: loss {image + audio:.3f} (image {image:.3f}, "
-        f"audio {audio:.3f}), {(image + audio) / zero:.2f} of predicting zero ({zero:.3f})"
-    ]
-    for label, probes in row["probes"].items():
-        cells = [f"{f} {p['accuracy']:.3f} ± {p['standard_error']:.3f}" for f, p in probes.items()]
-        chance = probes["image"]["chance"]
-        lines.append(f"  nearest neighbour, {label}: {', '.join(cells)} (chance {chance:.3f})")
-    return "\n".join(lines)
-
-
 def draw(folder: Path, mae: AVMAE, batches: list[dict], step: int, device: torch.device) -> None:
     """Loss curves, reconstructions, attention maps where there is fusion, and the report that shows them."""
     pictures = folder / "pictures"
@@ -581,9 +537,7 @@ def whole_model(run: Run) -> AVMAE:
         return run.average.module
     if run.accelerator.distributed_type != DistributedType.FSDP:
         return run.mae
-    state = run.accelerator.get_state_dict(
-        run.model
-    )  # all processes give their part, the main one has it all
+    state = run.accelerator.get_state_dict(run.model)  # of which all processes give a part to the main one
     whole = make_model(run.config).to(run.accelerator.device)
     if run.accelerator.is_main_process:
         whole.load_state_dict(state)

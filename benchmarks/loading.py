@@ -53,10 +53,7 @@ def main(options: Options) -> dict:
     options = replace(options, out=options.out or RESULTS / "loading-cpu.json")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    settings = asdict(options) | {"device": "cpu"}
-    for name in ("note", "out"):
-        settings.pop(name)
-    record = begin_record("loading", settings, options.note)
+    record = begin_record("loading", asdict(options) | {"device": "cpu"}, options.note)
     record["sizes"] = {}
     for size in options.sizes:
         with tempfile.TemporaryDirectory() as folder:

@@ -35,6 +35,18 @@ GIB = 2**30
 # --- time ---------------------------------------------------------------------------------------------------
 
 
+def device_and_dtype(device: str | None, dtype: str | None) -> dict[str, str]:
+    """What was asked for, else the GPU if there is one, and bfloat16 there, float32 on a CPU.
+
+    Raises:
+        ValueError: CUDA was asked for, and is not there.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no CUDA device")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return dict(device=device, dtype=dtype or ("bfloat16" if device == "cuda" else "float32"))
+
+
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -262,7 +274,7 @@ def begin_record(benchmark: str, settings: dict, note: str) -> dict:
         versions=dict(python=platform.python_version()) | versions(),
         load_at_start=round(os.getloadavg()[0], 2),
         note=note,
-        settings=settings,
+        settings={name: value for name, value in settings.items() if name not in ("note", "out")},
     )
 
 

@@ -19,6 +19,7 @@ from measure import (
     begin_record,
     cache_flush,
     ceilings,
+    device_and_dtype,
     limit_memory,
     print_table,
     quantiles,
@@ -81,18 +82,15 @@ class Options:
 
 
 def main(options: Options) -> dict:
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = device_and_dtype(options.device, options.dtype)
+    device = chosen["device"]
     options = replace(
         options,
-        device=device,
+        **chosen,
         batch=options.batch or (64 if device == "cuda" else 2),
-        dtype=options.dtype or ("bfloat16" if device == "cuda" else "float32"),
         out=options.out or RESULTS / f"pair_attention-{device}.json",
     )
-    settings = asdict(options)
-    for name in ("note", "out"):
-        settings.pop(name)
-    record = begin_record("pair_attention", settings, options.note)
+    record = begin_record("pair_attention", asdict(options), options.note)
     limit_memory(device, options.memory_limit)
     record["ceilings"] = ceilings(device, DTYPES[options.dtype])
     record["shapes"] = {shape: measure_shape(options, shape, record["ceilings"]) for shape in options.shapes}

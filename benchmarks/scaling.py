@@ -17,6 +17,7 @@ from measure import (
     PeakMemory,
     WallClock,
     begin_record,
+    device_and_dtype,
     in_fresh_process,
     limit_memory,
     print_table,
@@ -75,20 +76,17 @@ class Options:
 
 
 def main(options: Options) -> dict:
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = device_and_dtype(options.device, options.dtype)
+    device = chosen["device"]
     options = replace(
         options,
-        device=device,
+        **chosen,
         tokens=tuple(sorted(options.tokens)),
         batch=options.batch or (8 if device == "cuda" else 1),
-        dtype=options.dtype or ("bfloat16" if device == "cuda" else "float32"),
         memory_limit=options.memory_limit or (64.0 if device == "cuda" else 4.0),
         out=options.out or RESULTS / f"scaling-{device}.json",
     )
-    settings = asdict(options)
-    for name in ("note", "out"):
-        settings.pop(name)
-    record = begin_record("scaling", settings, options.note)
+    record = begin_record("scaling", asdict(options), options.note)
     for mode in options.modes:
         record[mode] = measure_mode(options, mode)
         print_mode(options, mode, record[mode])

@@ -18,6 +18,7 @@ from measure import (
     asked_for,
     begin_record,
     count_flops,
+    device_and_dtype,
     free_memory,
     in_fresh_process,
     limit_memory,
@@ -112,16 +113,14 @@ def main(options: Options) -> dict:
 
 def resolve(options: Options) -> Options:
     """The options with all defaults filled in that depend on the machine."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: there is no CUDA device")
+    chosen = device_and_dtype(options.device, options.dtype)
+    device = chosen["device"]
     if any(batch < 1 for batch in options.batch):
         raise ValueError(f"--batch must be positive, got {options.batch}")
     return replace(
         options,
-        device=device,
+        **chosen,
         rows=tuple(name for name in ROWS if name == "none" or name in options.rows),
-        dtype=options.dtype or ("bfloat16" if device == "cuda" else "float32"),
         memory_limit=options.memory_limit or 0.9 * free_memory(device),
         out=options.out or RESULTS / f"throughput-{device}.json",
     )

@@ -287,27 +287,13 @@ def bias_kernel(
     for b in range(first_b, last_b):
         for h in range(first_h, last_h):
             image = side(
-                image_key,
-                image_value,
-                image_mask,
-                image_key_strides,
-                image_value_strides,
-                image_mask_stride,
-                b,
-                h,
-                I,
-            )
+                image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride,
+                b, h, I,
+            )  # fmt: skip
             audio = side(
-                audio_key,
-                audio_value,
-                audio_mask,
-                audio_key_strides,
-                audio_value_strides,
-                audio_mask_stride,
-                b,
-                h,
-                A,
-            )
+                audio_key, audio_value, audio_mask, audio_key_strides, audio_value_strides, audio_mask_stride,
+                b, h, A,
+            )  # fmt: skip
             bias = (head(pair_bias, bias_strides, b, h), bias_strides[2], bias_strides[3])
             for first_query in range(0, F, BLOCK_F):
                 queries = first_query + tl.arange(0, BLOCK_F)
@@ -491,7 +477,7 @@ def load_bias(bias, own, other, i, j, BLOCK_N: tl.constexpr):
 def forward(query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, scale):
     """As `forward` of pair_attention.py, with pair_bias (B or 1, H or 1, I or 1, A or 1)."""
     tensors = [rows_of(x) for x in (query, image_key, image_value, audio_key, audio_value)]
-    masks = [None if mask is None else rows_of(mask) for mask in (image_mask, audio_mask)]
+    masks = [rows_of(mask) for mask in (image_mask, audio_mask)]
     B, H, F, I, A, K, V = sizes_of(*tensors)
     options = settings(query.dtype, F, K, V)
     output = query.new_empty((B, F, H, V))
@@ -518,7 +504,7 @@ def backward(
 ):
     """Gradients of query, image_key, image_value, audio_key, audio_value; pair_bias if `bias_grad`."""
     tensors = [rows_of(x) for x in (query, image_key, image_value, audio_key, audio_value)]
-    masks = [None if mask is None else rows_of(mask) for mask in (image_mask, audio_mask)]
+    masks = [rows_of(mask) for mask in (image_mask, audio_mask)]
     output_grad = rows_of(output_grad)
     B, H, F, I, A, K, V = sizes_of(*tensors)
     options = settings(query.dtype, F, K, V)
@@ -528,20 +514,9 @@ def backward(
     strides = *strides_of(tensors, masks), broadcast_strides(pair_bias), output_grad.stride()
     with on_device_of(query):
         backward_kernel[B * H, parts](
-            *tensors,
-            *masks,
-            pair_bias,
-            output_grad,
-            *grads,
-            statistics,
-            *strides,
-            H,
-            F,
-            I,
-            A,
-            scale,
-            **options,
-        )
+            *tensors, *masks, pair_bias, output_grad, *grads, statistics, *strides,
+            H, F, I, A, scale, **options,
+        )  # fmt: skip
         results = [add_slots(grad, query.dtype) for grad in grads]
         if bias_grad:
             sizes, block = tuple(pair_bias.shape), options["BLOCK_N"]

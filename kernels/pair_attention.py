@@ -308,7 +308,7 @@ def forward(query, image_key, image_value, audio_key, audio_value, image_mask, a
     memory as (B, F, H, V). Masks (B, I) and (B, A) bool or None.
     """
     tensors = [rows_of(x) for x in (query, image_key, image_value, audio_key, audio_value)]
-    masks = [None if mask is None else rows_of(mask) for mask in (image_mask, audio_mask)]
+    masks = [rows_of(mask) for mask in (image_mask, audio_mask)]
     sizes = B, H, F, I, A, K, V = sizes_of(*tensors)
     options = settings(query.dtype, *sizes)
     splits, tiles = options["SPLITS"], triton.cdiv(F, options["BLOCK_F"])
@@ -334,7 +334,7 @@ def backward(
 ):
     """Gradients of query, image_key, image_value, audio_key and audio_value."""
     tensors = [rows_of(x) for x in (query, image_key, image_value, audio_key, audio_value)]
-    masks = [None if mask is None else rows_of(mask) for mask in (image_mask, audio_mask)]
+    masks = [rows_of(mask) for mask in (image_mask, audio_mask)]
     output_grad = rows_of(output_grad)
     sizes = B, H, F, I, A, K, V = sizes_of(*tensors)
     options = settings(query.dtype, *sizes)

@@ -75,8 +75,10 @@ def reciprocal(total):
 
 
 def rows_of(tensor):
-    """The tensor with adjacent elements in its last dimension: itself, for all that projections produce."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    """The tensor (or None) with adjacent elements in its last dimension: itself, for all that projections
+    produce.
+    """
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def precision_of(dtype):

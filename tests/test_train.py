@@ -16,6 +16,7 @@ from videos import hostile_folder, write_video
 from avfuse import AVMAE, train
 from avfuse.checkpoints import list_checkpoints
 from avfuse.data import sounding_shapes
+from avfuse.evaluate import held_out_loss
 from avfuse.faults import RunError
 from avfuse.recipes import TrainConfig
 from avfuse.run_folder import read_rows
@@ -102,7 +103,7 @@ def test_saved_model_is_the_trained_one(finished):
     assert mae.encoder.fusion_layers == (1, 3)
     loader = train.make_loader(mae, finished, sounding_shapes.clips(finished.data, "test"), train=False)
     batches = loader.batches([[(0, 0), (0, 1)], [(0, 2), (0, 3)], [(0, 4)]])
-    loss = train.held_out_loss(mae, batches, torch.device("cpu"))
+    loss = held_out_loss(mae, batches, torch.device("cpu"))
     recorded = rows(finished.run)[-1]
     assert loss.clips == 5
     assert loss.image == pytest.approx(recorded["held_out_image_loss"], rel=1e-5)  # whatever the batch size

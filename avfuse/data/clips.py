@@ -60,6 +60,12 @@ class Scan:
     links: list[Path] = field(default_factory=list)  # that lead out of the folder, and were not followed
     kept: bool = False  # whether clips that lack a stream are among `clips`
 
+    @property
+    def looked_at(self) -> int:
+        """How many files the scan has looked at."""
+        dropped = set() if self.kept else {*self.without_sound, *self.without_pictures}
+        return len(self.clips) + len(self.unreadable) + len(dropped)
+
     def summary(self) -> str:
         """For people: '3 clips; 1 without sound dropped: bikes.mp4'."""
         done = "kept" if self.kept else "dropped"

@@ -182,20 +182,9 @@ def _xformers_lacks(interaction) -> str | None:
 # --- triton, xformers ---------------------------------------------------------------------------------------
 
 
-def _triton(
-    query,
-    image_key,
-    image_value,
-    audio_key,
-    audio_value,
-    image_mask,
-    audio_mask,
-    pair_bias,
-    scale,
-    interaction,
-):
-    tensors = (query, image_key, image_value, audio_key, audio_value)
-    return PairAttention.apply(*tensors, image_mask, audio_mask, pair_bias, scale)
+def _triton(*inputs):
+    *inputs, _interaction = inputs  # additive: `select_backend` saw to it
+    return PairAttention.apply(*inputs)
 
 
 def _xformers(
