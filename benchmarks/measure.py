@@ -2,6 +2,7 @@
 and what a result file says about where it comes from.
 """
 
+import ctypes
 import datetime
 import json
 import multiprocessing
@@ -30,6 +31,7 @@ RESULTS = ROOT / "benchmarks/results"
 PACKAGES = ("torch", "timm", "triton", "xformers", "numpy", "av")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GIB = 2**30
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 # --- time ---------------------------------------------------------------------------------------------------
@@ -115,6 +117,7 @@ def time_rounds(
     In a round every clock has its turn, in an order drawn anew: whatever slows the machine for a while slows
     all of them. Rounds go on for `seconds`, but are as many as `rounds` allows.
     """
+    keep_freed_memory()
     order, rng, times = list(clocks), random.Random(0), {name: [] for name in clocks}
     began = time.perf_counter()
     with tqdm(total=rounds[1], desc=title, unit="round", leave=False, disable=None) as bar:
@@ -127,6 +130,16 @@ def time_rounds(
                 times[name].append(clocks[name]())
             bar.update()
     return times
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc's malloc to keep what is freed. By default it gives large blocks back to the system, and by
+    the luck of their order some models then pay for ten thousand page faults a call, and others for none.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:  # other C libraries have none
+        mallopt(M_MMAP_THRESHOLD, 2**25)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def cache_flush(device: str) -> Callable[[], object]:
