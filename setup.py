@@ -38,6 +38,10 @@ setup(
         "matplotlib>=3.9",
         "pillow",
         "tqdm>=4.66",
+        "torchmetrics>=1.4",  # tasks: average precision, ROC
+        "mir_eval>=0.8",  # tasks: SDR, SIR, SAR
+        "scikit-learn>=1.5",  # tasks: the NMF baseline
+        "webdataset>=1.0",  # data: shards
     ],
     extras_require={
         "test": ["psutil>=6", "pytest>=8", "pytest-benchmark>=5", "ruff", "setuptools>=77"],
