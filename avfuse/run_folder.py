@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .data.clips import Clip, Failure, printable
 from .data.decode import ClipError
 from .faults import RunError
-from .recipes import FREE, option
+from .settings import FREE, option
 
 CONFIG, LOCK = "config.json", ".lock"
 SAID = 20  # unreadable clips that are named on the terminal
