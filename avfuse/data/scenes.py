@@ -1,5 +1,4 @@
-"""Clips whose frames are annotated, whatever the data set: a picture, the sound around it, and where the sound
-comes from.
+"""Clips whose frames are annotated: a picture, the sound around it, and where that comes from.
 
 A data set's own file lists its clips as `Scene`s; `SceneDataset` reads them all. Names in annotations are of
 unknown origin: `inside` keeps them in the data folder, and a file that is not what it should be is a
@@ -9,7 +8,7 @@ unknown origin: `inside` keeps them in the data folder, and a file that is not w
 import math
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -24,6 +23,7 @@ from ..inputs import InputSettings
 from . import sounding_shapes
 from .clips import Clip, ClipDataset, Failure, _generator
 from .decode import MAX_PIXELS, ClipError, ClipReader, Streams
+from .splits import Found
 from .transforms import EVALUATION_RESIZE, cropped_image, evaluation_image, random_gain, random_view
 
 FRAMES = ("whole", "central")
@@ -98,6 +98,28 @@ def moment_by_moment(scenes: Sequence[Scene]) -> list[Scene]:
     return [replace(scene, moments=(moment,)) for scene in scenes for moment in scene.moments]
 
 
+def found(train: Scenes, test: Scenes, test_name: str, say: Callable[[str], object], **classes) -> Found:
+    """The splits of an annotated data set for the training loop, which counts what is missing as unreadable:
+    more than --max-unreadable of it ends the run, rather than give results that compare with nobody's.
+
+    Args:
+        train, test: evaluation goes through the moments of `test` one by one.
+        test_name: what to call the latter.
+        say: what is found is told through it.
+        classes: names of the values of each label.
+    """
+    for name, split in (("train", train), (test_name, test)):
+        say(f"{name}: {split.summary()}")
+    return Found(
+        train=train.scenes,
+        test=moment_by_moment(test.scenes),
+        test_name=test_name,
+        unreadable=train.missing + test.missing,
+        looked_at=len(train.scenes) + test.found + len(train.missing) + len(test.missing),
+        classes=classes,
+    )
+
+
 def check_file(root: Path, name: str) -> Path:
     """The file of this name in the data folder.
 
@@ -144,7 +166,9 @@ class ShapeMasks:
 
     def read(self, view: View, size: int) -> tuple[np.ndarray, np.ndarray]:
         masks, _ = read_masks(self.path, self.frame, len(self.classes))  # (S, H, W) bool
-        labelled = (masks * np.reshape(self.classes, (-1, 1, 1))).max(0)  # masks of visible pixels are disjoint
+        labelled = (masks * np.reshape(self.classes, (-1, 1, 1))).max(
+            0
+        )  # masks of visible pixels are disjoint
         classes = nearest(labelled, view, size, self.path)
         return (classes > 0).astype(np.float32), classes
 
@@ -358,7 +382,9 @@ class SceneDataset(ClipDataset):
 SHAPE_CLASSES = ("background", *sounding_shapes.SHAPES)
 
 
-def sounding_shapes_scenes(root: str | Path, split: str, truth: type[ShapeMasks] | type[ShapeBoxes]) -> Scenes:
+def sounding_shapes_scenes(
+    root: str | Path, split: str, truth: type[ShapeMasks] | type[ShapeBoxes]
+) -> Scenes:
     """The clips of a split with all their frames; classes are those of SHAPE_CLASSES.
 
     To train on any of the frames; for evaluation `middle_moments` keeps one a clip.

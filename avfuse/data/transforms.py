@@ -63,7 +63,9 @@ def training_image(frame: Tensor, settings: InputSettings, generator: torch.Gene
     return cropped_image(frame, settings, crop, mirrored=mirrored)
 
 
-def random_view(height: int, width: int, generator: torch.Generator) -> tuple[tuple[int, int, int, int], bool]:
+def random_view(
+    height: int, width: int, generator: torch.Generator
+) -> tuple[tuple[int, int, int, int], bool]:
     """A `random_crop` of a frame of this size, and whether it is mirrored, which every other is."""
     return random_crop(height, width, generator), _uniform(0, 1, generator) < 0.5
 
