@@ -183,6 +183,7 @@ class ShapeBoxes:
 
     def read(self, view: View, size: int) -> tuple[np.ndarray, np.ndarray]:
         masks, boxes = read_masks(self.path, self.frame, len(self.classes))
+        check_size(masks.shape[1:], view, self.path)
         sounding = consensus(boxes, masks.shape[1:], view, size, annotators=1)
         return sounding, (sounding > 0).astype(np.int64)
 
@@ -205,13 +206,18 @@ class Boxes:
 
 def nearest(mask: np.ndarray, view: View, size: int, path: Path) -> np.ndarray:
     """What a mask (H, W) holds at the centres of the pixels of a view: (size, size)."""
-    if mask.shape != (view.height, view.width):
-        raise ClipError(path, f"is {mask.shape[::-1]} pixels, its picture {(view.width, view.height)}")
+    check_size(mask.shape, view, path)
     top, left, height, width = view.crop
     rows = np.floor(top + (np.arange(size) + 0.5) * height / size).astype(int).clip(0, mask.shape[0] - 1)
     columns = np.floor(left + (np.arange(size) + 0.5) * width / size).astype(int).clip(0, mask.shape[1] - 1)
     shown = mask[rows][:, columns]
     return np.ascontiguousarray(shown[:, ::-1] if view.mirrored else shown)
+
+
+def check_size(shape: tuple[int, int], view: View, path: Path) -> None:
+    """Raises a ClipError unless a mask is as high and wide as its picture."""
+    if shape != (view.height, view.width):
+        raise ClipError(path, f"is {shape[::-1]} pixels, its picture {(view.width, view.height)}")
 
 
 def consensus(
@@ -259,10 +265,10 @@ def read_masks(path: Path, frame: int, objects: int) -> tuple[np.ndarray, np.nda
     """Masks (S, H, W) bool and boxes (S, 4) of one frame of a Sounding Shapes clip."""
     try:
         masks, boxes = sounding_shapes.read_masks(path)
-        masks, boxes = masks[:, frame], boxes[:, frame]
+        masks, boxes = masks[:, frame], boxes[:, frame].astype(int)
     except (OSError, ValueError, LookupError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ClipError(path, f"holds no masks that can be read: {error}") from error
-    if masks.ndim != 3 or len(masks) != objects or boxes.shape != (objects, 4):
+    if masks.ndim != 3 or not masks.size or len(masks) != objects or boxes.shape != (objects, 4):
         raise ClipError(path, f"holds masks {masks.shape} and boxes {boxes.shape} of {objects} objects")
     return masks, boxes
 
