@@ -51,7 +51,7 @@ def write_metadata(root: Path, rows: list[dict]) -> None:
 
 
 def write_flickr_soundnet(root: Path, shapes: Path, names: tuple[str, ...] = ()) -> list[str]:
-    """The middle frames of all clips in the layout of Flickr-SoundNet, their boxes by two people: the names."""
+    """The middle frames of all clips in the layout of Flickr-SoundNet, boxes by two people: their names."""
     ids = []
     for name in ("frames", "audio", "Annotations"):
         (root / name).mkdir(parents=True)
