@@ -1,4 +1,4 @@
-"""Localization: the protocol of Flickr-SoundNet by hand and by its published steps, and what the model may use."""
+"""Localization: the protocol of Flickr-SoundNet by hand and by its published steps; what the model uses."""
 
 import json
 from dataclasses import replace
@@ -80,7 +80,7 @@ def test_consensus_iou_by_hand():
 
 
 def published(score_map: np.ndarray, truth: np.ndarray) -> float:
-    """The steps of the public evaluation: scale to 0..1, threshold at the middle of the sorted values, count."""
+    """The steps of the public evaluation: scale to 0..1, cut at the middle of the sorted values, count."""
     spread = score_map.max() - score_map.min()
     score_map = (score_map - score_map.min()) / spread if spread else score_map
     threshold = sorted(score_map.flatten())[score_map.size // 2]

@@ -137,8 +137,8 @@ def test_the_protocols_differ_in_where_they_take_the_maximum():
     )  # right above .8, right above .2
     curves = f_curve(prob, truth)
     assert mean_of_highest(curves) == pytest.approx(1)
-    # one threshold for both: from .8 to .9 the first is right and the second finds nothing; or from .2 to .3 the
-    # second is right, while of the first a quarter of what is called sounding is: P = 1/4, R = 1
+    # one threshold for both: from .8 to .9 the first is right and the second finds nothing; or from .2 to .3
+    # the second is right, while of the first a quarter of what is called sounding is: P = 1/4, R = 1
     both = (1 + 1.3 / 4 / (0.3 / 4 + 1)) / 2
     assert highest_of_mean(curves) == pytest.approx(both)
 

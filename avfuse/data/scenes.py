@@ -22,7 +22,7 @@ from ..checks import check_choice, check_count
 from ..inputs import InputSettings
 from . import sounding_shapes
 from .clips import Clip, ClipDataset, Failure, _generator
-from .decode import MAX_PIXELS, ClipError, ClipReader, Streams
+from .decode import MAX_PIXELS, ClipError, ClipReader
 from .splits import Found
 from .transforms import EVALUATION_RESIZE, cropped_image, evaluation_image, random_gain, random_view
 
@@ -276,9 +276,9 @@ def read_masks(path: Path, frame: int, objects: int) -> tuple[np.ndarray, np.nda
 class SceneDataset(ClipDataset):
     """Scenes as one annotated picture and the sound around it.
 
-    Asked for `(epoch, index)`, or for `index`, which is epoch 0. In training the moment, where it lies in the
-    window of sound, crop, flip and gain are random; in evaluation it is the first moment of the scene (see
-    `moment_by_moment`), in the middle of the window or as near as the sound allows.
+    Asked for `(epoch, index)`, or for `index`, which is epoch 0. In training the moment, crop, flip and gain
+    are random; in evaluation it is the first moment of the scene, see `moment_by_moment`. It is always in the
+    middle of the window of sound: where the file does not reach, that is silent before, and mirrored behind.
 
     An item is a dictionary:
         image: (3, image_size, image_size) float32.
@@ -332,11 +332,11 @@ class SceneDataset(ClipDataset):
         return item | {f"label_{name}": torch.tensor(label) for name, label in scene.labels.items()}
 
     def _read_scene(self, scene: Scene, generator: torch.Generator) -> dict[str, Tensor]:
-        choice, place = torch.rand(2, generator=generator).tolist() if self.train else (0.0, 0.5)
+        choice = float(torch.rand((), generator=generator)) if self.train else 0.0
         moment = scene.moments[int(choice * len(scene.moments))]
         with ClipReader(scene.sound) as reader:
             seconds = reader.streams.seconds / 2 if moment.seconds is None else moment.seconds
-            start = self._window(seconds, place, reader.streams)
+            start = seconds - self.settings.audio_seconds / 2
             waveform = reader.audio(start, self.settings.audio_seconds, self.settings.sample_rate)
             shown = reader.frame(seconds) if moment.picture is None and scene.path == scene.sound else None
         waveform = torch.from_numpy(waveform)
@@ -353,11 +353,6 @@ class SceneDataset(ClipDataset):
             "sounding": torch.from_numpy(sounding),
             "classes": torch.from_numpy(classes),
         }
-
-    def _window(self, seconds: float, place: float, streams: Streams) -> float:
-        """When a window of sound starts that has the moment at `place` (0 to 1), if the sound allows it."""
-        start = seconds - place * self.settings.audio_seconds
-        return min(max(0.0, start), max(0.0, streams.seconds - self.settings.audio_seconds))
 
     def _picture(self, scene: Scene, moment: Moment, seconds: float) -> np.ndarray:
         """(height, width, 3) uint8"""
