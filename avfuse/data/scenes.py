@@ -239,7 +239,7 @@ def consensus(
 
 
 def _cell(place: float, size: int) -> int:
-    return min(max(math.floor(place + 1e-6), 0), size)  # a whole number, whatever its float's last bit
+    return min(max(math.floor(place), 0), size)
 
 
 # --- reading files ------------------------------------------------------------------------------------------
