@@ -46,7 +46,7 @@ def encoder(**options):
 
 
 def task_of(**options) -> Segmentation:
-    config = SegmentConfig(checkpoint="none", **options)
+    config = SegmentConfig(**dict(checkpoint="none", target="binary") | options)
     return Segmentation(config, Found([], [], "test", [], 0, dict(shape=SHAPE_CLASSES)))
 
 
@@ -250,7 +250,7 @@ def test_losses_by_hand(batch):
         with torch.no_grad():
             logits = task.model(**model_inputs(inputs))
             loss = task.losses(task.model, inputs)["mask_loss"]
-        if options:
+        if task.semantic:
             right = logits.softmax(1).gather(1, inputs["classes"][:, None])
         else:
             right = torch.where(inputs["classes"] > 0, logits[:, 0].sigmoid(), 1 - logits[:, 0].sigmoid())
@@ -280,7 +280,7 @@ def test_a_batch_without_clips_counts_nothing(target):
 
 def run(folder, **options):
     settings = dict(epochs=1, warmup_epochs=0, batch_size=2, workers=0, checkpoint="none", run=folder)
-    config = SegmentConfig(**settings | options)
+    config = SegmentConfig(**settings | dict(target="binary") | options)
     return program(config, Segmentation, find=lambda *a, **o: find_scenes(*a, **o, subset=config.subset))
 
 
