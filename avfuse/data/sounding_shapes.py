@@ -344,7 +344,12 @@ def load_masks(root: str | Path, entry: Entry) -> tuple[np.ndarray, np.ndarray]:
         masks (S, T, H, W) bool, of visible pixels; boxes (S, T, 4) int16, tight around them in pixels:
         x0, y0, x1, y1, the last two exclusive, and all 0 where the object is hidden.
     """
-    with np.load(inside(Path(root), entry.masks), allow_pickle=False) as file:
+    return read_masks(inside(Path(root), entry.masks))
+
+
+def read_masks(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The same from the file that an entry names."""
+    with np.load(path, allow_pickle=False) as file:
         shape = tuple(file["shape"])
         return np.unpackbits(file["masks"], count=math.prod(shape)).reshape(shape).astype(bool), file["boxes"]
 

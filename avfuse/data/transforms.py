@@ -59,12 +59,23 @@ def training_image(frame: Tensor, settings: InputSettings, generator: torch.Gene
 
     It has half the area or more; size, mean and deviation are those of `settings`.
     """
-    top, left, height, width = random_crop(*frame.shape[-2:], generator)
-    size = [settings.image_size, settings.image_size]
-    image = tv.resized_crop(frame, top, left, height, width, size, **RESIZE)
-    if _uniform(0, 1, generator) < 0.5:
-        image = tv.horizontal_flip(image)
-    return _normalise(image, settings)
+    crop, mirrored = random_view(*frame.shape[-2:], generator)
+    return cropped_image(frame, settings, crop, mirrored=mirrored)
+
+
+def random_view(
+    height: int, width: int, generator: torch.Generator
+) -> tuple[tuple[int, int, int, int], bool]:
+    """A `random_crop` of a frame of this size, and whether it is mirrored, which every other is."""
+    return random_crop(height, width, generator), _uniform(0, 1, generator) < 0.5
+
+
+def cropped_image(
+    frame: Tensor, settings: InputSettings, crop: tuple[int, int, int, int], *, mirrored: bool = False
+) -> Tensor:
+    """A crop (top, left, height, width), squeezed: (3, H, W) uint8 -> (3, size, size) float32."""
+    image = tv.resized_crop(frame, *crop, [settings.image_size, settings.image_size], **RESIZE)
+    return _normalise(tv.horizontal_flip(image) if mirrored else image, settings)
 
 
 def evaluation_image(frame: Tensor, settings: InputSettings) -> Tensor:

@@ -1,0 +1,417 @@
+"""Clips whose frames are annotated: a picture, the sound around it, and where that comes from.
+
+A data set's own file lists its clips as `Scene`s; `SceneDataset` reads them all. Names in annotations are of
+unknown origin: `inside` keeps them in the data folder, and a file that is not what it should be is a
+`ClipError`, never a guess.
+"""
+
+import math
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..checks import check_choice, check_count
+from ..inputs import InputSettings
+from . import sounding_shapes
+from .clips import Clip, ClipDataset, Failure, _generator
+from .decode import MAX_PIXELS, ClipError, ClipReader
+from .splits import Found
+from .transforms import EVALUATION_RESIZE, cropped_image, evaluation_image, random_gain, random_view
+
+FRAMES = ("whole", "central")
+
+
+# --- what is known of a clip --------------------------------------------------------------------------------
+
+
+class View(NamedTuple):
+    """The part of a picture that is shown, squeezed into a square."""
+
+    height: float  # of the picture, in pixels, as everything else
+    width: float
+    crop: tuple[float, float, float, float]  # top, left, height, width
+    mirrored: bool = False
+
+
+class Truth(Protocol):
+    """Where the sound comes from in one picture."""
+
+    def read(self, view: View, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """What is true of each pixel of a view that is `size` pixels wide and high.
+
+        Returns:
+            sounding (size, size) float32 in 0..1, how sure it is that the sound comes from there; classes
+            (size, size) int64, 0 = background, which is 1 where something sounds that nobody has named.
+
+        Raises:
+            ClipError: the annotation cannot be read, or belongs to another picture.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """A picture of a clip that is annotated."""
+
+    truth: Truth
+    seconds: float | None = None  # from the start of the sound; None: the middle
+    picture: Path | None = None  # an image file; None: the frame that the clip shows then
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene(Clip):
+    """A clip with annotated moments; `path` is what it is called by, and the video if there is one."""
+
+    sound: Path
+    moments: tuple[Moment, ...]
+
+
+class Scenes(NamedTuple):
+    """A split of an annotated data set: what is there, and what should be."""
+
+    scenes: list[Scene]
+    missing: list[ClipError]  # a reason for every file that is named and not there, or must not be opened
+    expected: int  # moments that the annotations name
+
+    @property
+    def found(self) -> int:
+        return sum(len(scene.moments) for scene in self.scenes)
+
+    def summary(self) -> str:
+        """For people: '4 of 5 annotated pictures: 1 missing, such as frames/3.jpg (does not exist)'."""
+        text = f"{self.found} of {self.expected} annotated pictures in {len(self.scenes)} clips"
+        if self.missing:
+            first = self.missing[0]
+            text += f"; {len(self.missing)} files missing or refused, such as {first.path} ({first.reason})"
+        return text
+
+
+def moment_by_moment(scenes: Sequence[Scene]) -> list[Scene]:
+    """Each annotated picture as a scene of its own, in order: what evaluation goes through."""
+    return [replace(scene, moments=(moment,)) for scene in scenes for moment in scene.moments]
+
+
+def found(train: Scenes, test: Scenes, test_name: str, say: Callable[[str], object], **classes) -> Found:
+    """The splits of an annotated data set for the training loop, which counts what is missing as unreadable:
+    more than --max-unreadable of it ends the run, rather than give results that compare with nobody's.
+
+    Args:
+        train, test: evaluation goes through the moments of `test` one by one.
+        test_name: what to call the latter.
+        say: what is found is told through it.
+        classes: names of the values of each label.
+    """
+    for name, split in (("train", train), (test_name, test)):
+        say(f"{name}: {split.summary()}")
+    return Found(
+        train=train.scenes,
+        test=moment_by_moment(test.scenes),
+        test_name=test_name,
+        unreadable=train.missing + test.missing,
+        looked_at=len(train.scenes) + test.found + len(train.missing) + len(test.missing),
+        classes=classes,
+    )
+
+
+def check_file(root: Path, name: str) -> Path:
+    """The file of this name in the data folder.
+
+    Raises:
+        ClipError: there is none, or the name or a link leads out of the folder.
+    """
+    try:
+        path = sounding_shapes.inside(root, name)
+        if not path.is_file():
+            raise ClipError(root / name, "does not exist")
+    except (ValueError, OSError, RuntimeError) as error:  # NUL characters, names too long, circles of links
+        raise ClipError(root / name, f"is refused: {error}") from error
+    return path
+
+
+# --- kinds of annotation ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PngMask:
+    """A grey or palette PNG whose pixel values are classes below `classes`; 0 is the background."""
+
+    path: Path
+    classes: int
+
+    def read(self, view: View, size: int) -> tuple[np.ndarray, np.ndarray]:
+        with read_image(self.path, ("PNG",)) as image:
+            if image.mode not in ("L", "P", "1"):
+                raise ClipError(self.path, f"is no mask: its pixels are {image.mode}, not class numbers")
+            mask = np.asarray(image).astype(np.int64)
+        if mask.max() >= self.classes:
+            raise ClipError(self.path, f"holds class {mask.max()}, while there are {self.classes}")
+        classes = nearest(mask, view, size, self.path)
+        return (classes > 0).astype(np.float32), classes
+
+
+@dataclass(frozen=True)
+class ShapeMasks:
+    """The masks of one frame of a Sounding Shapes clip; `classes` are those of its sounding objects."""
+
+    path: Path
+    frame: int
+    classes: tuple[int, ...]
+
+    def read(self, view: View, size: int) -> tuple[np.ndarray, np.ndarray]:
+        masks, _ = read_masks(self.path, self.frame, len(self.classes))  # (S, H, W) bool
+        labelled = (masks * np.reshape(self.classes, (-1, 1, 1))).max(
+            0
+        )  # masks of visible pixels are disjoint
+        classes = nearest(labelled, view, size, self.path)
+        return (classes > 0).astype(np.float32), classes
+
+
+@dataclass(frozen=True)
+class ShapeBoxes:
+    """The boxes around those masks."""
+
+    path: Path
+    frame: int
+    classes: tuple[int, ...]
+
+    def read(self, view: View, size: int) -> tuple[np.ndarray, np.ndarray]:
+        masks, boxes = read_masks(self.path, self.frame, len(self.classes))
+        check_size(masks.shape[1:], view, self.path)
+        sounding = consensus(boxes, masks.shape[1:], view, size, annotators=1)
+        return sounding, (sounding > 0).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Boxes (x0, y0, x1, y1) by several people, in a picture `canvas` pixels wide and high; `annotators` of
+    them are enough to be sure.
+    """
+
+    boxes: tuple[tuple[int, int, int, int], ...]
+    canvas: int = 256
+    annotators: int = 2
+
+    def read(self, view: View, size: int) -> tuple[np.ndarray, np.ndarray]:
+        canvas = (self.canvas, self.canvas)
+        sounding = consensus(self.boxes, canvas, view, size, annotators=self.annotators)
+        return sounding, (sounding > 0).astype(np.int64)
+
+
+def nearest(mask: np.ndarray, view: View, size: int, path: Path) -> np.ndarray:
+    """What a mask (H, W) holds at the centres of the pixels of a view: (size, size)."""
+    check_size(mask.shape, view, path)
+    top, left, height, width = view.crop
+    rows = np.floor(top + (np.arange(size) + 0.5) * height / size).astype(int).clip(0, mask.shape[0] - 1)
+    columns = np.floor(left + (np.arange(size) + 0.5) * width / size).astype(int).clip(0, mask.shape[1] - 1)
+    shown = mask[rows][:, columns]
+    return np.ascontiguousarray(shown[:, ::-1] if view.mirrored else shown)
+
+
+def check_size(shape: tuple[int, int], view: View, path: Path) -> None:
+    """Raises a ClipError unless a mask is as high and wide as its picture."""
+    if shape != (view.height, view.width):
+        raise ClipError(path, f"is {shape[::-1]} pixels, its picture {(view.width, view.height)}")
+
+
+def consensus(
+    boxes: Sequence[Sequence[int]], canvas: tuple[int, int], view: View, size: int, *, annotators: int
+) -> np.ndarray:
+    """How many people put a box around each pixel of a view, over `annotators` and at most 1: (size, size).
+
+    Corners are rounded down to pixels of the view, as the Flickr-SoundNet protocol does (int(224 x / 256)).
+    """
+    top, left, height, width = view.crop
+    count = np.zeros((size, size), np.float32)
+    for x0, y0, x1, y1 in boxes:
+        xs = [_cell((x * view.width / canvas[1] - left) * size / width, size) for x in (x0, x1)]
+        ys = [_cell((y * view.height / canvas[0] - top) * size / height, size) for y in (y0, y1)]
+        if view.mirrored:
+            xs = [size - xs[1], size - xs[0]]
+        count[ys[0] : ys[1], xs[0] : xs[1]] += 1
+    return np.minimum(count / annotators, 1)
+
+
+def _cell(place: float, size: int) -> int:
+    return min(max(math.floor(place), 0), size)
+
+
+# --- reading files ------------------------------------------------------------------------------------------
+
+
+def read_image(path: Path, formats: tuple[str, ...] = ("JPEG", "PNG")) -> Image.Image:
+    """An image file of one of these formats, and of no more pixels than a frame may have.
+
+    Raises:
+        ClipError: it cannot be read.
+    """
+    try:
+        image = Image.open(path, formats=formats)
+        if image.width * image.height > MAX_PIXELS:
+            raise ClipError(path, f"is too large: {image.width} x {image.height} pixels")
+        image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, zlib.error) as error:
+        raise ClipError(path, f"is no image that can be read: {error}") from error
+    return image
+
+
+def read_masks(path: Path, frame: int, objects: int) -> tuple[np.ndarray, np.ndarray]:
+    """Masks (S, H, W) bool and boxes (S, 4) of one frame of a Sounding Shapes clip."""
+    try:
+        masks, boxes = sounding_shapes.read_masks(path)
+        masks, boxes = masks[:, frame], boxes[:, frame].astype(int)
+    except (OSError, ValueError, LookupError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ClipError(path, f"holds no masks that can be read: {error}") from error
+    if masks.ndim != 3 or not masks.size or len(masks) != objects or boxes.shape != (objects, 4):
+        raise ClipError(path, f"holds masks {masks.shape} and boxes {boxes.shape} of {objects} objects")
+    return masks, boxes
+
+
+class SceneDataset(ClipDataset):
+    """Scenes as one annotated picture and the sound around it.
+
+    Asked for `(epoch, index)`, or for `index`, which is epoch 0. In training the moment, crop, flip and gain
+    are random; in evaluation it is the first moment of the scene, see `moment_by_moment`. It is always in the
+    middle of the window of sound: where the file does not reach, that is silent before, and mirrored behind.
+
+    An item is a dictionary:
+        image: (3, image_size, image_size) float32.
+        audio: (1, mel_bins, frames) float32.
+        image_present, audio_present: () bool.
+        sounding: (size, size) float32 in 0..1, how sure it is that the sound comes from there.
+        classes: (size, size) long, 0 = background.
+        index: () long.
+        and label_<name>: () long, one for each of the scene's labels.
+    Picture and truth show the same part of the frame. A scene that cannot be read is a `Failure` instead.
+
+    Args:
+        scenes: all with at least one moment.
+        settings: transforms and sizes of the model that will see them.
+        train: whether there is augmentation.
+        seed: another seed, other random choices.
+        size: of the truth in pixels; None is that of the image. A protocol names one for evaluation (224).
+        frame: what evaluation shows, the "whole" frame, squeezed, or the "central" crop of pretraining.
+
+    Raises:
+        ValueError: no scenes, one without a moment, or another argument that is wrong.
+    """
+
+    def __init__(
+        self,
+        scenes: Sequence[Scene],
+        settings: InputSettings,
+        *,
+        train: bool,
+        seed: int = 0,
+        size: int | None = None,
+        frame: str = "whole",
+    ):
+        super().__init__(scenes, settings, train=train, seed=seed)
+        check_choice("frame", frame, FRAMES)
+        for scene in scenes:
+            if not scene.moments:
+                raise ValueError(f"scenes: {scene.path} has no annotated moment")
+        self.size, self.frame = settings.image_size if size is None else size, frame
+        check_count("size", self.size)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Tensor] | Failure:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        index = range(len(self))[index]
+        scene, generator = self.clips[index], _generator(self.seed, epoch, 1 + index)
+        try:
+            item = self._read_scene(scene, generator)
+        except ClipError as error:
+            return Failure(index, scene.path, f"{error.path.name}: {error.reason}")
+        item["index"] = torch.tensor(index)
+        return item | {f"label_{name}": torch.tensor(label) for name, label in scene.labels.items()}
+
+    def _read_scene(self, scene: Scene, generator: torch.Generator) -> dict[str, Tensor]:
+        choice = float(torch.rand((), generator=generator)) if self.train else 0.0
+        moment = scene.moments[int(choice * len(scene.moments))]
+        with ClipReader(scene.sound) as reader:
+            seconds = reader.streams.seconds / 2 if moment.seconds is None else moment.seconds
+            start = seconds - self.settings.audio_seconds / 2
+            waveform = reader.audio(start, self.settings.audio_seconds, self.settings.sample_rate)
+            shown = reader.frame(seconds) if moment.picture is None and scene.path == scene.sound else None
+        waveform = torch.from_numpy(waveform)
+        if self.train:
+            waveform = random_gain(waveform, generator)
+        shown = self._picture(scene, moment, seconds) if shown is None else shown
+        image, view = self._view(torch.from_numpy(shown).permute(2, 0, 1), generator)
+        sounding, classes = moment.truth.read(view, self.size)
+        return {
+            "image": image,
+            "audio": self.spectrogram(waveform),
+            "image_present": torch.tensor(True),
+            "audio_present": torch.tensor(True),
+            "sounding": torch.from_numpy(sounding),
+            "classes": torch.from_numpy(classes),
+        }
+
+    def _picture(self, scene: Scene, moment: Moment, seconds: float) -> np.ndarray:
+        """(height, width, 3) uint8"""
+        if moment.picture is not None:
+            with read_image(moment.picture) as image:
+                return np.array(image.convert("RGB"))
+        with ClipReader(scene.path) as reader:
+            return reader.frame(seconds)
+
+    def _view(self, picture: Tensor, generator: torch.Generator) -> tuple[Tensor, View]:
+        """The picture as the model sees it, and which part of it that is."""
+        height, width = picture.shape[-2:]
+        if self.train:
+            crop, mirrored = random_view(height, width, generator)
+            image = cropped_image(picture, self.settings, crop, mirrored=mirrored)
+            return image, View(height, width, crop, mirrored)
+        if self.frame == "whole":
+            crop = (0, 0, height, width)
+            return cropped_image(picture, self.settings, crop), View(height, width, crop)
+        resized = round(self.settings.image_size * EVALUATION_RESIZE)
+        side = min(height, width) * self.settings.image_size / resized
+        crop = ((height - side) / 2, (width - side) / 2, side, side)
+        return evaluation_image(picture, self.settings), View(height, width, crop)
+
+
+# --- Sounding Shapes ----------------------------------------------------------------------------------------
+
+SHAPE_CLASSES = ("background", *sounding_shapes.SHAPES)
+
+
+def sounding_shapes_scenes(
+    root: str | Path, split: str, truth: type[ShapeMasks] | type[ShapeBoxes]
+) -> Scenes:
+    """The clips of a split with all their frames; classes are those of SHAPE_CLASSES.
+
+    To train on any of the frames; for evaluation `middle_moments` keeps one a clip.
+
+    Raises:
+        FileNotFoundError, ValueError: as `sounding_shapes.read_manifest`, or an object of no known shape.
+    """
+    root, scenes, missing, expected = Path(root), [], [], 0
+    for entry in sounding_shapes.read_manifest(root, split):
+        frames = round(entry.seconds * entry.fps)
+        expected += frames
+        try:
+            path, masks = check_file(root, entry.file), check_file(root, entry.masks)
+        except ClipError as error:
+            missing.append(error)
+            continue
+        classes = tuple(SHAPE_CLASSES.index(entry.objects[n]["shape"]) for n in entry.sounding)
+        moments = (
+            Moment(truth=truth(masks, frame, classes), seconds=(frame + 0.5) / entry.fps)
+            for frame in range(frames)
+        )
+        scenes.append(Scene(path=path, sound=path, moments=tuple(moments)))
+    return Scenes(scenes, missing, expected)
+
+
+def middle_moments(found: Scenes) -> Scenes:
+    """Only the moment in the middle of every clip."""
+    scenes = [replace(scene, moments=(scene.moments[len(scene.moments) // 2],)) for scene in found.scenes]
+    return Scenes(scenes, found.missing, len(scenes) + len({error.path for error in found.missing}))

@@ -1,0 +1,434 @@
+"""Which pixels make the sound, and what they show: `python -m avfuse.tasks.segment` (paper App. A.2)."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, interpolate, one_hot
+
+from ..checks import check_count
+from ..data import avsbench, sounding_shapes
+from ..data.scenes import (
+    SHAPE_CLASSES,
+    SceneDataset,
+    ShapeMasks,
+    found,
+    middle_moments,
+    sounding_shapes_scenes,
+)
+from ..data.splits import DEMO, Found
+from ..encoder import AVEncoder
+from ..loop import program
+from ..pictures import rgb, save, show_sound
+from ..vit import presence_mask, split_prefix
+from .localize import model_inputs, outline, scene_inputs
+from .task import JudgedTask, TaskConfig, starting_encoder
+
+SIZE = 224  # pixels at which the protocols compare
+BETA_SQUARED = 0.3  # of the F score: precision counts for more than recall
+THRESHOLDS = 255  # of the F curve, from 0 to 1
+SILENCE = 3.0  # logit from which the background starts: most pixels are silent
+FRAME = {"avsbench": "whole", "deepavfusion": "central"}  # what the protocols show of a picture
+
+
+@dataclass(kw_only=True)
+class SegmentConfig(TaskConfig):
+    """Segment what sounds: its class at every pixel, or with --target binary just a mask of it.
+
+    Without arguments it trains on Sounding Shapes, the embedded data set, in which one of three objects
+    sounds, and the classes are their shapes. With --data it takes AVSBench (metadata.csv, label2idx.json):
+    --target binary --subset S4 and --target semantic --subset AVSS are the paper's two tasks.
+
+    --modalities image trains the control, which never hears the sound: what is above it, the sound has told.
+    What has been learned here is a start for others, --checkpoint runs/segment: classes teach a fresh model
+    in minutes what sounds look like, which masks or boxes alone take far longer to teach it.
+
+    Papers disagree about the metrics, so --protocol names them: see `avsbench_iou`, `f_curve`, `both_iou` and
+    `class_scores` in avfuse/tasks/segment.py for the definitions.
+    """
+
+    data: Path | None = None
+    """AVSBench or Sounding Shapes. Default: the latter, built once."""
+    run: Annotated[Path, tyro.conf.arg(name="run-dir")] = Path("runs/segment")
+    """Run folder: config, metrics, checkpoints, pictures, results.json, report, final model."""
+    target: Literal["binary", "semantic"] = "semantic"
+    """Sounding or not (S4, MS3), or its class (AVSS)."""
+    protocol: Literal["avsbench", "deepavfusion"] = "avsbench"
+    """Definition of the metrics: that of the data set, or the other one (binary only), of which the paper's
+    89.94 probably is."""
+    subset: Literal["S4", "MS3", "AVSS"] = "S4"
+    """Part of AVSBench: single sources, several, or all (with --target semantic)."""
+    modalities: Literal["both", "image"] = "both"
+    """What the model gets: "image" is the control, to which every sound is silence."""
+    dim: int = 64
+    """Width of the decoder after its first block; twice that before, half after the last."""
+
+    epochs: int = 64
+    """Passes over the clips; the paper's are 20, the released code's 100."""
+    warmup_epochs: int = 6
+    """Epochs of linear warm-up before the cosine decay; the paper names none."""
+    batch_size: int = 8
+    """Clips per step; the paper's are 128, the released code's 512."""
+    base_lr: float = 2.2e-2
+    """Learning rate per 256 clips: lr = base_lr * batch / 256. The paper's is 1e-4 for its batch of 128, the
+    released code's 2e-4 here; a tiny model on a small set wants a larger one."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from each layer to the one below it; the released code's is 0.75."""
+    checkpoint_every: int = 320
+    """Steps between checkpoints; there always is one at the end."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_count("dim", self.dim)
+        if self.target == "semantic" and self.protocol != "avsbench":
+            raise ValueError(f"--protocol {self.protocol} does not define --target semantic; avsbench does")
+
+
+# --- data ---------------------------------------------------------------------------------------------------
+
+
+def find_scenes(folder: Path | None, say=print, *, subset: str = "S4", **_) -> Found:
+    """AVSBench, or Sounding Shapes, which is built first where no folder is given.
+
+    Raises:
+        ValueError: the folder is neither.
+    """
+    root = sounding_shapes.generate(DEMO) if folder is None else folder
+    if sounding_shapes.is_built(root):
+        train, test = (sounding_shapes_scenes(root, split, ShapeMasks) for split in ("train", "test"))
+        return found(train, middle_moments(test), "held-out clips", say, shape=SHAPE_CLASSES)
+    if avsbench.is_avsbench(root):
+        train, test = (avsbench.read_avsbench(root, split, subset) for split in ("train", "test"))
+        classes = avsbench.read_classes(root)
+        return found(train, test, f"pictures of AVSBench {subset} test", say, object=classes)
+    raise ValueError(f"--data {root} is neither Sounding Shapes nor AVSBench (metadata.csv, label2idx.json)")
+
+
+# --- model --------------------------------------------------------------------------------------------------
+
+
+class Segmenter(nn.Module):
+    """Image tokens, each joined with the mean audio token, and three up-convolutions (paper App. A.2).
+
+    Args:
+        encoder: whose tokens are read; trained along.
+        outputs: logits at each pixel, 1 for a mask.
+        dim: width of the decoder after its first block.
+    """
+
+    def __init__(self, encoder: AVEncoder, outputs: int = 1, dim: int = 64):
+        super().__init__()
+        self.encoder = encoder
+        self.join = nn.Linear(2 * encoder.embed_dim, 2 * dim)
+        self.decoder = nn.Sequential(
+            up_convolution(2 * dim, dim), up_convolution(dim, dim), up_convolution(dim, dim // 2)
+        )
+        self.predict = nn.Conv2d(dim // 2, outputs, kernel_size=1)
+        nn.init.zeros_(self.predict.bias)
+        nn.init.constant_(self.predict.bias[:1], SILENCE if outputs > 1 else -SILENCE)
+
+    def forward(self, image: Tensor, audio: Tensor, audio_present: Tensor | None = None) -> Tensor:
+        """Logits (B, outputs, height, width), from images (B, 3, height, width), spectrograms
+        (B, 1, mel, time), and which of the latter are there (B,) bool, None = all.
+        """
+        mask = presence_mask(self.encoder.audio, audio_present)
+        tokens = self.encoder(image, audio, audio_mask=mask)
+        places = split_prefix(self.encoder.image, tokens.image)[1]
+        sound = split_prefix(self.encoder.audio, tokens.audio)[1].mean(1, keepdim=True)
+        joined = self.join(torch.cat([places, sound.expand_as(places)], dim=-1))
+        joined = joined.transpose(1, 2).unflatten(2, self.encoder.image.patch_embed.grid_size)
+        logits = self.predict(self.decoder(joined))  # 8 times as wide and high as the grid
+        return interpolate(logits, size=image.shape[-2:], mode="bilinear")
+
+
+def up_convolution(inputs: int, outputs: int) -> nn.Sequential:
+    """Twice as wide and high: (B, inputs, H, W) -> (B, outputs, 2 H, 2 W)"""
+    return nn.Sequential(
+        nn.ConvTranspose2d(inputs, outputs, kernel_size=2, stride=2),
+        nn.GroupNorm(1, outputs),
+        nn.GELU(),
+        nn.Conv2d(outputs, outputs, kernel_size=3, padding=1),
+        nn.GELU(),
+    )
+
+
+# --- metrics ------------------------------------------------------------------------------------------------
+
+
+def avsbench_iou(prob: Tensor, truth: Tensor) -> Tensor:
+    """Protocol `avsbench` (Zhou et al.): IoU of what is above 0.5 with the sounding pixels. Where nothing
+    sounds it is the share of pixels that are rightly called silent.
+
+    Args:
+        prob: (B, H, W) in 0..1.
+        truth: (B, H, W) bool.
+
+    Returns:
+        (B,), of which the mean over all pictures is reported.
+    """
+    pred, truth = (prob > 0.5).flatten(1), truth.flatten(1)
+    iou = (pred & truth).sum(1) / (pred | truth).sum(1).clamp(min=1)
+    return torch.where(truth.any(1), iou, (~pred).double().mean(1).to(iou.dtype))
+
+
+def both_iou(prob: Tensor, truth: Tensor) -> Tensor:
+    """Protocol `deepavfusion`: the mean of the IoU of the sounding and that of the silent pixels; one of the
+    two that neither the truth nor the prediction has is left out.
+
+    Arguments and result as for `avsbench_iou`.
+    """
+    pred, truth = (prob > 0.5).flatten(1), truth.flatten(1)
+    union = torch.stack([(pred | truth).sum(1), (~pred | ~truth).sum(1)])
+    common = torch.stack([(pred & truth).sum(1), (~pred & ~truth).sum(1)])
+    return (common / union.clamp(min=1)).sum(0) / (union > 0).sum(0)
+
+
+def f_curve(prob: Tensor, truth: Tensor) -> Tensor:
+    """F = (1 + b) P R / (b P + R) with b = 0.3, of what is at or above each of 255 thresholds from 0 to 1; 0
+    where it is undefined, and NaN for a picture in which nothing sounds.
+
+    `avsbench` averages these curves over the pictures in which something sounds, and reports the highest
+    point of the mean; `deepavfusion` takes the highest point of each picture, and reports the mean of these.
+
+    Args:
+        prob: (B, H, W) in 0..1.
+        truth: (B, H, W) bool.
+
+    Returns:
+        (B, 255) float64
+    """
+    prob, truth = prob.flatten(1), truth.flatten(1)
+    thresholds = torch.linspace(0, 1, THRESHOLDS, device=prob.device, dtype=prob.dtype)
+    reached = torch.bucketize(prob, thresholds, right=True)  # how many thresholds a pixel is at or above
+    at_least = [  # (B, 255): pixels, and sounding pixels, at or above each
+        counted_by(reached, weight.double()).flip(1).cumsum(1).flip(1)[:, 1:]
+        for weight in (torch.ones_like(truth), truth)
+    ]
+    called, right = at_least
+    precision, recall = right / called.clamp(min=1), right / truth.sum(1, keepdim=True)
+    f = (1 + BETA_SQUARED) * precision * recall / (BETA_SQUARED * precision + recall)
+    return torch.where(truth.any(1, keepdim=True), f.nan_to_num(0), torch.nan)
+
+
+def counted_by(group: Tensor, weight: Tensor) -> Tensor:
+    """The sum of weights (B, N) in each group 0..255 (B, N): (B, 256)"""
+    return weight.new_zeros(len(group), THRESHOLDS + 1).scatter_add_(1, group, weight)
+
+
+def highest_of_mean(curves: Tensor) -> float:
+    """F of protocol `avsbench` from curves (N, 255); 0 if nothing sounds anywhere."""
+    curves = curves[~curves.isnan().any(1)]
+    return curves.mean(0).max().item() if len(curves) else 0.0
+
+
+def mean_of_highest(curves: Tensor) -> float:
+    """F of protocol `deepavfusion` from curves (N, 255); 0 if nothing sounds anywhere."""
+    curves = curves[~curves.isnan().any(1)]
+    return curves.max(1).values.mean().item() if len(curves) else 0.0
+
+
+def class_scores(pred: Tensor, truth: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Protocol `avsbench` for AVSS (Zhou et al.): IoU and F (b = 0.3) of each class in each picture.
+
+    Args:
+        pred, truth: (B, H, W) long, in 0..classes - 1; 0 is the background, which is a class like others.
+
+    Returns:
+        IoU, F (0 where undefined) and whether the picture or the prediction has the class: (B, classes) each.
+        `class_mean` makes one number of them.
+    """
+    pred, truth = (one_hot(labels.flatten(1), classes).bool() for labels in (pred, truth))  # (B, N, classes)
+    common, called, there = ((x.sum(1)).double() for x in (pred & truth, pred, truth))
+    union = called + there - common
+    precision, recall = common / called, common / there
+    f = (1 + BETA_SQUARED) * precision * recall / (BETA_SQUARED * precision + recall)
+    return common / union.clamp(min=1), f.nan_to_num(0), union > 0
+
+
+def class_mean(scores: Tensor, seen: Tensor) -> float:
+    """Scores (N, classes): the sum of each class over all pictures, divided by the number of pictures that
+    have it; the mean of that over all classes, of which one that no picture has counts 0.
+    """
+    return (scores.sum(0) / seen.sum(0).clamp(min=1)).mean().item()
+
+
+# --- task ---------------------------------------------------------------------------------------------------
+
+
+class Segmentation(JudgedTask):
+    """Trains a `Segmenter` by cross-entropy at every pixel."""
+
+    def __init__(self, config: SegmentConfig, found: Found):
+        super().__init__(config, found)
+        self.semantic, self.sound = config.target == "semantic", config.modalities != "image"
+        (self.classes,) = found.classes.values()
+        self.model = Segmenter(
+            starting_encoder(config), len(self.classes) if self.semantic else 1, config.dim
+        )
+        control = "" if self.sound else " without sound (control)"
+        self.name = f"{config.target} segmentation{control}"
+        self.protocol = (
+            f"{config.protocol}: {FRAME[config.protocol]} picture, {SIZE} x {SIZE}, "
+            + {
+                (
+                    "binary",
+                    "avsbench",
+                ): "mean IoU of sounding pixels at 0.5 (of silent ones where nothing sounds); "
+                "maximum of the mean F curve, beta^2 = 0.3, 255 thresholds",
+                (
+                    "binary",
+                    "deepavfusion",
+                ): "mean IoU of sounding and silent pixels at 0.5; mean of the maximum F of "
+                "each picture, beta^2 = 0.3, 255 thresholds",
+                (
+                    "semantic",
+                    "avsbench",
+                ): f"IoU and F (beta^2 = 0.3) of a class averaged over the pictures that have "
+                f"it in truth or prediction, mean over {len(self.classes)} classes with background",
+            }[config.target, config.protocol]
+        )
+
+    def dataset(self, clips, *, train):
+        size, frame = (None, "whole") if train else (SIZE, FRAME[self.config.protocol])
+        settings = self.model.encoder.inputs
+        return SceneDataset(clips, settings, train=train, seed=self.config.seed, size=size, frame=frame)
+
+    def inputs(self, batch):
+        return scene_inputs(self.model.encoder, batch, "classes", self.config.modalities)
+
+    def counts(self, inputs):
+        return dict(mask_loss=int(inputs["clips"]) * inputs["classes"][0].numel())
+
+    def losses(self, model, inputs):
+        logits, classes = model(**model_inputs(inputs)), inputs["classes"]
+        if self.semantic:
+            return dict(mask_loss=cross_entropy(logits, classes))
+        return dict(mask_loss=binary_cross_entropy_with_logits(logits[:, 0], (classes > 0).to(logits.dtype)))
+
+    def predictions(self, model, inputs) -> Tensor:
+        """Probabilities at the size of the protocol: (B, 224, 224) of sounding, or (B, classes, 224, 224)."""
+        logits = interpolate(model(**model_inputs(inputs)).float(), size=(SIZE, SIZE), mode="bilinear")
+        return logits.softmax(1) if self.semantic else logits[:, 0].sigmoid()
+
+    def judge(self, model, inputs, batch):
+        prob, classes = self.predictions(model, inputs), inputs["classes"]
+        if self.semantic:
+            iou, f, seen = class_scores(prob.argmax(1), classes, len(self.classes))
+            columns = dict(iou=iou, f=f, seen=seen)
+        else:
+            iou = avsbench_iou if self.config.protocol == "avsbench" else both_iou
+            columns = dict(iou=iou(prob, classes > 0), f=f_curve(prob, classes > 0))
+        columns = {name: column.cpu().numpy() for name, column in columns.items()}
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def summarize(self, rows):
+        columns = {name: torch.tensor(np.stack([row[name] for row in rows])) for name in rows[0]}
+        if not self.semantic:
+            f = highest_of_mean if self.config.protocol == "avsbench" else mean_of_highest
+            return dict(miou=columns["iou"].double().mean().item(), f_score=f(columns["f"]))
+        iou, f, seen = columns["iou"], columns["f"], columns["seen"]
+        return dict(
+            miou=class_mean(iou, seen),
+            f_score=class_mean(f, seen),
+            miou_without_background=class_mean(iou[:, 1:], seen[:, 1:]),
+        )
+
+    def draw(self, folder, model, inputs, batch, step):
+        prob = self.predictions(model, inputs).cpu()
+        path, settings = folder / f"segmentation-{step:06d}.png", model.encoder.inputs
+        if self.semantic:
+            draw_classes(inputs, prob.argmax(1), self.classes, settings, path)
+        else:
+            draw_masks(inputs, prob, settings, path)
+
+
+# --- pictures -----------------------------------------------------------------------------------------------
+
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")  # Okabe-Ito
+MASK = "#E69F00"
+
+
+def draw_masks(inputs: dict[str, Tensor], prob: Tensor, settings, path: Path) -> None:
+    """Frames with the outline of what sounds, the probability that it does, the mask, and the sound."""
+    figure, grid = start(len(prob), ("frame and truth", "probability", "mask", "sound"))
+    for row, axes in enumerate(grid):
+        frame, truth = show_scene(axes, inputs, row, settings)
+        axes[1].imshow(prob[row], cmap="inferno", vmin=0, vmax=1, extent=EXTENT)
+        axes[2].imshow(frame.mean(-1), cmap="gray", vmin=0, vmax=1.3, extent=EXTENT)
+        mask = (prob[row] > 0.5).float()
+        axes[2].imshow(mask, cmap=ListedColormap([MASK]), alpha=0.65 * mask, extent=EXTENT)
+        for axis in axes[1:3]:
+            outline(axis, truth)
+    save(figure, path)
+
+
+def draw_classes(
+    inputs: dict[str, Tensor], pred: Tensor, classes: Sequence[str], settings, path: Path
+) -> None:
+    """Frames, true classes and predicted ones over them, and the sound."""
+    figure, grid = start(len(pred), ("frame", "truth", "prediction", "sound"))
+    shown = set()
+    for row, axes in enumerate(grid):
+        frame, truth = show_scene(axes, inputs, row, settings)
+        for axis, labels in zip(axes[1:3], (truth, pred[row]), strict=True):
+            axis.imshow(frame.mean(-1), cmap="gray", vmin=0, vmax=1.3, extent=EXTENT)
+            for label in set(labels.unique().tolist()) - {0}:
+                here = (labels == label).float()
+                axis.imshow(here, cmap=ListedColormap([colour(label)]), alpha=0.75 * here, extent=EXTENT)
+                shown.add(label)
+        outline(axes[2], truth)
+    keys = [Patch(color=colour(label), label=classes[label]) for label in sorted(shown)]
+    figure.legend(handles=keys, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    save(figure, path)
+
+
+EXTENT = (0, SIZE, SIZE, 0)
+
+
+def start(rows: int, titles: tuple[str, ...]) -> tuple[Figure, np.ndarray]:
+    """A figure with a row for each clip; the last column, of spectrograms, is wider."""
+    figure = Figure(figsize=(8.6, 1.75 * rows + 0.5), layout="constrained")
+    grid = figure.subplots(rows, len(titles), squeeze=False, width_ratios=(*(1 for _ in titles[1:]), 1.7))
+    for axis, title in zip(grid[0], titles, strict=True):
+        axis.set_title(title, fontsize=10)
+    return figure, grid
+
+
+def show_scene(axes, inputs: dict[str, Tensor], row: int, settings) -> tuple[np.ndarray, Tensor]:
+    """The frame in the first column, with the outline of what sounds, and the sound in the last."""
+    frame, truth = rgb(inputs["image"][row].cpu(), settings).numpy(), inputs["classes"][row].cpu()
+    for axis in axes:
+        axis.axis("off")
+    axes[0].imshow(frame, extent=EXTENT)
+    outline(axes[0], truth)
+    show_sound(axes[-1], inputs["audio"][row, 0].cpu(), cmap="magma")
+    return frame, truth
+
+
+def colour(label: int) -> str:
+    return COLOURS[(label - 1) % len(COLOURS)]
+
+
+# --- program ------------------------------------------------------------------------------------------------
+
+
+def main() -> int | str:
+    try:
+        config = tyro.cli(SegmentConfig, prog="python -m avfuse.tasks.segment")
+    except ValueError as error:
+        return f"error: {error}"
+    return program(config, Segmentation, find=partial(find_scenes, subset=config.subset))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,332 @@
+"""Segmentation: both protocols by hand, against torchmetrics and scikit-learn, and what the model may use."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from scene_trees import SHAPES, write_avsbench
+from sklearn.metrics import fbeta_score, jaccard_score
+from torchmetrics.functional import jaccard_index
+
+from avfuse.data import sounding_shapes
+from avfuse.data.clips import Failure, collate
+from avfuse.data.scenes import SHAPE_CLASSES
+from avfuse.data.splits import Found
+from avfuse.inputs import InputSettings
+from avfuse.loop import program
+from avfuse.presets import create_encoder
+from avfuse.tasks.localize import model_inputs
+from avfuse.tasks.segment import (
+    Segmentation,
+    SegmentConfig,
+    Segmenter,
+    avsbench_iou,
+    both_iou,
+    class_mean,
+    class_scores,
+    f_curve,
+    find_scenes,
+    highest_of_mean,
+    mean_of_highest,
+)
+
+INPUTS = InputSettings(image_size=64, mel_bins=32, hop=750)  # 16 + 8 tokens
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return sounding_shapes.generate(tmp_path_factory.mktemp("shapes"), **SHAPES)
+
+
+def encoder(**options):
+    torch.manual_seed(0)
+    return create_encoder("tiny", inputs=INPUTS, **options)
+
+
+def task_of(**options) -> Segmentation:
+    config = SegmentConfig(**dict(checkpoint="none", target="binary") | options)
+    return Segmentation(config, Found([], [], "test", [], 0, dict(shape=SHAPE_CLASSES)))
+
+
+@pytest.fixture
+def batch(shapes):
+    """Six pictures as evaluation reads them."""
+    whole = find_scenes(shapes, lambda _: None)
+    dataset = task_of().dataset(whole.train + whole.test, train=False)
+    return collate([dataset[index] for index in range(6)])
+
+
+def picture(*rows: str) -> torch.Tensor:
+    """(1, H, W): "#" sounds"""
+    return torch.tensor([[[pixel == "#" for pixel in row] for row in rows]])
+
+
+def random_pictures(count=12, size=20):
+    """Probabilities and truths, among them ones without anything that sounds."""
+    torch.manual_seed(0)
+    truth = torch.rand(count, size, size) < torch.rand(count, 1, 1) / 2
+    truth[::4] = False
+    prob = (0.5 * truth + torch.randn(count, size, size) * 0.4 + 0.2).sigmoid()
+    prob[1] = 0.0  # nothing is called sounding
+    prob[2] = 1.0  # everything is
+    prob[4] = 0.1  # nothing sounds, and nothing is called so
+    return prob, truth
+
+
+# --- IoU, two protocols -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pred, truth, avsbench, both",
+    [
+        (("##..", "...."), ("##..", "...."), 1, 1),
+        (("##..", "...."), (".##.", "...."), 1 / 3, (1 / 3 + 5 / 7) / 2),
+        (("....", "...."), ("##..", "...."), 0, (0 + 6 / 8) / 2),  # all background: the protocols differ most
+        (("####", "####"), ("##..", "...."), 2 / 8, (2 / 8 + 0) / 2),
+        (("#...", "...."), ("....", "...."), 7 / 8, (0 + 7 / 8) / 2),  # nothing sounds
+        (("....", "...."), ("....", "...."), 1, 1),
+        (("####", "####"), ("####", "####"), 1, 1),
+    ],
+)
+def test_iou_by_hand(pred, truth, avsbench, both):
+    pred, truth = picture(*pred).float(), picture(*truth)
+    assert avsbench_iou(pred, truth).item() == pytest.approx(avsbench)
+    assert both_iou(pred, truth).item() == pytest.approx(both)
+
+
+def test_half_is_silence():
+    assert avsbench_iou(torch.full((1, 2, 2), 0.5), picture("..", "..")).item() == 1
+
+
+def test_iou_is_that_of_the_libraries():
+    prob, truth = random_pictures()
+    for p, t, ours, mine in zip(prob, truth, avsbench_iou(prob, truth), both_iou(prob, truth), strict=True):
+        pred = p > 0.5
+        if t.any():
+            assert ours.item() == pytest.approx(jaccard_score(t.flatten(), pred.flatten(), zero_division=0))
+        else:
+            assert ours.item() == pytest.approx((~pred).double().mean().item())
+        expected = jaccard_index(pred.long(), t.long(), task="multiclass", num_classes=2, average="macro")
+        assert mine.item() == pytest.approx(expected.item())
+
+
+# --- F, two protocols ---------------------------------------------------------------------------------------
+
+
+def test_f_curve_is_that_of_scikit_learn():
+    prob, truth = random_pictures()
+    prob[3] = (prob[3] * 254).round() / 254  # pixels that lie on the thresholds
+    curves = f_curve(prob, truth)
+    assert curves.shape == (12, 255)
+    for number in (1, 2, 3, 5, 6):
+        for place in (0, 1, 64, 127, 200, 253, 254):
+            called = prob[number] >= torch.linspace(0, 1, 255)[place]
+            expected = fbeta_score(
+                truth[number].flatten(), called.flatten(), beta=math.sqrt(0.3), zero_division=0
+            )
+            assert curves[number, place].item() == pytest.approx(expected, abs=1e-6), (number, place)
+    assert curves[0].isnan().all() and curves[4].isnan().all()  # nothing sounds
+
+
+def test_the_protocols_differ_in_where_they_take_the_maximum():
+    truth = picture("#.", "..").repeat(2, 1, 1)
+    prob = torch.tensor(
+        [[[0.9, 0.8], [0.8, 0.8]], [[0.3, 0.2], [0.2, 0.2]]]
+    )  # right above .8, right above .2
+    curves = f_curve(prob, truth)
+    assert mean_of_highest(curves) == pytest.approx(1)
+    # one threshold for both: from .8 to .9 the first is right and the second finds nothing; or from .2 to .3
+    # the second is right, while of the first a quarter of what is called sounding is: P = 1/4, R = 1
+    both = (1 + 1.3 / 4 / (0.3 / 4 + 1)) / 2
+    assert highest_of_mean(curves) == pytest.approx(both)
+
+
+def test_pictures_in_which_nothing_sounds_leave_f_alone():
+    prob, truth = random_pictures()
+    curves = f_curve(prob, truth)
+    sounding = truth.flatten(1).any(1)
+    assert highest_of_mean(curves) == highest_of_mean(curves[sounding]) > 0
+    assert mean_of_highest(curves) == mean_of_highest(curves[sounding]) >= highest_of_mean(curves)
+    assert highest_of_mean(curves[~sounding]) == mean_of_highest(curves[~sounding]) == 0
+
+
+# --- classes ------------------------------------------------------------------------------------------------
+
+
+def test_class_scores_are_those_of_scikit_learn():
+    torch.manual_seed(0)
+    truth = torch.randint(0, 4, (6, 10, 10))
+    pred = torch.where(torch.rand(6, 10, 10) < 0.6, truth, torch.randint(0, 5, (6, 10, 10)))
+    pred[3], truth[4] = 0, 0
+    iou, f, seen = class_scores(pred, truth, 6)
+    for number in range(6):
+        options = dict(labels=list(range(6)), average=None, zero_division=0)
+        true, called = truth[number].flatten(), pred[number].flatten()
+        np.testing.assert_allclose(iou[number], jaccard_score(true, called, **options))
+        np.testing.assert_allclose(
+            f[number], fbeta_score(true, called, beta=math.sqrt(0.3), **options), atol=1e-12
+        )
+        present = set(true.tolist()) | set(called.tolist())
+        assert {label for label, there in enumerate(seen[number]) if there} == present
+    assert not seen[:, 5].any()
+
+
+def test_class_mean_by_hand():
+    pred = torch.tensor([[[0, 0, 1, 1]], [[0, 0, 0, 0]]])
+    truth = torch.tensor([[[0, 1, 1, 1]], [[0, 0, 2, 2]]])
+    iou, f, seen = class_scores(pred, truth, 4)
+    # background: 1/2 and 2/4, in two pictures; class 1: 2/3, in one; class 2: 0, in one; class 3: nowhere
+    assert class_mean(iou, seen) == pytest.approx(((1 / 2 + 1 / 2) / 2 + 2 / 3 + 0 + 0) / 4)
+    background = 1.3 * 0.5 * 1 / (0.3 * 0.5 + 1)  # P = 1/2, R = 1, in both
+    assert class_mean(f, seen) == pytest.approx((background + 1.3 * (2 / 3) / (0.3 + 2 / 3)) / 4)
+
+
+# --- model --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outputs", [1, 7])
+def test_segmenter(outputs):
+    model = Segmenter(encoder(), outputs, dim=8).eval()
+    image, audio = torch.randn(3, 3, 64, 64), torch.randn(3, 1, 32, 64)
+    with torch.no_grad():
+        logits = model(image, audio)
+        assert logits.shape == (3, outputs, 64, 64)
+        alone = torch.cat([model(image[n : n + 1], audio[n : n + 1]) for n in range(3)])
+        torch.testing.assert_close(alone, logits, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(model(image, audio.flip(0)), logits)
+
+
+@pytest.mark.parametrize("interactions", ["dense", "factorized", "token", "none"])
+def test_gradients_reach_the_encoder(interactions):
+    model = Segmenter(encoder(interactions=interactions), dim=8)
+    model(torch.randn(2, 3, 64, 64), torch.randn(2, 1, 32, 64)).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        last = str(model.encoder.depth - 1)
+        unread = (
+            f"fusion_blocks.{last}." in name
+            or "fusion_norm" in name
+            or interactions == "none"
+            and "fusion" in name
+        )
+        if not unread:  # the last fusion block feeds nothing
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_the_decoder_keeps_places():
+    model = Segmenter(encoder(), dim=8).eval()
+    tokens = torch.zeros(1, 16, 2, 2, requires_grad=True)
+    upper = model.decoder[:1](tokens)  # one token in, two pixels out
+    (gradient,) = torch.autograd.grad(upper[0, :, 0, 3].sum(), tokens)  # top right, its norm apart
+    assert gradient[0, :, 0, 1].abs().sum() > gradient[0, :, 1, 0].abs().sum()
+
+
+# --- task ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, dict(protocol="deepavfusion"), dict(target="semantic")])
+def test_batches_do_not_change_the_rows(batch, options):
+    task = task_of(**options)
+    task.model.eval()
+    with torch.no_grad():
+        rows = task.judge(task.model, task.inputs(batch), batch)
+        for index, row in enumerate(rows):
+            alone = {
+                name: value[index : index + 1] for name, value in batch.items() if torch.is_tensor(value)
+            }
+            (judged,) = task.judge(task.model, task.inputs(alone), alone)
+            for name, value in row.items():
+                np.testing.assert_allclose(judged[name], value, atol=2e-3, err_msg=name)
+    summary = task.summarize(rows)
+    assert {"miou", "f_score"} <= summary.keys() and all(0 <= value <= 1 for value in summary.values())
+
+
+def test_losses_by_hand(batch):
+    for options in ({}, dict(target="semantic")):
+        task = task_of(**options)
+        task.model.eval()
+        inputs = task.inputs(batch) | dict(classes=batch["classes"][:, :96, :96])
+        with torch.no_grad():
+            logits = task.model(**model_inputs(inputs))
+            loss = task.losses(task.model, inputs)["mask_loss"]
+        if task.semantic:
+            right = logits.softmax(1).gather(1, inputs["classes"][:, None])
+        else:
+            right = torch.where(inputs["classes"] > 0, logits[:, 0].sigmoid(), 1 - logits[:, 0].sigmoid())
+        torch.testing.assert_close(loss, -right.log().mean())
+
+
+def test_the_control_hears_nothing(batch):
+    control, other = task_of(modalities="image"), task_of()
+    changed = batch | dict(audio=torch.randn_like(batch["audio"]))
+    control.model.eval(), other.model.eval()
+    with torch.no_grad():
+        same = [control.model(**model_inputs(control.inputs(b))) for b in (batch, changed)]
+        differ = [other.model(**model_inputs(other.inputs(b))) for b in (batch, changed)]
+    assert torch.equal(*same) and not torch.allclose(*differ)
+    assert "control" in control.name and "control" not in other.name
+
+
+@pytest.mark.parametrize("target", ["binary", "semantic"])
+def test_a_batch_without_clips_counts_nothing(target):
+    task = task_of(target=target)
+    inputs = task.inputs(collate([Failure(0, "x", "gone")]))
+    assert task.counts(inputs) == dict(mask_loss=0)
+    loss = task.losses(task.model, inputs)["mask_loss"]
+    (0 * loss).backward()
+    assert loss.isfinite()
+
+
+def run(folder, **options):
+    settings = dict(epochs=1, warmup_epochs=0, batch_size=2, workers=0, checkpoint="none", run=folder)
+    config = SegmentConfig(**settings | dict(target="binary") | options)
+    return program(config, Segmentation, find=lambda *a, **o: find_scenes(*a, **o, subset=config.subset))
+
+
+@pytest.mark.parametrize("target", ["binary", "semantic"])
+def test_a_run_from_end_to_end(shapes, tmp_path, target):
+    assert run(tmp_path / "run", data=shapes, target=target) == 0
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["protocol"].startswith("avsbench") and results["coverage"] == dict(judged=3, expected=3)
+    assert results["task"] == f"{target} segmentation"
+    assert all(0 <= value <= 1 for value in results["metrics"].values())
+    pictures = sorted(path.name for path in (tmp_path / "run/pictures").glob("*.png"))
+    assert pictures == ["segmentation-000000.png", "segmentation-000001.png"]
+
+
+def test_runs_on_avsbench(shapes, tmp_path):
+    write_avsbench(tmp_path / "data", shapes)
+    assert run(tmp_path / "a", data=tmp_path / "data", protocol="deepavfusion") == 0
+    results = json.loads((tmp_path / "a/results.json").read_text())
+    assert results["protocol"].startswith("deepavfusion: central picture, 224 x 224")
+    assert results["coverage"]["expected"] == 15  # each picture of each clip
+    assert "AVSBench S4 test" in results["split"]
+    assert run(tmp_path / "b", data=tmp_path / "data", target="semantic", subset="AVSS") == 0
+    results = json.loads((tmp_path / "b/results.json").read_text())
+    assert "mean over 7 classes with background" in results["protocol"]
+
+
+def test_a_class_list_that_does_not_match_stops_the_run(shapes, tmp_path):
+    write_avsbench(tmp_path / "data", shapes)
+    (tmp_path / "data/label2idx.json").write_text(json.dumps(dict(background=1)))
+    assert "more than --max-unreadable" in run(tmp_path / "run", data=tmp_path / "data", target="semantic")
+    quarantine = (tmp_path / "run/quarantine.jsonl").read_text()
+    assert "while there are 1" in quarantine
+
+
+def test_masks_that_are_missing_stop_a_run_unless_allowed(shapes, tmp_path):
+    uids = write_avsbench(tmp_path / "data", shapes)
+    (tmp_path / f"data/v1s/{uids[4]}/labels_semantic/1.png").unlink()
+    assert "more than --max-unreadable" in run(tmp_path / "a", data=tmp_path / "data")
+    assert run(tmp_path / "b", data=tmp_path / "data", max_unreadable=0.5) == 0
+    assert json.loads((tmp_path / "b/results.json").read_text())["coverage"]["judged"] == 14
+    assert "labels_semantic/1.png" in (tmp_path / "b/quarantine.jsonl").read_text()
+
+
+def test_mistakes_are_explained(tmp_path):
+    assert "neither Sounding Shapes nor AVSBench" in run(tmp_path / "run", data=tmp_path)
+    with pytest.raises(ValueError, match="--protocol deepavfusion does not define --target semantic"):
+        SegmentConfig(target="semantic", protocol="deepavfusion")
+    with pytest.raises(ValueError, match="dim"):
+        SegmentConfig(dim=0)
