@@ -2,12 +2,16 @@
 layer.
 """
 
+import argparse
 import json
 import os
+import pickle
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from safetensors import SafetensorError
@@ -18,6 +22,7 @@ if TYPE_CHECKING:  # it builds on this module
     from .encoder import AVEncoder
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+UNKNOWN = "unknown"
 MODEL_CARD = """---
 {{ card_data }}
 ---
@@ -161,12 +166,37 @@ def _saved_as(cls) -> str:
     return next(base.__name__ for base in cls.__mro__ if Pretrained in base.__bases__)
 
 
+def strictest(licences: Iterable[str]) -> str | None:
+    """The licence that forbids most, of which one that is unknown forbids all; None if there is none."""
+
+    def strictness(licence: str) -> int:
+        words = re.split(r"[^a-z]+", licence.lower())
+        if words == [UNKNOWN] or "other" in words:
+            return 3
+        return 2 if "nc" in words else 1 if {"sa", "gpl", "lgpl", "agpl"} & set(words) else 0
+
+    return max(licences, key=strictness, default=None)
+
+
 def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors in a safetensors file, by name."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"weights {path} cannot be read: {error}") from error
+
+
+def read_pth(path: str | os.PathLike) -> dict:
+    """What torch.save wrote, of which only tensors and plain containers are accepted: no code runs.
+
+    Published checkpoints keep their command line as an `argparse.Namespace`. It is let in because it is such
+    a container: reading one sets its attributes, to values under the same restriction, and calls nothing.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, IsADirectoryError) as error:
+        raise ValueError(f"weights {path} is no file of weights alone: {error}") from error
 
 
 def load_strictly(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:

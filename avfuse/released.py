@@ -7,7 +7,6 @@ Where the released dense module forms all pairs, this one uses the exact identit
 
 import math
 import os
-import pickle
 import re
 from functools import wraps
 
@@ -31,7 +30,7 @@ from .fusion import (
 from .inputs import InputSettings
 from .mae import AVMAE
 from .ops.pair_attention import masked_attention, pair_attention
-from .pretrained import load_strictly, read_safetensors
+from .pretrained import load_strictly, read_pth, read_safetensors
 from .vit import ratio_of
 
 INTERACTIONS = {"dense_mmi": "dense", "factorized_mmi": "factorized", "token": "token", "none": "none"}
@@ -273,14 +272,6 @@ def read_weights(source) -> dict[str, Tensor]:
     if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
         raise ValueError("state_dict_or_path must hold tensors by name, by itself or under 'state_dict'")
     return {name.removeprefix("module."): weight for name, weight in weights.items()}
-
-
-def read_pth(path):
-    """A file of torch.save, of which only tensors and plain containers are accepted: no code runs."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, IsADirectoryError) as error:
-        raise ValueError(f"state_dict_or_path {path} is no file of weights alone: {error}") from error
 
 
 def infer_settings(weights: dict[str, Tensor]) -> dict:
