@@ -235,6 +235,8 @@ def from_deepavfusion(state_dict_or_path, *, config: dict | None = None) -> nn.M
     Raises:
         ValueError: weights of none of these models, an unknown config key, or weights that do not fit
         strictly.
+
+    The weights began as MAE's and AudioMAE's, whose licence `AVEncoder.origins` names.
     """
     weights = read_weights(state_dict_or_path)
     settings = infer_settings(weights) | check_config(config)
@@ -407,6 +409,8 @@ def make_released_encoder(settings: dict) -> ReleasedEncoder:
         )
 
     image, audio = vit(3, settings["image_size"]), vit(1, settings["audio_size"])
+    for branch in image, audio:
+        branch.origin = dict(weights="DeepAVFusion", family="DeepAVFusion", licence="CC-BY-NC-4.0")
     layers = settings["fusion_layers"]
     if layers not in ("all", "none"):
         layers = [int(layer) for layer in str(layers).split("-")]

@@ -21,7 +21,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .checks import check_choice, check_count
-from .pretrained import CONFIG, UNKNOWN, WEIGHTS, read_pth, read_safetensors, strictest
+from .model_card import UNKNOWN, strictest
+from .pretrained import CONFIG, WEIGHTS, read_pth, read_safetensors
 
 AXES = ("frequency-time", "time-frequency")
 LICENCES = {  # of what their authors published; DeepAVFusion's weights began as MAE's and AudioMAE's

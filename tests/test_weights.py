@@ -14,7 +14,7 @@ from models import AUDIO, IMAGE, make_encoder, make_vit, randomized
 from safetensors.torch import load_file, save_file
 
 from avfuse import AVMAE, AVEncoder, load_audio_weights, load_image_weights
-from avfuse.pretrained import strictest
+from avfuse.model_card import strictest
 
 D, HEADS, DEPTH = 32, 2, 3
 
@@ -387,6 +387,7 @@ def test_the_strictest_licence_is_found():
         (["apache-2.0", "CC-BY-NC-4.0", "gpl-3.0"], "CC-BY-NC-4.0"),
         (["mit", "cc-by-sa-4.0"], "cc-by-sa-4.0"),
         (["unknown", "cc-by-nc-4.0"], "unknown"),
+        (["cc-by-nc-sa-4.0", "other"], "other"),
     ):
         assert strictest(licences) == strictest_one
 
