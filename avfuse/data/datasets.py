@@ -1,0 +1,192 @@
+"""A folder as a data set: which one it is, the clips to train and to test on, and how much of it is there.
+
+    found = find_dataset(folder)
+    found.train, found.test, found.coverage
+
+A folder with a manifest (`python -m avfuse.data check`) is read from that alone.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checks import check_choice
+from . import audioset, manifest, music, sounding_shapes, vggsound
+from .annotations import Listing, describe_coverage
+from .clips import Scan, find_clips, scan_clips, walk
+from .decode import ClipError
+from .table import Clip, ClipTable
+
+DATA_SETS = ("auto", "vggsound", "audioset", "music", "music21", "sounding-shapes", "folder")
+SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Found:
+    """The clips of a data set, and what was found when looking for them."""
+
+    name: str  # of the data set
+    train: ClipTable
+    test: ClipTable
+    test_name: str  # what to call the latter
+    unreadable: list[ClipError]
+    looked_at: int  # files
+    coverage: dict[str, tuple[int, int]]  # split -> (clips that can be used, clips that its lists name)
+    said: list[str]  # lines for people
+
+
+def find_dataset(
+    root: str | Path,
+    *,
+    data_set: str = "auto",
+    train_split: str | None = None,
+    missing: str = "drop",
+    progress: bool = True,
+    workers: int = 8,
+    timeout: float = 60.0,
+) -> Found:
+    """The clips to train on and to test on, from the folder's manifest or else by looking at its files.
+
+    Splits whose names end in "train" are trained on; "test" or "eval" is tested on, or the training clips
+    where there is neither.
+
+    Args:
+        root: the data folder.
+        data_set: how it is laid out, one of `DATA_SETS`; "auto" tells by its files.
+        train_split: the one split to train on where there are several, such as "balanced_train" of AudioSet.
+        missing: what becomes of clips without sound or without pictures, "drop" or "keep".
+        progress, workers, timeout: of the scan of a folder without a manifest, as for `find_clips`.
+
+    Raises:
+        ValueError: an argument is none of its choices, there is no such split, or the folder is not laid out
+            as its data set should be, or holds no clip to use.
+    """
+    root = Path(root)
+    check_choice("missing", missing, ("drop", "keep"))
+    check_choice("data_set", data_set, DATA_SETS)
+    options = dict(missing=missing, progress=progress, workers=workers, timeout=timeout)
+    if data_set == "auto" and manifest.has_manifest(root):
+        header = manifest.read_header(root)
+        name, classes, expected = header.name, header.classes, header.expected
+        said = [f"{describe_coverage(name, expected, header.missing)}, as {manifest.FILE} has it"]
+        sides = _sides(root, expected, train_split)
+        scans = _read_manifest(root, sides, classes, kept=missing == "keep")
+    elif (data_set if data_set != "auto" else recognise(root)) == "folder":
+        folders = _folders(root)
+        name, classes, expected, said = str(root), {}, {}, []
+        sides = _sides(root, folders, train_split)
+        scans = {sides[split]: find_clips(folder, **options) for split, folder in folders.items()}
+    else:
+        listing = list_dataset(root, data_set)
+        name, classes, expected, said = listing.name, listing.classes, listing.expected, listing.summary()
+        sides = _sides(root, expected, train_split)
+        clips = {side: [] for side in SPLITS if side in sides.values()}
+        for split, side in sides.items():
+            clips[side] += listing.found.get(split, [])
+        scans = {side: scan_clips(clips[side], **options) for side in clips}
+    for side, scan in scans.items():
+        said.append(f"{side}: {scan.summary()}" if len(scans) > 1 else scan.summary())
+    if len(scans) == 1:
+        said.append("no clips to test on inside: what is measured are the training clips themselves")
+    tables = {side: _table(scan.clips, classes) for side, scan in scans.items()}
+    named = {side: sum(expected.get(split, 0) for split in sides if sides[split] == side) for side in scans}
+    return Found(
+        name=name,
+        train=tables["train"],
+        test=tables.get("test", tables["train"]),
+        test_name="held-out clips" if "test" in tables else "training clips",
+        unreadable=[error for scan in scans.values() for error in scan.unreadable],
+        looked_at=sum(scan.looked_at for scan in scans.values()),
+        coverage={side: (len(tables[side]), named[side] or scans[side].looked_at) for side in scans},
+        said=said,
+    )
+
+
+def list_dataset(root: str | Path, data_set: str = "auto") -> Listing:
+    """A data folder by its lists and file names, whatever its manifest says; nothing is opened.
+
+    Raises:
+        ValueError: `data_set` is none of `DATA_SETS`, or the folder is not laid out as that one should be.
+    """
+    root = Path(root)
+    check_choice("data_set", data_set, DATA_SETS)
+    data_set = recognise(root) if data_set == "auto" else data_set
+    if data_set == "vggsound":
+        return vggsound.read(root)
+    if data_set == "audioset":
+        return audioset.read(root)
+    if data_set in ("music", "music21"):
+        return music.read(root, list_=music.LIST if data_set == "music" else music.LIST_21)
+    listing = Listing(sounding_shapes.NAME if data_set == "sounding-shapes" else root.name, root)
+    if data_set == "sounding-shapes":
+        listing.classes = sounding_shapes.CLASSES
+        found = {split: sounding_shapes.clips(root, split) for split in SPLITS}
+    else:
+        found = {}
+        for split, folder in _folders(root).items():
+            paths, links, unlisted = walk(folder)
+            found[split] = [Clip(path) for path in sorted(paths)]
+            listing.links += links
+            listing.unlisted += unlisted
+    listing.found = {split: clips for split, clips in found.items() if clips}
+    listing.expected = Counter({split: len(clips) for split, clips in listing.found.items()})
+    return listing
+
+
+def recognise(root: Path) -> str:
+    """Which of `DATA_SETS` a folder is, by its files."""
+    for name, path in (
+        ("vggsound", vggsound.LIST),
+        ("audioset", audioset.CLASS_LIST),
+        ("music", music.LIST),
+        ("music21", music.LIST_21),
+    ):
+        if (root / path).exists():
+            return name
+    return "sounding-shapes" if sounding_shapes.is_built(root) else "folder"
+
+
+def _folders(root: Path) -> dict[str, Path]:
+    """The folders of the splits in a plain folder of videos."""
+    if not root.is_dir():
+        raise ValueError(f"folder {root} " + ("is a file" if root.exists() else "does not exist"))
+    inside = {split: root / split for split in SPLITS}
+    return inside if all(folder.is_dir() for folder in inside.values()) else {"train": root}
+
+
+def _sides(root: Path, splits: Iterable[str], train_split: str | None) -> dict[str, str]:
+    """Split -> "train" or "test", of those that are wanted."""
+    splits = list(splits)
+    train = [split for split in splits if split.endswith("train")]
+    if train_split is not None:
+        if train_split not in splits:
+            raise ValueError(f"train_split must be one of {', '.join(splits)}, got {train_split!r}")
+        train = [train_split]
+    if not train:
+        raise ValueError(
+            f"folder {root} has no clip to train on: its splits are {', '.join(splits) or 'none'}"
+        )
+    return dict.fromkeys(train, "train") | {
+        split: "test" for split in splits if split in ("test", "eval") and split not in train
+    }
+
+
+def _read_manifest(root: Path, sides: dict[str, str], classes: dict, *, kept: bool) -> dict[str, Scan]:
+    """The scans that the manifest stands for. Clips that it knows to be broken are not opened again; one that
+    has gone since is found out when it is read, so that the data stay those that the run began with.
+    """
+    scans = {
+        side: Scan(ClipTable(classes=classes, root=root), [], [], [], kept=kept) for side in sides.values()
+    }
+    for entry in manifest.read_entries(root):
+        if entry.split in sides:
+            clip = entry.clip(root)
+            scans[sides[entry.split]].add(
+                clip, ClipError(clip.path, entry.error) if entry.error else clip.streams
+            )
+    return scans
+
+
+def _table(clips: list[Clip] | ClipTable, classes: dict) -> ClipTable:
+    return clips if isinstance(clips, ClipTable) else ClipTable(clips, classes=classes)
