@@ -7,6 +7,7 @@ origin like any other: each line is checked, and no path in it leaves the folder
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -18,15 +19,6 @@ from .table import Clip
 
 FILE = "avfuse-manifest.jsonl"
 VERSION = 1
-TYPES = {  # of the values of a line, by the annotation of the field
-    "str": str,
-    "int": int,
-    "bool": bool,
-    "dict": dict,
-    "float": (int, float),
-    "float | None": (int, float, type(None)),
-    "str | None": (str, type(None)),
-}
 
 
 @dataclass(frozen=True)
@@ -67,11 +59,16 @@ class Entry:
     def __post_init__(self):
         for each in fields(self):
             value = getattr(self, each.name)
-            if not isinstance(value, TYPES[each.type]) or isinstance(value, bool) != (each.type == "bool"):
+            wanted = (
+                int | each.type if each.type in (float, float | None) else each.type
+            )  # JSON has 4 for 4.0
+            if not isinstance(value, wanted) or isinstance(value, bool) != (each.type is bool):
                 raise ValueError(f"{each.name} is {value!r}")
         if not (math.isfinite(self.seconds) and 0 <= self.fps < math.inf and 0 <= self.bytes < 2**62):
             raise ValueError(f"seconds {self.seconds}, fps {self.fps}, bytes {self.bytes}")
         os.fsencode(self.path)  # or it is no path
+        if not re.fullmatch(r"[\w-]{0,64}", self.split):
+            raise ValueError(f"split is {self.split!r}")
         path = PurePosixPath(self.path)
         if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in self.path:
             raise ValueError(f"path {self.path!r} leaves the data folder")
@@ -107,7 +104,7 @@ def read_header(root: Path) -> Header:
         try:
             header = Header(**json.loads(next(lines, "")))
             for each in fields(Header):
-                if each.type == "dict" and not isinstance(getattr(header, each.name), dict):
+                if each.type is dict and not isinstance(getattr(header, each.name), dict):
                     raise TypeError(f"{each.name} is no dictionary")
             for names in header.classes.values():
                 if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
