@@ -13,6 +13,7 @@ from .inputs import InputSettings
 from .mae import AVMAE
 from .ops.pair_attention import pair_attention, pair_attention_weights
 from .presets import create_encoder
+from .pretrained import load_encoder
 from .released import from_deepavfusion
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "TokenFusion",
     "create_encoder",
     "from_deepavfusion",
+    "load_encoder",
     "pair_attention",
     "pair_attention_weights",
 ]

@@ -4,7 +4,7 @@ import json
 import math
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -65,14 +65,18 @@ def memory_advice(micro_batch: int, *, checkpointing: bool, precision: str):
 
 
 def examine(
-    model: nn.Module, batches: Sequence[dict[str, Tensor]], names: Sequence[Sequence[str]]
+    model: nn.Module,
+    losses: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    batches: Sequence[dict[str, Tensor]],
+    names: Sequence[Sequence[str]],
 ) -> dict[str, list]:
     """Why a loss is not finite: the clips whose own loss is not, alone in a batch, and the modules with the
     largest outputs, those that are not finite first, in the order in which they ran.
 
     Args:
         model: as it was before the step; its weights are not changed.
-        batches: inputs of the model, as dictionaries.
+        losses: runs the model on a batch, and returns its losses by name.
+        batches: what `losses` takes.
         names: the names of the clips in each.
     """
     largest: dict[str, float] = {}
@@ -93,8 +97,8 @@ def examine(
         with torch.no_grad():
             for batch, of_batch in zip(batches, names, strict=True):
                 for index, name in enumerate(of_batch):
-                    loss = model(**{key: value[index : index + 1] for key, value in batch.items()}).loss
-                    if not torch.isfinite(loss):
+                    alone = {key: value[index : index + 1] for key, value in batch.items()}
+                    if not all(torch.isfinite(loss) for loss in losses(alone).values()):
                         clips.append(name)
     finally:
         for hook in hooks:

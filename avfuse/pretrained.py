@@ -6,12 +6,16 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+if TYPE_CHECKING:  # it builds on this module
+    from .encoder import AVEncoder
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 MODEL_CARD = """---
@@ -91,6 +95,65 @@ class Pretrained(
                 token=token,
             )
         return load_strictly(model, read_safetensors(local))
+
+
+def load_encoder(checkpoint: str | os.PathLike) -> "AVEncoder":
+    """The encoder of whatever training left or others published, in eval mode.
+
+    Args:
+        checkpoint: a run folder (its model/ is meant), the folder of a saved `AVMAE` or `AVEncoder`, the name
+            of one on the Hugging Face hub, or a file of released DeepAVFusion weights (.pth, .safetensors).
+
+    Raises:
+        ValueError: it is none of these, or damaged: names it and, of a folder, what it holds.
+    """
+    from .encoder import AVEncoder  # all three build on this module
+    from .mae import AVMAE
+    from .released import from_deepavfusion
+
+    path = Path(checkpoint)
+    if path.is_file():
+        try:
+            model = from_deepavfusion(path)
+        except ValueError as error:
+            raise ValueError(f"checkpoint {checkpoint} is no released DeepAVFusion model: {error}") from error
+    else:
+        source = path / "model" if (path / "model").is_dir() else checkpoint
+        saved = _class_at(source)
+        if saved not in ("AVEncoder", "AVMAE"):
+            found = f"a model of class {saved}" if saved else _contents(path)
+            raise ValueError(f"checkpoint {checkpoint} must hold an AVEncoder or AVMAE, but holds {found}")
+        model = (AVMAE if saved == "AVMAE" else AVEncoder).from_pretrained(source)
+    encoder = model.encoder if isinstance(model, AVMAE) else model
+    if not isinstance(encoder, AVEncoder):
+        raise ValueError(f"checkpoint {checkpoint} holds a single {type(model).__name__}, no encoder")
+    return encoder
+
+
+def _class_at(source: str | os.PathLike) -> str | None:
+    """The class in the config.json of a folder or of a name on the hub; None if it is none of avfuse's."""
+    try:
+        is_folder = Path(source).is_dir()
+        file = Path(source) / CONFIG if is_folder else hf_hub_download(os.fspath(source), CONFIG)
+        config = json.loads(Path(file).read_text()) if Path(file).is_file() else None
+    except HFValidationError as error:
+        raise ValueError(f"checkpoint {source} is no file, no folder and no name on the hub") from error
+    except (OSError, EntryNotFoundError) as error:
+        raise ValueError(
+            f"checkpoint {source} is no file or folder, nor found on the hub: {error}"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"checkpoint {source}: {CONFIG} is damaged: {error}") from error
+    is_ours = isinstance(config, dict) and config.get("library") == "avfuse"
+    return config.get("class") if is_ours else None
+
+
+def _contents(path: Path) -> str:
+    if not path.is_dir():
+        return f"no {CONFIG} of an avfuse model"
+    names = sorted(entry.name for entry in path.iterdir())
+    listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return (listed or "nothing") + (": a run that has not ended" if "checkpoints" in names else "")
 
 
 def _saved_as(cls) -> str:

@@ -1,7 +1,6 @@
 """What a pretraining run is: its settings, the paper's own runs as presets, and what a run will cost."""
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -18,14 +17,15 @@ from .data import sounding_shapes
 from .data.clips import SUFFIXES
 from .mae import AVMAE, count_removed
 from .presets import create_encoder
+from .settings import LoopConfig, check_config, check_positive, learning_rate, schedule_of
 from .vit import input_shape
 
 PROGRAM = "python -m avfuse.train"
 ADAMW_BYTES = 16  # per parameter in float32: weight, gradient, two moments
 
 
-@dataclass
-class TrainConfig:
+@dataclass(kw_only=True)
+class TrainConfig(LoopConfig):
     """Pretrain an audio-visual early-fusion transformer by masked autoencoding (DeepAVFusion, Sec. 3.2).
 
     Without arguments it builds the embedded data set, Sounding Shapes, under data/, pretrains the "tiny"
@@ -47,13 +47,8 @@ class TrainConfig:
     plan: bool = False
     """Print batch, learning rate, steps, parameters, tokens and estimated memory, and stop."""
 
-    data: Path | None = None
-    """Folder of videos (searched recursively; train/ and test/ inside it are the splits). Default: Sounding
-    Shapes, built once."""
     run: Annotated[Path, tyro.conf.arg(name="run-dir")] = Path("runs/demo")
     """Run folder: config, metrics, checkpoints, pictures, report, final model."""
-    restart: bool = False
-    """Delete what the run folder holds and begin anew; not for commands that a scheduler repeats."""
 
     model: Literal["tiny", "small", "base", "large"] = "tiny"
     """Size of both transformers; the paper's is base."""
@@ -94,63 +89,15 @@ class TrainConfig:
     """Epochs of linear warm-up before the cosine decay; the paper's are 40 of 200."""
     batch_size: int = 64
     """Clips per step, over all processes; a smaller data set shrinks it. The paper's is 512."""
-    micro_batch: int = 0
-    """Clips that a process takes at once; gradients are accumulated over the rest of its share of the batch.
-    0 = its whole share. Changes memory and speed, not the losses."""
     base_lr: float = 6e-3
     """Learning rate per 256 clips: lr = base_lr * batch / 256. The paper's is 1.5e-4; a tiny model on a small
     set wants a larger one."""
-    weight_decay: float = 0.05
-    """AdamW weight decay; biases and norms are left out (the paper's)."""
-    clip_grad: float = 1.0
-    """Largest gradient norm; 0 = no clipping (the paper names none)."""
-    ema: float = 0.0
-    """Decay of an exponential moving average of the weights, such as 0.9999, which is then what is measured
-    and saved; 0 = none (the paper's)."""
-    precision: Literal["no", "fp16", "bf16"] = "no"
-    """Mixed precision of Accelerate."""
-    grad_checkpointing: bool = False
-    """Recompute activations in the backward: less memory, more time, same losses."""
-
-    missing: Literal["drop", "keep"] = "drop"
-    """A clip without sound or without pictures: drop it (counted and named), or keep it with that modality
-    absent.
-    """
-    max_unreadable: float = 0.01
-    """Share of the clips that may turn out unreadable before the run stops."""
-    clip_timeout: float = 60.0
-    """Seconds a worker may take over one clip before it is replaced, and the clip named."""
-    workers: Annotated[int, tyro.conf.arg(aliases=["-j"])] = 2
-    """Worker processes that read clips, for each process that trains; 0 reads in the training process, where
-    a decoder that hangs or crashes takes the run with it."""
-    seed: int = 0
-    """Seed of weights, masks, crops and order."""
     probe_clips: int = 256
     """Held-out clips for the loss and the nearest-neighbour probe."""
     measure_every: int = 80
     """Steps between measures and pictures on the way; before and after there always are. 0 = none."""
-    checkpoint_every: int = 40
-    """Steps between checkpoints; there always is one at the end."""
-    keep_checkpoints: int = 2
-    """How many of the latest checkpoints stay."""
     clips: Annotated[int | None, tyro.conf.Suppress] = None
     """Published size of the preset's training set, for --plan."""
-
-
-# These change how a run is carried out, not what comes out: they may differ when it is resumed.
-FREE = {
-    *(
-        "preset",
-        "plan",
-        "run",
-        "restart",
-        "micro_batch",
-        "grad_checkpointing",
-        "max_unreadable",
-        "clip_timeout",
-    ),
-    *("workers", "measure_every", "checkpoint_every", "keep_checkpoints", "clips"),
-}
 
 
 # --- the paper's runs (Sec. 4.1; released code where the paper is silent) -----------------------------------
@@ -241,30 +188,10 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
     return tyro.cli(TrainConfig, prog=PROGRAM, args=arguments, default=default)
 
 
-def check_config(config: TrainConfig) -> None:
+def check_recipe(config: TrainConfig) -> None:
     """Raises ValueError naming the option that makes no sense."""
-    for name in ("epochs", "batch_size", "probe_clips", "checkpoint_every", "keep_checkpoints"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{option(name)} must be positive, got {getattr(config, name)}")
-    for name in (
-        *("warmup_epochs", "workers", "clip_grad", "weight_decay", "base_lr", "micro_batch", "measure_every"),
-        *("max_unreadable", "seed"),
-    ):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise ValueError(f"{option(name)} must not be negative, got {getattr(config, name)}")
-    if not 0 < config.clip_timeout < math.inf:
-        raise ValueError(f"--clip-timeout must be a positive number of seconds, got {config.clip_timeout}")
-    if config.seed >= 2**32:
-        raise ValueError(f"--seed must be below 2**32, got {config.seed}")
-    if config.warmup_epochs > config.epochs:
-        raise ValueError(f"--warmup-epochs {config.warmup_epochs} are more than --epochs {config.epochs}")
-    if not 0 <= config.ema < 1:
-        raise ValueError(f"--ema must be in [0, 1), got {config.ema}")
-
-
-def option(name: str) -> str:
-    """The name of a setting on the command line."""
-    return "--" + name.replace("_", "-")
+    check_config(config)
+    check_positive(config, "probe_clips")
 
 
 def make_model(config: TrainConfig) -> AVMAE:
@@ -288,59 +215,6 @@ def make_model(config: TrainConfig) -> AVMAE:
         image_mask_ratio=config.image_mask_ratio,
         audio_mask_ratio=config.audio_mask_ratio,
     )
-
-
-# --- the way through the data -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Which clips make up a step, and which of them one of several processes reads, whatever their number.
-
-    An epoch is cut into batches of `batch_size` clips, the rest is left out. A batch is dealt out to the
-    processes clip by clip, and each takes its share in micro-batches of at most `micro_batch`.
-    """
-
-    clips: int
-    epochs: int
-    batch_size: int  # over all processes
-    micro_batch: int
-    process: int = 0
-    processes: int = 1
-
-    def __post_init__(self):
-        if self.batch_size < self.processes:
-            raise ValueError(
-                f"--batch-size {self.batch_size} leaves some of the {self.processes} processes without a clip"
-            )
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.clips // self.batch_size
-
-    @property
-    def steps(self) -> int:
-        return self.epochs * self.steps_per_epoch
-
-    def micro_batches(self, order: Sequence, step: int) -> list[Sequence]:
-        """This process's share of the batch of a step, out of the order of the clips in its epoch."""
-        start = step % self.steps_per_epoch * self.batch_size
-        share = order[start : start + self.batch_size][self.process :: self.processes]
-        return [share[i : i + self.micro_batch] for i in range(0, len(share), self.micro_batch)]
-
-
-def schedule_of(config: TrainConfig, clips: int, process: int = 0, processes: int = 1) -> Schedule:
-    """The schedule over a data set of `clips` clips; one smaller than the batch shrinks it."""
-    batch_size = min(config.batch_size, clips)
-    share = -(-batch_size // processes)
-    return Schedule(
-        clips, config.epochs, batch_size, min(config.micro_batch or share, share), process, processes
-    )
-
-
-def learning_rate(config: TrainConfig, batch_size: int) -> float:
-    """The linear scaling rule, lr = base_lr * batch / 256."""
-    return config.base_lr * batch_size / 256
 
 
 # --- what a run will cost -----------------------------------------------------------------------------------

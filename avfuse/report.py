@@ -30,7 +30,8 @@ NAMES, HEADER = 200, ("path", "reason", "when")  # of unreadable clips
 INK, GREEN, PINK = "#010203", "#009E73", "#CC79A7"  # text and axes; two more colours of the palette
 VARIABLES = {INK: "ink", BLUE: "image", ORANGE: "audio", GREEN: "fusion", PINK: "sum", GREY: "grey"}
 FEATURES = dict(image=(BLUE, "o-"), audio=(ORANGE, "s--"), fusion=(GREEN, "^-."), sum=(PINK, "D:"))
-COLUMNS = dict(
+COLUMNS = dict(  # of a step that are no loss of a task's own
+    loss="Loss",
     image_loss="Image loss",
     audio_loss="Audio loss",
     lr="Learning rate",
@@ -38,7 +39,7 @@ COLUMNS = dict(
     throughput="Clips per second",
     waiting="Share of time waiting for data",
 )
-PICTURES = dict(
+PICTURES = dict(  # the first to show; those of tasks are called what their files are
     reconstructions="Original, what the model sees, and what it makes of it",
     attention="Where the fusion tokens of the last fusion block look and listen",
 )
@@ -118,6 +119,7 @@ def page(run: Path, config: dict) -> str:
     sections = (
         section("Status", status, config, metrics, steps, measures),
         section("Curves", curves, steps, measures),
+        section("Results", results, [row for row in measures if isinstance(row.get("metrics"), dict)]),
         section("Nearest-neighbour probe", probes, [row for row in measures if row.get("probes")]),
         section("Pictures over time", pictures, run / "pictures"),
         section("Clips that could not be read", quarantine, read_objects(run / "quarantine.jsonl")),
@@ -254,6 +256,20 @@ def curve(steps: list[dict], measures: list[dict], name: str) -> str:
         return figure(axis, f"{COLUMNS[name]}: {y[-1]:.4g} at step {x[-1]:.0f}")
 
 
+def results(measures: list[dict]) -> str:
+    """The metrics of a task, at the first measure and the last, and how each went."""
+    first_and_last = spread(measures, 2)
+    names = list(first_and_last[-1]["metrics"])
+    cells = [[name, *(told(row["metrics"].get(name)) for row in first_and_last)] for name in names]
+    steps = [f"step {row['step']}" for row in first_and_last]
+    judged = first_and_last[-1].get("judged", "?")
+    return paragraph(f"{judged} {first_and_last[-1].get('clips', 'clips')}") + table(cells, ["", *steps])
+
+
+def told(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
 def probes(measures: list[dict]) -> str:
     """The first and the last measure in numbers, all of them in curves."""
     lines, figures = [], []
@@ -287,7 +303,10 @@ def chance(features: dict[str, dict]) -> float:
 def pictures(folder: Path) -> str:
     """A row of moments to choose from for each kind of picture; at first the last one shows."""
     text = ""
-    for kind, caption in PICTURES.items():
+    others = {
+        path.stem[:-7] for path in folder.glob("*-[0-9][0-9][0-9][0-9][0-9][0-9].png")
+    } - PICTURES.keys()
+    for kind, caption in (PICTURES | {kind: kind.capitalize() for kind in sorted(others)}).items():
         found = {path.stem.removeprefix(f"{kind}-"): path for path in folder.glob(f"{kind}-*.png")}
         moments = sorted((int(step), path) for step, path in found.items() if step.isdecimal())
         images = {step: uri for step, path in spread(moments, MOMENTS) if (uri := embedded(path))}

@@ -16,13 +16,13 @@ from tqdm import tqdm
 from .data.clips import Clip, Failure, printable
 from .data.decode import ClipError
 from .faults import RunError
-from .recipes import FREE, option
+from .settings import FREE, option
 
 CONFIG, LOCK = "config.json", ".lock"
 SAID = 20  # unreadable clips that are named on the terminal
 CONTENTS = (  # the configuration last: while it is there, a restart that was cut short can be repeated
-    *("index.html", "metrics.jsonl", "quarantine.jsonl"),
-    *("checkpoints", "faults", "model", "pictures", "tensorboard", CONFIG),
+    *("index.html", "metrics.jsonl", "quarantine.jsonl", "results.json"),
+    *("checkpoints", "faults", "model", "pictures", "sounds", "tensorboard", CONFIG),
 )
 
 

@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from avfuse import AVMAE, train
+from avfuse import AVMAE, loop, train
 from avfuse.checkpoints import list_checkpoints
 from avfuse.data import sounding_shapes
 from avfuse.faults import RunError, Signals, examine, memory_advice
+from avfuse.loop import set_up
 from avfuse.recipes import TrainConfig
-from avfuse.train import main, set_up
+from avfuse.train import Pretraining, main
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +56,14 @@ def losses(run) -> dict[int, float]:
 
 def send_at(monkeypatch, step, *numbers):
     """Sends signals to this process in the middle of a step."""
-    take = train.train_step
+    take = loop.train_step
 
     def send_then_take(run, at, *args):
         for number in numbers if at == step else ():
             os.kill(os.getpid(), number)
         return take(run, at, *args)
 
-    monkeypatch.setattr(train, "train_step", send_then_take)
+    monkeypatch.setattr(loop, "train_step", send_then_take)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -97,22 +98,22 @@ def test_signals_are_as_they_were_afterwards():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_before_the_update(config, monkeypatch, value):
     """One pixel of one clip is spoilt in the first micro-batch of step 3."""
-    run = set_up(config)
-    calls, spoilt, prepare = count(), {}, train.model_inputs
+    run = set_up(config, Pretraining)
+    calls, spoilt, prepare = count(), {}, run.task.inputs
 
-    def spoil(mae, batch):
-        inputs = prepare(mae, batch)
+    def spoil(batch):
+        inputs = prepare(batch)
         if next(calls) != 4:  # two micro-batches in each of the two steps before
             return inputs
-        spoilt["clip"] = str(run.train_clips[batch["index"][1]].path)
-        spoilt["weights"] = {name: tensor.clone() for name, tensor in run.mae.state_dict().items()}
+        spoilt["clip"] = str(run.found.train[batch["index"][1]].path)
+        spoilt["weights"] = {name: tensor.clone() for name, tensor in run.task.model.state_dict().items()}
         inputs["image"][1, 0, 0, 0] = value
         inputs["image_removed"][1] = inputs["image_removed"][1].sort().values.flip(0)  # the first are hidden
         return inputs
 
-    monkeypatch.setattr(train, "model_inputs", spoil)
+    monkeypatch.setattr(run.task, "inputs", spoil)
     with pytest.raises(RunError, match="step 3: the loss is nan.*; nothing was updated") as stopped:
-        train.train(run)
+        loop.train(run)
     assert f"not finite: {spoilt['clip']} (the batch" in str(stopped.value)
     assert sorted(losses(config.run)) == [1, 2]
 
@@ -133,15 +134,15 @@ def test_examine_finds_clip_and_module():
             self.first, self.second, self.third = nn.Linear(2, 2), nn.Linear(2, 2), nn.Identity()
 
         def forward(self, x):
-            from types import SimpleNamespace
-
-            return SimpleNamespace(loss=self.third(self.second(self.first(x)) ** 3).mean())
+            return self.third(self.second(self.first(x)) ** 3).mean()
 
     model = Model()
     nn.init.eye_(model.first.weight), nn.init.zeros_(model.first.bias)
     nn.init.constant_(model.second.weight, 1e13), nn.init.zeros_(model.second.bias)
     x = torch.tensor([[1e-13, 0.0], [1.0, 1.0], [2e-13, 1e-13]])
-    report = examine(model, [dict(x=x[:2]), dict(x=x[2:])], [["a", "b"], ["c"]])
+    report = examine(
+        model, lambda batch: dict(loss=model(**batch)), [dict(x=x[:2]), dict(x=x[2:])], [["a", "b"], ["c"]]
+    )
     assert report["clips"] == ["b"]  # (2e13)**3 is above the largest float32
     assert [name for name, _ in report["largest"]] == ["third", "second", "first"]
     assert report["largest"][0][1] == "inf" and float(report["largest"][2][1]) == 1.0
@@ -151,12 +152,12 @@ def test_out_of_memory_says_what_to_change(config, monkeypatch):
     def forward(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    run = set_up(config)
+    run = set_up(config, Pretraining)
     monkeypatch.setattr(AVMAE, "forward", forward)
     run.first_step = 1  # past the measures before training
     advice = "--micro-batch 1 .same losses., --grad-checkpointing .same losses, more time., --precision bf16"
     with pytest.raises(RunError, match=f"out of memory with micro-batches of 2 clips: try {advice}"):
-        train.train(run)
+        loop.train(run)
 
 
 def test_memory_advice_is_what_is_left_to_try():

@@ -4,6 +4,8 @@ groups hold every parameter once.
 
 import json
 import os
+import re
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -13,8 +15,9 @@ from models import AUDIO, IMAGE, make_encoder, make_inputs, make_vit, randomized
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from avfuse import AVMAE, AVEncoder, InputSettings, create_encoder
+from avfuse import AVMAE, AVEncoder, InputSettings, create_encoder, load_encoder
 from avfuse.encoder import INTERACTIONS
+from avfuse.released import ReleasedEncoder
 from avfuse.vit import build_vit, describe_vit, ratio_of
 
 VITS = {
@@ -293,6 +296,83 @@ def test_options_that_would_be_ignored_are_refused(tmp_path):
     make_encoder().save_pretrained(tmp_path)
     with pytest.raises(TypeError, match="interactions"):
         AVEncoder.from_pretrained(tmp_path, interactions="token")
+
+
+# --- the encoder of whatever there is -----------------------------------------------------------------------
+
+
+def test_encoders_are_found_in_runs_and_saved_models(tmp_path):
+    mae = make_mae().float()
+    for folder in tmp_path / "saved", tmp_path / "run" / "model":
+        mae.save_pretrained(folder)
+    (tmp_path / "run" / "config.json").write_text('{"settings": {}}')  # a run's, which is no model's
+    mae.encoder.save_pretrained(tmp_path / "encoder")
+    for place in tmp_path / "saved", tmp_path / "run", str(tmp_path / "run"), tmp_path / "encoder":
+        assert_same(load_encoder(place), mae.encoder)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_encoders_are_found_in_released_files(suffix, tmp_path):
+    image, audio = (
+        make_vit(shape, embed_dim=64, num_heads=1, mlp_ratio=4.0) for shape in (IMAGE, (1, 64, 16))
+    )
+    encoder = ReleasedEncoder(image, audio, interactions="factorized").eval()
+    mae = AVMAE(encoder, decoder_dim=16, decoder_depth=1, decoder_heads=16)
+    names = {name: re.sub(r"^(image|audio)_decoder\.", r"\1_decoder_", name) for name in mae.state_dict()}
+    released = {names[name]: weight.contiguous() for name, weight in mae.state_dict().items()}
+    for kind, weights in ("autoencoder", released), ("encoder", encoder.state_dict()):
+        path = tmp_path / f"{kind}.{suffix}"
+        save_file(weights, path) if suffix == "safetensors" else torch.save({"state_dict": weights}, path)
+        assert_same(load_encoder(path), encoder)
+
+
+def test_encoders_of_the_hub_are_downloaded(tmp_path, monkeypatch):
+    mae = make_mae().float()
+    mae.save_pretrained(tmp_path)
+    for place in "avfuse.pretrained.hf_hub_download", "huggingface_hub.hub_mixin.hf_hub_download":
+        monkeypatch.setattr(place, lambda repo_id, filename, **_: str(tmp_path / filename))
+    assert_same(load_encoder("someone/model"), mae.encoder)
+
+
+def test_what_holds_no_encoder_is_told(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").touch()
+    (tmp_path / "running" / "checkpoints").mkdir(parents=True)
+    for name, config in ("other", '{"architectures": []}'), ("list", "[]"), ("damaged", "{"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
+    make_encoder().save_pretrained(tmp_path / "head")
+    config = json.loads((tmp_path / "head" / "config.json").read_text())
+    (tmp_path / "head" / "config.json").write_text(json.dumps(config | {"class": "AVHead"}))
+    (tmp_path / "noise.pth").write_bytes(b"noise")
+    block = make_encoder("factorized", fusion_layers=[0])
+    torch.save(block.state_dict(), tmp_path / "ours.pth")
+    for name, message in (
+        ("empty", "empty must hold an AVEncoder or AVMAE, but holds nothing"),
+        ("videos", "but holds a.mp4"),
+        ("running", "but holds checkpoints: a run that has not ended"),
+        ("other", "but holds config.json"),
+        ("list", "but holds config.json"),
+        ("head", "but holds a model of class AVHead"),
+        ("damaged", "config.json is damaged"),
+        ("noise.pth", "noise.pth is no file of weights alone"),
+        ("ours.pth", "ours.pth is no released DeepAVFusion model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_encoder(tmp_path / name)
+    with pytest.raises(ValueError, match="no such/run/folder is no file, no folder and no name on the hub"):
+        load_encoder("no such/run/folder")
+    with pytest.raises(ValueError, match="nobody/nothing is no file or folder, nor found on the hub"):
+        load_encoder("nobody/nothing")
+
+
+def test_a_single_block_is_no_encoder(tmp_path):
+    golden = load_file(Path(__file__).parent / "golden" / "block_dense.safetensors")
+    weights = {n.removeprefix("weights/"): w for n, w in golden.items() if n.startswith("weights/")}
+    save_file(weights, tmp_path / "block.safetensors")
+    with pytest.raises(ValueError, match="block.safetensors holds a single ReleasedDense, no encoder"):
+        load_encoder(tmp_path / "block.safetensors")
 
 
 # --- optimizer groups ---------------------------------------------------------------------------------------

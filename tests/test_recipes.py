@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from avfuse import recipes
-from avfuse.recipes import PRESETS, Schedule, demo, learning_rate, make_model, parse, plan, schedule_of
+from avfuse.recipes import PRESETS, demo, make_model, parse, plan
+from avfuse.settings import Schedule, learning_rate, schedule_of
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,16 @@ import torch
 from accelerate.state import AcceleratorState
 from videos import hostile_folder, write_video
 
-from avfuse import AVMAE, train
+from avfuse import AVMAE, loop, train
 from avfuse.checkpoints import list_checkpoints
 from avfuse.data import sounding_shapes
+from avfuse.data.clips import ClipDataset, ClipLoader
 from avfuse.evaluate import held_out_loss
 from avfuse.faults import RunError
-from avfuse.recipes import TrainConfig
+from avfuse.recipes import TrainConfig, make_model
 from avfuse.run_folder import read_rows
-from avfuse.train import main, raised_warmup_cosine, warmup_cosine
+from avfuse.settings import raised_warmup_cosine, warmup_cosine
+from avfuse.train import Pretraining, main
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +103,10 @@ def test_measures_before_during_and_after_are_recorded(finished):
 def test_saved_model_is_the_trained_one(finished):
     mae = AVMAE.from_pretrained(finished.run / "model")
     assert mae.encoder.fusion_layers == (1, 3)
-    loader = train.make_loader(mae, finished, sounding_shapes.clips(finished.data, "test"), train=False)
+    clips = sounding_shapes.clips(finished.data, "test")
+    loader = ClipLoader(
+        ClipDataset(clips, mae.encoder.inputs, train=False, extras=mae.mask_sampler()), workers=0
+    )
     batches = loader.batches([[(0, 0), (0, 1)], [(0, 2), (0, 3)], [(0, 4)]])
     loss = held_out_loss(mae, batches, torch.device("cpu"))
     recorded = rows(finished.run)[-1]
@@ -113,16 +118,16 @@ def test_saved_model_is_the_trained_one(finished):
 def test_resumes_with_the_losses_of_an_uninterrupted_run(finished, tmp_path, monkeypatch):
     config = replace(finished, run=tmp_path / "interrupted", workers=2)  # workers change nothing either
     config = replace(config, checkpoint_every=3)  # in the middle of the second epoch
-    save = train.save_checkpoint
+    save = loop.save_checkpoint
 
     def save_then_die(*args):
         save(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "save_checkpoint", save_then_die)
+    monkeypatch.setattr(loop, "save_checkpoint", save_then_die)
     with pytest.raises(KeyboardInterrupt):
         main(config)
-    monkeypatch.setattr(train, "save_checkpoint", save)
+    monkeypatch.setattr(loop, "save_checkpoint", save)
     assert [path.name for path in list_checkpoints(config.run)] == ["step-00000003"]
     with (config.run / "metrics.jsonl").open("a") as file:  # a step after the checkpoint, cut off with it
         file.write(
@@ -203,13 +208,13 @@ def test_clips_that_cannot_be_used_are_named(tmp_path, capsys):
 def test_clip_that_breaks_after_the_scan_is_left_out(tmp_path, monkeypatch):
     folder = tmp_path / "videos"
     paths = [write_video(folder / f"{name}.mp4") for name in "abcd"]
-    make_loader = train.make_loader
+    make_loader = loop.make_loader
 
     def break_then_make(*args, **kwargs):
         paths[1].write_bytes(paths[1].read_bytes()[:200])
         return make_loader(*args, **kwargs)
 
-    monkeypatch.setattr(train, "make_loader", break_then_make)
+    monkeypatch.setattr(loop, "make_loader", break_then_make)
     main(tiny(folder, tmp_path / "run", epochs=2))
     assert [row["clips"] for row in rows(tmp_path / "run") if "loss" in row] == [3, 3]
     monkeypatch.undo()
@@ -274,16 +279,16 @@ def test_bfloat16_trains_to_nearly_the_same(finished, tmp_path):
 def test_gradients_are_clipped(data, tmp_path, monkeypatch):
     """What the optimizer is given has the norm that is allowed; what is recorded is the norm before."""
     norms = []
-    run = train.set_up(tiny(data, tmp_path / "run", clip_grad=0.01))
+    run = loop.set_up(tiny(data, tmp_path / "run", clip_grad=0.01), Pretraining)
     step = run.optimizer.step
 
     def observe():
-        gradients = [p.grad for p in run.mae.parameters() if p.grad is not None]
+        gradients = [p.grad for p in run.task.model.parameters() if p.grad is not None]
         norms.append(torch.stack([gradient.norm() for gradient in gradients]).norm().item())
         step()
 
     monkeypatch.setattr(run.optimizer, "step", observe)
-    train.train(run)
+    loop.train(run)
     assert norms == pytest.approx([0.01] * 6, rel=1e-3)
     assert all(row["grad_norm"] > 0.1 for row in rows(tmp_path / "run") if "loss" in row)
 
@@ -295,13 +300,13 @@ def test_the_average_of_the_weights_is_what_is_kept(data, tmp_path, monkeypatch)
 
     def run_until(stop):
         nonlocal expected
-        run = train.set_up(config)
+        run = loop.set_up(config, Pretraining)
         update = run.optimizer.step
 
         def observe():
             nonlocal expected
             update()
-            weights = {name: tensor.clone() for name, tensor in run.mae.state_dict().items()}
+            weights = {name: tensor.clone() for name, tensor in run.task.model.state_dict().items()}
             if expected is None:  # the average begins as the first weights
                 expected = weights
             else:
@@ -309,19 +314,19 @@ def test_the_average_of_the_weights_is_what_is_kept(data, tmp_path, monkeypatch)
 
         monkeypatch.setattr(run.optimizer, "step", observe)
         if stop:
-            monkeypatch.setattr(train, "save_checkpoint", stop)
-        train.train(run)
+            monkeypatch.setattr(loop, "save_checkpoint", stop)
+        loop.train(run)
 
-    save = train.save_checkpoint
+    save = loop.save_checkpoint
 
     def save_then_die(*args):
         save(*args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "save_checkpoint", save)
+        patch.setattr(loop, "save_checkpoint", save)
         run_until(save_then_die)
-    monkeypatch.setattr(train, "save_checkpoint", save)
+    monkeypatch.setattr(loop, "save_checkpoint", save)
     run_until(None)
     kept = AVMAE.from_pretrained(config.run / "model").state_dict()
     for name, tensor in expected.items():
@@ -329,15 +334,15 @@ def test_the_average_of_the_weights_is_what_is_kept(data, tmp_path, monkeypatch)
 
 
 def test_pretrained_transformers_begin_with_their_weights_and_are_ramped(data, tmp_path):
-    vit = train.make_model(TrainConfig()).encoder.image
+    vit = make_model(TrainConfig()).encoder.image
     torch.save({"state_dict": vit.state_dict()}, tmp_path / "image.pth")
-    run = train.set_up(tiny(data, tmp_path / "run", image_weights=tmp_path / "image.pth"))
-    branches = {name: getattr(run.mae.encoder, name) for name in ("image", "audio")}
+    run = loop.set_up(tiny(data, tmp_path / "run", image_weights=tmp_path / "image.pth"), Pretraining)
+    branches = {name: getattr(run.task.model.encoder, name) for name in ("image", "audio")}
     for name, tensor in vit.state_dict().items():
         assert torch.equal(branches["image"].state_dict()[name], tensor)
     ramped = {id(p) for group in run.optimizer.param_groups if group["ramp"] for p in group["params"]}
     assert ramped == {id(p) for p in branches["image"].parameters() if p.requires_grad}
-    train.train(run)
+    loop.train(run)
     factors = [raised_warmup_cosine(step, 2, 6) / warmup_cosine(step, 2, 6) for step in range(6)]
     assert factors == pytest.approx([0.0, 0.25, 0.75, 1.0, 1.0, 1.0])  # half a cosine over 3 of 6 steps
     assert main(tiny(data, tmp_path / "run", image_weights=tmp_path / "image.pth")) == 0  # and can be resumed
@@ -387,12 +392,12 @@ def test_a_disk_that_was_away_does_not_end_a_run_for_good(tmp_path):
     folder, config = tmp_path / "videos", tiny(tmp_path / "videos", tmp_path / "run", max_unreadable=0.3)
     for name in "abcd":
         write_video(folder / f"{name}.mp4")
-    run = train.set_up(config)
+    run = loop.set_up(config, Pretraining)
     contents = {path: path.read_bytes() for path in folder.iterdir()}
     for path in contents:
         path.write_bytes(b"")
     with pytest.raises(RunError, match="more than --max-unreadable 0.3.* the same command goes on"):
-        train.train(run)
+        loop.train(run)
     for path, content in contents.items():
         path.write_bytes(content)
     assert main(config) == 0
@@ -403,10 +408,10 @@ def test_a_disk_that_was_away_does_not_end_a_run_for_good(tmp_path):
 
 
 def test_a_run_folder_serves_one_process(data, tmp_path):
-    run = train.set_up(tiny(data, tmp_path / "run"))
+    run = loop.set_up(tiny(data, tmp_path / "run"), Pretraining)
     with pytest.raises(ValueError, match="--run-dir .* is in use by another process"):
         main(tiny(data, tmp_path / "run", restart=True))
-    assert train.train(run) == 0
+    assert loop.train(run) == 0
     assert main(tiny(data, tmp_path / "run")) == 0
 
 

@@ -1,0 +1,492 @@
+"""The training loop that pretraining and all tasks share, from the first check to the last checkpoint.
+
+A `Task` says what is trained, on what, and how it is judged. The loop does the rest: it deals batches out to
+processes and micro-batches so that neither changes the losses, saves and resumes, names clips that cannot be
+read, and stops with an explanation where it cannot go on.
+"""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from .checkpoints import load_checkpoint, save_checkpoint
+from .data.clips import Clip, ClipLoader, ClipSampler, Failure, printable
+from .data.splits import Found, find_data
+from .faults import RunError, Signals, examine, memory_advice, write_fault
+from .run_folder import MetricsFile, Quarantine, TooManyUnreadable, begin_run, check_run, describe_data
+from .settings import (
+    LoopConfig,
+    Schedule,
+    check_config,
+    learning_rate,
+    raised_warmup_cosine,
+    schedule_of,
+    warmup_cosine,
+)
+
+EVALUATION_BATCH = 64
+WAITING = timedelta(hours=1)  # for the process that scans the data or measures
+
+
+class Task:
+    """What a loop trains: the base class of pretraining and of every task."""
+
+    model: nn.Module
+    has_unused_parameters = False  # that a loss does not reach
+
+    def describe(self) -> str:
+        """One line for people about the model."""
+        raise NotImplementedError
+
+    def dataset(self, clips: Sequence[Clip], *, train: bool) -> Dataset:
+        """Items by (epoch, index): dictionaries of tensors, among them "index", or a `Failure`; see
+        `avfuse.data.clips.ClipDataset`.
+        """
+        raise NotImplementedError
+
+    def inputs(self, batch: dict) -> dict[str, Tensor]:
+        """What of a batch the model and its losses need. Of a batch in which no clip could be read (one
+        without "index") a blank input, of which `counts` are 0: every process has a backward in every step.
+        """
+        raise NotImplementedError
+
+    def counts(self, inputs: dict[str, Tensor]) -> dict[str, int]:
+        """By the name of each loss, over how many terms (clips, patches) its mean goes."""
+        raise NotImplementedError
+
+    def losses(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """By name, the means whose sum is minimised. `model` is that of the task, as Accelerate wraps it."""
+        raise NotImplementedError
+
+    def parameter_groups(self, weight_decay: float) -> list[dict]:
+        """Optimizer groups with "params", "weight_decay" and "layer"; see
+        `avfuse.pretrained.parameter_groups`. A group whose "ramp" is true has its learning rate raised from 0
+        over the first half of training.
+        """
+        raise NotImplementedError
+
+    def measure(self, run: "Run", model: nn.Module, step: int, when: str) -> list[Failure]:
+        """Judges `model` "before", "during" or "after" training, and tells and draws what came out. All
+        processes call it; each returns the clips that it could not read.
+        """
+        raise NotImplementedError
+
+
+MakeTask = Callable[[LoopConfig, Found], Task]
+
+
+@dataclass
+class Run:
+    """All parts of a run, ready to go on after `first_step`."""
+
+    config: LoopConfig
+    accelerator: Accelerator
+    schedule: Schedule
+    found: Found
+    make_task: MakeTask
+    task: Task
+    model: nn.Module  # that of the task, as Accelerate wraps it
+    average: AveragedModel | None  # of its weights
+    optimizer: torch.optim.Optimizer
+    rates: torch.optim.lr_scheduler.LRScheduler
+    metrics: MetricsFile
+    quarantine: Quarantine
+    first_step: int
+    lock: object  # a file: while it is open, the run folder is ours
+
+
+def program(config: LoopConfig, make_task: MakeTask, *, find: Callable[..., Found] = find_data) -> int | str:
+    """Runs to the end and returns what to exit with. Mistakes and faults that are explained need no
+    traceback.
+    """
+    try:
+        run = set_up(config, make_task, find=find)
+    except (ValueError, OSError, RunError) as error:
+        return f"error: {printable(error)}"
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    try:
+        return train(run)
+    except (OSError, RunError) as error:
+        return f"error: {printable(error)}"
+
+
+def set_up(config: LoopConfig, make_task: MakeTask, *, find: Callable[..., Found] = find_data) -> Run:
+    """Checks everything, and only then begins the run folder, or resumes what is in it.
+
+    Args:
+        config: the settings.
+        make_task: makes the task, from the settings and the data that was found.
+        find: looks through the data, see `find_data`.
+
+    Raises:
+        ValueError: a setting or folder is wrong; nothing was written or deleted.
+    """
+    check_config(config)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else several processes on CPUs would not know each other
+        mixed_precision=config.precision,
+        log_with="tensorboard",
+        project_dir=config.run,
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAITING)],
+    )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError("gradient accumulation is a matter of --micro-batch: leave Accelerate's at 1")
+    if config.precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("--precision fp16 needs a GPU; bf16 runs on CPUs")
+    say = accelerator.print
+    settings = run_settings(config)
+    check_run(config.run, settings, config.restart)
+    set_seed(config.seed)
+
+    # --- data: one process looks, all are told ---
+    options = dict(missing=config.missing, timeout=config.clip_timeout, workers=config.workers)
+    looked = find(config.data, say, **options) if accelerator.is_main_process else None
+    (found,) = broadcast_object_list([looked])
+    if not found.train:
+        raise ValueError("--data: none of the clips to train on can be read")
+    schedule = schedule_of(config, len(found.train), accelerator.process_index, accelerator.num_processes)
+    if not found.test:
+        raise ValueError("--data: none of the clips to measure on can be read")
+    if config.restart and len(found.unreadable) > config.max_unreadable * found.looked_at:
+        raise ValueError(
+            f"{len(found.unreadable)} of {found.looked_at} clips cannot be read, more than --max-unreadable "
+            f"{config.max_unreadable:g}: nothing was deleted"
+        )
+    if schedule.batch_size < config.batch_size:
+        say(
+            f"batch size {schedule.batch_size}: the data set is smaller than --batch-size {config.batch_size}"
+        )
+
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if config.ema:
+            raise ValueError("--ema needs whole weights in each process: not with FSDP")
+        if schedule.batch_size % accelerator.num_processes:
+            raise ValueError("--batch-size must be a multiple of the number of processes with FSDP")
+
+    # --- model, optimizer, learning rates ---
+    task = make_task(config, found)
+    say(f"{task.describe()}, on {accelerator.device}")
+    average = None
+    if config.ema:
+        average = AveragedModel(task.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        average = average.to(accelerator.device)
+    groups = optimizer_groups(task, config, learning_rate(config, schedule.batch_size))
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    if task.has_unused_parameters:
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+    model, optimizer = accelerator.prepare(task.model, optimizer)
+    shape = dict(warmup=config.warmup_epochs * schedule.steps_per_epoch, total=schedule.steps)
+    rate, raised_rate = partial(warmup_cosine, **shape), partial(raised_warmup_cosine, **shape)
+    rates = [raised_rate if group["ramp"] else rate for group in groups]
+    rates = accelerator.prepare(torch.optim.lr_scheduler.LambdaLR(optimizer, rates))
+
+    # --- run folder ---
+    lock = None
+    if accelerator.is_main_process:
+        data = describe_data(found.train)
+        lock = begin_run(config.run, settings, data, config.restart, accelerator.device)
+    accelerator.wait_for_everyone()
+    first_step = load_checkpoint(accelerator, config.run, average)
+    if first_step:
+        say(f"resuming after step {first_step} of {schedule.steps}")
+    is_main = accelerator.is_main_process
+    quarantine = Quarantine(config.run / "quarantine.jsonl", is_main, found.looked_at, config.max_unreadable)
+    quarantine.add("scan", found.unreadable)
+    metrics = MetricsFile(config.run / "metrics.jsonl", is_main, first_step)
+    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first_step + 1}})
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        schedule=schedule,
+        found=found,
+        make_task=make_task,
+        task=task,
+        model=model,
+        average=average,
+        optimizer=optimizer,
+        rates=rates,
+        metrics=metrics,
+        quarantine=quarantine,
+        first_step=first_step,
+        lock=lock,
+    )
+
+
+def train(run: Run) -> int:
+    """From `first_step` to the end: 0, or 128 + the signal that asked to stop.
+
+    Raises:
+        RunError: the run could not go on; the message says why.
+    """
+    accelerator, steps = run.accelerator, run.schedule.steps
+    memory = memory_advice(
+        run.schedule.micro_batch,
+        checkpointing=run.config.grad_checkpointing,
+        precision=run.config.precision,
+    )
+    with run.lock or nullcontext(), Signals() as signals, memory:
+        if run.first_step == 0:
+            measure(run, 0, "before")
+        stopped = take_steps(run, signals)
+        if not stopped:
+            measure(run, steps, "after")
+            accelerator.print(run.quarantine.summary())
+            accelerator.print(
+                f"done: look at {run.config.run}/index.html; the model is in {run.config.run}/model"
+            )
+    # First the wrapped model, then what it communicates through: the other way round, the wrapper takes the
+    # last reference down with it, and may wait for ever for a thread that waits for Python (torch 2.11, gloo).
+    run.model = None
+    accelerator.free_memory()
+    accelerator.end_training()
+    return 128 + stopped if stopped else 0
+
+
+def take_steps(run: Run, signals: Signals) -> int:
+    """All steps that are left, with checkpoints and measures on the way; the signal that cut them short."""
+    config, accelerator, steps = run.config, run.accelerator, run.schedule.steps
+    progress = tqdm(
+        total=steps,
+        initial=run.first_step,
+        desc="training",
+        unit="step",
+        disable=not accelerator.is_main_process,
+    )
+    with make_loader(run.task, config, run.found.train, train=True) as loader, progress:
+        batches = steps_of(run, loader)
+        for step in range(run.first_step + 1, steps + 1):
+            try:
+                asked = train_step(run, step, batches, signals, progress)
+            except TooManyUnreadable:  # in all processes, before anything was changed
+                if step - 1 > run.first_step:
+                    save_checkpoint(accelerator, config.run, step - 1, config.keep_checkpoints, run.average)
+                raise
+            progress.update()
+            if config.measure_every and step % config.measure_every == 0 and step < steps:
+                measure(run, step, "during")
+            if any(asked) or step % config.checkpoint_every == 0 or step == steps:
+                save_checkpoint(accelerator, config.run, step, config.keep_checkpoints, run.average)
+            if asked.stop:
+                accelerator.print(f"stopped after step {step} of {steps}: the same command resumes")
+                return asked.stop
+    return 0
+
+
+# --- one step -----------------------------------------------------------------------------------------------
+
+
+class Asked(NamedTuple):
+    """What signals, in any of the processes, asked for."""
+
+    save: bool
+    stop: int  # the signal that asked to stop, or 0
+
+
+def train_step(run: Run, step: int, batches: Iterator[list[dict]], signals: Signals, progress: tqdm) -> Asked:
+    """One update of the weights, the same whatever the number of processes and the size of micro-batches:
+    each loss is a mean over the whole batch, to which each micro-batch adds its share.
+    """
+    config, accelerator, task = run.config, run.accelerator, run.task
+    started = time.perf_counter()
+    read = next(batches)
+    waited = time.perf_counter() - started
+
+    inputs = [task.inputs(batch) for batch in read]
+    counts = [task.counts(batch) for batch in inputs]
+    names = list(counts[0])
+    failures = [failure for batch in read for failure in batch["failures"]]
+    clips = sum(len(batch["index"]) for batch in read if "index" in batch)
+    save, signals.save = signals.save, False
+    flags = [clips, len(failures), save, signals.terminate, signals.interrupt]
+    ours = [sum(count[name] for count in counts) for name in names]
+    values = sum_over_processes(accelerator, [*ours, *flags])  # what all decide by
+    *totals, clips, failed, save, terminate, interrupt = values
+    asked = Asked(save > 0, signal.SIGTERM if terminate else signal.SIGINT if interrupt else 0)
+    if failed:
+        run.quarantine.add(f"step {step}", gather_object(failures))
+    if not clips:  # nothing to learn from
+        run.rates.step()
+        return asked
+
+    # --- forward and backward ---
+    run.model.train()
+    # From its own seed: what a step draws does not depend on whether the run was interrupted before it.
+    torch.manual_seed(random_seed(config.seed, step, accelerator.process_index))
+    losses = torch.zeros(len(names), device=accelerator.device)
+    inputs = [{name: value.to(accelerator.device) for name, value in batch.items()} for batch in inputs]
+    for batch, count in zip(inputs, counts, strict=True):
+        is_last = batch is inputs[-1]
+        with nullcontext() if is_last else accelerator.no_sync(run.model):
+            means = task.losses(run.model, batch)
+            shares = [count[name] / max(1.0, total) for name, total in zip(names, totals, strict=True)]
+            shares = torch.tensor(shares, device=accelerator.device)
+            weighted = torch.stack([means[name] for name in names]) * shares
+            gradients_of = weighted.sum() * accelerator.num_processes  # over which they are averaged
+            accelerator.backward(gradients_of)
+        losses += weighted.detach()
+    losses = dict(zip(names, sum_over_processes(accelerator, losses.tolist()), strict=True))
+    loss = sum(losses.values())
+    norm = accelerator.clip_grad_norm_(run.model.parameters(), config.clip_grad or math.inf)
+    norm = float(norm) if norm is not None else math.nan
+
+    # --- update, unless it would spoil the weights ---
+    overflow = config.precision == "fp16"  # whose scaler skips gradients that are not finite
+    if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
+        stop_at_fault(run, step, loss, norm, inputs, read)
+    row = dict(
+        loss=loss,
+        **losses,
+        lr=max(run.rates.get_last_lr()),
+        grad_norm=norm if math.isfinite(norm) else None,
+    )
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.rates.step()
+    if run.average is not None:
+        run.average.update_parameters(task.model)
+
+    seconds = time.perf_counter() - started
+    epoch = (step - 1) // run.schedule.steps_per_epoch
+    times = dict(seconds=round(seconds, 4), data_seconds=round(waited, 4))
+    run.metrics.write(step=step, epoch=epoch, clips=int(clips), **row, **times)
+    numbers = {name: value for name, value in row.items() if value is not None}
+    accelerator.log(numbers | dict(clips_per_second=clips / seconds), step=step)
+    progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+    return asked
+
+
+def steps_of(run: Run, loader: ClipLoader) -> Iterator[list[dict]]:
+    """This process's micro-batches of every step that is left; the loader reads ahead, over epochs too."""
+    schedule, epochs = run.schedule, run.config.epochs
+    sampler = ClipSampler(run.found.train, train=True, seed=run.config.seed)
+
+    def keys() -> Iterator[Sequence[tuple[int, int]]]:
+        for epoch in range(run.first_step // schedule.steps_per_epoch, epochs):
+            sampler.set_epoch(epoch)
+            order, start = list(sampler), epoch * schedule.steps_per_epoch
+            for step in range(max(start, run.first_step), start + schedule.steps_per_epoch):
+                yield from schedule.micro_batches(order, step)
+
+    batches = loader.batches(keys())
+    per_step = len(schedule.micro_batches(range(schedule.clips), 0))
+    for _ in range(run.first_step, schedule.steps):
+        yield list(islice(batches, per_step))
+
+
+def sum_over_processes(accelerator: Accelerator, values: list[float]) -> list[float]:
+    summed = accelerator.reduce(torch.tensor(values, dtype=torch.float32, device=accelerator.device), "sum")
+    return summed.tolist()
+
+
+def random_seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def stop_at_fault(
+    run: Run, step: int, loss: float, norm: float, inputs: list[dict], read: list[dict]
+) -> None:
+    """Leaves a state to debug from, and raises a RunError that names clips and activations."""
+    config, accelerator, clips = run.config, run.accelerator, run.found.train
+    names = [[str(clips[i].path) for i in batch.get("index", torch.empty(0)).tolist()] for batch in read]
+    is_whole = accelerator.distributed_type != DistributedType.FSDP  # whose processes hold parts of a model
+    model = run.task.model if is_whole else whole_model(run)
+    losses = partial(run.task.losses, model)
+    report = examine(model, losses, inputs, names) if is_whole else dict(clips=[], largest=[])
+    everyone = [name for of_batch in names for name in of_batch]
+    report |= dict(step=step, loss=str(loss), gradient_norm=str(norm), batch=everyone)
+    folder = config.run / "faults" / f"step-{step:08d}" / f"process-{accelerator.process_index}"
+    try:
+        write_fault(folder, model, inputs, report)
+    except (OSError, SafetensorError) as error:  # a full disk must not hide what happened
+        tqdm.write(f"{folder} could not be written: {error}")
+    blamed, everyone = gather_object(report["clips"]), gather_object(everyone)
+    largest = ", ".join(f"{name} {value}" for name, value in report["largest"][:3])
+    raise RunError(
+        f"step {step}: the loss is {loss:g}, the gradient norm {norm:g}; nothing was updated. "
+        f"Clips whose own loss is not finite: {', '.join(blamed) or 'none alone'} "
+        f"(the batch: {', '.join(everyone[:8])}{', ...' if len(everyone) > 8 else ''}). "
+        f"Largest activations: {largest}. Weights and batch are in {folder.parent}"
+    )
+
+
+# --- measures -----------------------------------------------------------------------------------------------
+
+
+def measure(run: Run, step: int, when: str) -> None:
+    """Has the task judge the weights; clips that could not be read for it go on record."""
+    failures = run.task.measure(run, whole_model(run), step, when)
+    run.quarantine.add(when, gather_object(failures))
+    run.accelerator.wait_for_everyone()
+
+
+def evaluation_batches(run: Run, indices: Sequence[int]) -> Iterator[dict]:
+    """Batches of the test clips with these indices, as they are read for evaluation."""
+    size = max(1, min(run.schedule.micro_batch, EVALUATION_BATCH, len(indices)))
+    keys = [(0, index) for index in indices]
+    with make_loader(run.task, run.config, run.found.test, train=False) as loader:
+        yield from loader.batches([keys[i : i + size] for i in range(0, len(keys), size)])
+
+
+def whole_model(run: Run) -> nn.Module:
+    """The model to measure and keep: the average of the weights if there is one, else the weights."""
+    if run.average is not None:
+        return run.average.module
+    if run.accelerator.distributed_type != DistributedType.FSDP:
+        return run.task.model
+    state = run.accelerator.get_state_dict(run.model)  # of which all processes give a part to the main one
+    whole = run.make_task(run.config, run.found).model.to(run.accelerator.device)
+    if run.accelerator.is_main_process:
+        whole.load_state_dict(state)
+    return whole
+
+
+# --- parts --------------------------------------------------------------------------------------------------
+
+
+def run_settings(config: LoopConfig) -> dict:
+    """The settings, ready for JSON."""
+    settings = {name: value for name, value in asdict(config).items() if name not in ("plan", "restart")}
+    paths = {name: str(value.resolve()) for name, value in settings.items() if isinstance(value, Path)}
+    return json.loads(json.dumps(settings | paths))
+
+
+def optimizer_groups(task: Task, config: LoopConfig, lr: float) -> list[dict]:
+    """The task's groups, each with its learning rate: `layer_decay` to the power of the layers above it."""
+    groups = task.parameter_groups(config.weight_decay)
+    top = max(group["layer"] for group in groups)
+    decay = config.layer_decay
+    return [dict(ramp=False) | group | dict(lr=lr * decay ** (top - group["layer"])) for group in groups]
+
+
+def make_loader(task: Task, config: LoopConfig, clips: Sequence[Clip], *, train: bool) -> ClipLoader:
+    """A loader of clips, as the task sees them."""
+    dataset = task.dataset(clips, train=train)
+    return ClipLoader(dataset, workers=config.workers, timeout=config.clip_timeout)

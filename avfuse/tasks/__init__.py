@@ -1,0 +1,1 @@
+"""Downstream tasks (paper Sec. 4), each a head, a loss, a metric and a program; the loop is shared."""
