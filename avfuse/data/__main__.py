@@ -9,8 +9,7 @@ import tyro
 from .check import check
 from .clips import printable
 from .shards import shard
-
-DataSet = Literal["auto", "vggsound", "audioset", "music", "music21", "sounding-shapes", "folder"]
+from .splits import DataSet
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from . import manifest
 from .annotations import Listing, describe_coverage
 from .clips import MEMORY, printable
-from .datasets import list_dataset
 from .decode import ClipError
 from .manifest import Entry, Header
+from .splits import list_data
 from .table import Clip
 from .workers import WorkerFailure, WorkerPool
 
@@ -50,7 +50,7 @@ def check(
     Args:
         root: the data folder; nothing in it is changed.
         out: where to write; by default `root`, where training looks for a manifest.
-        data_set: how it is laid out, one of `datasets.DATA_SETS`; "auto" tells by its files.
+        data_set: how it is laid out, one of `splits.DATA_SETS`; "auto" tells by its files.
         every_picture: decode all pictures; else key frames only, faster and blind to damage in between.
         workers: processes that decode; 0 decodes in this one.
         timeout: seconds that a clip may take.
@@ -66,7 +66,7 @@ def check(
     root, out = Path(root), Path(root if out is None else out)
     if manifest.has_manifest(root) and any(entry.start >= 0 for entry in manifest.read_entries(root)):
         raise ValueError(f"{root} holds shards: check the folder that they were made of")
-    listing = list_dataset(root, data_set)
+    listing = list_data(root, data_set)
     clips = [(split, clip) for split, clips in listing.found.items() for clip in clips]
     if not clips:
         raise ValueError(f"folder {root} has no clip to check: {'; '.join(listing.summary())}")
