@@ -19,7 +19,7 @@ class LoopConfig:
     """Folder of videos (searched recursively; train/ and test/ inside it are the splits). Default: Sounding
     Shapes, built once."""
     data_set: DataSet = "auto"
-    """How that folder is laid out; auto tells by its manifest (`python -m avfuse.data check`) or its files."""
+    """How that folder is laid out; auto tells by its manifest (`python -m avfuse.data check`) or files."""
     train_split: str = ""
     """The split to train on where there are several, such as balanced_train of AudioSet. Default: all."""
     run: Annotated[Path, tyro.conf.arg(name="run-dir")] = Path("runs/run")

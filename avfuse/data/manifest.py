@@ -59,9 +59,9 @@ class Entry:
     def __post_init__(self):
         for each in fields(self):
             value = getattr(self, each.name)
-            wanted = (
-                int | each.type if each.type in (float, float | None) else each.type
-            )  # JSON has 4 for 4.0
+            wanted = each.type
+            if wanted in (float, float | None):  # JSON may have 4 for 4.0
+                wanted |= int
             if not isinstance(value, wanted) or isinstance(value, bool) != (each.type is bool):
                 raise ValueError(f"{each.name} is {value!r}")
         if not (math.isfinite(self.seconds) and 0 <= self.fps < math.inf and 0 <= self.bytes < 2**62):
@@ -75,7 +75,7 @@ class Entry:
         if self.start >= 0 and (len(path.parts) < 2 or self.start > 2**62):
             raise ValueError(f"path {self.path!r} names no member of a shard")
         for name, label in self.labels.items():
-            several = label if isinstance(label, list) else [label]
+            several = label if isinstance(label, (list, tuple)) else [label]
             if not all(type(number) is int and 0 <= number < 2**31 for number in several):
                 raise ValueError(f"label {name} is {label!r}")
 
