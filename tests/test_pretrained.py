@@ -311,6 +311,7 @@ def test_encoders_are_found_in_released_files(suffix, tmp_path):
     image, audio = (
         make_vit(shape, embed_dim=64, num_heads=1, mlp_ratio=4.0) for shape in (IMAGE, (1, 64, 16))
     )
+    image.origin = audio.origin = dict(weights="DeepAVFusion", family="DeepAVFusion", licence="CC-BY-NC-4.0")
     encoder = ReleasedEncoder(image, audio, interactions="factorized").eval()
     mae = AVMAE(encoder, decoder_dim=16, decoder_depth=1, decoder_heads=16)
     names = {name: re.sub(r"^(image|audio)_decoder\.", r"\1_decoder_", name) for name in mae.state_dict()}
