@@ -15,6 +15,7 @@ from .ops.pair_attention import pair_attention, pair_attention_weights
 from .presets import create_encoder
 from .pretrained import load_encoder
 from .released import from_deepavfusion
+from .weights import load_audio_weights, load_image_weights
 
 __version__ = "0.1.0"
 
@@ -27,7 +28,9 @@ __all__ = [
     "TokenFusion",
     "create_encoder",
     "from_deepavfusion",
+    "load_audio_weights",
     "load_encoder",
+    "load_image_weights",
     "pair_attention",
     "pair_attention_weights",
 ]

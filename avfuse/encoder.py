@@ -291,6 +291,12 @@ class AVEncoder(nn.Module, Pretrained):
             return function
         return lambda *args, **kwargs: checkpoint(function, *args, use_reentrant=False, **kwargs)
 
+    @property
+    def origins(self) -> dict[str, dict[str, str]]:
+        """By branch, the pretrained weights it began with: {"weights", "family", "licence"}."""
+        branches = ("image", self.image), ("audio", self.audio)
+        return {name: vit.origin for name, vit in branches if getattr(vit, "origin", None)}
+
     def parameter_groups(self, weight_decay: float = 0.05) -> list[dict]:
         """Optimizer groups by decay and layer, see `avfuse.pretrained.parameter_groups`."""
         return parameter_groups(self, self.depth, weight_decay)
@@ -301,6 +307,7 @@ class AVEncoder(nn.Module, Pretrained):
             image=describe_vit(self.image),
             audio=describe_vit(self.audio),
             inputs=asdict(self.inputs),
+            origins=self.origins,
             **self.settings,
         )
 
@@ -311,6 +318,8 @@ class AVEncoder(nn.Module, Pretrained):
         config = dict(config)
         cls = ReleasedEncoder if config.pop("released", False) else cls
         image, audio = build_vit(config.pop("image")), build_vit(config.pop("audio"))
+        origins = config.pop("origins", {})
+        image.origin, audio.origin = origins.get("image"), origins.get("audio")
         return cls(image, audio, inputs=InputSettings(**config.pop("inputs")), **config)
 
     def check_inputs(self, image, audio, image_keep, audio_keep, image_mask, audio_mask):

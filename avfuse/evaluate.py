@@ -94,6 +94,7 @@ def nearest_neighbour_probes(features: dict[str, Tensor]) -> dict[str, dict[str,
     """Label -> feature -> probe: a clip's label guessed from its nearest neighbour among all other clips.
 
     Features are compared by cosine; "sum" adds the three similarities (protocol of the paper's Fig. 3).
+    Labels of which a clip may have several are passed over.
     """
     names = [name for name in ("image", "audio", "fusion") if name in features]
     similarities = {
@@ -106,7 +107,7 @@ def nearest_neighbour_probes(features: dict[str, Tensor]) -> dict[str, dict[str,
             for name, similarity in similarities.items()
         }
         for label in features
-        if label.startswith("label_")
+        if label.startswith("label_") and features[label].ndim == 1
     }
 
 

@@ -168,6 +168,7 @@ def set_up(config: LoopConfig, make_task: MakeTask, *, find: Callable[..., Found
 
     # --- data: one process looks, all are told ---
     options = dict(missing=config.missing, timeout=config.clip_timeout, workers=config.workers)
+    options |= dict(data_set=config.data_set, train_split=config.train_split)
     looked = find(config.data, say, **options) if accelerator.is_main_process else None
     (found,) = broadcast_object_list([looked])
     if not found.train:

@@ -1,50 +1,47 @@
-"""Saving, loading and optimizing a whole model: safetensors + config.json, and parameter groups by decay and
-layer.
+"""Saving, loading and optimizing a whole model: safetensors, config.json and model card; parameter groups by
+decay and layer.
 """
 
+import argparse
 import json
 import os
+import pickle
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .model_card import licence_of, model_card
+
 if TYPE_CHECKING:  # it builds on this module
     from .encoder import AVEncoder
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-MODEL_CARD = """---
-{{ card_data }}
----
-
-An audio-visual model of the library avfuse: weights and a `config.json` that carries the input transforms.
-
-```python
-import avfuse
-
-avfuse.AVMAE.from_pretrained("FOLDER_OR_NAME")  # or avfuse.AVEncoder: config.json says which
-```
-"""
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
 
 class Pretrained(
     ModelHubMixin,
     library_name="avfuse",
     tags=["audio-visual", "masked-autoencoder"],
-    model_card_template=MODEL_CARD,
 ):
     """`save_pretrained(dir)`, `from_pretrained(dir_or_hub_id)` and `push_to_hub(id)` for a model that can
     state its `config()` and be made `from_config(...)`. A folder that exists is read without the network.
+
+    `facts`, a dictionary of what is to be told about the run that the weights come from, is kept in
+    config.json and told by the model card (README.md), see `avfuse.model_card.model_card`.
 
     Raises:
         ValueError: what should be loaded is neither a folder nor a name, or is damaged or another model; or
             what should be saved has a part that config.json cannot describe.
     """
+
+    facts: dict | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **options):
@@ -65,11 +62,23 @@ class Pretrained(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         config = {"library": "avfuse", "class": _saved_as(type(self)), "model": self.config()}
+        config |= {"facts": self.facts} if self.facts else {}
+        config, card = json.dumps(config, indent=2) + "\n", self.generate_model_card()
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         # Written aside and renamed: an interrupted save leaves the old file or none, never half of one.
-        save_file(weights, save_directory / f".{WEIGHTS}", metadata={"format": "pt"})
+        licence = licence_of(self.facts or {}, self._origins())
+        metadata = {"format": "pt"} | ({"licence": licence} if licence else {})
+        save_file(weights, save_directory / f".{WEIGHTS}", metadata=metadata)
         os.replace(save_directory / f".{WEIGHTS}", save_directory / WEIGHTS)
-        (save_directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (save_directory / CONFIG).write_text(config)
+        card.save(save_directory / CARD)  # that of these weights, in the place of an older one
+
+    def generate_model_card(self, *_, **__):
+        """The `huggingface_hub.ModelCard` that is saved with the weights, and pushed."""
+        return model_card(_saved_as(type(self)), self.facts or {}, self._origins())
+
+    def _origins(self) -> dict[str, dict[str, str]]:
+        return getattr(self, "encoder", self).origins
 
     @classmethod
     def _from_pretrained(
@@ -94,6 +103,7 @@ class Pretrained(
                 local_files_only=local_files_only,
                 token=token,
             )
+        model.facts = config.get("facts")
         return load_strictly(model, read_safetensors(local))
 
 
@@ -167,6 +177,19 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"weights {path} cannot be read: {error}") from error
+
+
+def read_pth(path: str | os.PathLike) -> dict:
+    """What torch.save wrote, of which only tensors and plain containers are accepted: no code runs.
+
+    Published checkpoints keep their command line as an `argparse.Namespace`. It is let in because it is such
+    a container: reading one sets its attributes, to values under the same restriction, and calls nothing.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, IsADirectoryError) as error:
+        raise ValueError(f"weights {path} is no file of weights alone: {error}") from error
 
 
 def load_strictly(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:

@@ -7,7 +7,6 @@ Where the released dense module forms all pairs, this one uses the exact identit
 
 import math
 import os
-import pickle
 import re
 from functools import wraps
 
@@ -31,7 +30,7 @@ from .fusion import (
 from .inputs import InputSettings
 from .mae import AVMAE
 from .ops.pair_attention import masked_attention, pair_attention
-from .pretrained import load_strictly, read_safetensors
+from .pretrained import load_strictly, read_pth, read_safetensors
 from .vit import ratio_of
 
 INTERACTIONS = {"dense_mmi": "dense", "factorized_mmi": "factorized", "token": "token", "none": "none"}
@@ -236,6 +235,8 @@ def from_deepavfusion(state_dict_or_path, *, config: dict | None = None) -> nn.M
     Raises:
         ValueError: weights of none of these models, an unknown config key, or weights that do not fit
         strictly.
+
+    The weights began as MAE's and AudioMAE's, whose licence `AVEncoder.origins` names.
     """
     weights = read_weights(state_dict_or_path)
     settings = infer_settings(weights) | check_config(config)
@@ -273,14 +274,6 @@ def read_weights(source) -> dict[str, Tensor]:
     if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
         raise ValueError("state_dict_or_path must hold tensors by name, by itself or under 'state_dict'")
     return {name.removeprefix("module."): weight for name, weight in weights.items()}
-
-
-def read_pth(path):
-    """A file of torch.save, of which only tensors and plain containers are accepted: no code runs."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, IsADirectoryError) as error:
-        raise ValueError(f"state_dict_or_path {path} is no file of weights alone: {error}") from error
 
 
 def infer_settings(weights: dict[str, Tensor]) -> dict:
@@ -416,6 +409,8 @@ def make_released_encoder(settings: dict) -> ReleasedEncoder:
         )
 
     image, audio = vit(3, settings["image_size"]), vit(1, settings["audio_size"])
+    for branch in image, audio:
+        branch.origin = dict(weights="DeepAVFusion", family="DeepAVFusion", licence="CC-BY-NC-4.0")
     layers = settings["fusion_layers"]
     if layers not in ("all", "none"):
         layers = [int(layer) for layer in str(layers).split("-")]

@@ -110,7 +110,9 @@ def describe_data(clips: Sequence[Clip]) -> dict:
     common = os.path.commonpath([clip.path.parent for clip in clips])
     described = hashlib.sha256()
     for clip in clips:
-        name, size = os.path.relpath(clip.path, common), clip.path.stat().st_size
+        name = os.path.relpath(clip.path, common)
+        size = getattr(clip, "size", None)  # from a manifest, whose clip may have gone
+        size = clip.path.stat().st_size if size is None else size
         streams = (clip.streams.video, clip.streams.audio) if clip.streams else None
         described.update(repr((name, size, streams, sorted(clip.labels.items()))).encode())
     return dict(clips=len(clips), sha256=described.hexdigest())

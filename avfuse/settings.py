@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from .data.splits import DataSet
+
 
 @dataclass(kw_only=True)
 class LoopConfig:
@@ -16,6 +18,10 @@ class LoopConfig:
     data: Path | None = None
     """Folder of videos (searched recursively; train/ and test/ inside it are the splits). Default: Sounding
     Shapes, built once."""
+    data_set: DataSet = "auto"
+    """How that folder is laid out; auto tells by its manifest (`python -m avfuse.data check`) or files."""
+    train_split: str = ""
+    """The split to train on where there are several, such as balanced_train of AudioSet. Default: all."""
     run: Annotated[Path, tyro.conf.arg(name="run-dir")] = Path("runs/run")
     """Run folder: config, metrics, checkpoints, pictures, report, final model."""
     restart: bool = False

@@ -287,11 +287,6 @@ def test_damaged_files_are_named(tmp_path):
             AVEncoder.from_pretrained(tmp_path)
 
 
-def test_the_model_card_speaks_of_this_library(tmp_path):
-    make_encoder().save_pretrained(tmp_path)
-    assert "avfuse.AVMAE.from_pretrained" in (tmp_path / "README.md").read_text()
-
-
 def test_options_that_would_be_ignored_are_refused(tmp_path):
     make_encoder().save_pretrained(tmp_path)
     with pytest.raises(TypeError, match="interactions"):

@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from ..checks import check_choice
 from ..inputs import InputSettings
-from .decode import ClipError, ClipReader, Streams, probe
+from .decode import ClipError, ClipReader, Streams
+from .table import Clip, ClipTable, check_labels
 from .transforms import Spectrogram, evaluation_image, random_gain, training_image
 from .workers import WorkerFailure, WorkerPool
 
@@ -34,6 +35,7 @@ SUFFIXES = (
     *(".wmv", ".ogv", ".3gp", ".3g2"),
 )
 NAMED = 3  # clips that a summary names of each kind
+TOGETHER = 8  # shards that are shuffled into each other
 MEMORY = 4 * 2**30  # bytes a worker may allocate; the largest frames and those they refer to take less
 
 
@@ -41,24 +43,27 @@ MEMORY = 4 * 2**30  # bytes a worker may allocate; the largest frames and those 
 
 
 @dataclass(frozen=True)
-class Clip:
-    """A video file, its labels by name, and what a scan found in it (None: not scanned)."""
-
-    path: Path
-    labels: dict[str, int] = field(default_factory=dict)
-    streams: Streams | None = None
-
-
-@dataclass(frozen=True)
 class Scan:
     """What was found: the clips to use, and by name whatever is amiss with others."""
 
-    clips: list[Clip]
+    clips: list[Clip] | ClipTable
     without_sound: list[Path]  # among `clips` if they are kept
     without_pictures: list[Path]
     unreadable: list[ClipError]  # each has a path and a reason
     links: list[Path] = field(default_factory=list)  # that lead out of the folder, and were not followed
     kept: bool = False  # whether clips that lack a stream are among `clips`
+
+    def add(self, clip: Clip, streams: Streams | ClipError) -> None:
+        """Sort in a clip, given what it holds."""
+        if isinstance(streams, ClipError):
+            self.unreadable.append(streams)
+            return
+        if not streams.audio:
+            self.without_sound.append(clip.path)
+        if not streams.video:
+            self.without_pictures.append(clip.path)
+        if self.kept or streams.audio and streams.video:
+            self.clips.append(clip if clip.streams == streams else replace(clip, streams=streams))
 
     @property
     def looked_at(self) -> int:
@@ -108,7 +113,7 @@ def find_clips(
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"folder {folder} " + ("is a file" if folder.exists() else "does not exist"))
-    paths, links, unlisted = _walk(folder)
+    paths, links, unlisted = walk(folder)
     clips = [Clip(path) for path in sorted(paths)]
     scan = scan_clips(clips, missing=missing, progress=progress, workers=workers, timeout=timeout)
     scan = replace(scan, unreadable=scan.unreadable + unlisted, links=sorted(links))
@@ -137,33 +142,26 @@ def scan_clips(
     """
     check_choice("missing", missing, ("drop", "keep"))
     scan = Scan([], [], [], [], kept=missing == "keep")
-    unknown = (clip.path for clip in clips if clip.streams is None)
+    unknown = (clip for clip in clips if clip.streams is None)
     with WorkerPool(_probe, workers, timeout=timeout, memory=MEMORY) as pool:
         probed = pool.map(unknown)
         for clip in tqdm(clips, desc="Scanning", unit="clip", disable=not progress):
             streams = next(probed) if clip.streams is None else clip.streams
             if isinstance(streams, WorkerFailure):
                 streams = ClipError(clip.path, streams.reason)
-            if isinstance(streams, ClipError):
-                scan.unreadable.append(streams)
-                continue
-            if not streams.audio:
-                scan.without_sound.append(clip.path)
-            if not streams.video:
-                scan.without_pictures.append(clip.path)
-            if scan.kept or streams.audio and streams.video:
-                scan.clips.append(replace(clip, streams=streams))
+            scan.add(clip, streams)
     return scan
 
 
-def _probe(path: Path) -> Streams | ClipError:
+def _probe(clip: Clip) -> Streams | ClipError:
     try:
-        return probe(path)
+        with clip.open() as reader:
+            return reader.streams
     except ClipError as error:
         return error
 
 
-def _walk(folder: Path) -> tuple[list[Path], list[Path], list[ClipError]]:
+def walk(folder: Path) -> tuple[list[Path], list[Path], list[ClipError]]:
     """Videos in a folder, links that lead out of it, and folders that cannot be listed."""
     root = folder.resolve()
     paths, links, unlisted = [], [], []
@@ -181,9 +179,14 @@ def _walk(folder: Path) -> tuple[list[Path], list[Path], list[ClipError]]:
 
 
 def _leaves(path: Path, root: Path) -> bool:
+    return path.is_symlink() and leads_out(path, root)
+
+
+def leads_out(path: Path, root: Path) -> bool:
+    """Whether a path is not inside `root`, which has no links left in it, once links are followed."""
     try:
-        return path.is_symlink() and not path.resolve().is_relative_to(root)
-    except (OSError, RuntimeError):  # a link that leads to itself
+        return not path.resolve().is_relative_to(root)
+    except (OSError, RuntimeError, ValueError):  # a link that leads to itself, or no name for a file
         return True
 
 
@@ -211,12 +214,14 @@ class ClipDataset(Dataset):
         audio: (1, mel_bins, frames) float32; zeros for a clip without sound.
         image_present, audio_present: () bool.
         index: () long.
-        label_<name>: () long, one for each of the clip's labels.
+        label_<name>: () long, one for each of the clip's labels; for one that is a tuple, (classes,) float32
+            with ones at its classes.
         and what `extras` returns.
     A clip that cannot be read is a `Failure` instead.
 
     Args:
-        clips: best from `find_clips` or `scan_clips`; those not scanned are opened for it every time.
+        clips: best from `find_clips` or `scan_clips`; those not scanned are opened for it every time. A
+            `ClipTable` takes less memory than a list, and knows the classes.
         settings: transforms and sizes of the model that will see them.
         train: whether there is augmentation.
         seed: another seed, other random choices.
@@ -224,7 +229,8 @@ class ClipDataset(Dataset):
             generator it is called with, after everything else; workers need one that can be pickled.
 
     Raises:
-        ValueError: no clips, clips whose labels have different names, or a negative seed.
+        ValueError: no clips, clips whose labels have different names, labels that are tuples but no
+            `ClipTable` that says of how many classes, or a negative seed.
     """
 
     def __init__(
@@ -239,13 +245,15 @@ class ClipDataset(Dataset):
         _check_seed(seed)
         if not clips:
             raise ValueError("clips must not be empty")
-        for clip in clips:
-            if clip.labels.keys() != clips[0].labels.keys():
-                raise ValueError(
-                    f"clips must share their label names, got {sorted(clips[0].labels)} for {clips[0].path}"
-                    f" but {sorted(clip.labels)} for {clip.path}"
-                )
-        self.clips, self.settings, self.spectrogram = list(clips), settings, Spectrogram(settings)
+        self.classes = clips.classes if isinstance(clips, ClipTable) else {}
+        if not isinstance(clips, ClipTable):  # which has seen to this itself
+            clips = list(clips)
+            for clip in clips:
+                check_labels(clips[0], clip)
+        for name, label in clips[0].labels.items():
+            if isinstance(label, tuple) and name not in self.classes:
+                raise ValueError(f"clips must be a ClipTable that names the classes of label {name!r}")
+        self.clips, self.settings, self.spectrogram = clips, settings, Spectrogram(settings)
         self.train, self.seed, self.extras = train, seed, extras
 
     def __len__(self) -> int:
@@ -256,13 +264,20 @@ class ClipDataset(Dataset):
         index = range(len(self))[index]
         clip, generator = self.clips[index], _generator(self.seed, epoch, 1 + index)
         try:
-            with ClipReader(clip.path) as reader:
+            with clip.open() as reader:
                 item = self._read(reader, clip.streams or reader.streams, generator)
         except ClipError as error:
             return Failure(index, clip.path, error.reason)
         item["index"] = torch.tensor(index)
-        item |= {f"label_{name}": torch.tensor(label) for name, label in clip.labels.items()}
+        item |= {f"label_{name}": self._label(name, label) for name, label in clip.labels.items()}
         return item | (self.extras(generator) if self.extras else {})
+
+    def _label(self, name: str, label: int | tuple[int, ...]) -> Tensor:
+        if isinstance(label, int):
+            return torch.tensor(label)
+        several = torch.zeros(len(self.classes[name]))
+        several[list(label)] = 1.0
+        return several
 
     def _read(self, reader: ClipReader, streams: Streams, generator: torch.Generator) -> dict[str, Tensor]:
         settings, size = self.settings, self.settings.image_size
@@ -379,7 +394,8 @@ class _Read:
 class ClipSampler(Sampler[tuple[int, int]]):
     """The `(epoch, index)` of every clip once: shuffled by (seed, epoch) in training, in order in evaluation.
 
-    As each key carries the epoch, workers that live on across epochs still know it.
+    As each key carries the epoch, workers that live on across epochs still know it. Clips in shards are
+    shuffled by `TOGETHER` shards at a time, in random order, so that what is read next lies near.
 
     Raises:
         ValueError: a negative seed.
@@ -399,7 +415,13 @@ class ClipSampler(Sampler[tuple[int, int]]):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch, order = self.epoch, range(len(self))
         if self.train:
-            order = torch.randperm(len(self), generator=_generator(self.seed, epoch, 0)).tolist()
+            generator = _generator(self.seed, epoch, 0)
+            order = torch.randperm(len(self), generator=generator)
+            shards = getattr(getattr(self.dataset, "clips", self.dataset), "shards", None)
+            if shards is not None:
+                turns = torch.randperm(int(shards.max()) + 2, generator=generator) // TOGETHER
+                order = order[turns[torch.from_numpy(shards + 1).long()[order]].argsort(stable=True)]
+            order = order.tolist()
         return ((epoch, index) for index in order)
 
 

@@ -5,6 +5,7 @@ wrong with it ends as a `ClipError` that says what.
 """
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -20,12 +21,14 @@ OPTIONS = {  # FFmpeg also opens playlists, which name other files and hosts
     "format_whitelist": "mov,matroska,avi,flv,mpegts,asf,ogg,wav,flac",
     "protocol_whitelist": "file",
 }
+OF_A_PART = {"protocol_whitelist": "file,subfile"}  # the latter reads a range of bytes of the former
 MAX_PIXELS = 2**26  # of a frame: 8192 x 8192
 MAX_RATE = 768_000  # Hz
 WARM_UP = 0.3  # seconds of sound decoded before what is wanted, because codecs and filters look back
 MARGIN = 0.05  # seconds of that which the resampling filter sees, on both sides
 JITTER = 0.04  # seconds: time stamps are rounded, so a piece that starts this near to the last continues it
 EPSILON = 1e-6  # seconds: a time that was meant to be that of a frame may have been rounded to just before it
+THUMBNAIL, LOOKED_AT = (32, 32), 4  # pixels of pictures, one in four, to see whether anything moves
 BACK = (0, 1, 4, 16, 64, 256, math.inf)  # seconds to seek further back, where a seek lands too late
 
 
@@ -47,6 +50,25 @@ class Streams(NamedTuple):
     audio: bool
     seconds: float  # when its sound ends, or its pictures where it has no sound
     fps: float  # mean frames per second, 0 where unknown
+
+
+class Part(NamedTuple):
+    """A range of bytes of a file that is a clip, such as a member of a tar archive."""
+
+    file: Path
+    start: int  # bytes
+    size: int
+
+
+class Survey(NamedTuple):
+    """What decoding a whole file found; what it has not is 0."""
+
+    width: int  # pixels
+    height: int
+    sample_rate: int  # Hz
+    key_frame_every: int  # frames, where key frames are farthest apart
+    peak: float  # of the mean of its channels: 1 is full scale
+    motion: float | None  # mean grey levels by which a picture differs most from the first; None: not known
 
 
 def probe(path: str | Path) -> Streams:
@@ -76,14 +98,18 @@ class ClipReader:
 
     What is read is its first stream of pictures, cover art aside, and its first stream of sound.
 
+    Args:
+        path: the file.
+        part: where its bytes lie, if not in a file of that name; `path` then only names it.
+
     Raises:
         ClipError: it cannot be opened.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, part: Part | None = None):
+        self.path, self.part = Path(path), part
         with self._explaining("cannot be opened"):
-            self._container = _open(self.path)
+            self._container = _open(self.path, part)
         try:
             self._origin = Fraction(self._container.start_time or 0, av.time_base)  # seconds
             videos, audios = self._container.streams.video, self._container.streams.audio
@@ -164,6 +190,45 @@ class ClipReader:
             sound = np.resize(np.concatenate((sound, sound[::-1])), wanted)  # repeats as often as needed
         return sound
 
+    def survey(self, *, every_picture: bool = True) -> Survey:
+        """Decode all sound and all pictures, or of these the key frames only, which takes a fraction of the
+        time and misses damage in between. The reader is at its end afterwards: nothing else can be read.
+
+        Raises:
+            ClipError: something cannot be decoded.
+        """
+        streams = [stream for stream in (self._video, self._audio) if stream is not None]
+        if self._video is not None and not every_picture:
+            self._video.codec_context.skip_frame = "NONKEY"
+        keys, packets, pictures, peak, motion, first = [], 0, 0, 0.0, 0.0, None
+        with self._explaining("cannot be decoded to its end"):
+            for packet in self._container.demux(streams):
+                if packet.stream.type == "video" and packet.size:
+                    keys += [packets] if packet.is_keyframe else []
+                    packets += 1
+                for frame in packet.decode():
+                    if frame.is_corrupt:
+                        raise ValueError("damaged")
+                    if packet.stream.type == "audio":
+                        peak = max(peak, float(np.abs(_mono(frame)).max(initial=0.0)))
+                        continue
+                    pictures += 1
+                    if pictures % LOOKED_AT == 1 or not every_picture:
+                        grey = frame.reformat(*THUMBNAIL, format="gray").to_ndarray().astype(np.float32)
+                        first = grey if first is None else first
+                        motion = max(motion, float(np.abs(grey - first).mean()))
+        if not math.isfinite(peak):
+            raise ClipError(self.path, "its sound is not finite")
+        gaps = np.diff([*keys, packets])
+        return Survey(
+            width=self._video.width if self._video is not None else 0,
+            height=self._video.height if self._video is not None else 0,
+            sample_rate=self._audio.sample_rate if self._audio is not None else 0,
+            key_frame_every=int(gaps.max(initial=0)),
+            peak=round(peak, 4),
+            motion=round(motion, 2) if every_picture or pictures != 1 else None,
+        )
+
     # ----------------------------------------------------------------------------------------------- streams
 
     @contextmanager
@@ -199,7 +264,7 @@ class ClipReader:
             end = Fraction(self._container.duration, av.time_base)
         if end is not None and stream.frames:
             return end
-        with _open(self.path) as container:
+        with _open(self.path, self.part) as container:
             packets = (packet for packet in container.demux(container.streams[stream.index]) if packet.size)
             if end is not None:
                 return end if next(packets, None) else None
@@ -312,16 +377,23 @@ class ClipReader:
                 yield time, frame.sample_rate, _mono(frame)
 
 
-def _open(path: Path) -> av.container.InputContainer:
-    if not path.is_file():
-        raise OSError("it is not a file" if path.exists() else "there is no such file")
-    with open(path, "rb") as file:
-        head = file.read(8)
+def _open(path: Path, part: Part | None) -> av.container.InputContainer:
+    file, start = (part.file, part.start) if part else (path, 0)
+    if not file.is_file():
+        raise OSError("it is not a file" if file.exists() else "there is no such file")
+    with open(file, "rb") as content:
+        content.seek(start)
+        head = content.read(min(8, part.size) if part else 8)
+        if part and part.start + part.size > os.fstat(content.fileno()).st_size:
+            raise OSError(f"it reaches beyond the end of {file.name}")
     if not head:
         raise OSError("it is empty")
     # The header of an mp4 says everything; for other formats FFmpeg decodes a little to find out.
     quick = {"probesize": "32"} if head[4:] == b"ftyp" else {}
-    return av.open(f"file:{path}", options=OPTIONS | quick, metadata_errors="replace")
+    if part is None:
+        return av.open(f"file:{file}", options=OPTIONS | quick, metadata_errors="replace")
+    url = f"subfile,,start,{start},end,{start + part.size},,:file:{file}"
+    return av.open(url, options=OPTIONS | OF_A_PART | quick, metadata_errors="replace")
 
 
 def _pts(packet: av.Packet) -> int | None:

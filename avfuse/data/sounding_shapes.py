@@ -32,6 +32,7 @@ NAME, VERSION = "Sounding Shapes", 1  # a new version draws new scenes: it is pa
 SPLITS = ("train", "test")
 SAMPLE_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)  # of AAC
 KEY_FRAME_EVERY = 16  # frames
+CLASSES = {"shape": SHAPES, "colour": COLOURS}  # of the labels of a clip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +130,7 @@ def generate(root: str | Path, *, workers: int | None = None, progress: bool = T
         "name": NAME,
         "version": VERSION,
         "settings": asdict(settings),
-        "classes": {"shape": SHAPES, "colour": COLOURS},
+        "classes": CLASSES,
     }
     description = json.dumps(description, indent=2, sort_keys=True) + "\n"
     numbers = [(split, number) for split in SPLITS for number in range(getattr(settings, split))]

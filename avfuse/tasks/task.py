@@ -178,7 +178,7 @@ def write_results(
         task=task.name,
         protocol=task.protocol,
         split=run.found.test_name,
-        coverage=dict(judged=judged, expected=len(run.found.test)),
+        coverage=dict(judged=judged, expected=run.found.coverage.get("test", (0, len(run.found.test)))[1]),
         seed=run.config.seed,
         step=step,
         checkpoint=run.config.checkpoint,

@@ -1,0 +1,78 @@
+"""Prepare a data folder: `python -m avfuse.data check PATH`, `python -m avfuse.data shard PATH OUT`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from .check import check
+from .clips import printable
+from .shards import shard
+from .splits import DataSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """Decode every clip of a data folder once, and write a manifest that training reads instead of the files'
+    headers, with a report of what is missing, broken or odd, and what to do about it.
+
+    Interrupted, it goes on where it was when it is called again; later it opens only what has changed.
+    """
+
+    path: tyro.conf.Positional[Path]
+    """The data folder."""
+    out: Path | None = None
+    """Where to write; by default into the folder, where training looks for the manifest."""
+    data_set: DataSet = "auto"
+    """How the folder is laid out; auto tells by its files."""
+    pictures: Literal["all", "key-frames"] = "all"
+    """Which to decode: key frames alone take a fraction of the time, and miss damage in between."""
+    workers: int = 8
+    """Processes that decode."""
+    timeout: float = 600.0
+    """Seconds that a clip may take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """Write the clips of a data folder that has a manifest into tar shards (WebDataset), which training reads
+    like any folder: `python -m avfuse.train --data OUT`.
+
+    Interrupted, it goes on where it was when it is called again.
+    """
+
+    path: tyro.conf.Positional[Path]
+    """The data folder; `check` it first."""
+    out: tyro.conf.Positional[Path]
+    """Folder for the shards; made if need be."""
+    megabytes: int = 1000
+    """Size of a shard, about."""
+    seed: int = 0
+    """Of the order in which clips are dealt to shards."""
+    workers: int = 4
+    """Processes that write."""
+
+
+def main() -> None:
+    command = tyro.cli(
+        Annotated[Check, tyro.conf.subcommand("check")] | Annotated[Shard, tyro.conf.subcommand("shard")],
+        prog="python -m avfuse.data",
+        description=__doc__,
+    )
+    try:
+        if isinstance(command, Check):
+            options = dict(out=command.out, data_set=command.data_set, timeout=command.timeout)
+            every = command.pictures == "all"
+            print(check(command.path, every_picture=every, workers=command.workers, **options))
+        else:
+            size = command.megabytes * 10**6
+            print(shard(command.path, command.out, size=size, seed=command.seed, workers=command.workers))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {printable(error)}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: the same command goes on from here") from None
+
+
+if __name__ == "__main__":
+    main()

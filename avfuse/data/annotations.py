@@ -1,0 +1,140 @@
+"""What data sets that come as lists of clips share: reading the lists, and finding what of them is there.
+
+Lists are untrusted. A row names a clip only if the walk through the data folder has met that very file, so no
+row can name another; rows that are wrong are kept by name, and never stand in for each other.
+"""
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from .clips import NAMED, leads_out, printable, walk
+from .decode import ClipError
+from .table import Clip
+
+VIDEO = re.compile(r"[\w-]{1,64}")  # its name, which becomes a part of a path
+HEADINGS = ("index", "id", "yid", "ytid", "vid", "video", "video_id", "youtube_id")  # of the first column
+Row = TypeVar("Row", bound=tuple)  # begins with what no two rows have in common
+
+
+@dataclass
+class Listing:
+    """A data set by its lists and by what is there: nothing has been opened yet.
+
+    Splits have the names that the data set gives them; those to train on end in "train".
+    """
+
+    name: str
+    root: Path
+    classes: dict[str, tuple[str, ...]] = field(default_factory=dict)  # label name -> names of its classes
+    found: dict[str, list[Clip]] = field(default_factory=dict)
+    expected: Counter = field(default_factory=Counter)  # split -> clips that the lists name
+    missing: dict[str, list[str]] = field(default_factory=dict)  # split -> what of that is not there
+    wrong: list[str] = field(default_factory=list)  # rows that name no clip, and why
+    notes: list[str] = field(default_factory=list)
+    links: list[Path] = field(default_factory=list)  # that lead out of the folder, and were not followed
+    unlisted: list[ClipError] = field(default_factory=list)  # folders that cannot be listed
+    extra: int = 0  # videos that no row names
+
+    def expect(self, split: str, name: str, labels: dict, paths: Iterable[Path | None]) -> None:
+        """Count what a list names, and take its files, those that are not None; with none it is missing, and
+        counts as one clip.
+        """
+        clips = [Clip(path, labels) for path in paths if path is not None]
+        self.expected[split] += max(1, len(clips))
+        self.found.setdefault(split, []).extend(clips)
+        if not clips:
+            self.missing.setdefault(split, []).append(name)
+
+    def summary(self) -> list[str]:
+        """For people, a line each: coverage, then what is amiss."""
+        missing = {split: len(names) for split, names in self.missing.items()}
+        lines = [describe_coverage(self.name, self.expected, missing), *self.notes]
+        for what, names in (
+            ("wrong rows in the lists, not used", self.wrong),
+            ("links that lead out of the folder, not followed", [str(path) for path in self.links]),
+            ("folders that cannot be listed", [str(error) for error in self.unlisted]),
+        ):
+            if names:
+                more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+                lines.append(f"{len(names)} {what}: {'; '.join(map(printable, names[:NAMED]))}{more}")
+        if self.extra:
+            lines.append(f"{self.extra} videos are in no list, and not used")
+        return lines
+
+
+def describe_coverage(name: str, expected: Mapping[str, int], missing: Mapping[str, int]) -> str:
+    """'VGGSound: train 9 of 10 clips found (90.0%), test 5 of 5 clips found (100.0%)'."""
+    shares = []
+    for split, count in expected.items():
+        found = count - missing.get(split, 0)
+        shares.append(f"{split} {found} of {count} clips found ({found / max(1, count):.1%})")
+    return f"{name}: {', '.join(shares) or 'no clips'}"
+
+
+def rows(listing: Listing, path: Path, parse: Callable[[list[str]], Row]) -> Iterator[Row]:
+    """The rows of a CSV file as `parse` makes them of their fields, each row once. Lines that are no rows,
+    and those of which `parse` says so by a ValueError, become `listing.wrong`; so do repeated ones.
+
+    Raises:
+        ValueError: the file is not there, or leads out of the data folder.
+    """
+    if leads_out(path, listing.root.resolve()):
+        raise ValueError(f"{path} leads out of the data folder {listing.root}: it is not read")
+    before = {}
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
+            for number, line in enumerate(lines, start=1):  # parsed one by one: an open quote costs one row
+                if not line.strip() or line.startswith("#"):
+                    continue
+                try:
+                    (fields,) = csv.reader([line], skipinitialspace=True, strict=True)
+                    fields = [field.strip() for field in fields]
+                    if number == 1 and fields[0].lower() in HEADINGS:
+                        continue
+                    row = parse(fields)
+                    if before.setdefault(row[0], number) != number:
+                        raise ValueError(f"names the same clip as line {before[row[0]]}")
+                except (csv.Error, ValueError) as error:
+                    listing.wrong.append(f"{path.name}, line {number}: {error}")
+                    continue
+                yield row
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def check_fields(fields: list[str], count: int) -> None:
+    if len(fields) != count:
+        raise ValueError(f"{len(fields)} fields, not {count}")
+
+
+def check_video(name: str) -> str:
+    if not VIDEO.fullmatch(name):
+        raise ValueError(f"{name!r} is no name of a video")
+    return name
+
+
+def check_class(name: str) -> str:
+    """The name of a class, which becomes a part of a path."""
+    if not name or not name.isprintable() or "/" in name or name.startswith("."):
+        raise ValueError(f"{name!r} is no class")
+    return name
+
+
+def videos(listing: Listing) -> dict[str, Path]:
+    """The videos in the folder `clips`, by their path inside it.
+
+    Raises:
+        ValueError: there is no such folder, or it leads out of the data folder.
+    """
+    folder = listing.root / "clips"
+    if leads_out(folder, listing.root.resolve()):
+        raise ValueError(f"{folder} leads out of the data folder {listing.root}: it is not followed")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not there: it should hold the clips of {listing.name}")
+    paths, listing.links, listing.unlisted = walk(folder)
+    return {path.relative_to(folder).as_posix(): path for path in sorted(paths)}

@@ -1,0 +1,302 @@
+"""Look through a data folder once: decode every clip, write a manifest that training reads, and a report.
+
+What has been looked at is kept in a journal as it comes, so that a check that was interrupted goes on where
+it was, and a later one opens only what is new or has changed.
+"""
+
+import fcntl
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from . import manifest
+from .annotations import Listing, describe_coverage
+from .clips import MEMORY, printable
+from .decode import ClipError
+from .manifest import Entry, Header
+from .splits import list_data
+from .table import Clip
+from .workers import WorkerFailure, WorkerPool
+
+REPORT, MISSING, JOURNAL = "avfuse-report.txt", "avfuse-missing.txt", ".avfuse-manifest.journal"
+SILENT = 1e-3  # peak below which a clip counts as silent: -60 dB
+STILL = 0.5  # grey levels of motion below which its pictures count as one
+FAR = 64  # frames between key frames that make a random frame slow to reach
+LARGE = 480  # pixels of the shorter side that are more than training needs
+SHOWN = 5  # clips that the report names of each kind
+ENCODE = (  # for the published runs: 360 pixels, a key frame every 16 frames
+    "ffmpeg -i IN -vf scale=-2:360 -c:v libx264 -g 16 -keyint_min 16 -sc_threshold 0 -c:a aac OUT.mp4"
+)
+
+
+def check(
+    root: str | Path,
+    *,
+    out: str | Path | None = None,
+    data_set: str = "auto",
+    every_picture: bool = True,
+    workers: int = 8,
+    timeout: float = 600.0,
+    progress: bool = True,
+) -> str:
+    """Look at every clip of a data folder, and write the manifest, the report and a list of what is missing.
+
+    Args:
+        root: the data folder; nothing in it is changed.
+        out: where to write; by default `root`, where training looks for a manifest.
+        data_set: how it is laid out, one of `splits.DATA_SETS`; "auto" tells by its files.
+        every_picture: decode all pictures; else key frames only, faster and blind to damage in between.
+        workers: processes that decode; 0 decodes in this one.
+        timeout: seconds that a clip may take.
+        progress: show a progress bar.
+
+    Returns:
+        The report, for people.
+
+    Raises:
+        ValueError: the folder is not laid out as its data set should be, holds shards or no clip, or another
+            check of it is under way.
+    """
+    root, out = Path(root), Path(root if out is None else out)
+    if manifest.has_manifest(root) and any(entry.start >= 0 for entry in manifest.read_entries(root)):
+        raise ValueError(f"{root} holds shards: check the folder that they were made of")
+    listing = list_data(root, data_set)
+    clips = [(split, clip) for split, clips in listing.found.items() for clip in clips]
+    if not clips:
+        raise ValueError(f"folder {root} has no clip to check: {'; '.join(listing.summary())}")
+    header = Header(
+        name=listing.name,
+        classes={name: list(names) for name, names in listing.classes.items()},
+        expected=dict(listing.expected),
+        missing={split: len(names) for split, names in listing.missing.items()},
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    with _journal(out) as (known, note):
+        looked = partial(_look, root, every_picture)
+        ready = [_known(known, root, clip, every_picture) for _, clip in clips]
+        with WorkerPool(looked, workers, timeout=timeout, memory=MEMORY) as pool:
+            fresh = pool.map(clip for (_, clip), entry in zip(clips, ready, strict=True) if entry is None)
+            todo = tqdm(
+                (at for at, entry in enumerate(ready) if entry is None),
+                total=len(ready),
+                initial=sum(entry is not None for entry in ready),
+                desc="Checking",
+                unit="clip",
+                disable=not progress,
+            )
+            for at in todo:
+                ready[at] = next(fresh)
+                if isinstance(ready[at], WorkerFailure):
+                    ready[at] = _failed(root, clips[at][1], ready[at].reason)
+                note(ready[at])
+        entries = [
+            replace(entry, split=split, labels=dict(clip.labels))
+            for (split, clip), entry in zip(clips, ready, strict=True)
+        ]
+        report = describe(listing, entries, out)
+        manifest.write(out, header, entries)
+        _write(out / MISSING, "".join(f"{split}\t{name}\n" for split, name in _missing(listing)))
+        _write(out / REPORT, report)
+    return report
+
+
+# --- looking at one clip, in a worker -----------------------------------------------------------------------
+
+
+def _look(root: Path, every_picture: bool, clip: Clip) -> Entry:
+    """All there is to know of a file."""
+    entry = replace(_failed(root, clip, None), every_picture=every_picture)
+    try:
+        with open(clip.path, "rb") as file:
+            entry = replace(entry, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+        with clip.open() as reader:
+            entry = replace(entry, **reader.streams._asdict())
+            return replace(entry, **reader.survey(every_picture=every_picture)._asdict())
+    except ClipError as error:
+        return replace(entry, error=error.reason)
+    except OSError as error:
+        return replace(entry, error=f"cannot be opened: {error.strerror}")
+
+
+def _failed(root: Path, clip: Clip, reason: str | None) -> Entry:
+    """A file of which only its name is known, and its size if it has one."""
+    try:
+        state = clip.path.stat()
+    except OSError:
+        state = None
+    return Entry(
+        path=clip.path.relative_to(root).as_posix(),
+        split="",
+        labels={},
+        bytes=state.st_size if state else 0,
+        modified=state.st_mtime_ns if state else 0,
+        error=reason,
+    )
+
+
+# --- the journal --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _journal(out: Path) -> Iterator[tuple[dict[str, Entry], Callable[[Entry], None]]]:
+    """What is known from before, by path, and what to call with each new entry. The journal is gone once all
+    is written.
+    """
+    path = out / JOURNAL
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link: it is not written to")
+    with open(path, "a+", encoding="utf-8", errors="replace") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which the system releases however it ends
+        except BlockingIOError:
+            raise ValueError(f"folder {out} is being checked by another process") from None
+        known = {entry.path: entry for entry in _before(out)}
+        file.seek(0)
+        for line in file:
+            try:
+                entry = manifest.parse(line)
+            except ValueError:  # half written when it was killed
+                continue
+            known[entry.path] = entry
+        file.write("\n")  # ends such a line
+
+        def note(entry: Entry) -> None:
+            file.write(manifest.dump(entry) + "\n")
+            file.flush()
+
+        yield known, note
+        path.unlink()
+
+
+def _before(out: Path) -> Iterator[Entry]:
+    """The entries of an older manifest, as far as it is one."""
+    try:
+        if manifest.has_manifest(out):
+            manifest.read_header(out)
+            yield from manifest.read_entries(out)
+    except ValueError:
+        return
+
+
+def _known(known: dict[str, Entry], root: Path, clip: Clip, every_picture: bool) -> Entry | None:
+    """The entry of a file that has not changed since it was looked at as closely."""
+    entry = known.get(clip.path.relative_to(root).as_posix())
+    if entry is None or not entry.sha256 or every_picture > entry.every_picture:
+        return None
+    now = _failed(root, clip, None)
+    return entry if (now.bytes, now.modified) == (entry.bytes, entry.modified) else None
+
+
+def _missing(listing: Listing) -> Iterator[tuple[str, str]]:
+    return ((split, name) for split, names in listing.missing.items() for name in names)
+
+
+def _write(path: Path, text: str) -> None:
+    with manifest.aside(path) as partial_:
+        partial_.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+# --- the report ---------------------------------------------------------------------------------------------
+
+
+def describe(listing: Listing, entries: list[Entry], out: Path) -> str:
+    """The report: what is there, and what is amiss with what to do about it, the gravest first."""
+    missing = {split: len(names) for split, names in listing.missing.items()}
+    good = [entry for entry in entries if entry.error is None]
+    heard, seen = ([e for e in good if getattr(e, stream)] for stream in ("audio", "video"))
+    lines = [
+        describe_coverage(listing.name, listing.expected, missing),
+        f"{len(entries)} clips looked at, {sum(entry.seconds for entry in good) / 3600:.2f} hours, "
+        f"{sum(entry.bytes for entry in entries) / 1e9:.2f} GB; {len(good)} can be decoded"
+        + ("" if all(entry.every_picture for entry in entries) else " (of some only key frames were)"),
+        *listing.notes,
+    ]
+    leaks = _leaks(good)
+    for what, names, advice in (
+        (
+            "cannot be decoded; training leaves them out",
+            [f"{entry.path}: {entry.error}" for entry in entries if entry.error is not None],
+            "fetch them again, then repeat this command: it opens only what has changed",
+        ),
+        (
+            "are missing",
+            [f"{split}: {name}" for split, name in _missing(listing)],
+            f"{out / MISSING} names them all; numbers from part of a test set do not compare with others'",
+        ),
+        (
+            "are in two splits with the same content",
+            leaks,
+            "delete those to train on: they would be tested on what they were trained on",
+        ),
+        (
+            "rows of the lists are wrong, and not used",
+            listing.wrong,
+            "correct them, or fetch the list again",
+        ),
+        (
+            "links lead out of the folder, and are not followed",
+            [str(link) for link in listing.links],
+            "copy what they lead to into the folder, or mount it there",
+        ),
+        (
+            "folders cannot be listed",
+            [str(error) for error in listing.unlisted],
+            "allow reading them, and repeat this command",
+        ),
+        (
+            "have no sound",
+            [entry.path for entry in good if not entry.audio],
+            "training leaves them out, or keeps them with --missing keep",
+        ),
+        (
+            "have no pictures",
+            [entry.path for entry in good if not entry.video],
+            "training leaves them out, or keeps them with --missing keep",
+        ),
+        (
+            f"are silent (peak below {SILENT:g})",
+            [entry.path for entry in heard if entry.peak < SILENT],
+            "they are used as they are; delete them if that is not meant",
+        ),
+        (
+            "show one still picture",
+            [entry.path for entry in seen if entry.motion is not None and entry.motion < STILL],
+            "they are used as they are; delete them if that is not meant",
+        ),
+        (
+            f"have up to more than {FAR} frames between key frames",
+            [f"{entry.path} ({entry.key_frame_every})" for entry in seen if entry.key_frame_every > FAR],
+            f"reading them is slow; encode them anew: {ENCODE}",
+        ),
+        (
+            f"are larger than {LARGE} pixels",
+            [f"{e.path} ({e.width} x {e.height})" for e in seen if min(e.width, e.height) > LARGE],
+            f"reading them is slow; encode them anew: {ENCODE}",
+        ),
+    ):
+        if names:
+            lines += ["", f"{len(names)} {what}", *(f"    {printable(name)}" for name in names[:SHOWN])]
+            lines += [f"    and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
+            lines.append(f"  -> {advice}")
+    if listing.extra:
+        lines += ["", f"{listing.extra} videos in the folder are in no list, and not used"]
+    return "\n".join(map(printable, lines)) + "\n"
+
+
+def _leaks(entries: list[Entry]) -> list[str]:
+    """Clips with the same bytes in several splits."""
+    splits, first = defaultdict(set), {}
+    for entry in entries:
+        splits[entry.sha256].add(entry.split)
+        first.setdefault((entry.sha256, entry.split), entry.path)
+    return [
+        " = ".join(f"{split}: {first[sha256, split]}" for split in sorted(names))
+        for sha256, names in splits.items()
+        if len(names) > 1
+    ]

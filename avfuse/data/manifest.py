@@ -1,0 +1,177 @@
+"""The manifest of a data folder: one line for each clip, written by `python -m avfuse.data check`.
+
+Training reads it instead of opening every file; shards are listed in the same way. It is data of unknown
+origin like any other: each line is checked, and no path in it leaves the folder.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+
+from .clips import leads_out
+from .decode import Part, Streams
+from .table import Clip
+
+FILE = "avfuse-manifest.jsonl"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Header:
+    """The first line: what the clips are of."""
+
+    name: str = ""  # of the data set
+    classes: dict = field(default_factory=dict)  # label name -> names of its classes
+    expected: dict = field(default_factory=dict)  # split -> clips (MUSIC: videos) that its lists name
+    missing: dict = field(default_factory=dict)  # split -> how many of these are not there
+    manifest: int = VERSION
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A clip, as it was when it was checked."""
+
+    path: str  # relative to the folder of the manifest, with "/"; of a member of a shard: shard/member
+    split: str
+    labels: dict
+    bytes: int
+    modified: int  # nanoseconds since 1970, of the file or shard
+    start: int = -1  # byte of the shard where it begins; -1: it is a file of its own
+    sha256: str = ""  # of its bytes; empty where not even these could be read
+    error: str | None = None  # why it cannot be decoded
+    video: bool = False
+    audio: bool = False
+    seconds: float = 0.0
+    fps: float = 0.0
+    width: int = 0  # pixels
+    height: int = 0
+    sample_rate: int = 0  # Hz
+    key_frame_every: int = 0  # frames, where key frames are farthest apart
+    peak: float = 0.0  # of its sound: 1 is full scale
+    motion: float | None = None  # grey levels by which its pictures change; None: not known
+    every_picture: bool = True  # whether all were decoded, or key frames only
+
+    def __post_init__(self):
+        for each in fields(self):
+            value = getattr(self, each.name)
+            wanted = each.type
+            if wanted in (float, float | None):  # JSON may have 4 for 4.0
+                wanted |= int
+            if not isinstance(value, wanted) or isinstance(value, bool) != (each.type is bool):
+                raise ValueError(f"{each.name} is {value!r}")
+        if not (math.isfinite(self.seconds) and 0 <= self.fps < math.inf and 0 <= self.bytes < 2**62):
+            raise ValueError(f"seconds {self.seconds}, fps {self.fps}, bytes {self.bytes}")
+        os.fsencode(self.path)  # or it is no path
+        if not re.fullmatch(r"[\w-]{0,64}", self.split):
+            raise ValueError(f"split is {self.split!r}")
+        path = PurePosixPath(self.path)
+        if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in self.path:
+            raise ValueError(f"path {self.path!r} leaves the data folder")
+        if self.start >= 0 and (len(path.parts) < 2 or self.start > 2**62):
+            raise ValueError(f"path {self.path!r} names no member of a shard")
+        for name, label in self.labels.items():
+            several = label if isinstance(label, (list, tuple)) else [label]
+            if not all(type(number) is int and 0 <= number < 2**31 for number in several):
+                raise ValueError(f"label {name} is {label!r}")
+
+    def clip(self, root: Path) -> Clip:
+        """The clip, for a manifest in the folder `root`."""
+        path = root / self.path
+        return Clip(
+            path=path,
+            labels={name: tuple(v) if isinstance(v, list) else v for name, v in self.labels.items()},
+            streams=Streams(self.video, self.audio, float(self.seconds), float(self.fps)),
+            part=Part(path.parent, self.start, self.bytes) if self.start >= 0 else None,
+            size=self.bytes,
+            root=root,
+        )
+
+
+def read_header(root: Path) -> Header:
+    """The first line of the folder's manifest.
+
+    Raises:
+        ValueError: it is no manifest, one of another version, or leads out of the folder.
+    """
+    if leads_out(root / FILE, root.resolve()):
+        raise ValueError(f"{root / FILE} leads out of the data folder: it is not read")
+    with open(root / FILE, encoding="utf-8", errors="replace") as lines:
+        try:
+            header = Header(**json.loads(next(lines, "")))
+            for each in fields(Header):
+                if each.type is dict and not isinstance(getattr(header, each.name), dict):
+                    raise TypeError(f"{each.name} is no dictionary")
+            for names in header.classes.values():
+                if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                    raise TypeError("classes are no lists of names")
+            for counts in header.expected, header.missing:
+                if not all(type(count) is int for count in counts.values()):
+                    raise TypeError("expected or missing clips are no numbers")
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{root / FILE} is no manifest ({error}): `check` writes a new one") from error
+    if header.manifest != VERSION:
+        raise ValueError(f"{root / FILE} is of version {header.manifest}, not {VERSION}: check again")
+    return header
+
+
+def read_entries(root: Path) -> Iterator[Entry]:
+    """The clips of the folder's manifest, in order.
+
+    Raises:
+        ValueError: a line is not what `check` writes.
+    """
+    with open(root / FILE, encoding="utf-8", errors="replace") as lines:
+        next(lines, None)
+        for number, line in enumerate(lines, start=2):
+            try:
+                yield parse(line)
+            except ValueError as error:
+                raise ValueError(f"{root / FILE}, line {number}: {error}: check the folder again") from error
+
+
+def parse(line: str) -> Entry:
+    """An entry from its line.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return Entry(**json.loads(line))
+    except (TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"it is no entry ({error})") from error
+
+
+def write(root: Path, header: Header, entries: Iterable[Entry]) -> Path:
+    """Write the folder's manifest: the old one is there until the new one is whole."""
+    with aside(root / FILE) as partial, open(partial, "w", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(header)) + "\n")
+        for entry in entries:
+            file.write(dump(entry) + "\n")
+    return root / FILE
+
+
+def dump(entry: Entry) -> str:
+    return json.dumps(vars(entry))
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; synced and renamed when all went well."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        partial.unlink(missing_ok=True)  # should it be a link
+        yield partial
+        with open(partial, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def has_manifest(root: Path) -> bool:
+    return (root / FILE).is_file()

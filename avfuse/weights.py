@@ -1,0 +1,396 @@
+"""Weights that others trained, as the start of an encoder's transformers: MAE, AudioMAE, any timm ViT, and
+the branches of whole audio-visual models.
+
+Nothing is lost silently: every tensor is used as it is, converted and said, or dropped with its reason.
+"""
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from safetensors import safe_open
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from .checks import check_choice, check_count
+from .model_card import UNKNOWN, strictest
+from .pretrained import CONFIG, WEIGHTS, read_pth, read_safetensors
+
+AXES = ("frequency-time", "time-frequency")
+LICENCES = {  # of what their authors published; DeepAVFusion's weights began as MAE's and AudioMAE's
+    "MAE": "CC-BY-NC-4.0",
+    "AudioMAE": "CC-BY-NC-4.0",
+    "DeepAVFusion": "CC-BY-NC-4.0",
+}
+AUDIOMAE_GRID = (64, 8)  # patches of 1024 frames x 128 mel bins
+
+KERNEL, POSITIONS = "patch_embed.proj.weight", "pos_embed"
+PREFIXES = ("cls_token", "reg_token")  # in the order of their tokens and positions
+BRANCH = re.compile(r"(?:encoder\.)?(image|audio)\.")  # of a whole audio-visual model
+DECODER = re.compile(r"decoder.*|mask_token")
+DISPENSABLE = {  # what a transformer that has no place for it can do without
+    DECODER: "decoder of the masked autoencoder",
+    re.compile(r"(head|head_dist|pre_logits)\..*"): "classifier",
+    re.compile(r"(fc_norm|attn_pool)\..*"): "pooling",
+    re.compile(r"cls_token"): "the transformer has no class token",
+    re.compile(r"reg_token"): "the transformer has no register tokens",
+}
+NAMED = 4  # tensors of one kind that an error names
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where weights come from, as config.json and the model card tell it."""
+
+    weights: str  # name of the file, folder or model
+    family: str
+    licence: str
+
+
+@dataclass(frozen=True)
+class LoadedWeights:
+    """What became of every tensor of a file; as a string, a table for people."""
+
+    branch: str  # image or audio
+    axes: str | None  # of audio
+    origin: Origin
+    used: tuple[str, ...]
+    converted: dict[str, str]  # name -> what was done to it
+    dropped: dict[str, str]  # name -> why
+
+    def __str__(self) -> str:
+        origin = self.origin
+        trained = f" on {self.axes.replace('-', ' x ')}" if self.axes else ""
+        lines = [
+            f"{self.branch} weights {origin.weights}: {origin.family}{trained}, licence {origin.licence}"
+        ]
+        lines += [f"  used       {parts(self.used)}"]
+        lines += [f"  converted  {name}: {what}" for name, what in self.converted.items()]
+        for reason in dict.fromkeys(self.dropped.values()):
+            names = [name for name, why in self.dropped.items() if why == reason]
+            lines.append(f"  dropped    {parts(names)}: {reason}")
+        return "\n".join(lines)
+
+
+def load_image_weights(
+    model: nn.Module,
+    weights: "str | os.PathLike | nn.Module | dict",
+    *,
+    grid: tuple[int, int] | None = None,
+    say: Callable[[str], None] = print,
+) -> LoadedWeights:
+    """Starts the image transformer of a model from weights that others trained.
+
+    Args:
+        model: an `AVEncoder`, anything that has one as its `encoder` (an `AVMAE`), or a VisionTransformer.
+        weights: a file (.safetensors, or one of torch.save, of which no code is run), a folder that holds
+            model.safetensors, a timm model, or a state dict. By the official names of MAE, pretrained or
+            fine-tuned, or by timm's; of a whole DeepAVFusion or avfuse model the image branch is taken.
+        grid: rows and columns of the patches that the file has positions of, where they are not square.
+        say: gets the table of what was used, converted and dropped, with the licence.
+
+    Positions of another grid are interpolated (bicubic, antialiased), and a class token that the transformer
+    does not have is dropped with its position. The licence stays with the transformer: `AVEncoder.origins`.
+
+    Raises:
+        ValueError: no weights, or a tensor that is missing, misshaped, not finite, or has no place: named.
+    """
+    return load(model, "image", weights, axes=None, grid=grid, say=say)
+
+
+def load_audio_weights(
+    model: nn.Module,
+    weights: "str | os.PathLike | nn.Module | dict",
+    *,
+    axes: Literal["frequency-time", "time-frequency"] | None = None,
+    grid: tuple[int, int] | None = None,
+    say: Callable[[str], None] = print,
+) -> LoadedWeights:
+    """Starts the audio transformer of a model from weights that others trained, AudioMAE's for instance.
+
+    AudioMAE reads spectrograms as time x frequency, avfuse as frequency x time: the axes of the patch kernel
+    are swapped and the positions re-ordered, so that the transposed input gives the same tokens.
+
+    Args:
+        model, weights, say: see `load_image_weights`.
+        axes: of the spectrograms that the weights were trained on. Default: "time-frequency" for AudioMAE
+            (a class token and 64 x 8 patches), else "frequency-time".
+        grid: patches of those spectrograms along their two axes, in the order of `axes`. Default: along the
+            frequencies as many as AudioMAE (8 of time-frequency weights) or the transformer has.
+
+    Raises:
+        ValueError: see `load_image_weights`.
+    """
+    if axes is not None:
+        check_choice("axes", axes, AXES)
+    return load(model, "audio", weights, axes=axes, grid=grid, say=say)
+
+
+def load(model, branch, weights, *, axes, grid, say) -> LoadedWeights:
+    vit = transformer_of(model, branch)
+    if grid is not None:
+        check_grid(grid)
+    found = read(weights)
+    weights, dropped = branch_of(found.weights, branch)
+    family = family_of(found, weights, branch, is_whole=bool(dropped))
+    if branch == "audio" and axes is None:
+        axes = "time-frequency" if family == "AudioMAE" else "frequency-time"
+    weights, converted = convert(weights, vit, axes, grid)
+    weights, without_place = drop(weights, vit)
+    check_fit(weights, vit, found.name)
+    with torch.no_grad():
+        for name, place in vit.state_dict().items():
+            place.copy_(weights[name])
+
+    licences = [licence for licence in (found.licence, LICENCES.get(family)) if licence]
+    origin = Origin(found.name, family, strictest(licences) or UNKNOWN)
+    vit.origin = asdict(origin)
+    used = tuple(name for name in weights if name not in converted)
+    loaded = LoadedWeights(branch, axes, origin, used, converted, found.dropped | dropped | without_place)
+    say(str(loaded))
+    return loaded
+
+
+def transformer_of(model: nn.Module, branch: str) -> VisionTransformer:
+    encoder = getattr(model, "encoder", model)
+    vit = getattr(encoder, branch, encoder)
+    if not isinstance(vit, VisionTransformer):
+        kind = type(model).__name__
+        raise ValueError(f"model must have an encoder or be a timm VisionTransformer, got {kind}")
+    return vit
+
+
+def check_grid(grid) -> None:
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+        raise ValueError(f"grid must be (rows, columns), got {grid!r}")
+    for count in grid:
+        check_count("grid", count)
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    """What a file, a timm model or a dictionary holds."""
+
+    name: str
+    weights: dict[str, Tensor]
+    dropped: dict[str, str]  # what lies beside the weights
+    licence: str | None = None  # if it says so
+    family: str = "ViT"
+
+
+def read(source) -> Found:
+    """Weights, and what they say about themselves. No code in a file is run."""
+    if isinstance(source, nn.Module):
+        name, licence, family = told_by_timm(getattr(source, "pretrained_cfg", None), type(source).__name__)
+        return Found(name, dict(source.state_dict()), {}, licence, family)
+    if isinstance(source, dict):
+        return Found("a state dict", *unwrap(source, "weights"))
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(f"weights must be a path, a model or a dictionary, got {type(source).__name__}")
+    path = Path(source)
+    file = path / WEIGHTS if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"weights {path}: there is no file {file}")
+    if file.suffix != ".safetensors":
+        return Found(path.name, *unwrap(read_pth(file), f"weights {path}"))
+    weights = read_safetensors(file)
+    with safe_open(file, "pt") as opened:
+        licence = (opened.metadata() or {}).get("licence")
+    name, family = path.name, "ViT"
+    if file.name == WEIGHTS and not licence:
+        name, licence, family = told_by_timm(config_beside(file), name)
+    return Found(name, weights, {}, licence, family)
+
+
+def config_beside(file: Path) -> dict:
+    """The `pretrained_cfg` in the config.json of a model that timm saved."""
+    try:
+        config = json.loads((file.parent / CONFIG).read_text())
+        return {"architecture": config.get("architecture")} | config["pretrained_cfg"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # it is none of timm's, and what is not said about weights is unknown
+
+
+def told_by_timm(said: dict | None, name: str) -> tuple[str, str | None, str]:
+    """The name, licence and family of a model with this `pretrained_cfg`."""
+    if not said or not isinstance(said.get("architecture"), str):
+        return name, None, "ViT"
+    tag, licence = said.get("tag"), said.get("license")
+    name = said["architecture"] + (f".{tag}" if tag else "")
+    return name, licence if isinstance(licence, str) else None, "timm ViT"
+
+
+def unwrap(content: dict, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict in what torch.save wrote, by itself or under a name, and what lies beside it."""
+    place = next(
+        (key for key in ("model", "state_dict") if isinstance(content, dict) and key in content), None
+    )
+    weights = content if place is None else content[place]
+    if not isinstance(weights, dict) or not weights:
+        raise ValueError(f"{what} must hold tensors by name, by itself or under 'model' or 'state_dict'")
+    for name, weight in weights.items():
+        if not isinstance(name, str) or not isinstance(weight, Tensor):
+            raise ValueError(f"{what}: {name!r} is no tensor but a {type(weight).__name__}")
+    beside = {} if place is None else {str(key): "not a weight" for key in content if key != place}
+    return {name.removeprefix("module."): weight for name, weight in weights.items()}, beside
+
+
+def branch_of(weights: dict[str, Tensor], branch: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights of one transformer, and what is dropped if they are those of a whole model."""
+    if not {match[1] for name in weights if (match := BRANCH.match(name))} == {"image", "audio"}:
+        return dict(weights), {}
+    chosen, dropped = {}, {}
+    for name, weight in weights.items():
+        match = BRANCH.match(name)
+        if match and match[1] == branch:
+            chosen[name[match.end() :]] = weight
+        else:
+            dropped[name] = f"of an audio-visual model, but not of its {branch} transformer"
+    return chosen, dropped
+
+
+def family_of(found: Found, weights: dict[str, Tensor], branch: str, is_whole: bool) -> str:
+    """Whose weights these are, by their names and shapes; of MAE's, by the name of the file too."""
+    if is_whole:
+        return "DeepAVFusion" if any("norm1_mm" in name for name in found.weights) else "avfuse"
+    kernel, positions = weights.get(KERNEL), weights.get(POSITIONS)
+    if branch == "audio":
+        rows = 1 + math.prod(AUDIOMAE_GRID)
+        is_one_channel = kernel is not None and kernel.ndim == 4 and kernel.shape[1] == 1
+        fits = is_one_channel and positions is not None and positions.ndim == 3 and positions.shape[1] == rows
+        return "AudioMAE" if fits and "cls_token" in weights else found.family
+    is_mae = any(DECODER.fullmatch(name) for name in weights) or has_fixed_positions(weights)
+    return "MAE" if is_mae or re.search(r"(?<![a-z])mae(?![a-z])", found.name.lower()) else found.family
+
+
+def has_fixed_positions(weights: dict[str, Tensor]) -> bool:
+    """Whether positions are sine-cosine ones: 0 for the class token, then the sines and cosines of 0."""
+    table = weights.get(POSITIONS)
+    if table is None or table.ndim != 3 or table.shape[1] < 2 or "cls_token" not in weights:
+        return False
+    values = [set(row.unique().tolist()) for row in table[0, :2]]
+    return values == [{0.0}, {0.0, 1.0}]
+
+
+# --- converting ---------------------------------------------------------------------------------------------
+
+
+def convert(weights, vit, axes, grid) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights in the shapes and under the names of the transformer, and what was done to which."""
+    weights, converted, places = dict(weights), {}, vit.state_dict()
+    if "norm.weight" in places and "norm.weight" not in weights:
+        for name in ("norm.weight", "norm.bias"):
+            if f"fc_{name}" in weights:
+                weights[name] = weights.pop(f"fc_{name}")
+                converted[name] = f"fc_{name}, behind the pool, becomes that of the tokens"
+    if axes == "time-frequency" and KERNEL in weights and weights[KERNEL].ndim == 4:
+        weights[KERNEL] = weights[KERNEL].transpose(2, 3)
+        converted[KERNEL] = "from time x frequency to frequency x time: axes swapped"
+    is_table = POSITIONS in places and POSITIONS in weights and weights[POSITIONS].ndim == 3
+    if is_table and all(name in weights for name in PREFIXES if name in places):  # else it will be told
+        weights[POSITIONS], steps = fit_positions(weights, vit, axes, grid)
+        if steps:
+            converted[POSITIONS] = ", ".join(steps)
+    return weights, converted
+
+
+def fit_positions(weights, vit, axes, grid) -> tuple[Tensor, list[str]]:
+    """The table (1, prefix + rows * columns, D) of positions for the transformer's tokens, and the steps."""
+    table, steps, new = weights[POSITIONS], [], tuple(vit.patch_embed.grid_size)
+    tokens = {
+        name: weights[name].shape[1] for name in PREFIXES if name in weights and weights[name].ndim == 3
+    }
+    prefix, old = find_grid(table.shape[1], sum(tokens.values()), new, axes, grid)
+    kept, patches = table[:, :prefix], table[:, prefix:]
+    if prefix:
+        rows = dict(zip(tokens, kept.split(list(tokens.values()), dim=1), strict=True))
+        kept = torch.cat([kept[:, :0], *(row for name, row in rows.items() if name in vit.state_dict())], 1)
+        steps += [f"row of {name} dropped" for name in rows if name not in vit.state_dict()]
+    if axes == "time-frequency":
+        patches, old = patches.unflatten(1, old).transpose(1, 2).flatten(1, 2), old[::-1]
+        steps.append("re-ordered from time x frequency to frequency x time")
+    if old != new:
+        patches = resample_abs_pos_embed(patches, list(new), list(old), num_prefix_tokens=0)
+        steps.append(f"interpolated from {old[0]} x {old[1]} to {new[0]} x {new[1]} patches")
+    return torch.cat([kept, patches], dim=1), steps
+
+
+def find_grid(rows: int, prefix: int, new: tuple, axes, grid) -> tuple[int, tuple[int, int]]:
+    """How many of the rows of a table of positions belong to prefix tokens, all or none, and the grid of the
+    others.
+    """
+    for count in dict.fromkeys((prefix, 0)):
+        patches = rows - count
+        side = math.isqrt(max(0, patches))
+        if grid is not None:
+            guess = tuple(grid)
+        elif axes == "time-frequency":
+            guess = patches // AUDIOMAE_GRID[1], AUDIOMAE_GRID[1]
+        elif patches == math.prod(new):
+            guess = new
+        elif axes == "frequency-time":
+            guess = new[0], patches // new[0]
+        else:
+            guess = side, side
+        if 0 < math.prod(guess) == patches:
+            return count, guess
+    said = "is not (rows, columns) of them" if grid else "is needed: they are no grid by themselves"
+    raise ValueError(f"{POSITIONS} has {rows} rows, {prefix} of them for prefix tokens or none; grid {said}")
+
+
+def drop(weights, vit) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Without what the transformer has no place for and can do without."""
+    dropped = {}
+    for name in weights.keys() - vit.state_dict().keys():
+        reason = next((reason for names, reason in DISPENSABLE.items() if names.fullmatch(name)), None)
+        if reason:
+            dropped[name] = reason
+    kept = {name: weight for name, weight in weights.items() if name not in dropped}
+    return kept, {name: dropped[name] for name in weights if name in dropped}
+
+
+def check_fit(weights: dict[str, Tensor], vit: VisionTransformer, source: str) -> None:
+    """Raises ValueError unless there is exactly one finite tensor for each place."""
+    places, wrong = vit.state_dict(), []
+    missing = [name for name in places if name not in weights]
+    homeless = [name for name in weights if name not in places]
+    both = [
+        (name, tuple(weights[name].shape), tuple(places[name].shape)) for name in places if name in weights
+    ]
+    misshaped = [f"{name} is {theirs}, not {ours}" for name, theirs, ours in both if theirs != ours]
+    broken = [name for name, weight in weights.items() if not weight.isfinite().all()]
+    for kind, names in (
+        ("missing", missing),
+        ("without a place", homeless),
+        ("of another shape", misshaped),
+        ("not finite", broken),
+    ):
+        if names:
+            wrong.append(f"{kind}: {some(names)}")
+    if wrong:
+        transformer = f"a transformer of {len(vit.blocks)} layers and width {vit.embed_dim}"
+        raise ValueError(f"{source} does not fit {transformer}: {'; '.join(wrong)}")
+
+
+# --- saying -------------------------------------------------------------------------------------------------
+
+
+def some(names: list[str]) -> str:
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def parts(names: Iterable[str]) -> str:
+    """ "blocks (144 tensors), norm (2 tensors), pos_embed" of their names"""
+    counts = Counter(name.split(".")[0] for name in names)
+    return ", ".join(f"{part} ({count} tensors)" if count > 1 else part for part, count in counts.items())

@@ -1,0 +1,385 @@
+"""Does early, dense fusion help? The paper's Table 4 in small, on freshly drawn Sounding Shapes.
+
+Every model names the colour of the object that sounds, which takes both modalities: sound tells its shape, only
+the picture tells what colour that shape has. Rows differ in how, and in which layers, image and audio meet.
+"""
+
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+from measure import RESULTS, ROOT, begin_record, write_record
+from report import BLUE, GREY, ORANGE, filled, origin, table
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from avfuse import AVMAE, AVEncoder
+from avfuse.data.sounding_synthesis import COLOURS, SHAPES, draw, play, sample_scene
+from avfuse.data.transforms import Spectrogram
+from avfuse.presets import SMALL_INPUTS
+from avfuse.settings import warmup_cosine
+
+DIM, DEPTH, HEADS, PATCH = 96, 4, 3, 16
+FEATURES = ("image", "audio", "fusion")
+SECONDS = 3.0  # of sound, and the frame is from its middle
+PAGE, PLOT, RESULT = ROOT / "benchmarks/study.md", ROOT / "docs/study.png", RESULTS / "study-cpu.json"
+
+
+class Row(NamedTuple):
+    """How image and audio meet."""
+
+    label: str
+    interactions: str
+    layers: tuple[int, ...] | str = "all"
+    features: tuple[str, ...] = FEATURES  # that are classified; the logits are averaged
+
+
+ROWS = {
+    "dense": Row("dense, early (all layers)", "dense"),
+    "dense-mid": Row("dense, mid (upper half)", "dense", (2, 3)),
+    "dense-late": Row("dense, late (last layer)", "dense", (3,)),
+    "factorized": Row("factorized, early", "factorized"),
+    "token": Row("token, early", "token"),
+    "bilinear": Row("bilinear, early", "bilinear"),
+    "none": Row("no fusion (logits averaged)", "none", "none", ("image", "audio")),
+    "image": Row("image alone", "none", "none", ("image",)),
+    "audio": Row("audio alone", "none", "none", ("audio",)),
+}
+RowName = Literal[
+    "dense", "dense-mid", "dense-late", "factorized", "token", "bilinear", "none", "image", "audio"
+]
+STARTS = ("scratch", "pretrained")
+ALONE = ("image", "audio")  # controls, from scratch only
+
+
+@dataclass(frozen=True)
+class Options:
+    """Trains every way to fuse on Sounding Shapes, and says how well each binds sound and picture.
+
+    One cell is one row, from scratch or after masked pretraining on the same scenes, with one seed. Cells
+    that the result file holds are not trained again: the same command goes on where it was stopped, and
+    --rows, --starts and --seeds choose which cells to do now. After each cell the file, the page
+    benchmarks/study.md and the plot docs/study.png are written anew.
+
+    All rows share scenes, order, learning rate and number of steps; nothing is tuned for one of them. Models
+    are 96 wide and 4 layers deep, with 36 + 32 tokens. They name `shape` and `colour` together (two sets of
+    heads); what counts is `colour`. The image alone can do no better than 1 / objects, the sound alone than
+    1 / colours.
+    """
+
+    rows: tuple[RowName, ...] = tuple(ROWS)
+    """Which ways to fuse."""
+    starts: tuple[Literal["scratch", "pretrained"], ...] = STARTS
+    """From fresh weights, or after pretraining."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of weights and order; scenes are the same for all."""
+    steps: int = 3000
+    """Training steps of a cell."""
+    pretraining_steps: int = 1500
+    """Steps of masked autoencoding before them, in a pretrained cell."""
+    batch_size: int = 64
+    lr: float = 2e-3
+    """Peak learning rate; a tenth of the steps of warm-up, then cosine."""
+    objects: int = 3
+    """In a scene; one of them sounds."""
+    train: int = 16_000
+    """Scenes to train on; drawn once and kept under data/."""
+    test: int = 2_000
+    """Scenes to judge on."""
+    workers: int = len(os.sched_getaffinity(0))
+    """Processes that train cells side by side, one thread each."""
+    report: bool = False
+    """Only write page and plot from the result file."""
+
+
+def main(options: Options) -> None:
+    if not options.report:
+        train_cells(options)
+    record = json.loads(RESULT.read_text())
+    write_page(record)
+    for line in page_table(record).splitlines():
+        print(line)
+
+
+# --- cells --------------------------------------------------------------------------------------------------
+
+
+def train_cells(options: Options) -> None:
+    """Trains the cells that the result file lacks, and adds each to it as it ends."""
+    settings = {
+        name: value
+        for name, value in asdict(options).items()
+        if name not in ("rows", "starts", "seeds", "workers", "report")
+    } | dict(device="cpu", dim=DIM, depth=DEPTH)
+    record = begin_record("study", settings, "") | dict(cells=[])
+    if RESULT.exists():
+        before = json.loads(RESULT.read_text())
+        if before["settings"] != record["settings"]:
+            raise ValueError(
+                f"{RESULT.name} holds cells of other settings {before['settings']}: move it away"
+            )
+        record["cells"] = before["cells"]
+    done = {(cell["row"], cell["start"], cell["seed"]) for cell in record["cells"]}
+    # Seeds outermost: stopped early, there is one of everything before there are two of anything.
+    wanted = itertools.product(options.seeds, options.starts, options.rows)
+    cells = [(row, start, seed) for seed, start, row in wanted if start == "scratch" or row not in ALONE]
+    missing = [cell for cell in cells if cell not in done]
+    if not missing:
+        return
+    scenes(options)  # drawn once, by all processes
+    with processes(min(options.workers, len(missing))) as pool:
+        results = pool.map(partial(train_cell, options), missing)
+        for result in tqdm(
+            results, desc="cells", unit="cell", initial=len(cells) - len(missing), total=len(cells)
+        ):
+            record["cells"].append(result)
+            write_record(RESULT, record)
+            write_page(record)
+
+
+def processes(count: int) -> ProcessPoolExecutor:
+    """Fresh ones of one thread each: a fork of a process with threads may hang."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(count, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def train_cell(options: Options, cell: tuple[str, str, int]) -> dict:
+    """One row from one start with one seed: its accuracies on the test scenes, and on the way there."""
+    row, start, seed = cell
+    began = time.perf_counter()
+    train, test = scenes(options)
+    torch.manual_seed(seed)
+    encoder = make_encoder(ROWS[row])
+    if start == "pretrained":
+        mae = AVMAE(encoder, decoder_dim=64, decoder_depth=2, decoder_heads=2)
+        fit(
+            mae,
+            lambda batch: mae(batch["image"], batch["audio"]).loss,
+            train,
+            options.pretraining_steps,
+            options,
+        )
+    model = Namer(encoder, ROWS[row].features)
+    curve = []
+    for step in fit(model, model.loss, train, options.steps, options, pause=max(1, options.steps // 10)):
+        curve.append([step, *accuracies(model, test)])
+    colour, shape = curve[-1][1:]
+    seconds = round(time.perf_counter() - began)
+    return dict(row=row, start=start, seed=seed, colour=colour, shape=shape, curve=curve, seconds=seconds)
+
+
+def make_encoder(row: Row) -> AVEncoder:
+    def vit(channels, height, width):
+        return VisionTransformer(
+            img_size=(height, width),
+            patch_size=PATCH,
+            in_chans=channels,
+            embed_dim=DIM,
+            depth=DEPTH,
+            num_heads=HEADS,
+            class_token=False,
+            global_pool="",
+            num_classes=0,
+        )
+
+    size = SMALL_INPUTS.image_size
+    return AVEncoder(
+        vit(3, size, size),
+        vit(1, SMALL_INPUTS.mel_bins, SMALL_INPUTS.frames),
+        interactions=row.interactions,
+        fusion_layers=row.layers,
+        fusion_tokens=8,
+        attn_ratio=1.0,
+        inputs=SMALL_INPUTS,
+    )
+
+
+class Namer(nn.Module):
+    """Names shape and colour from mean-pooled tokens: a linear head for each feature, logits averaged."""
+
+    def __init__(self, encoder: AVEncoder, features: tuple[str, ...]):
+        super().__init__()
+        self.encoder, self.features, classes = encoder, features, len(SHAPES) + len(COLOURS)
+        self.heads = nn.ModuleDict({name: nn.Linear(DIM, classes) for name in features})
+
+    def forward(self, image: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the shapes (B, 6) and of the colours (B, 6)"""
+        tokens = self.encoder(image, audio)
+        logits = [self.heads[name](getattr(tokens, name).mean(1)) for name in self.features]
+        return torch.stack(logits).mean(0).split([len(SHAPES), len(COLOURS)], dim=1)
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        shape, colour = self(batch["image"], batch["audio"])
+        return cross_entropy(shape, batch["shape"]) + cross_entropy(colour, batch["colour"])
+
+
+def fit(model, loss_of, scenes, steps: int, options: Options, pause: int = 0):
+    """AdamW over random batches; with `pause`, yields the step after every so many."""
+    run = _fit(model, loss_of, scenes, steps, options, pause)
+    return run if pause else list(run)
+
+
+def _fit(model, loss_of, scenes, steps, options, pause) -> Iterator[int]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.05)
+    rate = partial(warmup_cosine, warmup=steps // 10, total=steps)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    model.train()
+    for step in range(1, steps + 1):
+        index = torch.randint(len(scenes["image"]), (options.batch_size,))
+        batch = prepared(scenes, index)
+        flipped = torch.rand(len(index), 1, 1, 1) < 0.5
+        batch["image"] = torch.where(flipped, batch["image"].flip(3), batch["image"])
+        loss = loss_of(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rates.step()
+        if pause and (step % pause == 0 or step == steps):
+            yield step
+            model.train()
+
+
+@torch.no_grad()
+def accuracies(model: Namer, scenes: dict[str, Tensor]) -> tuple[float, float]:
+    """Shares of the scenes whose colour, and whose shape, is named right."""
+    model.eval()
+    right = []
+    for index in torch.arange(len(scenes["image"])).split(250):
+        batch = prepared(scenes, index)
+        shape, colour = model(batch["image"], batch["audio"])
+        right.append(torch.stack([colour.argmax(1) == batch["colour"], shape.argmax(1) == batch["shape"]]))
+    return tuple(torch.cat(right, 1).double().mean(1).tolist())
+
+
+# --- scenes -------------------------------------------------------------------------------------------------
+
+
+def scenes(options: Options) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Scenes to train and to judge on, as stored: image uint8, audio float16, shape and colour."""
+    path = ROOT / f"data/study-{options.objects}-{options.train}-{options.test}.npz"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        numbers = [
+            (split, n) for split, count in enumerate((options.train, options.test)) for n in range(count)
+        ]
+        with processes(options.workers) as pool:
+            drawn = pool.map(partial(draw_scene, options.objects), numbers, chunksize=64)
+            drawn = list(tqdm(drawn, desc="scenes", total=len(numbers)))
+        arrays = dict(
+            zip(("image", "audio", "shape", "colour"), map(np.stack, zip(*drawn, strict=True)), strict=True)
+        )
+        partial_path = path.with_suffix(".part.npz")
+        np.savez(partial_path, **arrays)
+        os.replace(partial_path, path)
+    with np.load(path, allow_pickle=False) as file:
+        tensors = {name: torch.from_numpy(file[name]) for name in file.files}
+    splits = (slice(options.train), slice(options.train, None))
+    return tuple({name: tensor[part] for name, tensor in tensors.items()} for part in splits)
+
+
+def draw_scene(objects: int, number: tuple[int, int]):
+    """One frame, its spectrogram, and the shape and colour of what sounds; from a seed of its own."""
+    rng = np.random.default_rng(np.random.SeedSequence((objects, *number)))
+    scene = sample_scene(rng, objects=objects, seconds=SECONDS)
+    frames, _ = draw(scene, np.array([SECONDS / 2]), SMALL_INPUTS.image_size)
+    sound = play(scene, SECONDS, SMALL_INPUTS.sample_rate, rng).sum(0) / 32768
+    audio = Spectrogram(SMALL_INPUTS)(torch.from_numpy(sound).float())
+    heard = scene.objects[scene.sounding[0]]
+    image = frames[0].transpose(2, 0, 1)
+    return image, audio.half().numpy(), SHAPES.index(heard.shape), COLOURS.index(heard.colour)
+
+
+def prepared(scenes: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
+    """A batch of about zero mean and unit deviation."""
+    image = (scenes["image"][index].float() / 255 - 0.45) / 0.25
+    audio = (scenes["audio"][index].float() + 3) / 2.5
+    return dict(image=image, audio=audio, shape=scenes["shape"][index], colour=scenes["colour"][index])
+
+
+# --- what was found -----------------------------------------------------------------------------------------
+
+
+def found(record: dict) -> dict[tuple[str, str], list[float]]:
+    """Row and start -> colour accuracies by seed."""
+    accuracies = {}
+    for cell in sorted(record["cells"], key=lambda cell: cell["seed"]):
+        accuracies.setdefault((cell["row"], cell["start"]), []).append(cell["colour"])
+    return accuracies
+
+
+def page_table(record: dict) -> str:
+    rows, accuracies = [("", *(f"colour, {start}" for start in STARTS))], found(record)
+    for name, row in ROWS.items():
+        rows.append((row.label, *(mean_cell(accuracies.get((name, start))) for start in STARTS)))
+    return table(rows)
+
+
+def mean_cell(values: list[float] | None) -> str:
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{deviation} (n={len(values)})"
+
+
+def write_page(record: dict) -> None:
+    settings = record["settings"]
+    chances = (
+        f"Chance: {1 / len(COLOURS):.3f} for sound alone, {1 / settings['objects']:.3f} for the image alone."
+    )
+    said = f"{page_table(record)}\n\nMean ± standard deviation over seeds. {chances}\n\n{origin(record)}"
+    PAGE.write_text(filled(PAGE.read_text(), {"study": said}))
+    draw_plot(record).savefig(PLOT, dpi=150)
+
+
+def draw_plot(record: dict) -> Figure:
+    """Every seed a dot, the mean a bar; from scratch and pretrained."""
+    accuracies, names = found(record), list(ROWS)
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axis = figure.subplots()
+    for offset, start, colour, marker in ((-0.17, "scratch", BLUE, "o"), (0.17, "pretrained", ORANGE, "s")):
+        for place, name in enumerate(names):
+            values = accuracies.get((name, start), [])
+            if values:
+                axis.barh(place + offset, statistics.mean(values), 0.3, color=colour, alpha=0.35)
+                label = (
+                    {"scratch": "from scratch", "pretrained": "after pretraining"}[start]
+                    if not place
+                    else None
+                )
+                axis.plot(
+                    values, [place + offset] * len(values), marker, color=colour, ms=5, ls="", label=label
+                )
+    for chance, what in (
+        (1 / len(COLOURS), "sound alone"),
+        (1 / record["settings"]["objects"], "image alone"),
+    ):
+        axis.axvline(chance, color=GREY, ls="--", lw=1)
+        axis.text(chance, -0.75, f"chance, {what}", color=GREY, fontsize=8, ha="center")
+    axis.set(xlim=(0, 1), ylim=(len(names) - 0.4, -1), xlabel="accuracy of the colour of what sounds")
+    axis.set_yticks(range(len(names)), [ROWS[name].label for name in names])
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="lower right")
+    return figure
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options, prog="python benchmarks/study.py"))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")

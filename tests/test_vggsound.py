@@ -1,0 +1,136 @@
+"""VGGSound as it lies on disk: its fixed classes, its splits, what is missing, and lists that mean harm."""
+
+import pytest
+import torch
+from trees import IN_VGGSOUND, plant, vggsound, videos, write_list
+
+from avfuse.data import vggsound as reader
+from avfuse.data.clips import ClipDataset, ClipLoader, find_clips
+from avfuse.data.splits import find_data
+from avfuse.inputs import InputSettings
+
+SETTINGS = InputSettings(image_size=32, audio_seconds=1.0, mel_bins=32)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    return videos(tmp_path_factory.mktemp("shapes"), 6)
+
+
+@pytest.fixture
+def root(tmp_path, sources):
+    return vggsound(tmp_path / "vggsound", sources)
+
+
+def test_clips_have_the_labels_of_the_list(root):
+    listing = reader.read(root)
+    names = ("dog barking", "playing harp", "playing violin, fiddle", "police car (siren)")
+    assert listing.classes == {"class": names}  # sorted, and not those of the folders that are there
+    found = {
+        clip.path.relative_to(root / "clips").as_posix(): (split, clip.labels["class"])
+        for split, clips in listing.found.items()
+        for clip in clips
+    }
+    assert found == IN_VGGSOUND
+    assert listing.missing == {"train": ["dog_barking/ggggggggggg_000001_000011.mp4"]}
+    assert listing.summary() == [
+        "VGGSound: train 3 of 4 clips found (75.0%), test 2 of 2 clips found (100.0%)",
+        "vggsound.csv names 4 classes; the published list has 309",
+    ]
+    assert not listing.wrong and not listing.extra
+
+
+def test_they_are_read_like_any_others(root, sources):
+    said = []
+    found = find_data(root, said.append, progress=False, workers=0)
+    assert said[0].startswith("VGGSound: train 3 of 4 clips found (75.0%)")
+    assert found.coverage == {"train": (3, 4), "test": (2, 2)}
+    assert found.test_name == "held-out clips" and len(found.classes["class"]) == 4
+    plain = ClipDataset(find_clips(sources[0].parent, progress=False, workers=0).clips, SETTINGS, train=False)
+    with ClipLoader(ClipDataset(found.test, SETTINGS, train=False), workers=1) as loader:
+        (batch,) = loader.batches([[(0, 0), (0, 1)]])
+    assert batch["label_class"].tolist() == [1, 2] and not batch["failures"]
+    for name in ("image", "audio"):  # the fourth and fifth of the clips they were made of
+        assert torch.equal(batch[name], torch.stack([plain[3][name], plain[4][name]]))
+
+
+def test_wrong_rows_are_named_and_the_others_stay(root):
+    path = root / reader.LIST
+    rows = (
+        b"../../../etc/passwd,0,playing harp,train",
+        b"/etc/passwd,0,playing harp,train",
+        b"aaaaaaaaaaa,0,../..,train",
+        b"aaaaaaaaaaa,0,a/../../b,train",
+        b"aaaaaaaaaaa,0,..,train",
+        b"aaaaaaaaaaa,-1,playing harp,train",
+        b"aaaaaaaaaaa,1e3,playing harp,train",
+        b"aaaaaaaaaaa,0,playing harp,valid",
+        b"aaaaaaaaaaa,0,playing harp,test",  # the same clip again, to test on
+        b"aaaaaaaaaaa,0,playing harp",
+        b"aaaaaaaaaaa,0,playing harp,train,1",
+        b'"aaaaaaaaaaa,0,playing harp,train',
+        b'a"a,0,"x"y,train',
+        b"aaa\0aaa,0,playing harp,train",
+        b"\xff\xfe\xff,0,playing harp,train",
+        b"aaaaaaaaaaa,0,\x1b[2Jharp,train",
+        b",,,",
+        b"\xf0\x9f\x8e\xbb,0,playing harp,train",
+        b"x" * 200_000,
+    )
+    write_list(path, path.read_bytes() + b"\n".join(rows) + b"\n\n")
+    listing = reader.read(root)
+    assert [int(text.split("line ")[1].split(":")[0]) for text in listing.wrong] == list(
+        range(7, 7 + len(rows))
+    )
+    assert listing.wrong[8].endswith("names the same clip as line 1")
+    assert listing.expected == {"train": 4, "test": 2} and len(listing.classes["class"]) == 4
+    assert {c.path.relative_to(root / "clips").as_posix() for s in listing.found.values() for c in s} == set(
+        IN_VGGSOUND
+    )
+    assert "19 wrong rows in the lists, not used: " in listing.summary()[2]
+    assert "\x1b" not in "".join(listing.summary())
+
+
+def test_names_of_other_alphabets_are_names(root, sources):
+    path = root / reader.LIST
+    write_list(path, "\ufeff" + path.read_text() + "ünïcødé_vid,3,čellö,train\n")
+    plant(sources[5], root / "clips/čellö/ünïcødé_vid_000003_000013.mp4")
+    listing = reader.read(root)
+    assert not listing.wrong and listing.found["train"][3].path.name == "ünïcødé_vid_000003_000013.mp4"
+
+
+def test_nothing_outside_the_folder_is_used(root, sources, tmp_path):
+    outside = plant(sources[5], tmp_path / "outside/ggggggggggg_000001_000011.mp4").parent
+    (root / "clips/dog_barking").symlink_to(outside)
+    inside = root / "clips/playing_harp/aaaaaaaaaaa_000000_000010.mp4"
+    inside.unlink()
+    inside.symlink_to(outside / "ggggggggggg_000001_000011.mp4")
+    listing = reader.read(root)
+    assert listing.links == [root / "clips/dog_barking", inside]
+    assert listing.expected["train"] == 4 and len(listing.found["train"]) == 2
+    assert "2 links that lead out of the folder, not followed" in listing.summary()[2]
+
+    for part in ("clips", "annotations/vggsound.csv"):
+        elsewhere = tmp_path / f"elsewhere/{part}"
+        elsewhere.parent.mkdir(parents=True, exist_ok=True)
+        (root / part).rename(elsewhere)
+        (root / part).symlink_to(elsewhere)
+        with pytest.raises(ValueError, match=f"{part} leads out of the data folder"):
+            reader.read(root)
+        (root / part).unlink()
+        elsewhere.rename(root / part)
+
+
+def test_what_is_not_there(tmp_path, sources):
+    write_list(tmp_path / reader.LIST, "aaaaaaaaaaa,0,playing harp,train\n")
+    with pytest.raises(ValueError, match="clips is not there: it should hold the clips of VGGSound"):
+        find_data(tmp_path, lambda line: None)
+    (tmp_path / "clips").mkdir()
+    found = find_data(tmp_path, lambda line: None, progress=False, workers=0)
+    assert found.coverage["train"] == (0, 1) and not found.train
+    plant(sources[0], tmp_path / "clips/other/extra.mp4")
+    assert reader.read(tmp_path).summary()[-1] == "1 videos are in no list, and not used"
+    with pytest.raises(ValueError, match="data_set must be one of 'auto', 'vggsound', .* got 'vgg'"):
+        find_data(tmp_path, data_set="vgg")
+    with pytest.raises(ValueError, match="train_split must be one of train, got 'balanced_train'"):
+        find_data(tmp_path, train_split="balanced_train")

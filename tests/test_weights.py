@@ -1,0 +1,479 @@
+"""Weights of others, under the names and in the shapes in which they were published but narrower, against a
+forward pass written from those names alone; and nothing lost without a word.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from models import AUDIO, IMAGE, make_encoder, make_vit, randomized
+from safetensors.torch import load_file, save_file
+
+from avfuse import AVMAE, AVEncoder, load_audio_weights, load_image_weights
+from avfuse.model_card import strictest
+
+D, HEADS, DEPTH = 32, 2, 3
+
+
+def published(rows, patch=(8, 8), channels=3, norm="norm"):
+    """An encoder by the names of facebookresearch/mae and facebookresearch/AudioMAE (both those of timm)."""
+    shapes = {"cls_token": (1, 1, D), "pos_embed": (1, 1 + rows, D)}
+    shapes |= {"patch_embed.proj.weight": (D, channels, *patch), "patch_embed.proj.bias": (D,)}
+    for i in range(DEPTH):
+        for name, shape in (
+            *(("norm1.weight", (D,)), ("norm1.bias", (D,))),
+            *(("attn.qkv.weight", (3 * D, D)), ("attn.qkv.bias", (3 * D,))),
+            *(("attn.proj.weight", (D, D)), ("attn.proj.bias", (D,))),
+            *(("norm2.weight", (D,)), ("norm2.bias", (D,))),
+            *(("mlp.fc1.weight", (2 * D, D)), ("mlp.fc1.bias", (2 * D,))),
+            *(("mlp.fc2.weight", (D, 2 * D)), ("mlp.fc2.bias", (D,))),
+        ):
+            shapes[f"blocks.{i}.{name}"] = shape
+    shapes |= {f"{norm}.weight": (D,), f"{norm}.bias": (D,)}
+    return {name: 0.3 * torch.randn(shape) for name, shape in shapes.items()}
+
+
+def decoder(rows, pixels):
+    """What a whole pretraining checkpoint has besides (MAE's decoder; AudioMAE's blocks have other parts)."""
+    shapes = {"mask_token": (1, 1, 16), "decoder_pos_embed": (1, 1 + rows, 16)}
+    shapes |= {"decoder_embed.weight": (16, D), "decoder_embed.bias": (16,)}
+    shapes |= {"decoder_blocks.0.attn.qkv.weight": (48, 16), "decoder_blocks.0.attn.qkv.bias": (48,)}
+    shapes |= {
+        "decoder_norm.weight": (16,),
+        "decoder_pred.weight": (pixels, 16),
+        "decoder_pred.bias": (pixels,),
+    }
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+def forward(weights, pixels, class_token=True, norm="norm"):
+    """All tokens (B, N, D) of a ViT, straight from the published names."""
+    w = {name: weight.double() for name, weight in weights.items()}
+    kernel = w["patch_embed.proj.weight"]
+    x = F.conv2d(pixels.double(), kernel, w["patch_embed.proj.bias"], stride=kernel.shape[2:])
+    x = x.flatten(2).transpose(1, 2) + w["pos_embed"][:, 1:]
+    if class_token:
+        first = w["cls_token"] + w["pos_embed"][:, :1]
+        x = torch.cat([first.expand(len(x), -1, -1), x], dim=1)
+
+    def linear(name, x):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def layer_norm(name, x):
+        return F.layer_norm(x, (D,), w[f"{name}.weight"], w[f"{name}.bias"], eps=1e-6)
+
+    for i in range(DEPTH):
+        qkv = linear(f"blocks.{i}.attn.qkv", layer_norm(f"blocks.{i}.norm1", x))
+        q, k, v = qkv.reshape(*x.shape[:2], 3, HEADS, D // HEADS).permute(2, 0, 3, 1, 4)
+        weight = (q @ k.transpose(-1, -2) * (D // HEADS) ** -0.5).softmax(-1)
+        x = x + linear(f"blocks.{i}.attn.proj", (weight @ v).transpose(1, 2).flatten(2))
+        hidden = F.gelu(linear(f"blocks.{i}.mlp.fc1", layer_norm(f"blocks.{i}.norm2", x)))
+        x = x + linear(f"blocks.{i}.mlp.fc2", hidden)
+    return layer_norm(norm, x)
+
+
+def outputs(vit, pixels):
+    with torch.no_grad():
+        return vit.double().eval().forward_features(pixels.double())
+
+
+def silent(_):
+    pass
+
+
+def assert_accounted(loaded, weights, beside=()):
+    """Every tensor is in one list; the norm behind a pool is listed under its new name."""
+    told = [*loaded.used, *loaded.converted, *loaded.dropped]
+    names = {name.replace("fc_norm", "norm") if name not in loaded.dropped else name for name in weights}
+    assert sorted(told) == sorted(names | set(beside))
+
+
+# --- MAE ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize("kind", ["pretrained", "with decoder", "fine-tuned"])
+def test_mae_gives_its_own_outputs(kind, class_token, tmp_path):
+    norm = "fc_norm" if kind == "fine-tuned" else "norm"
+    weights, beside = published(9, norm=norm), {}
+    if kind == "with decoder":
+        weights |= decoder(9, 192)
+        beside = dict(optimizer={"state": {}}, epoch=3, args=argparse.Namespace(lr=1e-4, device="cuda"))
+    if kind == "fine-tuned":
+        weights |= {"head.weight": torch.randn(10, D), "head.bias": torch.randn(10)}
+    path = tmp_path / "mae_vit_base.pth"
+    torch.save({"model": weights} | beside, path)
+
+    encoder = make_encoder(vit=dict(class_token=class_token))
+    loaded = load_image_weights(encoder, path, say=silent)
+    pixels = torch.randn(2, *IMAGE)
+    truth = forward(weights, pixels, class_token, norm)
+    torch.testing.assert_close(outputs(encoder.image, pixels), truth, rtol=1e-9, atol=1e-9)
+    assert_accounted(loaded, weights, beside)
+    assert loaded.origin.family == "MAE" and loaded.origin.licence == "CC-BY-NC-4.0"
+    if not class_token:
+        assert loaded.dropped["cls_token"] == "the transformer has no class token"
+        assert loaded.converted["pos_embed"] == "row of cls_token dropped"
+
+
+def test_mae_is_known_by_decoder_positions_or_name(tmp_path):
+    plain, fixed = published(9), published(9)
+    fixed["pos_embed"][0, :2] = torch.cat([torch.zeros(D), torch.arange(D) % 2]).unflatten(0, (2, D))
+    for weights, name, family in (
+        (plain, "weights", "ViT"),
+        (plain, "maestro", "ViT"),
+        (plain, "mae_pretrain_vit_base", "MAE"),
+        (plain | decoder(9, 192), "weights", "MAE"),
+        (fixed, "weights", "MAE"),
+    ):
+        torch.save({"model": weights}, tmp_path / f"{name}.pth")
+        origin = load_image_weights(make_encoder(), tmp_path / f"{name}.pth", say=silent).origin
+        assert origin.family == family
+        assert origin.licence == ("CC-BY-NC-4.0" if family == "MAE" else "unknown")
+
+
+# --- AudioMAE -----------------------------------------------------------------------------------------------
+
+
+def as_ours(tokens, time, mels):
+    """Tokens of a time x frequency model in the order of a frequency x time model; class token first."""
+    prefix, patches = tokens[:, : -time * mels], tokens[:, -time * mels :]
+    return torch.cat([prefix, patches.unflatten(1, (time, mels)).transpose(1, 2).flatten(1, 2)], dim=1)
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize("kind", ["pretrained", "fine-tuned"])
+def test_audiomae_gives_its_own_outputs_on_the_transposed_input(kind, class_token, tmp_path):
+    """1024 frames x 128 mel bins in 64 x 8 patches of 16, as published."""
+    norm = "fc_norm" if kind == "fine-tuned" else "norm"
+    weights = published(512, (16, 16), channels=1, norm=norm)
+    if kind == "fine-tuned":
+        weights |= {"head.weight": torch.randn(527, D), "head.bias": torch.randn(527)}
+    else:
+        weights |= decoder(512, 256)
+        weights["decoder_blocks.0.attn.relative_position_bias_table"] = torch.randn(49, 16)
+    torch.save({"model": weights, "epoch": 1}, tmp_path / "weights.pth")
+
+    vit = make_vit((1, 128, 1024), patch_size=16, class_token=class_token)
+    loaded = load_audio_weights(vit, tmp_path / "weights.pth", say=silent)
+    spectrogram = torch.randn(1, 1, 1024, 128)  # time x frequency
+    truth = as_ours(forward(weights, spectrogram, class_token, norm), 64, 8)
+    ours = outputs(vit, spectrogram.transpose(2, 3))
+    torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9)
+    assert_accounted(loaded, weights, {"epoch"})
+    assert loaded.origin.family == "AudioMAE" and loaded.origin.licence == "CC-BY-NC-4.0"
+    assert loaded.converted["patch_embed.proj.weight"].endswith("axes swapped")
+    assert "re-ordered" in loaded.converted["pos_embed"]
+    assert "AudioMAE on time x frequency, licence CC-BY-NC-4.0" in str(loaded)
+
+
+def test_other_time_first_weights_say_so():
+    """Patches that are not square, and a grid that the number of positions does not tell."""
+    weights = published(10, (4, 8), channels=1)
+    vit = make_vit((1, 16, 20), patch_size=(8, 4))
+    loaded = load_audio_weights(vit, weights, axes="time-frequency", grid=(5, 2), say=silent)
+    spectrogram = torch.randn(2, 1, 20, 16)
+    truth = as_ours(forward(weights, spectrogram, class_token=False), 5, 2)
+    torch.testing.assert_close(outputs(vit, spectrogram.transpose(2, 3)), truth, rtol=1e-9, atol=1e-9)
+    assert loaded.origin.licence == "unknown"
+
+
+def test_frequency_first_weights_are_left_alone():
+    weights = published(10, channels=1)
+    vit = make_vit(AUDIO)
+    loaded = load_audio_weights(vit, weights, say=silent)
+    spectrogram = torch.randn(2, *AUDIO)
+    truth = forward(weights, spectrogram, class_token=False)
+    torch.testing.assert_close(outputs(vit, spectrogram), truth, rtol=1e-9, atol=1e-9)
+    assert "ViT on frequency x time, licence unknown" in str(loaded)
+
+
+# --- positions of other grids -------------------------------------------------------------------------------
+
+
+def interpolated(patches, old, new):
+    """(old rows * columns, D) -> (new rows * columns, D)"""
+    planes = patches.T.unflatten(1, old)[None]
+    planes = F.interpolate(planes, size=new, mode="bicubic", antialias=True, align_corners=False)
+    return planes[0].flatten(1).T
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize("side", [2, 3, 5, 7])
+def test_image_positions_are_interpolated(side, class_token):
+    weights = published(25)
+    vit = make_vit((3, 8 * side, 8 * side), class_token=class_token)
+    loaded = load_image_weights(vit, weights, say=silent)
+    first, patches = weights["pos_embed"][0, :1], weights["pos_embed"][0, 1:]
+    if side != 5:
+        patches = interpolated(patches, (5, 5), (side, side))
+        assert f"interpolated from 5 x 5 to {side} x {side} patches" in loaded.converted["pos_embed"]
+    truth = torch.cat([first, patches]) if class_token else patches
+    torch.testing.assert_close(vit.pos_embed[0], truth)
+
+
+def test_image_positions_of_an_oblong_grid():
+    weights = published(10)
+    vit = make_vit((3, 24, 40))
+    load_image_weights(vit, weights, grid=(2, 5), say=silent)
+    truth = interpolated(weights["pos_embed"][0, 1:], (2, 5), (3, 5))
+    torch.testing.assert_close(vit.pos_embed[0], truth)
+
+
+def test_audiomae_positions_onto_three_seconds():
+    """64 x 8 (time x mel) onto the 8 x 12 (mel x time) patches of avfuse's spectrograms."""
+    weights = published(512, (16, 16), channels=1)
+    # Half of the width tells the mel patch, half the time: neither may leak into the other.
+    time, mel = torch.meshgrid(torch.arange(64.0), torch.arange(8.0), indexing="ij")
+    weights["pos_embed"][0, 1:, : D // 2] = mel.flatten()[:, None]
+    weights["pos_embed"][0, 1:, D // 2 :] = time.flatten()[:, None]
+    vit = make_vit((1, 128, 192), patch_size=16)
+    loaded = load_audio_weights(vit, weights, say=silent)
+    table = vit.pos_embed.detach().unflatten(1, (8, 12))[0]
+    torch.testing.assert_close(table[..., 0], torch.arange(8.0)[:, None].expand(8, 12))
+    times = interpolated(torch.arange(64.0)[:, None], (1, 64), (1, 12))
+    torch.testing.assert_close(table[..., -1], times.T.expand(8, 12))
+    assert (table[0].diff(dim=0)[:, -1] > 4).all()
+    assert loaded.converted["pos_embed"] == (
+        "row of cls_token dropped, re-ordered from time x frequency to frequency x time, "
+        "interpolated from 8 x 64 to 8 x 12 patches"
+    )
+
+
+def test_frequency_first_positions_of_another_length():
+    weights = published(2 * 3, channels=1)
+    vit = make_vit(AUDIO)  # 2 x 5 patches
+    load_audio_weights(vit, weights, say=silent)
+    truth = interpolated(weights["pos_embed"][0, 1:], (2, 3), (2, 5))
+    torch.testing.assert_close(vit.pos_embed[0], truth)
+
+
+# --- timm and whole models ----------------------------------------------------------------------------------
+
+
+SIZES = dict(img_size=24, patch_size=8, embed_dim=D, depth=DEPTH, num_heads=HEADS, mlp_ratio=2.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(num_classes=0),
+        dict(class_token=False, global_pool="avg"),
+        dict(global_pool="avg"),
+        dict(reg_tokens=2, no_embed_class=True),
+        dict(reg_tokens=2),
+        dict(class_token=False, global_pool="map"),
+        dict(qk_norm=True, init_values=0.1, pre_norm=True),
+    ],
+    ids=str,
+)
+def test_timm_models_give_their_outputs(options):
+    """With the same prefix tokens all tokens are equal; the norm behind a pool becomes that of the tokens."""
+    model = randomized(timm.create_model("vit_tiny_patch16_224.augreg_in21k", **SIZES | options))
+    kept = {
+        name: options[name]
+        for name in ("qk_norm", "init_values", "pre_norm", "reg_tokens")
+        if name in options
+    }
+    kept |= dict(class_token=options.get("class_token", True), no_embed_class="no_embed_class" in options)
+    encoder = make_encoder(vit=kept)
+    loaded = load_image_weights(encoder, model, say=silent)
+    pixels = torch.randn(2, *IMAGE)
+    truth = model.forward_features(pixels.double())
+    if options.get("global_pool") == "avg":
+        truth = model.fc_norm(truth)
+    torch.testing.assert_close(outputs(encoder.image, pixels), truth, rtol=1e-9, atol=1e-9)
+    assert_accounted(loaded, model.state_dict())
+
+
+def test_register_tokens_and_their_positions_are_dropped():
+    model = randomized(timm.create_model("vit_tiny_patch16_224", **SIZES, reg_tokens=2))
+    vit = make_vit()
+    loaded = load_image_weights(vit, model, say=silent)
+    torch.testing.assert_close(vit.pos_embed.double(), model.pos_embed[:, 3:])
+    assert {"cls_token", "reg_token"} < loaded.dropped.keys()
+
+
+def test_licences_of_timm_models(tmp_path):
+    """From the model itself or from the config.json that timm writes beside its weights."""
+    for name, licence in (
+        ("vit_tiny_patch16_224.augreg_in21k", "unknown"),
+        ("vit_base_patch16_224.mae", "CC-BY-NC-4.0"),
+        ("vit_tiny_patch16_224.augreg_in21k_ft_in1k", "apache-2.0"),
+    ):
+        model = timm.create_model(name, **SIZES)
+        model.pretrained_cfg["license"] = {"unknown": None}.get(licence, licence)
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file(model.state_dict(), folder / "model.safetensors")
+        said = {key: value for key, value in model.pretrained_cfg.items() if key != "architecture"}
+        config = {"architecture": model.pretrained_cfg["architecture"], "pretrained_cfg": said}
+        (folder / "config.json").write_text(json.dumps(config))
+        for source in model, folder, folder / "model.safetensors":
+            origin = load_image_weights(make_encoder(), source, say=silent).origin
+            assert (origin.weights, origin.licence) == (name, licence)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "autoencoder"])
+def test_branches_of_whole_models(kind, tmp_path):
+    other = make_encoder("factorized", vit=dict(class_token=True)).float()
+    model = other if kind == "encoder" else AVMAE(other, decoder_dim=16, decoder_depth=1, decoder_heads=2)
+    model.save_pretrained(tmp_path)
+    encoder = make_encoder(vit=dict(class_token=True)).float()
+    for name, load in ("image", load_image_weights), ("audio", load_audio_weights):
+        loaded = load(encoder, tmp_path, say=silent)
+        ours, theirs = (getattr(whole, name).state_dict() for whole in (encoder, other))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        assert len(loaded.used) + len(loaded.dropped) == len(model.state_dict())
+        assert loaded.origin.family == "avfuse" and not loaded.converted
+
+
+def test_branches_of_released_models_carry_their_licence(tmp_path):
+    golden = Path(__file__).parent / "golden" / "mae_factorized.safetensors"
+    weights = {
+        n.removeprefix("weights/"): w for n, w in load_file(golden).items() if n.startswith("weights/")
+    }
+    torch.save({"state_dict": {f"module.{name}": w for name, w in weights.items()}}, tmp_path / "a.pth")
+    kernel = weights["encoder.image.patch_embed.proj.weight"]
+    side = kernel.shape[-1] * round(weights["encoder.image.pos_embed"].shape[1] ** 0.5)
+    width = kernel.shape[0]
+    depth = 1 + max(int(n.split(".")[3]) for n in weights if n.startswith("encoder.image.blocks."))
+    sizes = dict(embed_dim=width, depth=depth, num_heads=2, patch_size=kernel.shape[-1], mlp_ratio=4.0)
+    vit = make_vit((3, side, side), **sizes)
+    loaded = load_image_weights(vit, tmp_path / "a.pth", say=silent)
+    assert torch.equal(vit.patch_embed.proj.weight, kernel)
+    assert loaded.origin.family == "DeepAVFusion" and loaded.origin.licence == "CC-BY-NC-4.0"
+
+
+# --- what is said, and kept ---------------------------------------------------------------------------------
+
+
+def test_licences_stay_with_the_model(tmp_path):
+    mae = AVMAE(make_encoder().float(), decoder_dim=16, decoder_depth=1, decoder_heads=2)
+    said = []
+    load_image_weights(mae, published(9) | decoder(9, 192), say=said.append)
+    load_audio_weights(mae, published(10, channels=1), say=said.append)
+    origins = {
+        "image": {"weights": "a state dict", "family": "MAE", "licence": "CC-BY-NC-4.0"},
+        "audio": {"weights": "a state dict", "family": "ViT", "licence": "unknown"},
+    }
+    assert mae.encoder.origins == origins
+    mae.save_pretrained(tmp_path / "mae")
+    loaded = AVMAE.from_pretrained(tmp_path / "mae")
+    assert loaded.encoder.origins == origins
+    loaded.encoder.save_pretrained(tmp_path / "encoder")
+    assert AVEncoder.from_pretrained(tmp_path / "encoder").origins == origins
+    assert said[0].splitlines() == [
+        "image weights a state dict: MAE, licence CC-BY-NC-4.0",
+        "  used       patch_embed (2 tensors), blocks (36 tensors), norm (2 tensors)",
+        "  converted  pos_embed: row of cls_token dropped",
+        "  dropped    cls_token: the transformer has no class token",
+        "  dropped    mask_token, decoder_pos_embed, decoder_embed (2 tensors), decoder_blocks (2 tensors), "
+        "decoder_norm, decoder_pred (2 tensors): decoder of the masked autoencoder",
+    ]
+    again = load_image_weights(make_encoder(), tmp_path / "encoder", say=silent)
+    assert again.origin.licence == "unknown"  # the strictest of what went into that model
+
+
+def test_the_strictest_licence_is_found():
+    for licences, strictest_one in (
+        ([], None),
+        (["apache-2.0", "mit"], "apache-2.0"),
+        (["apache-2.0", "CC-BY-NC-4.0", "gpl-3.0"], "CC-BY-NC-4.0"),
+        (["mit", "cc-by-sa-4.0"], "cc-by-sa-4.0"),
+        (["unknown", "cc-by-nc-4.0"], "unknown"),
+        (["cc-by-nc-sa-4.0", "other"], "other"),
+    ):
+        assert strictest(licences) == strictest_one
+
+
+# --- refusals -----------------------------------------------------------------------------------------------
+
+
+def without(weights, name):
+    return {key: weight for key, weight in weights.items() if key != name}
+
+
+def test_every_tensor_is_needed_in_its_shape():
+    weights = published(9)
+    for name, weight in weights.items():
+        for changed, kind in (
+            (without(weights, name), "missing"),
+            (weights | {name: weight[..., :-1]}, "shape"),
+            (weights | {name: torch.full_like(weight, torch.nan)}, "not finite"),
+        ):
+            vit = make_vit(class_token=True)
+            before = {key: value.clone() for key, value in vit.state_dict().items()}
+            with pytest.raises(ValueError, match=rf"a state dict does not fit .*{kind}.*{name}"):
+                load_image_weights(vit, changed, say=silent)
+            assert all(torch.equal(vit.state_dict()[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda w: w | {"blocks.3.norm1.weight": torch.ones(D)}, "without a place: blocks.3.norm1.weight"),
+        (lambda w: w | {"extra": torch.ones(1)}, "without a place: extra"),
+        (lambda w: without(w, "blocks.2.mlp.fc2.bias"), "missing: blocks.2.mlp.fc2.bias"),
+        (lambda w: {k: v for k, v in w.items() if "blocks." not in k}, r"missing: blocks.0.* and 32 more"),
+        (lambda w: w | {"norm.bias": torch.ones(D + 1)}, r"norm.bias is \(33,\), not \(32,\)"),
+        (lambda w: w | {"patch_embed.proj.weight": torch.ones(D, 3, 14, 14)}, r"\(32, 3, 14, 14\), not"),
+        (lambda w: w | {"pos_embed": torch.ones(1, 9, D)[0]}, "pos_embed is"),
+        (lambda w: w | {"pos_embed": torch.ones(1, 12, D)}, "pos_embed has 12 rows.*grid is needed"),
+        (lambda w: w | {"norm.bias": "words"}, "weights: 'norm.bias' is no tensor but a str"),
+        (lambda w: {}, "weights must hold tensors by name"),
+        (lambda w: {"model": None}, "weights must hold tensors by name"),
+        (lambda w: 3, "weights must be a path, a model or a dictionary, got int"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        load_image_weights(make_encoder(), change(published(9)), say=silent)
+
+
+def test_arguments_that_make_no_sense_are_named():
+    weights = published(9)
+    for options, message in (
+        (dict(grid=9), r"grid must be \(rows, columns\), got 9"),
+        (dict(grid=(3, 0)), "grid must be a positive integer, got 0"),
+        (dict(grid=(2, 4)), r"grid is not \(rows, columns\) of them"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_image_weights(make_encoder(), weights, say=silent, **options)
+    with pytest.raises(
+        ValueError, match="axes must be one of 'frequency-time', 'time-frequency', got 'both'"
+    ):
+        load_audio_weights(make_encoder(), weights, axes="both")
+    with pytest.raises(
+        ValueError, match="model must have an encoder or be a timm VisionTransformer, got Linear"
+    ):
+        load_image_weights(torch.nn.Linear(1, 1), weights)
+    with pytest.raises(ValueError, match=r"patch_embed.proj.weight is \(32, 3, 8, 8\), not \(32, 1, 8, 8\)"):
+        load_audio_weights(make_encoder(), published(10))
+
+
+def test_files_that_hold_no_weights_are_named(tmp_path):
+    for name in "cut.pth", "cut.safetensors":
+        (tmp_path / name).write_bytes(b"cut")
+    for name in "nowhere.pth", "cut.pth", "cut.safetensors", "":
+        with pytest.raises(ValueError, match=f"weights {tmp_path / name}"):
+            load_image_weights(make_encoder(), tmp_path / name)
+
+
+def test_no_code_in_a_file_is_run(tmp_path):
+    """A Namespace of plain values is let in; what it holds is restricted as everything else."""
+
+    class Malicious:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "it ran",)
+
+    for beside in Malicious(), argparse.Namespace(lr=1e-3, name=Malicious()):
+        torch.save({"model": published(9), "args": beside}, tmp_path / "weights.pth")
+        with pytest.raises(ValueError, match="weights.pth is no file of weights alone"):
+            load_image_weights(make_encoder(), tmp_path / "weights.pth", say=silent)
+    assert not (tmp_path / "it ran").exists()
