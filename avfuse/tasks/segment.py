@@ -50,8 +50,8 @@ class SegmentConfig(TaskConfig):
     --target binary --subset S4 and --target semantic --subset AVSS are the paper's two tasks.
 
     --modalities image trains the control, which never hears the sound: what is above it, the sound has told.
-    What has been learned here is a start for others, --checkpoint runs/segment: classes teach a fresh model
-    in minutes what sounds look like, which masks or boxes alone take far longer to teach it.
+    The demo's target is semantic, because classes teach a fresh model in minutes what each sound looks like;
+    masks alone have not been seen to.
 
     Papers disagree about the metrics, so --protocol names them: see `avsbench_iou`, `f_curve`, `both_iou` and
     `class_scores` in avfuse/tasks/segment.py for the definitions.
@@ -363,9 +363,9 @@ def draw_masks(inputs: dict[str, Tensor], prob: Tensor, settings, path: Path) ->
     figure, grid = start(len(prob), ("frame and truth", "probability", "mask", "sound"))
     for row, axes in enumerate(grid):
         frame, truth = show_scene(axes, inputs, row, settings)
-        axes[1].imshow(prob[row], cmap="inferno", vmin=0, vmax=1, extent=EXTENT)
+        axes[1].imshow(prob[row].numpy(), cmap="inferno", vmin=0, vmax=1, extent=EXTENT)
         axes[2].imshow(frame.mean(-1), cmap="gray", vmin=0, vmax=1.3, extent=EXTENT)
-        mask = (prob[row] > 0.5).float()
+        mask = (prob[row] > 0.5).float().numpy()
         axes[2].imshow(mask, cmap=ListedColormap([MASK]), alpha=0.65 * mask, extent=EXTENT)
         for axis in axes[1:3]:
             outline(axis, truth)
@@ -383,7 +383,7 @@ def draw_classes(
         for axis, labels in zip(axes[1:3], (truth, pred[row]), strict=True):
             axis.imshow(frame.mean(-1), cmap="gray", vmin=0, vmax=1.3, extent=EXTENT)
             for label in set(labels.unique().tolist()) - {0}:
-                here = (labels == label).float()
+                here = (labels == label).float().numpy()
                 axis.imshow(here, cmap=ListedColormap([colour(label)]), alpha=0.75 * here, extent=EXTENT)
                 shown.add(label)
         outline(axes[2], truth)
