@@ -192,7 +192,7 @@ def main(config: FeaturesConfig) -> None:
     """
     if config.out.suffix != ".safetensors":
         raise ValueError(f"out must be a .safetensors file, got {config.out}")
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     encoder = load_encoder(config.checkpoint).to(device)
     options = dict(workers=config.workers, timeout=config.clip_timeout)
     scan = find_clips(config.folder, missing=config.missing, **options)

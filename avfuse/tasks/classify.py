@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from timm.data.mixup import mixup_target
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm, binary_cross_entropy_with_logits, cross_entropy
-from torchmetrics.functional.classification import multilabel_auroc, multilabel_average_precision
+from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 from ..checks import check_choice, check_count, check_rate
 from ..data.clips import Clip, ClipDataset, printable
@@ -262,8 +262,8 @@ def ranking_metrics(scores: Tensor, target: Tensor) -> dict[str, float | int | N
     scores, target = scores.double().sigmoid(), target.long()
     some = target.any(0)
     mixed = some & ~target.all(0)
-    precision = mean_over(multilabel_average_precision, scores, target, some)
-    area = mean_over(multilabel_auroc, scores, target, mixed)
+    precision = mean_over(binary_average_precision, scores, target, some)
+    area = mean_over(binary_auroc, scores, target, mixed)
     d_prime = None
     if area is not None and 0 < area < 1:
         d_prime = 2**0.5 * torch.special.ndtri(torch.tensor(area, dtype=torch.float64)).item()
@@ -278,10 +278,8 @@ def ranking_metrics(scores: Tensor, target: Tensor) -> dict[str, float | int | N
 
 def mean_over(metric, scores: Tensor, target: Tensor, chosen: Tensor) -> float | None:
     """The mean of a metric of torchmetrics over the chosen classes."""
-    count = int(chosen.sum())
-    if not count:
-        return None
-    return metric(scores[:, chosen], target[:, chosen], num_labels=count, average="macro").item()
+    values = [metric(scores[:, n], target[:, n]).item() for n in chosen.nonzero().flatten()]
+    return sum(values) / len(values) if values else None
 
 
 # --- data ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What is like what? `python -m avfuse.tasks.retrieve`: nearest neighbours by frozen features (paper Fig. 3)."""
+"""What is like what? `python -m avfuse.tasks.retrieve`: neighbours by frozen features (paper Fig. 3)."""
 
 import json
 import math
@@ -32,7 +32,8 @@ QUERIES, SHOWN = 3, 5  # in the picture: clips, and neighbours of each
 
 @dataclass
 class RetrieveConfig:
-    """Nearest neighbours among the test clips, by image, audio and fusion tokens and their sum (paper Fig. 3).
+    """Nearest neighbours among the test clips by image, audio, fusion tokens and their sum (paper Fig. 3).
+
     Nothing is trained.
 
     Without arguments it takes the encoder of runs/demo, if `python -m avfuse.train` has left one there, and
@@ -109,7 +110,7 @@ def recalls(features: dict[str, Tensor], ks: Sequence[int]) -> dict[str, float]:
 def draw_neighbours(
     path: Path, encoder: AVEncoder, clips: Sequence[Clip], features: dict[str, Tensor], classes: dict
 ) -> None:
-    """Queries and their nearest clips by each feature; those of the query's (first) label are framed in blue."""
+    """Queries and their nearest clips by each feature; those of the query's (first) label in blue frames."""
     dataset, label = ClipDataset(clips, encoder.inputs, train=False), next(iter(classes))
     labels, ranked = features[f"label_{label}"], similarities(features)
     firsts = [(labels == n).nonzero()[0].item() for n in labels.unique().tolist()][:QUERIES]
@@ -131,7 +132,6 @@ def draw_neighbours(
                 row[0].set_title(
                     f"{label}: {classes[label][labels[query]]}", loc="left", fontsize=9, weight="bold"
                 )
-            row[1 if line else 0].set_ylabel("")
             for place, near in enumerate(similarity[query].topk(shown).indices.tolist(), start=1):
                 axes = row[2 * place : 2 * place + 2]
                 show_clip(axes, dataset[near], encoder, bool(labels[near] == labels[query]))
@@ -164,7 +164,7 @@ def main(config: RetrieveConfig) -> dict[str, float]:
     folder = config.run
     if folder.exists() and (not folder.is_dir() or (folder / "checkpoints").exists()):
         raise ValueError(f"--run-dir {folder} is no folder, or that of a training run")
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     encoder = starting_encoder(TaskConfig(checkpoint=config.checkpoint)).to(device)
     print(f"retrieve: encoder of {config.checkpoint}, on {device}")
     options = dict(workers=config.workers, timeout=config.clip_timeout)
