@@ -9,8 +9,8 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from .encoder import AVEncoder
+from .features import encode, pool
 from .mae import AVMAE
-from .vit import presence_mask
 
 INPUTS = ("image", "audio", "image_removed", "audio_removed", "image_present", "audio_present")
 
@@ -78,14 +78,8 @@ def pooled_features(encoder: AVEncoder, loader: Iterable[dict], device: torch.de
     for batch in tqdm(loader, desc="features", leave=False):
         if "image" not in batch:
             continue
-        image, audio = batch["image"].to(device), batch["audio"].to(device)
-        output = encoder(
-            image,
-            audio,
-            image_mask=presence_mask(encoder.image, batch["image_present"].to(device)),
-            audio_mask=presence_mask(encoder.audio, batch["audio_present"].to(device)),
-        )
-        pooled = {name: getattr(output, name).mean(1).float().cpu() for name in ("image", "audio", "fusion")}
+        inputs = {n: batch[n].to(device) for n in ("image", "audio", "image_present", "audio_present")}
+        pooled = {name: mean.float().cpu() for name, mean in pool(encode(encoder, **inputs)).items()}
         batches.append(pooled | {name: batch[name] for name in batch if name.startswith("label_")})
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]} if batches else {}
 

@@ -280,8 +280,19 @@ class ClipDataset(Dataset):
         return several
 
     def _read(self, reader: ClipReader, streams: Streams, generator: torch.Generator) -> dict[str, Tensor]:
-        settings, size = self.settings, self.settings.image_size
         place, moment = torch.rand(2, generator=generator).tolist() if self.train else (0.5, 0.5)
+        return self._window(reader, streams, generator, place, moment)
+
+    def _window(
+        self,
+        reader: ClipReader,
+        streams: Streams,
+        generator: torch.Generator,
+        place: float,
+        moment: float = 0.5,
+    ) -> dict[str, Tensor]:
+        """The window of sound at a place in the clip, and the frame at a moment of it, both in 0..1."""
+        settings, size = self.settings, self.settings.image_size
         start = place * max(0.0, streams.seconds - settings.audio_seconds)
         image = torch.zeros(3, size, size)
         if streams.video:

@@ -1,0 +1,655 @@
+"""What is it? `python -m avfuse.tasks.classify`: linear probe and fine-tuning (paper Table 3)."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+from timm.data.mixup import mixup_target
+from torch import Tensor, nn
+from torch.nn.functional import batch_norm, binary_cross_entropy_with_logits, cross_entropy
+from torchmetrics.functional.classification import binary_auroc, binary_average_precision
+
+from ..checks import check_choice, check_count, check_rate
+from ..data.clips import Clip, ClipDataset, printable
+from ..data.splits import SPLITS, Found, find_data
+from ..encoder import AVEncoder
+from ..features import FEATURES, encode, pool
+from ..loop import program
+from ..pictures import BLUE, GREY, ORANGE, rgb, save, show_sound
+from ..pretrained import load_encoder, load_strictly, read_safetensors
+from ..released import from_deepavfusion, read_weights
+from ..vit import input_shape
+from .task import JudgedTask, TaskConfig, starting_encoder
+
+PROGRAM = "python -m avfuse.tasks.classify"
+NORM_EPS = 1e-6
+LIGHT = "#C9CED3"
+SHOWN = 6  # classes of a clip in the picture
+
+
+# --- model --------------------------------------------------------------------------------------------------
+
+
+class Classified(NamedTuple):
+    """Logits (B, classes): their mean over the heads that had something to read, which is 0 where none had;
+    those of each head; and which clips each head could read, (B,) bool.
+    """
+
+    logits: Tensor
+    heads: dict[str, Tensor]
+    read: dict[str, Tensor]
+
+
+class Classifier(nn.Module):
+    """Three linear heads over the pooled image, audio and fusion tokens, their logits averaged.
+
+    A clip that lacks a modality is classified by the other heads.
+
+    Args:
+        encoder: whose tokens are pooled.
+        classes: number of classes.
+        features: which of "image", "audio" and "fusion" have a head.
+        batch_norm: standardise each pooled feature by a BatchNorm without parameters (eps 1e-6), as the
+            released linear probe does. In training, its statistics are those of the clips given at once.
+        frozen: the encoder is not trained, and stays in eval mode: a linear probe.
+
+    Raises:
+        ValueError: naming the argument that is wrong.
+    """
+
+    def __init__(
+        self,
+        encoder: AVEncoder,
+        classes: int,
+        *,
+        features: Sequence[str] = FEATURES,
+        batch_norm: bool = False,
+        frozen: bool = False,
+    ):
+        super().__init__()
+        check_count("classes", classes)
+        check_features(features)
+        self.encoder, self.classes, self.frozen = encoder, classes, frozen
+        self.features = tuple(name for name in FEATURES if name in features)
+        for name in self.features:
+            norm = nn.BatchNorm1d(encoder.embed_dim, eps=NORM_EPS, affine=False) if batch_norm else None
+            head = nn.Linear(encoder.embed_dim, classes)
+            nn.init.trunc_normal_(head.weight, std=0.01)
+            nn.init.zeros_(head.bias)
+            setattr(self, f"{name}_norm", norm)
+            setattr(self, f"{name}_head", head)
+        if frozen:
+            encoder.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Classifier":
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
+
+    def forward(
+        self,
+        image: Tensor | None,
+        audio: Tensor | None,
+        image_present: Tensor | None = None,
+        audio_present: Tensor | None = None,
+    ) -> Classified:
+        """Classify images (B, 3, height, width) with spectrograms (B, 1, mel, time).
+
+        Args:
+            image, audio: one of them may be None, for all clips.
+            image_present, audio_present: (B,) bool, which clips have it; None = all.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            pooled = pool(encode(self.encoder, image, audio, image_present, audio_present))
+        there = presence(image, audio, image_present, audio_present)
+        heads = {
+            name: getattr(self, f"{name}_head")(self.normalised(name, pooled[name], there[name]))
+            for name in self.features
+            if name in pooled
+        }
+        read = {name: there[name] for name in heads}
+        if not heads:
+            raise ValueError(f"features {self.features} cannot be read from what is given")
+        weights = torch.stack(list(read.values())).to(next(iter(heads.values())).dtype)  # (heads, B)
+        logits = torch.stack(list(heads.values())) * weights[..., None]
+        return Classified(logits.sum(0) / weights.sum(0).clamp(min=1)[:, None], heads, read)
+
+    def normalised(self, name: str, pooled: Tensor, there: Tensor) -> Tensor:
+        """Pooled tokens (B, D) standardised; those of clips without the modality are no part of the
+        statistics.
+        """
+        norm = getattr(self, f"{name}_norm")
+        if norm is None or not norm.training or there.all():
+            return pooled if norm is None else self.standardised(norm, pooled)
+        standardised = self.standardised(norm, pooled[there]).to(pooled.dtype)
+        return pooled.masked_scatter(there[:, None], standardised)
+
+    @staticmethod
+    def standardised(norm: nn.BatchNorm1d, pooled: Tensor) -> Tensor:
+        if norm.training and len(pooled) < 2:  # which have no statistics of their own
+            return batch_norm(pooled, norm.running_mean, norm.running_var, eps=norm.eps)
+        return norm(pooled)
+
+
+def presence(image, audio, image_present, audio_present) -> dict[str, Tensor]:
+    """Which clips have something that the image, the audio and the fusion tokens stem from: (B,) bool."""
+    like = audio if image is None else image
+    everyone = torch.ones(len(like), dtype=torch.bool, device=like.device)
+    there = {
+        name: ~everyone if pixels is None else everyone if present is None else present
+        for name, pixels, present in (("image", image, image_present), ("audio", audio, audio_present))
+    }
+    return there | dict(fusion=there["image"] | there["audio"])
+
+
+def load_classifier(source: str | Path | dict, *, config: dict | None = None) -> Classifier:
+    """A trained classifier, in eval mode.
+
+    Args:
+        source: the run folder of this program, or a file or state dict of a released classifier.
+        config: of released weights what their names and shapes cannot tell, see `from_deepavfusion`.
+
+    Raises:
+        ValueError: it is neither, or damaged.
+    """
+    if isinstance(source, (str, Path)) and Path(source).is_dir():
+        folder = Path(source)
+        encoder, weights = load_encoder(folder), read_safetensors(folder / "model" / "head.safetensors")
+    else:
+        weights = read_weights(source)
+        of_encoder = [name for name in weights if name.startswith("encoder.")]
+        encoder = {name.removeprefix("encoder."): weights.pop(name) for name in of_encoder}
+        encoder = from_deepavfusion(encoder, config=config)
+    features = [name for name in FEATURES if f"{name}_head.weight" in weights]
+    if not features:
+        raise ValueError(f"source holds no classifier: of a head there are only {sorted(weights)[:3]}")
+    classifier = Classifier(
+        encoder,
+        len(weights[f"{features[0]}_head.weight"]),
+        features=features,
+        batch_norm=f"{features[0]}_norm.running_mean" in weights,
+    )
+    weights |= {f"encoder.{name}": weight for name, weight in encoder.state_dict().items()}
+    return load_strictly(classifier, weights)
+
+
+def with_drop_path(encoder: AVEncoder, rate: float) -> AVEncoder:
+    """The same encoder, in whose training blocks are dropped: up to `rate` of the time in the uni-modal
+    branches, rising with depth as in timm, and `rate` in the fusion blocks (released ones drop nothing).
+    """
+    config = encoder.config()
+    for branch in "image", "audio":
+        config[branch]["drop_path_rate"] = rate
+    dropping = AVEncoder.from_config(config | dict(drop_path=rate))
+    dropping.set_grad_checkpointing(encoder.grad_checkpointing)
+    return load_strictly(dropping, encoder.state_dict())
+
+
+def check_features(features: Sequence[str]) -> None:
+    if isinstance(features, str) or not features or len(set(features)) < len(features):
+        raise ValueError(f"features must be some of {', '.join(FEATURES)}, each once, got {features!r}")
+    for name in features:
+        check_choice("features", name, FEATURES)
+
+
+# --- loss ---------------------------------------------------------------------------------------------------
+
+
+def mix(
+    inputs: dict[str, Tensor], target: Tensor, classes: int, *, alpha: float, smoothing: float
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Mixup of whole clips: both modalities of a clip with the same partner, by the same weight.
+
+    The partner is its mirror image in the batch, the weight is drawn from Beta(alpha, alpha) for each clip by
+    torch's generator, which the loop seeds for every step. Clips that do not have the same modalities are
+    left as they are.
+
+    Args:
+        inputs: what the classifier is called with.
+        target: (B,) long, or (B, classes) float where a clip may have several classes.
+        alpha: 0 = no mixing.
+        smoothing: share of the target spread over all classes (of several: towards one half).
+
+    Returns:
+        Mixed inputs, and targets (B, classes).
+    """
+    options = dict(smoothing=smoothing, multi_label=target.ndim == 2)
+    if not alpha:
+        return inputs, mixup_target(target, classes, **options)
+    weight = torch.distributions.Beta(alpha, alpha).sample((len(target), 1)).to(target.device)
+    for name in "image_present", "audio_present":
+        if name in inputs:
+            weight = weight.where((inputs[name] == inputs[name].flip(0))[:, None], 1.0)
+    mixed = dict(inputs)
+    for name in {"image", "audio"} & inputs.keys():
+        w = weight[..., None, None]
+        mixed[name] = w * inputs[name] + (1 - w) * inputs[name].flip(0)
+    return mixed, mixup_target(target, classes, lam=weight, **options)
+
+
+# --- metrics ------------------------------------------------------------------------------------------------
+
+
+def accuracy(scores: Tensor, target: Tensor) -> float:
+    """Share of clips whose highest score (N, classes) is that of their class (N,). A clip that nothing could
+    be read of, whose scores are -inf, counts as wrong.
+    """
+    told = scores.isfinite().all(1)
+    return ((scores.argmax(1) == target) & told).double().mean().item()
+
+
+def ranking_metrics(scores: Tensor, target: Tensor) -> dict[str, float | int | None]:
+    """Mean average precision and area under the ROC curve, macro over classes, and d' = sqrt(2) times the
+    normal quantile of the mean area (AudioSet).
+
+    Classes without a positive clip are left out and counted; those without a negative one have no area, and
+    are left out of it. What no class is left for is None, and so is an infinite d'.
+
+    Args:
+        scores: (N, classes) logits.
+        target: (N, classes), 1 where the clip has the class.
+    """
+    scores, target = scores.double().sigmoid(), target.long()
+    some = target.any(0)
+    mixed = some & ~target.all(0)
+    precision = mean_over(binary_average_precision, scores, target, some)
+    area = mean_over(binary_auroc, scores, target, mixed)
+    d_prime = None
+    if area is not None and 0 < area < 1:
+        d_prime = 2**0.5 * torch.special.ndtri(torch.tensor(area, dtype=torch.float64)).item()
+    return dict(
+        mAP=precision,
+        AUC=area,
+        d_prime=d_prime,
+        classes_without_positives=int((~some).sum()),
+        classes_without_negatives=int((some & ~mixed).sum()),
+    )
+
+
+def mean_over(metric, scores: Tensor, target: Tensor, chosen: Tensor) -> float | None:
+    """The mean of a metric of torchmetrics over the chosen classes."""
+    values = [metric(scores[:, n], target[:, n]).item() for n in chosen.nonzero().flatten()]
+    return sum(values) / len(values) if values else None
+
+
+# --- data ---------------------------------------------------------------------------------------------------
+
+
+def find_labelled(folder: Path | None, say=print, *, class_list: Path | None = None, **options) -> Found:
+    """A data set with labels; those of a plain folder are the names of its sub-folders, as label "class".
+
+    Args:
+        class_list: text file with the names of the classes, one a line; default: all sub-folders, sorted, of
+            train/ or of the folder itself.
+
+    Raises:
+        ValueError: a clip has a class that is not in the list, or none, or the list is not that of the data.
+    """
+    found = find_data(folder, say, **options)
+    names = read_class_list(class_list) if class_list else None
+    if found.classes:
+        if names is not None and names not in found.classes.values():
+            raise ValueError(f"--class-list {class_list} is that of no label of this data set")
+        return found
+    splits = [folder / split for split in SPLITS]
+    roots = splits if all(root.is_dir() for root in splits) else [folder, folder]
+    if names is None:
+        names = tuple(sorted(p.name for p in roots[0].iterdir() if p.is_dir() and p.name[0] != "."))
+    train, test = (
+        [labelled(clip, root, names) for clip in clips]
+        for clips, root in zip((found.train, found.test), roots, strict=True)
+    )
+    return found._replace(train=train, test=test, classes={"class": names})
+
+
+def labelled(clip: Clip, root: Path, names: tuple[str, ...]) -> Clip:
+    """The clip with the number of the class whose folder it lies in."""
+    folder, *rest = clip.path.relative_to(root).parts
+    if not rest:
+        raise ValueError(f"--data: {clip.path} lies in no sub-folder, which would name its class")
+    if folder not in names:
+        shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        raise ValueError(f"--data: {clip.path} has the class {folder!r}, which is none of {shown or 'none'}")
+    return replace(clip, labels={"class": names.index(folder)})
+
+
+def read_class_list(path: Path) -> tuple[str, ...]:
+    names = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"--class-list {path} must name each class once, one a line, got {len(names)} names")
+    return names
+
+
+def check_label(found: Found, label: str) -> str:
+    """The label to learn, by default the first there is, which all clips must have."""
+    if not found.classes:
+        raise ValueError("--data has no labels")
+    label = label or next(iter(found.classes))
+    if label not in found.classes:
+        raise ValueError(f"--label must be one of {', '.join(found.classes)}, got {label!r}")
+    classes = len(found.classes[label])
+    for clip in chain(found.train, found.test):
+        numbers = clip.labels.get(label, -1)
+        if not all(0 <= n < classes for n in (numbers if isinstance(numbers, tuple) else (numbers,))):
+            raise ValueError(f"--label {label}: {clip.path} has {numbers}, of {classes} classes in the list")
+    return label
+
+
+class WindowDataset(ClipDataset):
+    """Clips for evaluation: `windows` of each, evenly spaced from its start to its end, as image
+    (windows, 3, height, width) and audio (windows, 1, mel, time). One window is the middle one.
+    """
+
+    def __init__(self, clips: Sequence[Clip], settings, *, windows: int = 1):
+        super().__init__(clips, settings, train=False)
+        check_count("windows", windows)
+        self.places = np.linspace(0, 1, windows).tolist() if windows > 1 else [0.5]
+
+    def _read(self, reader, streams, generator):
+        items = [self._window(reader, streams, generator, place) for place in self.places]
+        return items[0] | {name: torch.stack([item[name] for item in items]) for name in ("image", "audio")}
+
+
+# --- task ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class ClassifyConfig(TaskConfig):
+    """Classify clips by linear heads over the pooled image, audio and fusion tokens, their logits averaged.
+
+    Without arguments it fine-tunes on Sounding Shapes, the embedded data set; with --probe only the heads are
+    trained (other defaults). With --data it takes any folder whose sub-folders name the classes.
+
+    Where a clip has one class the metric is accuracy, where it may have several, mAP, AUC and d'. Beside the
+    average of all heads stands each head alone (NAME_head), and the classifier when it only gets the picture
+    or only the sound (NAME_input).
+    """
+
+    run: Annotated[Path, tyro.conf.arg(name="run-dir")] = Path("runs/classify")
+    """Run folder: config, metrics, checkpoints, pictures, results.json, report, final model."""
+    probe: bool = False
+    """Linear probe: the encoder is frozen."""
+    label: str = ""
+    """Which label of the data set to learn: shape or colour (of what sounds) of Sounding Shapes, class of a
+    plain folder. Default: the first."""
+    class_list: Path | None = None
+    """Text file with the names of the classes of a plain folder, one a line. Default: its sub-folders."""
+    features: tuple[Literal["image", "audio", "fusion"], ...] = FEATURES
+    """Tokens that have a head (released: all three)."""
+    modalities: Literal["both", "image", "audio"] = "both"
+    """What the model gets at all; one of them alone is the uni-modal control."""
+    batch_norm: bool = False
+    """Standardise the pooled features by a BatchNorm without parameters (released: in the linear probe). Its
+    statistics are those of a micro-batch of one process, on which the losses then depend."""
+    mixup: float = 0.8
+    """Alpha of mixup, 0 = none (released: 1.0 in fine-tuning, none in the probe)."""
+    smoothing: float = 0.1
+    """Label smoothing (released: 0.1 in fine-tuning, none in the probe)."""
+    drop_path: float = 0.1
+    """Rate at which blocks are dropped in training (released: 0.2 in fine-tuning)."""
+    test_windows: int = 1
+    """Windows of each test clip, evenly spaced in time, whose logits are averaged; 1 = the middle (released:
+    10 over 10 s)."""
+
+    epochs: int = 40
+    """Passes over the clips (released: 100 fine-tuning, 60 probe; paper: 50)."""
+    warmup_epochs: int = 4
+    """Epochs of linear warm-up before the cosine decay (released: 20 fine-tuning, 10 probe)."""
+    batch_size: int = 32
+    """Clips per step (released: 512 fine-tuning, 1024 probe; paper: 128)."""
+    base_lr: float = 8e-3
+    """Learning rate per 256 clips: lr = base_lr * batch / 256 (released: AdamW 3e-4 fine-tuning, LARS 0.3
+    probe; paper: Adam 1e-4 for its batch of 128, which is 2e-4 here). A tiny model on a small set wants a
+    larger one."""
+    weight_decay: float = 0.05
+    """AdamW weight decay; biases and norms are left out (released: 0.05 fine-tuning, none in the probe)."""
+    layer_decay: float = 0.75
+    """Factor of the learning rate from each layer to the one below it (released: 0.75 fine-tuning)."""
+    checkpoint_every: int = 80
+    """Steps between checkpoints; there always is one at the end."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_features(self.features)
+        check_rate("--drop-path", self.drop_path)
+        check_rate("--smoothing", self.smoothing)
+        if not 0 <= self.mixup < float("inf"):
+            raise ValueError(f"--mixup must not be negative, got {self.mixup}")
+        check_count("--test-windows", self.test_windows)
+        if self.probe and self.drop_path:
+            raise ValueError(f"--drop-path {self.drop_path} has no effect on the frozen encoder of a probe")
+        if self.modalities != "both" and not {self.modalities, "fusion"} & {*self.features}:
+            raise ValueError(f"--features {self.features} cannot be read from --modalities {self.modalities}")
+
+
+def linear_probe() -> ClassifyConfig:
+    """Defaults of the linear probe."""
+    return ClassifyConfig(
+        run=Path("runs/classify-probe"),
+        probe=True,
+        batch_norm=True,
+        mixup=0.0,
+        smoothing=0.0,
+        drop_path=0.0,
+        base_lr=8e-3,
+        weight_decay=0.0,
+        layer_decay=1.0,
+    )
+
+
+class Classification(JudgedTask):
+    """Clips as classes."""
+
+    name = "classify"
+
+    def __init__(self, config: ClassifyConfig, found: Found):
+        super().__init__(config, found)
+        self.label = check_label(found, config.label)
+        self.classes = found.classes[self.label]
+        self.is_multi_label = isinstance(found.train[0].labels[self.label], tuple)
+        encoder = starting_encoder(config)
+        if config.drop_path:
+            encoder = with_drop_path(encoder, config.drop_path)
+        self.model = Classifier(
+            encoder,
+            len(self.classes),
+            features=config.features,
+            batch_norm=config.batch_norm,
+            frozen=config.probe,
+        )
+        metric = "mAP, AUC, d', macro over classes" if self.is_multi_label else "top-1 accuracy"
+        self.protocol = (
+            f"{'linear probe' if config.probe else 'fine-tuning'}, {self.label} of {len(self.classes)} "
+            f"classes: {metric}; logits averaged over the heads ({', '.join(config.features)}) and "
+            f"{config.test_windows} window{'s' * (config.test_windows != 1)} of each clip"
+        )
+
+    def describe(self):
+        how = "only the heads are trained" if self.config.probe else "all of it is trained"
+        return f"{super().describe()}, {how}, to tell {self.label} ({len(self.classes)} classes)"
+
+    def dataset(self, clips, *, train):
+        settings, config = self.model.encoder.inputs, self.config
+        if not train:
+            return WindowDataset(clips, settings, windows=config.test_windows)
+        return ClipDataset(clips, settings, train=True, seed=config.seed)
+
+    def inputs(self, batch):
+        """What the classifier is called with, and "target". A blank clip has neither modality."""
+        encoder, modalities = self.model.encoder, self.config.modalities
+        if "index" not in batch:
+            shape = () if not self.is_multi_label else (len(self.classes),)
+            batch = {n: torch.zeros(1, *input_shape(getattr(encoder, n))) for n in ("image", "audio")}
+            batch |= {f"{n}_present": torch.tensor([False]) for n in ("image", "audio")}
+            batch[f"label_{self.label}"] = torch.zeros(1, *shape, dtype=torch.float if shape else torch.long)
+        given = ("image", "audio") if modalities == "both" else (modalities,)
+        inputs = {name: batch[name] for name in given}
+        for name in given:
+            if not batch[f"{name}_present"].all():  # no mask: a faster path
+                inputs[f"{name}_present"] = batch[f"{name}_present"]
+        return inputs | dict(target=batch[f"label_{self.label}"])
+
+    def counts(self, inputs):
+        """Clips that a head can read."""
+        return dict(class_loss=int(self.is_read(inputs).sum()))
+
+    def is_read(self, inputs) -> Tensor:
+        there = presence(*(inputs.get(n) for n in ("image", "audio", "image_present", "audio_present")))
+        return torch.stack([there[name] for name in self.config.features]).any(0)
+
+    def losses(self, model, inputs):
+        config, read = self.config, self.is_read(inputs)
+        inputs = dict(inputs)
+        inputs, target = mix(
+            inputs, inputs.pop("target"), len(self.classes), alpha=config.mixup, smoothing=config.smoothing
+        )
+        logits = model(inputs.pop("image", None), inputs.pop("audio", None), **inputs).logits
+        if self.is_multi_label:
+            losses = binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
+        else:
+            losses = cross_entropy(logits, target, reduction="none")
+        return dict(class_loss=(losses * read).sum() / read.sum().clamp(min=1))
+
+    def judge(self, model, inputs, batch):
+        """Logits of each clip by what they are from, the mean over its windows."""
+        target = inputs["target"].cpu().numpy()
+        scores = {name: s.float().cpu().numpy() for name, s in self.scores(model, inputs).items()}
+        return [
+            dict(target=target[n], scores={name: s[n] for name, s in scores.items()})
+            for n in range(len(target))
+        ]
+
+    def scores(self, model: Classifier, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Logits (B, classes): "", of all heads; of each head if there are several; and of all heads when
+        only the picture, or only the sound, is given. -inf where there was nothing to read.
+        """
+        given = [name for name in ("image", "audio") if name in inputs]
+        scores = {}
+        for only in [given] + ([["image"], ["audio"]] if len(given) == 2 else []):
+            if not {*only, "fusion"} & {*model.features}:
+                continue
+            output = self.over_windows(model, inputs, only)
+            if only != given:
+                scores[f"{only[0]}_input"] = output.pop("")
+            else:
+                scores |= output
+        return scores
+
+    def over_windows(self, model, inputs, only) -> dict[str, Tensor]:
+        """The mean over the windows, by head, of a classifier that is given only some modalities."""
+        present = {f"{n}_present": inputs[f"{n}_present"] for n in only if f"{n}_present" in inputs}
+        windows = inputs[only[0]].shape[1]
+        total: dict[str, Tensor] = {}
+        for window in range(windows):
+            pixels = [inputs[n][:, window] if n in only else None for n in ("image", "audio")]
+            output = model(*pixels, **present)
+            by_head = output.heads if len(output.heads) > 1 else {}
+            read = output.read | {"": torch.stack(list(output.read.values())).any(0)}
+            for name, logits in {"": output.logits, **by_head}.items():
+                logits = logits.masked_fill(~read[name][:, None], -torch.inf)
+                total[name] = total.get(name, 0) + logits / windows
+        return {f"{name}_head" if name else "": logits for name, logits in total.items()}
+
+    def summarize(self, rows):
+        target = torch.from_numpy(np.stack([row["target"] for row in rows]))
+        by_name = {
+            name: torch.from_numpy(np.stack([row["scores"][name] for row in rows]))
+            for name in rows[0]["scores"]
+        }
+        if self.is_multi_label:
+            metrics = ranking_metrics(by_name.pop(""), target)
+            of_others = {n: ranking_metrics(s, target) for n, s in by_name.items()}
+            return metrics | {f"mAP_{name}": other["mAP"] for name, other in of_others.items()}
+        metrics = {f"accuracy_{n}" if n else "accuracy": accuracy(s, target) for n, s in by_name.items()}
+        hits = metrics["accuracy"]
+        chance = target.bincount().max().item() / len(target)
+        return metrics | dict(
+            standard_error=(hits * (1 - hits) / len(target)) ** 0.5,
+            chance=chance,  # of always naming the most frequent class
+        )
+
+    def draw(self, folder, model, inputs, batch, step):
+        scores = {name: s.float().cpu() for name, s in self.scores(model, inputs).items()}
+        odds = {name: s.sigmoid() if self.is_multi_label else s.softmax(1) for name, s in scores.items()}
+        draw_predictions(folder / f"predictions-{step:06d}.png", self, batch, odds)
+
+
+def draw_predictions(path: Path, task: Classification, batch: dict, odds: dict[str, Tensor]) -> None:
+    """Frames, spectrograms and the most probable classes, the right ones in blue; marks show what the picture
+    or the sound alone would say.
+    """
+    clips, middle = len(batch["index"]), batch["image"].shape[1] // 2
+    rows = -(-clips // 2)
+    figure = Figure(figsize=(12, 1.7 * rows + 0.6), layout="constrained")
+    grid = figure.subplots(rows, 6, squeeze=False, width_ratios=(1, 1.4, 1.5) * 2)
+    for axis in grid.flat[3 * clips :]:
+        axis.axis("off")
+    for n in range(clips):
+        frame, sound, bars = grid.flat[3 * n : 3 * n + 3]
+        frame.imshow(rgb(batch["image"][n, middle], task.model.encoder.inputs).numpy())
+        show_sound(sound, batch["audio"][n, middle, 0], cmap="magma")
+        frame.axis("off")
+        sound.axis("off")
+        label = batch[f"label_{task.label}"][n]
+        right = set(label.nonzero().flatten().tolist() if task.is_multi_label else [label.item()])
+        draw_odds(bars, task.classes, right, {name: of_all[n] for name, of_all in odds.items()})
+    entries = grid.flat[2].get_legend_handles_labels()
+    figure.legend(*entries, loc="outside upper right", ncols=len(entries[1]), frameon=False, fontsize=9)
+    figure.suptitle(
+        f"What the classifier says of held-out clips: {task.label}", x=0.01, ha="left", fontsize=11
+    )
+    save(figure, path)
+
+
+def draw_odds(axis, classes: Sequence[str], right: set[int], odds: dict[str, Tensor]) -> None:
+    """Bars of the most probable classes, most probable first; bold blue ones are right."""
+    both = odds[""]
+    order = both.argsort(descending=True)[:SHOWN].tolist()
+    places = range(len(order))
+    colours = [BLUE if n in right else LIGHT for n in order]
+    axis.barh(places, both[order].tolist(), color=colours, height=0.7, label="all heads (blue: right)")
+    for name, mark, colour in (("image", "o", GREY), ("audio", "^", ORANGE)):
+        if f"{name}_input" in odds:
+            what = "picture" if name == "image" else "sound"
+            values = odds[f"{name}_input"][order].tolist()
+            axis.plot(values, places, mark, color=colour, ms=5, mew=0, ls="", label=f"given the {what} alone")
+    axis.set(xlim=(0, 1), yticks=places, yticklabels=[classes[n] for n in order], xticks=(0, 0.5, 1))
+    axis.invert_yaxis()
+    axis.tick_params(labelsize=8, length=0)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    for n, text in zip(order, axis.get_yticklabels(), strict=True):
+        if n in right:
+            text.set(fontweight="bold", color=BLUE)
+
+
+# --- command line -------------------------------------------------------------------------------------------
+
+
+def parse(arguments: Sequence[str] | None = None) -> ClassifyConfig:
+    """The command line; --probe has defaults of its own."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    default = linear_probe() if "--probe" in arguments else ClassifyConfig()
+    return tyro.cli(ClassifyConfig, prog=PROGRAM, args=arguments, default=default)
+
+
+def cli() -> int | str:
+    """The command line: what to exit with."""
+    try:
+        config = parse()
+    except ValueError as error:
+        return f"error: {printable(error)}"
+    return program(config, Classification, find=partial(find_labelled, class_list=config.class_list))
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

@@ -1,0 +1,293 @@
+"""Classification against the released classifier's outputs, torchmetrics, scikit-learn and hand counts."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import make_encoder, make_inputs, relative_error
+from safetensors import safe_open
+from sklearn.metrics import average_precision_score, roc_auc_score
+from videos import write_video
+
+from avfuse import InputSettings
+from avfuse.data.clips import Clip, ClipDataset
+from avfuse.data.splits import Found
+from avfuse.features import FEATURES
+from avfuse.loop import set_up, train
+from avfuse.tasks.classify import (
+    Classification,
+    Classifier,
+    ClassifyConfig,
+    WindowDataset,
+    accuracy,
+    check_label,
+    find_labelled,
+    linear_probe,
+    load_classifier,
+    mix,
+    parse,
+    ranking_metrics,
+    with_drop_path,
+)
+
+GOLDEN = Path(__file__).parent / "golden" / "classifier.safetensors"
+
+
+def make_classifier(classes=5, **options) -> Classifier:
+    classifier = Classifier(make_encoder(), classes, **options).double()
+    for name in classifier.features:  # fresh heads are all but 0
+        torch.nn.init.normal_(getattr(classifier, f"{name}_head").weight)
+    return classifier
+
+
+# --- model --------------------------------------------------------------------------------------------------
+
+
+def test_gives_the_released_logits():
+    with safe_open(GOLDEN, "pt") as file:
+        config = json.loads(file.metadata()["config"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    weights = {n.removeprefix("weights/"): t for n, t in tensors.items() if n.startswith("weights/")}
+    classes = config.pop("num_classes")
+    assert config.pop("input_norm")
+    classifier = load_classifier(weights, config=config)
+    output = classifier(tensors["inputs/image"], tensors["inputs/audio"])
+    released = {name: tensors[f"outputs/{name}_logits"] for name in FEATURES}
+    for name in FEATURES:
+        assert output.heads[name].shape == (2, classes)
+        assert relative_error(output.heads[name], released[name]) < 1e-5, name
+    assert relative_error(output.logits, sum(released.values()) / 3) < 1e-5
+
+
+@pytest.mark.parametrize("features", [("image",), ("fusion", "audio"), FEATURES])
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_logits_do_not_depend_on_the_batch(features, batch_norm):
+    classifier = make_classifier(features=features, batch_norm=batch_norm)
+    image, audio = make_inputs(4)
+    classifier.train()(image, audio)  # statistics that are not 0 and 1
+    classifier.eval()
+    whole = classifier(image, audio).logits
+    single = torch.cat([classifier(image[n : n + 1], audio[n : n + 1]).logits for n in range(4)])
+    assert set(classifier(image, audio).heads) == set(features)
+    assert relative_error(single, whole) < 1e-12
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_an_absent_modality_is_as_if_it_had_not_been_given(batch_norm):
+    classifier = make_classifier(batch_norm=batch_norm).eval()
+    image, audio = make_inputs(3)
+    there = torch.tensor([True, False, True])
+    mixed = classifier(image, audio, audio_present=there)
+    whole, alone = classifier(image, audio), classifier(image, None)
+    assert relative_error(mixed.logits[[0, 2]], whole.logits[[0, 2]]) < 1e-12
+    assert relative_error(mixed.logits[1], alone.logits[1]) < 1e-12
+    assert relative_error(alone.logits, (alone.heads["image"] + alone.heads["fusion"]) / 2) < 1e-12
+    nothing = classifier(image, audio, ~there & False, ~there & False)
+    assert not nothing.logits.any() and not nothing.read["fusion"].any()
+
+
+def test_statistics_are_those_of_the_clips_that_have_the_modality():
+    there = torch.tensor([True, False, True, True])
+    image, audio = make_inputs(4)
+    running = []
+    for noise in 0.0, 100.0:
+        torch.manual_seed(1)
+        classifier = make_classifier(batch_norm=True, frozen=True).train()
+        classifier(image, audio + noise * ~there.view(-1, 1, 1, 1), audio_present=there)
+        running.append(classifier.audio_norm.running_mean.clone())
+    assert running[0].any() and torch.equal(*running)
+
+
+def test_a_frozen_encoder_stays_as_it_is():
+    classifier = Classifier(with_drop_path(make_encoder().float(), 0.5), 3, batch_norm=True, frozen=True)
+    before = {name: w.clone() for name, w in classifier.encoder.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in classifier.parameters() if p.requires_grad], lr=1.0)
+    image, audio = make_inputs(4, torch.float32)
+    classifier.train()
+    assert not any(module.training for module in classifier.encoder.modules())
+    classifier(image, audio).logits.square().sum().backward()
+    optimizer.step()
+    assert all(torch.equal(w, before[n]) for n, w in classifier.encoder.state_dict().items())
+    assert classifier.image_norm.running_mean.any()  # of the heads, they are learned
+    mean = classifier.image_norm.running_mean.clone()
+    classifier.eval()(image, audio)
+    assert torch.equal(mean, classifier.image_norm.running_mean)
+
+
+def test_one_clip_alone_can_be_trained_on():
+    classifier = make_classifier(batch_norm=True).train()
+    assert classifier(*make_inputs(1)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("features", ["image", (), ("image", "image"), ("text",)])
+def test_wrong_features_are_refused(features):
+    with pytest.raises(ValueError, match="features"):
+        Classifier(make_encoder(), 3, features=features)
+
+
+# --- loss ---------------------------------------------------------------------------------------------------
+
+
+def test_mixup_mixes_both_modalities_alike():
+    image, audio = torch.eye(4).view(4, 1, 2, 2), torch.eye(4).view(4, 1, 4, 1)
+    target = torch.arange(4)
+    torch.manual_seed(3)
+    inputs, soft = mix(dict(image=image, audio=audio), target, 4, alpha=0.8, smoothing=0.0)
+    torch.manual_seed(3)
+    again, _ = mix(dict(image=image, audio=audio), target, 4, alpha=0.8, smoothing=0.0)
+    weights = soft.diagonal()
+    for n in range(4):  # the pictures are one-hot too, and so must be mixed like the targets
+        assert torch.allclose(inputs["image"][n].flatten(), soft[n])
+        assert torch.allclose(inputs["audio"][n].flatten(), soft[n])
+        assert soft[n, 3 - n] == pytest.approx(1 - weights[n].item(), abs=1e-6)
+    assert len(weights.unique()) == 4 and torch.equal(again["image"], inputs["image"])
+
+
+def test_clips_with_different_modalities_are_not_mixed():
+    inputs = dict(image=torch.randn(4, 3, 2, 2), audio=torch.randn(4, 1, 2, 2))
+    inputs["audio_present"] = torch.tensor([True, True, True, False])
+    mixed, soft = mix(inputs, torch.arange(4), 4, alpha=1.0, smoothing=0.0)
+    assert torch.equal(mixed["image"][[0, 3]], inputs["image"][[0, 3]]) and soft[0, 0] == soft[3, 3] == 1
+    assert not torch.equal(mixed["image"][1], inputs["image"][1])
+
+
+def test_targets_are_smoothed():
+    _, soft = mix({}, torch.tensor([1]), 4, alpha=0.0, smoothing=0.2)
+    assert soft.tolist()[0] == pytest.approx([0.05, 0.85, 0.05, 0.05])
+    _, soft = mix({}, torch.tensor([[1.0, 0.0]]), 2, alpha=0.0, smoothing=0.2)
+    assert soft.tolist()[0] == pytest.approx([0.9, 0.1])
+
+
+# --- metrics ------------------------------------------------------------------------------------------------
+
+
+def test_accuracy_by_hand():
+    scores = torch.tensor([[1.0, 2.0], [3.0, 1.0], [-torch.inf, -torch.inf], [0.0, 1.0]])
+    assert accuracy(scores, torch.tensor([1, 1, 0, 1])) == 0.5  # what could not be read is wrong
+    assert accuracy(torch.zeros(3, 1), torch.zeros(3, dtype=torch.long)) == 1.0  # one class
+
+
+def test_ranking_metrics_against_scikit_learn():
+    scores, target = torch.randn(60, 7), (torch.rand(60, 7) < 0.3).long()
+    target[:, 2], target[:, 5] = 0, 1  # no positive clip; no negative one
+    metrics = ranking_metrics(scores, target)
+    kept = [0, 1, 3, 4, 5, 6]
+    precision = np.mean([average_precision_score(target[:, c], scores[:, c]) for c in kept])
+    area = np.mean([roc_auc_score(target[:, c], scores[:, c]) for c in kept if c != 5])
+    assert metrics["mAP"] == pytest.approx(precision, abs=1e-6)
+    assert metrics["AUC"] == pytest.approx(area, abs=1e-6)
+    assert metrics["classes_without_positives"] == metrics["classes_without_negatives"] == 1
+    assert torch.special.ndtr(torch.tensor(metrics["d_prime"] / 2**0.5)).item() == pytest.approx(area, 1e-5)
+
+
+def test_ranking_metrics_of_too_little():
+    perfect = ranking_metrics(torch.tensor([[9.0], [-9.0]]), torch.tensor([[1], [0]]))
+    assert (perfect["mAP"], perfect["AUC"], perfect["d_prime"]) == (1.0, 1.0, None)
+    nothing = ranking_metrics(torch.randn(3, 2), torch.zeros(3, 2))
+    assert (nothing["mAP"], nothing["AUC"], nothing["classes_without_positives"]) == (None, None, 2)
+
+
+# --- data ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two classes, in train/ and test/."""
+    root = tmp_path_factory.mktemp("clips")
+    for split, count in ("train", 4), ("test", 3):
+        for number in range(count):
+            write_video(root / split / ("bird", "cat")[number % 2] / f"{number}.mp4", 4.0)
+    return root
+
+
+def test_sub_folders_are_classes(folder, tmp_path):
+    found = find_labelled(folder, lambda _: None, workers=0)
+    assert found.classes == {"class": ("bird", "cat")}
+    assert [(c.path.parent.name, c.labels["class"]) for c in found.test] == [("bird", 0)] * 2 + [("cat", 1)]
+    names = tmp_path / "classes.txt"
+    names.write_text("ant\ncat\nbird\n")
+    assert find_labelled(folder, lambda _: None, class_list=names, workers=0).train[0].labels["class"] == 2
+    names.write_text("ant\ncat\n")
+    with pytest.raises(ValueError, match="'bird', which is none of ant, cat"):
+        find_labelled(folder, lambda _: None, class_list=names, workers=0)
+
+
+def test_labels_that_do_not_fit_are_refused():
+    clip = Clip(Path("a.mp4"), {"kind": 3})
+    found = Found([clip], [clip], "", [], 1, {"kind": ("a", "b")})
+    with pytest.raises(ValueError, match="a.mp4 has 3, of 2 classes"):
+        check_label(found, "")
+    with pytest.raises(ValueError, match="--label must be one of kind, got 'hue'"):
+        check_label(found, "hue")
+
+
+def test_windows_are_evenly_spaced(folder):
+    settings = InputSettings(image_size=32, mel_bins=16, hop=375)
+    clip = Clip(folder / "test" / "bird" / "0.mp4", {"class": 0})
+    (one,), three = WindowDataset([clip], settings), WindowDataset([clip], settings, windows=3)[0]
+    middle = ClipDataset([clip], settings, train=False)[0]
+    assert torch.equal(one["image"][0], middle["image"]) and torch.equal(one["audio"][0], middle["audio"])
+    assert three["image"].shape == (3, 3, 32, 32) and three["audio"].shape == (3, 1, 16, 128)
+    assert torch.equal(three["audio"][1], middle["audio"])
+    levels = three["image"].mean((1, 2, 3))  # frames grow lighter with time
+    assert levels[0] < levels[1] < levels[2]
+    assert (levels[2] - levels[1]).item() == pytest.approx((levels[1] - levels[0]).item(), rel=0.1)
+
+
+# --- program ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("probe", [False, True])
+def test_a_run_leaves_a_classifier_and_its_results(folder, tmp_path, probe):
+    config = linear_probe() if probe else ClassifyConfig()
+    config.checkpoint, config.data, config.run = "none", folder, tmp_path / "run"
+    config.epochs, config.warmup_epochs, config.workers, config.batch_size = 1, 0, 0, 4
+    config.test_windows, config.seed = 2, 1
+    run = set_up(config, Classification, find=find_labelled)
+    task = run.task
+    before = {n: w.clone() for n, w in task.model.encoder.state_dict().items()}
+    assert train(run) == 0
+    changed = [n for n, w in task.model.encoder.state_dict().items() if not torch.equal(w, before[n])]
+    assert bool(changed) != probe
+    results = json.loads((config.run / "results.json").read_text())
+    assert results["coverage"] == dict(judged=3, expected=3) and "2 windows" in results["protocol"]
+    names = [f"accuracy_{n}_head" for n in FEATURES] + ["accuracy_image_input", "accuracy_audio_input"]
+    assert set(results["metrics"]) == {"accuracy", *names, "standard_error", "chance"}
+    assert results["metrics"]["chance"] == pytest.approx(2 / 3)
+    assert (config.run / "pictures" / "predictions-000001.png").exists()
+    loaded = load_classifier(config.run)
+    item = task.dataset(run.found.test, train=False)[0]
+    task.model.eval()
+    assert (
+        relative_error(
+            loaded(item["image"], item["audio"]).logits, task.model(item["image"], item["audio"]).logits
+        )
+        < 1e-6
+    )
+
+
+def test_clips_with_several_classes_and_batches_without_any(folder):
+    clips = [Clip(folder / "a.mp4", {"class": (0, 2)})]
+    found = Found(clips, clips, "", [], 1, {"class": ("a", "b", "c")})
+    task = Classification(ClassifyConfig(checkpoint="none"), found)
+    blank = task.inputs({"failures": []})
+    assert task.counts(blank) == dict(class_loss=0)
+    loss = task.losses(task.model.train(), blank)["class_loss"]
+    loss.backward()
+    assert loss == 0
+    rows = [
+        dict(target=np.array(t, np.float32), scores={"": np.array(s), "image_input": np.array(s)})
+        for t, s in (([1, 0, 1], [2.0, 1.0, -1.0]), ([0, 0, 1], [1.0, 3.0, 1.0]))
+    ]
+    metrics = task.summarize(rows)
+    assert metrics["mAP"] == metrics["mAP_image_input"] == 1.0 and metrics["classes_without_positives"] == 1
+
+
+def test_the_command_line_has_defaults_for_both_protocols():
+    assert parse(["--probe"]) == linear_probe() and parse(["--mixup", "0"]).mixup == 0
+    with pytest.raises(ValueError, match="--drop-path 0.2 has no effect"):
+        ClassifyConfig(probe=True, drop_path=0.2)
+    with pytest.raises(ValueError, match="cannot be read from --modalities image"):
+        ClassifyConfig(features=("audio",), modalities="image")

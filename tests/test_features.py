@@ -1,0 +1,79 @@
+"""Feature files: against the encoder itself, whatever the batch; and what is left out of them."""
+
+import pytest
+import torch
+from models import relative_error
+from videos import write_video
+
+from avfuse import create_encoder
+from avfuse.data.clips import ClipDataset, find_clips
+from avfuse.features import FEATURES, FeaturesConfig, extract, main, read_features
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("clips")
+    for number in range(3):
+        write_video(root / f"{number}.mp4", 3.0 + 0.3 * number)
+    write_video(root / "deaf" / "a.mp4", 3.0, audio=False)
+    (root / "broken.mp4").write_bytes(b"no video")
+    return root
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model")
+    create_encoder("tiny").save_pretrained(path)
+    return path
+
+
+def test_a_file_holds_the_features_of_every_clip_that_can_be_read(folder, saved, tmp_path, capsys):
+    from avfuse import AVEncoder
+
+    config = dict(folder=folder, checkpoint=str(saved), tokens=True, workers=0)
+    for batch_size in 1, 3:
+        out = tmp_path / f"{batch_size}.safetensors"
+        main(FeaturesConfig(out=out, batch_size=batch_size, **config))
+    assert "1 could not be read" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"1.safetensors", "3.safetensors"}
+    tensors, paths = read_features(tmp_path / "1.safetensors")
+    assert sorted(paths) == ["0.mp4", "1.mp4", "2.mp4", "deaf/a.mp4"]
+
+    encoder = AVEncoder.from_pretrained(saved)
+    clips = {str(c.path.relative_to(folder)): c for c in find_clips(folder, missing="keep", workers=0).clips}
+    dataset = ClipDataset([clips[path] for path in paths], encoder.inputs, train=False)
+    for row, path in enumerate(paths):
+        item, is_deaf = dataset[row], path == "deaf/a.mp4"
+        with torch.no_grad():
+            output = encoder(item["image"][None], None if is_deaf else item["audio"][None])
+        assert bool(tensors["audio_present"][row]) != is_deaf
+        for name in FEATURES:
+            tokens = getattr(output, name)
+            tokens = torch.zeros_like(tensors[f"{name}_tokens"][row])[None] if tokens is None else tokens
+            assert relative_error(tensors[f"{name}_tokens"][row], tokens[0]) < 1e-5, (path, name)
+            assert relative_error(tensors[name][row], tokens[0].mean(0)) < 1e-5, (path, name)
+    others = read_features(tmp_path / "3.safetensors")[0]
+    assert all(torch.allclose(others[name].float(), t.float(), atol=1e-5) for name, t in tensors.items())
+
+
+def test_nothing_is_left_of_a_file_that_could_not_be_written(folder, saved, tmp_path, monkeypatch):
+    out = tmp_path / "out.safetensors"
+    out.write_bytes(b"from before")
+
+    def full_disk(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("avfuse.features.save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        main(FeaturesConfig(folder=folder, out=out, checkpoint=str(saved), workers=0))
+    assert [path.name for path in tmp_path.iterdir()] == [out.name] and out.read_bytes() == b"from before"
+
+
+def test_mistakes_are_explained(folder, saved, tmp_path):
+    with pytest.raises(ValueError, match="out must be a .safetensors file"):
+        main(FeaturesConfig(folder=folder, out=tmp_path / "out.pt", checkpoint=str(saved)))
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_features(folder / "broken.mp4")
+    with pytest.raises(ValueError, match="batch_size"):
+        extract(create_encoder("tiny"), [], batch_size=0)
