@@ -264,7 +264,7 @@ def train(run: Run) -> int:
                 f"done: look at {run.config.run}/index.html; the model is in {run.config.run}/model"
             )
     # First the wrapped model, then what it communicates through: the other way round, the wrapper takes the
-    # last reference down with it, and may wait for ever for a thread that waits for Python (torch 2.11, gloo).
+    # last reference down with it, and may wait for ever for a thread that waits for Python (torch 2.11).
     run.model = None
     accelerator.free_memory()
     accelerator.end_training()

@@ -1,6 +1,6 @@
 """Does early, dense fusion help? The paper's Table 4 in small, on freshly drawn Sounding Shapes.
 
-Every model names the colour of the object that sounds, which takes both modalities: sound tells its shape, only
+To name the colour of the object that sounds takes both modalities: sound tells its shape, only
 the picture tells what colour that shape has. Rows differ in how, and in which layers, image and audio meet.
 """
 
