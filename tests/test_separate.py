@@ -1,0 +1,192 @@
+"""Separation: BSS-eval against mir_eval, masks that can be undone, fixed pairs, and what cannot be judged."""
+
+import json
+
+import mir_eval
+import numpy as np
+import pytest
+import torch
+from videos import write_video
+
+from avfuse import create_encoder
+from avfuse.data import sounding_shapes
+from avfuse.data.clips import Clip, Failure
+from avfuse.data.splits import Found
+from avfuse.inputs import InputSettings
+from avfuse.presets import SMALL_INPUTS
+from avfuse.tasks.separate import MixtureDataset, SeparateConfig, Separation, find_pairs, ideal_masks, ratios
+from avfuse.tasks.separation_metrics import bss_eval, is_silent, nmf_masks, rpca_masks
+from avfuse.tasks.separator import MelSTFT, Separator, doublings
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shapes")
+    return sounding_shapes.generate(root, train=6, test=4, workers=1, progress=False)
+
+
+def tones(*pitches: float, seconds: float = 1.0, rate: int = 16_000) -> torch.Tensor:
+    """(S, samples): a tone with three overtones for each pitch."""
+    times = torch.arange(round(seconds * rate), dtype=torch.float64) / rate
+    return (
+        torch.stack([sum(torch.sin(2 * np.pi * p * n * times) / n for n in (1, 2, 3)) for p in pitches]) / 4
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bss_eval_is_that_of_mir_eval(seed):
+    generator = torch.Generator().manual_seed(seed)
+    sources = torch.randn(2, 6_000, generator=generator, dtype=torch.float64)
+    mixed = sources + 0.3 * sources.flip(0) + 0.1 * torch.randn(2, 6_000, generator=generator)
+    delayed = 0.5 * sources.roll(7, -1)  # which a filter undoes
+    ours = bss_eval(sources, torch.stack([mixed, delayed, sources.flip(0)]))
+    for place, estimate in enumerate((mixed, delayed, sources.flip(0))):
+        theirs = mir_eval.separation.bss_eval_sources(sources.numpy(), estimate.numpy(), False)[:3]
+        for found, truth in zip(ours, theirs, strict=True):
+            truth = torch.from_numpy(truth).clamp(max=80)  # above, it is rounding that is compared
+            torch.testing.assert_close(found[place].clamp(max=80), truth, rtol=1e-4, atol=1e-3)
+
+
+def test_a_perfect_separation_and_the_mixture_itself():
+    sources = tones(220, 470)
+    perfect = bss_eval(sources, sources)
+    assert (perfect.sdr > 100).all() and (perfect.sir > 100).all()
+    mixture = bss_eval(sources, sources.sum(0).expand_as(sources))
+    assert mixture.sdr.tolist() == pytest.approx([0, 0], abs=1.5)  # both are about as loud
+    assert mixture.sar.min() > 60  # there is nothing in it but the sources
+
+
+def test_silence_and_wrong_shapes_are_named():
+    sources = tones(220, 470)
+    silent = sources * torch.tensor([[1.0], [1e-6]], dtype=torch.float64)
+    assert is_silent(silent).tolist() == [False, True]
+    with pytest.raises(ValueError, match=r"sources \[1\] are silent"):
+        bss_eval(silent, sources)
+    with pytest.raises(ValueError, match="estimates must be"):
+        bss_eval(sources, sources[:, :-1])
+    assert bss_eval(sources, torch.zeros_like(sources)).sdr.isnan().all()
+
+
+def test_masks_of_one_give_the_mixture_back_and_ideal_ones_separate_it():
+    stft, sources = MelSTFT(SMALL_INPUTS), tones(220, 1130, seconds=3.0).float()
+    mixture = sources.sum(0)
+    ones = torch.ones(1, 2, SMALL_INPUTS.mel_bins, SMALL_INPUTS.frames)
+    assert torch.allclose(stft.apply_masks(ones, mixture[None])[0, 0], mixture, atol=1e-5)
+    before = ratios("", sources, mixture.expand_as(sources))["sdr"]
+    for kind in "binary", "ratio":
+        masks = ideal_masks(stft.magnitude(sources[None]), kind)
+        assert torch.allclose(masks.sum(1), torch.ones(()), atol=1e-4) or kind == "binary"
+        assert ratios("", sources, stft.apply_masks(masks, mixture[None])[0])["sdr"] > before + 10
+
+
+def test_magnitude_is_the_root_of_what_the_encoder_hears():
+    from avfuse.data.transforms import Spectrogram
+
+    sound = tones(330, seconds=3.0).float()
+    power = 10 ** Spectrogram(SMALL_INPUTS)(sound)[:, 0] - 1e-7
+    assert torch.allclose(MelSTFT(SMALL_INPUTS).magnitude(sound).square(), power, rtol=1e-3, atol=1e-5)
+
+
+def test_blind_separation_of_what_is_easy():
+    """NMF tells two notes that are never heard together; RPCA a steady hum from a click."""
+    magnitude = np.zeros((40, 60))
+    magnitude[5, :30], magnitude[20, 30:] = 1.0, 1.0
+    masks = nmf_masks(magnitude, components=2)
+    assert abs(masks[:, 5, 3] - masks[:, 20, 40]).min() > 0.9
+    assert np.allclose(masks.sum(0)[magnitude > 0], 1, atol=1e-3)
+    magnitude = np.outer(np.linspace(1, 2, 40), np.ones(60))
+    magnitude[7, 33] += 5
+    low, sparse = rpca_masks(magnitude)
+    assert sparse[7, 33] > 0.6 and low[7, 32] > 0.95
+
+
+def test_pairs_are_fixed_in_evaluation_and_drawn_in_training(data):
+    clips = sounding_shapes.clips(data, "train")
+    test, train = (MixtureDataset(clips, SMALL_INPUTS, train=train, seed=3) for train in (False, True))
+    for index in range(len(clips)):
+        item = test[(0, index)]
+        assert int(item["partner"]) != index
+        assert torch.equal(item["sounds"], test[(5, index)]["sounds"])  # whatever the epoch
+        first, second = clips[index].labels, clips[int(item["partner"])].labels
+        others = [c for c in clips if all(c.labels[n] != first[n] for n in first)]
+        assert not others or all(first[name] != second[name] for name in first)
+    drawn = {int(train[(epoch, 0)]["partner"]) for epoch in range(12)}
+    assert len(drawn) > 1
+    assert torch.equal(train[(4, 1)]["sounds"], train[(4, 1)]["sounds"])
+    with pytest.raises(ValueError, match="at least two clips"):
+        MixtureDataset(clips[:1], SMALL_INPUTS, train=False)
+
+
+def test_a_partner_that_cannot_be_read_is_named(tmp_path):
+    good, bad = write_video(tmp_path / "good.mp4"), tmp_path / "bad.mp4"
+    bad.write_bytes(b"no video" * 50)
+    item = MixtureDataset([Clip(good), Clip(bad)], SMALL_INPUTS, train=False)[(0, 0)]
+    assert isinstance(item, Failure) and item.path == bad
+
+
+def test_gradients_reach_encoder_and_decoder_and_every_image_counts():
+    torch.manual_seed(0)
+    model = Separator(create_encoder("tiny"), decoder_dim=16)
+    image, audio = torch.randn(2, 2, 3, 96, 96), torch.randn(2, 1, 64, 128)
+    logits = model(image, audio)
+    assert logits.shape == (2, 2, 64, 128)
+    logits.square().sum().backward()
+    unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert all("encoder.image.blocks.3" in name or "encoder" in name for name in unused), unused
+    assert model.encoder.fusion_tokens.grad.abs().sum() > 0
+    assert all(p.grad.abs().sum() > 0 for name, p in model.decoder.named_parameters() if "bias" not in name)
+    other = model(image.flip(1), audio)  # the other source asked for
+    assert torch.allclose(other.flip(1), logits, atol=1e-4) and not torch.allclose(other, logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("patch", [(16, 8), (12, 12), (1, 1)])
+def test_patches_that_cannot_be_doubled_are_refused(patch):
+    with pytest.raises(ValueError, match="square audio patches"):
+        doublings(patch)
+
+
+def test_inputs_of_other_shapes_are_refused():
+    model = Separator(create_encoder("tiny"), decoder_dim=16)
+    with pytest.raises(ValueError, match="image must be"):
+        model(torch.zeros(2, 3, 96, 96), torch.zeros(2, 1, 64, 128))
+    with pytest.raises(ValueError, match="decoder_dim"):
+        Separator(create_encoder("tiny"), decoder_dim=0)
+
+
+def test_silent_and_absent_pairs_are_skipped_and_counted(data):
+    config = SeparateConfig(checkpoint="none", decoder_dim=16)
+    clips = sounding_shapes.clips(data, "test")
+    task = Separation(config, Found(clips, clips, "held-out clips", [], 4, {}))
+    sounds = tones(220, 470, seconds=3.0).float()
+    silent = sounds * torch.tensor([[1.0], [0.0]])
+    rows = [
+        task.judge_pair(0, sounds, sounds, torch.tensor(True)),
+        task.judge_pair(1, silent, sounds, torch.tensor(True)),
+        task.judge_pair(2, sounds, sounds, torch.tensor(False)),
+    ]
+    metrics = task.summarize(rows)
+    assert metrics["pairs"] == 1 and metrics["skipped"] == 2
+    assert metrics["sdr"] > metrics["oracle_sdr"] > metrics["mixture_sdr"] + 5
+    assert task.summarize(rows[1:]) == dict(pairs=0, skipped=2)
+
+
+def test_the_program_leaves_results_sounds_and_pictures(data, tmp_path):
+    from functools import partial
+
+    from avfuse.loop import program
+
+    config = SeparateConfig(
+        checkpoint="none", data=data, run=tmp_path / "run", epochs=1, warmup_epochs=0, batch_size=4
+    )
+    config.decoder_dim, config.workers, config.pairs = 16, 0, 3
+    assert program(config, Separation, find=partial(find_pairs, pairs=3)) == 0
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["metrics"]["pairs"] == 3 and results["coverage"] == dict(judged=3, expected=3)
+    assert "BSS-eval" in results["protocol"] and len(results["weights_sha256"]) == 64
+    assert len(list((tmp_path / "run/sounds").glob("*.wav"))) == 9
+    assert (tmp_path / "run/pictures/separation-000001.png").exists()
+    assert "sdr" in (tmp_path / "run/index.html").read_text()
+
+
+def test_settings_of_the_paper_fit_too():
+    assert MelSTFT(InputSettings()).to_mel.shape == (128, 401)
