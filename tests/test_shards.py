@@ -122,7 +122,7 @@ def test_whole_shards_are_kept_and_others_written_anew(folder, sharded, tmp_path
     real = shards._write_tar
     monkeypatch.setattr(shards, "_write_tar", lambda *a: written.append(a[-1].name) or real(*a))
     shard(folder, out, size=SMALL, **QUIET)
-    assert written == [first, second, third] and tars(out) == whole
+    assert sorted(written) == [first, second, third] and tars(out) == whole
     assert sorted(path.name for path in out.iterdir()) == sorted([*whole, manifest.FILE])
 
 
@@ -138,7 +138,7 @@ def test_interrupted_it_leaves_no_manifest_and_goes_on(folder, sharded, tmp_path
     monkeypatch.setattr(shards, "_write_tar", write)
     with pytest.raises(KeyboardInterrupt):
         shard(folder, tmp_path, size=SMALL, **QUIET)
-    assert [path.name for path in tmp_path.iterdir()] == [next(iter(tars(sharded)))]
+    assert [path.name for path in tmp_path.iterdir()] == ["train-000000.tar"]
     shard(folder, tmp_path, size=SMALL, **QUIET)
     assert tars(tmp_path) == tars(sharded) and len(written) == len(tars(sharded)) + 1
 
