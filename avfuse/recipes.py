@@ -78,10 +78,11 @@ class TrainConfig(LoopConfig):
     audio_mask_ratio: float = 0.8
     """Share of the audio patches that are hidden (the paper's)."""
     image_weights: Path | None = None
-    """Weights that the image transformer starts from: safetensors or a state dict with timm's names."""
+    """Weights that the image transformer starts from: a file with MAE's or timm's names."""
     audio_weights: Path | None = None
-    """Weights that the audio transformer starts from. Transformers that start from weights have their
-    learning rate raised from 0 by half a cosine over the first half of training (released code)."""
+    """Weights that the audio transformer starts from, such as AudioMAE's. Transformers that start from
+    weights have their learning rate raised from 0 by half a cosine over the first half of training (released
+    code)."""
 
     epochs: int = 60
     """Passes over the data; the paper's are 200 (VGGSound ablation)."""

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,14 +12,13 @@ from tqdm import tqdm
 from .data.clips import ClipDataset, printable
 from .data.splits import Found
 from .evaluate import INPUTS, describe_measures, flat, measures
-from .loop import Task, evaluation_batches, program, set_up, train
+from .loop import Run, Task, evaluation_batches, program, set_up, train
 from .mae import AVMAE
 from .pictures import draw_attention, draw_losses, draw_reconstructions
-from .pretrained import load_strictly
 from .recipes import TrainConfig, check_recipe, count_parameters, make_model, parse, plan
-from .released import read_weights
 from .report import write_report
 from .vit import input_shape
+from .weights import load_audio_weights, load_image_weights
 
 
 def main(config: TrainConfig) -> int:
@@ -38,8 +38,8 @@ class Pretraining(Task):
     def __init__(self, config: TrainConfig, found: Found):
         self.config, self.found = config, found
         self.model = make_model(config)
-        load_branch("--image-weights", self.model.encoder.image, config.image_weights)
-        load_branch("--audio-weights", self.model.encoder.audio, config.audio_weights)
+        load_branch("--image-weights", load_image_weights, self.model, config.image_weights)
+        load_branch("--audio-weights", load_audio_weights, self.model, config.audio_weights)
 
     def describe(self) -> str:
         sizes = [f"{count_parameters(module) / 1e6:.1f} M" for module in (self.model.encoder, self.model)]
@@ -92,21 +92,47 @@ class Pretraining(Task):
         if not run.accelerator.is_main_process:
             return []
         device, folder, named = run.accelerator.device, run.config.run, run.found.test_name
-        if when == "after":
-            model.save_pretrained(folder / "model")
         indices = range(min(len(run.found.test), run.config.probe_clips))
         batches = list(evaluation_batches(run, indices))
         failures = [failure for batch in batches for failure in batch["failures"]]
         batches = [batch for batch in batches if "index" in batch]
         if batches:
             row = measures(model, batches, device)
+            model.facts = self.facts(run, step, row)
             tqdm.write(describe_measures(row, when, named))
             run.metrics.write(step=step, when=when, clips=named, **row)
             run.accelerator.log(flat(row), step=step)
         else:
             tqdm.write(f"{when} training: none of the {named} to measure on could be read")
+        if when == "after":
+            model.save_pretrained(folder / "model")
         draw(folder, model, batches, step, device)
         return failures
+
+    def facts(self, run: Run, step: int, row: dict) -> dict:
+        """What the model card tells of the run."""
+        told = (
+            "model",
+            "interactions",
+            "epochs",
+            "batch_size",
+            "base_lr",
+            "weight_decay",
+            "precision",
+            "seed",
+        )
+        found, config = run.found, self.config
+        return dict(
+            recipe={name: getattr(config, name) for name in told} | dict(preset=config.preset, steps=step),
+            data=dict(
+                name=config.data.name if config.data else "Sounding Shapes",
+                clips=len(found.train),
+                coverage={
+                    side: f"{there} of {expected}" for side, (there, expected) in found.coverage.items()
+                },
+            ),
+            metrics=flat(row),
+        )
 
 
 def count_hidden(inputs: dict[str, Tensor], name: str) -> int:
@@ -115,12 +141,12 @@ def count_hidden(inputs: dict[str, Tensor], name: str) -> int:
     return int(removed.sum() if present is None else removed[present].sum())
 
 
-def load_branch(option: str, vit: torch.nn.Module, path: Path | None) -> None:
-    """Starts a transformer from the weights in a file, if one is given."""
+def load_branch(option: str, load: Callable, mae: AVMAE, path: Path | None) -> None:
+    """Starts a transformer from the weights in a file, if one is given; one process says what of them."""
     if path is None:
         return
     try:
-        load_strictly(vit, read_weights(path))
+        load(mae, path, say=print if os.environ.get("RANK", "0") == "0" else lambda table: None)
     except (OSError, ValueError) as error:
         raise ValueError(f"{option} {path}: {error}") from error
 
