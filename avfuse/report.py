@@ -257,7 +257,9 @@ def curve(steps: list[dict], measures: list[dict], name: str) -> str:
 
 
 def results(measures: list[dict]) -> str:
-    """The metrics of a task, at the first measure and the last, and how each went."""
+    """The metrics of a task, at the first measure and the last."""
+    if not measures:
+        return ""
     first_and_last = spread(measures, 2)
     names = list(first_and_last[-1]["metrics"])
     cells = [[name, *(told(row["metrics"].get(name)) for row in first_and_last)] for name in names]

@@ -243,6 +243,7 @@ def losses(run) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in read_rows(run / "metrics.jsonl") if "loss" in row}
 
 
+@pytest.mark.slow
 def test_training_on_shards_in_two_processes_and_killed(sharded, tmp_path):
     """The losses are those of one process that was left alone: no clip was lost, none came twice."""
     finish(train(sharded, tmp_path / "whole"))
