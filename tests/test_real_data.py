@@ -1,4 +1,4 @@
-"""Published data sets, in trees of their layouts, from the files on disk to a pretrained model and its tasks."""
+"""Published data sets, in trees of their layouts, from files on disk to a pretrained model and its tasks."""
 
 import json
 from functools import partial
