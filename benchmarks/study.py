@@ -342,8 +342,13 @@ def write_page(record: dict) -> None:
     chances = (
         f"Chance: {1 / len(COLOURS):.3f} for sound alone, {1 / settings['objects']:.3f} for the image alone."
     )
-    said = f"{page_table(record)}\n\nMean ± standard deviation over seeds. {chances}\n\n{origin(record)}"
-    PAGE.write_text(filled(PAGE.read_text(), {"study": said}))
+    parts = (
+        page_table(record),
+        f"Mean ± standard deviation over seeds. {chances}",
+        origin(record),
+        "![Accuracy by way to fuse](../docs/study.png)",
+    )
+    PAGE.write_text(filled(PAGE.read_text(), {"study": "\n\n".join(parts)}))
     draw_plot(record).savefig(PLOT, dpi=150)
 
 

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ import measure  # noqa: E402
 import pair_attention  # noqa: E402
 import report  # noqa: E402
 import scaling  # noqa: E402
+import study  # noqa: E402
 import throughput  # noqa: E402
 from materialized import PairKeyFusion, PairTokenFusion, folded  # noqa: E402
 
@@ -239,3 +241,36 @@ def test_single_operations_run():
     command = [sys.executable, "-m", "pytest", "benchmarks/operations.py", "-q", "--benchmark-disable"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "10 passed" in done.stdout, done.stdout + done.stderr
+
+
+# --- the study ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few_scenes(monkeypatch):
+    """Eight drawn scenes to train on and four to judge on, and next to no steps."""
+    options = study.Options(steps=2, pretraining_steps=1, batch_size=4, train=8, test=4, workers=1)
+    drawn = [study.draw_scene(3, (0, number)) for number in range(12)]
+    names = ("image", "audio", "shape", "colour")
+    tensors = [torch.from_numpy(np.stack(part)) for part in zip(*drawn, strict=True)]
+    splits = [
+        {name: tensor[part] for name, tensor in zip(names, tensors, strict=True)}
+        for part in (slice(8), slice(8, None))
+    ]
+    monkeypatch.setattr(study, "scenes", lambda options: splits)
+    return options
+
+
+@pytest.mark.parametrize("cell", [(row, "pretrained", 1) for row in study.ROWS if row not in study.ALONE])
+def test_a_cell_of_the_study_depends_on_its_seed_alone(few_scenes, cell):
+    first, second = (study.train_cell(few_scenes, cell) for _ in range(2))
+    assert first["curve"] == second["curve"] and first["curve"][-1][0] == 2
+    assert first["colour"] * 4 in range(5) and first["shape"] * 4 in range(5)
+
+
+def test_the_study_tells_mean_and_spread_by_hand():
+    cells = [
+        dict(row="dense", start="scratch", seed=seed, colour=c) for seed, c in enumerate((0.5, 0.7, 0.9))
+    ]
+    lines = study.page_table(dict(cells=cells)).splitlines()
+    assert "| dense, early (all layers) | 0.700 ± 0.200 (n=3) |  |" in lines

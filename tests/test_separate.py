@@ -132,7 +132,7 @@ def test_gradients_reach_encoder_and_decoder_and_every_image_counts():
     assert logits.shape == (2, 2, 64, 128)
     logits.square().sum().backward()
     unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    assert all("encoder.image.blocks.3" in name or "encoder" in name for name in unused), unused
+    assert not unused
     assert model.encoder.fusion_tokens.grad.abs().sum() > 0
     assert all(p.grad.abs().sum() > 0 for name, p in model.decoder.named_parameters() if "bias" not in name)
     other = model(image.flip(1), audio)  # the other source asked for
