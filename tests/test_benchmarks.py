@@ -251,10 +251,9 @@ def few_scenes(monkeypatch):
     """Eight drawn scenes to train on and four to judge on, and next to no steps."""
     options = study.Options(steps=2, pretraining_steps=1, batch_size=4, train=8, test=4, workers=1)
     drawn = [study.draw_scene(3, (0, number)) for number in range(12)]
-    names = ("image", "audio", "shape", "colour")
     tensors = [torch.from_numpy(np.stack(part)) for part in zip(*drawn, strict=True)]
     splits = [
-        {name: tensor[part] for name, tensor in zip(names, tensors, strict=True)}
+        {name: tensor[part] for name, tensor in zip(study.STORED, tensors, strict=True)}
         for part in (slice(8), slice(8, None))
     ]
     monkeypatch.setattr(study, "scenes", lambda options: splits)
