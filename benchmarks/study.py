@@ -65,6 +65,15 @@ RowName = Literal[
     "dense", "dense-mid", "dense-late", "factorized", "token", "bilinear", "none", "image", "audio"
 ]
 STARTS = ("scratch", "pretrained")
+CLAIMS = (  # which row is said to be better than which
+    ("earlier is better: all layers over the upper half", "dense", "dense-mid"),
+    ("earlier is better: upper half over the last layer", "dense-mid", "dense-late"),
+    ("earlier is better: all layers over the last layer", "dense", "dense-late"),
+    ("late fusion over averaged logits", "dense-late", "none"),
+    ("dense over token", "dense", "token"),
+    ("dense over factorized", "dense", "factorized"),
+    ("bilinear over additive pairs", "bilinear", "dense"),
+)
 ALONE = ("image", "audio")  # controls, from scratch only
 
 
@@ -77,7 +86,7 @@ class Options:
     --rows, --starts and --seeds choose which cells to do now. After each cell the file, the page
     benchmarks/study.md and the plot docs/study.png are written anew.
 
-    All rows share scenes, order, learning rates and number of steps; nothing is tuned for one of them. Models
+    All rows share scenes, learning rates and number of steps; nothing is tuned for one of them. Models
     are 64 wide and 4 layers deep, with 36 + 32 tokens. They name `shape` and `colour` together (two sets of
     heads); what counts is `colour`. The image alone can do no better than 1 / objects, the sound alone than
     1 / colours. Image tokens also learn to name which kinds of object (shape and colour) are shown, whether
@@ -357,9 +366,20 @@ def found(record: dict) -> dict[tuple[str, str], list[float]]:
 
 
 def page_table(record: dict) -> str:
-    rows, accuracies = [("", *(f"colour, {start}" for start in STARTS))], found(record)
+    """Accuracies of every row, and what pretraining changed."""
+    rows, accuracies = [("", "from scratch", "after pretraining", "gain by pretraining")], found(record)
     for name, row in ROWS.items():
-        rows.append((row.label, *(mean_cell(accuracies.get((name, start))) for start in STARTS)))
+        scratch, pretrained = (accuracies.get((name, start)) for start in STARTS)
+        rows.append((row.label, mean_cell(scratch), mean_cell(pretrained), difference(pretrained, scratch)))
+    return table(rows)
+
+
+def claims_table(record: dict) -> str:
+    """The paper's claims, each as a difference of two rows."""
+    rows, accuracies = [("claim", "from scratch", "after pretraining")], found(record)
+    for claim, better, worse in CLAIMS:
+        pairs = [(accuracies.get((better, start)), accuracies.get((worse, start))) for start in STARTS]
+        rows.append((claim, *(difference(*pair) for pair in pairs)))
     return table(rows)
 
 
@@ -370,6 +390,18 @@ def mean_cell(values: list[float] | None) -> str:
     return f"{statistics.mean(values):.3f}{deviation} (n={len(values)})"
 
 
+def difference(first: list[float] | None, second: list[float] | None) -> str:
+    """Difference of means ± its standard error (Welch), and whether it is more than twice that."""
+    if not first or not second:
+        return ""
+    by = statistics.mean(first) - statistics.mean(second)
+    if min(len(first), len(second)) < 2:
+        return f"{by:+.3f} (one seed)"
+    error = math.sqrt(sum(statistics.variance(values) / len(values) for values in (first, second)))
+    verdict = "yes" if by > 2 * error else "no, the reverse" if by < -2 * error else "within the spread"
+    return f"{by:+.3f} ± {error:.3f}: {verdict}"
+
+
 def write_page(record: dict) -> None:
     settings = record["settings"]
     chances = (
@@ -377,9 +409,11 @@ def write_page(record: dict) -> None:
     )
     parts = (
         page_table(record),
-        f"Mean ± standard deviation over seeds. {chances}",
-        origin(record),
+        f"Accuracy of the colour, mean ± standard deviation over seeds. {chances}",
+        claims_table(record),
+        "Difference of the means ± its standard error; *yes* beyond twice that, else *within the spread*.",
         "![Accuracy by way to fuse](../docs/study.png)",
+        origin(record),
     )
     PAGE.write_text(filled(PAGE.read_text(), {"study": "\n\n".join(parts)}))
     draw_plot(record).savefig(PLOT, dpi=150)

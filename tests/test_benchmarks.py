@@ -267,9 +267,21 @@ def test_a_cell_of_the_study_depends_on_its_seed_alone(few_scenes, cell):
     assert first["colour"] * 4 in range(5) and first["shape"] * 4 in range(5)
 
 
-def test_the_study_tells_mean_and_spread_by_hand():
+def test_the_study_tells_means_differences_and_verdicts_by_hand():
+    accuracies = dict(dense=(0.5, 0.7, 0.9), token=(0.1, 0.1, 0.1), bilinear=(0.7, 0.7), factorized=(0.6,))
     cells = [
-        dict(row="dense", start="scratch", seed=seed, colour=c) for seed, c in enumerate((0.5, 0.7, 0.9))
+        dict(row=row, start="scratch", seed=seed, colour=colour)
+        for row, colours in accuracies.items()
+        for seed, colour in enumerate(colours)
     ]
     lines = study.page_table(dict(cells=cells)).splitlines()
-    assert "| dense, early (all layers) | 0.700 ± 0.200 (n=3) |  |" in lines
+    assert "| dense, early (all layers) | 0.700 ± 0.200 (n=3) |  |  |" in lines
+    claims = {}
+    for line in study.claims_table(dict(cells=cells)).splitlines():
+        claim, scratch = line.split("|")[1:3]
+        claims[claim.strip()] = scratch.strip()
+    # The variance of 0.5, 0.7 and 0.9 is 0.04; sqrt(0.04 / 3) = 0.115
+    assert claims["dense over token"] == "+0.600 ± 0.115: yes"
+    assert claims["bilinear over additive pairs"] == "+0.000 ± 0.115: within the spread"
+    assert claims["dense over factorized"] == "+0.100 (one seed)"
+    assert study.difference([0.1, 0.1], [0.4, 0.4]) == "-0.300 ± 0.000: no, the reverse"
