@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -23,7 +23,7 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 from measure import RESULTS, ROOT, begin_record, write_record
-from report import BLUE, GREY, ORANGE, filled, origin, table
+from report import BLUE, GREY, ORANGE, digest, filled, origin, table
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
@@ -151,21 +151,23 @@ def train_cells(options: Options) -> None:
             )
         record["cells"] = before["cells"]
     done = {(cell["row"], cell["start"], cell["seed"]) for cell in record["cells"]}
-    # Seeds outermost: stopped early, there is one of everything before there are two of anything.
-    wanted = itertools.product(options.seeds, options.starts, options.rows)
-    cells = [(row, start, seed) for seed, start, row in wanted if start == "scratch" or row not in ALONE]
+    # From scratch first, and one seed after the other: stopped early, rows can be compared.
+    wanted = itertools.product(options.starts, options.seeds, options.rows)
+    cells = [(row, start, seed) for start, seed, row in wanted if start == "scratch" or row not in ALONE]
     missing = [cell for cell in cells if cell not in done]
     if not missing:
         return
     scenes(options)  # drawn once, by all processes
+    bar = tqdm(desc="cells", unit="cell", initial=len(cells) - len(missing), total=len(cells))
     with processes(min(options.workers, len(missing))) as pool:
-        results = pool.map(partial(train_cell, options), missing)
-        for result in tqdm(
-            results, desc="cells", unit="cell", initial=len(cells) - len(missing), total=len(cells)
-        ):
-            record["cells"].append(result)
-            write_record(RESULT, record)
-            write_page(record)
+        try:
+            for ended in as_completed([pool.submit(train_cell, options, cell) for cell in missing]):
+                record["cells"].append(ended.result() | dict(commit=record["commit"]))
+                write_record(RESULT, record)
+                write_page(record)
+                bar.update()
+        finally:  # a cell that failed, or Ctrl-C: begin no other
+            pool.shutdown(cancel_futures=True)
 
 
 def processes(count: int) -> ProcessPoolExecutor:
@@ -403,20 +405,23 @@ def difference(first: list[float] | None, second: list[float] | None) -> str:
 
 
 def write_page(record: dict) -> None:
-    settings = record["settings"]
-    chances = (
-        f"Chance: {1 / len(COLOURS):.3f} for sound alone, {1 / settings['objects']:.3f} for the image alone."
-    )
+    PAGE.write_text(page(record))
+    draw_plot(record).savefig(PLOT, dpi=150, metadata={"Source": digest(record)})
+
+
+def page(record: dict) -> str:
+    """What the page should hold."""
+    sound, image = 1 / len(COLOURS), 1 / record["settings"]["objects"]
     parts = (
         page_table(record),
-        f"Accuracy of the colour, mean ± standard deviation over seeds. {chances}",
+        "Accuracy of the colour, mean ± standard deviation over seeds. "
+        f"Chance: {sound:.3f} for sound alone, {image:.3f} for the image alone.",
         claims_table(record),
         "Difference of the means ± its standard error; *yes* beyond twice that, else *within the spread*.",
         "![Accuracy by way to fuse](../docs/study.png)",
         origin(record),
     )
-    PAGE.write_text(filled(PAGE.read_text(), {"study": "\n\n".join(parts)}))
-    draw_plot(record).savefig(PLOT, dpi=150)
+    return filled(PAGE.read_text(), {"study": "\n\n".join(parts)})
 
 
 def draw_plot(record: dict) -> Figure:

@@ -285,3 +285,9 @@ def test_the_study_tells_means_differences_and_verdicts_by_hand():
     assert claims["bilinear over additive pairs"] == "+0.000 ± 0.115: within the spread"
     assert claims["dense over factorized"] == "+0.100 (one seed)"
     assert study.difference([0.1, 0.1], [0.4, 0.4]) == "-0.300 ± 0.000: no, the reverse"
+
+
+def test_the_page_and_the_plot_of_the_study_are_those_of_its_results():
+    record = json.loads(study.RESULT.read_text())
+    assert study.PAGE.read_text() == study.page(record)
+    assert report.drawn_from(study.PLOT) == report.digest(record)
