@@ -41,9 +41,9 @@ class LocalizeConfig(TaskConfig):
     pictures whose highest point lies in a box, which a guess among the three objects brings to a third.
     Those that begin with `attention` are of the map that needs no labels: where the fusion tokens look.
 
-    Known limit: in the minutes of the demo the tiny model learns where objects are, but not which of them
-    sounds. It fits its 256 clips better than the control does, and stays at the control on held-out ones.
-    `python -m avfuse.tasks.segment`, which is told the classes, is the demo that learns to bind.
+    Known limit: from the 256 clips of the demo the tiny model learns where objects are, but not which of them
+    sounds. It fits them better than the control does, and stays at the control on held-out ones. From 2,048
+    clips and the encoder of a segmenter it does learn it: docs/tasks.md.
     """
 
     data: Path | None = None
