@@ -112,19 +112,22 @@ def load_encoder(checkpoint: str | os.PathLike) -> "AVEncoder":
 
     Args:
         checkpoint: a run folder (its model/ is meant), the folder of a saved `AVMAE` or `AVEncoder`, the name
-            of one on the Hugging Face hub, or a file of released DeepAVFusion weights (.pth, .safetensors).
+            of one on the Hugging Face hub, or a file of released DeepAVFusion weights (.pth, .safetensors) of
+            an autoencoder, an encoder or a classifier.
 
     Raises:
         ValueError: it is none of these, or damaged: names it and, of a folder, what it holds.
     """
     from .encoder import AVEncoder  # all three build on this module
     from .mae import AVMAE
-    from .released import from_deepavfusion
+    from .released import encoder_weights, from_deepavfusion, read_weights
 
     path = Path(checkpoint)
     if path.is_file():
         try:
-            model = from_deepavfusion(path)
+            weights = read_weights(path)
+            is_classifier = any(name.endswith("_head.weight") for name in weights)
+            model = from_deepavfusion(encoder_weights(weights) if is_classifier else weights)
         except ValueError as error:
             raise ValueError(f"checkpoint {checkpoint} is no released DeepAVFusion model: {error}") from error
     else:

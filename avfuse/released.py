@@ -276,6 +276,12 @@ def read_weights(source) -> dict[str, Tensor]:
     return {name.removeprefix("module."): weight for name, weight in weights.items()}
 
 
+def encoder_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those below "encoder.", as an encoder by itself names them."""
+    below = [name for name in weights if name.startswith("encoder.")]
+    return {name.removeprefix("encoder."): weights[name] for name in below}
+
+
 def infer_settings(weights: dict[str, Tensor]) -> dict:
     """What names and shapes tell, and defaults for the rest."""
     encoder = {name.removeprefix("encoder."): weight for name, weight in weights.items()}

@@ -316,7 +316,10 @@ def test_encoders_are_found_in_released_files(suffix, tmp_path):
     mae = AVMAE(encoder, decoder_dim=16, decoder_depth=1, decoder_heads=16)
     names = {name: re.sub(r"^(image|audio)_decoder\.", r"\1_decoder_", name) for name in mae.state_dict()}
     released = {names[name]: weight.contiguous() for name, weight in mae.state_dict().items()}
-    for kind, weights in ("autoencoder", released), ("encoder", encoder.state_dict()):
+    classifier = {f"encoder.{name}": weight for name, weight in encoder.state_dict().items()}
+    classifier |= {"fusion_head.weight": torch.ones(5, 64), "fusion_head.bias": torch.ones(5)}
+    kinds = dict(autoencoder=released, encoder=encoder.state_dict(), classifier=classifier)
+    for kind, weights in kinds.items():
         path = tmp_path / f"{kind}.{suffix}"
         save_file(weights, path) if suffix == "safetensors" else torch.save({"state_dict": weights}, path)
         assert_same(load_encoder(path), encoder)

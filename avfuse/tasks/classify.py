@@ -25,7 +25,7 @@ from ..features import FEATURES, encode, pool
 from ..loop import program
 from ..pictures import BLUE, GREY, ORANGE, rgb, save, show_sound
 from ..pretrained import load_encoder, load_strictly, read_safetensors
-from ..released import from_deepavfusion, read_weights
+from ..released import encoder_weights, from_deepavfusion, read_weights
 from ..vit import input_shape
 from .task import JudgedTask, TaskConfig, starting_encoder
 
@@ -167,9 +167,8 @@ def load_classifier(source: str | Path | dict, *, config: dict | None = None) ->
         encoder, weights = load_encoder(folder), read_safetensors(folder / "model" / "head.safetensors")
     else:
         weights = read_weights(source)
-        of_encoder = [name for name in weights if name.startswith("encoder.")]
-        encoder = {name.removeprefix("encoder."): weights.pop(name) for name in of_encoder}
-        encoder = from_deepavfusion(encoder, config=config)
+        encoder = from_deepavfusion(encoder_weights(weights), config=config)
+        weights = {name: weight for name, weight in weights.items() if not name.startswith("encoder.")}
     features = [name for name in FEATURES if f"{name}_head.weight" in weights]
     if not features:
         raise ValueError(f"source holds no classifier: of a head there are only {sorted(weights)[:3]}")
