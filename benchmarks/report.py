@@ -65,13 +65,14 @@ def read_results(folder: Path) -> dict[str, dict]:
 def texts(results: dict, root: Path = ROOT) -> dict[Path, str]:
     """What the two files should hold."""
     sections = {
-        root / "README.md": {"speed": speed(results)},
+        root / "README.md": {"speed": speed(results), "many-clips": many_clips_line(results)},
         root / "benchmarks/README.md": {
             "budgets": budgets_table(results),
             "throughput": throughput_tables(results),
             "pair-attention": pair_attention_tables(results),
             "scaling": scaling_tables(results),
             "loading": loading_table(results),
+            "many-clips": many_clips_table(results),
         },
     }
     return {path: filled(path.read_text(), parts) for path, parts in sections.items()}
@@ -446,6 +447,34 @@ def loading_table(results: dict) -> str:
         of_sizes = [stages[name]["clips_per_second"] for stages in record["sizes"].values()]
         rows.append((label, *(spread(quantiles, ".0f") for quantiles in of_sizes)))
     return f"{table(rows)}\n\n{origin(record)}"
+
+
+def many_clips_table(results: dict) -> str:
+    record = results.get("many_clips-cpu")
+    if record is None:
+        return origin(record)
+    rows = [("clips", "found after", "first batch after", "decoded", "main process", "reader")]
+    for clips, result in record["rows"].items():
+        start = f"{int(clips):,}", f"{result['seconds_to_find']} s", f"{result['seconds_to_first_batch']} s"
+        for moment in result["memory"]:
+            memory = (f"{moment[process]:.0f} MiB" for process in ("main", "reader"))
+            rows.append((*start, f"{moment['decoded']:,}", *memory))
+            start = "", "", ""
+    return f"{table(rows)}\n\n{origin(record)}"
+
+
+def many_clips_line(results: dict) -> str:
+    record = results.get("many_clips-cpu")
+    if record is None:
+        return origin(record)
+    clips, result = max(record["rows"].items(), key=lambda row: int(row[0]))
+    first, last = result["memory"][0], result["memory"][-1]
+    return (
+        f"{int(clips):,} clips in a manifest are found in {result['seconds_to_find']:.0f} s, and the first "
+        f"batch is there after {result['seconds_to_first_batch']:.0f} s; a reader has "
+        f"{first['reader']:.0f} MiB of its own after {first['decoded']:,} decoded clips and "
+        f"{last['reader']:.0f} MiB after {last['decoded']:,}. {origin(record)}"
+    )
 
 
 # --- plots --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ results.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import loading  # noqa: E402
+import many_clips  # noqa: E402
 import measure  # noqa: E402
 import pair_attention  # noqa: E402
 import report  # noqa: E402
@@ -184,6 +186,16 @@ def test_scaling(out, capsys):
     assert set(rows["materialized"]["points"]) == {"64", "512"}
     assert "1024 + 1024 tokens: out of memory" in rows["materialized"]["stopped"]
     assert "slope" in capsys.readouterr().out
+
+
+def test_many_clips(out):
+    options = many_clips.Options(rows=(40,), decoded=(1, 33), out=out)
+    (result,) = many_clips.main(options)["rows"].values()
+    assert [moment["decoded"] for moment in result["memory"]] == [32, 40]
+    assert result["seconds_to_find"] <= result["seconds_to_first_batch"]
+    mib = many_clips.own_memory(os.getpid()) / many_clips.MIB
+    assert all(1 < moment["reader"] < moment["main"] < 10 * mib for moment in result["memory"])
+    record_of(out)
 
 
 def test_loading(out):

@@ -43,6 +43,10 @@ class SeparateConfig(TaskConfig):
     that `python -m avfuse.train` has left in runs/demo, or a fresh one. It leaves a run folder with pictures,
     sounds to listen to, results.json and an index.html.
 
+    Known limit: from the 256 clips of the demo it is not learned, and where an image shows several objects it
+    does not always tell which of their sounds is meant. From 4,096 clips of one object (--objects 1 of
+    `python -m avfuse.data.sounding_shapes`) and the encoder of a segmenter it is: docs/tasks.md.
+
     Published settings: 20 epochs of Adam at a learning rate of 1e-4, batch 128 (paper); AdamW at a base rate
     of 3e-4, batch 512, 300 epochs of which 40 warm up, layer decay 0.75 (released code).
     """
