@@ -147,6 +147,22 @@ def test_broken_clips_and_those_that_lack_a_stream(tmp_path):
         assert after.looked_at == before.looked_at == 3
 
 
+@pytest.mark.parametrize("changed", ["annotations/vggsound.csv", "clips", "clips/playing_harp"])
+def test_a_stale_manifest_is_announced(root, changed):
+    """It still decides, so that a run goes on with its clips, but not in silence."""
+    check(root, **QUIET)
+    now = (root / manifest.FILE).stat().st_mtime
+    for path in root.rglob("*"):
+        os.utime(path, (now, now))
+    lines = []
+    clips = [clip.path for clip in find_data(root, lines.append, **QUIET).train]
+    assert not any("WARNING" in line for line in lines)
+    os.utime(root / changed, (now + 10, now + 10))
+    assert [clip.path for clip in find_data(root, lines.append, **QUIET).train] == clips
+    (warning,) = [line for line in lines if "WARNING" in line]
+    assert str(root / changed) in warning and f"avfuse.data check {root}" in warning
+
+
 def test_a_vanished_clip_is_a_failure_by_name(root):
     check(root, **QUIET)
     before = describe_data(find(root).train)

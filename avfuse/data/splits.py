@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, get_args
 from ..checks import check_choice
 from . import audioset, manifest, music, sounding_shapes, vggsound
 from .annotations import Listing, describe_coverage
-from .clips import Scan, find_clips, scan_clips, walk
+from .clips import Scan, find_clips, printable, scan_clips, walk
 from .decode import ClipError
 from .table import Clip, ClipTable
 
@@ -22,6 +22,12 @@ DEMO = Path("data/sounding-shapes")
 DataSet = Literal["auto", "vggsound", "audioset", "music", "music21", "sounding-shapes", "folder"]
 DATA_SETS = get_args(DataSet)
 SPLITS = ("train", "test")
+LISTS = {
+    "vggsound": vggsound.LIST,
+    "audioset": audioset.CLASS_LIST,
+    "music": music.LIST,
+    "music21": music.LIST_21,
+}
 
 
 class Found(NamedTuple):
@@ -78,6 +84,12 @@ def find_data(
         said = [f"{describe_coverage(name, expected, header.missing)}, as {manifest.FILE} has it"]
         sides = _sides(root, expected, train_split)
         scans = _read_manifest(root, sides, classes, kept=missing == "keep")
+        changed = _changed(root, scans.values())
+        if changed is not None:  # a run may go on with the clips that it began with: it is not refused
+            said.append(
+                f"WARNING: {printable(str(changed))} has changed since {manifest.FILE} was written, which is"
+                f" used as it is: python -m avfuse.data check {printable(str(root))} brings it up to date"
+            )
     elif (data_set if data_set != "auto" else recognise(root)) == "folder":
         folders = _folders(root)
         name, classes, expected, said = str(root), {}, {}, []
@@ -146,12 +158,7 @@ def list_data(root: str | Path, data_set: str = "auto") -> Listing:
 
 def recognise(root: Path) -> str:
     """Which of `DATA_SETS` a folder is, by its files."""
-    for name, path in (
-        ("vggsound", vggsound.LIST),
-        ("audioset", audioset.CLASS_LIST),
-        ("music", music.LIST),
-        ("music21", music.LIST_21),
-    ):
+    for name, path in LISTS.items():
         if (root / path).exists():
             return name
     return "sounding-shapes" if sounding_shapes.is_built(root) else "folder"
@@ -196,6 +203,23 @@ def _read_manifest(root: Path, sides: dict[str, str], classes: dict, *, kept: bo
                 clip, ClipError(clip.path, entry.error) if entry.error else clip.streams
             )
     return scans
+
+
+def _changed(root: Path, scans: Iterable[Scan]) -> Path | None:
+    """A list or a folder of clips that is newer than the manifest: one look at each, none at the clips.
+
+    The folder `root` itself is left out, as the manifest is written to it.
+    """
+    folders = {Path(folder) for scan in scans for folder in scan.clips.folders}
+    folders |= {above for folder in folders for above in folder.parents if root in above.parents}
+    written = (root / manifest.FILE).stat().st_mtime_ns
+    for path in [root / name for name in LISTS.values()] + sorted(folders - {root}):
+        try:
+            if path.lstat().st_mtime_ns > written:
+                return path
+        except OSError:  # that it has gone is found out when its clips are read
+            continue
+    return None
 
 
 def _table(clips: list[Clip] | ClipTable, classes: dict) -> ClipTable:

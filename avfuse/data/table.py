@@ -5,7 +5,7 @@ A list of a hundred thousand clips takes some 60 MB in every process that reads 
 
 import os
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -134,6 +134,11 @@ class ClipTable(Sequence[Clip]):
         )
 
     @property
+    def folders(self) -> Sequence[str]:
+        """The distinct folders of the clips, or the archives that they lie in."""
+        return tuple(self._folders)
+
+    @property
     def shards(self) -> np.ndarray | None:
         """(len,) which archive each clip lies in, -1 for none; None if no clip lies in one."""
         return np.array(self._file, np.int32) if len(self._file) else None
@@ -163,6 +168,9 @@ class _Strings:
 
     def __getitem__(self, number: int) -> str:
         return self._strings[number]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._strings)
 
 
 class _Column:
