@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -38,7 +39,8 @@ DIM, DEPTH, HEADS, PATCH = 64, 4, 2, 16
 FEATURES = ("image", "audio", "fusion")
 STORED = ("image", "audio", "shape", "colour", "shown")  # of a scene
 SECONDS = 3.0  # of sound, and the frame is from its middle
-PAGE, PLOT, RESULT = ROOT / "benchmarks/study.md", ROOT / "docs/study.png", RESULTS / "study-cpu.json"
+PAGE, README, PLOT = ROOT / "benchmarks/study.md", ROOT / "README.md", ROOT / "docs/study.png"
+RESULT = RESULTS / "study-cpu.json"
 
 
 class Row(NamedTuple):
@@ -84,7 +86,7 @@ class Options:
     One cell is one row, from scratch or after masked pretraining on the same scenes, with one seed. Cells
     that the result file holds are not trained again: the same command goes on where it was stopped, and
     --rows, --starts and --seeds choose which cells to do now. After each cell the file, the page
-    benchmarks/study.md and the plot docs/study.png are written anew.
+    benchmarks/study.md, the section of README.md and the plot docs/study.png are written anew.
 
     All rows share scenes, learning rates and number of steps; nothing is tuned for one of them. Models
     are 64 wide and 4 layers deep, with 36 + 32 tokens. They name `shape` and `colour` together (two sets of
@@ -405,23 +407,34 @@ def difference(first: list[float] | None, second: list[float] | None) -> str:
 
 
 def write_page(record: dict) -> None:
-    PAGE.write_text(page(record))
+    for path, text in texts(record).items():
+        path.write_text(text)
     draw_plot(record).savefig(PLOT, dpi=150, metadata={"Source": digest(record)})
 
 
-def page(record: dict) -> str:
-    """What the page should hold."""
+def texts(record: dict) -> dict[Path, str]:
+    """What the study's page and README.md should hold."""
     sound, image = 1 / len(COLOURS), 1 / record["settings"]["objects"]
-    parts = (
+    chances = f"Chance is {sound:.3f} for the sound alone, {image:.3f} for the image alone."
+    page = (
         page_table(record),
-        "Accuracy of the colour, mean ± standard deviation over seeds. "
-        f"Chance: {sound:.3f} for sound alone, {image:.3f} for the image alone.",
+        f"Accuracy of the colour, mean ± standard deviation over seeds. {chances}",
         claims_table(record),
         "Difference of the means ± its standard error; *yes* beyond twice that, else *within the spread*.",
         "![Accuracy by way to fuse](../docs/study.png)",
         origin(record),
     )
-    return filled(PAGE.read_text(), {"study": "\n\n".join(parts)})
+    accuracies = found(record)
+    rows = [(row.label, mean_cell(accuracies.get((name, "scratch")))) for name, row in ROWS.items()]
+    headline = ", ".join(f"{label} {accuracy}" for label, accuracy in rows if accuracy)
+    steps = record["settings"]["steps"]
+    readme = (
+        f"Accuracy of the colour after {steps:,} steps from scratch, mean ± standard deviation over n seeds: "
+        f"{headline}. {chances}",
+        "![Accuracy by way to fuse](docs/study.png)",
+    )
+    parts = {PAGE: page, README: readme}
+    return {path: filled(path.read_text(), {"study": "\n\n".join(part)}) for path, part in parts.items()}
 
 
 def draw_plot(record: dict) -> Figure:
@@ -442,12 +455,10 @@ def draw_plot(record: dict) -> Figure:
                 axis.plot(
                     values, [place + offset] * len(values), marker, color=colour, ms=5, ls="", label=label
                 )
-    for chance, what in (
-        (1 / len(COLOURS), "sound alone"),
-        (1 / record["settings"]["objects"], "image alone"),
-    ):
+    image_alone = 1 / record["settings"]["objects"]
+    for chance, what, side in ((1 / len(COLOURS), "sound", "right"), (image_alone, "image", "left")):
         axis.axvline(chance, color=GREY, ls="--", lw=1)
-        axis.text(chance, -0.75, f"chance, {what}", color=GREY, fontsize=8, ha="center")
+        axis.text(chance, -0.7, f" chance, {what} alone ", color=GREY, fontsize=8, ha=side)
     axis.set(xlim=(0, 1), ylim=(len(names) - 0.4, -1), xlabel="accuracy of the colour of what sounds")
     axis.set_yticks(range(len(names)), [ROWS[name].label for name in names])
     axis.spines[["top", "right"]].set_visible(False)

@@ -301,5 +301,6 @@ def test_the_study_tells_means_differences_and_verdicts_by_hand():
 
 def test_the_page_and_the_plot_of_the_study_are_those_of_its_results():
     record = json.loads(study.RESULT.read_text())
-    assert study.PAGE.read_text() == study.page(record)
+    for path, text in study.texts(record).items():
+        assert path.read_text() == text
     assert report.drawn_from(study.PLOT) == report.digest(record)
