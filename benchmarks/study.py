@@ -458,7 +458,7 @@ def draw_plot(record: dict) -> Figure:
     image_alone = 1 / record["settings"]["objects"]
     for chance, what, side in ((1 / len(COLOURS), "sound", "right"), (image_alone, "image", "left")):
         axis.axvline(chance, color=GREY, ls="--", lw=1)
-        axis.text(chance, -0.7, f" chance, {what} alone ", color=GREY, fontsize=8, ha=side)
+        axis.text(chance, -0.7, f" chance, {what} ", color=GREY, fontsize=8, ha=side)
     axis.set(xlim=(0, 1), ylim=(len(names) - 0.4, -1), xlabel="accuracy of the colour of what sounds")
     axis.set_yticks(range(len(names)), [ROWS[name].label for name in names])
     axis.spines[["top", "right"]].set_visible(False)
