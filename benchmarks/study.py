@@ -426,10 +426,10 @@ def texts(record: dict) -> dict[Path, str]:
     )
     accuracies = found(record)
     rows = [(row.label, mean_cell(accuracies.get((name, "scratch")))) for name, row in ROWS.items()]
-    headline = ", ".join(f"{label} {accuracy}" for label, accuracy in rows if accuracy)
+    headline = "; ".join(f"{label}: {accuracy}" for label, accuracy in rows if accuracy)
     steps = record["settings"]["steps"]
     readme = (
-        f"Accuracy of the colour after {steps:,} steps from scratch, mean ± standard deviation over n seeds: "
+        f"Accuracy of the colour after {steps:,} steps from scratch, mean ± standard deviation over n seeds. "
         f"{headline}. {chances}",
         "![Accuracy by way to fuse](docs/study.png)",
     )
