@@ -80,8 +80,7 @@ class FusionBlock(nn.Module):
 
     def keys_and_values(self, projected: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N, 2 * width) -> keys (B, H, N, K), values (B, H, N, V)"""
-        keys, values = projected.chunk(2, dim=-1)
-        return self.split_heads(keys), self.split_heads(values)
+        return projected.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
     def update(self, fusion: Tensor, attended: Tensor) -> Tensor:
         """Residual update of (B, F, D) from attended values (B, F, width)."""
