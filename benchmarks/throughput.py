@@ -98,7 +98,8 @@ class Options:
     note: str = ""
     """Kept with the results, such as what else the machine was doing."""
     out: Path | None = None
-    """File for the results. Default: benchmarks/results/throughput-DEVICE.json."""
+    """File for the results. Default: benchmarks/results/throughput-DEVICE.json, with --compile
+    throughput-DEVICE-compiled.json."""
 
 
 def main(options: Options) -> dict:
@@ -115,6 +116,7 @@ def resolve(options: Options) -> Options:
     """The options with all defaults filled in that depend on the machine."""
     chosen = device_and_dtype(options.device, options.dtype)
     device = chosen["device"]
+    name = f"throughput-{device}" + ("" if options.compile == "no" else "-compiled")
     if any(batch < 1 for batch in options.batch):
         raise ValueError(f"--batch must be positive, got {options.batch}")
     return replace(
@@ -122,7 +124,7 @@ def resolve(options: Options) -> Options:
         **chosen,
         rows=tuple(name for name in ROWS if name == "none" or name in options.rows),
         memory_limit=options.memory_limit or 0.9 * free_memory(device),
-        out=options.out or RESULTS / f"throughput-{device}.json",
+        out=options.out or RESULTS / f"{name}.json",
     )
 
 

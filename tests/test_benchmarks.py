@@ -238,7 +238,12 @@ def test_report_judges_budgets():
     for name, speed in ("none", 1.0), ("dense", 0.5), ("factorized", 0.9):
         result = dict(clips_per_second=dict(median=speed), speed_over_none=dict(median=speed), memory_bytes=1)
         record["rows"][name] = dict(gflop_per_clip=50.0, batches={"1": result})
-    found = report.budgets_table({"throughput-cpu": {"inference": record}})
+    compiled = json.loads(json.dumps(record))
+    compiled["rows"]["dense"]["batches"]["1"]["speed_over_none"]["median"] = 0.9
+    found = report.budgets_table(
+        {"throughput-cpu": {"inference": record}, "throughput-cpu-compiled": {"inference": compiled}}
+    )
+    assert "| The same, both under torch.compile | at most 1.12 | 1.11 | met |" in found
     assert "batch 1: time of dense over no fusion | at most 1.12 | 2 | missed by 78.6% |" in found
     assert "| GPU: speed of dense over no fusion | at least 0.92 | not yet measured |  |" in found
 
