@@ -4,6 +4,7 @@ and what a result file says about where it comes from.
 
 import ctypes
 import datetime
+import gc
 import json
 import multiprocessing
 import os
@@ -174,6 +175,9 @@ def in_fresh_process(function: Callable, *args):
     # The fork server imports once; with this, what malloc frees goes back to the system at once.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
     context = multiprocessing.get_context("forkserver")
+    if torch.cuda.is_initialized():  # what this process only caches is for the other to allocate
+        gc.collect()
+        torch.cuda.empty_cache()
     context.set_forkserver_preload(["torch", "avfuse", "__main__"])
     try:
         with ProcessPoolExecutor(1, mp_context=context) as pool:

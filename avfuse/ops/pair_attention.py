@@ -411,27 +411,28 @@ def _four_dimensional(pair_bias):
 
 def _check_tokens(**tensors):
     """Checks query, image_key, audio_key and, where given, image_value, audio_value."""
+    # Each attribute is asked for once: this is paid in every layer of every step.
     query = tensors["query"]
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.ndim != 4 or 0 in tensor.shape[1:]:
+        shape = tensor.shape
+        if len(shape) != 4 or 0 in (shape[1], shape[2], shape[3]):
             letters = (
                 "(B, H, F, K)" if name == "query" else f"(B, H, N, {'K' if name.endswith('key') else 'V'})"
             )
-            raise ValueError(
-                f"{name} must be {letters} with no empty dimension, got shape {tuple(tensor.shape)}"
-            )
+            raise ValueError(f"{name} must be {letters} with no empty dimension, got shape {tuple(shape)}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
-        if tensor.dtype != query.dtype:
-            raise ValueError(f"{name} must have the dtype of query, {query.dtype}, got {tensor.dtype}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
-        if tensor.shape[:2] != query.shape[:2]:
+        if tensor is query:  # the first
+            dtype, device, B, H = tensor.dtype, tensor.device, shape[0], shape[1]
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name} must have the dtype of query, {dtype}, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on the device of query, {device}, got {tensor.device}")
+        if shape[0] != B or shape[1] != H:
             raise ValueError(
-                f"{name} must have the batch size and heads of query, {tuple(query.shape[:2])}, "
-                f"got shape {tuple(tensor.shape)}"
+                f"{name} must have the batch size and heads of query, {(B, H)}, got shape {tuple(shape)}"
             )
     for name in ("image_key", "audio_key"):
         if tensors[name].shape[3] != query.shape[3]:
