@@ -72,11 +72,11 @@ def test_masks_of_one_give_the_mixture_back_and_ideal_ones_separate_it():
     mixture = sources.sum(0)
     ones = torch.ones(1, 2, SMALL_INPUTS.mel_bins, SMALL_INPUTS.frames)
     assert torch.allclose(stft.apply_masks(ones, mixture[None])[0, 0], mixture, atol=1e-5)
-    before = ratios("", sources, mixture.expand_as(sources))["sdr"]
+    before = ratios(sources, mixture.expand(1, 2, -1))[0]["sdr"]
     for kind in "binary", "ratio":
         masks = ideal_masks(stft.magnitude(sources[None]), kind)
         assert torch.allclose(masks.sum(1), torch.ones(()), atol=1e-4) or kind == "binary"
-        assert ratios("", sources, stft.apply_masks(masks, mixture[None])[0])["sdr"] > before + 10
+        assert ratios(sources, stft.apply_masks(masks, mixture[None]))[0]["sdr"] > before + 10
 
 
 def test_magnitude_is_the_root_of_what_the_encoder_hears():
@@ -153,11 +153,13 @@ def test_inputs_of_other_shapes_are_refused():
         Separator(create_encoder("tiny"), decoder_dim=0)
 
 
-def test_silent_and_absent_pairs_are_skipped_and_counted(data):
-    config = SeparateConfig(checkpoint="none", decoder_dim=16)
-    clips = sounding_shapes.clips(data, "test")
-    task = Separation(config, Found(clips, clips, "held-out clips", [], 4, {}))
-    sounds = tones(220, 470, seconds=3.0).float()
+def task_of(**options) -> Separation:
+    config = SeparateConfig(checkpoint="none", decoder_dim=16, **options)
+    return Separation(config, Found([], [], "held-out clips", [], 0, {}))
+
+
+def test_silent_and_absent_pairs_are_skipped_and_counted():
+    task, sounds = task_of(), tones(220, 470, seconds=3.0).float()
     silent = sounds * torch.tensor([[1.0], [0.0]])
     rows = [
         task.judge_pair(0, sounds, sounds, torch.tensor(True)),
@@ -168,6 +170,40 @@ def test_silent_and_absent_pairs_are_skipped_and_counted(data):
     assert metrics["pairs"] == 1 and metrics["skipped"] == 2
     assert metrics["sdr"] > metrics["oracle_sdr"] > metrics["mixture_sdr"] + 5
     assert task.summarize(rows[1:]) == dict(pairs=0, skipped=2)
+
+
+def test_the_same_sound_twice_is_no_mixture():
+    task, sound = task_of(), tones(220, seconds=3.0).float()
+    for other in sound, 0.5 * sound.roll(3, -1), -sound:  # the last of which leaves silence
+        row = task.judge_pair(len(task.references), torch.cat([sound, other]), torch.randn(2, 48_000), True)
+        assert row == dict(skipped=1)
+
+
+@pytest.mark.parametrize("mask, pitches", [("binary", (220, 470)), ("ratio", (470, 220))])
+def test_references_are_those_of_mir_eval(mask, pitches):
+    """Each by itself: the mixture, both orders of the blind, of which each is once right, the ideal mask."""
+    generator, task = torch.Generator().manual_seed(0), task_of(mask=mask)
+    sources = tones(*pitches, seconds=3.0).float() + 0.05 * torch.randn(2, 48_000, generator=generator)
+    found, stft, mixture = task.judge_references(sources), task.model.mel_stft, sources.sum(0)
+    magnitude, shares = stft.magnitude(mixture), stft.magnitude(sources)
+    shares = (shares >= shares.flip(0)).float() if mask == "binary" else shares / shares.sum(0)
+    nmf, rpca = (masks(magnitude[0].double().numpy()) for masks in (nmf_masks, rpca_masks))
+    for name, masks in (
+        ("oracle", shares),
+        ("nmf", nmf),
+        ("rpca", rpca),
+        ("mixture", torch.ones_like(shares)),
+    ):
+        estimate = task.masked(torch.as_tensor(masks).float(), mixture)
+        orders = (estimate, estimate.flip(0)) if name in ("nmf", "rpca") else (estimate,)
+        truths = (
+            mir_eval.separation.bss_eval_sources(sources.numpy(), order.numpy(), False)[:3]
+            for order in orders
+        )
+        best = max(([ratio.mean() for ratio in truth] for truth in truths), key=lambda truth: truth[0])
+        ours = [found[f"{name}_{ratio}"] for ratio in ("sdr", "sir", "sar")]
+        assert ours[:2] == pytest.approx(best[:2], abs=0.02), name
+        assert ours[2] == pytest.approx(best[2], abs=0.02) or min(ours[2], best[2]) > 60, name
 
 
 def test_the_program_leaves_results_sounds_and_pictures(data, tmp_path):

@@ -27,11 +27,12 @@ from ..loop import program
 from ..pictures import rgb, save
 from ..settings import check_positive
 from ..vit import input_shape
-from .separation_metrics import bss_eval, is_silent, nmf_masks, rpca_masks
+from .separation_metrics import BSSEval, bss_eval, is_silent, nmf_masks, rpca_masks
 from .separator import Separator
 from .task import JudgedTask, TaskConfig, starting_encoder
 
 DRAWN = 4  # pairs in a picture
+SAME = 30.0  # dB: a mixture as close as that to both of its sources has one sound in it, twice
 LIGHTEST, HEAVIEST = 1e-3, 10.0  # weights of a bin in the loss (Zhao et al. 2018, released code)
 
 
@@ -155,7 +156,8 @@ class Separation(JudgedTask):
     name = "separation"
     protocol = (
         "BSS-eval v3 (512 taps, no permutation) of both sources of mixtures of two whole clips, mean over "
-        "sources; pairs with a stem of an energy below 1e-5 are left out; NMF and RPCA in their better order"
+        "sources; skipped: pairs with a stem or sum of an energy below 1e-5, or of the same sound twice; NMF "
+        "and RPCA in their better order; oracle = the mask trained towards"
     )
 
     def __init__(self, config: SeparateConfig, found: Found):
@@ -203,25 +205,32 @@ class Separation(JudgedTask):
 
     def judge_pair(self, index: int, sources: Tensor, separated: Tensor, whole: Tensor) -> dict:
         """Ratios in dB, means over both sources; or that the pair was `skipped`: a picture or sound is
-        absent, or a source is silent, for which no ratio is defined.
+        absent, a source or their sum is silent, or both sources are the same, for which SIR is undefined.
         """
-        if not whole or is_silent(sources).any():
+        if not whole or is_silent(sources).any() or is_silent(sources.sum(0)):
             return dict(skipped=1)
         if index not in self.references:
             self.references[index] = self.judge_references(sources)
-        return dict(skipped=0) | ratios("", sources, separated) | self.references[index]
+        references = self.references[index]
+        if references["mixture_sdr"] > SAME:
+            return dict(skipped=1)
+        return dict(skipped=0) | ratios(sources, separated[None])[0] | references
 
     def judge_references(self, sources: Tensor) -> dict:
-        """The same of what needs no training: the mixture as it is, blind separation, and the ideal mask."""
+        """The same of what needs no training: the mixture as it is, blind separation, and the ideal mask,
+        which is what the model's are trained towards.
+        """
         mixture, mel_stft = sources.sum(0), self.model.mel_stft
         magnitude = mel_stft.magnitude(mixture[None])[0].cpu().numpy().astype(np.float64)
-        found = ratios("mixture_", sources, mixture.expand_as(sources))
-        for name, masks in (("nmf_", nmf_masks(magnitude)), ("rpca_", rpca_masks(magnitude))):
-            masks = torch.from_numpy(masks).to(sources)
-            orders = (ratios(name, sources, self.masked(part, mixture)) for part in (masks, masks.flip(0)))
-            found |= max(orders, key=lambda order: order[f"{name}sdr"])  # nobody tells them which is which
+        blind = (torch.from_numpy(masks(magnitude)).to(sources) for masks in (nmf_masks, rpca_masks))
+        nmf, rpca = (self.masked(masks, mixture) for masks in blind)
         ideal = ideal_masks(mel_stft.magnitude(sources[None]), self.config.mask)[0]
-        return found | ratios("oracle_", sources, self.masked(ideal, mixture))
+        orders = nmf, nmf.flip(0), rpca, rpca.flip(0)  # nobody tells these two which source is which
+        estimates = mixture.expand_as(sources), *orders, self.masked(ideal, mixture)
+        mixed, *orders, oracle = ratios(sources, torch.stack(estimates))
+        nmf, rpca = (max(both, key=lambda row: row["sdr"]) for both in (orders[:2], orders[2:]))
+        named = dict(mixture=mixed, nmf=nmf, rpca=rpca, oracle=oracle)
+        return {f"{name}_{ratio}": value for name, row in named.items() for ratio, value in row.items()}
 
     def masked(self, masks: Tensor, mixture: Tensor) -> Tensor:
         """Masks (S, mel, frames) over a mixture (samples,) -> (S, samples)"""
@@ -255,10 +264,10 @@ def ideal_masks(sources: Tensor, kind: str) -> Tensor:
     return sources / sources.sum(1, keepdim=True).clamp(min=1e-8)
 
 
-def ratios(prefix: str, sources: Tensor, estimates: Tensor) -> dict[str, float]:
-    """SDR, SIR and SAR, means over the sources."""
-    found = bss_eval(sources.cpu(), estimates.detach().cpu())
-    return {f"{prefix}{name}": value.mean().item() for name, value in found._asdict().items()}
+def ratios(sources: Tensor, estimates: Tensor) -> list[dict[str, float]]:
+    """SDR, SIR and SAR of estimates (E, S, samples) of the sources (S, samples), means over the sources."""
+    found = torch.stack(bss_eval(sources.cpu(), estimates.cpu())).mean(-1)
+    return [dict(zip(BSSEval._fields, row, strict=True)) for row in found.T.tolist()]
 
 
 # --- pictures and sounds ------------------------------------------------------------------------------------
