@@ -192,7 +192,10 @@ def read_pth(path: str | os.PathLike) -> dict:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, IsADirectoryError) as error:
-        raise ValueError(f"weights {path} is no file of weights alone: {error}") from error
+        # torch's own message advises to load it all the same.
+        raise ValueError(
+            f"weights {path} is no file of weights alone: damaged, or with objects in it that could run code"
+        ) from error
 
 
 def load_strictly(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:

@@ -26,6 +26,73 @@ PAPER = {
 }  # Table 5: video/s, GB
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # told apart by colour-blind readers
 COLOURS = {"dense": BLUE, "pair-keys": GREEN, "materialized": ORANGE}
+# Downstream tasks: what, the clips to train on, the result, and what to compare it with. Names in braces are
+# files of results/tasks, each the results.json of a run of the commands in docs/tasks.md.
+TASKS = (
+    (
+        "shape of what sounds, linear probe",
+        "256",
+        "accuracy {shape-probe[accuracy]:.3f} ± {shape-probe[standard_error]:.3f}",
+        "most frequent shape {shape-probe[chance]:.3f}",
+    ),
+    (
+        "shape of what sounds, fine-tuned",
+        "256",
+        "accuracy {shape[accuracy]:.3f} ± {shape[standard_error]:.3f}",
+        "most frequent shape {shape[chance]:.3f}",
+    ),
+    (
+        "colour of what sounds, linear probe",
+        "256",
+        "accuracy {colour-probe[accuracy]:.3f} ± {colour-probe[standard_error]:.3f}: not learned",
+        "most frequent colour {colour-probe[chance]:.3f}",
+    ),
+    (
+        "retrieval by shape, recall at 1",
+        "256",
+        "image {retrieve[shape_recall@1_image]:.3f}, audio {retrieve[shape_recall@1_audio]:.3f}, "
+        "fusion {retrieve[shape_recall@1_fusion]:.3f}",
+        "chance {retrieve[shape_recall@1_chance]:.3f}",
+    ),
+    (
+        "semantic segmentation",
+        "256",
+        "mIoU {segment-256[miou]:.3f}, F {segment-256[f_score]:.3f}",
+        "",
+    ),
+    (
+        "semantic segmentation",
+        "2,048",
+        "mIoU {segment-2048[miou]:.3f}, F {segment-2048[f_score]:.3f}",
+        "image alone: mIoU {segment-2048-image[miou]:.3f}, F {segment-2048-image[f_score]:.3f}",
+    ),
+    (
+        "localization",
+        "256",
+        "pointing {localize-256[pointing]:.3f}: not learned",
+        "image alone {localize-256-image[pointing]:.3f}",
+    ),
+    (
+        "localization",
+        "2,048",
+        "pointing {localize-2048[pointing]:.3f}",
+        "image alone {localize-2048-image[pointing]:.3f}",
+    ),
+    (
+        "separation of three-object clips",
+        "256",
+        "SDR {separate-256[sdr]:.1f} dB: not learned",
+        "mixture {separate-256[mixture_sdr]:.1f}, NMF {separate-256[nmf_sdr]:.1f}, "
+        "RPCA {separate-256[rpca_sdr]:.1f}, ideal mask {separate-256[oracle_sdr]:.1f} dB",
+    ),
+    (
+        "separation of one-object clips",
+        "4,096",
+        "SDR {separate-solos[sdr]:.1f} dB (SIR {separate-solos[sir]:.1f}, SAR {separate-solos[sar]:.1f})",
+        "mixture {separate-solos[mixture_sdr]:.1f}, NMF {separate-solos[nmf_sdr]:.1f}, "
+        "RPCA {separate-solos[rpca_sdr]:.1f}, ideal mask {separate-solos[oracle_sdr]:.1f} dB",
+    ),
+)
 MODES = {"inference": "Inference", "training": "Training step"}
 THROUGHPUT = {
     "cpu": "CPU",
@@ -71,7 +138,11 @@ def read_results(folder: Path) -> dict[str, dict]:
 def texts(results: dict, root: Path = ROOT) -> dict[Path, str]:
     """What the two files should hold."""
     sections = {
-        root / "README.md": {"speed": speed(results), "many-clips": many_clips_line(results)},
+        root / "README.md": {
+            "speed": speed(results),
+            "tasks": tasks_table(RESULTS / "tasks"),
+            "many-clips": many_clips_line(results),
+        },
         root / "benchmarks/README.md": {
             "budgets": budgets_table(results),
             "throughput": throughput_tables(results),
@@ -237,6 +308,19 @@ def loading_line(record: dict | None) -> str:
         for size, stages in record["sizes"].items()
     )
     return f"Reading, decoding and transforming, one core: {speeds}. {origin(record)}"
+
+
+def tasks_table(folder: Path) -> str:
+    metrics = {path.stem: json.loads(path.read_text())["metrics"] for path in sorted(folder.glob("*.json"))}
+
+    def measured(cell: str) -> str:
+        try:
+            return cell.format(**metrics)
+        except KeyError:
+            return MISSING
+
+    rows = [tuple(map(measured, row)) for row in TASKS]
+    return table([("task", "clips to train on", "result", "to compare with"), *rows])
 
 
 # --- benchmarks/README.md -----------------------------------------------------------------------------------

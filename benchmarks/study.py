@@ -416,23 +416,19 @@ def texts(record: dict) -> dict[Path, str]:
     """What the study's page and README.md should hold."""
     sound, image = 1 / len(COLOURS), 1 / record["settings"]["objects"]
     chances = f"Chance is {sound:.3f} for the sound alone, {image:.3f} for the image alone."
-    page = (
+    accuracies = (
         page_table(record),
-        f"Accuracy of the colour, mean ± standard deviation over seeds. {chances}",
+        f"Accuracy of the colour after {record['settings']['steps']:,} steps, mean ± standard deviation over "
+        f"seeds. {chances}",
+    )
+    page = (
+        *accuracies,
         claims_table(record),
         "Difference of the means ± its standard error; *yes* beyond twice that, else *within the spread*.",
         "![Accuracy by way to fuse](../docs/study.png)",
         origin(record),
     )
-    accuracies = found(record)
-    rows = [(row.label, mean_cell(accuracies.get((name, "scratch")))) for name, row in ROWS.items()]
-    headline = "; ".join(f"{label}: {accuracy}" for label, accuracy in rows if accuracy)
-    steps = record["settings"]["steps"]
-    readme = (
-        f"Accuracy of the colour after {steps:,} steps from scratch, mean ± standard deviation over n seeds. "
-        f"{headline}. {chances}",
-        "![Accuracy by way to fuse](docs/study.png)",
-    )
+    readme = (*accuracies, "![Accuracy by way to fuse](docs/study.png)")
     parts = {PAGE: page, README: readme}
     return {path: filled(path.read_text(), {"study": "\n\n".join(part)}) for path, part in parts.items()}
 

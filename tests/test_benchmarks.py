@@ -216,7 +216,9 @@ def test_tables_and_plots_are_those_of_the_results():
 def test_results_say_where_they_come_from():
     for path in report.RESULTS.glob("*.json"):
         record = json.loads(path.read_text())
-        assert path.stem == f"{record['benchmark']}-{record['settings']['device']}"
+        settings = record["settings"]
+        compiled = "" if settings.get("compile", "no") == "no" else "-compiled"
+        assert path.stem == f"{record['benchmark']}-{settings['device']}{compiled}"
         assert {"command", "date", "commit", "machine", "versions", "note"} <= record.keys()
         assert "changes" not in record["commit"], f"{path.name}: measured on files never committed"
         assert not re.search(r"[\"' =](/|~/)\w", path.read_text()), f"{path.name} holds a path"

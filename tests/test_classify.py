@@ -221,6 +221,9 @@ def test_labels_that_do_not_fit_are_refused():
         check_label(found, "")
     with pytest.raises(ValueError, match="--label must be one of kind, got 'hue'"):
         check_label(found, "hue")
+    alone = Found([clip], [clip], "", [], 1, {"kind": ("train",)})
+    with pytest.raises(ValueError, match=r"--label kind: there is nothing to tell apart, only \('train',\)"):
+        check_label(alone, "")
 
 
 def test_windows_are_evenly_spaced(folder):

@@ -61,4 +61,8 @@ def test_a_run_leaves_results_and_a_picture(tmp_path):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["metrics"] == metrics and results["coverage"] == dict(judged=4, expected=4)
     assert (tmp_path / "run" / "pictures" / "neighbours-000000.png").exists()
+    assert results["seed"] == 0 and results["date"]
+    again = main(RetrieveConfig(**config | dict(run=tmp_path / "again", batch_size=1)))
+    assert again == pytest.approx(metrics) and len(results["weights_sha256"]) == 64
+    assert f'"{results["weights_sha256"]}"' in (tmp_path / "again/results.json").read_text()
     assert "class_recall@2_fusion" in (tmp_path / "run" / "index.html").read_text()

@@ -188,6 +188,7 @@ def test_clips_that_are_gone_are_counted(shapes, tmp_path):
     whole = found(split, middle, "held-out", told.append, shape=SHAPE_CLASSES)
     assert "1 of 3 annotated pictures" in told[1] and "000001.masks.npz" in told[1]
     assert len(whole.unreadable) == 4 and whole.looked_at == 6
+    assert whole.coverage == dict(train=(10, 30), test=(1, 3))  # of results.json, too
 
 
 # --- annotations that are not what they should be -----------------------------------------------------------

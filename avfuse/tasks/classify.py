@@ -337,6 +337,8 @@ def check_label(found: Found, label: str) -> str:
     if label not in found.classes:
         raise ValueError(f"--label must be one of {', '.join(found.classes)}, got {label!r}")
     classes = len(found.classes[label])
+    if classes < 2:
+        raise ValueError(f"--label {label}: there is nothing to tell apart, only {found.classes[label]}")
     for clip in chain(found.train, found.test):
         numbers = clip.labels.get(label, -1)
         if not all(0 <= n < classes for n in (numbers if isinstance(numbers, tuple) else (numbers,))):
@@ -391,11 +393,13 @@ class ClassifyConfig(TaskConfig):
     """Standardise the pooled features by a BatchNorm without parameters (released: in the linear probe). Its
     statistics are those of a micro-batch of one process, on which the losses then depend."""
     mixup: float = 0.8
-    """Alpha of mixup, 0 = none (released: 1.0 in fine-tuning, none in the probe)."""
+    """Alpha of mixup, 0 = none (released: 1.0 in fine-tuning, none in the probe). Partners are of the same
+    micro-batch of one process, on which the losses then depend; one clip alone is mixed with nothing."""
     smoothing: float = 0.1
     """Label smoothing (released: 0.1 in fine-tuning, none in the probe)."""
     drop_path: float = 0.1
-    """Rate at which blocks are dropped in training (released: 0.2 in fine-tuning)."""
+    """Rate at which blocks are dropped in training (released: 0.2 in fine-tuning). Which ones depends on
+    --micro-batch, too."""
     test_windows: int = 1
     """Windows of each test clip, evenly spaced in time, whose logits are averaged; 1 = the middle (released:
     10 over 10 s)."""

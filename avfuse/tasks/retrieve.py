@@ -21,7 +21,7 @@ from ..pictures import BLUE, rgb, save, show_sound
 from ..report import write_report
 from ..run_folder import replace_text
 from .classify import find_labelled
-from .task import TaskConfig, described, starting_encoder, weights_hash
+from .task import TaskConfig, described, starting_encoder, write_results
 
 PROTOCOL = (
     "mean-pooled tokens compared by cosine; neighbours among the other test clips; sum = the three cosines "
@@ -165,7 +165,9 @@ def main(config: RetrieveConfig) -> dict[str, float]:
     if folder.exists() and (not folder.is_dir() or (folder / "checkpoints").exists()):
         raise ValueError(f"--run-dir {folder} is no folder, or that of a training run")
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    encoder = starting_encoder(TaskConfig(checkpoint=config.checkpoint)).to(device)
+    start = TaskConfig(checkpoint=config.checkpoint)
+    torch.manual_seed(start.seed)  # of fresh weights
+    encoder = starting_encoder(start).to(device)
     print(f"retrieve: encoder of {config.checkpoint}, on {device}")
     options = dict(workers=config.workers, timeout=config.clip_timeout)
     found = find_labelled(config.data, **options)
@@ -180,17 +182,17 @@ def main(config: RetrieveConfig) -> dict[str, float]:
     draw_neighbours(
         pictures / "neighbours-000000.png", encoder.cpu(), features.clips, features.tensors, found.classes
     )
-    results = dict(
+    write_results(
+        folder / "results.json",
+        encoder,
+        metrics,
         task="retrieve",
         protocol=PROTOCOL,
         split=found.test_name,
         coverage=dict(judged=len(features.clips), expected=expected),
+        seed=start.seed,
         checkpoint=config.checkpoint,
-        weights_sha256=weights_hash(encoder),
-        torch=torch.__version__,
-        metrics=metrics,
     )
-    replace_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
     row = dict(step=0, when="after", clips=found.test_name, judged=len(features.clips), metrics=metrics)
     replace_text(folder / "metrics.jsonl", json.dumps(row) + "\n")
     print(f"done: look at {write_report(folder)}")

@@ -117,7 +117,19 @@ class JudgedTask(Task):
             self.draw_first(run, model, step)
             if when == "after":
                 save_model(folder / "model", model)
-                write_results(folder / "results.json", self, run, model, step, metrics, len(rows))
+                expected = run.found.coverage.get("test", (0, len(run.found.test)))[1]
+                write_results(
+                    folder / "results.json",
+                    model,
+                    metrics,
+                    task=self.name,
+                    protocol=self.protocol,
+                    split=run.found.test_name,
+                    coverage=dict(judged=len(rows), expected=expected),
+                    seed=run.config.seed,
+                    step=step,
+                    checkpoint=run.config.checkpoint,
+                )
             write_report(folder)
         except OSError as error:  # a full disk: no picture is worth a run
             tqdm.write(f"results could not be written: {error}")
@@ -170,18 +182,9 @@ def save_model(folder: Path, model: nn.Module) -> None:
         save_file({name: t.contiguous() for name, t in head.items()}, folder / "head.safetensors")
 
 
-def write_results(
-    path: Path, task: JudgedTask, run: Run, model, step: int, metrics: dict, judged: int
-) -> None:
-    """What came out, and of what: everything that another result must share to be compared with it."""
-    content = dict(
-        task=task.name,
-        protocol=task.protocol,
-        split=run.found.test_name,
-        coverage=dict(judged=judged, expected=run.found.coverage.get("test", (0, len(run.found.test)))[1]),
-        seed=run.config.seed,
-        step=step,
-        checkpoint=run.config.checkpoint,
+def write_results(path: Path, model: nn.Module, metrics: dict, **facts) -> None:
+    """What came out, and of what: `facts` are all that another result must share to be compared with it."""
+    content = facts | dict(
         weights_sha256=weights_hash(model),
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         torch=torch.__version__,
