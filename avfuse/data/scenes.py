@@ -117,6 +117,7 @@ def found(train: Scenes, test: Scenes, test_name: str, say: Callable[[str], obje
         unreadable=train.missing + test.missing,
         looked_at=len(train.scenes) + test.found + len(train.missing) + len(test.missing),
         classes=classes,
+        coverage={"train": (train.found, train.expected), "test": (test.found, test.expected)},
     )
 
 
