@@ -277,6 +277,7 @@ def test_pictures_that_are_missing_stop_a_run_unless_allowed(shapes, tmp_path):
     assert "more than --max-unreadable" in run(tmp_path / "a", data=tmp_path / "data", test_share=0.2)
     assert run(tmp_path / "b", data=tmp_path / "data", test_share=0.2, max_unreadable=0.5) == 0
     assert "b.wav" in (tmp_path / "b/quarantine.jsonl").read_text()
+    assert find_scenes(tmp_path / "data", lambda _: None, test_share=1.0).coverage["test"] == (5, 6)
 
 
 def test_mistakes_are_explained(shapes, tmp_path):

@@ -400,6 +400,8 @@ def test_annotations(tmp_path):
     assert read_boxes(path) == ((1, 2, 3, 4),)
     path.write_text(annotation([[1, 2, 30, 40]]), encoding="utf-16")
     assert read_boxes(path) == ((1, 2, 30, 40),)
+    path.write_text(annotation([[-9, 2, 10**400, 40], [30, 40, 1, 2]]))  # cut off; one without a pixel
+    assert read_boxes(path) == ((0, 2, 256, 40), (30, 40, 1, 2))
 
 
 LAUGHS = '<!DOCTYPE a [<!ENTITY l "1"><!ENTITY m "&l;&l;&l;&l;">]>'
@@ -413,6 +415,9 @@ LAUGHS = '<!DOCTYPE a [<!ENTITY l "1"><!ENTITY m "&l;&l;&l;&l;">]>'
         (b'<!DOCTYPE a SYSTEM "file:///etc/passwd"><a/>', "document type"),
         (b"<a>&other;</a>", "cannot|can be read"),
         (annotation([]).encode(), "has no box"),
+        (annotation([[30, 40, 1, 2]]).encode(), "has no box in the picture"),
+        (annotation([[300, 2, 400, 40], [-9, -9, 0, 0]]).encode(), "has no box in the picture"),
+        (annotation([["nan", 2, 3, 4]]).encode(), "nan"),
         (annotation([[1, 2, 3, 4]]).replace("<ymin>2", "<ymin>two").encode(), "two"),
         (annotation([[1, 2, 3, 4]]).replace("<ymax>4</ymax>", "").encode(), "can be read"),
         (annotation([[1, 2, 3, 4]]).encode()[:-20], "can be read"),

@@ -1,6 +1,9 @@
 """Separation: BSS-eval against mir_eval, masks that can be undone, fixed pairs, and what cannot be judged."""
 
 import json
+import wave
+from pathlib import Path
+from shutil import copy
 
 import mir_eval
 import numpy as np
@@ -10,8 +13,9 @@ from videos import write_video
 
 from avfuse import create_encoder
 from avfuse.data import sounding_shapes
-from avfuse.data.clips import Clip, Failure
+from avfuse.data.clips import Clip, Failure, collate
 from avfuse.data.splits import Found
+from avfuse.data.table import ClipTable
 from avfuse.inputs import InputSettings
 from avfuse.presets import SMALL_INPUTS
 from avfuse.tasks.separate import MixtureDataset, SeparateConfig, Separation, find_pairs, ideal_masks, ratios
@@ -64,6 +68,8 @@ def test_silence_and_wrong_shapes_are_named():
         bss_eval(silent, sources)
     with pytest.raises(ValueError, match="estimates must be"):
         bss_eval(sources, sources[:, :-1])
+    with pytest.raises(ValueError, match="two or more for SIR, got 1"):
+        bss_eval(sources[:1], sources[:1])
     assert bss_eval(sources, torch.zeros_like(sources)).sdr.isnan().all()
 
 
@@ -115,6 +121,19 @@ def test_pairs_are_fixed_in_evaluation_and_drawn_in_training(data):
     assert torch.equal(train[(4, 1)]["sounds"], train[(4, 1)]["sounds"])
     with pytest.raises(ValueError, match="at least two clips"):
         MixtureDataset(clips[:1], SMALL_INPUTS, train=False)
+
+
+def test_partners_share_no_class_where_clips_have_several():
+    several = [(0,), (0, 1), (1, 2), (3,)]
+    clips = [Clip(Path(f"{number}.mp4"), {"class": classes}) for number, classes in enumerate(several)]
+    dataset = MixtureDataset(ClipTable(clips, classes={"class": "abcd"}), SMALL_INPUTS, train=True)
+    partners = [{dataset.partner(index, draw / 10) for draw in range(10)} for index in range(4)]
+    assert partners == [{2, 3}, {3}, {0, 3}, {0, 1, 2}]
+
+
+def test_labels_of_other_names_are_other_classes():
+    clips = [Clip(Path(f"{n}.mp4"), {"shape": n, "colour": 1 - n}) for n in range(2)]
+    assert MixtureDataset([*clips, clips[0]], SMALL_INPUTS, train=True).partner(0, 0.9) == 1
 
 
 def test_a_partner_that_cannot_be_read_is_named(tmp_path):
@@ -170,6 +189,40 @@ def test_silent_and_absent_pairs_are_skipped_and_counted():
     assert metrics["pairs"] == 1 and metrics["skipped"] == 2
     assert metrics["sdr"] > metrics["oracle_sdr"] > metrics["mixture_sdr"] + 5
     assert task.summarize(rows[1:]) == dict(pairs=0, skipped=2)
+
+
+def test_ratios_without_a_value_are_left_out_and_counted():
+    task, sounds = task_of(), tones(220, 470, seconds=3.0).float()
+    rows = [task.judge_pair(0, sounds, separated, True) for separated in (sounds, torch.zeros_like(sounds))]
+    metrics = task.summarize(rows)
+    assert metrics["pairs"] == 2 and metrics["sdr_pairs"] == metrics["sir_pairs"] == 1
+    assert metrics["sdr"] > 50 and "oracle_sdr_pairs" not in metrics
+
+
+def test_sounds_to_listen_to_are_not_clipped(data, tmp_path):
+    task, sounds = task_of(), 3 * tones(220, 470, seconds=3.0).float()
+    dataset = MixtureDataset(sounding_shapes.clips(data, "test"), SMALL_INPUTS, train=False)
+    batch = collate([dataset[0]]) | dict(sounds=sounds[None])
+    task.draw(tmp_path / "pictures", task.model, task.inputs(batch), batch, 0)
+    heard = {}
+    for name in "mixture", "truth":
+        with wave.open(str(tmp_path / f"sounds/000000-{name}.wav")) as file:
+            assert (file.getframerate(), file.getnchannels(), file.getnframes()) == (16_000, 1, 48_000)
+            heard[name] = np.frombuffer(file.readframes(48_000), "<i2") / 32767
+    scale = 1 / sounds.sum(0).abs().max().item()
+    assert scale < 1
+    np.testing.assert_allclose(heard["mixture"], scale * sounds.sum(0), atol=2e-5)
+    np.testing.assert_allclose(heard["truth"], scale * sounds[0], atol=2e-5)
+
+
+@pytest.mark.parametrize("train, test, which", [(1, 2, "train"), (2, 1, "test")])
+def test_a_mixture_needs_two_clips_of_each_split(data, tmp_path, train, test, which):
+    for split, count in dict(train=train, test=test).items():
+        (tmp_path / split).mkdir()
+        for number in range(count):
+            copy(data / f"train/{number:06d}.mp4", tmp_path / split)
+    with pytest.raises(ValueError, match=f"two clips or more, {which} has 1"):
+        find_pairs(tmp_path, lambda _: None, pairs=4, workers=0)
 
 
 def test_the_same_sound_twice_is_no_mixture():

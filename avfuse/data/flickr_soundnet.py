@@ -60,11 +60,12 @@ def read_flickr_soundnet(root: str | Path, split: str = "test", *, test_share: f
 
 
 def read_boxes(path: Path) -> tuple[tuple[int, int, int, int], ...]:
-    """The boxes (x0, y0, x1, y1) in an annotation, those of all people, in pixels.
+    """The boxes (x0, y0, x1, y1) in an annotation, those of all people, in pixels; what of them lies outside
+    the picture is cut off.
 
     Raises:
-        ClipError: it cannot be read, has no box, or declares a document type, which may hold entities that
-            grow without bound.
+        ClipError: it cannot be read, has no box with a pixel of the picture in it, or declares a document
+            type, which may hold entities that grow without bound.
     """
     try:
         with path.open("rb") as file:
@@ -76,8 +77,8 @@ def read_boxes(path: Path) -> tuple[tuple[int, int, int, int], ...]:
         boxes = tuple(_corners(box) for box in parser.close().iter("bbox"))
     except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:
         raise ClipError(path, f"is no annotation that can be read: {error}") from error
-    if not boxes:
-        raise ClipError(path, "has no box")
+    if not any(x0 < x1 and y0 < y1 for x0, y0, x1, y1 in boxes):
+        raise ClipError(path, "has no box in the picture")
     return boxes
 
 
@@ -93,7 +94,7 @@ def _corners(box: ElementTree.Element) -> tuple[int, int, int, int]:
     numbers = [box.findtext(name) for name in CORNERS]
     if None in numbers:
         numbers = [child.text for child in box][1:]
-    x0, y0, x1, y1 = (int(number or "") for number in numbers)
+    x0, y0, x1, y1 = (min(max(int(number or ""), 0), CANVAS) for number in numbers)
     return x0, y0, x1, y1
 
 

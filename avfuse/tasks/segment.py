@@ -14,7 +14,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, interpolate, one_hot
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, interpolate
 
 from ..checks import check_count
 from ..data import avsbench, sounding_shapes
@@ -211,7 +211,7 @@ def f_curve(prob: Tensor, truth: Tensor) -> Tensor:
     thresholds = torch.linspace(0, 1, THRESHOLDS, device=prob.device, dtype=prob.dtype)
     reached = torch.bucketize(prob, thresholds, right=True)  # how many thresholds a pixel is at or above
     at_least = [  # (B, 255): pixels, and sounding pixels, at or above each
-        counted_by(reached, weight.double()).flip(1).cumsum(1).flip(1)[:, 1:]
+        counted_by(reached, weight.double(), THRESHOLDS + 1).flip(1).cumsum(1).flip(1)[:, 1:]
         for weight in (torch.ones_like(truth), truth)
     ]
     called, right = at_least
@@ -220,9 +220,9 @@ def f_curve(prob: Tensor, truth: Tensor) -> Tensor:
     return torch.where(truth.any(1, keepdim=True), f.nan_to_num(0), torch.nan)
 
 
-def counted_by(group: Tensor, weight: Tensor) -> Tensor:
-    """The sum of weights (B, N) in each group 0..255 (B, N): (B, 256)"""
-    return weight.new_zeros(len(group), THRESHOLDS + 1).scatter_add_(1, group, weight)
+def counted_by(group: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """The sum of weights (B, N) in each group 0..groups - 1 (B, N): (B, groups)"""
+    return weight.new_zeros(len(group), groups).scatter_add_(1, group, weight)
 
 
 def highest_of_mean(curves: Tensor) -> float:
@@ -247,8 +247,10 @@ def class_scores(pred: Tensor, truth: Tensor, classes: int) -> tuple[Tensor, Ten
         IoU, F (0 where undefined) and whether the picture or the prediction has the class: (B, classes) each.
         `class_mean` makes one number of them.
     """
-    pred, truth = (one_hot(labels.flatten(1), classes).bool() for labels in (pred, truth))  # (B, N, classes)
-    common, called, there = ((x.sum(1)).double() for x in (pred & truth, pred, truth))
+    both = (truth * classes + pred).flatten(1)
+    pixels = counted_by(both, torch.ones_like(both, dtype=torch.float64), classes**2)
+    pixels = pixels.unflatten(1, (classes, classes))  # (B, true class, predicted class)
+    common, called, there = pixels.diagonal(dim1=1, dim2=2), pixels.sum(1), pixels.sum(2)
     union = called + there - common
     precision, recall = common / called, common / there
     f = (1 + BETA_SQUARED) * precision * recall / (BETA_SQUARED * precision + recall)

@@ -99,10 +99,13 @@ class MixtureDataset(ClipDataset):
         if len(clips) < 2:
             raise ValueError(f"clips: a mixture needs at least two clips, got {len(clips)}")
         super().__init__(clips, settings, train=train, seed=seed, extras=draw_partner)
-        names = list(clips[0].labels)
-        self.labels = np.empty((len(clips), len(names)), object)  # numbers, or tuples of numbers
-        for row, clip in zip(self.labels, clips, strict=True):
-            row[:] = [clip.labels[name] for name in names]
+        owners, classes, numbers = [], [], {}  # a row for each class of each clip; numbers of the classes
+        for index, clip in enumerate(clips):
+            for name, label in clip.labels.items():
+                for kind in label if isinstance(label, tuple) else (label,):
+                    owners.append(index)
+                    classes.append(numbers.setdefault((name, kind), len(numbers)))
+        self.owners, self.labels = np.array(owners, np.int32), np.array(classes, np.int32)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Tensor] | Failure:
         epoch, index = key if isinstance(key, tuple) else (0, key)
@@ -120,8 +123,10 @@ class MixtureDataset(ClipDataset):
 
     def partner(self, index: int, draw: float) -> int:
         """The clip that a uniform draw from [0, 1) chooses for clip `index`."""
-        others = np.flatnonzero((self.labels != self.labels[index]).all(1))
-        others = others[others != index]
+        free = np.ones(len(self), bool)
+        free[self.owners[np.isin(self.labels, self.labels[self.owners == index])]] = False
+        free[index] = False
+        others = np.flatnonzero(free)
         if not len(others):  # all share a label
             others = np.delete(np.arange(len(self)), index)
         return int(others[int(draw * len(others))])
@@ -243,6 +248,8 @@ class Separation(JudgedTask):
             if name != "skipped":
                 values = [row[name] for row in judged if np.isfinite(row[name])]  # silent estimates have none
                 metrics[name] = float(np.mean(values)) if values else None
+                if len(values) < len(judged):
+                    metrics[f"{name}_pairs"] = len(values)
         return metrics
 
     def draw(self, folder, model, inputs, batch, step):
@@ -252,9 +259,11 @@ class Separation(JudgedTask):
         draw_pairs(model, inputs, separated, masks, folder / f"separation-{step:06d}.png")
         for row, index in enumerate(batch["index"][:DRAWN].tolist()):
             sounds = dict(mixture=mixture[row], separated=separated[row, 0], truth=inputs["sounds"][row, 0])
+            # Two sounds of full loudness add up to more than a file can hold: one gain for all three.
+            peak = max(1.0, *(sound.abs().max().item() for sound in sounds.values()))
             for name, sound in sounds.items():
-                rate = model.encoder.inputs.sample_rate
-                write_wav(folder.parent / "sounds" / f"{index:06d}-{name}.wav", sound, rate)
+                path = folder.parent / "sounds" / f"{index:06d}-{name}.wav"
+                write_wav(path, sound / peak, model.encoder.inputs.sample_rate)
 
 
 def ideal_masks(sources: Tensor, kind: str) -> Tensor:
@@ -308,17 +317,24 @@ def write_wav(path: Path, sound: Tensor, rate: int) -> None:
     path.parent.mkdir(exist_ok=True)
     with wave.open(str(path), "wb") as file:
         file.setparams((1, 2, rate, 0, "NONE", ""))
-        file.writeframes((32767 * sound.cpu().clamp(-1, 1)).short().numpy().tobytes())
+        file.writeframes((32767 * sound.cpu().clamp(-1, 1)).round().short().numpy().tobytes())
 
 
 # --- program ------------------------------------------------------------------------------------------------
 
 
 def find_pairs(folder: Path | None, say: Callable, *, pairs: int, **options) -> Found:
-    """The data set, of whose test clips the first `pairs` are mixed with one another."""
+    """The data set, of whose test clips the first `pairs` are mixed with one another.
+
+    Raises:
+        ValueError: there are not two clips to train on and two to test on; or as `find_data`.
+    """
     found = find_data(folder, say, **options)
     expected = min(pairs, found.coverage.get("test", (0, pairs))[1])
     test = found.test[:pairs]
+    for split, clips in (("train", found.train), ("test", test)):
+        if len(clips) < 2:
+            raise ValueError(f"--data: a mixture needs two clips or more, {split} has {len(clips)}")
     return found._replace(test=test, coverage=found.coverage | dict(test=(len(test), expected)))
 
 

@@ -37,13 +37,16 @@ def bss_eval(sources: Tensor, estimates: Tensor) -> BSSEval:
         Ratios (..., S) float64. Those of an estimate that is silent are NaN.
 
     Raises:
-        ValueError: shapes that do not fit, or a source without energy, for which no ratio is defined.
+        ValueError: shapes that do not fit, a single source, which has no SIR, or a source without energy, for
+            which no ratio is defined.
     """
     if sources.ndim != 2 or estimates.ndim < 2 or estimates.shape[-2:] != sources.shape:
         raise ValueError(
             f"estimates must be (..., S, samples) of sources (S, samples) = {tuple(sources.shape)}, "
             f"got {tuple(estimates.shape)}"
         )
+    if len(sources) < 2:
+        raise ValueError(f"sources must be two or more for SIR, got {len(sources)}")
     if is_silent(sources).any():
         raise ValueError(f"sources {is_silent(sources).nonzero().flatten().tolist()} are silent")
     S, samples = sources.shape
