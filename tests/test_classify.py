@@ -182,6 +182,22 @@ def test_ranking_metrics_against_scikit_learn():
     assert torch.special.ndtr(torch.tensor(metrics["d_prime"] / 2**0.5)).item() == pytest.approx(area, 1e-5)
 
 
+@pytest.mark.parametrize("shift, scale", [(60, 10), (-800, 10), (1, 1e-6), (0, 0)])
+def test_ranking_metrics_look_at_the_order_alone(shift, scale):
+    """Of logits whose sigmoids are the same, too; all the same (scale 0) is no better than chance."""
+    logits, target = torch.randn(50, 3, dtype=torch.float64), (torch.rand(50, 3) < 0.3).long()
+    metrics, scores = ranking_metrics(shift + scale * logits, target), (scale > 0) * logits
+    precision = np.mean([average_precision_score(target[:, c], scores[:, c]) for c in range(3)])
+    area = np.mean([roc_auc_score(target[:, c], scores[:, c]) for c in range(3)])
+    assert (metrics["mAP"], metrics["AUC"]) == (pytest.approx(precision), pytest.approx(area))
+
+
+def test_logits_that_are_no_numbers_rank_last():
+    target = torch.tensor([[1], [0], [0], [1]])
+    ranked = [ranking_metrics(torch.tensor([[2.0], [1.0], [0.0], [x]]), target) for x in (-9.0, torch.nan)]
+    assert ranked[0] == ranked[1] and ranked[0]["mAP"] == pytest.approx((1 + 2 / 4) / 2)
+
+
 def test_ranking_metrics_of_too_little():
     perfect = ranking_metrics(torch.tensor([[9.0], [-9.0]]), torch.tensor([[1], [0]]))
     assert (perfect["mAP"], perfect["AUC"], perfect["d_prime"]) == (1.0, 1.0, None)
