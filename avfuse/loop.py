@@ -134,7 +134,7 @@ def program(config: LoopConfig, make_task: MakeTask, *, find: Callable[..., Foun
         return 128 + signal.SIGINT
     try:
         return train(run)
-    except (OSError, RunError) as error:
+    except (OSError, SafetensorError, RunError) as error:
         return f"error: {printable(error)}"
 
 

@@ -105,6 +105,8 @@ class JudgedTask(Task):
         if not run.accelerator.is_main_process:
             return failures
         folder, named = run.config.run, run.found.test_name
+        if when == "after":
+            save_model(folder / "model", model)
         if not rows:
             tqdm.write(f"{when} training: none of the {named} to measure on could be read")
             return failures
@@ -113,14 +115,13 @@ class JudgedTask(Task):
         run.metrics.write(step=step, when=when, clips=named, judged=len(rows), metrics=metrics)
         numbers = {name: value for name, value in metrics.items() if value is not None}
         run.accelerator.log(numbers, step=step)
+        if when == "after":
+            write_results(folder / "results.json", self, run, model, step, metrics, len(rows))
         try:
             self.draw_first(run, model, step)
-            if when == "after":
-                save_model(folder / "model", model)
-                write_results(folder / "results.json", self, run, model, step, metrics, len(rows))
             write_report(folder)
         except OSError as error:  # a full disk: no picture is worth a run
-            tqdm.write(f"results could not be written: {error}")
+            tqdm.write(f"pictures could not be drawn: {error}")
         return failures
 
     @torch.no_grad()
