@@ -116,7 +116,18 @@ class JudgedTask(Task):
         numbers = {name: value for name, value in metrics.items() if value is not None}
         run.accelerator.log(numbers, step=step)
         if when == "after":
-            write_results(folder / "results.json", self, run, model, step, metrics, len(rows))
+            write_results(
+                folder / "results.json",
+                model,
+                run.found,
+                task=self.name,
+                protocol=self.protocol,
+                judged=len(rows),
+                seed=run.config.seed,
+                step=step,
+                checkpoint=run.config.checkpoint,
+                metrics=metrics,
+            )
         try:
             self.draw_first(run, model, step)
             write_report(folder)
@@ -172,21 +183,26 @@ def save_model(folder: Path, model: nn.Module) -> None:
 
 
 def write_results(
-    path: Path, task: JudgedTask, run: Run, model, step: int, metrics: dict, judged: int
+    path: Path, model: nn.Module, found: Found, *, task: str, protocol: str, judged: int, **told
 ) -> None:
-    """What came out, and of what: everything that another result must share to be compared with it."""
+    """What came out, and of what: everything that another result must share to be compared with it.
+
+    Args:
+        path: of the file.
+        model: whose weights were judged, on the test clips of `found`.
+        task, protocol, judged: of `JudgedTask`, and how many clips could be read.
+        told: seed, checkpoint, metrics and the like.
+    """
+    expected = found.coverage.get("test", (0, len(found.test)))[1]
     content = dict(
-        task=task.name,
-        protocol=task.protocol,
-        split=run.found.test_name,
-        coverage=dict(judged=judged, expected=run.found.coverage.get("test", (0, len(run.found.test)))[1]),
-        seed=run.config.seed,
-        step=step,
-        checkpoint=run.config.checkpoint,
+        task=task,
+        protocol=protocol,
+        split=found.test_name,
+        coverage=dict(judged=judged, expected=expected),
         weights_sha256=weights_hash(model),
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         torch=torch.__version__,
-        metrics=metrics,
+        **told,
     )
     replace_text(path, json.dumps(content, indent=2) + "\n")
 
