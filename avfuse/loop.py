@@ -25,6 +25,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
+    broadcast,
     broadcast_object_list,
     gather_object,
     set_seed,
@@ -133,7 +134,7 @@ def program(config: LoopConfig, make_task: MakeTask, *, find: Callable[..., Foun
         return 128 + signal.SIGINT
     try:
         return train(run)
-    except (OSError, RunError) as error:
+    except (OSError, SafetensorError, RunError) as error:
         return f"error: {printable(error)}"
 
 
@@ -457,15 +458,17 @@ def evaluation_batches(run: Run, indices: Sequence[int]) -> Iterator[dict]:
 
 
 def whole_model(run: Run) -> nn.Module:
-    """The model to measure and keep: the average of the weights if there is one, else the weights."""
-    if run.average is not None:
-        return run.average.module
-    if run.accelerator.distributed_type != DistributedType.FSDP:
-        return run.task.model
-    state = run.accelerator.get_state_dict(run.model)  # of which all processes give a part to the main one
-    whole = run.make_task(run.config, run.found).model.to(run.accelerator.device)
-    if run.accelerator.is_main_process:
-        whole.load_state_dict(state)
+    """The model to measure and keep, the same in all processes: the average of the weights if there is one,
+    else the weights.
+    """
+    whole = run.task.model if run.average is None else run.average.module
+    if run.accelerator.distributed_type == DistributedType.FSDP:
+        state = run.accelerator.get_state_dict(run.model)  # of which all give a part to the main process
+        whole = run.make_task(run.config, run.found).model.to(run.accelerator.device)
+        if run.accelerator.is_main_process:
+            whole.load_state_dict(state)
+    for tensor in whole.state_dict().values():  # running statistics are those of one process's clips
+        broadcast(tensor)
     return whole
 
 

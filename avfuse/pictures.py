@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -134,4 +135,8 @@ def show_sound(axis, spectrogram: Tensor, **options) -> None:
 
 def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    for text in figure.findobj(
+        Text
+    ):  # names of classes and files are no formulas, whatever dollars they have
+        text.set_parse_math(False)
     figure.savefig(path, dpi=120)

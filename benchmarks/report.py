@@ -68,22 +68,9 @@ TASKS = (
     ),
     (
         "localization",
-        "256",
-        "pointing {localize-256[pointing]:.3f}: not learned",
-        "a guess among three objects 0.333",
-    ),
-    (
-        "localization",
         "2,048",
         "pointing {localize-2048[pointing]:.3f}",
         "image alone {localize-2048-image[pointing]:.3f}",
-    ),
-    (
-        "separation of three-object clips",
-        "256",
-        "SDR {separate-256[sdr]:.1f} dB: not learned",
-        "mixture {separate-256[mixture_sdr]:.1f}, NMF {separate-256[nmf_sdr]:.1f}, "
-        "RPCA {separate-256[rpca_sdr]:.1f}, ideal mask {separate-256[oracle_sdr]:.1f} dB",
     ),
     (
         "separation of one-object clips",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from models import make_encoder, make_inputs, relative_error
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from sklearn.metrics import average_precision_score, roc_auc_score
 from videos import write_video
 
@@ -15,7 +15,7 @@ from avfuse import InputSettings
 from avfuse.data.clips import Clip, ClipDataset
 from avfuse.data.splits import Found
 from avfuse.features import FEATURES
-from avfuse.loop import set_up, train
+from avfuse.loop import program, set_up, train
 from avfuse.tasks.classify import (
     Classification,
     Classifier,
@@ -182,6 +182,22 @@ def test_ranking_metrics_against_scikit_learn():
     assert torch.special.ndtr(torch.tensor(metrics["d_prime"] / 2**0.5)).item() == pytest.approx(area, 1e-5)
 
 
+@pytest.mark.parametrize("shift, scale", [(60, 10), (-800, 10), (1, 1e-6), (0, 0)])
+def test_ranking_metrics_look_at_the_order_alone(shift, scale):
+    """Of logits whose sigmoids are the same, too; all the same (scale 0) is no better than chance."""
+    logits, target = torch.randn(50, 3, dtype=torch.float64), (torch.rand(50, 3) < 0.3).long()
+    metrics, scores = ranking_metrics(shift + scale * logits, target), (scale > 0) * logits
+    precision = np.mean([average_precision_score(target[:, c], scores[:, c]) for c in range(3)])
+    area = np.mean([roc_auc_score(target[:, c], scores[:, c]) for c in range(3)])
+    assert (metrics["mAP"], metrics["AUC"]) == (pytest.approx(precision), pytest.approx(area))
+
+
+def test_logits_that_are_no_numbers_rank_last():
+    target = torch.tensor([[1], [0], [0], [1]])
+    ranked = [ranking_metrics(torch.tensor([[2.0], [1.0], [0.0], [x]]), target) for x in (-9.0, torch.nan)]
+    assert ranked[0] == ranked[1] and ranked[0]["mAP"] == pytest.approx((1 + 2 / 4) / 2)
+
+
 def test_ranking_metrics_of_too_little():
     perfect = ranking_metrics(torch.tensor([[9.0], [-9.0]]), torch.tensor([[1], [0]]))
     assert (perfect["mAP"], perfect["AUC"], perfect["d_prime"]) == (1.0, 1.0, None)
@@ -269,6 +285,32 @@ def test_a_run_leaves_a_classifier_and_its_results(folder, tmp_path, probe):
         )
         < 1e-6
     )
+
+
+@pytest.fixture
+def short(folder, tmp_path):
+    """Settings of a run of one step."""
+    config = ClassifyConfig(checkpoint="none", data=folder, run=tmp_path / "run")
+    config.epochs, config.warmup_epochs, config.workers, config.batch_size = 1, 0, 0, 4
+    return config
+
+
+def test_a_model_is_saved_though_no_test_clip_can_be_read(short, monkeypatch):
+    monkeypatch.setattr("avfuse.tasks.task.judge_all", lambda run, model: ([], []))
+    assert program(short, Classification, find=find_labelled) == 0
+    assert load_classifier(short.run).classes == 2 and not (short.run / "results.json").exists()
+
+
+@pytest.mark.parametrize("error", [OSError("No space left"), SafetensorError("No space left")])
+def test_a_model_that_cannot_be_saved_is_an_error(short, monkeypatch, error):
+    def full_disk(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("avfuse.tasks.task.save_model", full_disk)
+        assert "No space left" in program(short, Classification, find=find_labelled)
+    assert program(short, Classification, find=find_labelled) == 0  # the same command goes on
+    assert (short.run / "results.json").exists()
 
 
 def test_clips_with_several_classes_and_batches_without_any(folder):

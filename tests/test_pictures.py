@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from avfuse import AVMAE, InputSettings, create_encoder
 from avfuse.mae import patchify
-from avfuse.pictures import draw_attention, draw_losses, draw_reconstructions, heat_map, restored, rgb
+from avfuse.pictures import draw_attention, draw_losses, draw_reconstructions, heat_map, restored, rgb, save
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,17 @@ def test_rgb_undoes_the_normalisation():
     pixels = torch.rand(4, 5, 3)
     mean, std = torch.tensor(settings.image_mean), torch.tensor(settings.image_std)
     torch.testing.assert_close(rgb(((pixels - mean) / std).permute(2, 0, 1), settings), pixels)
+
+
+def test_names_are_no_formulas(tmp_path):
+    figure = Figure()
+    axis = figure.subplots()
+    axis.plot([0, 1], label="$\\frac{$")
+    axis.set(title="a$b\\frac{$", xticks=[0, 1], xticklabels=["$x^$", "cat"])
+    figure.legend()
+    figure.suptitle("$_{$")
+    save(figure, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").exists()
 
 
 def test_files_are_written(mae, batch, tmp_path):

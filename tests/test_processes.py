@@ -90,6 +90,48 @@ def test_broken_clips_do_not_either(data, tmp_path):
         assert sorted(row["path"][-5] for row in rows) == ["0", "2", "4", "6", "8"]
 
 
+def test_all_processes_judge_the_model_that_is_saved(data, tmp_path):
+    """With the running statistics of a BatchNorm, too, which each process has of its own clips."""
+    script = tmp_path / "probe.py"
+    script.write_text(
+        """
+import sys
+from pathlib import Path
+from avfuse.loop import program
+from avfuse.tasks.classify import Classification, linear_probe
+from avfuse.tasks.task import weights_hash
+
+class Told(Classification):
+    def judge(self, model, inputs, batch):
+        told = config.run / f"judged-{self.step}-{batch['index'][0]}"
+        told.write_text(weights_hash(model))
+        return super().judge(model, inputs, batch)
+
+    def measure(self, run, model, step, when):
+        self.step = step
+        return super().measure(run, model, step, when)
+
+config = linear_probe()
+config.data, config.run = map(Path, sys.argv[1:])
+config.checkpoint, config.epochs, config.warmup_epochs, config.batch_size, config.workers = "none", 1, 0, 8, 0
+sys.exit(program(config, Told))
+"""
+    )
+    run = tmp_path / "run"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    result = subprocess.run(
+        [*launcher, str(script), str(data), str(run)],
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        env=environment(),
+    )
+    assert result.returncode == 0, result.stderr
+    saved = json.loads((run / "results.json").read_text())
+    judged = {path.name: path.read_text() for path in run.glob(f"judged-{saved['step']}-*")}
+    assert judged == dict.fromkeys(("judged-2-0", "judged-2-1"), saved["weights_sha256"])
+
+
 def hollow(video: bytes) -> bytes:
     """Headers as they were, zeros where the pictures and the sound were."""
     start = video.index(b"mdat") + 4

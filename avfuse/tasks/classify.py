@@ -255,10 +255,10 @@ def ranking_metrics(scores: Tensor, target: Tensor) -> dict[str, float | int | N
     are left out of it. What no class is left for is None, and so is an infinite d'.
 
     Args:
-        scores: (N, classes) logits.
+        scores: (N, classes) logits, of which only the order within a class counts; NaN is below all others.
         target: (N, classes), 1 where the clip has the class.
     """
-    scores, target = scores.double().sigmoid(), target.long()
+    scores, target = scores.masked_fill(scores.isnan(), -torch.inf), target.long()
     some = target.any(0)
     mixed = some & ~target.all(0)
     precision = mean_over(binary_average_precision, scores, target, some)
@@ -276,8 +276,14 @@ def ranking_metrics(scores: Tensor, target: Tensor) -> dict[str, float | int | N
 
 
 def mean_over(metric, scores: Tensor, target: Tensor, chosen: Tensor) -> float | None:
-    """The mean of a metric of torchmetrics over the chosen classes."""
-    values = [metric(scores[:, n], target[:, n]).item() for n in chosen.nonzero().flatten()]
+    """The mean of a metric of torchmetrics over the chosen classes.
+
+    It is given ranks: of logits it takes the sigmoid, which makes large ones ties.
+    """
+    values = []
+    for n in chosen.nonzero().flatten().tolist():
+        ranks = scores[:, n].unique(return_inverse=True)[1].double() / len(scores)
+        values.append(metric(ranks, target[:, n]).item())
     return sum(values) / len(values) if values else None
 
 

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -25,9 +25,11 @@ from .task import TaskConfig, described, starting_encoder, write_results
 
 PROTOCOL = (
     "mean-pooled tokens compared by cosine; neighbours among the other test clips; sum = the three cosines "
-    "added; recall@k = share of the queries with a clip of their label among the k nearest"
+    "added; recall@k = share of the queries with a clip of their label (one of several: in common) among the "
+    "k nearest"
 )
 QUERIES, SHOWN = 3, 5  # in the picture: clips, and neighbours of each
+AT_ONCE = 1024  # queries: of a large set, the cosines of all pairs would not fit into memory
 
 
 @dataclass
@@ -52,6 +54,8 @@ class RetrieveConfig:
     """How many neighbours recall looks at."""
     batch_size: int = 32
     """Clips that are encoded at once; changes speed and memory, not the results."""
+    seed: int = 0
+    """Seed of fresh weights."""
     clip_timeout: float = 60.0
     """Seconds a worker may take over one clip before it is given up as unreadable."""
     workers: Annotated[int, tyro.conf.arg(aliases=["-j"])] = 2
@@ -61,47 +65,63 @@ class RetrieveConfig:
 # --- metric -------------------------------------------------------------------------------------------------
 
 
-def similarities(features: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Cosines (N, N) of image, audio and fusion features (N, D), and "sum", the three added; -inf on the
-    diagonal, so that no clip finds itself.
+def neighbours(features: dict[str, Tensor], k: int) -> dict[str, Tensor]:
+    """The k clips nearest to each, (N, k), nearest first: by the cosines of image, audio and fusion features
+    (N, D), and by "sum", the three added. No clip finds itself.
     """
     unit = {name: normalize(features[name].double(), dim=1) for name in FEATURES}
-    cosines = {name: u @ u.T for name, u in unit.items()}
-    return {
-        n: c.clone().fill_diagonal_(-torch.inf) for n, c in (cosines | {"sum": sum(cosines.values())}).items()
-    }
+    nearest = {name: [] for name in (*FEATURES, "sum")}
+    for queries in torch.arange(len(unit["image"])).split(AT_ONCE):
+        cosines = {name: u[queries] @ u.T for name, u in unit.items()}
+        cosines["sum"] = sum(cosines.values())
+        for name, cosine in cosines.items():
+            cosine[range(len(queries)), queries] = -torch.inf
+            nearest[name].append(cosine.topk(k, dim=1).indices)
+    return {name: torch.cat(parts) for name, parts in nearest.items()}
 
 
-def recall_at(similarity: Tensor, labels: Tensor, k: int) -> float:
-    """Share of the clips with one of their label (N,) among the k others nearest to them.
-
-    Raises:
-        ValueError: there are no k others.
+def related(labels: Tensor) -> Tensor:
+    """Which clips have the same label (N,), or one of their several classes (N, classes) in common: (N, N)
+    bool.
     """
-    if not 1 <= k < len(labels):
-        raise ValueError(f"k must be in 1..{len(labels) - 1} with {len(labels)} clips, got {k}")
-    nearest = similarity.topk(k, dim=1).indices
-    return (labels[nearest] == labels[:, None]).any(1).double().mean().item()
+    if labels.ndim == 1:
+        return labels[:, None] == labels
+    return torch.cat([part @ labels.T > 0 for part in labels.split(AT_ONCE)])
 
 
-def chance_at(labels: Tensor, k: int) -> float:
+def recall_at(nearest: Tensor, related: Tensor, k: int) -> float:
+    """Share of the clips that are related (N, N) to one of the first k of their neighbours (N, k or more)."""
+    return related.gather(1, nearest[:, :k]).any(1).double().mean().item()
+
+
+def chance_at(related: Tensor, k: int) -> float:
     """What `recall_at` is expected to be if neighbours are drawn without looking."""
-    others = len(labels) - 1
-    counts = labels.unique(return_counts=True)[1].tolist()
-    missed = sum(c * math.comb(others - (c - 1), k) / math.comb(others, k) for c in counts)
-    return 1 - missed / len(labels)
+    others = len(related) - 1
+    relatives = related.sum(1) - related.diagonal().long()
+    missed = [math.comb(others - n, k) / math.comb(others, k) for n in range(int(relatives.max()) + 1)]
+    return 1 - sum(missed[n] for n in relatives.tolist()) / len(related)
 
 
 def recalls(features: dict[str, Tensor], ks: Sequence[int]) -> dict[str, float]:
-    """Recall by label, k and feature, each with its chance."""
-    ranked, metrics = similarities(features), {}
+    """Recall by label, k and feature, each with its chance.
+
+    Raises:
+        ValueError: there are not as many others.
+    """
+    check_k(ks, len(features["image"]))
+    found, metrics = neighbours(features, max(ks)), {}
     for name in [name for name in features if name.startswith("label_")]:
-        labels, label = features[name], name.removeprefix("label_")
+        same, label = related(features[name]), name.removeprefix("label_")
         for k in ks:
-            for feature, similarity in ranked.items():
-                metrics[f"{label}_recall@{k}_{feature}"] = recall_at(similarity, labels, k)
-            metrics[f"{label}_recall@{k}_chance"] = chance_at(labels, k)
+            for feature, nearest in found.items():
+                metrics[f"{label}_recall@{k}_{feature}"] = recall_at(nearest, same, k)
+            metrics[f"{label}_recall@{k}_chance"] = chance_at(same, k)
     return metrics
+
+
+def check_k(ks: Sequence[int], clips: int) -> None:
+    if not ks or not all(1 <= k < clips for k in ks):
+        raise ValueError(f"--k must be in 1..{clips - 1} with {clips} test clips, got {ks}")
 
 
 # --- picture ------------------------------------------------------------------------------------------------
@@ -111,30 +131,28 @@ def draw_neighbours(
     path: Path, encoder: AVEncoder, clips: Sequence[Clip], features: dict[str, Tensor], classes: dict
 ) -> None:
     """Queries and their nearest clips by each feature; those of the query's (first) label in blue frames."""
-    dataset, label = ClipDataset(clips, encoder.inputs, train=False), next(iter(classes))
-    labels, ranked = features[f"label_{label}"], similarities(features)
-    firsts = [(labels == n).nonzero()[0].item() for n in labels.unique().tolist()][:QUERIES]
-    shown = min(SHOWN, len(clips) - 1)
-    figure = Figure(
-        figsize=(1.95 * (shown + 1), 1.02 * len(firsts) * len(ranked) + 0.5), layout="constrained"
-    )
+    label, shown = next(iter(classes)), min(SHOWN, len(clips) - 1)
+    dataset = ClipDataset([replace(clip, labels={}) for clip in clips], encoder.inputs, train=False)
+    same, found = related(features[f"label_{label}"]), neighbours(features, shown)
+    firsts = same.long().argmax(1).unique().tolist()[:QUERIES]  # the first clips of labels
+    figure = Figure(figsize=(1.95 * (shown + 1), 1.02 * len(firsts) * len(found) + 0.5), layout="constrained")
     grid = figure.subplots(
-        len(firsts) * len(ranked), 2 * (shown + 1), squeeze=False, width_ratios=(1, 1) * (shown + 1)
+        len(firsts) * len(found), 2 * (shown + 1), squeeze=False, width_ratios=(1, 1) * (shown + 1)
     )
     for axis in grid.flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
     for block, query in enumerate(firsts):
-        for line, (feature, similarity) in enumerate(ranked.items()):
-            row = grid[block * len(ranked) + line]
+        numbers = clips[query].labels[label]
+        names = [classes[label][n] for n in (numbers if isinstance(numbers, tuple) else (numbers,))]
+        for line, (feature, nearest) in enumerate(found.items()):
+            row = grid[block * len(found) + line]
             if line == 0:
                 show_clip(row[:2], dataset[query], encoder, None)
-                row[0].set_title(
-                    f"{label}: {classes[label][labels[query]]}", loc="left", fontsize=9, weight="bold"
-                )
-            for place, near in enumerate(similarity[query].topk(shown).indices.tolist(), start=1):
+                row[0].set_title(f"{label}: {', '.join(names)}", loc="left", fontsize=9, weight="bold")
+            for place, near in enumerate(nearest[query].tolist(), start=1):
                 axes = row[2 * place : 2 * place + 2]
-                show_clip(axes, dataset[near], encoder, bool(labels[near] == labels[query]))
+                show_clip(axes, dataset[near], encoder, bool(same[query, near]))
             row[2].set_ylabel(feature, fontsize=10)
     figure.suptitle(
         f"Nearest clips by each feature; framed: the same {label}", x=0.01, ha="left", fontsize=11
@@ -164,14 +182,15 @@ def main(config: RetrieveConfig) -> dict[str, float]:
     folder = config.run
     if folder.exists() and (not folder.is_dir() or (folder / "checkpoints").exists()):
         raise ValueError(f"--run-dir {folder} is no folder, or that of a training run")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"--seed must be in 0..{2**32 - 1}, got {config.seed}")
+    torch.manual_seed(config.seed)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    start = TaskConfig(checkpoint=config.checkpoint)
-    torch.manual_seed(start.seed)  # of fresh weights
-    encoder = starting_encoder(start).to(device)
+    encoder = starting_encoder(TaskConfig(checkpoint=config.checkpoint)).to(device)
     print(f"retrieve: encoder of {config.checkpoint}, on {device}")
     options = dict(workers=config.workers, timeout=config.clip_timeout)
     found = find_labelled(config.data, **options)
-    expected = len(found.test)
+    check_k(config.k, len(found.test))
     features = extract(encoder, found.test, batch_size=config.batch_size, **options)
     for failure in features.failures:
         print(f"cannot read {printable(failure.path)}: {printable(failure.reason)}")
@@ -185,13 +204,13 @@ def main(config: RetrieveConfig) -> dict[str, float]:
     write_results(
         folder / "results.json",
         encoder,
-        metrics,
+        found,
         task="retrieve",
         protocol=PROTOCOL,
-        split=found.test_name,
-        coverage=dict(judged=len(features.clips), expected=expected),
-        seed=start.seed,
+        judged=len(features.clips),
+        seed=config.seed,
         checkpoint=config.checkpoint,
+        metrics=metrics,
     )
     row = dict(step=0, when="after", clips=found.test_name, judged=len(features.clips), metrics=metrics)
     replace_text(folder / "metrics.jsonl", json.dumps(row) + "\n")

@@ -105,6 +105,8 @@ class JudgedTask(Task):
         if not run.accelerator.is_main_process:
             return failures
         folder, named = run.config.run, run.found.test_name
+        if when == "after":
+            save_model(folder / "model", model)
         if not rows:
             tqdm.write(f"{when} training: none of the {named} to measure on could be read")
             return failures
@@ -113,26 +115,24 @@ class JudgedTask(Task):
         run.metrics.write(step=step, when=when, clips=named, judged=len(rows), metrics=metrics)
         numbers = {name: value for name, value in metrics.items() if value is not None}
         run.accelerator.log(numbers, step=step)
+        if when == "after":
+            write_results(
+                folder / "results.json",
+                model,
+                run.found,
+                task=self.name,
+                protocol=self.protocol,
+                judged=len(rows),
+                seed=run.config.seed,
+                step=step,
+                checkpoint=run.config.checkpoint,
+                metrics=metrics,
+            )
         try:
             self.draw_first(run, model, step)
-            if when == "after":
-                save_model(folder / "model", model)
-                expected = run.found.coverage.get("test", (0, len(run.found.test)))[1]
-                write_results(
-                    folder / "results.json",
-                    model,
-                    metrics,
-                    task=self.name,
-                    protocol=self.protocol,
-                    split=run.found.test_name,
-                    coverage=dict(judged=len(rows), expected=expected),
-                    seed=run.config.seed,
-                    step=step,
-                    checkpoint=run.config.checkpoint,
-                )
             write_report(folder)
         except OSError as error:  # a full disk: no picture is worth a run
-            tqdm.write(f"results could not be written: {error}")
+            tqdm.write(f"pictures could not be drawn: {error}")
         return failures
 
     @torch.no_grad()
@@ -182,13 +182,27 @@ def save_model(folder: Path, model: nn.Module) -> None:
         save_file({name: t.contiguous() for name, t in head.items()}, folder / "head.safetensors")
 
 
-def write_results(path: Path, model: nn.Module, metrics: dict, **facts) -> None:
-    """What came out, and of what: `facts` are all that another result must share to be compared with it."""
-    content = facts | dict(
+def write_results(
+    path: Path, model: nn.Module, found: Found, *, task: str, protocol: str, judged: int, **told
+) -> None:
+    """What came out, and of what: everything that another result must share to be compared with it.
+
+    Args:
+        path: of the file.
+        model: whose weights were judged, on the test clips of `found`.
+        task, protocol, judged: of `JudgedTask`, and how many clips could be read.
+        told: seed, checkpoint, metrics and the like.
+    """
+    expected = found.coverage.get("test", (0, len(found.test)))[1]
+    content = dict(
+        task=task,
+        protocol=protocol,
+        split=found.test_name,
+        coverage=dict(judged=judged, expected=expected),
         weights_sha256=weights_hash(model),
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         torch=torch.__version__,
-        metrics=metrics,
+        **told,
     )
     replace_text(path, json.dumps(content, indent=2) + "\n")
 
