@@ -125,8 +125,8 @@ def save_features(path: Path, features: Features, folder: Path, checkpoint: str)
     relative to `folder`, and of the clips that are `unreadable` path and reason.
     """
     metadata = dict(
-        folder=str(folder.resolve()),
-        checkpoint=checkpoint,
+        folder=printable(folder.resolve()),  # metadata are Unicode, which a name need not be
+        checkpoint=printable(checkpoint),
         paths=json.dumps([os.path.relpath(clip.path, folder) for clip in features.clips]),
         unreadable=json.dumps([[os.path.relpath(f.path, folder), f.reason] for f in features.failures]),
     )
@@ -190,8 +190,9 @@ def main(config: FeaturesConfig) -> None:
     """Raises:
     ValueError: a setting is wrong, or there is no clip that can be read.
     """
-    if config.out.suffix != ".safetensors":
+    if config.out.suffix != ".safetensors" or config.out.is_dir():
         raise ValueError(f"out must be a .safetensors file, got {config.out}")
+    config.out.parent.mkdir(parents=True, exist_ok=True)  # now, if it cannot be
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     encoder = load_encoder(config.checkpoint).to(device)
     options = dict(workers=config.workers, timeout=config.clip_timeout)

@@ -271,7 +271,9 @@ def read_weights(source) -> dict[str, Tensor]:
     if not isinstance(source, dict):
         raise ValueError(f"state_dict_or_path must be a path or a dictionary, got {type(source).__name__}")
     weights = source.get("state_dict", source)
-    if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(weight, Tensor) for name, weight in weights.items()
+    ):
         raise ValueError("state_dict_or_path must hold tensors by name, by itself or under 'state_dict'")
     return {name.removeprefix("module."): weight for name, weight in weights.items()}
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from sklearn.metrics import average_precision_score, roc_auc_score
 from videos import write_video
 
-from avfuse import InputSettings
+from avfuse import InputSettings, create_encoder
 from avfuse.data.clips import Clip, ClipDataset
 from avfuse.data.splits import Found
 from avfuse.features import FEATURES
@@ -29,8 +29,8 @@ from avfuse.tasks.classify import (
     mix,
     parse,
     ranking_metrics,
-    with_drop_path,
 )
+from avfuse.tasks.task import starting_encoder, with_drop_path
 
 GOLDEN = Path(__file__).parent / "golden" / "classifier.safetensors"
 
@@ -59,6 +59,16 @@ def test_gives_the_released_logits():
         assert output.heads[name].shape == (2, classes)
         assert relative_error(output.heads[name], released[name]) < 1e-5, name
     assert relative_error(output.logits, sum(released.values()) / 3) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "change", [{1: torch.zeros(2)}, {"image_head.weight": torch.tensor(1.0)}, {"x": torch.zeros(2)}]
+)
+def test_what_is_no_released_classifier_is_refused(change):
+    with safe_open(GOLDEN, "pt") as file:
+        weights = {n.removeprefix("weights/"): file.get_tensor(n) for n in file.keys() if "weights/" in n}
+    with pytest.raises(ValueError):
+        load_classifier(weights | change)
 
 
 @pytest.mark.parametrize("features", [("image",), ("fusion", "audio"), FEATURES])
@@ -114,6 +124,17 @@ def test_a_frozen_encoder_stays_as_it_is():
     mean = classifier.image_norm.running_mean.clone()
     classifier.eval()(image, audio)
     assert torch.equal(mean, classifier.image_norm.running_mean)
+
+
+def test_blocks_are_dropped_at_the_rate_of_the_run_not_of_its_checkpoint(tmp_path):
+    with_drop_path(create_encoder("tiny"), 0.4).save_pretrained(tmp_path)
+    config = ClassifyConfig(checkpoint=str(tmp_path))
+    x = torch.randn(2, 3, 96, 96), torch.randn(2, 1, 64, 128)
+    for rate, varies in (0.0, False), (0.2, True):
+        encoder = starting_encoder(config, rate).train()
+        assert encoder.config()["drop_path"] == rate
+        once, again = encoder(*x), encoder(*x)
+        assert all(torch.equal(a, b) != varies for a, b in zip(once[:3], again[:3], strict=True))
 
 
 def test_one_clip_alone_can_be_trained_on():
@@ -230,6 +251,33 @@ def test_sub_folders_are_classes(folder, tmp_path):
         find_labelled(folder, lambda _: None, class_list=names, workers=0)
 
 
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        (b"", "names none"),
+        (b"\n \n", "names none"),
+        (b"cat\nbird\ncat\n", "more than once: cat"),
+        (b"caf\xe9\n", "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)
+def test_class_lists_that_are_none_are_refused(folder, tmp_path, content, problem):
+    names = tmp_path / "classes.txt"
+    if content is not None:
+        names.write_bytes(content)
+    with pytest.raises(ValueError, match=f"--class-list .*{problem}"):
+        find_labelled(folder, lambda _: None, class_list=names, workers=0)
+
+
+def test_a_class_list_may_begin_with_a_byte_order_mark(folder, tmp_path):
+    names = tmp_path / "classes.txt"
+    names.write_text("bird\r\ncat\r\n", encoding="utf-8-sig")
+    assert find_labelled(folder, lambda _: None, class_list=names, workers=0).classes["class"] == (
+        "bird",
+        "cat",
+    )
+
+
 def test_labels_that_do_not_fit_are_refused():
     clip = Clip(Path("a.mp4"), {"kind": 3})
     found = Found([clip], [clip], "", [], 1, {"kind": ("a", "b")})
@@ -272,6 +320,8 @@ def test_a_run_leaves_a_classifier_and_its_results(folder, tmp_path, probe):
     assert bool(changed) != probe
     results = json.loads((config.run / "results.json").read_text())
     assert results["coverage"] == dict(judged=3, expected=3) and "2 windows" in results["protocol"]
+    assert "given image and audio" in results["protocol"]
+    assert ("linear probe with BatchNorm" if probe else "fine-tuning, ") in results["protocol"]
     names = [f"accuracy_{n}_head" for n in FEATURES] + ["accuracy_image_input", "accuracy_audio_input"]
     assert set(results["metrics"]) == {"accuracy", *names, "standard_error", "chance"}
     assert results["metrics"]["chance"] == pytest.approx(2 / 3)

@@ -1,5 +1,8 @@
 """Feature files: against the encoder itself, whatever the batch; and what is left out of them."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from models import relative_error
@@ -68,6 +71,22 @@ def test_nothing_is_left_of_a_file_that_could_not_be_written(folder, saved, tmp_
     with pytest.raises(OSError, match="No space"):
         main(FeaturesConfig(folder=folder, out=out, checkpoint=str(saved), workers=0))
     assert [path.name for path in tmp_path.iterdir()] == [out.name] and out.read_bytes() == b"from before"
+
+
+def test_names_that_are_not_unicode(folder, saved, tmp_path):
+    odd = Path(os.fsdecode(bytes(tmp_path) + b"/odd\xff"))
+    odd.mkdir()
+    (odd / os.fsdecode(b"\xfe.mp4")).write_bytes((folder / "0.mp4").read_bytes())
+    main(FeaturesConfig(folder=odd, out=tmp_path / "out.safetensors", checkpoint=str(saved), workers=0))
+    assert [os.fsencode(path) for path in read_features(tmp_path / "out.safetensors")[1]] == [b"\xfe.mp4"]
+
+
+def test_where_nothing_can_be_written_nothing_is_computed(folder, saved, tmp_path):
+    (tmp_path / "a.safetensors").mkdir()
+    (tmp_path / "file").touch()
+    for out, error in ("a.safetensors", ValueError), ("file/a.safetensors", OSError):
+        with pytest.raises(error, match=out.split("/")[0]):
+            main(FeaturesConfig(folder=tmp_path / "none", out=tmp_path / out, checkpoint=str(saved)))
 
 
 def test_mistakes_are_explained(folder, saved, tmp_path):

@@ -245,8 +245,11 @@ def test_extra_weights_are_refused(name, extra):
 
 
 def test_files_that_hold_no_weights_are_named(tmp_path):
-    for name in ("notes.json", "cut.pth", "empty.pth", "cut.safetensors"):
-        (tmp_path / name).write_bytes(b"" if "empty" in name else b'{"weights": 1}')
+    contents = {name: b'{"weights": 1}' for name in ("notes.json", "cut.pth", "cut.safetensors")}
+    contents |= {"empty.pth": b"", "text.pth": b"hello" * 9, "none.pth": None}
+    for name, content in contents.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=name):
             from_deepavfusion(tmp_path / name)
     with pytest.raises(ValueError, match="weights .* is no file of weights alone"):

@@ -25,7 +25,7 @@ from ..features import FEATURES, encode, pool
 from ..loop import program
 from ..pictures import BLUE, GREY, ORANGE, rgb, save, show_sound
 from ..pretrained import load_encoder, load_strictly, read_safetensors
-from ..released import encoder_weights, from_deepavfusion, read_weights
+from ..released import encoder_weights, from_deepavfusion, read_weights, size_of
 from ..vit import input_shape
 from .task import JudgedTask, TaskConfig, starting_encoder
 
@@ -174,24 +174,12 @@ def load_classifier(source: str | Path | dict, *, config: dict | None = None) ->
         raise ValueError(f"source holds no classifier: of a head there are only {sorted(weights)[:3]}")
     classifier = Classifier(
         encoder,
-        len(weights[f"{features[0]}_head.weight"]),
+        size_of(weights, f"{features[0]}_head.weight", 0),
         features=features,
         batch_norm=f"{features[0]}_norm.running_mean" in weights,
     )
     weights |= {f"encoder.{name}": weight for name, weight in encoder.state_dict().items()}
     return load_strictly(classifier, weights)
-
-
-def with_drop_path(encoder: AVEncoder, rate: float) -> AVEncoder:
-    """The same encoder, in whose training blocks are dropped: up to `rate` of the time in the uni-modal
-    branches, rising with depth as in timm, and `rate` in the fusion blocks (released ones drop nothing).
-    """
-    config = encoder.config()
-    for branch in "image", "audio":
-        config[branch]["drop_path_rate"] = rate
-    dropping = AVEncoder.from_config(config | dict(drop_path=rate))
-    dropping.set_grad_checkpointing(encoder.grad_checkpointing)
-    return load_strictly(dropping, encoder.state_dict())
 
 
 def check_features(features: Sequence[str]) -> None:
@@ -300,8 +288,8 @@ def find_labelled(folder: Path | None, say=print, *, class_list: Path | None = N
     Raises:
         ValueError: a clip has a class that is not in the list, or none, or the list is not that of the data.
     """
-    found = find_data(folder, say, **options)
     names = read_class_list(class_list) if class_list else None
+    found = find_data(folder, say, **options)
     if found.classes:
         if names is not None and names not in found.classes.values():
             raise ValueError(f"--class-list {class_list} is that of no label of this data set")
@@ -329,9 +317,15 @@ def labelled(clip: Clip, root: Path, names: tuple[str, ...]) -> Clip:
 
 
 def read_class_list(path: Path) -> tuple[str, ...]:
-    names = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"--class-list {path} must name each class once, one a line, got {len(names)} names")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--class-list {path} cannot be read: {error}") from error
+    names = tuple(line.strip() for line in lines if line.strip())
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if not names or repeated:
+        what = f"these more than once: {', '.join(repeated)}" if repeated else "none"
+        raise ValueError(f"--class-list {path} must name each class once, one a line, and names {what}")
     return names
 
 
@@ -466,21 +460,21 @@ class Classification(JudgedTask):
         self.label = check_label(found, config.label)
         self.classes = found.classes[self.label]
         self.is_multi_label = isinstance(found.train[0].labels[self.label], tuple)
-        encoder = starting_encoder(config)
-        if config.drop_path:
-            encoder = with_drop_path(encoder, config.drop_path)
         self.model = Classifier(
-            encoder,
+            starting_encoder(config, config.drop_path),
             len(self.classes),
             features=config.features,
             batch_norm=config.batch_norm,
             frozen=config.probe,
         )
+        how = "linear probe" if config.probe else "fine-tuning"
+        norm = " with BatchNorm" if config.batch_norm else ""
         metric = "mAP, AUC, d', macro over classes" if self.is_multi_label else "top-1 accuracy"
+        given = "image and audio" if config.modalities == "both" else f"the {config.modalities} alone"
+        windows = f"{config.test_windows} window{'s' * (config.test_windows != 1)}"
         self.protocol = (
-            f"{'linear probe' if config.probe else 'fine-tuning'}, {self.label} of {len(self.classes)} "
-            f"classes: {metric}; logits averaged over the heads ({', '.join(config.features)}) and "
-            f"{config.test_windows} window{'s' * (config.test_windows != 1)} of each clip"
+            f"{how}{norm}, {self.label} of {len(self.classes)} classes: {metric}; given {given}; logits "
+            f"averaged over the heads ({', '.join(config.features)}) and {windows} of each clip"
         )
 
     def describe(self):

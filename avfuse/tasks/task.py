@@ -18,7 +18,7 @@ from ..data.splits import Found
 from ..encoder import AVEncoder
 from ..loop import Run, Task, evaluation_batches
 from ..presets import create_encoder
-from ..pretrained import load_encoder, parameter_groups
+from ..pretrained import load_encoder, load_strictly, parameter_groups
 from ..recipes import count_parameters
 from ..report import write_report
 from ..run_folder import replace_text
@@ -47,8 +47,8 @@ class TaskConfig(LoopConfig):
             self.checkpoint = str(DEMO_RUN) if (DEMO_RUN / "model").is_dir() else FRESH
 
 
-def starting_encoder(config: TaskConfig) -> AVEncoder:
-    """The encoder that a task starts from.
+def starting_encoder(config: TaskConfig, drop_path: float = 0.0) -> AVEncoder:
+    """The encoder that a task starts from, dropping blocks at this rate and not at that of its checkpoint.
 
     Raises:
         ValueError: the checkpoint holds none.
@@ -57,8 +57,24 @@ def starting_encoder(config: TaskConfig) -> AVEncoder:
         encoder = create_encoder(config.model, config.interactions)
     else:
         encoder = load_encoder(config.checkpoint)
+    encoder = with_drop_path(encoder, drop_path)
     encoder.set_grad_checkpointing(config.grad_checkpointing)
     return encoder
+
+
+def with_drop_path(encoder: AVEncoder, rate: float) -> AVEncoder:
+    """The same encoder, in whose training blocks are dropped: up to `rate` of the time in the uni-modal
+    branches, rising with depth as in timm, and `rate` in the fusion blocks (released ones drop nothing).
+    """
+    config = encoder.config()
+    dropping = config | dict(drop_path=rate)
+    for branch in "image", "audio":
+        dropping[branch] = config[branch] | dict(drop_path_rate=rate)
+    return (
+        encoder
+        if dropping == config
+        else load_strictly(AVEncoder.from_config(dropping), encoder.state_dict())
+    )
 
 
 class JudgedTask(Task):
