@@ -190,6 +190,8 @@ def read_pth(path: str | os.PathLike) -> dict:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, PermissionError):
+        raise
     except Exception as error:  # of bytes that are no checkpoint, it raises whatever they lead to
         # torch's own message advises to load it all the same.
         raise ValueError(
