@@ -191,7 +191,7 @@ def read_pth(path: str | os.PathLike) -> dict:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of bytes that are no checkpoint, it raises whatever they lead to
-        # torch begins with advice to read it unsafely: only what comes after it is told, and not as the cause.
+        # torch begins with advice to read it unsafely: only what comes after that is told.
         reason = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
         reason = f"{type(error).__name__}: {reason}"
     raise ValueError(f"weights {path} is no file of weights alone ({reason})")
