@@ -372,8 +372,8 @@ class ClassifyConfig(TaskConfig):
     trained (other defaults). With --data it takes any folder whose sub-folders name the classes.
 
     Where a clip has one class the metric is accuracy, where it may have several, mAP, AUC and d'. Beside the
-    average of all heads stands each head alone (NAME_head), and the classifier when it only gets the picture
-    or only the sound (NAME_input).
+    average of all heads stands each head alone (NAME_head), whose tokens have met the other modality all the
+    same, and the classifier when it only gets the picture or only the sound (NAME_input).
     """
 
     run: Annotated[Path, tyro.conf.arg(name="run-dir")] = Path("runs/classify")
