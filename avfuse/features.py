@@ -11,14 +11,13 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 import tyro
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from .checks import check_count
 from .data.clips import Clip, ClipDataset, ClipLoader, Failure, find_clips, printable
 from .encoder import AVEncoder, EncoderOutput
-from .pretrained import load_encoder
+from .pretrained import load_encoder, write_safetensors
 from .vit import presence_mask
 
 FEATURES = ("image", "audio", "fusion")
@@ -131,12 +130,7 @@ def save_features(path: Path, features: Features, folder: Path, checkpoint: str)
         unreadable=json.dumps([[os.path.relpath(f.path, folder), f.reason] for f in features.failures]),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        save_file({n: t.contiguous() for n, t in features.tensors.items()}, partial, metadata=metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_safetensors(path, features.tensors, metadata)
 
 
 def read_features(path: str | Path) -> tuple[dict[str, Tensor], list[str]]:

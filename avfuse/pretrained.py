@@ -63,12 +63,9 @@ class Pretrained(
         config = {"library": "avfuse", "class": _saved_as(type(self)), "model": self.config()}
         config |= {"facts": self.facts} if self.facts else {}
         config, card = json.dumps(config, indent=2) + "\n", self.generate_model_card()
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        # Written aside and renamed: an interrupted save leaves the old file or none, never half of one.
         licence = licence_of(self.facts or {}, self._origins())
         metadata = {"format": "pt"} | ({"licence": licence} if licence else {})
-        save_file(weights, save_directory / f".{WEIGHTS}", metadata=metadata)
-        os.replace(save_directory / f".{WEIGHTS}", save_directory / WEIGHTS)
+        write_safetensors(save_directory / WEIGHTS, self.state_dict(), metadata)
         (save_directory / CONFIG).write_text(config)
         card.save(save_directory / CARD)  # that of these weights, in the place of an older one
 
@@ -181,6 +178,21 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
         raise ValueError(f"weights {path} cannot be read: {error}") from error
 
 
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file, written aside and renamed: an interrupted save leaves the old file or none, never
+    half of one.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode  # as any new file here; safetensors 0.8 lets nobody but the owner read
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial, metadata=metadata)
+        partial.chmod(mode)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def read_pth(path: str | os.PathLike) -> dict:
     """What torch.save wrote, of which only tensors and plain containers are accepted: no code runs.
 
@@ -193,9 +205,10 @@ def read_pth(path: str | os.PathLike) -> dict:
     except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # of bytes that are no checkpoint, it raises whatever they lead to
-        # torch's own message advises to load it all the same.
+        # torch begins with advice to read it unsafely: only what comes after that is told.
+        reason = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
         raise ValueError(
-            f"weights {path} is no file of weights alone: damaged, or with objects in it that could run code"
+            f"weights {path} is no file of weights alone ({type(error).__name__}: {reason})"
         ) from error
 
 

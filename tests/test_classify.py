@@ -13,6 +13,7 @@ from videos import write_video
 
 from avfuse import InputSettings, create_encoder
 from avfuse.data.clips import Clip, ClipDataset
+from avfuse.data.decode import Part
 from avfuse.data.splits import Found
 from avfuse.features import FEATURES
 from avfuse.loop import program, set_up, train
@@ -24,6 +25,7 @@ from avfuse.tasks.classify import (
     accuracy,
     check_label,
     find_labelled,
+    labelled,
     linear_probe,
     load_classifier,
     mix,
@@ -278,6 +280,12 @@ def test_a_class_list_may_begin_with_a_byte_order_mark(folder, tmp_path):
     )
 
 
+def test_shards_of_a_plain_folder_have_no_classes(folder):
+    clip = Clip(folder / "train-000000.tar" / "0.mp4", part=Part(folder / "train-000000.tar", 0, 9))
+    with pytest.raises(ValueError, match="is in a shard of a plain folder"):
+        labelled(clip, folder, ("bird",))
+
+
 def test_labels_that_do_not_fit_are_refused():
     clip = Clip(Path("a.mp4"), {"kind": 3})
     found = Found([clip], [clip], "", [], 1, {"kind": ("a", "b")})
@@ -382,6 +390,8 @@ def test_clips_with_several_classes_and_batches_without_any(folder):
 
 def test_the_command_line_has_defaults_for_both_protocols():
     assert parse(["--probe"]) == linear_probe() and parse(["--mixup", "0"]).mixup == 0
+    with pytest.raises(ValueError, match="--batch-norm needs more than one clip"):
+        ClassifyConfig(batch_norm=True, micro_batch=1)
     with pytest.raises(ValueError, match="--drop-path 0.2 has no effect"):
         ClassifyConfig(probe=True, drop_path=0.2)
     with pytest.raises(ValueError, match="cannot be read from --modalities image"):

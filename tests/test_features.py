@@ -40,6 +40,9 @@ def test_a_file_holds_the_features_of_every_clip_that_can_be_read(folder, saved,
         main(FeaturesConfig(out=out, batch_size=batch_size, **config))
     assert "1 could not be read" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"1.safetensors", "3.safetensors"}
+    umask = os.umask(0o027)
+    os.umask(umask)
+    assert (tmp_path / "1.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask  # as any file
     tensors, paths = read_features(tmp_path / "1.safetensors")
     assert sorted(paths) == ["0.mp4", "1.mp4", "2.mp4", "deaf/a.mp4"]
 
@@ -67,7 +70,7 @@ def test_nothing_is_left_of_a_file_that_could_not_be_written(folder, saved, tmp_
     def full_disk(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("avfuse.features.save_file", full_disk)
+    monkeypatch.setattr("avfuse.pretrained.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         main(FeaturesConfig(folder=folder, out=out, checkpoint=str(saved), workers=0))
     assert [path.name for path in tmp_path.iterdir()] == [out.name] and out.read_bytes() == b"from before"

@@ -307,6 +307,8 @@ def find_labelled(folder: Path | None, say=print, *, class_list: Path | None = N
 
 def labelled(clip: Clip, root: Path, names: tuple[str, ...]) -> Clip:
     """The clip with the number of the class whose folder it lies in."""
+    if clip.part:
+        raise ValueError(f"--data: {clip.path} is in a shard of a plain folder, which has no classes")
     folder, *rest = clip.path.relative_to(root).parts
     if not rest:
         raise ValueError(f"--data: {clip.path} lies in no sub-folder, which would name its class")
@@ -372,8 +374,8 @@ class ClassifyConfig(TaskConfig):
     trained (other defaults). With --data it takes any folder whose sub-folders name the classes.
 
     Where a clip has one class the metric is accuracy, where it may have several, mAP, AUC and d'. Beside the
-    average of all heads stands each head alone (NAME_head), and the classifier when it only gets the picture
-    or only the sound (NAME_input).
+    average of all heads stands each head alone (NAME_head), whose tokens have met the other modality all the
+    same, and the classifier when it only gets the picture or only the sound (NAME_input).
     """
 
     run: Annotated[Path, tyro.conf.arg(name="run-dir")] = Path("runs/classify")
@@ -394,7 +396,7 @@ class ClassifyConfig(TaskConfig):
     statistics are those of a micro-batch of one process, on which the losses then depend."""
     mixup: float = 0.8
     """Alpha of mixup, 0 = none (released: 1.0 in fine-tuning, none in the probe). Partners are of the same
-    micro-batch of one process, on which the losses then depend; one clip alone is mixed with nothing."""
+    micro-batch of one process, on which the losses then depend; a clip by itself is not mixed."""
     smoothing: float = 0.1
     """Label smoothing (released: 0.1 in fine-tuning, none in the probe)."""
     drop_path: float = 0.1
@@ -431,6 +433,10 @@ class ClassifyConfig(TaskConfig):
         check_count("--test-windows", self.test_windows)
         if self.probe and self.drop_path:
             raise ValueError(f"--drop-path {self.drop_path} has no effect on the frozen encoder of a probe")
+        if self.batch_norm and 1 in (self.micro_batch, self.batch_size):
+            raise ValueError(
+                "--batch-norm needs more than one clip at once, and --micro-batch or --batch-size is 1"
+            )
         if self.modalities != "both" and not {self.modalities, "fusion"} & {*self.features}:
             raise ValueError(f"--features {self.features} cannot be read from --modalities {self.modalities}")
 

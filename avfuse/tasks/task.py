@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 from accelerate.utils import gather_object
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -18,7 +17,7 @@ from ..data.splits import Found
 from ..encoder import AVEncoder
 from ..loop import Run, Task, evaluation_batches
 from ..presets import create_encoder
-from ..pretrained import load_encoder, load_strictly, parameter_groups
+from ..pretrained import load_encoder, load_strictly, parameter_groups, write_safetensors
 from ..recipes import count_parameters
 from ..report import write_report
 from ..run_folder import replace_text
@@ -193,9 +192,9 @@ def described(metrics: dict[str, float | int]) -> str:
 def save_model(folder: Path, model: nn.Module) -> None:
     """The encoder, as every program takes it for its --checkpoint, and beside it the head."""
     model.encoder.save_pretrained(folder)
-    head = {name: t.cpu() for name, t in model.state_dict().items() if not name.startswith("encoder.")}
+    head = {name: t for name, t in model.state_dict().items() if not name.startswith("encoder.")}
     if head:
-        save_file({name: t.contiguous() for name, t in head.items()}, folder / "head.safetensors")
+        write_safetensors(folder / "head.safetensors", head)
 
 
 def write_results(
