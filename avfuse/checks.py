@@ -57,9 +57,7 @@ def check_floating_point(name: str, tensor: Tensor) -> None:
 
 def check_dtype(name: str, tensor: Tensor, weight: Tensor) -> None:
     """An input has the dtype of the weights it meets, or autocast is on, which casts it."""
-    kind = weight.device.type
-    casts = kind != "meta" and torch.is_autocast_enabled(kind)
-    if tensor.dtype != weight.dtype and not casts:
+    if tensor.dtype != weight.dtype and not casts(weight.device):
         raise ValueError(f"{name} must have the dtype of the weights, {weight.dtype}, got {tensor.dtype}")
 
 
@@ -97,11 +95,14 @@ def check_indices(name: str, indices: Tensor, batch: int, size: int, device: tor
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """A context in which the dtype of the inputs decides."""
-    if device.type == "meta":  # which has no autocast
-        return contextlib.nullcontext()
-    if not torch.is_autocast_enabled(device.type):  # entering one costs more than a kernel launch
+    if not casts(device):  # entering one all the same would cost more than a kernel launch
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def casts(device: torch.device) -> bool:
+    """Whether autocast is on; "meta" has none."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def kind_of(value: object) -> str:

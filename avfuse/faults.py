@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from .pretrained import write_safetensors
 
 LARGEST = 10  # modules that a report names
 
@@ -113,12 +114,6 @@ def write_fault(folder: Path, model: nn.Module, batches: Sequence[dict[str, Tens
     """A state to debug from: the weights before the step, the batches, and a report."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    save_file(
-        {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items()},
-        folder / "model.safetensors",
-    )
+    write_safetensors(folder / "model.safetensors", model.state_dict())
     for index, batch in enumerate(batches):
-        save_file(
-            {name: value.cpu().contiguous() for name, value in batch.items()},
-            folder / f"batch-{index}.safetensors",
-        )
+        write_safetensors(folder / f"batch-{index}.safetensors", batch)

@@ -186,7 +186,7 @@ def main(config: FeaturesConfig) -> None:
     """
     if config.out.suffix != ".safetensors" or config.out.is_dir():
         raise ValueError(f"out must be a .safetensors file, got {config.out}")
-    config.out.parent.mkdir(parents=True, exist_ok=True)  # now, if it cannot be
+    config.out.parent.mkdir(parents=True, exist_ok=True)  # if that fails, then before the work
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     encoder = load_encoder(config.checkpoint).to(device)
     options = dict(workers=config.workers, timeout=config.clip_timeout)

@@ -135,8 +135,6 @@ def show_sound(axis, spectrogram: Tensor, **options) -> None:
 
 def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    for text in figure.findobj(
-        Text
-    ):  # names of classes and files are no formulas, whatever dollars they have
+    for text in figure.findobj(Text):  # names are no formulas, whatever dollars they have
         text.set_parse_math(False)
     figure.savefig(path, dpi=120)

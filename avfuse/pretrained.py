@@ -202,8 +202,6 @@ def read_pth(path: str | os.PathLike) -> dict:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, PermissionError):
-        raise
     except Exception as error:  # of bytes that are no checkpoint, it raises whatever they lead to
         # torch begins with advice to read it unsafely: only what comes after that is told.
         reason = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]

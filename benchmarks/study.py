@@ -24,7 +24,8 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 from measure import RESULTS, ROOT, begin_record, write_record
-from report import BLUE, GREY, ORANGE, digest, filled, origin, table
+from plots import BLUE, GREY, ORANGE, digest
+from report import filled, origin, table
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
@@ -419,12 +420,13 @@ def texts(record: dict) -> dict[Path, str]:
     accuracies = (
         page_table(record),
         f"Accuracy of the colour after {record['settings']['steps']:,} steps, mean ± standard deviation over "
-        f"seeds. {chances}",
+        f"seeds. {chances} Gain: difference of the means ± its standard error, *yes* beyond twice that, *no, "
+        "the reverse* as far below, else *within the spread*.",
     )
     page = (
         *accuracies,
+        "The claims, judged in the same way:",
         claims_table(record),
-        "Difference of the means ± its standard error; *yes* beyond twice that, else *within the spread*.",
         "![Accuracy by way to fuse](../docs/study.png)",
         origin(record),
     )

@@ -21,6 +21,7 @@ import loading  # noqa: E402
 import many_clips  # noqa: E402
 import measure  # noqa: E402
 import pair_attention  # noqa: E402
+import plots  # noqa: E402
 import report  # noqa: E402
 import scaling  # noqa: E402
 import study  # noqa: E402
@@ -224,13 +225,34 @@ def test_results_say_where_they_come_from():
         assert not re.search(r"[\"' =](/|~/)\w", path.read_text()), f"{path.name} holds a path"
 
 
+def test_results_of_tasks_say_what_they_are_of():
+    for path in (report.RESULTS / "tasks").glob("*.json"):
+        result = json.loads(path.read_text())
+        told = {
+            "task",
+            "protocol",
+            "split",
+            "coverage",
+            "seed",
+            "checkpoint",
+            "weights_sha256",
+            "date",
+            "torch",
+        }
+        assert told | {"metrics"} <= result.keys() and len(result["weights_sha256"]) == 64, path
+        assert result["coverage"]["judged"] == result["coverage"]["expected"], path
+        assert not re.search(r"[\"' =](/|~/)\w", path.read_text()), f"{path.name} holds a path"
+    named = set(re.findall(r"\{([\w-]+)\[", str(report.TASKS)))
+    assert named == {path.stem for path in (report.RESULTS / "tasks").glob("*.json")}
+
+
 def test_report_notices_other_numbers():
     results = report.read_results(report.RESULTS)
     before = report.texts(results)
     results["loading-cpu"]["sizes"]["128"]["whole"]["clips_per_second"]["median"] *= 2
     after = report.texts(results)
     assert all(before[path] != after[path] for path in before)
-    assert report.plots(results)[ROOT / "docs/scaling.png"][0] == report.drawn_from(ROOT / "docs/scaling.png")
+    assert plots.plots(results)[ROOT / "docs/scaling.png"][0] == plots.drawn_from(ROOT / "docs/scaling.png")
     with pytest.raises(ValueError, match="one <!-- speed -->"):
         report.filled("no markers", {"speed": ""})
 
@@ -310,4 +332,4 @@ def test_the_page_and_the_plot_of_the_study_are_those_of_its_results():
     record = json.loads(study.RESULT.read_text())
     for path, text in study.texts(record).items():
         assert path.read_text() == text
-    assert report.drawn_from(study.PLOT) == report.digest(record)
+    assert plots.drawn_from(study.PLOT) == plots.digest(record)

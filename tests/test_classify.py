@@ -17,9 +17,9 @@ from avfuse.data.decode import Part
 from avfuse.data.splits import Found
 from avfuse.features import FEATURES
 from avfuse.loop import program, set_up, train
+from avfuse.tasks.classifier import Classifier, load_classifier
 from avfuse.tasks.classify import (
     Classification,
-    Classifier,
     ClassifyConfig,
     WindowDataset,
     accuracy,
@@ -27,7 +27,6 @@ from avfuse.tasks.classify import (
     find_labelled,
     labelled,
     linear_probe,
-    load_classifier,
     mix,
     parse,
     ranking_metrics,
@@ -47,13 +46,20 @@ def make_classifier(classes=5, **options) -> Classifier:
 # --- model --------------------------------------------------------------------------------------------------
 
 
-def test_gives_the_released_logits():
+@pytest.fixture
+def golden():
+    """Weights, settings, number of classes and tensors of the released classifier."""
     with safe_open(GOLDEN, "pt") as file:
         config = json.loads(file.metadata()["config"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     weights = {n.removeprefix("weights/"): t for n, t in tensors.items() if n.startswith("weights/")}
     classes = config.pop("num_classes")
     assert config.pop("input_norm")
+    return weights, config, classes, tensors
+
+
+def test_gives_the_released_logits(golden):
+    weights, config, classes, tensors = golden
     classifier = load_classifier(weights, config=config)
     output = classifier(tensors["inputs/image"], tensors["inputs/audio"])
     released = {name: tensors[f"outputs/{name}_logits"] for name in FEATURES}
@@ -64,13 +70,17 @@ def test_gives_the_released_logits():
 
 
 @pytest.mark.parametrize(
-    "change", [{1: torch.zeros(2)}, {"image_head.weight": torch.tensor(1.0)}, {"x": torch.zeros(2)}]
+    "change, problem",
+    [
+        ({1: torch.zeros(2)}, "must hold tensors by name"),
+        ({"image_head.weight": torch.tensor(1.0)}, "image_head.weight"),
+        ({"other": torch.zeros(2)}, "other"),
+    ],
 )
-def test_what_is_no_released_classifier_is_refused(change):
-    with safe_open(GOLDEN, "pt") as file:
-        weights = {n.removeprefix("weights/"): file.get_tensor(n) for n in file.keys() if "weights/" in n}
-    with pytest.raises(ValueError):
-        load_classifier(weights | change)
+def test_what_is_no_released_classifier_is_refused(golden, change, problem):
+    weights, config, *_ = golden
+    with pytest.raises(ValueError, match=problem):
+        load_classifier(weights | change, config=config)
 
 
 @pytest.mark.parametrize("features", [("image",), ("fusion", "audio"), FEATURES])

@@ -6,187 +6,30 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
 from timm.data.mixup import mixup_target
-from torch import Tensor, nn
-from torch.nn.functional import batch_norm, binary_cross_entropy_with_logits, cross_entropy
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
-from ..checks import check_choice, check_count, check_rate
+from ..checks import check_count, check_rate
 from ..data.clips import Clip, ClipDataset, printable
 from ..data.splits import SPLITS, Found, find_data
-from ..encoder import AVEncoder
-from ..features import FEATURES, encode, pool
+from ..features import FEATURES
 from ..loop import program
 from ..pictures import BLUE, GREY, ORANGE, rgb, save, show_sound
-from ..pretrained import load_encoder, load_strictly, read_safetensors
-from ..released import encoder_weights, from_deepavfusion, read_weights, size_of
 from ..vit import input_shape
+from .classifier import Classifier, check_features, presence
 from .task import JudgedTask, TaskConfig, starting_encoder
 
 PROGRAM = "python -m avfuse.tasks.classify"
-NORM_EPS = 1e-6
 LIGHT = "#C9CED3"
 SHOWN = 6  # classes of a clip in the picture
-
-
-# --- model --------------------------------------------------------------------------------------------------
-
-
-class Classified(NamedTuple):
-    """Logits (B, classes): their mean over the heads that had something to read, which is 0 where none had;
-    those of each head; and which clips each head could read, (B,) bool.
-    """
-
-    logits: Tensor
-    heads: dict[str, Tensor]
-    read: dict[str, Tensor]
-
-
-class Classifier(nn.Module):
-    """Three linear heads over the pooled image, audio and fusion tokens, their logits averaged.
-
-    A clip that lacks a modality is classified by the other heads.
-
-    Args:
-        encoder: whose tokens are pooled.
-        classes: number of classes.
-        features: which of "image", "audio" and "fusion" have a head.
-        batch_norm: standardise each pooled feature by a BatchNorm without parameters (eps 1e-6), as the
-            released linear probe does. In training, its statistics are those of the clips given at once.
-        frozen: the encoder is not trained, and stays in eval mode: a linear probe.
-
-    Raises:
-        ValueError: naming the argument that is wrong.
-    """
-
-    def __init__(
-        self,
-        encoder: AVEncoder,
-        classes: int,
-        *,
-        features: Sequence[str] = FEATURES,
-        batch_norm: bool = False,
-        frozen: bool = False,
-    ):
-        super().__init__()
-        check_count("classes", classes)
-        check_features(features)
-        self.encoder, self.classes, self.frozen = encoder, classes, frozen
-        self.features = tuple(name for name in FEATURES if name in features)
-        for name in self.features:
-            norm = nn.BatchNorm1d(encoder.embed_dim, eps=NORM_EPS, affine=False) if batch_norm else None
-            head = nn.Linear(encoder.embed_dim, classes)
-            nn.init.trunc_normal_(head.weight, std=0.01)
-            nn.init.zeros_(head.bias)
-            setattr(self, f"{name}_norm", norm)
-            setattr(self, f"{name}_head", head)
-        if frozen:
-            encoder.requires_grad_(False)
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> "Classifier":
-        super().train(mode)
-        if self.frozen:
-            self.encoder.eval()
-        return self
-
-    def forward(
-        self,
-        image: Tensor | None,
-        audio: Tensor | None,
-        image_present: Tensor | None = None,
-        audio_present: Tensor | None = None,
-    ) -> Classified:
-        """Classify images (B, 3, height, width) with spectrograms (B, 1, mel, time).
-
-        Args:
-            image, audio: one of them may be None, for all clips.
-            image_present, audio_present: (B,) bool, which clips have it; None = all.
-        """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            pooled = pool(encode(self.encoder, image, audio, image_present, audio_present))
-        there = presence(image, audio, image_present, audio_present)
-        heads = {
-            name: getattr(self, f"{name}_head")(self.normalised(name, pooled[name], there[name]))
-            for name in self.features
-            if name in pooled
-        }
-        read = {name: there[name] for name in heads}
-        if not heads:
-            raise ValueError(f"features {self.features} cannot be read from what is given")
-        weights = torch.stack(list(read.values())).to(next(iter(heads.values())).dtype)  # (heads, B)
-        logits = torch.stack(list(heads.values())) * weights[..., None]
-        return Classified(logits.sum(0) / weights.sum(0).clamp(min=1)[:, None], heads, read)
-
-    def normalised(self, name: str, pooled: Tensor, there: Tensor) -> Tensor:
-        """Pooled tokens (B, D) standardised; those of clips without the modality are no part of the
-        statistics.
-        """
-        norm = getattr(self, f"{name}_norm")
-        if norm is None or not norm.training or there.all():
-            return pooled if norm is None else self.standardised(norm, pooled)
-        standardised = self.standardised(norm, pooled[there]).to(pooled.dtype)
-        return pooled.masked_scatter(there[:, None], standardised)
-
-    @staticmethod
-    def standardised(norm: nn.BatchNorm1d, pooled: Tensor) -> Tensor:
-        if norm.training and len(pooled) < 2:  # which have no statistics of their own
-            return batch_norm(pooled, norm.running_mean, norm.running_var, eps=norm.eps)
-        return norm(pooled)
-
-
-def presence(image, audio, image_present, audio_present) -> dict[str, Tensor]:
-    """Which clips have something that the image, the audio and the fusion tokens stem from: (B,) bool."""
-    like = audio if image is None else image
-    everyone = torch.ones(len(like), dtype=torch.bool, device=like.device)
-    there = {
-        name: ~everyone if pixels is None else everyone if present is None else present
-        for name, pixels, present in (("image", image, image_present), ("audio", audio, audio_present))
-    }
-    return there | dict(fusion=there["image"] | there["audio"])
-
-
-def load_classifier(source: str | Path | dict, *, config: dict | None = None) -> Classifier:
-    """A trained classifier, in eval mode.
-
-    Args:
-        source: the run folder of this program, or a file or state dict of a released classifier.
-        config: of released weights what their names and shapes cannot tell, see `from_deepavfusion`.
-
-    Raises:
-        ValueError: it is neither, or damaged.
-    """
-    if isinstance(source, (str, Path)) and Path(source).is_dir():
-        folder = Path(source)
-        encoder, weights = load_encoder(folder), read_safetensors(folder / "model" / "head.safetensors")
-    else:
-        weights = read_weights(source)
-        encoder = from_deepavfusion(encoder_weights(weights), config=config)
-        weights = {name: weight for name, weight in weights.items() if not name.startswith("encoder.")}
-    features = [name for name in FEATURES if f"{name}_head.weight" in weights]
-    if not features:
-        raise ValueError(f"source holds no classifier: of a head there are only {sorted(weights)[:3]}")
-    classifier = Classifier(
-        encoder,
-        size_of(weights, f"{features[0]}_head.weight", 0),
-        features=features,
-        batch_norm=f"{features[0]}_norm.running_mean" in weights,
-    )
-    weights |= {f"encoder.{name}": weight for name, weight in encoder.state_dict().items()}
-    return load_strictly(classifier, weights)
-
-
-def check_features(features: Sequence[str]) -> None:
-    if isinstance(features, str) or not features or len(set(features)) < len(features):
-        raise ValueError(f"features must be some of {', '.join(FEATURES)}, each once, got {features!r}")
-    for name in features:
-        check_choice("features", name, FEATURES)
 
 
 # --- loss ---------------------------------------------------------------------------------------------------

@@ -65,17 +65,19 @@ class RetrieveConfig:
 # --- metric -------------------------------------------------------------------------------------------------
 
 
-def neighbours(features: dict[str, Tensor], k: int) -> dict[str, Tensor]:
-    """The k clips nearest to each, (N, k), nearest first: by the cosines of image, audio and fusion features
-    (N, D), and by "sum", the three added. No clip finds itself.
+def neighbours(features: dict[str, Tensor], k: int, queries: Tensor | None = None) -> dict[str, Tensor]:
+    """The k clips nearest to each of the queries, (Q, k), nearest first: by the cosines of image, audio and
+    fusion features (N, D), and by "sum", the three added. No clip finds itself. Queries (Q,) are indices of
+    clips; None: all clips.
     """
+    queries = torch.arange(len(features["image"])) if queries is None else queries
     unit = {name: normalize(features[name].double(), dim=1) for name in FEATURES}
     nearest = {name: [] for name in (*FEATURES, "sum")}
-    for queries in torch.arange(len(unit["image"])).split(AT_ONCE):
-        cosines = {name: u[queries] @ u.T for name, u in unit.items()}
+    for part in queries.split(AT_ONCE):
+        cosines = {name: u[part] @ u.T for name, u in unit.items()}
         cosines["sum"] = sum(cosines.values())
         for name, cosine in cosines.items():
-            cosine[range(len(queries)), queries] = -torch.inf
+            cosine[range(len(part)), part] = -torch.inf
             nearest[name].append(cosine.topk(k, dim=1).indices)
     return {name: torch.cat(parts) for name, parts in nearest.items()}
 
@@ -133,8 +135,9 @@ def draw_neighbours(
     """Queries and their nearest clips by each feature; those of the query's (first) label in blue frames."""
     label, shown = next(iter(classes)), min(SHOWN, len(clips) - 1)
     dataset = ClipDataset([replace(clip, labels={}) for clip in clips], encoder.inputs, train=False)
-    same, found = related(features[f"label_{label}"]), neighbours(features, shown)
-    firsts = same.long().argmax(1).unique().tolist()[:QUERIES]  # the first clips of labels
+    same = related(features[f"label_{label}"])
+    firsts = same.long().argmax(1).unique()[:QUERIES]  # the first clips of labels
+    found = neighbours(features, shown, firsts)
     figure = Figure(figsize=(1.95 * (shown + 1), 1.02 * len(firsts) * len(found) + 0.5), layout="constrained")
     grid = figure.subplots(
         len(firsts) * len(found), 2 * (shown + 1), squeeze=False, width_ratios=(1, 1) * (shown + 1)
@@ -142,7 +145,7 @@ def draw_neighbours(
     for axis in grid.flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-    for block, query in enumerate(firsts):
+    for block, query in enumerate(firsts.tolist()):
         numbers = clips[query].labels[label]
         names = [classes[label][n] for n in (numbers if isinstance(numbers, tuple) else (numbers,))]
         for line, (feature, nearest) in enumerate(found.items()):
@@ -150,7 +153,7 @@ def draw_neighbours(
             if line == 0:
                 show_clip(row[:2], dataset[query], encoder, None)
                 row[0].set_title(f"{label}: {', '.join(names)}", loc="left", fontsize=9, weight="bold")
-            for place, near in enumerate(nearest[query].tolist(), start=1):
+            for place, near in enumerate(nearest[block].tolist(), start=1):
                 axes = row[2 * place : 2 * place + 2]
                 show_clip(axes, dataset[near], encoder, bool(same[query, near]))
             row[2].set_ylabel(feature, fontsize=10)
@@ -182,11 +185,10 @@ def main(config: RetrieveConfig) -> dict[str, float]:
     folder = config.run
     if folder.exists() and (not folder.is_dir() or (folder / "checkpoints").exists()):
         raise ValueError(f"--run-dir {folder} is no folder, or that of a training run")
-    if not 0 <= config.seed < 2**32:
-        raise ValueError(f"--seed must be in 0..{2**32 - 1}, got {config.seed}")
-    torch.manual_seed(config.seed)
+    start = TaskConfig(checkpoint=config.checkpoint, seed=config.seed)
+    torch.manual_seed(start.seed)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    encoder = starting_encoder(TaskConfig(checkpoint=config.checkpoint)).to(device)
+    encoder = starting_encoder(start).to(device)
     print(f"retrieve: encoder of {config.checkpoint}, on {device}")
     options = dict(workers=config.workers, timeout=config.clip_timeout)
     found = find_labelled(config.data, **options)

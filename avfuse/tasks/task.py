@@ -69,11 +69,9 @@ def with_drop_path(encoder: AVEncoder, rate: float) -> AVEncoder:
     dropping = config | dict(drop_path=rate)
     for branch in "image", "audio":
         dropping[branch] = config[branch] | dict(drop_path_rate=rate)
-    return (
-        encoder
-        if dropping == config
-        else load_strictly(AVEncoder.from_config(dropping), encoder.state_dict())
-    )
+    if dropping == config:
+        return encoder
+    return load_strictly(AVEncoder.from_config(dropping), encoder.state_dict())
 
 
 class JudgedTask(Task):
