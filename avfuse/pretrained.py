@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -176,6 +176,12 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"weights {path} cannot be read: {error}") from error
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """What a safetensors file holds beside its tensors."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -345,6 +345,7 @@ def test_a_run_leaves_a_classifier_and_its_results(folder, tmp_path, probe):
     assert results["metrics"]["chance"] == pytest.approx(2 / 3)
     assert (config.run / "pictures" / "predictions-000001.png").exists()
     loaded = load_classifier(config.run)
+    assert loaded.class_names == ("bird", "cat")
     item = task.dataset(run.found.test, train=False)[0]
     task.model.eval()
     assert (

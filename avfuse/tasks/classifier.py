@@ -1,5 +1,6 @@
 """The classifier of clips: a linear head over each kind of token, also as it was saved or released."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from torch.nn.functional import batch_norm
 from ..checks import check_choice, check_count
 from ..encoder import AVEncoder
 from ..features import FEATURES, encode, pool
-from ..pretrained import load_encoder, load_strictly, read_safetensors
+from ..pretrained import load_encoder, load_strictly, read_metadata, read_safetensors
 from ..released import encoder_weights, from_deepavfusion, read_weights, size_of
 
 NORM_EPS = 1e-6
@@ -39,6 +40,7 @@ class Classifier(nn.Module):
         batch_norm: standardise each pooled feature by a BatchNorm without parameters (eps 1e-6), as the
             released linear probe does. In training, its statistics are those of the clips given at once.
         frozen: the encoder is not trained, and stays in eval mode: a linear probe.
+        class_names: what the classes are called, kept as a tuple with a saved classifier; None = not told.
 
     Raises:
         ValueError: naming the argument that is wrong.
@@ -52,10 +54,14 @@ class Classifier(nn.Module):
         features: Sequence[str] = FEATURES,
         batch_norm: bool = False,
         frozen: bool = False,
+        class_names: Sequence[str] | None = None,
     ):
         super().__init__()
         check_count("classes", classes)
         check_features(features)
+        if class_names is not None and len(class_names) != classes:
+            raise ValueError(f"class_names must name all {classes} classes, got {len(class_names)} names")
+        self.class_names = None if class_names is None else tuple(class_names)
         self.encoder, self.classes, self.frozen = encoder, classes, frozen
         self.features = tuple(name for name in FEATURES if name in features)
         for name in self.features:
@@ -132,7 +138,8 @@ def presence(image, audio, image_present, audio_present) -> dict[str, Tensor]:
 
 
 def load_classifier(source: str | Path | dict, *, config: dict | None = None) -> Classifier:
-    """A trained classifier, in eval mode.
+    """A trained classifier, in eval mode; `class_names` tells what its classes are, unless it is a released
+    one.
 
     Args:
         source: the run folder of this program, or a file or state dict of a released classifier.
@@ -141,9 +148,11 @@ def load_classifier(source: str | Path | dict, *, config: dict | None = None) ->
     Raises:
         ValueError: it is neither, or damaged.
     """
+    class_names = None
     if isinstance(source, (str, Path)) and Path(source).is_dir():
-        folder = Path(source)
-        encoder, weights = load_encoder(folder), read_safetensors(folder / "model" / "head.safetensors")
+        head = Path(source) / "model" / "head.safetensors"
+        encoder, weights = load_encoder(source), read_safetensors(head)
+        class_names = json.loads(read_metadata(head).get("class_names", "null"))
     else:
         weights = read_weights(source)
         encoder = from_deepavfusion(encoder_weights(weights), config=config)
@@ -156,6 +165,7 @@ def load_classifier(source: str | Path | dict, *, config: dict | None = None) ->
         size_of(weights, f"{features[0]}_head.weight", 0),
         features=features,
         batch_norm=f"{features[0]}_norm.running_mean" in weights,
+        class_names=class_names,
     )
     weights |= {f"encoder.{name}": weight for name, weight in encoder.state_dict().items()}
     return load_strictly(classifier, weights)

@@ -1,5 +1,6 @@
 """What is it? `python -m avfuse.tasks.classify`: linear probe and fine-tuning (paper Table 3)."""
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -315,6 +316,7 @@ class Classification(JudgedTask):
             features=config.features,
             batch_norm=config.batch_norm,
             frozen=config.probe,
+            class_names=self.classes,
         )
         how = "linear probe" if config.probe else "fine-tuning"
         norm = " with BatchNorm" if config.batch_norm else ""
@@ -329,6 +331,9 @@ class Classification(JudgedTask):
     def describe(self):
         how = "only the heads are trained" if self.config.probe else "all of it is trained"
         return f"{super().describe()}, {how}, to tell {self.label} ({len(self.classes)} classes)"
+
+    def metadata(self):
+        return dict(label=self.label, class_names=json.dumps(self.classes))
 
     def dataset(self, clips, *, train):
         settings, config = self.model.encoder.inputs, self.config

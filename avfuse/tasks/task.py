@@ -105,6 +105,10 @@ class JudgedTask(Task):
     def draw(self, folder: Path, model: nn.Module, inputs: dict[str, Tensor], batch: dict, step: int) -> None:
         """Pictures of the first test clips, as folder/KIND-{step:06d}.png."""
 
+    def metadata(self) -> dict[str, str]:
+        """What is saved with the head that its weights cannot tell."""
+        return {}
+
     def describe(self) -> str:
         config, parameters = self.config, count_parameters(self.model)
         weights = "fresh weights" if config.checkpoint == FRESH else f"the encoder of {config.checkpoint}"
@@ -119,7 +123,7 @@ class JudgedTask(Task):
             return failures
         folder, named = run.config.run, run.found.test_name
         if when == "after":
-            save_model(folder / "model", model)
+            save_model(folder / "model", model, self.metadata())
         if not rows:
             tqdm.write(f"{when} training: none of the {named} to measure on could be read")
             return failures
@@ -187,12 +191,12 @@ def described(metrics: dict[str, float | int]) -> str:
     )
 
 
-def save_model(folder: Path, model: nn.Module) -> None:
+def save_model(folder: Path, model: nn.Module, metadata: dict[str, str]) -> None:
     """The encoder, as every program takes it for its --checkpoint, and beside it the head."""
     model.encoder.save_pretrained(folder)
     head = {name: t for name, t in model.state_dict().items() if not name.startswith("encoder.")}
     if head:
-        write_safetensors(folder / "head.safetensors", head)
+        write_safetensors(folder / "head.safetensors", head, metadata)
 
 
 def write_results(
