@@ -107,3 +107,10 @@ def test_a_run_leaves_results_and_a_picture(tmp_path):
     one_by_one = main(RetrieveConfig(**config | dict(run=tmp_path / "again"), batch_size=1, seed=6))
     assert one_by_one == pytest.approx(metrics) and results["date"]
     assert "class_recall@2_fusion" in (tmp_path / "run" / "index.html").read_text()
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one process"):
+        main(RetrieveConfig(checkpoint="none", data=tmp_path, run=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -36,7 +37,7 @@ AT_ONCE = 1024  # queries: of a large set, the cosines of all pairs would not fi
 class RetrieveConfig:
     """Nearest neighbours among the test clips by image, audio, fusion tokens and their sum (paper Fig. 3).
 
-    Nothing is trained.
+    Nothing is trained, and one process does it.
 
     Without arguments it takes the encoder of runs/demo, if `python -m avfuse.train` has left one there, and
     the embedded data set, Sounding Shapes.
@@ -180,11 +181,14 @@ def main(config: RetrieveConfig) -> dict[str, float]:
     """The recalls, which also go into the run folder.
 
     Raises:
-        ValueError: a setting is wrong, there are no labels, or fewer clips than neighbours.
+        ValueError: a setting is wrong, there are no labels, fewer clips than neighbours, or several
+            processes.
     """
     folder = config.run
     if folder.exists() and (not folder.is_dir() or (folder / "checkpoints").exists()):
         raise ValueError(f"--run-dir {folder} is no folder, or that of a training run")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # they would all write the same files
+        raise ValueError("retrieval runs in one process: start it without accelerate launch or torchrun")
     start = TaskConfig(checkpoint=config.checkpoint, seed=config.seed)
     torch.manual_seed(start.seed)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
