@@ -155,7 +155,7 @@ def test_out_of_memory_says_what_to_change(config, monkeypatch):
     run = set_up(config, Pretraining)
     monkeypatch.setattr(AVMAE, "forward", forward)
     run.first_step = 1  # past the measures before training
-    advice = "--micro-batch 1 .same losses., --grad-checkpointing .same losses, more time., --precision bf16"
+    advice = "--micro-batch 1 .the same step in smaller parts., --grad-checkpointing .same losses, more time., --precision bf16"
     with pytest.raises(RunError, match=f"out of memory with micro-batches of 2 clips: try {advice}"):
         loop.train(run)
 
