@@ -21,7 +21,7 @@ from .model_card import licence_of, model_card
 if TYPE_CHECKING:  # it builds on this module
     from .encoder import AVEncoder
 
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+WEIGHTS, CONFIG, CARD, HEAD = "model.safetensors", "config.json", "README.md", "head.safetensors"
 
 
 class Pretrained(
@@ -139,6 +139,38 @@ def load_encoder(checkpoint: str | os.PathLike) -> "AVEncoder":
     return encoder
 
 
+def save_model(folder: Path, model: nn.Module, options: dict) -> None:
+    """A model around an encoder: the encoder, as every program takes it for its --checkpoint, and beside it
+    the head, with the options that the model was made with besides the encoder.
+    """
+    model.encoder.save_pretrained(folder)
+    head = {name: t for name, t in model.state_dict().items() if not name.startswith("encoder.")}
+    write_safetensors(folder / HEAD, head, dict(options=json.dumps(options)))
+
+
+def load_model(kind: type[nn.Module], run: str | os.PathLike) -> nn.Module:
+    """The model that a downstream task has left in its run folder, in eval mode.
+
+    Args:
+        kind: its class: `avfuse.tasks.classifier.Classifier`, `avfuse.tasks.segment.Segmenter`,
+            `avfuse.tasks.localize.Localizer` or `avfuse.tasks.separator.Separator`.
+        run: the run folder.
+
+    Raises:
+        ValueError: there is none of this class, or it is damaged.
+    """
+    head = Path(run) / "model" / HEAD
+    weights = read_safetensors(head)
+    encoder = load_encoder(run)
+    try:
+        with safe_open(head, "pt") as file:
+            options = json.loads((file.metadata() or {})["options"])
+        model = kind(encoder, **options)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{head} is not that of a {kind.__name__}: {error!r}") from error
+    return load_strictly(model, weights | {f"encoder.{n}": t for n, t in encoder.state_dict().items()})
+
+
 def _class_at(source: str | os.PathLike) -> str | None:
     """The class in the config.json of a folder or of a name on the hub; None if it is none of avfuse's."""
     try:
@@ -176,12 +208,6 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"weights {path} cannot be read: {error}") from error
-
-
-def read_metadata(path: str | os.PathLike) -> dict[str, str]:
-    """What a safetensors file holds beside its tensors."""
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -17,6 +17,7 @@ from avfuse.data.decode import Part
 from avfuse.data.splits import Found
 from avfuse.features import FEATURES
 from avfuse.loop import program, set_up, train
+from avfuse.pretrained import load_model, save_model
 from avfuse.tasks.classifier import Classifier, load_classifier
 from avfuse.tasks.classify import (
     Classification,
@@ -31,6 +32,7 @@ from avfuse.tasks.classify import (
     parse,
     ranking_metrics,
 )
+from avfuse.tasks.localize import Localizer
 from avfuse.tasks.task import starting_encoder, with_drop_path
 
 GOLDEN = Path(__file__).parent / "golden" / "classifier.safetensors"
@@ -354,6 +356,25 @@ def test_a_run_leaves_a_classifier_and_its_results(folder, tmp_path, probe):
         )
         < 1e-6
     )
+
+
+def test_models_that_are_not_there_are_named(tmp_path):
+    model = Localizer(create_encoder("tiny"))
+    save_model(tmp_path / "model", model, dict(dim=128))
+    assert load_model(Localizer, tmp_path).image_head.out_features == 128
+    with pytest.raises(ValueError, match="head.safetensors is not that of a Classifier"):
+        load_classifier(tmp_path)
+    save_model(tmp_path / "model", model, dict(dim=64))
+    with pytest.raises(ValueError, match="do not fit a Localizer"):
+        load_model(Localizer, tmp_path)
+    model.encoder.save_pretrained(tmp_path / "encoder" / "model")
+    with pytest.raises(ValueError, match="head.safetensors cannot be read"):
+        load_classifier(tmp_path / "encoder")
+
+
+def test_names_of_classes_are_as_many_as_classes():
+    with pytest.raises(ValueError, match="class_names must name all 3 classes, got 2"):
+        Classifier(create_encoder("tiny"), 3, class_names=("bird", "cat"))
 
 
 @pytest.fixture

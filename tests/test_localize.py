@@ -15,6 +15,7 @@ from avfuse.data.splits import Found
 from avfuse.inputs import InputSettings
 from avfuse.loop import program
 from avfuse.presets import create_encoder
+from avfuse.pretrained import load_model
 from avfuse.tasks.localize import (
     Localization,
     LocalizeConfig,
@@ -29,6 +30,7 @@ from avfuse.tasks.localize import (
     success_area,
     success_rate,
 )
+from avfuse.tasks.task import weights_hash
 
 INPUTS = InputSettings(image_size=64, mel_bins=32, hop=750)  # 16 + 8 tokens
 
@@ -256,6 +258,7 @@ def test_a_run_from_end_to_end(shapes, tmp_path):
     assert results["protocol"].startswith("Flickr-SoundNet") and results["coverage"] == dict(
         judged=3, expected=3
     )
+    assert weights_hash(load_model(Localizer, tmp_path / "run")) == results["weights_sha256"]
     metrics = results["metrics"]
     names = {f"{prefix}{name}" for prefix in ("", "attention_") for name in ("pointing", "ciou", "auc")}
     assert metrics.keys() == names | {"best_possible_auc"}

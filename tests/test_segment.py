@@ -17,6 +17,7 @@ from avfuse.data.splits import Found
 from avfuse.inputs import InputSettings
 from avfuse.loop import program
 from avfuse.presets import create_encoder
+from avfuse.pretrained import load_model
 from avfuse.tasks.localize import model_inputs
 from avfuse.tasks.segment import (
     Segmentation,
@@ -31,6 +32,7 @@ from avfuse.tasks.segment import (
     highest_of_mean,
     mean_of_highest,
 )
+from avfuse.tasks.task import weights_hash
 
 INPUTS = InputSettings(image_size=64, mel_bins=32, hop=750)  # 16 + 8 tokens
 
@@ -290,6 +292,7 @@ def test_a_run_from_end_to_end(shapes, tmp_path, target):
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert results["protocol"].startswith("avsbench") and results["coverage"] == dict(judged=3, expected=3)
     assert results["task"] == f"{target} segmentation"
+    assert weights_hash(load_model(Segmenter, tmp_path / "run")) == results["weights_sha256"]
     assert all(0 <= value <= 1 for value in results["metrics"].values())
     pictures = sorted(path.name for path in (tmp_path / "run/pictures").glob("*.png"))
     assert pictures == ["segmentation-000000.png", "segmentation-000001.png"]

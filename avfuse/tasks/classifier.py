@@ -1,6 +1,5 @@
 """The classifier of clips: a linear head over each kind of token, also as it was saved or released."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from torch.nn.functional import batch_norm
 from ..checks import check_choice, check_count
 from ..encoder import AVEncoder
 from ..features import FEATURES, encode, pool
-from ..pretrained import load_encoder, load_strictly, read_metadata, read_safetensors
+from ..pretrained import load_model, load_strictly
 from ..released import encoder_weights, from_deepavfusion, read_weights, size_of
 
 NORM_EPS = 1e-6
@@ -148,15 +147,11 @@ def load_classifier(source: str | Path | dict, *, config: dict | None = None) ->
     Raises:
         ValueError: it is neither, or damaged.
     """
-    class_names = None
     if isinstance(source, (str, Path)) and Path(source).is_dir():
-        head = Path(source) / "model" / "head.safetensors"
-        encoder, weights = load_encoder(source), read_safetensors(head)
-        class_names = json.loads(read_metadata(head).get("class_names", "null"))
-    else:
-        weights = read_weights(source)
-        encoder = from_deepavfusion(encoder_weights(weights), config=config)
-        weights = {name: weight for name, weight in weights.items() if not name.startswith("encoder.")}
+        return load_model(Classifier, source)
+    weights = read_weights(source)
+    encoder = from_deepavfusion(encoder_weights(weights), config=config)
+    weights = {name: weight for name, weight in weights.items() if not name.startswith("encoder.")}
     features = [name for name in FEATURES if f"{name}_head.weight" in weights]
     if not features:
         raise ValueError(f"source holds no classifier: of a head there are only {sorted(weights)[:3]}")
@@ -165,7 +160,6 @@ def load_classifier(source: str | Path | dict, *, config: dict | None = None) ->
         size_of(weights, f"{features[0]}_head.weight", 0),
         features=features,
         batch_norm=f"{features[0]}_norm.running_mean" in weights,
-        class_names=class_names,
     )
     weights |= {f"encoder.{name}": weight for name, weight in encoder.state_dict().items()}
     return load_strictly(classifier, weights)

@@ -1,6 +1,5 @@
 """What is it? `python -m avfuse.tasks.classify`: linear probe and fine-tuning (paper Table 3)."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -310,14 +309,14 @@ class Classification(JudgedTask):
         self.label = check_label(found, config.label)
         self.classes = found.classes[self.label]
         self.is_multi_label = isinstance(found.train[0].labels[self.label], tuple)
-        self.model = Classifier(
-            starting_encoder(config, config.drop_path),
-            len(self.classes),
+        self.options = dict(
+            classes=len(self.classes),
             features=config.features,
             batch_norm=config.batch_norm,
-            frozen=config.probe,
             class_names=self.classes,
         )
+        encoder = starting_encoder(config, config.drop_path)
+        self.model = Classifier(encoder, frozen=config.probe, **self.options)
         how = "linear probe" if config.probe else "fine-tuning"
         norm = " with BatchNorm" if config.batch_norm else ""
         metric = "mAP, AUC, d', macro over classes" if self.is_multi_label else "top-1 accuracy"
@@ -331,9 +330,6 @@ class Classification(JudgedTask):
     def describe(self):
         how = "only the heads are trained" if self.config.probe else "all of it is trained"
         return f"{super().describe()}, {how}, to tell {self.label} ({len(self.classes)} classes)"
-
-    def metadata(self):
-        return dict(label=self.label, class_names=json.dumps(self.classes))
 
     def dataset(self, clips, *, train):
         settings, config = self.model.encoder.inputs, self.config

@@ -217,7 +217,8 @@ class Localization(JudgedTask):
 
     def __init__(self, config: LocalizeConfig, found: Found):
         super().__init__(config, found)
-        self.model = Localizer(starting_encoder(config), config.dim)
+        self.options = dict(dim=config.dim)
+        self.model = Localizer(starting_encoder(config), **self.options)
         if config.modalities == "image":
             self.name = "localization without sound (control)"
 

@@ -274,9 +274,8 @@ class Segmentation(JudgedTask):
         super().__init__(config, found)
         self.semantic, self.sound = config.target == "semantic", config.modalities != "image"
         (self.classes,) = found.classes.values()
-        self.model = Segmenter(
-            starting_encoder(config), len(self.classes) if self.semantic else 1, config.dim
-        )
+        self.options = dict(outputs=len(self.classes) if self.semantic else 1, dim=config.dim)
+        self.model = Segmenter(starting_encoder(config), **self.options)
         control = "" if self.sound else " without sound (control)"
         self.name = f"{config.target} segmentation{control}"
         self.protocol = (

@@ -168,7 +168,8 @@ class Separation(JudgedTask):
     def __init__(self, config: SeparateConfig, found: Found):
         super().__init__(config, found)
         check_positive(config, "decoder_dim")
-        self.model = Separator(starting_encoder(config), decoder_dim=config.decoder_dim)
+        self.options = dict(decoder_dim=config.decoder_dim)
+        self.model = Separator(starting_encoder(config), **self.options)
         self.references: dict[int, dict] = {}  # what does not change as the model learns, by clip
 
     def dataset(self, clips, *, train):

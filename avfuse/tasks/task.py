@@ -17,7 +17,7 @@ from ..data.splits import Found
 from ..encoder import AVEncoder
 from ..loop import Run, Task, evaluation_batches
 from ..presets import create_encoder
-from ..pretrained import load_encoder, load_strictly, parameter_groups, write_safetensors
+from ..pretrained import load_encoder, load_strictly, parameter_groups, save_model
 from ..recipes import count_parameters
 from ..report import write_report
 from ..run_folder import replace_text
@@ -77,12 +77,14 @@ def with_drop_path(encoder: AVEncoder, rate: float) -> AVEncoder:
 class JudgedTask(Task):
     """A task with a model around an encoder, which is judged on every test clip.
 
-    Its `model` has an `encoder`. A subclass gives `name`, `protocol` (the definition of its metrics by name),
-    `dataset`, `inputs`, `counts` and `losses` (see `Task`), and the three methods below.
+    Its `model` has an `encoder`, and was made from it with `options`. A subclass gives both, `name`,
+    `protocol` (the definition of its metrics by name), `dataset`, `inputs`, `counts` and `losses` (see
+    `Task`), and the three methods below.
     """
 
     name: str
     protocol: str
+    options: dict  # of JSON
     has_unused_parameters = True  # such as the last audio block where only image tokens are read
 
     def __init__(self, config: TaskConfig, found: Found):
@@ -105,10 +107,6 @@ class JudgedTask(Task):
     def draw(self, folder: Path, model: nn.Module, inputs: dict[str, Tensor], batch: dict, step: int) -> None:
         """Pictures of the first test clips, as folder/KIND-{step:06d}.png."""
 
-    def metadata(self) -> dict[str, str]:
-        """What is saved with the head that its weights cannot tell."""
-        return {}
-
     def describe(self) -> str:
         config, parameters = self.config, count_parameters(self.model)
         weights = "fresh weights" if config.checkpoint == FRESH else f"the encoder of {config.checkpoint}"
@@ -123,7 +121,7 @@ class JudgedTask(Task):
             return failures
         folder, named = run.config.run, run.found.test_name
         if when == "after":
-            save_model(folder / "model", model, self.metadata())
+            save_model(folder / "model", model, self.options)
         if not rows:
             tqdm.write(f"{when} training: none of the {named} to measure on could be read")
             return failures
@@ -189,14 +187,6 @@ def described(metrics: dict[str, float | int]) -> str:
         f"{name.replace('_', ' ')} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
         for name, value in metrics.items()
     )
-
-
-def save_model(folder: Path, model: nn.Module, metadata: dict[str, str]) -> None:
-    """The encoder, as every program takes it for its --checkpoint, and beside it the head."""
-    model.encoder.save_pretrained(folder)
-    head = {name: t for name, t in model.state_dict().items() if not name.startswith("encoder.")}
-    if head:
-        write_safetensors(folder / "head.safetensors", head, metadata)
 
 
 def write_results(
