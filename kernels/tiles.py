@@ -93,16 +93,18 @@ def on_device_of(tensor):
 
 
 def empty_slots(like, slots):
-    """Room (B, slots, N, H, WIDTH) for results like the tensor (B, H, N, WIDTH): in its dtype where there is
-    one slot, in float32 where several are to be added.
+    """Room for results like the tensor (B, H, N, WIDTH): (B, N, H, WIDTH) in its dtype where there is one
+    slot, (B, slots, N, H, WIDTH) in float32 where several are to be added.
     """
     B, H, N, width = like.shape
-    return like.new_empty((B, slots, N, H, width), dtype=like.dtype if slots == 1 else torch.float32)
+    if slots == 1:
+        return like.new_empty((B, N, H, width))
+    return like.new_empty((B, slots, N, H, width), dtype=torch.float32)
 
 
 def add_slots(results, dtype):
-    """(B, slots, N, H, WIDTH) -> (B, H, N, WIDTH); a view where there is one slot."""
-    total = results[:, 0] if results.shape[1] == 1 else results.sum(1).to(dtype)
+    """(B, N, H, WIDTH) or (B, slots, N, H, WIDTH) -> (B, H, N, WIDTH)"""
+    total = results if results.ndim == 4 else results.sum(1).to(dtype)
     return total.transpose(1, 2)
 
 
