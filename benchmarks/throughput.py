@@ -114,7 +114,7 @@ def main(options: Options) -> dict:
     for mode in options.modes:
         record[mode] = measure_mode(options, mode)
         print_results(options, mode, record[mode])
-    write_record(options.out, record)
+        write_record(options.out, record)  # what is measured is kept, should the rest be interrupted
     return record
 
 
