@@ -39,12 +39,14 @@ from .tiles import (
 
 PROGRAMS = 256  # tokens are split until there are so many: 2 for each multiprocessor of an A100 or H100
 SPLIT_TOKENS = 256  # the fewest tokens that are worth a program of their own
+# Of these, Triton would compile anew for 1 and for multiples of 16, with no load or store to gain by it.
+COUNTS = ["F", "I", "A", "image_mask_stride", "audio_mask_stride"]
 
 
 # --- forward ------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask,
     output, statistics, partial,
@@ -107,7 +109,7 @@ def attend(
     return top, total, weighted
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["F"])
 def merge_kernel(
     statistics, partial, output, H, F,
     V: tl.constexpr, SPLITS: tl.constexpr, BLOCK_F: tl.constexpr,
@@ -130,7 +132,7 @@ def merge_kernel(
 # --- backward -----------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def statistics_kernel(
     query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, output_grad,
     statistics,
@@ -160,7 +162,7 @@ def statistics_kernel(
     store_statistics(statistics, 1, split, b, h, H, queries, F, top, total, weighted, SPLITS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward_kernel(
     query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, output_grad,
     query_grad, image_key_grad, image_value_grad, audio_key_grad, audio_value_grad, statistics,

@@ -277,12 +277,18 @@ def test_output_and_gradients(monkeypatch, case):
 KERNELS = {"forward_kernel", "merge_kernel", "statistics_kernel", "backward_kernel", "bias_kernel"}
 
 
+SCRIPT = Path(__file__).parents[1] / "benchmarks/kernel_resources.py"
+COMPILING = {
+    **os.environ,
+    "TRITON_INTERPRET": "0",
+    "PYTHONPATH": os.pathsep.join(map(str, (SCRIPT.parents[1], SCRIPT.parent))),
+}
+
+
 def assert_no_register_is_spilled(*arguments):
     """Runs benchmarks/kernel_resources.py for 8.0 and 9.0 at once and prints what it prints."""
-    script = Path(__file__).parents[1] / "benchmarks/kernel_resources.py"
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(script.parents[1])}
-    options = dict(env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    commands = [[sys.executable, script, arch, *arguments] for arch in ("80", "90")]
+    options = dict(env=COMPILING, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    commands = [[sys.executable, SCRIPT, arch, *arguments] for arch in ("80", "90")]
     for process in [subprocess.Popen(command, **options) for command in commands]:
         printed, errors = process.communicate(timeout=1800)
         assert process.returncode == 0, errors
@@ -302,6 +308,22 @@ def test_kernels_compile_without_spilling_registers():
 @pytest.mark.slow
 def test_every_variant_compiles_without_spilling_registers():
     assert_no_register_is_spilled()
+
+
+def test_kernels_are_compiled_once_for_all_numbers_of_tokens():
+    code = """
+import torch
+from kernel_resources import attend, compiled
+
+for F, N in (16, 64), (7, 2), (1, 33):  # image tokens; audio tokens are half as many
+    kernels = compiled(90, lambda: attend(torch.bfloat16, 2, F, N, 16, 16, masks=True))
+    print(*(kernel.hash for _, kernel in kernels))
+"""
+    command = [sys.executable, "-c", code]
+    printed = subprocess.run(command, env=COMPILING, capture_output=True, text=True, timeout=600)
+    assert printed.returncode == 0, printed.stderr
+    hashes = [line.split() for line in printed.stdout.splitlines()]
+    assert len(hashes) == 3 and len(set(hashes[0])) == 2 and hashes[0] == hashes[1] == hashes[2]
 
 
 # --- the operator in PyTorch --------------------------------------------------------------------------------
