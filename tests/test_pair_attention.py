@@ -16,9 +16,10 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
+from avfuse.ops import marginals, streaming
 from avfuse.ops import pair_attention as ops
-from avfuse.ops import streaming
 from avfuse.ops.pair_attention import pair_attention, pair_attention_weights, select_backend
 
 INF = math.inf
@@ -274,15 +275,18 @@ def test_a_pair_with_all_the_weight_has_weight_one_and_no_gradient(interaction):
     assert (image_weights[..., 1] == 1).all() and (audio_weights[..., 2] == 1).all()
 
 
+@pytest.mark.parametrize("clips", [1, 3], ids=["shared bias", "own bias"])
 @pytest.mark.parametrize("size", [60.0, 300.0])
-def test_a_bias_may_remove_the_pairs_that_hold_both_maxima(size):
-    """Logits from -size to size, of which only the pairs of the smallest are left."""
-    tensors = make(1, 1, 1, 9, 7, 1, 5, dtype=torch.float32)
-    tensors["query"][:] = 1.0
-    tensors["image_key"][0, 0, :, 0] = torch.linspace(-size, size, 9)
-    tensors["audio_key"][0, 0, :, 0] = torch.linspace(size, -size, 7)
-    logits = tensors["image_key"] + tensors["audio_key"].mT
-    tensors["pair_bias"] = torch.randn(9, 7).masked_fill(logits[0, 0] > -1.1 * size, -INF)
+def test_a_bias_may_remove_the_pairs_that_hold_both_maxima(size, clips):
+    """Logits from -size to size, of which only the pairs of the smallest are left: of one clip in three, and
+    there of one query in two.
+    """
+    tensors = make(3, 2, 8, 9, 7, 1, 5, dtype=torch.float32)
+    tensors["query"][:, :, 0::2], tensors["query"][:, :, 1::2] = 1.0, 0.01
+    tensors["image_key"][1, :, :, 0] = torch.linspace(-size, size, 9)
+    tensors["audio_key"][1, :, :, 0] = torch.linspace(size, -size, 7)
+    logits = tensors["image_key"][1] + tensors["audio_key"][1].mT
+    tensors["pair_bias"] = torch.randn(clips, 2, 9, 7).masked_fill(logits > -1.1 * size, -INF)
     truth = run(tensors, scale=1.0, backend="reference", dtype=torch.float64)
     plain, ours = (run(tensors, scale=1.0, backend=backend) for backend in ("reference", "torch"))
     tolerances = {
@@ -292,11 +296,11 @@ def test_a_bias_may_remove_the_pairs_that_hold_both_maxima(size):
     assert_close(ours, truth, tolerances)
 
     # sums of products of exponentials, each relative to its own maximum, underflow
-    factors = tensors["image_key"], tensors["audio_key"], tensors["pair_bias"]
+    factors = tensors["image_key"][1, 0], tensors["audio_key"][1, 0], tensors["pair_bias"][clips // 2, 0]
     u, w, E = ((x - x.max()).exp() for x in factors)
     image, audio = u * (E @ w), w * (E.mT @ u)
-    naive = (image.mT @ tensors["image_value"] + audio.mT @ tensors["audio_value"]) / image.sum()
-    assert not torch.allclose(naive.double(), truth["output"], atol=0.5)
+    naive = (image.mT @ tensors["image_value"][1] + audio.mT @ tensors["audio_value"][1]) / image.sum()
+    assert not torch.allclose(naive.double(), truth["output"][1, 0], atol=0.5)
 
 
 # --- missing modalities, strides, memory --------------------------------------------------------------------
@@ -358,13 +362,21 @@ def test_any_strides_and_inputs_left_as_they_were(interaction, bias, layout):
 
 
 class Allocations(TorchDispatchMode):
-    """The bytes of every new storage."""
+    """The bytes of every new storage, also within the operators of avfuse."""
+
+    INSIDE = {
+        torch.ops.avfuse.pair_marginals.default: marginals.pair_marginals,
+        torch.ops.avfuse.pair_marginals_backward.default: marginals.pair_marginals_backward,
+    }
 
     def __init__(self):
         super().__init__()
         self.sizes = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in self.INSIDE:
+            with self:
+                return self.INSIDE[function](*args)
         results = function(*args, **(kwargs or {}))
         old, new = (list(filter(torch.is_tensor, tree_leaves(x))) for x in (args, results))
         known = {tensor.untyped_storage().data_ptr() for tensor in old}
@@ -416,11 +428,37 @@ def test_backends(monkeypatch):
 
 
 @pytest.mark.parametrize("interaction", ["additive", "bilinear"])
-def test_shapes_are_told_without_numbers(interaction):
+@pytest.mark.parametrize("bias", [None, (5, 4)], ids=["no bias", "bias"])
+def test_shapes_are_told_without_numbers(interaction, bias):
     """On the "meta" device, which has neither data nor autocast."""
-    tensors = {name: tensor.to("meta") for name, tensor in make().items()}
+    tensors = {name: tensor.to("meta") for name, tensor in make(bias=bias).items()}
     output = pair_attention(**tensors, interaction=interaction)
     assert output.is_meta and output.shape == pair_attention(**make(), interaction=interaction).shape
+
+
+@pytest.mark.parametrize("bias", [(2, 2, 5, 4), (1, 1, 5, 1)], ids=str)
+def test_operators_of_a_pair_bias_are_what_pytorch_expects(bias):
+    image_logits, image_grad = torch.randn(2, 2, 2, 3, 5).unbind()
+    audio_logits, audio_grad = torch.randn(2, 2, 2, 4, 3).mT.unbind()  # not contiguous
+    logits = image_logits, audio_logits, torch.randn(bias)
+    torch.library.opcheck(torch.ops.avfuse.pair_marginals.default, logits)
+    for bias_grad in True, False:
+        inputs = image_grad, audio_grad, *logits, bias_grad
+        torch.library.opcheck(torch.ops.avfuse.pair_marginals_backward.default, inputs)
+
+
+def test_operations_of_a_pair_bias_are_counted():
+    """Logits, two marginals and weighted values; in the backward the marginals once more, two products for
+    the logits, one twice as wide for the bias, and two for each of the four products forward.
+    """
+    tensors = {name: x.requires_grad_() for name, x in make(2, 3, 4, 5, 6, 7, 8, bias=(5, 6)).items()}
+    query, pair, token, width = 2 * 2 * 3 * 4, 5 * 6, 5 + 6, 7 + 8  # a multiply-add is 2
+    with FlopCounterMode(display=False) as counter:
+        output = pair_attention(**tensors)
+    assert counter.get_total_flops() == query * (token * width + 2 * pair)
+    with FlopCounterMode(display=False) as counter:
+        output.sum().backward()
+    assert counter.get_total_flops() == query * (2 * token * width + 6 * pair)
 
 
 @pytest.mark.parametrize("options", [dict(bias=(5, 4)), dict(interaction="bilinear")], ids=str)

@@ -8,8 +8,8 @@ Additive pairs (paper Eq. 4-7) have keys k_i + k_j and values v_i + v_j, so the 
 
 Exact dense interactions are the sum of two cross-attentions that share a query: cost I + A, not I * A.
 With a pair bias b_ij the weights no longer factorize, but additive values still need only the two marginals
-of the joint softmax. Bilinear pairs (keys k_i * k_j, values v_i * v_j) do real work per pair. Both stream
-over chunks.
+of the joint softmax. Bilinear pairs (keys k_i * k_j, values v_i * v_j) do real work per pair. Both go over
+chunks of pairs.
 
 Shapes: B batch, H heads, F fusion tokens (queries), I image tokens, A audio tokens, K and V widths per head.
 """
@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_choice, check_mask, is_number, kind_of, without_autocast
+from .marginals import PairMarginals
 from .registered import PairAttention
-from .streaming import BilinearPairAttention, PairMarginals
+from .streaming import BilinearPairAttention
 
 INTERACTIONS = ("additive", "bilinear")
 BACKENDS = ("triton", "torch", "xformers", "reference")

@@ -1,7 +1,8 @@
 """Pairs whose attention does not factorize, streamed over chunks of tokens: no tensor of all pairs is stored.
 
-`PairMarginals` is additive attention with a pair bias, `BilinearPairAttention` that over products of tokens.
-Shapes as in `pair_attention`; both are called by its torch backend, and work in the dtype they are given.
+`stream_marginals` is for a pair bias too extreme for products of exponentials (marginals.py),
+`BilinearPairAttention` for attention over products of tokens. Shapes as in `pair_attention`; both work in the
+dtype they are given.
 """
 
 import functools
@@ -26,65 +27,59 @@ def once_differentiable(backward):
     return checked
 
 
-class PairMarginals(torch.autograd.Function):
-    """Marginals of P_ij = softmax_ij(s_i + t_j + b_ij), streamed over image tokens.
+def stream_marginals(image_logits, audio_logits, pair_bias):
+    """Marginals of P_ij = softmax_ij(s_i + t_j + b_ij), (B, H, F, I) and (B, H, F, A).
 
-    Exponents are relative to the largest logit of a pair, so the result is exact for any finite logits: a sum
-    of products of exponentials would underflow where the bias removes the pairs that hold the largest
-    s_i and t_j. The gradient of additive values is additive, dP_ij = g_i + h_j, so the backward needs no
-    value-wide product over pairs: dlogit_ij = P_ij (g_i + h_j - delta) with
-    delta = sum_i p_i g_i + sum_j r_j h_j.
+    Exponents are relative to the largest logit of a pair, so the result is exact for any finite logits.
     """
+    rows, columns, _, total = _sums_of_exponentials(image_logits, audio_logits, pair_bias)
+    return rows / total, columns / total
 
-    @staticmethod
-    def forward(ctx, image_logits, audio_logits, pair_bias):
-        chunks = _chunks(image_logits.shape[-1], audio_logits.numel())
-        largest = torch.full_like(audio_logits[..., :1], -math.inf)  # (B, H, F, 1)
-        for i in chunks:
-            logits = _biased_logits(image_logits, audio_logits, pair_bias, i)  # (B, H, F, chunk, A)
-            largest = torch.maximum(largest, logits.amax((-2, -1))[..., None])
-        largest = _finite(largest)
 
-        rows, columns = [], torch.zeros_like(audio_logits)
-        for i in chunks:
-            logits = _biased_logits(image_logits, audio_logits, pair_bias, i)
-            weights = (logits - largest[..., None]).exp_()
-            rows.append(weights.sum(-1))
-            columns += weights.sum(-2)
-        rows = torch.cat(rows, -1)
-        total = _total(rows.sum(-1, keepdim=True))
-        image_weights, audio_weights = rows / total, columns / total
-        inputs = (image_logits, audio_logits, pair_bias)
-        ctx.save_for_backward(*inputs, largest, total, image_weights, audio_weights)
-        return image_weights, audio_weights
+def stream_marginals_backward(image_grad, audio_grad, image_logits, audio_logits, pair_bias, bias_grad):
+    """Gradients of the logits, and of the bias if `bias_grad`.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, image_grad, audio_grad):
-        *inputs, largest, total, image_weights, audio_weights = ctx.saved_tensors
-        image_logits, audio_logits, pair_bias = inputs
-        delta = (image_weights * image_grad).sum(-1, keepdim=True) + (audio_weights * audio_grad).sum(
-            -1, keepdim=True
-        )
-        image_logits_grad, audio_logits_grad = [], torch.zeros_like(audio_logits)
-        bias_grad = torch.zeros_like(pair_bias, dtype=image_logits.dtype) if ctx.needs_input_grad[2] else None
-        for i in _chunks(image_logits.shape[-1], audio_logits.numel()):
-            logits = _biased_logits(image_logits, audio_logits, pair_bias, i)
-            weights = (logits - largest[..., None]).exp_().div_(total[..., None])
-            weights_grad = image_grad[..., i, None] + audio_grad[..., None, :]
-            grad = weights_grad.sub_(delta[..., None]).mul_(weights)
-            image_logits_grad.append(grad.sum(-1))
-            audio_logits_grad += grad.sum(-2)
-            if bias_grad is not None:
-                _add_reduced(bias_grad, i, grad.sum(2))
-        if bias_grad is not None:
-            bias_grad = bias_grad.to(pair_bias.dtype)
-        return torch.cat(image_logits_grad, -1), audio_logits_grad, bias_grad
+    The gradient of additive values is additive, dP_ij = g_i + h_j, so that no value-wide product over pairs
+    is needed: dlogit_ij = P_ij (g_i + h_j - delta) with delta = sum_i p_i g_i + sum_j r_j h_j.
+    """
+    rows, columns, largest, total = _sums_of_exponentials(image_logits, audio_logits, pair_bias)
+    delta = ((rows * image_grad).sum(-1, keepdim=True) + (columns * audio_grad).sum(-1, keepdim=True)) / total
+    grads = [torch.empty_like(rows), torch.zeros_like(columns)]
+    if bias_grad:
+        grads.append(rows.new_zeros(pair_bias.shape))
+    for i in chunks_of(image_logits.shape[-1], audio_logits.numel()):
+        logits = _biased_logits(image_logits, audio_logits, pair_bias, i)
+        weights = (logits - largest[..., None]).exp_().div_(total[..., None])
+        weights_grad = image_grad[..., i, None] + audio_grad[..., None, :]
+        grad = weights_grad.sub_(delta[..., None]).mul_(weights)
+        grads[0][..., i] = grad.sum(-1)
+        grads[1] += grad.sum(-2)
+        if bias_grad:
+            _add_reduced(grads[2], i, grad.sum(2))
+    return [*grads[:2], grads[2].to(pair_bias.dtype)] if bias_grad else grads
+
+
+def _sums_of_exponentials(image_logits, audio_logits, pair_bias):
+    """Of exp(logit - largest) over audio tokens and over image tokens, the largest, and the sum of all."""
+    chunks = chunks_of(image_logits.shape[-1], audio_logits.numel())
+    largest = torch.full_like(audio_logits[..., :1], -math.inf)  # (B, H, F, 1)
+    for i in chunks:
+        logits = _biased_logits(image_logits, audio_logits, pair_bias, i)  # (B, H, F, chunk, A)
+        largest = torch.maximum(largest, logits.amax((-2, -1))[..., None])
+    largest = finite(largest)
+
+    rows, columns = image_logits.new_empty(image_logits.shape), audio_logits.new_zeros(audio_logits.shape)
+    for i in chunks:
+        logits = _biased_logits(image_logits, audio_logits, pair_bias, i)
+        weights = (logits - largest[..., None]).exp_()
+        rows[..., i] = weights.sum(-1)
+        columns += weights.sum(-2)
+    return rows, columns, largest, _total(rows.sum(-1, keepdim=True))
 
 
 def _biased_logits(image_logits, audio_logits, pair_bias, i):
     logits = image_logits[..., i, None] + audio_logits[..., None, :]  # (B, H, F, chunk, A)
-    return logits + _rows(pair_bias, i).to(logits.dtype)[:, :, None]
+    return logits + bias_rows(pair_bias, i).to(logits.dtype)[:, :, None]
 
 
 class BilinearPairAttention(torch.autograd.Function):
@@ -101,16 +96,16 @@ class BilinearPairAttention(torch.autograd.Function):
         largest = query.new_full((*query.shape[:-1], 1), -math.inf)  # (B, H, F, 1)
         total = torch.zeros_like(largest)
         output = query.new_zeros(*query.shape[:-1], long_value.shape[-1])
-        for i in _chunks(short_key.shape[2], _bilinear_row(query, long_key, long_value)):
+        for i in chunks_of(short_key.shape[2], _bilinear_row(query, long_key, long_value)):
             logits, _ = _bilinear_logits(query, short_key, long_key, short_mask, long_mask, pair_bias, i)
             previous, largest = largest, torch.maximum(largest, logits.amax((-2, -1))[..., None])
-            rescale = (previous - _finite(largest)).exp()
-            weights = (logits - _finite(largest)[..., None]).exp_()  # (B, H, F, chunk, long)
+            rescale = (previous - finite(largest)).exp()
+            weights = (logits - finite(largest)[..., None]).exp_()  # (B, H, F, chunk, long)
             attended = _times_each(weights, long_value) * short_value[:, :, None, i]
             total = total * rescale + weights.sum((-2, -1))[..., None]
             output = output * rescale + attended.sum(3)
         total = _total(total)
-        ctx.save_for_backward(*inputs, _finite(largest)[..., None], total[..., None])
+        ctx.save_for_backward(*inputs, finite(largest)[..., None], total[..., None])
         return output / total
 
     @staticmethod
@@ -128,7 +123,7 @@ class BilinearPairAttention(torch.autograd.Function):
             attended_grad = output_grad[:, :, :, None] * short_value[:, :, None, i]  # (B, H, F, chunk, V)
             return rows, weights, attended_grad, _times_each(attended_grad, long_value.mT)
 
-        chunks = _chunks(short_key.shape[2], _bilinear_row(query, long_key, long_value))
+        chunks = chunks_of(short_key.shape[2], _bilinear_row(query, long_key, long_value))
         delta = torch.zeros_like(total)  # (B, H, F, 1, 1)
         for i in chunks:
             at_hand = _, weights, _, weights_grad = recompute(i)
@@ -157,7 +152,7 @@ def _bilinear_logits(query, short_key, long_key, short_mask, long_mask, pair_bia
     rows = query[:, :, :, None] * short_key[:, :, None, i]  # (B, H, F, chunk, K)
     logits = _times_each(rows, long_key.mT)
     if pair_bias is not None:
-        logits = logits + _rows(pair_bias, i).to(logits.dtype)[:, :, None]
+        logits = logits + bias_rows(pair_bias, i).to(logits.dtype)[:, :, None]
     if short_mask is not None:
         logits = logits.masked_fill(~short_mask[:, None, None, i, None], -math.inf)
     if long_mask is not None:
@@ -168,7 +163,7 @@ def _bilinear_logits(query, short_key, long_key, short_mask, long_mask, pair_bia
 # --- chunks and sums ----------------------------------------------------------------------------------------
 
 
-def _finite(largest):
+def finite(largest):
     """The largest of no logits is -inf; 0 in its place makes all weights exp(-inf - 0) = 0 instead of NaN."""
     return largest.masked_fill(largest == -math.inf, 0.0)
 
@@ -178,7 +173,7 @@ def _total(weights_sum):
     return weights_sum.clamp(min=1.0)
 
 
-def _chunks(tokens, row):
+def chunks_of(tokens, row):
     """Slices over `tokens` such that a temporary of `row` elements per token stays within CHUNK."""
     step = max(1, CHUNK // max(1, row))
     return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
@@ -194,11 +189,11 @@ def _times_each(left, right):
     return (left.flatten(2, 3) @ right).unflatten(2, left.shape[2:4])
 
 
-def _rows(pair_bias, i):
+def bias_rows(pair_bias, i):
     return pair_bias if pair_bias.shape[2] == 1 else pair_bias[:, :, i]
 
 
 def _add_reduced(bias_grad, i, grad):
     """Adds a chunk's gradient (B, H, chunk, A) to that of a bias which may be broadcast in any dimension."""
-    target = _rows(bias_grad, i)
+    target = bias_rows(bias_grad, i)
     target += grad.sum_to_size(target.shape)

@@ -1,0 +1,191 @@
+"""Marginals p_i and r_j of softmax_ij(s_i + t_j + b_ij): all that additive values need of a pair bias.
+
+With u = exp(s - max s), w = exp(t - max t), and E = exp(b - max b), which the queries of a head share, they
+are matrix products; no exponential is taken for each query and pair:
+
+    p_i = u_i (E w)_i / Z                            r_j = w_j (E' u)_j / Z,           Z = sum_ij u_i E_ij w_j
+    ds_i = p_i g_i + u_i (E (w h))_i / Z             dt_j = r_j h_j + w_j (E' (u g))_j / Z
+    db_ij = E_ij sum_q (u_i g_i w_j + u_i w_j h_j) / Z
+
+where g and h are the gradients of p and r, less their means sum_i p_i g_i and sum_j r_j h_j.
+
+The products underflow where b removes the pairs that hold the largest s_i and t_j. Each pair loses less than
+the smallest normal number, so that a Z of at least `safe` is right to rounding. The clips with a query below,
+which are rare, are streamed: exponentials of all logits, relative to the largest logit of a pair. So the
+result is exact for any finite logits. Both ways go over chunks of image tokens: of the size of all pairs is
+nothing but the gradient of the bias.
+
+    avfuse::pair_marginals            image and audio logits, bias -> p (B, H, F, I), r (B, H, F, A)
+    avfuse::pair_marginals_backward   gradients of p and r, the same -> gradients
+
+They are operators, since which way a clip goes depends on numbers, which compilers do not have.
+"""
+
+import math
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from .streaming import (
+    bias_rows,
+    chunks_of,
+    finite,
+    once_differentiable,
+    stream_marginals,
+    stream_marginals_backward,
+)
+
+LOGITS = "Tensor image_logits, Tensor audio_logits, Tensor pair_bias"
+for name, schema in {
+    "pair_marginals": f"({LOGITS}) -> (Tensor, Tensor)",
+    "pair_marginals_backward": f"(Tensor image_grad, Tensor audio_grad, {LOGITS}, bool bias_grad)"
+    " -> Tensor[]",
+}.items():
+    torch.library.define(f"avfuse::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+
+
+class PairMarginals(torch.autograd.Function):
+    """Image logits (B, H, F, I), audio logits (B, H, F, A) and a bias that broadcasts to (B, H, I, A) -> the
+    marginals (B, H, F, I) and (B, H, F, A). -inf removes a token or a pair; without any pair they are 0.
+    """
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        ctx.save_for_backward(*inputs)
+        return torch.ops.avfuse.pair_marginals(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, image_grad, audio_grad):
+        bias_grad = ctx.needs_input_grad[2]
+        grads = torch.ops.avfuse.pair_marginals_backward(
+            image_grad, audio_grad, *ctx.saved_tensors, bias_grad
+        )
+        return *grads[:2], grads[2] if bias_grad else None
+
+
+# --- what runs ----------------------------------------------------------------------------------------------
+
+
+def pair_marginals(image_logits, audio_logits, pair_bias):
+    image_logits, audio_logits = image_logits.contiguous(), audio_logits.contiguous()
+    products = Products(image_logits, audio_logits, pair_bias)
+    image_weights, audio_weights = products.image / products.total, products.audio / products.total
+    if (clips := products.lost) is not None:
+        inputs = image_logits[clips], audio_logits[clips], of_clips(pair_bias, clips)
+        image_weights[clips], audio_weights[clips] = stream_marginals(*inputs)
+    return image_weights, audio_weights
+
+
+def pair_marginals_backward(image_grad, audio_grad, image_logits, audio_logits, pair_bias, bias_grad):
+    image_logits, audio_logits = image_logits.contiguous(), audio_logits.contiguous()
+    products = Products(image_logits, audio_logits, pair_bias)
+    image_weights, audio_weights = products.image / products.total, products.audio / products.total
+    g = image_grad - (image_weights * image_grad).sum(-1, keepdim=True)
+    h = audio_grad - (audio_weights * audio_grad).sum(-1, keepdim=True)
+    u, w = products.u / products.total, products.w
+    ug, wh = u * g, w * h
+
+    image_logits_grad, audio_logits_grad = products.of(ug, wh)
+    image_logits_grad.mul_(u).addcmul_(image_weights, g)
+    audio_logits_grad.mul_(w).addcmul_(audio_weights, h)
+    grads = [image_logits_grad, audio_logits_grad]
+    if bias_grad:
+        grads.append(u.new_zeros(pair_bias.shape))
+        kept = "".join(letter for letter, size in zip("bhia", pair_bias.shape, strict=True) if size > 1)
+        left, right = torch.cat([ug, u], 2), torch.cat([w, wh], 2)  # (B, H, 2 F, I) and (B, H, 2 F, A)
+        for i, E in products.chunks():
+            of_pairs = torch.einsum(f"bhfi,bhfa->{kept}", left[..., i], right)
+            bias_rows(grads[2], i).add_(of_pairs.reshape(E.shape).mul_(E))
+    if (clips := products.lost) is not None:
+        inputs = image_logits[clips], audio_logits[clips], of_clips(pair_bias, clips)
+        streamed = stream_marginals_backward(image_grad[clips], audio_grad[clips], *inputs, bias_grad)
+        image_logits_grad[clips], audio_logits_grad[clips] = streamed[:2]
+        if bias_grad:
+            grads[2] = of_clips_added(grads[2], clips, streamed[2])
+    return [*grads[:2], grads[2].to(pair_bias.dtype)] if bias_grad else grads
+
+
+for device, forward, backward in (
+    ("cpu", pair_marginals, pair_marginals_backward),
+    (
+        "cuda",
+        stream_marginals,
+        stream_marginals_backward,
+    ),  # asks the GPU nothing (its kernels are faster anyway)
+):
+    torch.library.impl("avfuse::pair_marginals", device, forward)
+    torch.library.impl("avfuse::pair_marginals_backward", device, backward)
+
+
+class Products:
+    """u and w, (B, H, F, I) and (B, H, F, A); `image` and `audio`, p Z and r Z; `total`, Z (B, H, F, 1), or 1
+    where there is no pair; and the numbers of the clips that are `lost`, if any.
+    """
+
+    def __init__(self, image_logits, audio_logits, pair_bias):
+        image_top, audio_top = image_logits.amax(-1, keepdim=True), audio_logits.amax(-1, keepdim=True)
+        self.bias, self.bias_top = pair_bias, pair_bias.amax((-2, -1), keepdim=True)
+        self.u, self.w = (image_logits - finite(image_top)).exp_(), (audio_logits - finite(audio_top)).exp_()
+        image, audio = self.of(self.u, self.w)
+        self.image, self.audio = image.mul_(self.u), audio.mul_(self.w)
+        self.total = self.image.sum(-1, keepdim=True)
+
+        numbers = torch.finfo(self.total.dtype)
+        safe = numbers.tiny / numbers.eps * 2**27
+        some = (image_top > -math.inf) & (audio_top > -math.inf) & (self.bias_top > -math.inf)
+        lost = ((self.total < safe) & some).flatten(1).any(1)
+        self.lost = lost.nonzero().flatten() if lost.any() else None
+        if self.lost is not None:
+            self.u[self.lost] = self.total[self.lost] = 0  # they add nothing to the gradient of a shared bias
+        self.total.masked_fill_(self.total == 0, 1)
+
+    def of(self, u, w):
+        """(E w)_i and (E' u)_j for these u and w."""
+        image, audio = torch.empty_like(self.u), torch.zeros_like(self.w)
+        for i, E in self.chunks():  # einsum does not expand what broadcasts
+            image[..., i] = torch.einsum("bhfa,bhia->bhfi", w, E)
+            audio += torch.einsum("bhfi,bhia->bhfa", u[..., i], E)
+        return image, audio
+
+    def chunks(self):
+        """Slices i of the image tokens, and their E (B or 1, H or 1, i or 1, A or 1)."""
+        I, row = self.bias.shape[2], self.bias[:, :, 0].numel()
+        for i in chunks_of(I, row) if I > 1 else [slice(None)]:
+            yield i, (bias_rows(self.bias, i).to(self.u.dtype) - finite(self.bias_top)).exp_()
+
+
+def of_clips(pair_bias, clips):
+    return pair_bias if pair_bias.shape[0] == 1 else pair_bias[clips]
+
+
+def of_clips_added(total, clips, grad):
+    return total + grad if total.shape[0] == 1 else total.index_add(0, clips, grad)
+
+
+# --- what is known without running --------------------------------------------------------------------------
+
+
+@torch.library.register_fake("avfuse::pair_marginals")
+def _(image_logits, audio_logits, pair_bias):
+    return image_logits.new_empty(image_logits.shape), audio_logits.new_empty(audio_logits.shape)
+
+
+@torch.library.register_fake("avfuse::pair_marginals_backward")
+def _(image_grad, audio_grad, image_logits, audio_logits, pair_bias, bias_grad):
+    like = (image_logits, audio_logits, pair_bias)[: 2 + bias_grad]
+    return [tensor.new_empty(tensor.shape) for tensor in like]
+
+
+@register_flop_formula(torch.ops.avfuse.pair_marginals)
+def _(image_logits, audio_logits, *_, **__) -> int:
+    """Two products with E."""
+    B, H, F, I = image_logits
+    return 2 * B * H * F * 2 * I * audio_logits[3]
+
+
+@register_flop_formula(torch.ops.avfuse.pair_marginals_backward)
+def _(image_grad, audio_grad, image_logits, audio_logits, pair_bias, bias_grad, **_) -> int:
+    """The same two and two more, and that of the bias, twice as wide."""
+    B, H, F, I = image_logits
+    return 2 * B * H * F * (4 + 2 * bias_grad) * I * audio_logits[3]
