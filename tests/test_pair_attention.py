@@ -275,6 +275,23 @@ def test_a_pair_with_all_the_weight_has_weight_one_and_no_gradient(interaction):
     assert (image_weights[..., 1] == 1).all() and (audio_weights[..., 2] == 1).all()
 
 
+def test_a_pair_that_alone_is_left_has_weight_one_and_no_gradient():
+    tensors = make(4, 4, 4, 5, 4, 3, 2, bias=(5, 4), dtype=torch.float32)
+    tensors["pair_bias"].masked_fill_(torch.arange(20).view(5, 4) != 6, -INF)
+    results = run(tensors)
+    for name in "query", "image_key", "audio_key", "pair_bias":
+        assert not results[name].any(), name
+
+
+def test_a_bias_that_is_the_same_for_all_pairs_changes_nothing():
+    """However large: it is not added to logits that it would round away."""
+    tensors = make(bias=(5, 4), dtype=torch.float32)
+    without = run({name: tensor for name, tensor in tensors.items() if name != "pair_bias"})
+    for size in 1e4, -1e30:
+        same = run(tensors | dict(pair_bias=torch.full((5, 4), size)))
+        assert_close(same, without, {name: 1e-6 * tensor.abs().max() for name, tensor in without.items()})
+
+
 @pytest.mark.parametrize("clips", [1, 3], ids=["shared bias", "own bias"])
 @pytest.mark.parametrize("size", [60.0, 300.0])
 def test_a_bias_may_remove_the_pairs_that_hold_both_maxima(size, clips):

@@ -70,7 +70,7 @@ class PairMarginals(torch.autograd.Function):
 def pair_marginals(image_logits, audio_logits, pair_bias):
     image_logits, audio_logits = image_logits.contiguous(), audio_logits.contiguous()
     products = Products(image_logits, audio_logits, pair_bias)
-    image_weights, audio_weights = products.image / products.total, products.audio / products.total
+    image_weights, audio_weights = products.p, products.r
     if (clips := products.lost) is not None:
         inputs = image_logits[clips], audio_logits[clips], of_clips(pair_bias, clips)
         image_weights[clips], audio_weights[clips] = stream_marginals(*inputs)
@@ -80,15 +80,14 @@ def pair_marginals(image_logits, audio_logits, pair_bias):
 def pair_marginals_backward(image_grad, audio_grad, image_logits, audio_logits, pair_bias, bias_grad):
     image_logits, audio_logits = image_logits.contiguous(), audio_logits.contiguous()
     products = Products(image_logits, audio_logits, pair_bias)
-    image_weights, audio_weights = products.image / products.total, products.audio / products.total
-    g = image_grad - (image_weights * image_grad).sum(-1, keepdim=True)
-    h = audio_grad - (audio_weights * audio_grad).sum(-1, keepdim=True)
-    u, w = products.u / products.total, products.w
+    p, r, u, w = products.p, products.r, products.u / products.total, products.w
+    g = image_grad - (p * image_grad).sum(-1, keepdim=True)
+    h = audio_grad - (r * audio_grad).sum(-1, keepdim=True)
     ug, wh = u * g, w * h
 
     image_logits_grad, audio_logits_grad = products.of(ug, wh)
-    image_logits_grad.mul_(u).addcmul_(image_weights, g)
-    audio_logits_grad.mul_(w).addcmul_(audio_weights, h)
+    image_logits_grad.mul_(u).addcmul_(p, g)
+    audio_logits_grad.mul_(w).addcmul_(r, h)
     grads = [image_logits_grad, audio_logits_grad]
     if bias_grad:
         grads.append(u.new_zeros(pair_bias.shape))
@@ -119,8 +118,8 @@ for device, forward, backward in (
 
 
 class Products:
-    """u and w, (B, H, F, I) and (B, H, F, A); `image` and `audio`, p Z and r Z; `total`, Z (B, H, F, 1), or 1
-    where there is no pair; and the numbers of the clips that are `lost`, if any.
+    """u and p (B, H, F, I), w and r (B, H, F, A), their Z as `total` (B, H, F, 1), or 1 where there is no pair;
+    and the numbers of the clips that are `lost`, if any.
     """
 
     def __init__(self, image_logits, audio_logits, pair_bias):
@@ -128,17 +127,22 @@ class Products:
         self.bias, self.bias_top = pair_bias, pair_bias.amax((-2, -1), keepdim=True)
         self.u, self.w = (image_logits - finite(image_top)).exp_(), (audio_logits - finite(audio_top)).exp_()
         image, audio = self.of(self.u, self.w)
-        self.image, self.audio = image.mul_(self.u), audio.mul_(self.w)
-        self.total = self.image.sum(-1, keepdim=True)
+        image, audio = image.mul_(self.u), audio.mul_(self.w)
+        image_total, audio_total = image.sum(-1, keepdim=True), audio.sum(-1, keepdim=True)
 
-        numbers = torch.finfo(self.total.dtype)
+        numbers = torch.finfo(image_total.dtype)
         safe = numbers.tiny / numbers.eps * 2**27
         some = (image_top > -math.inf) & (audio_top > -math.inf) & (self.bias_top > -math.inf)
-        lost = ((self.total < safe) & some).flatten(1).any(1)
+        lost = ((image_total < safe) & some).flatten(1).any(1)
         self.lost = lost.nonzero().flatten() if lost.any() else None
         if self.lost is not None:
-            self.u[self.lost] = self.total[self.lost] = 0  # they add nothing to the gradient of a shared bias
-        self.total.masked_fill_(self.total == 0, 1)
+            self.u[self.lost] = 0  # adds nothing to the gradient of a shared bias
+
+        self.total = nonzero(image_total)
+        self.p = image / self.total
+        self.r = audio / nonzero(
+            audio_total
+        )  # the same Z, but rounded as what it divides: a single pair has r = 1
 
     def of(self, u, w):
         """(E w)_i and (E' u)_j for these u and w."""
@@ -153,6 +157,10 @@ class Products:
         I, row = self.bias.shape[2], self.bias[:, :, 0].numel()
         for i in chunks_of(I, row) if I > 1 else [slice(None)]:
             yield i, (bias_rows(self.bias, i).to(self.u.dtype) - finite(self.bias_top)).exp_()
+
+
+def nonzero(total):
+    return total.masked_fill(total == 0, 1)
 
 
 def of_clips(pair_bias, clips):
