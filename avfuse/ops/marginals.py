@@ -70,11 +70,11 @@ class PairMarginals(torch.autograd.Function):
 def pair_marginals(image_logits, audio_logits, pair_bias):
     image_logits, audio_logits = image_logits.contiguous(), audio_logits.contiguous()
     products = Products(image_logits, audio_logits, pair_bias)
-    image_weights, audio_weights = products.p, products.r
+    p, r = products.p, products.r
     if (clips := products.lost) is not None:
         inputs = image_logits[clips], audio_logits[clips], of_clips(pair_bias, clips)
-        image_weights[clips], audio_weights[clips] = stream_marginals(*inputs)
-    return image_weights, audio_weights
+        p[clips], r[clips] = stream_marginals(*inputs)
+    return p, r
 
 
 def pair_marginals_backward(image_grad, audio_grad, image_logits, audio_logits, pair_bias, bias_grad):
@@ -105,21 +105,17 @@ def pair_marginals_backward(image_grad, audio_grad, image_logits, audio_logits, 
     return [*grads[:2], grads[2].to(pair_bias.dtype)] if bias_grad else grads
 
 
-for device, forward, backward in (
-    ("cpu", pair_marginals, pair_marginals_backward),
-    (
-        "cuda",
-        stream_marginals,
-        stream_marginals_backward,
-    ),  # asks the GPU nothing (its kernels are faster anyway)
-):
-    torch.library.impl("avfuse::pair_marginals", device, forward)
-    torch.library.impl("avfuse::pair_marginals_backward", device, backward)
+for device, ways in {
+    "cpu": (pair_marginals, pair_marginals_backward),
+    "cuda": (stream_marginals, stream_marginals_backward),  # never waits for a number from the GPU
+}.items():
+    torch.library.impl("avfuse::pair_marginals", device, ways[0])
+    torch.library.impl("avfuse::pair_marginals_backward", device, ways[1])
 
 
 class Products:
-    """u and p (B, H, F, I), w and r (B, H, F, A), their Z as `total` (B, H, F, 1), or 1 where there is no pair;
-    and the numbers of the clips that are `lost`, if any.
+    """u and p (B, H, F, I), w and r (B, H, F, A); Z as `total` (B, H, F, 1), or 1 where there is no pair; and
+    the numbers of the clips that are `lost`, if any.
     """
 
     def __init__(self, image_logits, audio_logits, pair_bias):
@@ -138,11 +134,9 @@ class Products:
         if self.lost is not None:
             self.u[self.lost] = 0  # adds nothing to the gradient of a shared bias
 
+        # Both totals are Z. Each is rounded as what it divides, so that a single pair has p = r = 1.
         self.total = nonzero(image_total)
-        self.p = image / self.total
-        self.r = audio / nonzero(
-            audio_total
-        )  # the same Z, but rounded as what it divides: a single pair has r = 1
+        self.p, self.r = image / self.total, audio / nonzero(audio_total)
 
     def of(self, u, w):
         """(E w)_i and (E' u)_j for these u and w."""
