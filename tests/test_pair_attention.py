@@ -276,9 +276,10 @@ def test_a_pair_with_all_the_weight_has_weight_one_and_no_gradient(interaction):
 
 
 def test_a_pair_that_alone_is_left_has_weight_one_and_no_gradient():
-    tensors = make(4, 4, 4, 5, 4, 3, 2, bias=(5, 4), dtype=torch.float32)
-    tensors["pair_bias"].masked_fill_(torch.arange(20).view(5, 4) != 6, -INF)
-    results = run(tensors)
+    tensors = make(4, 4, 4, 5, 4, 3, 2, bias=(4, 4, 5, 4), dtype=torch.float32)
+    tensors["pair_bias"][:, :, :2, :2] = tensors["pair_bias"][:, :, 0, 2] = -INF  # leaves the pair 1, 2
+    masks = dict(image_mask=torch.arange(5).expand(4, -1) < 2, audio_mask=torch.arange(4).expand(4, -1) < 3)
+    results = run(tensors, **masks)
     for name in "query", "image_key", "audio_key", "pair_bias":
         assert not results[name].any(), name
 
