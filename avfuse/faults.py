@@ -58,9 +58,8 @@ def memory_advice(micro_batch: int, *, checkpointing: bool, precision: str):
         lacking = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if not lacking and "can't allocate memory" not in str(error):  # as PyTorch says it of CPUs
             raise
-        advice = (
-            [f"--micro-batch {micro_batch // 2} (the same step in smaller parts)"] if micro_batch > 1 else []
-        )
+        smaller = f"--micro-batch {micro_batch // 2} (the same step in smaller parts)"
+        advice = [smaller] if micro_batch > 1 else []
         advice += [] if checkpointing else ["--grad-checkpointing (same losses, more time)"]
         advice += ["--precision bf16"] if precision == "no" else []
         advice = ", ".join(advice or ["a smaller --model"])

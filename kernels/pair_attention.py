@@ -39,7 +39,7 @@ from .tiles import (
 
 PROGRAMS = 256  # tokens are split until there are so many: 2 for each multiprocessor of an A100 or H100
 SPLIT_TOKENS = 256  # the fewest tokens that are worth a program of their own
-# Of these, Triton would compile anew for 1 and for multiples of 16, with no load or store to gain by it.
+# Triton would compile anew where one of these is 1 or a multiple of 16; no load or store gains by it.
 COUNTS = ["F", "I", "A", "image_mask_stride", "audio_mask_stride"]
 
 

@@ -7,13 +7,14 @@ are matrix products; no exponential is taken for each query and pair:
     ds_i = p_i g_i + u_i (E (w h))_i / Z             dt_j = r_j h_j + w_j (E' (u g))_j / Z
     db_ij = E_ij sum_q (u_i g_i w_j + u_i w_j h_j) / Z
 
-where g and h are the gradients of p and r, less their means sum_i p_i g_i and sum_j r_j h_j.
+where g and h are the gradients of p and r, less their means sum_i p_i g_i and sum_j r_j h_j. E' is E
+transposed; all but b and E belong to one query, over which sum_q goes.
 
 The products underflow where b removes the pairs that hold the largest s_i and t_j. Each pair loses less than
-the smallest normal number, so that a Z of at least `safe` is right to rounding. The clips with a query below,
-which are rare, are streamed: exponentials of all logits, relative to the largest logit of a pair. So the
-result is exact for any finite logits. Both ways go over chunks of image tokens: of the size of all pairs is
-nothing but the gradient of the bias.
+the smallest normal number, so that a Z of at least `safe_sum` is right to rounding. The clips with a query
+below, which are rare, are streamed: exponentials of all logits, relative to the largest logit of a pair. So
+the result is exact for any finite logits. Both ways go over chunks of image tokens: of the size of all pairs
+is nothing but the gradient of the bias, and a copy of what clips that are streamed have as their own bias.
 
     avfuse::pair_marginals            image and audio logits, bias -> p (B, H, F, I), r (B, H, F, A)
     avfuse::pair_marginals_backward   gradients of p and r, the same -> gradients
@@ -68,24 +69,22 @@ class PairMarginals(torch.autograd.Function):
 
 
 def pair_marginals(image_logits, audio_logits, pair_bias):
-    image_logits, audio_logits = image_logits.contiguous(), audio_logits.contiguous()
     products = Products(image_logits, audio_logits, pair_bias)
     p, r = products.p, products.r
     if (clips := products.lost) is not None:
-        inputs = image_logits[clips], audio_logits[clips], of_clips(pair_bias, clips)
-        p[clips], r[clips] = stream_marginals(*inputs)
+        own_bias = bias_of(clips, pair_bias)
+        p[clips], r[clips] = stream_marginals(image_logits[clips], audio_logits[clips], own_bias)
     return p, r
 
 
 def pair_marginals_backward(image_grad, audio_grad, image_logits, audio_logits, pair_bias, bias_grad):
-    image_logits, audio_logits = image_logits.contiguous(), audio_logits.contiguous()
     products = Products(image_logits, audio_logits, pair_bias)
     p, r, u, w = products.p, products.r, products.u / products.total, products.w
     g = image_grad - (p * image_grad).sum(-1, keepdim=True)
     h = audio_grad - (r * audio_grad).sum(-1, keepdim=True)
     ug, wh = u * g, w * h
 
-    image_logits_grad, audio_logits_grad = products.of(ug, wh)
+    image_logits_grad, audio_logits_grad = products.with_bias(ug, wh)
     image_logits_grad.mul_(u).addcmul_(p, g)
     audio_logits_grad.mul_(w).addcmul_(r, h)
     grads = [image_logits_grad, audio_logits_grad]
@@ -97,20 +96,21 @@ def pair_marginals_backward(image_grad, audio_grad, image_logits, audio_logits, 
             of_pairs = torch.einsum(f"bhfi,bhfa->{kept}", left[..., i], right)
             bias_rows(grads[2], i).add_(of_pairs.reshape(E.shape).mul_(E))
     if (clips := products.lost) is not None:
-        inputs = image_logits[clips], audio_logits[clips], of_clips(pair_bias, clips)
-        streamed = stream_marginals_backward(image_grad[clips], audio_grad[clips], *inputs, bias_grad)
+        own = (x[clips] for x in (image_grad, audio_grad, image_logits, audio_logits))
+        streamed = stream_marginals_backward(*own, bias_of(clips, pair_bias), bias_grad)
         image_logits_grad[clips], audio_logits_grad[clips] = streamed[:2]
-        if bias_grad:
-            grads[2] = of_clips_added(grads[2], clips, streamed[2])
+        if bias_grad and pair_bias.shape[0] == 1:
+            grads[2] += streamed[2]
+        elif bias_grad:
+            grads[2][clips] = streamed[2]
     return [*grads[:2], grads[2].to(pair_bias.dtype)] if bias_grad else grads
 
 
-for device, ways in {
-    "cpu": (pair_marginals, pair_marginals_backward),
-    "cuda": (stream_marginals, stream_marginals_backward),  # never waits for a number from the GPU
-}.items():
-    torch.library.impl("avfuse::pair_marginals", device, ways[0])
-    torch.library.impl("avfuse::pair_marginals_backward", device, ways[1])
+torch.library.impl("avfuse::pair_marginals", "cpu", pair_marginals)
+torch.library.impl("avfuse::pair_marginals_backward", "cpu", pair_marginals_backward)
+# On a GPU, looking for lost clips would wait for it. Its Triton kernels do all but float64 and wide heads.
+torch.library.impl("avfuse::pair_marginals", "cuda", stream_marginals)
+torch.library.impl("avfuse::pair_marginals_backward", "cuda", stream_marginals_backward)
 
 
 class Products:
@@ -119,27 +119,26 @@ class Products:
     """
 
     def __init__(self, image_logits, audio_logits, pair_bias):
+        image_logits, audio_logits = image_logits.contiguous(), audio_logits.contiguous()
         image_top, audio_top = image_logits.amax(-1, keepdim=True), audio_logits.amax(-1, keepdim=True)
         self.bias, self.bias_top = pair_bias, pair_bias.amax((-2, -1), keepdim=True)
         self.u, self.w = (image_logits - finite(image_top)).exp_(), (audio_logits - finite(audio_top)).exp_()
-        image, audio = self.of(self.u, self.w)
+        image, audio = self.with_bias(self.u, self.w)
         image, audio = image.mul_(self.u), audio.mul_(self.w)
         image_total, audio_total = image.sum(-1, keepdim=True), audio.sum(-1, keepdim=True)
 
-        numbers = torch.finfo(image_total.dtype)
-        safe = numbers.tiny / numbers.eps * 2**27
-        some = (image_top > -math.inf) & (audio_top > -math.inf) & (self.bias_top > -math.inf)
-        lost = ((image_total < safe) & some).flatten(1).any(1)
+        has_pairs = (image_top > -math.inf) & (audio_top > -math.inf) & (self.bias_top > -math.inf)
+        lost = (has_pairs & (image_total < safe_sum(image_total.dtype))).flatten(1).any(1)
         self.lost = lost.nonzero().flatten() if lost.any() else None
         if self.lost is not None:
-            self.u[self.lost] = 0  # adds nothing to the gradient of a shared bias
+            self.u[self.lost] = 0  # else what they add to the gradient of a shared bias would be added twice
 
         # Both totals are Z. Each is rounded as what it divides, so that a single pair has p = r = 1.
         self.total = nonzero(image_total)
         self.p, self.r = image / self.total, audio / nonzero(audio_total)
 
-    def of(self, u, w):
-        """(E w)_i and (E' u)_j for these u and w."""
+    def with_bias(self, u, w):
+        """(E w)_i and (E' u)_j for these u and w, (B, H, F, I) and (B, H, F, A)."""
         image, audio = torch.empty_like(self.u), torch.zeros_like(self.w)
         for i, E in self.chunks():  # einsum does not expand what broadcasts
             image[..., i] = torch.einsum("bhfa,bhia->bhfi", w, E)
@@ -148,21 +147,23 @@ class Products:
 
     def chunks(self):
         """Slices i of the image tokens, and their E (B or 1, H or 1, i or 1, A or 1)."""
-        I, row = self.bias.shape[2], self.bias[:, :, 0].numel()
-        for i in chunks_of(I, row) if I > 1 else [slice(None)]:
+        rows, row = self.bias.shape[2], self.bias[:, :, 0].numel()
+        for i in [slice(None)] if rows == 1 else chunks_of(rows, row):  # one row is that of all image tokens
             yield i, (bias_rows(self.bias, i).to(self.u.dtype) - finite(self.bias_top)).exp_()
+
+
+def safe_sum(dtype):
+    """2**27 pairs (of the size of all) that each lose the smallest normal number lose a rounding of this."""
+    numbers = torch.finfo(dtype)
+    return numbers.tiny / numbers.eps * 2**27
 
 
 def nonzero(total):
     return total.masked_fill(total == 0, 1)
 
 
-def of_clips(pair_bias, clips):
+def bias_of(clips, pair_bias):
     return pair_bias if pair_bias.shape[0] == 1 else pair_bias[clips]
-
-
-def of_clips_added(total, clips, grad):
-    return total + grad if total.shape[0] == 1 else total.index_add(0, clips, grad)
 
 
 # --- what is known without running --------------------------------------------------------------------------

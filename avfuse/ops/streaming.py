@@ -1,6 +1,6 @@
 """Pairs whose attention does not factorize, streamed over chunks of tokens: no tensor of all pairs is stored.
 
-`stream_marginals` is for a pair bias too extreme for products of exponentials (marginals.py),
+`stream_marginals` is for a pair bias where marginals.py cannot use products of exponentials,
 `BilinearPairAttention` for attention over products of tokens. Shapes as in `pair_attention`; both work in the
 dtype they are given.
 """

@@ -37,7 +37,7 @@ AT_ONCE = 1024  # queries: of a large set, the cosines of all pairs would not fi
 class RetrieveConfig:
     """Nearest neighbours among the test clips by image, audio, fusion tokens and their sum (paper Fig. 3).
 
-    Nothing is trained, and one process does it.
+    It trains nothing, and runs in one process.
 
     Without arguments it takes the encoder of runs/demo, if `python -m avfuse.train` has left one there, and
     the embedded data set, Sounding Shapes.

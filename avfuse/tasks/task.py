@@ -84,7 +84,7 @@ class JudgedTask(Task):
 
     name: str
     protocol: str
-    options: dict  # of JSON
+    options: dict  # goes into JSON
     has_unused_parameters = True  # such as the last audio block where only image tokens are read
 
     def __init__(self, config: TaskConfig, found: Found):
