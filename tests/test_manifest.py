@@ -20,7 +20,7 @@ from avfuse.data.check import JOURNAL, MISSING, REPORT, check
 from avfuse.data.clips import ClipDataset, Failure
 from avfuse.data.splits import find_data
 from avfuse.inputs import InputSettings
-from avfuse.run_folder import describe_data
+from avfuse.training.run_folder import describe_data
 
 SETTINGS = InputSettings(image_size=32, audio_seconds=1.0, mel_bins=32)
 QUIET = dict(progress=False, workers=0)

@@ -15,7 +15,6 @@ from avfuse.data.clips import Failure, collate
 from avfuse.data.scenes import SHAPE_CLASSES
 from avfuse.data.splits import Found
 from avfuse.inputs import InputSettings
-from avfuse.loop import program
 from avfuse.presets import create_encoder
 from avfuse.pretrained import load_model
 from avfuse.tasks.localize import model_inputs
@@ -32,7 +31,8 @@ from avfuse.tasks.segment import (
     highest_of_mean,
     mean_of_highest,
 )
-from avfuse.tasks.task import weights_hash
+from avfuse.training.judge import weights_hash
+from avfuse.training.loop import program
 
 INPUTS = InputSettings(image_size=64, mel_bins=32, hop=750)  # 16 + 8 tokens
 

@@ -18,11 +18,11 @@ from torch.nn.functional import normalize
 from ..data.clips import Clip, ClipDataset, Failure, printable
 from ..encoder import AVEncoder
 from ..features import FEATURES, extract
-from ..pictures import BLUE, rgb, save, show_sound
-from ..report import write_report
-from ..run_folder import replace_text
+from ..training.judge import TaskConfig, described, starting_encoder, write_results
+from ..training.pictures import BLUE, rgb, save, show_sound
+from ..training.report import write_report
+from ..training.run_folder import replace_text
 from .classify import find_labelled
-from .task import TaskConfig, described, starting_encoder, write_results
 
 PROTOCOL = (
     "mean-pooled tokens compared by cosine; neighbours among the other test clips; sum = the three cosines "

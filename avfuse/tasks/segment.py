@@ -28,11 +28,11 @@ from ..data.scenes import (
 )
 from ..data.splits import DEMO, Found
 from ..encoder import AVEncoder
-from ..loop import program
-from ..pictures import rgb, save, show_sound
+from ..training.judge import JudgedTask, TaskConfig, starting_encoder
+from ..training.loop import program
+from ..training.pictures import rgb, save, show_sound
 from ..vit import presence_mask, split_prefix
 from .localize import model_inputs, outline, scene_inputs
-from .task import JudgedTask, TaskConfig, starting_encoder
 
 SIZE = 224  # pixels at which the protocols compare
 BETA_SQUARED = 0.3  # of the F score: precision counts for more than recall

@@ -15,13 +15,13 @@ from tqdm import tqdm
 from ..data.clips import Failure
 from ..data.splits import Found
 from ..encoder import AVEncoder
-from ..loop import Run, Task, evaluation_batches
 from ..presets import create_encoder
 from ..pretrained import load_encoder, load_strictly, parameter_groups, save_model
-from ..recipes import count_parameters
-from ..report import write_report
-from ..run_folder import replace_text
-from ..settings import LoopConfig
+from .loop import Run, Task, evaluation_batches
+from .recipes import count_parameters
+from .report import write_report
+from .run_folder import replace_text
+from .settings import LoopConfig
 
 DEMO_RUN = Path("runs/demo")
 FRESH = "none"

@@ -13,8 +13,8 @@ from typing import IO
 import torch
 from tqdm import tqdm
 
-from .data.clips import Clip, Failure, printable
-from .data.decode import ClipError
+from ..data.clips import Clip, Failure, printable
+from ..data.decode import ClipError
 from .faults import RunError
 from .settings import FREE, option
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .pretrained import write_safetensors
+from ..pretrained import write_safetensors
 
 LARGEST = 10  # modules that a report names
 
