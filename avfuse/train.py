@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .data.clips import ClipDataset, printable
-from .data.splits import Found
+from .data.find import Found
 from .mae import AVMAE
 from .training.evaluate import INPUTS, describe_measures, flat, measures
 from .training.loop import Run, Task, evaluation_batches, program, set_up, train

@@ -14,7 +14,7 @@ from videos import write_video
 from avfuse import InputSettings, create_encoder
 from avfuse.data.clips import Clip, ClipDataset
 from avfuse.data.decode import Part
-from avfuse.data.splits import Found
+from avfuse.data.find import Found
 from avfuse.features import FEATURES
 from avfuse.pretrained import load_model, save_model
 from avfuse.tasks.classifier import Classifier, load_classifier

@@ -11,7 +11,7 @@ from sklearn.metrics import auc
 
 from avfuse.data import sounding_shapes
 from avfuse.data.clips import Failure, collate
-from avfuse.data.splits import Found
+from avfuse.data.find import Found
 from avfuse.inputs import InputSettings
 from avfuse.presets import create_encoder
 from avfuse.pretrained import load_model

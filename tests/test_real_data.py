@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 from trees import audioset, plant, vggsound, videos, write_list
 
-from avfuse.data import music as reader
+from avfuse.data.sets import music as reader
 from avfuse.tasks.classify import Classification, ClassifyConfig, find_labelled
 from avfuse.tasks.separate import SeparateConfig, Separation, find_pairs
 from avfuse.train import main

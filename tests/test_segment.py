@@ -12,8 +12,8 @@ from torchmetrics.functional import jaccard_index
 
 from avfuse.data import sounding_shapes
 from avfuse.data.clips import Failure, collate
+from avfuse.data.find import Found
 from avfuse.data.scenes import SHAPE_CLASSES
-from avfuse.data.splits import Found
 from avfuse.inputs import InputSettings
 from avfuse.presets import create_encoder
 from avfuse.pretrained import load_model

@@ -14,7 +14,7 @@ from videos import write_video
 from avfuse import create_encoder
 from avfuse.data import sounding_shapes
 from avfuse.data.clips import Clip, Failure, collate
-from avfuse.data.splits import Found
+from avfuse.data.find import Found
 from avfuse.data.table import ClipTable
 from avfuse.inputs import InputSettings
 from avfuse.presets import SMALL_INPUTS

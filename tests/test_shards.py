@@ -19,8 +19,8 @@ from avfuse.data import manifest, shards
 from avfuse.data.check import check
 from avfuse.data.clips import ClipDataset, ClipLoader, ClipSampler, Failure
 from avfuse.data.decode import ClipError, ClipReader, Part
+from avfuse.data.find import find_data
 from avfuse.data.shards import shard
-from avfuse.data.splits import find_data
 from avfuse.inputs import InputSettings
 from avfuse.training.run_folder import read_rows
 

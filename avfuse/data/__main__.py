@@ -8,8 +8,8 @@ import tyro
 
 from .check import check
 from .clips import printable
+from .find import DataSet
 from .shards import shard
-from .splits import DataSet
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from . import manifest
-from .annotations import Listing, describe_coverage
 from .clips import MEMORY, printable
 from .decode import ClipError
+from .find import list_data
+from .listing import Listing, describe_coverage
 from .manifest import Entry, Header
-from .splits import list_data
 from .table import Clip
 from .workers import WorkerFailure, WorkerPool
 

@@ -23,7 +23,7 @@ from ..inputs import InputSettings
 from . import sounding_shapes
 from .clips import Clip, ClipDataset, Failure, _generator
 from .decode import MAX_PIXELS, ClipError, ClipReader
-from .splits import Found
+from .find import Found
 from .transforms import EVALUATION_RESIZE, cropped_image, evaluation_image, random_gain, random_view
 
 FRAMES = ("whole", "central")

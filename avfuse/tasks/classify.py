@@ -19,7 +19,7 @@ from torchmetrics.functional.classification import binary_auroc, binary_average_
 
 from ..checks import check_count, check_rate
 from ..data.clips import Clip, ClipDataset, printable
-from ..data.splits import SPLITS, Found, find_data
+from ..data.find import SPLITS, Found, find_data
 from ..features import FEATURES
 from ..training.judge import JudgedTask, TaskConfig, starting_encoder
 from ..training.loop import program

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ..data.clips import Clip, ClipDataset, Failure
-from ..data.splits import Found, find_data
+from ..data.find import Found, find_data
 from ..data.transforms import evaluation_image, random_gain
 from ..inputs import InputSettings
 from ..training.judge import JudgedTask, TaskConfig, starting_encoder

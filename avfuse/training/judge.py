@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data.clips import Failure
-from ..data.splits import Found
+from ..data.find import Found
 from ..encoder import AVEncoder
 from ..presets import create_encoder
 from ..pretrained import load_encoder, load_strictly, parameter_groups, save_model

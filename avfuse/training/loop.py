@@ -37,7 +37,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..data.clips import Clip, ClipLoader, ClipSampler, Failure, printable
-from ..data.splits import Found, find_data
+from ..data.find import Found, find_data
 from .checkpoints import load_checkpoint, save_checkpoint
 from .faults import RunError, Signals, examine, memory_advice, write_fault
 from .run_folder import MetricsFile, Quarantine, TooManyUnreadable, begin_run, check_run, describe_data
