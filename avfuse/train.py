@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .data.clips import ClipDataset, printable
+from .data.clips import ClipDataset
 from .data.find import Found
+from .files import printable
 from .mae import AVMAE
 from .training.evaluate import INPUTS, describe_measures, flat, measures
 from .training.loop import Run, Task, evaluation_batches, program, set_up, train

@@ -16,7 +16,8 @@ from avfuse.data.clips import Clip, ClipDataset
 from avfuse.data.decode import Part
 from avfuse.data.find import Found
 from avfuse.features import FEATURES
-from avfuse.pretrained import load_model, save_model
+from avfuse.loading import load_model
+from avfuse.pretrained import save_model
 from avfuse.tasks.classifier import Classifier, load_classifier
 from avfuse.tasks.classify import (
     Classification,

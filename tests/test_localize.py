@@ -13,8 +13,8 @@ from avfuse.data import sounding_shapes
 from avfuse.data.clips import Failure, collate
 from avfuse.data.find import Found
 from avfuse.inputs import InputSettings
+from avfuse.loading import load_model
 from avfuse.presets import create_encoder
-from avfuse.pretrained import load_model
 from avfuse.tasks.localize import (
     Localization,
     LocalizeConfig,

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from avfuse.data import sounding_shapes
+from avfuse.files import read_rows
 from avfuse.training.checkpoints import list_checkpoints, step_of
-from avfuse.training.run_folder import read_rows
 
 TINY = (
     *("--warmup-epochs", "1", "--decoder-dim", "32", "--decoder-depth", "1", "--decoder-heads", "2"),

@@ -15,8 +15,8 @@ from avfuse.data.clips import Failure, collate
 from avfuse.data.find import Found
 from avfuse.data.scenes import SHAPE_CLASSES
 from avfuse.inputs import InputSettings
+from avfuse.loading import load_model
 from avfuse.presets import create_encoder
-from avfuse.pretrained import load_model
 from avfuse.tasks.localize import model_inputs
 from avfuse.tasks.segment import (
     Segmentation,

@@ -17,8 +17,8 @@ from avfuse.data.clips import Clip, Failure, collate
 from avfuse.data.find import Found
 from avfuse.data.table import ClipTable
 from avfuse.inputs import InputSettings
+from avfuse.loading import load_model
 from avfuse.presets import SMALL_INPUTS
-from avfuse.pretrained import load_model
 from avfuse.tasks.separate import MixtureDataset, SeparateConfig, Separation, find_pairs, ideal_masks, ratios
 from avfuse.tasks.separation_metrics import bss_eval, is_silent, nmf_masks, rpca_masks
 from avfuse.tasks.separator import MelSTFT, Separator, doublings

@@ -21,8 +21,8 @@ from avfuse.data.clips import ClipDataset, ClipLoader, ClipSampler, Failure
 from avfuse.data.decode import ClipError, ClipReader, Part
 from avfuse.data.find import find_data
 from avfuse.data.shards import shard
+from avfuse.files import read_rows
 from avfuse.inputs import InputSettings
-from avfuse.training.run_folder import read_rows
 
 SETTINGS = InputSettings(image_size=32, audio_seconds=1.0, mel_bins=32)
 QUIET = dict(progress=False, workers=0)

@@ -16,13 +16,13 @@ from videos import hostile_folder, write_video
 from avfuse import AVMAE, train
 from avfuse.data import sounding_shapes
 from avfuse.data.clips import ClipDataset, ClipLoader
+from avfuse.files import read_rows
 from avfuse.train import Pretraining, main
 from avfuse.training import loop
 from avfuse.training.checkpoints import list_checkpoints
 from avfuse.training.evaluate import held_out_loss
 from avfuse.training.faults import RunError
 from avfuse.training.recipes import TrainConfig, make_model
-from avfuse.training.run_folder import read_rows
 from avfuse.training.settings import raised_warmup_cosine, warmup_cosine
 
 

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ..files import printable
 from .check import check
-from .clips import printable
 from .find import DataSet
 from .shards import shard
 

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checks import check_choice, check_count
+from ..files import inside
 from ..inputs import InputSettings
 from . import sounding_shapes
 from .clips import Clip, ClipDataset, Failure, _generator
@@ -128,7 +129,7 @@ def check_file(root: Path, name: str) -> Path:
         ClipError: there is none, or the name or a link leads out of the folder.
     """
     try:
-        path = sounding_shapes.inside(root, name)
+        path = inside(root, name)
         if not path.is_file():
             raise ClipError(root / name, "does not exist")
     except (ValueError, OSError, RuntimeError) as error:  # NUL characters, names too long, circles of links

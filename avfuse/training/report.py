@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import os
 import re
 import time
 from collections.abc import Iterable
@@ -17,8 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..files import read_rows, write_text
 from .pictures import BLUE, GREY, ORANGE
-from .run_folder import CONFIG, read_rows
+from .run_folder import CONFIG
 
 BINS = 250  # of a long curve; each keeps its lowest and highest value
 MOMENTS, WIDTH = 8, 1100  # of a series of pictures; their pixels
@@ -87,8 +87,8 @@ $sections
 
 
 def write_report(run: Path) -> Path:
-    """Writes run/index.html aside and renames it, and returns its path. What the folder lacks is left out,
-    and what is damaged is said to be: the page serves a run that goes on, ended, or crashed.
+    """Writes run/index.html, and returns its path. What the folder lacks is left out, and what is damaged is
+    said to be: the page serves a run that goes on, ended, or crashed.
 
     Raises:
         ValueError: `run` is not the folder of a run.
@@ -99,12 +99,8 @@ def write_report(run: Path) -> Path:
     config = read_config(run / CONFIG)
     if not config and not (run / "metrics.jsonl").is_file():
         raise ValueError(f"run {run} holds no run: no metrics.jsonl, and no {CONFIG} with settings")
-    path, partial = run / "index.html", run / f".index-{os.getpid()}.html"
-    try:  # a file name may hold what no encoding can
-        partial.write_text(page(run, config), encoding="utf-8", errors="xmlcharrefreplace")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    path = run / "index.html"
+    write_text(path, page(run, config), errors="xmlcharrefreplace")  # a file name may hold what UTF-8 cannot
     return path
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ import av
 import numpy as np
 from tqdm import tqdm
 
+from ...files import aside, write_text
 from .read import CLASSES, NAME, SPLITS, Entry
 from .synthesis import Scene, draw, play, sample_scene
 
@@ -109,7 +109,7 @@ def generate(root: str | Path, *, workers: int | None = None, progress: bool = T
         bar = {"initial": len(numbers) - len(missing), "total": len(numbers), "unit": "clip", "desc": NAME}
         for _ in tqdm(done, disable=not progress, **bar):
             pass
-    _write(root / "dataset.json", description.encode())
+    write_text(root / "dataset.json", description)
     return root
 
 
@@ -129,7 +129,7 @@ def _begin(root: Path, description: str, settings: Settings, numbers: list) -> b
         raise ValueError(f"{root} holds something else than {NAME}: a train or test folder, no manifest")
     for split in SPLITS:
         (root / split).mkdir(parents=True, exist_ok=True)
-    _write(manifest, lines.encode())
+    write_text(manifest, lines)
     return True
 
 
@@ -198,14 +198,14 @@ def _write_clip(root: Path, settings: Settings, clip: tuple[str, int]) -> None:
     frames, masks = draw(scene, times, settings.size)
     stems = play(scene, settings.seconds, settings.sample_rate, rng)
     for path, stem in zip(entry.stems, stems, strict=True):
-        with _aside(root / path) as aside, av.open(aside, "w", format="flac") as container:
+        with aside(root / path) as partial_, av.open(partial_, "w", format="flac") as container:
             stream = container.add_stream("flac", rate=settings.sample_rate, layout="mono")
             _encode(container, stream, [_audio_frame(stem, "s16", settings.sample_rate)])
-    with _aside(root / entry.masks) as aside, open(aside, "wb") as file:
+    with aside(root / entry.masks) as partial_, open(partial_, "wb") as file:
         np.savez_compressed(file, masks=np.packbits(masks), shape=masks.shape, boxes=_boxes(masks))
     mix = stems.sum(0).astype(np.float32) / 32768
-    with _aside(root / entry.file) as aside:  # last: a clip whose mp4 is there is whole
-        _write_mp4(aside, frames, mix, settings)
+    with aside(root / entry.file) as partial_:  # last: a clip whose mp4 is there is whole
+        _write_mp4(partial_, frames, mix, settings)
 
 
 def _write_mp4(path: Path, frames: np.ndarray, sound: np.ndarray, settings: Settings) -> None:
@@ -239,19 +239,3 @@ def _boxes(masks: np.ndarray) -> np.ndarray:
         edges.append((seen.argmax(-1), (seen.shape[-1] - seen[..., ::-1].argmax(-1)) * seen.any(-1)))
     (x0, x1), (y0, y1) = edges
     return np.stack([x0, y0, x1, y1], -1).astype(np.int16)
-
-
-@contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to, renamed when all went well: no half-written file bears the name."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield aside
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with _aside(path) as aside:
-        aside.write_bytes(content)

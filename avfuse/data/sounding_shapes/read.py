@@ -8,6 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 
+from ...files import inside
 from ..table import Clip
 from .synthesis import COLOURS, SHAPES
 
@@ -117,10 +118,3 @@ def read_frames(path: Path) -> np.ndarray:
     """All pictures of a file: (T, H, W, 3) uint8."""
     with av.open(path) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-
-
-def inside(root: Path, path: str) -> Path:
-    """`root / path`, for a relative path that stays inside."""
-    if not (root / path).resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"path {path!r} leaves the data folder {root}")
-    return root / path

@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure  # without pyplot: needs no display
 from matplotlib.patches import Rectangle
 
-from .read import NAME, Entry, inside, load_masks, read_frames, read_manifest, read_sound
+from ...files import inside
+from .read import NAME, Entry, load_masks, read_frames, read_manifest, read_sound
 from .synthesis import SHAPES, MovingShape
 
 
