@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -15,17 +17,18 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # told a
 COLOURS = {"dense": BLUE, "pair-keys": GREEN, "materialized": ORANGE}
 
 
-def plots(results: dict) -> dict[Path, tuple[str, object]]:
+def plots(results: dict) -> dict[Path, tuple[str, Callable[[], Figure]]]:
     """By path, a digest of what it shows and a function that draws it."""
-    drawings = {"throughput": draw_throughput, "scaling": draw_scaling}
-    return {
-        ROOT / f"docs/{name}.png": (
-            digest(results[f"{name}-cpu"]),
-            lambda draw=draw, name=name: draw(results, name),
-        )
-        for name, draw in drawings.items()
-        if f"{name}-cpu" in results
-    }
+    found = {}
+    for name, draw in {"throughput": draw_throughput, "scaling": draw_scaling}.items():
+        if record := results.get(f"{name}-cpu"):
+            found[ROOT / f"docs/{name}.png"] = digest(record), partial(draw, record)
+    return found
+
+
+def save(plots: dict[Path, tuple[str, Callable[[], Figure]]]) -> None:
+    for path, (source, draw) in plots.items():
+        draw().savefig(path, dpi=150, metadata={"Source": source})
 
 
 def digest(record: dict) -> str:
@@ -40,9 +43,8 @@ def drawn_from(path: Path) -> str | None:
         return image.text.get("Source")
 
 
-def draw_throughput(results: dict, name: str) -> Figure:
+def draw_throughput(record: dict) -> Figure:
     """Bars of speed and memory over no fusion, with quartiles, and diamonds where the paper reports them."""
-    record = results[f"{name}-cpu"]
     modes = [mode for mode in MODES if mode in record]
     figure = Figure(figsize=(10, 0.6 + 2.9 * len(modes)), layout="constrained")
     grid = figure.subplots(len(modes), 2, squeeze=False, sharey=True)
@@ -102,9 +104,8 @@ def draw_throughput(results: dict, name: str) -> Figure:
     return figure
 
 
-def draw_scaling(results: dict, name: str) -> Figure:
+def draw_scaling(record: dict) -> Figure:
     """Time and memory against tokens per modality, both logarithmic, forward and training."""
-    record = results[f"{name}-cpu"]
     modes = [mode for mode in ("forward", "training") if mode in record]
     figure = Figure(figsize=(10, 0.9 + 3.2 * len(modes)), layout="constrained")
     grid = figure.subplots(len(modes), 2, squeeze=False, sharex=True)

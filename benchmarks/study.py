@@ -10,7 +10,6 @@ import math
 import multiprocessing
 import os
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -19,13 +18,13 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import measure
 import numpy as np
 import torch
-import tyro
 from matplotlib.figure import Figure
 from measure import RESULTS, ROOT, begin_record, write_record
-from plots import BLUE, GREY, ORANGE, digest
-from report import filled, origin, table
+from plots import BLUE, GREY, ORANGE, digest, save
+from tables import filled, markdown, origin, terminal
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
@@ -131,8 +130,7 @@ def main(options: Options) -> None:
         train_cells(options)
     record = json.loads(RESULT.read_text())
     write_page(record)
-    for line in page_table(record).splitlines():
-        print(line)
+    print(terminal([accuracy_table(record), claims_table(record)]))
 
 
 # --- cells --------------------------------------------------------------------------------------------------
@@ -370,22 +368,22 @@ def found(record: dict) -> dict[tuple[str, str], list[float]]:
     return accuracies
 
 
-def page_table(record: dict) -> str:
+def accuracy_table(record: dict) -> list[tuple]:
     """Accuracies of every row, and what pretraining changed."""
     rows, accuracies = [("", "from scratch", "after pretraining", "gain by pretraining")], found(record)
     for name, row in ROWS.items():
         scratch, pretrained = (accuracies.get((name, start)) for start in STARTS)
         rows.append((row.label, mean_cell(scratch), mean_cell(pretrained), difference(pretrained, scratch)))
-    return table(rows)
+    return rows
 
 
-def claims_table(record: dict) -> str:
+def claims_table(record: dict) -> list[tuple]:
     """The paper's claims, each as a difference of two rows."""
     rows, accuracies = [("claim", "from scratch", "after pretraining")], found(record)
     for claim, better, worse in CLAIMS:
         pairs = [(accuracies.get((better, start)), accuracies.get((worse, start))) for start in STARTS]
         rows.append((claim, *(difference(*pair) for pair in pairs)))
-    return table(rows)
+    return rows
 
 
 def mean_cell(values: list[float] | None) -> str:
@@ -408,31 +406,34 @@ def difference(first: list[float] | None, second: list[float] | None) -> str:
 
 
 def write_page(record: dict) -> None:
-    for path, text in texts(record).items():
-        path.write_text(text)
-    draw_plot(record).savefig(PLOT, dpi=150, metadata={"Source": digest(record)})
+    for path, text in sections(record).items():
+        path.write_text(filled(path.read_text(), {"study": text}))
+    save(plots(record))
 
 
-def texts(record: dict) -> dict[Path, str]:
-    """What the study's page and README.md should hold."""
+def plots(record: dict) -> dict[Path, tuple]:
+    return {PLOT: (digest(record), partial(draw_plot, record))}
+
+
+def sections(record: dict) -> dict[Path, str]:
+    """What the section "study" of the study's page and of README.md should hold."""
     sound, image = 1 / len(COLOURS), 1 / record["settings"]["objects"]
-    chances = f"Chance is {sound:.3f} for the sound alone, {image:.3f} for the image alone."
-    accuracies = (
-        page_table(record),
+    accuracies = [
+        accuracy_table(record),
         f"Accuracy of the colour after {record['settings']['steps']:,} steps, mean ± standard deviation over "
-        f"seeds. {chances} Gain: difference of the means ± its standard error, *yes* beyond twice that, *no, "
-        "the reverse* as far below, else *within the spread*.",
-    )
-    page = (
+        f"seeds. Chance is {sound:.3f} for the sound alone, {image:.3f} for the image alone. Gain: "
+        "difference of the means ± its standard error, *yes* beyond twice that, *no, the reverse* as far "
+        "below, else *within the spread*.",
+    ]
+    page = [
         *accuracies,
         "The claims, judged in the same way:",
         claims_table(record),
         "![Accuracy by way to fuse](../docs/study.png)",
         origin(record),
-    )
-    readme = (*accuracies, "![Accuracy by way to fuse](docs/study.png)")
-    parts = {PAGE: page, README: readme}
-    return {path: filled(path.read_text(), {"study": "\n\n".join(part)}) for path, part in parts.items()}
+    ]
+    readme = [*accuracies, "![Accuracy by way to fuse](docs/study.png)"]
+    return {PAGE: markdown(page), README: markdown(readme)}
 
 
 def draw_plot(record: dict) -> Figure:
@@ -465,7 +466,4 @@ def draw_plot(record: dict) -> Figure:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, prog="python benchmarks/study.py"))
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    measure.run(main, Options)

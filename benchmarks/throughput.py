@@ -1,34 +1,34 @@
 """Speed, memory and arithmetic of the ways to fuse, against no fusion: the paper's Table 5 here."""
 
 import copy
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import measure
 import torch
-import tyro
 from materialized import PairKeyFusion, PairTokenFusion, folded, with_blocks
 from measure import (
     DTYPES,
     RESULTS,
     PeakMemory,
     WallClock,
+    agreement,
     asked_for,
     begin_record,
     count_flops,
-    device_and_dtype,
     free_memory,
     in_fresh_process,
+    largest_error,
     limit_memory,
-    print_table,
+    print_agreement,
     quantiles,
     ratios,
-    relative_error,
     time_rounds,
     write_record,
 )
+from tables import MISSING, spread, terminal, times
 from tqdm import tqdm
 
 from avfuse import AVMAE, AVEncoder, create_encoder
@@ -56,18 +56,16 @@ ROWS = {
 RowName = Literal["none", "token", "materialized", "pair-keys", "factorized", "dense", "pair-bias"]
 Mode = Literal["inference", "training"]
 MODES = {"inference": "Inference", "training": "Training step"}
-PAPER = {
-    "none": (14.5, 10.3),
-    "materialized": (4.3, 31.6),
-    "factorized": (12.8, 13.1),
-}  # Table 5: video/s, GB
+# Table 5: video/s, GB
+PAPER = {"none": (14.5, 10.3), "materialized": (4.3, 31.6), "factorized": (12.8, 13.1)}
+PRESETS = {"tiny": "ViT tiny", "small": "ViT-S", "base": "ViT-B", "large": "ViT-L"}
 CLIPS = 2  # that outputs are compared on, at most
 SMALL_DECODER = dict(decoder_dim=128, decoder_depth=2, decoder_heads=4)  # beside "tiny", as in avfuse.train
 GRADIENTS = ("fusion_tokens", "image.patch_embed.proj.weight", "audio.patch_embed.proj.weight")
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(measure.Options):
     """Clips per second, peak memory and GFLOP per clip of the ways to fuse, against no fusion (Table 5).
 
     Inference is the encoder on whole clips. A training step is the masked autoencoder's forward, backward and
@@ -76,7 +74,9 @@ class Options:
     What happens, in this order: arithmetic is counted; memory is measured, each row in a fresh process; the
     outputs and gradients of each row are compared with a float64 model of the same weights that stores every
     pair, and a row that disagrees gets no speed; then all rows are timed in turns, round by round, so that a
-    machine that slows down slows all of them. Relative speeds are medians over rounds.
+    machine that slows down slows all of them. Relative speeds are medians over rounds. Of several batch sizes
+    the first comes first for inference and training, then the second; after each the file is written, so that
+    a run that is interrupted keeps what it has measured.
 
     With no arguments it takes less than five minutes on two CPU cores: float32, ViT-B at batch 1 for
     inference, ViT-S at batch 4 for training. On a GPU: bfloat16, ViT-B, and each row at its best batch size.
@@ -95,14 +95,10 @@ class Options:
     """Of the weights in inference, of autocast in training. Default: float32 on a CPU, bfloat16 on a GPU."""
     compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = "no"
     """Run the models through torch.compile in this mode; reduce-overhead uses CUDA graphs."""
-    device: Literal["cpu", "cuda"] | None = None
-    """Default: the GPU if there is one."""
     seconds: float = 45.0
     """How long each of inference and training is timed, at each batch size; three rounds at least."""
     memory_limit: float | None = None
     """GiB that a row may allocate. Default: what is free."""
-    note: str = ""
-    """Kept with the results, such as what else the machine was doing."""
     out: Path | None = None
     """File for the results. Default: benchmarks/results/throughput-DEVICE.json, with --compile
     throughput-DEVICE-compiled.json."""
@@ -111,27 +107,42 @@ class Options:
 def main(options: Options) -> dict:
     options = resolve(options)
     record = begin_record("throughput", recorded(options), options.note)
-    for mode in options.modes:
-        record[mode] = measure_mode(options, mode)
-        print_results(options, mode, record[mode])
-        write_record(options.out, record)  # what is measured is kept, should the rest be interrupted
+    models = {}
+    for mode, batch in in_order(options):
+        print(
+            f"\n{mode}: preset {preset_of(options, mode)}, batch {batch}, {options.dtype}, {options.device}"
+        )
+        if mode not in record:
+            record[mode] = count_mode(options, mode)
+        rows = record[mode]["rows"]
+        measure_memory(options, mode, batch, rows)
+        if mode not in models:
+            models[mode] = compared_models(options, mode, rows)
+        time_batch(options, mode, batch, rows, models[mode])
+        written = write_record(options.out, record)
+        print("\n" + terminal([mode_table(written, mode), *summary({"Here": written}, mode)]))
     return record
 
 
 def resolve(options: Options) -> Options:
     """The options with all defaults filled in that depend on the machine."""
-    chosen = device_and_dtype(options.device, options.dtype)
-    device = chosen["device"]
-    name = f"throughput-{device}" + ("" if options.compile == "no" else "-compiled")
+    options = options.on_device()
+    name = f"throughput-{options.device}" + ("" if options.compile == "no" else "-compiled")
     if any(batch < 1 for batch in options.batch):
         raise ValueError(f"--batch must be positive, got {options.batch}")
     return replace(
         options,
-        **chosen,
         rows=tuple(name for name in ROWS if name == "none" or name in options.rows),
-        memory_limit=options.memory_limit or 0.9 * free_memory(device),
+        memory_limit=options.memory_limit or 0.9 * free_memory(options.device),
         out=options.out or RESULTS / f"{name}.json",
     )
+
+
+def in_order(options: Options) -> list[tuple[Mode, int]]:
+    """What to measure, the first batch size of every mode before the second of any."""
+    sizes = {mode: batches_of(options, mode) for mode in options.modes}
+    most = max(map(len, sizes.values()), default=0)
+    return [(mode, sizes[mode][n]) for n in range(most) for mode in sizes if n < len(sizes[mode])]
 
 
 def recorded(options: Options) -> dict:
@@ -224,32 +235,15 @@ def placed(model, options: Options, mode: Mode):
     return model.to(options.device, DTYPES[options.dtype] if mode == "inference" else None)
 
 
-# --- one mode of the table ----------------------------------------------------------------------------------
+# --- arithmetic and memory ----------------------------------------------------------------------------------
 
 
-def measure_mode(options: Options, mode: Mode) -> dict:
-    """The results of inference or training: a dictionary for each row, with one for each batch size in it."""
-    preset, batches = preset_of(options, mode), batches_of(options, mode)
-    print(
-        f"\n{mode}: preset {preset}, batch {', '.join(map(str, batches))}, {options.dtype}, {options.device}"
-    )
-    rows = {name: dict(label=ROWS[name].label, batches={}) for name in options.rows}
-    for name, row in rows.items():
-        row["gflop_per_clip"] = gflop_per_clip(ROWS[name], preset, mode)
-    for name in (bar := tqdm(options.rows, desc="memory, in fresh processes", leave=False, disable=None)):
-        bar.set_postfix_str(name)
-        for batch in batches:
-            try:
-                used = in_fresh_process(peak_memory, options, name, preset, mode, batch)
-                rows[name]["batches"][batch] = dict(memory_bytes=used)
-            except MemoryError as error:
-                rows[name]["batches"][batch] = dict(failed=str(error))
-    models, stored = make_models(options, preset, mode)
-    for name, found in compare(options, mode, models, stored):
-        rows[name] |= found
-        print(f"  {'agrees' if found['agrees'] else 'DISAGREES'}: {name}, {told(found['errors'])}")
-    for batch in batches:
-        time_batch(options, mode, batch, rows, models)
+def count_mode(options: Options, mode: Mode) -> dict:
+    """The results of inference or training, so far with the arithmetic of each row."""
+    preset, rows = preset_of(options, mode), {}
+    for name in options.rows:
+        gflop = gflop_per_clip(ROWS[name], preset, mode)
+        rows[name] = dict(label=ROWS[name].label, batches={}, gflop_per_clip=gflop)
     return dict(preset=preset, rows=rows)
 
 
@@ -264,6 +258,17 @@ def gflop_per_clip(row: Row, preset: str, mode: Mode) -> float:
     with torch.set_grad_enabled(mode == "training"):
         flops = count_flops(lambda: make_model(row, create_encoder(preset, "none"), mode), run)
     return round(flops / 1e9, 2)
+
+
+def measure_memory(options: Options, mode: Mode, batch: int, rows: dict) -> None:
+    """Adds the memory of each row at this batch size, or why it does not fit."""
+    for name in (bar := tqdm(options.rows, desc="memory, in fresh processes", leave=False, disable=None)):
+        bar.set_postfix_str(name)
+        try:
+            used = in_fresh_process(peak_memory, options, name, preset_of(options, mode), mode, batch)
+            rows[name]["batches"][batch] = dict(memory_bytes=used)
+        except MemoryError as error:
+            rows[name]["batches"][batch] = dict(failed=str(error))
 
 
 def peak_memory(options: Options, name: str, preset: str, mode: Mode, batch: int) -> int:
@@ -284,6 +289,33 @@ def peak_memory(options: Options, name: str, preset: str, mode: Mode, batch: int
         call(*clips)
         call(*clips)
     return weights + peak.bytes
+
+
+# --- whether a row computes what it should ------------------------------------------------------------------
+
+
+def compared_models(options: Options, mode: Mode, rows: dict) -> dict:
+    """The models of all rows, after each was compared with the float64 model that stores every pair; adds
+    the errors to the rows. Plain PyTorch is that model in the dtype, on the same device.
+    """
+    models, stored = make_models(options, preset_of(options, mode), mode)
+    dtype, none = DTYPES[options.dtype], models["none"]
+    image, audio = make_inputs(encoder_of(none), min(CLIPS, max(batches_of(options, mode))))
+    clips = image.to(options.device), audio.to(options.device)
+    removed = draw_masks(none, len(image)) if mode == "training" else {}
+    known = {}  # the dense rows share a reference
+    for name, model in models.items():
+        kind = ROWS[name].interactions, ROWS[name].pair_bias
+        if kind not in known:
+            reference = reference_of(model, ROWS[name], stored)
+            plain = outputs(placed(copy.deepcopy(reference), options, mode), *clips, removed, dtype)
+            double = outputs(reference.double().cpu(), image.double(), audio.double(), removed, torch.float64)
+            known[kind] = double, plain
+        truth, plain = known[kind]
+        ours = outputs(compiled(model, options.compile), *clips, removed, dtype)
+        rows[name] |= agreement(ours, truth, [plain], dtype)
+        print_agreement(name, rows[name])
+    return models
 
 
 def make_models(options: Options, preset: str, mode: Mode) -> tuple[dict, dict]:
@@ -319,35 +351,6 @@ def sharpened(encoder: AVEncoder) -> AVEncoder:
         elif name.endswith("bias"):
             parameter += 0.5 * torch.randn_like(parameter)
     return encoder
-
-
-# --- whether a row computes what it should ------------------------------------------------------------------
-
-
-def compare(options: Options, mode: Mode, models: dict, stored: dict) -> Iterator[tuple[str, dict]]:
-    """Errors of each row against the float64 model that stores every pair, and whether they are those of the
-    dtype: at most twice what that model makes of itself in the same dtype on the same device, and a rounding.
-    """
-    dtype, none = DTYPES[options.dtype], models["none"]
-    image, audio = make_inputs(encoder_of(none), min(CLIPS, max(batches_of(options, mode))))
-    clips = image.to(options.device), audio.to(options.device)
-    removed = draw_masks(none, len(image)) if mode == "training" else {}
-    known = {}  # the dense rows share a reference
-    for name, model in models.items():
-        kind = ROWS[name].interactions, ROWS[name].pair_bias
-        if kind not in known:
-            reference = reference_of(model, ROWS[name], stored)
-            plain = outputs(placed(copy.deepcopy(reference), options, mode), *clips, removed, dtype)
-            truth = outputs(reference.double().cpu(), image.double(), audio.double(), removed, torch.float64)
-            allowed = {
-                part: 2 * relative_error(plain[part], truth[part]) + torch.finfo(dtype).eps for part in truth
-            }
-            known[kind] = truth, allowed
-        truth, allowed = known[kind]
-        ours = outputs(compiled(model, options.compile), *clips, removed, dtype)
-        errors = {part: relative_error(ours[part], truth[part]) for part in truth}
-        agrees = all(errors[part] <= allowed[part] for part in truth)
-        yield name, dict(agrees=agrees, errors=errors, allowed=allowed)
 
 
 def reference_of(model, row: Row, stored: dict):
@@ -386,10 +389,6 @@ def outputs(model, image, audio, removed: dict, dtype: torch.dtype) -> dict[str,
     return {name: tensor.detach().double().cpu() for name, tensor in ({"loss": loss} | found).items()}
 
 
-def told(errors: dict[str, float]) -> str:
-    return f"largest error {max(errors.values()):.1e}"
-
-
 # --- speed --------------------------------------------------------------------------------------------------
 
 
@@ -426,53 +425,125 @@ def can_be_timed(row: dict, batch: int) -> bool:
     return row["agrees"] and "failed" not in row["batches"][batch]
 
 
-# --- the table ----------------------------------------------------------------------------------------------
+# --- tables -------------------------------------------------------------------------------------------------
 
 
-def best_batch(row: dict) -> str | int | None:
+def tables(record: dict) -> list:
+    """What was measured, in full."""
+    parts = []
+    for mode in MODES:
+        if mode in record:
+            parts.append(f"{record[mode]['preset']}, {record['settings']['dtype']}:")
+            parts.append(mode_table(record, mode))
+        elif record["settings"]["compile"] == "no":  # under torch.compile, one mode may be all that is wanted
+            parts.append(f"{mode}: {MISSING}.")
+    return parts
+
+
+def mode_table(record: dict, mode: Mode) -> list[tuple]:
+    """A row for each way to fuse and each batch size."""
+    columns = "batch", "clips/s (quartiles)", "over none", "memory MiB", "GFLOP/clip", "largest error"
+    rows = record[mode]["rows"].values()
+    cells = (cells_of(row, batch, result) for row in rows for batch, result in row["batches"].items())
+    return [(mode, *columns), *cells]
+
+
+def cells_of(row: dict, batch: str, result: dict) -> tuple:
+    gflop, error = f"{row['gflop_per_clip']:.1f}", f"{max(row['errors'].values()):.0e}"
+    memory = f"{result['memory_bytes'] / 2**20:,.0f}" if "memory_bytes" in result else "-"
+    if "clips_per_second" not in result:
+        return row["label"], batch, why_not(row, result), "-", memory, gflop, error
+    over = spread(result["speed_over_none"], ".2f") if "speed_over_none" in result else "-"
+    return row["label"], batch, spread(result["clips_per_second"], ".3g"), over, memory, gflop, error
+
+
+def why_not(row: dict, result: dict) -> str:
+    """Why a row has no speed at a batch size."""
+    if not row["agrees"]:
+        return f"no speed: it disagrees, {largest_error(row['errors'])}"
+    return result.get("failed", "-")
+
+
+def summary(records: dict[str, dict | None], mode: Mode) -> list:
+    """Speed and memory against no fusion, in several places, each row at the batch size where it is fastest;
+    beside those of the paper.
+    """
+    settings = [
+        f"{place}: {setting(record, mode)}" for place, record in records.items() if record and mode in record
+    ]
+    of_run = f" ({'; '.join(settings)})" if settings else ""
+    first, *others = records
+    header = ["", "GFLOP per clip", *(f"{first} {what}" for what in ("clips/s", "speed", "memory"))]
+    header += [f"{place} {what}" for place in others for what in ("speed", "memory")]
+    table = [(*header, "paper speed", "paper memory") if mode == "inference" else tuple(header)]
+    for name, row in ROWS.items():
+        cells, *more = (against_none(record, mode, name) for record in records.values())
+        cells += tuple(cell for found in more for cell in found[2:])
+        table.append((row.label, *cells, *(paper_cells(name) if mode == "inference" else ())))
+    return [f"**{MODES[mode]}**{of_run}. Speed and memory against no fusion = 1, medians:", table]
+
+
+def setting(record: dict, mode: Mode) -> str:
+    batches = ", ".join(record[mode]["rows"]["none"]["batches"])
+    return f"{PRESETS[record[mode]['preset']]}, batch {batches}, {record['settings']['dtype']}"
+
+
+def against_none(record: dict | None, mode: Mode, name: str) -> tuple[str, str, str, str]:
+    """GFLOP per clip, clips/s, and speed and memory over no fusion."""
+    if record is None or mode not in record or name not in record[mode]["rows"]:
+        return (MISSING,) * 4
+    row, none = record[mode]["rows"][name], record[mode]["rows"]["none"]
+    gflop, batch = f"{row['gflop_per_clip']:.1f}", best_batch(row)
+    if batch is None:
+        return gflop, "-", why_not(row, next(iter(row["batches"].values()), {})), "-"
+    result = row["batches"][batch]
+    speed = (
+        times(result["speed_over_none"]["median"]) if "speed_over_none" in result else "no fusion has none"
+    )
+    without = none["batches"][batch].get("memory_bytes")
+    memory = times(result["memory_bytes"] / without) if without else "no fusion does not fit"
+    return gflop, f"{result['clips_per_second']['median']:.3g}", speed, memory
+
+
+def best_batch(row: dict) -> str | None:
     """The batch size at which a row is fastest; None where it has no speed."""
     timed = {batch: result for batch, result in row["batches"].items() if "clips_per_second" in result}
     return max(timed, key=lambda batch: timed[batch]["clips_per_second"]["median"], default=None)
 
 
-def print_results(options: Options, mode: Mode, results: dict) -> None:
-    rows = results["rows"]
-    print(
-        f"\n{mode}, clips per second (quartiles), and over no fusion; the paper's Table 5 had, for inference,"
-    )
-    (speed, memory), *others = PAPER.values()
-    ratios_there = (f"{s / speed:.2f} x speed and {m / memory:.2f} x memory" for s, m in others)
-    print("dense {}, factorized {}\n".format(*ratios_there))
-    table = [("", "clips/s", "quartiles", "speed", "memory MiB", "memory", "GFLOP/clip", "GFLOP", "batch")]
-    for row in rows.values():
-        table.append(cells(row, rows["none"]))
-    print_table(table)
+def paper_cells(name: str) -> tuple[str, str]:
+    if name not in PAPER:
+        return "", ""
+    (speed, memory), (speed_none, memory_none) = PAPER[name], PAPER["none"]
+    return times(speed / speed_none), times(memory / memory_none)
 
 
-def cells(row: dict, none: dict) -> tuple[str, ...] | str:
-    batch = best_batch(row)
-    if batch is None:
-        failures = [result["failed"] for result in row["batches"].values() if "failed" in result]
-        why = failures[0] if failures else f"no speed: it disagrees, {told(row['errors'])}"
-        return f"{row['label']}: {why}"
-    result = row["batches"][batch]
-    speed, relative = result["clips_per_second"], result.get("speed_over_none")
-    without = none["batches"][batch].get("memory_bytes")
-    return (
-        row["label"],
-        f"{speed['median']:.4g}",
-        f"{speed['q25']:.3g}-{speed['q75']:.3g}",
-        f"{relative['median']:.2f} x" if relative else "-",
-        f"{result['memory_bytes'] / 2**20:,.0f}",
-        f"{result['memory_bytes'] / without:.2f} x" if without else "-",
-        f"{row['gflop_per_clip']:.1f}",
-        f"{row['gflop_per_clip'] / none['gflop_per_clip']:.2f} x",
-        str(batch),
-    )
+# --- budgets, of ViT-B --------------------------------------------------------------------------------------
+
+
+def gflop(record: dict, name: RowName) -> float:
+    return base_rows(record, "inference")[name]["gflop_per_clip"]
+
+
+def speed(record: dict, mode: Mode, name: RowName) -> float:
+    """Over no fusion, at the row's best batch size."""
+    row = base_rows(record, mode)[name]
+    return row["batches"][best_batch(row)]["speed_over_none"]["median"]
+
+
+def memory(record: dict, mode: Mode, name: RowName) -> float:
+    """Over no fusion, at the row's best batch size."""
+    rows = base_rows(record, mode)
+    batch = best_batch(rows[name])
+    ours, without = (rows[key]["batches"][batch]["memory_bytes"] for key in (name, "none"))
+    return ours / without
+
+
+def base_rows(record: dict, mode: Mode) -> dict:
+    if record[mode]["preset"] != "base":
+        raise KeyError("base")
+    return record[mode]["rows"]
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, prog="python benchmarks/throughput.py"))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    measure.run(main, Options)
