@@ -5,9 +5,7 @@ the plots in docs/.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import loading
@@ -19,7 +17,7 @@ import scaling
 import study
 import throughput
 from measure import RESULTS, ROOT
-from tables import MISSING, filled, markdown, origin, piped
+from tables import MISSING, filled, markdown, origin
 
 PLACES = {  # how the name of a file ends, and how its tables are introduced
     "cpu": "CPU",
@@ -27,73 +25,77 @@ PLACES = {  # how the name of a file ends, and how its tables are introduced
     "cuda": "GPU",
     "cuda-compiled": "GPU, torch.compile",
 }
-# Downstream tasks: what, the clips to train on, the result, and what to compare it with. Names in braces are
-# files of results/tasks, each the results.json of a run of the commands in docs/tasks.md.
+# Downstream tasks: what, the clips to train on, the file of results/tasks, what of its metrics is shown, and
+# what it is compared with. A file is the results.json of a run of the commands in docs/tasks.md; `image` is
+# the file of the same name that ends in -image.
+ACCURACY = "accuracy {accuracy:.3f} ± {standard_error:.3f}"
+RECALL = (
+    "image {shape_recall@1_image:.3f}, audio {shape_recall@1_audio:.3f}, fusion {shape_recall@1_fusion:.3f}"
+)
+MIOU, MIOU_OF_IMAGE = "mIoU {miou:.3f}, F {f_score:.3f}", "mIoU {image[miou]:.3f}, F {image[f_score]:.3f}"
+SDR = "SDR {sdr:.1f} dB"
+SEPARATIONS = (
+    "mixture {mixture_sdr:.1f}, NMF {nmf_sdr:.1f}, RPCA {rpca_sdr:.1f}, ideal mask {oracle_sdr:.1f} dB"
+)
+COMMONEST = "most frequent shape {chance:.3f}"
+IMAGE_ALONE = "image alone {image[pointing]:.3f}"
 TASKS = (
-    (
-        "shape of what sounds, linear probe",
-        "256",
-        "accuracy {shape-probe[accuracy]:.3f} ± {shape-probe[standard_error]:.3f}",
-        "most frequent shape {shape-probe[chance]:.3f}",
-    ),
-    (
-        "shape of what sounds, fine-tuned",
-        "256",
-        "accuracy {shape[accuracy]:.3f} ± {shape[standard_error]:.3f}",
-        "most frequent shape {shape[chance]:.3f}",
-    ),
+    ("shape of what sounds, linear probe", "256", "shape-probe", ACCURACY, COMMONEST),
+    ("shape of what sounds, fine-tuned", "256", "shape", ACCURACY, COMMONEST),
     (
         "colour of what sounds, linear probe",
         "256",
-        "accuracy {colour-probe[accuracy]:.3f} ± {colour-probe[standard_error]:.3f}: not learned",
-        "most frequent colour {colour-probe[chance]:.3f}",
+        "colour-probe",
+        f"{ACCURACY}: not learned",
+        "most frequent colour {chance:.3f}",
     ),
-    (
-        "retrieval by shape, recall at 1",
-        "256",
-        "image {retrieve[shape_recall@1_image]:.3f}, audio {retrieve[shape_recall@1_audio]:.3f}, "
-        "fusion {retrieve[shape_recall@1_fusion]:.3f}",
-        "chance {retrieve[shape_recall@1_chance]:.3f}",
-    ),
-    (
-        "semantic segmentation",
-        "256",
-        "mIoU {segment-256[miou]:.3f}, F {segment-256[f_score]:.3f}",
-        "",
-    ),
-    (
-        "semantic segmentation",
-        "2,048",
-        "mIoU {segment-2048[miou]:.3f}, F {segment-2048[f_score]:.3f}",
-        "image alone: mIoU {segment-2048-image[miou]:.3f}, F {segment-2048-image[f_score]:.3f}",
-    ),
-    (
-        "localization",
-        "256",
-        "pointing {localize-256[pointing]:.3f}: not learned",
-        "image alone {localize-256-image[pointing]:.3f}",
-    ),
-    (
-        "localization",
-        "2,048",
-        "pointing {localize-2048[pointing]:.3f}",
-        "image alone {localize-2048-image[pointing]:.3f}",
-    ),
-    (
-        "separation of three-object clips",
-        "256",
-        "SDR {separate-256[sdr]:.1f} dB: not learned",
-        "mixture {separate-256[mixture_sdr]:.1f}, NMF {separate-256[nmf_sdr]:.1f}, "
-        "RPCA {separate-256[rpca_sdr]:.1f}, ideal mask {separate-256[oracle_sdr]:.1f} dB",
-    ),
+    ("retrieval by shape, recall at 1", "256", "retrieve", RECALL, "chance {shape_recall@1_chance:.3f}"),
+    ("semantic segmentation", "256", "segment-256", MIOU, ""),
+    ("semantic segmentation", "2,048", "segment-2048", MIOU, f"image alone: {MIOU_OF_IMAGE}"),
+    ("localization", "256", "localize-256", "pointing {pointing:.3f}: not learned", IMAGE_ALONE),
+    ("localization", "2,048", "localize-2048", "pointing {pointing:.3f}", IMAGE_ALONE),
+    ("separation of three-object clips", "256", "separate-256", f"{SDR}: not learned", SEPARATIONS),
     (
         "separation of one-object clips",
         "4,096",
-        "SDR {separate-solos[sdr]:.1f} dB (SIR {separate-solos[sir]:.1f}, SAR {separate-solos[sar]:.1f})",
-        "mixture {separate-solos[mixture_sdr]:.1f}, NMF {separate-solos[nmf_sdr]:.1f}, "
-        "RPCA {separate-solos[rpca_sdr]:.1f}, ideal mask {separate-solos[oracle_sdr]:.1f} dB",
+        "separate-solos",
+        f"{SDR} (SIR {{sir:.1f}}, SAR {{sar:.1f}})",
+        SEPARATIONS,
     ),
 )
+# What, its limit, and which of the numbers of a benchmark in a place it is about.
+BUDGETS = {
+    (throughput, "cpu"): (
+        ("GFLOP per clip, ViT-B, no fusion", "at most 51.6", "inference none GFLOP"),
+        ("GFLOP per clip, dense over no fusion", "at most 1.08", "inference dense GFLOP over none"),
+        ("GFLOP per clip, factorized", "at most 57", "inference factorized GFLOP"),
+        ("CPU, ViT-B, batch 1: time of dense over no fusion", "at most 1.12", "inference dense time"),
+    ),
+    (throughput, "cpu-compiled"): (
+        ("The same, both under torch.compile", "at most 1.12", "inference dense time"),
+    ),
+    (throughput, "cuda"): (
+        ("GPU: speed of dense over no fusion", "at least 0.92", "inference dense speed"),
+        ("GPU: memory of dense over no fusion", "at most 1.1", "inference dense memory"),
+        ("GPU: training step of dense over no fusion", "at least 0.85", "training dense speed"),
+    ),
+    (pair_attention, "cuda"): (
+        ("GPU: pair_attention forward + backward over two SDPA calls, 196 + 96", "at most 1", "over SDPA"),
+        ("GPU: pair_attention forward + backward over its floor, 196 + 96", "at most 1.5", "over the floor"),
+    ),
+} | {
+    (scaling, device): tuple(
+        (
+            f"{place}: dense block, {what}: distance of its {slope} slope to 1",
+            "at most 0.15",
+            f"{what} {slope}",
+        )
+        for what in scaling.MODES
+        for slope in ("time", "memory")
+    )
+    for device, place in PLACES.items()
+    if device in ("cpu", "cuda")
+}
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,8 @@ def texts(results: dict) -> dict[Path, str]:
             "throughput": by_place(results, throughput),
             "pair-attention": by_place(results, pair_attention),
             "scaling": by_place(results, scaling),
-            "loading": table_of_cpu(results, loading),
-            "many-clips": table_of_cpu(results, many_clips),
+            "loading": of_cpu(results, loading),
+            "many-clips": of_cpu(results, many_clips),
         },
     }
     if "study-cpu" in results:
@@ -153,16 +155,20 @@ def by_place(results: dict, benchmark) -> str:
     """The tables of a benchmark from every place where it ran, one after the other."""
     parts = []
     for place, title in PLACES.items():
-        record = results.get(f"{benchmark.__name__}-{place}")
+        record = record_of(results, benchmark, place)
         if record is None and place.endswith("compiled"):  # an extra, not a gap
             continue
         parts += [f"{title}: {origin(record)}", *(benchmark.tables(record) if record else ())]
     return markdown(parts)
 
 
-def table_of_cpu(results: dict, benchmark) -> str:
-    record = results.get(f"{benchmark.__name__}-cpu")
+def of_cpu(results: dict, benchmark) -> str:
+    record = record_of(results, benchmark, "cpu")
     return markdown([*([benchmark.table(record)] if record else ()), origin(record)])
+
+
+def record_of(results: dict, benchmark, place: str) -> dict | None:
+    return results.get(f"{benchmark.__name__}-{place}")
 
 
 def sentence(title: str, summary, record: dict | None) -> str:
@@ -190,106 +196,31 @@ def speed(results: dict) -> str:
 def tasks_table(folder: Path) -> str:
     """What the downstream tasks reached, from the metrics in a folder of results."""
     metrics = {path.stem: json.loads(path.read_text())["metrics"] for path in sorted(folder.glob("*.json"))}
-    rows = [tuple(cell.format(**metrics) for cell in row) for row in TASKS]
-    return piped([("task", "clips to train on", "result", "to compare with"), *rows])
-
-
-# --- budgets ------------------------------------------------------------------------------------------------
-
-
-BUDGETS = (  # what, its limit, the file it is measured in, and its value there
-    (
-        "GFLOP per clip, ViT-B, no fusion",
-        "at most 51.6",
-        "throughput-cpu",
-        lambda record: round(throughput.gflop(record, "none"), 1),
-    ),
-    (
-        "GFLOP per clip, dense over no fusion",
-        "at most 1.08",
-        "throughput-cpu",
-        lambda record: throughput.gflop(record, "dense") / throughput.gflop(record, "none"),
-    ),
-    (
-        "GFLOP per clip, factorized",
-        "at most 57",
-        "throughput-cpu",
-        lambda record: throughput.gflop(record, "factorized"),
-    ),
-    (
-        "CPU, ViT-B, batch 1: time of dense over no fusion",
-        "at most 1.12",
-        "throughput-cpu",
-        lambda record: 1 / throughput.speed(record, "inference", "dense"),
-    ),
-    (
-        "The same, both under torch.compile",
-        "at most 1.12",
-        "throughput-cpu-compiled",
-        lambda record: 1 / throughput.speed(record, "inference", "dense"),
-    ),
-    (
-        "GPU: speed of dense over no fusion",
-        "at least 0.92",
-        "throughput-cuda",
-        lambda record: throughput.speed(record, "inference", "dense"),
-    ),
-    (
-        "GPU: memory of dense over no fusion",
-        "at most 1.1",
-        "throughput-cuda",
-        lambda record: throughput.memory(record, "inference", "dense"),
-    ),
-    (
-        "GPU: training step of dense over no fusion",
-        "at least 0.85",
-        "throughput-cuda",
-        lambda record: throughput.speed(record, "training", "dense"),
-    ),
-    (
-        "GPU: pair_attention forward + backward over two SDPA calls, 196 + 96",
-        "at most 1",
-        "pair_attention-cuda",
-        pair_attention.over_sdpa,
-    ),
-    (
-        "GPU: pair_attention forward + backward over its floor, 196 + 96",
-        "at most 1.5",
-        "pair_attention-cuda",
-        pair_attention.over_floor,
-    ),
-    *(
-        (
-            f"{place}: dense block, {mode}: distance of its {quantity} slope to 1",
-            "at most 0.15",
-            f"scaling-{device}",
-            partial(scaling.growth, mode=mode, quantity=quantity),
-        )
-        for device, place in (("cpu", "CPU"), ("cuda", "GPU"))
-        for mode in scaling.MODES
-        for quantity in ("time", "memory")
-    ),
-)
+    rows = [("task", "clips to train on", "result", "to compare with")]
+    for task, clips, file, *texts in TASKS:
+        values = metrics[file] | dict(image=metrics.get(f"{file}-image"))
+        rows.append((task, clips, *(text.format(**values) for text in texts)))
+    return markdown([rows])
 
 
 def budgets_table(results: dict) -> str:
+    """What was measured, a median, and whether it is within the limit; or why there is nothing."""
     rows = [("budget", "limit", "measured", "")]
-    for what, limit, file, measured in BUDGETS:
-        rows.append((what, limit, *judged(limit, measured, results.get(file))))
-    return piped(rows)
+    for (benchmark, place), budgets in BUDGETS.items():
+        record = record_of(results, benchmark, place)
+        numbers = benchmark.numbers(record) if record else {}
+        for what, limit, name in budgets:
+            measured, verdict = MISSING if record is None else "not part of the run", ""
+            if name in numbers:
+                measured, verdict = f"{numbers[name]:.3g}", judged(numbers[name], limit)
+            rows.append((what, limit, measured, verdict))
+    return markdown([rows])
 
 
-def judged(limit: str, measured: Callable, record: dict | None) -> tuple[str, str]:
-    """The median that was measured, and whether it is within the limit."""
-    if record is None:
-        return MISSING, ""
-    try:
-        value = measured(record)
-    except KeyError:
-        return "not part of the run", ""
+def judged(value: float, limit: str) -> str:
     words, number = limit.rsplit(" ", 1)
     met = value <= float(number) if words == "at most" else value >= float(number)
-    return f"{value:.3g}", "met" if met else f"missed by {abs(value / float(number) - 1):.1%}"
+    return "met" if met else f"missed by {abs(value / float(number) - 1):.1%}"
 
 
 if __name__ == "__main__":

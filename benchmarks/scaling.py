@@ -269,10 +269,15 @@ def largest_common(rows: dict) -> str:
     )
 
 
-def growth(record: dict, mode: Mode, quantity: str) -> float:
-    """How far the slope of exact dense fusion is from 1, of "time" or "memory"."""
-    fitted = record[mode]["dense"][f"{quantity}_slope"]
-    return abs((fitted["median"] if quantity == "time" else fitted) - 1)
+def numbers(record: dict) -> dict[str, float]:
+    """What budgets are about: how far the slopes of exact dense fusion are from 1."""
+    found = {}
+    for mode in MODES:
+        dense = record.get(mode, {}).get("dense", {})
+        if "time_slope" in dense:
+            found[f"{mode} time"] = abs(dense["time_slope"]["median"] - 1)
+            found[f"{mode} memory"] = abs(dense["memory_slope"] - 1)
+    return found
 
 
 if __name__ == "__main__":

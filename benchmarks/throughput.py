@@ -433,8 +433,7 @@ def tables(record: dict) -> list:
     parts = []
     for mode in MODES:
         if mode in record:
-            parts.append(f"{record[mode]['preset']}, {record['settings']['dtype']}:")
-            parts.append(mode_table(record, mode))
+            parts += [f"{record[mode]['preset']}, {record['settings']['dtype']}:", mode_table(record, mode)]
         elif record["settings"]["compile"] == "no":  # under torch.compile, one mode may be all that is wanted
             parts.append(f"{mode}: {MISSING}.")
     return parts
@@ -443,44 +442,41 @@ def tables(record: dict) -> list:
 def mode_table(record: dict, mode: Mode) -> list[tuple]:
     """A row for each way to fuse and each batch size."""
     columns = "batch", "clips/s (quartiles)", "over none", "memory MiB", "GFLOP/clip", "largest error"
-    rows = record[mode]["rows"].values()
-    cells = (cells_of(row, batch, result) for row in rows for batch, result in row["batches"].items())
-    return [(mode, *columns), *cells]
-
-
-def cells_of(row: dict, batch: str, result: dict) -> tuple:
-    gflop, error = f"{row['gflop_per_clip']:.1f}", f"{max(row['errors'].values()):.0e}"
-    memory = f"{result['memory_bytes'] / 2**20:,.0f}" if "memory_bytes" in result else "-"
-    if "clips_per_second" not in result:
-        return row["label"], batch, why_not(row, result), "-", memory, gflop, error
-    over = spread(result["speed_over_none"], ".2f") if "speed_over_none" in result else "-"
-    return row["label"], batch, spread(result["clips_per_second"], ".3g"), over, memory, gflop, error
-
-
-def why_not(row: dict, result: dict) -> str:
-    """Why a row has no speed at a batch size."""
-    if not row["agrees"]:
-        return f"no speed: it disagrees, {largest_error(row['errors'])}"
-    return result.get("failed", "-")
+    rows = [(mode, *columns)]
+    for row in record[mode]["rows"].values():
+        gflop, error = f"{row['gflop_per_clip']:.1f}", f"{max(row['errors'].values()):.0e}"
+        for batch, result in row["batches"].items():
+            speed, over = why_not(row, result), "-"
+            if "clips_per_second" in result:
+                large = result["clips_per_second"]["median"] >= 1000
+                speed = spread(result["clips_per_second"], ",.0f" if large else ".3g")
+            if "speed_over_none" in result:
+                over = spread(result["speed_over_none"], ".2f")
+            memory = f"{result['memory_bytes'] / 2**20:,.0f}" if "memory_bytes" in result else "-"
+            rows.append((row["label"], batch, speed, over, memory, gflop, error))
+    return rows
 
 
 def summary(records: dict[str, dict | None], mode: Mode) -> list:
-    """Speed and memory against no fusion, in several places, each row at the batch size where it is fastest;
-    beside those of the paper.
-    """
+    """Speed and memory against no fusion in several places, and those of the paper."""
     settings = [
         f"{place}: {setting(record, mode)}" for place, record in records.items() if record and mode in record
     ]
-    of_run = f" ({'; '.join(settings)})" if settings else ""
+    title = f"**{MODES[mode]}**" + (f" ({'; '.join(settings)})" if settings else "")
     first, *others = records
-    header = ["", "GFLOP per clip", *(f"{first} {what}" for what in ("clips/s", "speed", "memory"))]
-    header += [f"{place} {what}" for place in others for what in ("speed", "memory")]
-    table = [(*header, "paper speed", "paper memory") if mode == "inference" else tuple(header)]
+    header = ["", "GFLOP per clip", f"{first} clips/s"]
+    header += [f"{place} {what}" for place in (first, *others) for what in ("speed", "memory")]
+    if mode == "inference":
+        header += ["paper speed", "paper memory"]
+    rows = [tuple(header)]
     for name, row in ROWS.items():
-        cells, *more = (against_none(record, mode, name) for record in records.values())
-        cells += tuple(cell for found in more for cell in found[2:])
-        table.append((row.label, *cells, *(paper_cells(name) if mode == "inference" else ())))
-    return [f"**{MODES[mode]}**{of_run}. Speed and memory against no fusion = 1, medians:", table]
+        found = [against_none(record, mode, name) for record in records.values()]
+        cells = [row.label, *found[0][:2], *(cell for place in found for cell in place[2:])]
+        if mode == "inference":
+            of_paper = zip(PAPER.get(name, ()), PAPER["none"], strict=False)
+            cells += [times(value / none) for value, none in of_paper] or ["", ""]
+        rows.append(tuple(cells))
+    return [f"{title}. Speed and memory against no fusion = 1, medians:", rows]
 
 
 def setting(record: dict, mode: Mode) -> str:
@@ -488,61 +484,54 @@ def setting(record: dict, mode: Mode) -> str:
     return f"{PRESETS[record[mode]['preset']]}, batch {batches}, {record['settings']['dtype']}"
 
 
-def against_none(record: dict | None, mode: Mode, name: str) -> tuple[str, str, str, str]:
-    """GFLOP per clip, clips/s, and speed and memory over no fusion."""
+def against_none(record: dict | None, mode: Mode, name: RowName) -> tuple[str, str, str, str]:
+    """GFLOP per clip, clips/s, and speed and memory over no fusion; or why they are missing."""
     if record is None or mode not in record or name not in record[mode]["rows"]:
         return (MISSING,) * 4
-    row, none = record[mode]["rows"][name], record[mode]["rows"]["none"]
-    gflop, batch = f"{row['gflop_per_clip']:.1f}", best_batch(row)
-    if batch is None:
-        return gflop, "-", why_not(row, next(iter(row["batches"].values()), {})), "-"
-    result = row["batches"][batch]
-    speed = (
-        times(result["speed_over_none"]["median"]) if "speed_over_none" in result else "no fusion has none"
-    )
-    without = none["batches"][batch].get("memory_bytes")
-    memory = times(result["memory_bytes"] / without) if without else "no fusion does not fit"
-    return gflop, f"{result['clips_per_second']['median']:.3g}", speed, memory
+    row, found = record[mode]["rows"][name], fastest(record[mode]["rows"], name)
+    gflop = f"{row['gflop_per_clip']:.1f}"
+    if found is None:
+        return gflop, "-", why_not(row, *row["batches"].values()), "-"
+    speed = times(found["speed"]["median"]) if found["speed"] else "no fusion has none"
+    memory = times(found["memory"]) if found["memory"] else "no fusion does not fit"
+    return gflop, f"{found['clips/s']['median']:.3g}", speed, memory
 
 
-def best_batch(row: dict) -> str | None:
-    """The batch size at which a row is fastest; None where it has no speed."""
-    timed = {batch: result for batch, result in row["batches"].items() if "clips_per_second" in result}
-    return max(timed, key=lambda batch: timed[batch]["clips_per_second"]["median"], default=None)
+def fastest(rows: dict, name: RowName) -> dict | None:
+    """Clips per second, and speed and memory over no fusion, at the batch size at which a row is fastest;
+    None where it has no speed.
+    """
+    timed = {batch: result for batch, result in rows[name]["batches"].items() if "clips_per_second" in result}
+    if not timed:
+        return None
+    batch, result = max(timed.items(), key=lambda item: item[1]["clips_per_second"]["median"])
+    without = rows["none"]["batches"][batch].get("memory_bytes")
+    memory = result["memory_bytes"] / without if without else None
+    return {"clips/s": result["clips_per_second"], "speed": result.get("speed_over_none"), "memory": memory}
 
 
-def paper_cells(name: str) -> tuple[str, str]:
-    if name not in PAPER:
-        return "", ""
-    (speed, memory), (speed_none, memory_none) = PAPER[name], PAPER["none"]
-    return times(speed / speed_none), times(memory / memory_none)
+def why_not(row: dict, *results: dict) -> str:
+    """Why a row has no speed."""
+    if not row["agrees"]:
+        return f"no speed: it disagrees, {largest_error(row['errors'])}"
+    return next((result["failed"] for result in results if "failed" in result), "-")
 
 
-# --- budgets, of ViT-B --------------------------------------------------------------------------------------
-
-
-def gflop(record: dict, name: RowName) -> float:
-    return base_rows(record, "inference")[name]["gflop_per_clip"]
-
-
-def speed(record: dict, mode: Mode, name: RowName) -> float:
-    """Over no fusion, at the row's best batch size."""
-    row = base_rows(record, mode)[name]
-    return row["batches"][best_batch(row)]["speed_over_none"]["median"]
-
-
-def memory(record: dict, mode: Mode, name: RowName) -> float:
-    """Over no fusion, at the row's best batch size."""
-    rows = base_rows(record, mode)
-    batch = best_batch(rows[name])
-    ours, without = (rows[key]["batches"][batch]["memory_bytes"] for key in (name, "none"))
-    return ours / without
-
-
-def base_rows(record: dict, mode: Mode) -> dict:
-    if record[mode]["preset"] != "base":
-        raise KeyError("base")
-    return record[mode]["rows"]
+def numbers(record: dict) -> dict[str, float]:
+    """What budgets of ViT-B are about: GFLOP per clip; GFLOP, speed and memory over no fusion."""
+    found = {}
+    for mode in MODES:
+        rows = record[mode]["rows"] if record.get(mode, {}).get("preset") == "base" else {}
+        for name, row in rows.items():
+            gflop, best = row["gflop_per_clip"], fastest(rows, name) or {}
+            found[f"{mode} {name} GFLOP"] = round(gflop, 1)
+            found[f"{mode} {name} GFLOP over none"] = gflop / rows["none"]["gflop_per_clip"]
+            if best.get("speed"):
+                found[f"{mode} {name} speed"] = best["speed"]["median"]
+                found[f"{mode} {name} time"] = 1 / best["speed"]["median"]
+            if best.get("memory"):
+                found[f"{mode} {name} memory"] = best["memory"]
+    return found
 
 
 if __name__ == "__main__":

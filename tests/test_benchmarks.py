@@ -356,7 +356,8 @@ def test_results_of_tasks_say_what_they_are_of():
         assert told | {"metrics"} <= result.keys() and len(result["weights_sha256"]) == 64, path
         assert result["coverage"]["judged"] == result["coverage"]["expected"], path
         assert not re.search(r"[\"' =](/|~/)\w", path.read_text()), f"{path.name} holds a path"
-    named = set(re.findall(r"\{([\w-]+)\[", str(report.TASKS)))
+    named = {file for _, _, file, *_ in report.TASKS}
+    named |= {f"{file}-image" for _, _, file, *texts in report.TASKS if "{image[" in str(texts)}
     assert named == {path.stem for path in (report.RESULTS / "tasks").glob("*.json")}
 
 
