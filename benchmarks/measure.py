@@ -16,9 +16,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -223,10 +224,8 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
 
 
 def in_fresh_process(function: Callable, *args):
-    """The value of `function(*args)` in a process of its own, which has imported and not yet allocated.
-
-    Raises:
-        MemoryError: it died for lack of memory; the message says how much it asked for.
+    """The value of `function(*args)` in a process of its own, which has imported and not yet allocated; a
+    MemoryError where that does not fit.
     """
     # The fork server imports once; with this, what malloc frees goes back to the system at once.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
@@ -236,23 +235,23 @@ def in_fresh_process(function: Callable, *args):
         torch.cuda.empty_cache()
     context.set_forkserver_preload(["torch", "avfuse", "__main__"])
     try:
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
+        with memory_errors(), ProcessPoolExecutor(1, mp_context=context) as pool:
             return pool.submit(function, *args).result()
     except BrokenProcessPool:
         raise MemoryError("killed by the system, which was out of memory") from None
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """What torch's allocators raise becomes a MemoryError, with the size that did not fit."""
+    try:
+        yield
     except RuntimeError as error:
-        if (asked := asked_for(error)) is None:
+        size = re.search(r"tried to allocate ([\d.]+) *([A-Za-z]+)", str(error), re.I)
+        if size is None:
             raise
-        raise MemoryError(asked) from None
-
-
-def asked_for(error: RuntimeError) -> str | None:
-    """What an error of torch's allocators says about the size that it asked for; None for other errors."""
-    said = re.search(r"tried to allocate ([\d.]+) *([A-Za-z]+)", str(error), re.I)
-    if said is None:
-        return None
-    amount = f"{float(said[1]) / GIB:.1f} GiB" if said[2] == "bytes" else f"{said[1]} {said[2]}"
-    return f"out of memory: one more tensor of {amount} did not fit"
+        amount = f"{float(size[1]) / GIB:.1f} GiB" if size[2] == "bytes" else f"{size[1]} {size[2]}"
+        raise MemoryError(f"out of memory: one more tensor of {amount} did not fit") from None
 
 
 class PeakMemory:
@@ -437,7 +436,7 @@ def machine(device: str) -> dict:
 
 
 def cpu_name() -> str:
-    """The model name, and the widest of the vector and matrix instructions that it is said to have."""
+    """The model name, and the widest of the vector and matrix instructions that it has."""
     info = Path("/proc/cpuinfo").read_text()
     name = re.search(r"model name\s*: (.+)", info)
     has = [flag for flag in ("amx_bf16", "avx512f", "avx2") if re.search(rf"\b{flag}\b", info)]
@@ -445,10 +444,8 @@ def cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {}
+    installed = {}
     for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            pass
-    return found
+        with suppress(PackageNotFoundError):
+            installed[package] = version(package)
+    return installed

@@ -1,7 +1,7 @@
 """Attention over all pairs alone: time of every implementation against the bytes and arithmetic it takes."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Literal
@@ -15,17 +15,17 @@ from measure import (
     GpuClock,
     WallClock,
     agreement,
-    asked_for,
     begin_record,
     cache_flush,
     ceilings,
     limit_memory,
+    memory_errors,
     print_agreement,
     quantiles,
     time_rounds,
     write_record,
 )
-from tables import spread, terminal
+from tables import MISSING, spread, terminal
 from torch import Tensor
 
 from avfuse import pair_attention
@@ -87,13 +87,18 @@ def main(options: Options) -> dict:
     limit_memory(options.device, options.memory_limit)
     record["ceilings"] = ceilings(options.device, DTYPES[options.dtype])
     record["shapes"] = {}
-    for variant, shape in itertools.product(options.variants, options.shapes):
-        name = shape if variant == "plain" else f"{shape}, {variant}"
+    for name, shape, variant in cells(options.shapes, options.variants):
         record["shapes"][name] = measure_shape(options, shape, variant, record["ceilings"])
         written = write_record(options.out, record)["shapes"][name]
         print(f"\n{name}: batch {options.batch}, {options.dtype}, microseconds (quartiles)")
         print(terminal([floor_line(written), *shape_parts(name, written)]))
     return record
+
+
+def cells(shapes: Iterable[Shape], variants: Iterable[Variant]) -> Iterator[tuple[str, Shape, Variant]]:
+    """What is measured, in this order, by the name that results have for it."""
+    for variant, shape in itertools.product(variants, shapes):
+        yield shape if variant == "plain" else f"{shape}, {variant}", shape, variant
 
 
 # --- the rows -----------------------------------------------------------------------------------------------
@@ -178,9 +183,9 @@ def run_with_gradients(attend: Callable, tensors: dict[str, Tensor], grad: Tenso
     """The output for the compared queries, and all gradients of the head they belong to."""
     output, inputs = attend(**tensors), learned(tensors)
     grads = torch.autograd.grad(output, list(inputs.values()), grad)
-    found = {"output": output} | dict(zip(inputs, grads, strict=True))
-    found = {name: head_of(name, tensor).double().cpu() for name, tensor in found.items()}
-    return found | {name: found[name][:QUERIES] for name in ("output", "query")}
+    whole = {"output": output} | dict(zip(inputs, grads, strict=True))
+    head = {name: head_of(name, tensor).double().cpu() for name, tensor in whole.items()}
+    return head | {name: head[name][:QUERIES] for name in ("output", "query")}
 
 
 def over_all_pairs(tensors: dict[str, Tensor], grad: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -201,8 +206,8 @@ def over_all_pairs(tensors: dict[str, Tensor], grad: Tensor, dtype: torch.dtype)
         for name, part in zip(inputs, torch.autograd.grad(output, inputs.values(), query_grad), strict=True):
             sums[name] += part
         outputs.append(output.detach())
-    found = dict(output=torch.stack(outputs)) | sums | dict(query=sums["query"][:QUERIES])
-    return {name: tensor.double().cpu() for name, tensor in found.items()}
+    compared = sums | dict(output=torch.stack(outputs), query=sums["query"][:QUERIES])
+    return {name: tensor.double().cpu() for name, tensor in compared.items()}
 
 
 # --- one shape ----------------------------------------------------------------------------------------------
@@ -221,14 +226,10 @@ def measure_shape(options: Options, shape: Shape, variant: Variant, ceiling: dic
     for row in options.rows:
         try:
             attend = implementation(row, variant)
-            ours = run_with_gradients(attend, tensors, few)
-        except ValueError as error:  # what this row cannot do, here or at all
+            with memory_errors():
+                ours = run_with_gradients(attend, tensors, few)
+        except (ValueError, MemoryError) as error:  # what this row cannot do, here or at all
             rows[row] = dict(failed=str(error))
-            continue
-        except RuntimeError as error:
-            if (asked := asked_for(error)) is None:
-                raise
-            rows[row] = dict(failed=asked)
             continue
         rows[row] = agreement(ours, truth, plains, dtype)
         print_agreement(row, rows[row])
@@ -326,20 +327,21 @@ def tables(record: dict) -> list:
         f"{settings['value_width']}; this machine copies {copy / 1e9:.1f} GB/s and multiplies "
         f"{matmul / 1e9:.0f} GFLOP/s. Microseconds:"
     ]
-    for name, found in record["shapes"].items():
-        parts += shape_parts(name, found)
+    for name, *_ in cells(settings["shapes"], settings.get("variants", ["plain"])):
+        shape = record["shapes"].get(name)
+        parts += shape_parts(name, shape) if shape else [f"{name}: {MISSING}."]
     return parts
 
 
-def shape_parts(name: str, found: dict) -> list:
+def shape_parts(name: str, shape: dict) -> list:
     """A row for each mode and implementation, with the time of every clock; and which have none, and why."""
     _, _, variant = name.partition(", ")
     title = {"": "", "bias": ", pair bias", "masks": ", masks"}[variant]
-    timed = {row: result for row, result in found["rows"].items() if "seconds" in result}
+    timed = {row: result for row, result in shape["rows"].items() if "seconds" in result}
     modes = (mode for result in timed.values() for mode in result["seconds"].values())
     clocks = list(dict.fromkeys(clock for mode in modes for clock in mode))
-    table = [(f"{found['image_tokens']} + {found['audio_tokens']}{title}", "", *clocks, "of the floor")]
-    for mode, floor in found["floor_seconds"].items():
+    table = [(f"{shape['image_tokens']} + {shape['audio_tokens']}{title}", "", *clocks, "of the floor")]
+    for mode, floor in shape["floor_seconds"].items():
         for row, result in timed.items():
             seconds = result["seconds"][mode]
             cells = (spread(seconds[clock], ",.0f", 1e6) for clock in clocks)
@@ -347,17 +349,17 @@ def shape_parts(name: str, found: dict) -> list:
             table.append((row, mode, *cells, f"{coldest['median'] / floor:.1f} x"))
     untimed = [
         f"{row}: {result.get('failed', 'disagrees')}."
-        for row, result in found["rows"].items()
+        for row, result in shape["rows"].items()
         if row not in timed
     ]
     return [table, *(["Without a time: " + " ".join(untimed)] if untimed else [])]
 
 
-def floor_line(found: dict) -> str:
+def floor_line(shape: dict) -> str:
     """What the floors come from."""
     floors = []
-    for mode, floor in found["floor_seconds"].items():
-        moved, flop = found["bytes"][mode] / 1e6, found["flop"][mode] / 1e6
+    for mode, floor in shape["floor_seconds"].items():
+        moved, flop = shape["bytes"][mode] / 1e6, shape["flop"][mode] / 1e6
         floors.append(f"{mode} {1e6 * floor:.1f} us ({moved:.1f} MB, {flop:.0f} MFLOP)")
     return f"floors: {', '.join(floors)}"
 
@@ -367,16 +369,13 @@ def numbers(record: dict) -> dict[str, float]:
     time, warm), and over the floor (GPU time, cold).
     """
     shape = record["shapes"].get("paper", dict(rows={}))
-    seconds = {
-        row: found["seconds"].get("both", {}) for row, found in shape["rows"].items() if "seconds" in found
-    }
-    ours, theirs = seconds.get("avfuse", {}), seconds.get("sdpa", {})
-    found = {}
-    if "wall, warm" in ours.keys() & theirs.keys():
-        found["over SDPA"] = ours["wall, warm"]["median"] / theirs["wall, warm"]["median"]
-    if "GPU, cold" in ours:
-        found["over the floor"] = ours["GPU, cold"]["median"] / shape["floor_seconds"]["both"]
-    return found
+    ours, theirs = (shape["rows"].get(row, {}).get("seconds", {}).get("both") for row in ("avfuse", "sdpa"))
+    values = {}
+    if ours and theirs:
+        values["over SDPA"] = ours["wall, warm"]["median"] / theirs["wall, warm"]["median"]
+    if ours and "GPU, cold" in ours:
+        values["over the floor"] = ours["GPU, cold"]["median"] / shape["floor_seconds"]["both"]
+    return values
 
 
 if __name__ == "__main__":

@@ -14,17 +14,22 @@ from measure import ROOT
 from PIL import Image
 from throughput import MODES, PAPER, fastest
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # told apart by colour-blind readers
+BLUE, ORANGE, GREEN, GREY = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#777777",
+)  # which colour-blind readers tell apart
 COLOURS = {"dense": BLUE, "pair-keys": GREEN, "materialized": ORANGE}
 
 
 def plots(results: dict) -> dict[Path, tuple[str, Callable[[], Figure]]]:
     """By path, a digest of what it shows and a function that draws it."""
-    found = {}
+    drawings = {}
     for name, draw in {"throughput": draw_throughput, "scaling": draw_scaling}.items():
         if record := results.get(f"{name}-cpu"):
-            found[ROOT / f"docs/{name}.png"] = digest(record), partial(draw, record)
-    return found
+            drawings[ROOT / f"docs/{name}.png"] = digest(record), partial(draw, record)
+    return drawings
 
 
 def save(plots: dict[Path, tuple[str, Callable[[], Figure]]]) -> None:
@@ -51,17 +56,17 @@ def draw_throughput(record: dict) -> Figure:
     grid = figure.subplots(len(modes), 2, squeeze=False, sharey=True)
     for (speed_axis, memory_axis), mode in zip(grid, modes, strict=True):
         rows = record[mode]["rows"]
-        best = {row: found for row in reversed(rows) if (found := fastest(rows, row))}
-        speeds = [found["speed"] for found in best.values()]
+        best = {row: result for row in reversed(rows) if (result := fastest(rows, row))}
+        speeds = [result["speed"] for result in best.values()]
         draw_bars(speed_axis, best, [speed["median"] for speed in speeds], whiskers(speeds))
-        draw_bars(memory_axis, best, [found["memory"] for found in best.values()])
+        draw_bars(memory_axis, best, [result["memory"] for result in best.values()])
         speed_axis.set_yticks(range(len(best)), [rows[row]["label"] for row in best], fontsize=9)
         for column, (axis, what) in enumerate(((speed_axis, "speed"), (memory_axis, "peak memory"))):
-            finish(axis, title=f"{MODES[mode]}: {what}", xlim=(0, None))
             if mode == "inference":
                 places = [place for place, row in enumerate(best) if row in PAPER]
                 paper = [PAPER[row][column] / PAPER["none"][column] for row in best if row in PAPER]
                 axis.plot(paper, places, "D", color=ORANGE, ms=7, mec="white", label="the paper, on its GPU")
+            finish(axis, title=f"{MODES[mode]}: {what}", xlim=(0, None))
         if mode == "inference":
             memory_axis.legend(frameon=False, fontsize=9, loc="lower right")
     grid[-1][0].set_xlabel("clips per second over no fusion, CPU (more is better)")

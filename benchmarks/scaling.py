@@ -38,8 +38,8 @@ LABELS = {
 }
 FIT_FROM = 512  # tokens per modality: below, what does not grow weighs too much
 MODES = ("forward", "training")
-RowName = Literal["dense", "pair-keys", "materialized"]
-Mode = Literal["forward", "training"]
+RowName = Literal[*ROWS]
+Mode = Literal[*MODES]
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,8 @@ def make_blocks(options: Options) -> dict[str, DenseFusion]:
     torch.manual_seed(0)
     blocks = {name: kind(options.dim, options.heads) for name, kind in ROWS.items()}
     with torch.no_grad():
-        blocks[
-            "materialized"
-        ].query.weight *= 4  # else all pairs weigh nearly the same, and mistakes do not show
+        # Else all pairs weigh nearly the same, and mistakes do not show.
+        blocks["materialized"].query.weight *= 4
     for name in ("dense", "pair-keys"):
         blocks[name].load_state_dict(folded(blocks["materialized"].state_dict()))
     return blocks
@@ -116,14 +115,9 @@ def call_of(options: Options, mode: Mode, block: DenseFusion, tokens: int) -> Ca
     inputs = [tensor.to(options.device, dtype) for tensor in make_inputs(options, tokens)]
     block.to(options.device, dtype)
     if mode == "forward":
-        return lambda: no_grad_call(block, inputs)
+        return torch.inference_mode()(lambda: block(*inputs))
     inputs = [tensor.requires_grad_() for tensor in inputs]
     return lambda: block(*inputs).float().square().mean().backward()
-
-
-def no_grad_call(block, inputs):
-    with torch.inference_mode():
-        return block(*inputs)
 
 
 @torch.inference_mode()
@@ -271,13 +265,13 @@ def largest_common(rows: dict) -> str:
 
 def numbers(record: dict) -> dict[str, float]:
     """What budgets are about: how far the slopes of exact dense fusion are from 1."""
-    found = {}
+    values = {}
     for mode in MODES:
         dense = record.get(mode, {}).get("dense", {})
         if "time_slope" in dense:
-            found[f"{mode} time"] = abs(dense["time_slope"]["median"] - 1)
-            found[f"{mode} memory"] = abs(dense["memory_slope"] - 1)
-    return found
+            values[f"{mode} time"] = abs(dense["time_slope"]["median"] - 1)
+            values[f"{mode} memory"] = abs(dense["memory_slope"] - 1)
+    return values
 
 
 if __name__ == "__main__":

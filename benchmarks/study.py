@@ -63,10 +63,8 @@ ROWS = {
     "image": Row("image alone", "none", "none", ("image",)),
     "audio": Row("audio alone", "none", "none", ("audio",)),
 }
-RowName = Literal[
-    "dense", "dense-mid", "dense-late", "factorized", "token", "bilinear", "none", "image", "audio"
-]
-STARTS = ("scratch", "pretrained")
+RowName = Literal[*ROWS]
+STARTS = {"scratch": "from scratch", "pretrained": "after pretraining"}
 CLAIMS = (  # which row is said to be better than which
     ("earlier is better: all layers over the upper half", "dense", "dense-mid"),
     ("earlier is better: upper half over the last layer", "dense-mid", "dense-late"),
@@ -97,7 +95,7 @@ class Options:
 
     rows: tuple[RowName, ...] = tuple(ROWS)
     """Which ways to fuse."""
-    starts: tuple[Literal["scratch", "pretrained"], ...] = STARTS
+    starts: tuple[Literal[*STARTS], ...] = tuple(STARTS)
     """From fresh weights, or after pretraining."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of weights and order; scenes are the same for all."""
@@ -187,10 +185,7 @@ def train_cell(options: Options, cell: tuple[str, str, int]) -> dict:
     if start == "pretrained":
         mae = AVMAE(encoder, decoder_dim=64, decoder_depth=2, decoder_heads=2)
         steps = options.pretraining_steps
-        for _ in fit(
-            mae, lambda batch: mae(batch["image"], batch["audio"]).loss, train, steps, options, steps
-        ):
-            pass
+        list(fit(mae, lambda batch: mae(batch["image"], batch["audio"]).loss, train, steps, options, steps))
     model = Namer(encoder, ROWS[row].features)
     loss = partial(model.loss, shown_weight=options.shown_weight)
     curve = []
@@ -318,9 +313,8 @@ def scenes(options: Options) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     path = ROOT / f"data/study-{options.objects}-{options.train}-{options.test}.npz"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
-        numbers = [
-            (split, n) for split, count in enumerate((options.train, options.test)) for n in range(count)
-        ]
+        counts = enumerate((options.train, options.test))
+        numbers = [(split, n) for split, count in counts for n in range(count)]
         with processes(options.workers) as pool:
             drawn = pool.map(partial(draw_scene, options.objects), numbers, chunksize=64)
             drawn = list(tqdm(drawn, desc="scenes", total=len(numbers)))
@@ -357,10 +351,10 @@ def prepared(scenes: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
     return dict(image=image, audio=audio, shown=scenes["shown"][index].float(), **labels)
 
 
-# --- what was found -----------------------------------------------------------------------------------------
+# --- results ------------------------------------------------------------------------------------------------
 
 
-def found(record: dict) -> dict[tuple[str, str], list[float]]:
+def accuracies_by_cell(record: dict) -> dict[tuple[str, str], list[float]]:
     """Row and start -> colour accuracies by seed."""
     accuracies = {}
     for cell in sorted(record["cells"], key=lambda cell: cell["seed"]):
@@ -370,7 +364,7 @@ def found(record: dict) -> dict[tuple[str, str], list[float]]:
 
 def accuracy_table(record: dict) -> list[tuple]:
     """Accuracies of every row, and what pretraining changed."""
-    rows, accuracies = [("", "from scratch", "after pretraining", "gain by pretraining")], found(record)
+    rows, accuracies = [("", *STARTS.values(), "gain by pretraining")], accuracies_by_cell(record)
     for name, row in ROWS.items():
         scratch, pretrained = (accuracies.get((name, start)) for start in STARTS)
         rows.append((row.label, mean_cell(scratch), mean_cell(pretrained), difference(pretrained, scratch)))
@@ -379,7 +373,7 @@ def accuracy_table(record: dict) -> list[tuple]:
 
 def claims_table(record: dict) -> list[tuple]:
     """The paper's claims, each as a difference of two rows."""
-    rows, accuracies = [("claim", "from scratch", "after pretraining")], found(record)
+    rows, accuracies = [("claim", *STARTS.values())], accuracies_by_cell(record)
     for claim, better, worse in CLAIMS:
         pairs = [(accuracies.get((better, start)), accuracies.get((worse, start))) for start in STARTS]
         rows.append((claim, *(difference(*pair) for pair in pairs)))
@@ -438,7 +432,7 @@ def sections(record: dict) -> dict[Path, str]:
 
 def draw_plot(record: dict) -> Figure:
     """Every seed a dot, the mean a bar; from scratch and pretrained."""
-    accuracies, names = found(record), list(ROWS)
+    accuracies, names = accuracies_by_cell(record), list(ROWS)
     figure = Figure(figsize=(9, 4), layout="constrained")
     axis = figure.subplots()
     for offset, start, colour, marker in ((-0.17, "scratch", BLUE, "o"), (0.17, "pretrained", ORANGE, "s")):
@@ -446,14 +440,9 @@ def draw_plot(record: dict) -> Figure:
             values = accuracies.get((name, start), [])
             if values:
                 axis.barh(place + offset, statistics.mean(values), 0.3, color=colour, alpha=0.35)
-                label = (
-                    {"scratch": "from scratch", "pretrained": "after pretraining"}[start]
-                    if not place
-                    else None
-                )
-                axis.plot(
-                    values, [place + offset] * len(values), marker, color=colour, ms=5, ls="", label=label
-                )
+                label = None if place else STARTS[start]
+                places = [place + offset] * len(values)
+                axis.plot(values, places, marker, color=colour, ms=5, ls="", label=label)
     image_alone = 1 / record["settings"]["objects"]
     for chance, what, side in ((1 / len(COLOURS), "sound", "right"), (image_alone, "image", "left")):
         axis.axvline(chance, color=GREY, ls="--", lw=1)

@@ -1,4 +1,4 @@
-"""What a benchmark found, as paragraphs and tables: one form for the terminal and for Markdown.
+"""What a benchmark measured, as paragraphs and tables: one form for the terminal and for Markdown.
 
 A part is a paragraph (a string) or a table (a list of rows, the first its header; the first column is aligned
 to the left and the others to the right).

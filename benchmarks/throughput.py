@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -15,13 +16,13 @@ from measure import (
     PeakMemory,
     WallClock,
     agreement,
-    asked_for,
     begin_record,
     count_flops,
     free_memory,
     in_fresh_process,
     largest_error,
     limit_memory,
+    memory_errors,
     print_agreement,
     quantiles,
     ratios,
@@ -53,7 +54,7 @@ ROWS = {
     "dense": Row("dense, exact (avfuse)", "dense"),
     "pair-bias": Row("dense with pair bias (avfuse)", "dense", pair_bias=True),
 }
-RowName = Literal["none", "token", "materialized", "pair-keys", "factorized", "dense", "pair-bias"]
+RowName = Literal[*ROWS]
 Mode = Literal["inference", "training"]
 MODES = {"inference": "Inference", "training": "Training step"}
 # Table 5: video/s, GB
@@ -109,9 +110,7 @@ def main(options: Options) -> dict:
     record = begin_record("throughput", recorded(options), options.note)
     models = {}
     for mode, batch in in_order(options):
-        print(
-            f"\n{mode}: preset {preset_of(options, mode)}, batch {batch}, {options.dtype}, {options.device}"
-        )
+        print(f"\n{mode}: {preset_of(options, mode)}, batch {batch}, {options.dtype}, {options.device}")
         if mode not in record:
             record[mode] = count_mode(options, mode)
         rows = record[mode]["rows"]
@@ -147,10 +146,9 @@ def in_order(options: Options) -> list[tuple[Mode, int]]:
 
 def recorded(options: Options) -> dict:
     """What of the options belongs into the results."""
-    settings = asdict(options)
-    return {name: settings[name] for name in ("device", "dtype", "compile", "rows", "seconds")} | {
-        "memory_limit_gib": round(options.memory_limit, 1)
-    }
+    names = "device", "dtype", "compile", "rows", "seconds"
+    settings = {name: getattr(options, name) for name in names}
+    return settings | dict(memory_limit_gib=round(options.memory_limit, 1))
 
 
 def preset_of(options: Options, mode: Mode) -> str:
@@ -199,27 +197,22 @@ def encoder_of(model) -> AVEncoder:
     return getattr(model, "encoder", model)
 
 
-def inference(model, dtype) -> Callable:
-    """A call that encodes, in the dtype of the weights."""
+def make_step(options: Options, mode: Mode, model, optimizer: torch.optim.Optimizer) -> Callable:
+    """A call that encodes images and sounds, in the dtype of the weights, or takes one training step."""
+    dtype, run = DTYPES[options.dtype], compiled(model, options.compile)
 
-    def call(image, audio):
+    def encode(image, audio):
         with torch.inference_mode():
-            return model(image.to(dtype), audio.to(dtype))[:3]
+            return run(image.to(dtype), audio.to(dtype))[:3]
 
-    return call
-
-
-def training(model, dtype, optimizer) -> Callable:
-    """A call that takes one training step."""
-
-    def call(image, audio):
+    def train(image, audio):
         with torch.autocast(image.device.type, dtype, enabled=dtype.itemsize == 2):
-            loss = model(image, audio).loss
+            loss = run(image, audio).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return call
+    return encode if mode == "inference" else train
 
 
 def make_optimizer(parameters: Iterable) -> torch.optim.Optimizer:
@@ -274,20 +267,15 @@ def measure_memory(options: Options, mode: Mode, batch: int, rows: dict) -> None
 def peak_memory(options: Options, name: str, preset: str, mode: Mode, batch: int) -> int:
     """Bytes of the weights and of what two calls need on top; run in a fresh process."""
     limit_memory(options.device, options.memory_limit)
-    dtype = DTYPES[options.dtype]
     model = placed(make_model(ROWS[name], create_encoder(preset, "none"), mode), options, mode)
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     clips = make_inputs(encoder_of(model), batch, options.device)
-    run = compiled(model, options.compile)
-    if mode == "inference":
-        call = inference(run, dtype)
-    else:
-        call = training(run, dtype, make_optimizer(model.parameters()))
+    step = make_step(options, mode, model, make_optimizer(model.parameters()))
     if options.device == "cpu":
         torch.ones(64, 64) @ torch.ones(64, 64)  # starts the threads
     with PeakMemory(options.device) as peak:
-        call(*clips)
-        call(*clips)
+        step(*clips)
+        step(*clips)
     return weights + peak.bytes
 
 
@@ -385,8 +373,8 @@ def outputs(model, image, audio, removed: dict, dtype: torch.dtype) -> dict[str,
     named = dict(encoder_of(model).named_parameters())
     chosen = {name: named[name] for name in GRADIENTS}
     grads = torch.autograd.grad(loss, list(chosen.values()), allow_unused=True)
-    found = {name: grad for name, grad in zip(chosen, grads, strict=True) if grad is not None}
-    return {name: tensor.detach().double().cpu() for name, tensor in ({"loss": loss} | found).items()}
+    compared = {"loss": loss} | dict(zip(chosen, grads, strict=True))
+    return {name: value.detach().double().cpu() for name, value in compared.items() if value is not None}
 
 
 # --- speed --------------------------------------------------------------------------------------------------
@@ -394,35 +382,28 @@ def outputs(model, image, audio, removed: dict, dtype: torch.dtype) -> dict[str,
 
 def time_batch(options: Options, mode: Mode, batch: int, rows: dict, models: dict) -> None:
     """Adds clips per second at this batch size to the rows that agree and fit into memory."""
-    fitting = {name: model for name, model in models.items() if can_be_timed(rows[name], batch)}
-    if not fitting:
-        return
-    dtype = DTYPES[options.dtype]
     clips = make_inputs(encoder_of(models["none"]), batch, options.device)
     parameters = {id(p): p for model in models.values() for p in model.parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters.values())  # one for all: what has no gradient, it leaves alone
     turn = 0.3 if options.device == "cuda" else 0.0
     clocks = {}
-    for name, model in fitting.items():
-        run = compiled(model, options.compile)
-        step = inference(run, dtype) if mode == "inference" else training(run, dtype, optimizer)
-        try:
-            step(*clips)
-            clocks[name] = WallClock(lambda step=step: step(*clips), options.device, turn=turn)
-        except RuntimeError as error:
-            if (asked := asked_for(error)) is None:
-                raise
-            rows[name]["batches"][batch]["failed"] = asked
-    times = time_rounds(clocks, seconds=options.seconds, title=f"{mode} x {batch}")
-    for name, seconds in times.items():
+    for name, model in models.items():
         result = rows[name]["batches"][batch]
-        result["clips_per_second"] = quantiles([batch / second for second in seconds])
-        if "none" in times:
-            result["speed_over_none"] = ratios(times["none"], seconds)
-
-
-def can_be_timed(row: dict, batch: int) -> bool:
-    return row["agrees"] and "failed" not in row["batches"][batch]
+        if "failed" in result or not rows[name]["agrees"]:
+            continue
+        step = make_step(options, mode, model, optimizer)
+        try:
+            with memory_errors():
+                step(*clips)
+            clocks[name] = WallClock(partial(step, *clips), options.device, turn=turn)
+        except MemoryError as error:
+            result["failed"] = str(error)
+    seconds = time_rounds(clocks, seconds=options.seconds, title=f"{mode} x {batch}")
+    for name, ours in seconds.items():
+        result = rows[name]["batches"][batch]
+        result["clips_per_second"] = quantiles([batch / second for second in ours])
+        if "none" in seconds:
+            result["speed_over_none"] = ratios(seconds["none"], ours)
 
 
 # --- tables -------------------------------------------------------------------------------------------------
@@ -470,8 +451,8 @@ def summary(records: dict[str, dict | None], mode: Mode) -> list:
         header += ["paper speed", "paper memory"]
     rows = [tuple(header)]
     for name, row in ROWS.items():
-        found = [against_none(record, mode, name) for record in records.values()]
-        cells = [row.label, *found[0][:2], *(cell for place in found for cell in place[2:])]
+        places = [against_none(record, mode, name) for record in records.values()]
+        cells = [row.label, *places[0][:2], *(cell for place in places for cell in place[2:])]
         if mode == "inference":
             of_paper = zip(PAPER.get(name, ()), PAPER["none"], strict=False)
             cells += [times(value / none) for value, none in of_paper] or ["", ""]
@@ -488,13 +469,13 @@ def against_none(record: dict | None, mode: Mode, name: RowName) -> tuple[str, s
     """GFLOP per clip, clips/s, and speed and memory over no fusion; or why they are missing."""
     if record is None or mode not in record or name not in record[mode]["rows"]:
         return (MISSING,) * 4
-    row, found = record[mode]["rows"][name], fastest(record[mode]["rows"], name)
+    row, best = record[mode]["rows"][name], fastest(record[mode]["rows"], name)
     gflop = f"{row['gflop_per_clip']:.1f}"
-    if found is None:
+    if best is None:
         return gflop, "-", why_not(row, *row["batches"].values()), "-"
-    speed = times(found["speed"]["median"]) if found["speed"] else "no fusion has none"
-    memory = times(found["memory"]) if found["memory"] else "no fusion does not fit"
-    return gflop, f"{found['clips/s']['median']:.3g}", speed, memory
+    speed = times(best["speed"]["median"]) if best["speed"] else "no fusion has none"
+    memory = times(best["memory"]) if best["memory"] else "no fusion does not fit"
+    return gflop, f"{best['clips/s']['median']:.3g}", speed, memory
 
 
 def fastest(rows: dict, name: RowName) -> dict | None:
@@ -519,19 +500,19 @@ def why_not(row: dict, *results: dict) -> str:
 
 def numbers(record: dict) -> dict[str, float]:
     """What budgets of ViT-B are about: GFLOP per clip; GFLOP, speed and memory over no fusion."""
-    found = {}
+    values = {}
     for mode in MODES:
         rows = record[mode]["rows"] if record.get(mode, {}).get("preset") == "base" else {}
         for name, row in rows.items():
             gflop, best = row["gflop_per_clip"], fastest(rows, name) or {}
-            found[f"{mode} {name} GFLOP"] = round(gflop, 1)
-            found[f"{mode} {name} GFLOP over none"] = gflop / rows["none"]["gflop_per_clip"]
+            values[f"{mode} {name} GFLOP"] = round(gflop, 1)
+            values[f"{mode} {name} GFLOP over none"] = gflop / rows["none"]["gflop_per_clip"]
             if best.get("speed"):
-                found[f"{mode} {name} speed"] = best["speed"]["median"]
-                found[f"{mode} {name} time"] = 1 / best["speed"]["median"]
+                values[f"{mode} {name} speed"] = best["speed"]["median"]
+                values[f"{mode} {name} time"] = 1 / best["speed"]["median"]
             if best.get("memory"):
-                found[f"{mode} {name} memory"] = best["memory"]
-    return found
+                values[f"{mode} {name} memory"] = best["memory"]
+    return values
 
 
 if __name__ == "__main__":
