@@ -7,15 +7,19 @@ from pathlib import Path
 if not Path(__file__).with_name("kernels").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
+from . import loading, pretrained
 from .encoder import AVEncoder
 from .fusion import DenseFusion, FactorizedFusion, TokenFusion
 from .inputs import InputSettings
+from .loading import load_encoder
 from .mae import AVMAE
 from .ops.pair_attention import pair_attention, pair_attention_weights
 from .presets import create_encoder
-from .pretrained import load_encoder
 from .released import from_deepavfusion
 from .weights import load_audio_weights, load_image_weights
+
+# Where they were before avfuse.loading, which builds on avfuse.pretrained.
+pretrained.load_encoder, pretrained.load_model = loading.load_encoder, loading.load_model
 
 __version__ = "0.1.0"
 

@@ -313,10 +313,8 @@ class AVEncoder(nn.Module, Pretrained):
 
     @classmethod
     def from_config(cls, config: dict) -> "AVEncoder":
-        from .released import ReleasedEncoder  # which builds on this module
-
-        config = dict(config)
-        cls = ReleasedEncoder if config.pop("released", False) else cls
+        config, cls = dict(config), cls.kind_of(config)
+        config.pop(cls.mark, None)
         image, audio = build_vit(config.pop("image")), build_vit(config.pop("audio"))
         origins = config.pop("origins", {})
         image.origin, audio.origin = origins.get("image"), origins.get("audio")

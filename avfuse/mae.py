@@ -204,11 +204,8 @@ class AVMAE(nn.Module, Pretrained):
 
     @classmethod
     def from_config(cls, config: dict) -> "AVMAE":
-        from .released import ReleasedEncoder, train_positions  # which builds on this module
-
-        config = dict(config)
-        mae = cls(AVEncoder.from_config(config.pop("encoder")), **config)
-        return train_positions(mae) if isinstance(mae.encoder, ReleasedEncoder) else mae
+        config, cls = dict(config), cls.kind_of(config["encoder"])
+        return cls(AVEncoder.from_config(config.pop("encoder")), **config)
 
 
 class Decoder(nn.Module):

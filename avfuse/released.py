@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .checks import check_count, check_flag, check_positive
 from .encoder import AVEncoder
+from .files import read_pth, read_safetensors
 from .fusion import (
     NORM_EPS,
     aggregate_mask,
@@ -30,7 +31,7 @@ from .fusion import (
 from .inputs import InputSettings
 from .mae import AVMAE
 from .ops.pair_attention import masked_attention, pair_attention
-from .pretrained import load_strictly, read_pth, read_safetensors
+from .pretrained import load_strictly
 from .vit import ratio_of
 
 INTERACTIONS = {"dense_mmi": "dense", "factorized_mmi": "factorized", "token": "token", "none": "none"}
@@ -198,6 +199,8 @@ class ReleasedEncoder(AVEncoder):
     `from_deepavfusion` undoes.)
     """
 
+    mark = "released"
+
     @wraps(AVEncoder.__init__)  # its signature too, which the hub mixin reads
     def __init__(self, image, audio, **options):
         super().__init__(image, audio, **options)
@@ -217,7 +220,19 @@ class ReleasedEncoder(AVEncoder):
         return state
 
     def config(self):
-        return super().config() | {"released": True}
+        return super().config() | {self.mark: True}
+
+
+class ReleasedAutoencoder(AVMAE):
+    """The released autoencoder: its decoders train their positions."""
+
+    mark = ReleasedEncoder.mark  # of its encoder's config
+
+    @wraps(AVMAE.__init__)
+    def __init__(self, encoder, **options):
+        super().__init__(encoder, **options)
+        for decoder in self.image_decoder, self.audio_decoder:
+            decoder.pos_embed.requires_grad_(True)
 
 
 def from_deepavfusion(state_dict_or_path, *, config: dict | None = None) -> nn.Module:
@@ -251,7 +266,7 @@ def from_deepavfusion(state_dict_or_path, *, config: dict | None = None) -> nn.M
         encoder = make_released_encoder(settings)
         return load_strictly(encoder, exchange_token_norms(weights, settings))
     encoder = make_released_encoder(settings)
-    mae = AVMAE(
+    mae = ReleasedAutoencoder(
         encoder,
         decoder_dim=settings["decoder_dim"],
         decoder_depth=settings["decoder_depth"],
@@ -261,7 +276,7 @@ def from_deepavfusion(state_dict_or_path, *, config: dict | None = None) -> nn.M
         norm_target=settings["norm_loss"],
     )
     weights = {DECODER_NAME.sub(r"\1_decoder.", name): weight for name, weight in weights.items()}
-    return load_strictly(train_positions(mae), exchange_token_norms(weights, settings))
+    return load_strictly(mae, exchange_token_norms(weights, settings))
 
 
 def read_weights(source) -> dict[str, Tensor]:
@@ -435,13 +450,6 @@ def make_released_encoder(settings: dict) -> ReleasedEncoder:
         mlp_ratio=settings["mlp_ratio"],
         inputs=released_inputs(settings),
     )
-
-
-def train_positions(mae: AVMAE) -> AVMAE:
-    """The released decoders train their positions."""
-    for decoder in mae.image_decoder, mae.audio_decoder:
-        decoder.pos_embed.requires_grad_(True)
-    return mae
 
 
 def released_inputs(settings: dict) -> InputSettings | None:

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .data.clips import ClipDataset, printable
-from .data.splits import Found
-from .evaluate import INPUTS, describe_measures, flat, measures
-from .loop import Run, Task, evaluation_batches, program, set_up, train
+from .data.clips import ClipDataset
+from .data.find import Found
+from .files import printable
 from .mae import AVMAE
-from .pictures import draw_attention, draw_losses, draw_reconstructions
-from .recipes import TrainConfig, check_recipe, count_parameters, make_model, parse, plan
-from .report import write_report
+from .training.evaluate import INPUTS, describe_measures, flat, measures
+from .training.loop import Run, Task, evaluation_batches, program, set_up, train
+from .training.pictures import draw_attention, draw_losses, draw_reconstructions
+from .training.recipes import TrainConfig, check_recipe, count_parameters, make_model, parse, plan
+from .training.report import write_report
 from .vit import input_shape
 from .weights import load_audio_weights, load_image_weights
 

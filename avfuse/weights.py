@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from safetensors import safe_open
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .checks import check_choice, check_count
+from .files import read_metadata, read_pth, read_safetensors, some
 from .model_card import UNKNOWN, strictest
-from .pretrained import CONFIG, WEIGHTS, read_pth, read_safetensors
+from .pretrained import CONFIG, WEIGHTS
 
 AXES = ("frequency-time", "time-frequency")
 LICENCES = {  # of what their authors published; DeepAVFusion's weights began as MAE's and AudioMAE's
@@ -204,8 +204,7 @@ def read(source) -> Found:
     if file.suffix != ".safetensors":
         return Found(path.name, *unwrap(read_pth(file), f"weights {path}"))
     weights = read_safetensors(file)
-    with safe_open(file, "pt") as opened:
-        licence = (opened.metadata() or {}).get("licence")
+    licence = read_metadata(file).get("licence")
     name, family = path.name, "ViT"
     if file.name == WEIGHTS and not licence:
         name, licence, family = told_by_timm(config_beside(file), name)
@@ -376,18 +375,13 @@ def check_fit(weights: dict[str, Tensor], vit: VisionTransformer, source: str) -
         ("not finite", broken),
     ):
         if names:
-            wrong.append(f"{kind}: {some(names)}")
+            wrong.append(f"{kind}: {some(names, NAMED)}")
     if wrong:
         transformer = f"a transformer of {len(vit.blocks)} layers and width {vit.embed_dim}"
         raise ValueError(f"{source} does not fit {transformer}: {'; '.join(wrong)}")
 
 
 # --- saying -------------------------------------------------------------------------------------------------
-
-
-def some(names: list[str]) -> str:
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def parts(names: Iterable[str]) -> str:

@@ -20,7 +20,7 @@ from torch.utils.data import BatchSampler
 from avfuse import InputSettings
 from avfuse.data import manifest, sounding_shapes
 from avfuse.data.clips import ClipDataset, ClipLoader, ClipSampler, scan_clips
-from avfuse.data.splits import find_data
+from avfuse.data.find import find_data
 
 FILES = 8  # that the links lead to
 BATCH = 32

@@ -31,7 +31,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from tqdm import tqdm
 
 from avfuse import AVMAE, AVEncoder
-from avfuse.data.sounding_synthesis import COLOURS, SHAPES, draw, play, sample_scene
+from avfuse.data.sounding_shapes.synthesis import COLOURS, SHAPES, draw, play, sample_scene
 from avfuse.data.transforms import Spectrogram
 from avfuse.presets import SMALL_INPUTS
 

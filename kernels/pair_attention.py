@@ -339,7 +339,7 @@ def backward(
     masks = [rows_of(mask) for mask in (image_mask, audio_mask)]
     output_grad = rows_of(output_grad)
     sizes = B, H, F, I, A, K, V = sizes_of(*tensors)
-    options = settings(query.dtype, *sizes)
+    options = settings(query.dtype, *sizes, backward=True)
     splits, tiles = options["SPLITS"], triton.cdiv(F, options["BLOCK_F"])
     grads = [empty_slots(query, splits), *(empty_slots(tensor, tiles) for tensor in tensors[1:])]
     statistics = query.new_empty((B, 2, 3, splits, F, H), dtype=torch.float32) if splits > 1 else None
@@ -355,21 +355,29 @@ def backward(
         return [add_slots(grad, query.dtype) for grad in grads]
 
 
-def settings(dtype, B, H, F, I, A, K, V):
+def settings(dtype, B, H, F, I, A, K, V, *, backward=False):
     """Tile sizes and launch options. kernels/README.md says where they come from."""
-    single, wide = dtype == torch.float32, max(K, V) > 64
+    single, wide, narrow = dtype == torch.float32, max(K, V) > 64, max(K, V) <= 32
     block_f = min(padded(F), 16 if wide else 32)
     splits, programs = 1, B * H * triton.cdiv(F, block_f)
     while 2 * splits * programs <= PROGRAMS and 2 * splits * SPLIT_TOKENS <= max(I, A):
         splits *= 2
+    # Few warps: what 4 of them multiply in tiles of 64 tokens becomes wgmma on Hopper, which is half as fast
+    # here, and which Triton 3.6 compiled to reads outside of shared memory (128 tokens, widths of 64).
+    if single:
+        block_n, warps = 16, 8
+    elif narrow:
+        block_n, warps = 64, 2 if backward else block_f // 16
+    else:
+        block_n, warps = 32, 8 if wide else block_f // 8
     return dict(
         K=K,
         V=V,
         SPLITS=splits,
         PRECISION=precision_of(dtype),
         BLOCK_F=block_f,
-        BLOCK_N=16 if single else 32 if wide else 64,
-        num_warps=8 if single or wide else 4,
+        BLOCK_N=block_n,
+        num_warps=warps,
         num_stages=2,
         maxnreg=255,  # else ptxas spills a little here and there, to fit one program more on a multiprocessor
     )

@@ -3,9 +3,9 @@
 import pytest
 from trees import CLASS_LIST, COMMENTS, IN_AUDIOSET, audioset, videos, write_list
 
-from avfuse.data import audioset as reader
 from avfuse.data.clips import ClipDataset, ClipLoader
-from avfuse.data.splits import find_data
+from avfuse.data.find import find_data
+from avfuse.data.sets import audioset as reader
 from avfuse.inputs import InputSettings
 
 SETTINGS = InputSettings(image_size=32, audio_seconds=1.0, mel_bins=32)

@@ -10,7 +10,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from avfuse.checkpoints import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint, seal
+from avfuse.training.checkpoints import (
+    CheckpointError,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    seal,
+)
 
 
 @pytest.fixture
@@ -139,7 +145,8 @@ def test_a_full_disk_leaves_the_one_before(tmp_path):
         import resource, sys, torch
         from accelerate import Accelerator
         from pathlib import Path
-        from avfuse.checkpoints import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
+        from avfuse.training.checkpoints import CheckpointError, list_checkpoints
+        from avfuse.training.checkpoints import load_checkpoint, save_checkpoint
 
         run, accelerator = Path(sys.argv[1]), Accelerator(cpu=True)
         model = accelerator.prepare(torch.nn.Linear(100, 100))

@@ -14,10 +14,10 @@ from videos import write_video
 from avfuse import InputSettings, create_encoder
 from avfuse.data.clips import Clip, ClipDataset
 from avfuse.data.decode import Part
-from avfuse.data.splits import Found
+from avfuse.data.find import Found
 from avfuse.features import FEATURES
-from avfuse.loop import program, set_up, train
-from avfuse.pretrained import load_model, save_model
+from avfuse.loading import load_model
+from avfuse.pretrained import save_model
 from avfuse.tasks.classifier import Classifier, load_classifier
 from avfuse.tasks.classify import (
     Classification,
@@ -33,7 +33,8 @@ from avfuse.tasks.classify import (
     ranking_metrics,
 )
 from avfuse.tasks.localize import Localizer
-from avfuse.tasks.task import starting_encoder, with_drop_path
+from avfuse.training.judge import starting_encoder, with_drop_path
+from avfuse.training.loop import program, set_up, train
 
 GOLDEN = Path(__file__).parent / "golden" / "classifier.safetensors"
 
@@ -386,7 +387,7 @@ def short(folder, tmp_path):
 
 
 def test_a_model_is_saved_though_no_test_clip_can_be_read(short, monkeypatch):
-    monkeypatch.setattr("avfuse.tasks.task.judge_all", lambda run, model: ([], []))
+    monkeypatch.setattr("avfuse.training.judge.judge_all", lambda run, model: ([], []))
     assert program(short, Classification, find=find_labelled) == 0
     assert load_classifier(short.run).classes == 2 and not (short.run / "results.json").exists()
 
@@ -397,7 +398,7 @@ def test_a_model_that_cannot_be_saved_is_an_error(short, monkeypatch, error):
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr("avfuse.tasks.task.save_model", full_disk)
+        patch.setattr("avfuse.training.judge.save_model", full_disk)
         assert "No space left" in program(short, Classification, find=find_labelled)
     assert program(short, Classification, find=find_labelled) == 0  # the same command goes on
     assert (short.run / "results.json").exists()

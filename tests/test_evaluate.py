@@ -5,8 +5,13 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from avfuse import AVMAE, create_encoder
-from avfuse.evaluate import held_out_loss, nearest_neighbour_probe, nearest_neighbour_probes, pooled_features
 from avfuse.mae import patchify
+from avfuse.training.evaluate import (
+    held_out_loss,
+    nearest_neighbour_probe,
+    nearest_neighbour_probes,
+    pooled_features,
+)
 
 
 @pytest.fixture(scope="module")

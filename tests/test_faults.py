@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from avfuse import AVMAE, loop, train
-from avfuse.checkpoints import list_checkpoints
+from avfuse import AVMAE, train
 from avfuse.data import sounding_shapes
-from avfuse.faults import RunError, Signals, examine, memory_advice
-from avfuse.loop import set_up
-from avfuse.recipes import TrainConfig
 from avfuse.train import Pretraining, main
+from avfuse.training import loop
+from avfuse.training.checkpoints import list_checkpoints
+from avfuse.training.faults import RunError, Signals, examine, memory_advice
+from avfuse.training.loop import set_up
+from avfuse.training.recipes import TrainConfig
 
 
 @pytest.fixture(scope="module")

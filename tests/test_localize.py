@@ -11,11 +11,10 @@ from sklearn.metrics import auc
 
 from avfuse.data import sounding_shapes
 from avfuse.data.clips import Failure, collate
-from avfuse.data.splits import Found
+from avfuse.data.find import Found
 from avfuse.inputs import InputSettings
-from avfuse.loop import program
+from avfuse.loading import load_model
 from avfuse.presets import create_encoder
-from avfuse.pretrained import load_model
 from avfuse.tasks.localize import (
     Localization,
     LocalizeConfig,
@@ -30,7 +29,8 @@ from avfuse.tasks.localize import (
     success_area,
     success_rate,
 )
-from avfuse.tasks.task import weights_hash
+from avfuse.training.judge import weights_hash
+from avfuse.training.loop import program
 
 INPUTS = InputSettings(image_size=64, mel_bins=32, hop=750)  # 16 + 8 tokens
 

@@ -18,9 +18,9 @@ from avfuse.data import check as checking
 from avfuse.data import manifest
 from avfuse.data.check import JOURNAL, MISSING, REPORT, check
 from avfuse.data.clips import ClipDataset, Failure
-from avfuse.data.splits import find_data
+from avfuse.data.find import find_data
 from avfuse.inputs import InputSettings
-from avfuse.run_folder import describe_data
+from avfuse.training.run_folder import describe_data
 
 SETTINGS = InputSettings(image_size=32, audio_seconds=1.0, mel_bins=32)
 QUIET = dict(progress=False, workers=0)
@@ -122,8 +122,8 @@ def test_the_report_says_what_is_amiss_with_a_data_set(root, sources):
 def test_training_goes_by_the_manifest(root, monkeypatch):
     before = find(root)
     check(root, **QUIET)
-    monkeypatch.setattr("avfuse.data.splits.scan_clips", None)  # no file is opened
-    monkeypatch.setattr("avfuse.data.splits.walk", None)
+    monkeypatch.setattr("avfuse.data.find.scan_clips", None)  # no file is opened
+    monkeypatch.setattr("avfuse.data.find.walk", None)
     after = find(root)
     assert [c.path for c in after.train] == [c.path for c in before.train]
     assert [c.labels for c in after.test] == [c.labels for c in before.test]

@@ -3,8 +3,8 @@
 import pytest
 from trees import plant, videos, write_list
 
-from avfuse.data import music as reader
-from avfuse.data.splits import find_data
+from avfuse.data.find import find_data
+from avfuse.data.sets import music as reader
 
 INSTRUMENTS = ("cello", "acoustic guitar", "tuba")
 

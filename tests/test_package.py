@@ -13,6 +13,8 @@ import pytest
 from packaging.requirements import Requirement
 
 import avfuse
+from avfuse import features
+from avfuse.training import features as training_features
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "avfuse").rglob("*.py"))
@@ -136,3 +138,9 @@ def test_public_names_are_the_documented_ones():
     functions |= {"load_encoder", "load_image_weights", "load_audio_weights"}
     assert set(avfuse.__all__) == layers | functions
     assert all(hasattr(avfuse, name) for name in avfuse.__all__)
+
+
+def test_names_that_have_moved_are_where_they_were():
+    assert avfuse.pretrained.load_model is avfuse.loading.load_model
+    assert avfuse.pretrained.load_encoder is avfuse.load_encoder
+    assert features.read_features is training_features.read_features

@@ -262,7 +262,8 @@ def force_splits(monkeypatch, splits):
     settings, biased_settings = kernels.settings, biased_kernels.settings
     usual = {} if DEVICE == "cuda" else dict(BLOCK_N=64)
     large = {} if DEVICE == "cuda" else dict(BLOCK_N=128, BLOCK_F=32)
-    monkeypatch.setattr(kernels, "settings", lambda *sizes: {**settings(*sizes), **usual, "SPLITS": splits})
+    forced = {**usual, "SPLITS": splits}
+    monkeypatch.setattr(kernels, "settings", lambda *sizes, **way: {**settings(*sizes, **way), **forced})
     monkeypatch.setattr(biased_kernels, "settings", lambda *sizes: {**biased_settings(*sizes), **large})
 
 

@@ -8,7 +8,15 @@ from matplotlib.figure import Figure
 
 from avfuse import AVMAE, InputSettings, create_encoder
 from avfuse.mae import patchify
-from avfuse.pictures import draw_attention, draw_losses, draw_reconstructions, heat_map, restored, rgb, save
+from avfuse.training.pictures import (
+    draw_attention,
+    draw_losses,
+    draw_reconstructions,
+    heat_map,
+    restored,
+    rgb,
+    save,
+)
 
 
 @pytest.fixture(scope="module")

@@ -188,7 +188,7 @@ def test_a_failed_save_leaves_the_old_weights(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("avfuse.pretrained.save_file", interrupted)
+    monkeypatch.setattr("avfuse.files.save_file", interrupted)
     with pytest.raises(OSError, match="no space"):
         randomized(encoder).float().save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
@@ -328,7 +328,8 @@ def test_encoders_are_found_in_released_files(suffix, tmp_path):
 def test_encoders_of_the_hub_are_downloaded(tmp_path, monkeypatch):
     mae = make_mae().float()
     mae.save_pretrained(tmp_path)
-    for place in "avfuse.pretrained.hf_hub_download", "huggingface_hub.hub_mixin.hf_hub_download":
+    for module in "avfuse.loading", "avfuse.pretrained", "huggingface_hub.hub_mixin":
+        place = f"{module}.hf_hub_download"
         monkeypatch.setattr(place, lambda repo_id, filename, **_: str(tmp_path / filename))
     assert_same(load_encoder("someone/model"), mae.encoder)
 

@@ -13,9 +13,9 @@ from functools import partial
 import psutil
 import pytest
 
-from avfuse.checkpoints import list_checkpoints, step_of
 from avfuse.data import sounding_shapes
-from avfuse.run_folder import read_rows
+from avfuse.files import read_rows
+from avfuse.training.checkpoints import list_checkpoints, step_of
 
 TINY = (
     *("--warmup-epochs", "1", "--decoder-dim", "32", "--decoder-depth", "1", "--decoder-heads", "2"),
@@ -97,9 +97,9 @@ def test_all_processes_judge_the_model_that_is_saved(data, tmp_path):
         """
 import sys
 from pathlib import Path
-from avfuse.loop import program
+from avfuse.training.loop import program
 from avfuse.tasks.classify import Classification, linear_probe
-from avfuse.tasks.task import weights_hash
+from avfuse.training.judge import weights_hash
 
 class Told(Classification):
     def judge(self, model, inputs, batch):

@@ -6,12 +6,12 @@ from functools import partial
 import pytest
 from trees import audioset, plant, vggsound, videos, write_list
 
-from avfuse.data import music as reader
-from avfuse.loop import program
-from avfuse.recipes import TrainConfig
+from avfuse.data.sets import music as reader
 from avfuse.tasks.classify import Classification, ClassifyConfig, find_labelled
 from avfuse.tasks.separate import SeparateConfig, Separation, find_pairs
 from avfuse.train import main
+from avfuse.training.loop import program
+from avfuse.training.recipes import TrainConfig
 
 
 @pytest.fixture(scope="module")

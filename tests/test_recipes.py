@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from avfuse import recipes
-from avfuse.recipes import PRESETS, demo, make_model, parse, plan
-from avfuse.settings import Schedule, learning_rate, schedule_of
+from avfuse.training import recipes
+from avfuse.training.recipes import PRESETS, demo, make_model, parse, plan
+from avfuse.training.settings import Schedule, learning_rate, schedule_of
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from avfuse.report import BINS, MOMENTS, WIDTH, main, spread, thin, write_report
+from avfuse.report import main
+from avfuse.training.report import BINS, MOMENTS, WIDTH, spread, thin, write_report
 
 SETTINGS = dict(model="tiny", epochs=6, fusion_layers=[1, 3], clip_grad=1.0, data=None)
 ENVIRONMENT = dict(python="3.11.7", torch="2.11.0", device="cpu")

@@ -10,7 +10,6 @@ from videos import write_video
 
 from avfuse import create_encoder
 from avfuse.data.clips import Clip
-from avfuse.evaluate import nearest_neighbour_probes
 from avfuse.tasks.retrieve import (
     RetrieveConfig,
     chance_at,
@@ -21,6 +20,7 @@ from avfuse.tasks.retrieve import (
     recalls,
     related,
 )
+from avfuse.training.evaluate import nearest_neighbour_probes
 
 
 def make_features(clips=12):

@@ -11,10 +11,8 @@ from PIL import Image
 from scene_trees import SHAPES, annotation, write_avsbench, write_flickr_soundnet, write_metadata, write_sound
 
 from avfuse.data import sounding_shapes
-from avfuse.data.avsbench import is_avsbench, read_avsbench, read_classes
 from avfuse.data.clips import Failure
 from avfuse.data.decode import read_audio, read_frame
-from avfuse.data.flickr_soundnet import MAX_BYTES, is_flickr_soundnet, read_boxes, read_flickr_soundnet
 from avfuse.data.scenes import (
     SHAPE_CLASSES,
     Boxes,
@@ -30,6 +28,8 @@ from avfuse.data.scenes import (
     moment_by_moment,
     sounding_shapes_scenes,
 )
+from avfuse.data.sets.avsbench import is_avsbench, read_avsbench, read_classes
+from avfuse.data.sets.flickr_soundnet import MAX_BYTES, is_flickr_soundnet, read_boxes, read_flickr_soundnet
 from avfuse.data.transforms import Spectrogram
 from avfuse.inputs import InputSettings
 from avfuse.presets import SMALL_INPUTS

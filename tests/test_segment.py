@@ -12,12 +12,11 @@ from torchmetrics.functional import jaccard_index
 
 from avfuse.data import sounding_shapes
 from avfuse.data.clips import Failure, collate
+from avfuse.data.find import Found
 from avfuse.data.scenes import SHAPE_CLASSES
-from avfuse.data.splits import Found
 from avfuse.inputs import InputSettings
-from avfuse.loop import program
+from avfuse.loading import load_model
 from avfuse.presets import create_encoder
-from avfuse.pretrained import load_model
 from avfuse.tasks.localize import model_inputs
 from avfuse.tasks.segment import (
     Segmentation,
@@ -32,7 +31,8 @@ from avfuse.tasks.segment import (
     highest_of_mean,
     mean_of_highest,
 )
-from avfuse.tasks.task import weights_hash
+from avfuse.training.judge import weights_hash
+from avfuse.training.loop import program
 
 INPUTS = InputSettings(image_size=64, mel_bins=32, hop=750)  # 16 + 8 tokens
 

@@ -14,15 +14,15 @@ from videos import write_video
 from avfuse import create_encoder
 from avfuse.data import sounding_shapes
 from avfuse.data.clips import Clip, Failure, collate
-from avfuse.data.splits import Found
+from avfuse.data.find import Found
 from avfuse.data.table import ClipTable
 from avfuse.inputs import InputSettings
+from avfuse.loading import load_model
 from avfuse.presets import SMALL_INPUTS
-from avfuse.pretrained import load_model
 from avfuse.tasks.separate import MixtureDataset, SeparateConfig, Separation, find_pairs, ideal_masks, ratios
 from avfuse.tasks.separation_metrics import bss_eval, is_silent, nmf_masks, rpca_masks
 from avfuse.tasks.separator import MelSTFT, Separator, doublings
-from avfuse.tasks.task import weights_hash
+from avfuse.training.judge import weights_hash
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +264,7 @@ def test_references_are_those_of_mir_eval(mask, pitches):
 def test_the_program_leaves_results_sounds_and_pictures(data, tmp_path):
     from functools import partial
 
-    from avfuse.loop import program
+    from avfuse.training.loop import program
 
     config = SeparateConfig(
         checkpoint="none", data=data, run=tmp_path / "run", epochs=1, warmup_epochs=0, batch_size=4

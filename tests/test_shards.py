@@ -19,10 +19,10 @@ from avfuse.data import manifest, shards
 from avfuse.data.check import check
 from avfuse.data.clips import ClipDataset, ClipLoader, ClipSampler, Failure
 from avfuse.data.decode import ClipError, ClipReader, Part
+from avfuse.data.find import find_data
 from avfuse.data.shards import shard
-from avfuse.data.splits import find_data
+from avfuse.files import read_rows
 from avfuse.inputs import InputSettings
-from avfuse.run_folder import read_rows
 
 SETTINGS = InputSettings(image_size=32, audio_seconds=1.0, mel_bins=32)
 QUIET = dict(progress=False, workers=0)
@@ -210,7 +210,7 @@ def test_a_shard_that_has_gone_or_is_damaged(sharded, tmp_path):
 
 def test_processes_share_an_epoch(sharded):
     """As training deals it out: each clip once, by one of the processes, whatever their number."""
-    from avfuse.settings import Schedule
+    from avfuse.training.settings import Schedule
 
     table = find(sharded).train
     for processes in (1, 2, 3):

@@ -8,19 +8,27 @@ import av
 import numpy as np
 import pytest
 
-from avfuse.data import sounding_shapes
 from avfuse.data.sounding_shapes import (
     Settings,
+    build,
     clips,
     generate,
     load_masks,
     load_stems,
-    main,
     read_frames,
     read_manifest,
     read_sound,
 )
-from avfuse.data.sounding_synthesis import COLOURS, SHAPES, MovingShape, Scene, draw, play, sample_scene
+from avfuse.data.sounding_shapes.__main__ import main
+from avfuse.data.sounding_shapes.synthesis import (
+    COLOURS,
+    SHAPES,
+    MovingShape,
+    Scene,
+    draw,
+    play,
+    sample_scene,
+)
 
 SMALL = {"train": 3, "test": 2, "seconds": 1.0, "size": 64, "progress": False}
 PRIMARIES = {
@@ -182,7 +190,7 @@ def test_masks_leave_out_what_is_hidden():
     assert (seen[:, 0] > seen[:, 2] + 60).all()  # red, not blue
     _, hidden = draw(Scene((behind, before), (0,), BACKGROUND), times, 128)
     assert not hidden.any()
-    assert not sounding_shapes._boxes(hidden).any()
+    assert not build._boxes(hidden).any()
 
 
 def test_each_shape_has_its_own_timbre():
@@ -268,7 +276,7 @@ def test_manifest_is_the_same_bytes_whatever_the_workers(tmp_path, small):
 
 def test_no_scene_appears_twice():
     """Neither within a split, nor across splits, nor under another seed. A larger data set only adds."""
-    scene = sounding_shapes._scene
+    scene = build._scene
     names = [(seed, split, number) for seed in (0, 1) for split in ("train", "test") for number in range(150)]
     scenes = [scene(Settings(seed=seed), split, number)[0] for seed, split, number in names]
     assert len({str(one) for one in scenes}) == len(names)
@@ -312,7 +320,7 @@ def test_a_failing_build_leaves_no_half_written_clip(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     with monkeypatch.context() as patched:
-        patched.setattr(sounding_shapes, "_write_mp4", write_half)
+        patched.setattr(build, "_write_mp4", write_half)
         with pytest.raises(OSError, match="no space"):
             generate(tmp_path, workers=1, **SMALL)
     assert not [*tmp_path.rglob("*.mp4"), *tmp_path.rglob("*.part"), *tmp_path.rglob("dataset.json")]

@@ -13,16 +13,17 @@ import torch
 from accelerate.state import AcceleratorState
 from videos import hostile_folder, write_video
 
-from avfuse import AVMAE, loop, train
-from avfuse.checkpoints import list_checkpoints
+from avfuse import AVMAE, train
 from avfuse.data import sounding_shapes
 from avfuse.data.clips import ClipDataset, ClipLoader
-from avfuse.evaluate import held_out_loss
-from avfuse.faults import RunError
-from avfuse.recipes import TrainConfig, make_model
-from avfuse.run_folder import read_rows
-from avfuse.settings import raised_warmup_cosine, warmup_cosine
+from avfuse.files import read_rows
 from avfuse.train import Pretraining, main
+from avfuse.training import loop
+from avfuse.training.checkpoints import list_checkpoints
+from avfuse.training.evaluate import held_out_loss
+from avfuse.training.faults import RunError
+from avfuse.training.recipes import TrainConfig, make_model
+from avfuse.training.settings import raised_warmup_cosine, warmup_cosine
 
 
 @pytest.fixture(scope="module")

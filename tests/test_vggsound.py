@@ -4,9 +4,9 @@ import pytest
 import torch
 from trees import IN_VGGSOUND, plant, vggsound, videos, write_list
 
-from avfuse.data import vggsound as reader
 from avfuse.data.clips import ClipDataset, ClipLoader, find_clips
-from avfuse.data.splits import find_data
+from avfuse.data.find import find_data
+from avfuse.data.sets import vggsound as reader
 from avfuse.inputs import InputSettings
 
 SETTINGS = InputSettings(image_size=32, audio_seconds=1.0, mel_bins=32)

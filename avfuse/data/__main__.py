@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ..files import printable
 from .check import check
-from .clips import printable
+from .find import DataSet
 from .shards import shard
-from .splits import DataSet
 
 
 @dataclass(frozen=True, kw_only=True)

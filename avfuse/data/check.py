@@ -15,12 +15,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..files import printable, write_text
 from . import manifest
-from .annotations import Listing, describe_coverage
-from .clips import MEMORY, printable
+from .clips import MEMORY
 from .decode import ClipError
+from .find import list_data
+from .listing import Listing, describe_coverage
 from .manifest import Entry, Header
-from .splits import list_data
 from .table import Clip
 from .workers import WorkerFailure, WorkerPool
 
@@ -101,8 +102,9 @@ def check(
         ]
         report = describe(listing, entries, out)
         manifest.write(out, header, entries)
-        _write(out / MISSING, "".join(f"{split}\t{name}\n" for split, name in _missing(listing)))
-        _write(out / REPORT, report)
+        missing = "".join(f"{split}\t{name}\n" for split, name in _missing(listing))
+        write_text(out / MISSING, missing, errors="surrogateescape", synced=True)
+        write_text(out / REPORT, report, errors="surrogateescape", synced=True)
     return report
 
 
@@ -195,11 +197,6 @@ def _known(known: dict[str, Entry], root: Path, clip: Clip, every_picture: bool)
 
 def _missing(listing: Listing) -> Iterator[tuple[str, str]]:
     return ((split, name) for split, names in listing.missing.items() for name in names)
-
-
-def _write(path: Path, text: str) -> None:
-    with manifest.aside(path) as partial_:
-        partial_.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 # --- the report ---------------------------------------------------------------------------------------------

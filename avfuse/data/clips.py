@@ -24,6 +24,7 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 from ..checks import check_choice
+from ..files import leads_out, some
 from ..inputs import InputSettings
 from .decode import ClipError, ClipReader, Streams
 from .table import Clip, ClipTable, check_labels
@@ -34,7 +35,6 @@ SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".ts", ".mts", ".m2ts"),
     *(".wmv", ".ogv", ".3gp", ".3g2"),
 )
-NAMED = 3  # clips that a summary names of each kind
 TOGETHER = 8  # shards that are shuffled into each other
 MEMORY = 4 * 2**30  # bytes a worker may allocate; the largest frames and those they refer to take less
 
@@ -82,8 +82,7 @@ class Scan:
             ("leading out of the folder not followed", [path.name for path in self.links]),
         ):
             if names:
-                more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-                parts.append(f"{len(names)} {what}: {', '.join(map(printable, names[:NAMED]))}{more}")
+                parts.append(f"{len(names)} {what}: {some(names)}")
         return "; ".join(parts)
 
 
@@ -163,7 +162,6 @@ def _probe(clip: Clip) -> Streams | ClipError:
 
 def walk(folder: Path) -> tuple[list[Path], list[Path], list[ClipError]]:
     """Videos in a folder, links that lead out of it, and folders that cannot be listed."""
-    root = folder.resolve()
     paths, links, unlisted = [], [], []
 
     def on_error(error: OSError) -> None:
@@ -172,22 +170,11 @@ def walk(folder: Path) -> tuple[list[Path], list[Path], list[ClipError]]:
     for parent, folders, files in os.walk(folder, onerror=on_error):
         folders[:] = [name for name in folders if not name.startswith(".")]
         videos = [name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
-        away = {name for name in folders + videos if _leaves(Path(parent, name), root)}
-        links += [Path(parent, name) for name in away]
+        entries = {name: Path(parent, name) for name in folders + videos}
+        away = {name for name, path in entries.items() if path.is_symlink() and leads_out(path, folder)}
+        links += [entries[name] for name in away]
         paths += [Path(parent, name) for name in videos if name not in away]
     return paths, links, unlisted
-
-
-def _leaves(path: Path, root: Path) -> bool:
-    return path.is_symlink() and leads_out(path, root)
-
-
-def leads_out(path: Path, root: Path) -> bool:
-    """Whether a path is not inside `root`, which has no links left in it, once links are followed."""
-    try:
-        return not path.resolve().is_relative_to(root)
-    except (OSError, RuntimeError, ValueError):  # a link that leads to itself, or no name for a file
-        return True
 
 
 # --------------------------------------------------------------------------------------------------- reading
@@ -434,11 +421,6 @@ class ClipSampler(Sampler[tuple[int, int]]):
                 order = order[turns[torch.from_numpy(shards + 1).long()[order]].argsort(stable=True)]
             order = order.tolist()
         return ((epoch, index) for index in order)
-
-
-def printable(text: object) -> str:
-    """A name from outside as one line that any terminal can show: what is not printable is escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def _generator(seed: int, epoch: int, number: int) -> torch.Generator:

@@ -9,11 +9,10 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 
-from .clips import leads_out
+from ..files import aside, leads_out
 from .decode import Part, Streams
 from .table import Clip
 
@@ -98,7 +97,7 @@ def read_header(root: Path) -> Header:
     Raises:
         ValueError: it is no manifest, one of another version, or leads out of the folder.
     """
-    if leads_out(root / FILE, root.resolve()):
+    if leads_out(root / FILE, root):
         raise ValueError(f"{root / FILE} leads out of the data folder: it is not read")
     with open(root / FILE, encoding="utf-8", errors="replace") as lines:
         try:
@@ -148,7 +147,7 @@ def parse(line: str) -> Entry:
 
 def write(root: Path, header: Header, entries: Iterable[Entry]) -> Path:
     """Write the folder's manifest: the old one is there until the new one is whole."""
-    with aside(root / FILE) as partial, open(partial, "w", encoding="utf-8") as file:
+    with aside(root / FILE, synced=True) as partial, open(partial, "w", encoding="utf-8") as file:
         file.write(json.dumps(asdict(header)) + "\n")
         for entry in entries:
             file.write(dump(entry) + "\n")
@@ -157,20 +156,6 @@ def write(root: Path, header: Header, entries: Iterable[Entry]) -> Path:
 
 def dump(entry: Entry) -> str:
     return json.dumps(vars(entry))
-
-
-@contextmanager
-def aside(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; synced and renamed when all went well."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        partial.unlink(missing_ok=True)  # should it be a link
-        yield partial
-        with open(partial, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def has_manifest(root: Path) -> bool:

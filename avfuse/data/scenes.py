@@ -19,11 +19,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..checks import check_choice, check_count
+from ..files import inside
 from ..inputs import InputSettings
 from . import sounding_shapes
 from .clips import Clip, ClipDataset, Failure, _generator
 from .decode import MAX_PIXELS, ClipError, ClipReader
-from .splits import Found
+from .find import Found
 from .transforms import EVALUATION_RESIZE, cropped_image, evaluation_image, random_gain, random_view
 
 FRAMES = ("whole", "central")
@@ -128,7 +129,7 @@ def check_file(root: Path, name: str) -> Path:
         ClipError: there is none, or the name or a link leads out of the folder.
     """
     try:
-        path = sounding_shapes.inside(root, name)
+        path = inside(root, name)
         if not path.is_file():
             raise ClipError(root / name, "does not exist")
     except (ValueError, OSError, RuntimeError) as error:  # NUL characters, names too long, circles of links

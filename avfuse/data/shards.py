@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from ..files import aside, leads_out, some
 from . import manifest
-from .clips import NAMED, leads_out, printable
 from .manifest import Entry
 from .workers import WorkerFailure, WorkerPool
 
@@ -90,17 +90,16 @@ def shard(
             bar.update(len(written))
     manifest.write(out, header, sharded)
     lines = [f"{len(sharded)} clips in {len(plans)} shards in {out}"]
-    for what, some in (("were broken", broken), ("have gone or changed since the check", gone)):
-        if some:
-            more = f" and {len(some) - NAMED} more" if len(some) > NAMED else ""
-            names = ", ".join(printable(entry.path) for entry in some[:NAMED])
-            lines.append(f"{len(some)} {what}, and are in no shard: {names}{more}")
+    for what, entries in (("were broken", broken), ("have gone or changed since the check", gone)):
+        if entries:
+            names = some([entry.path for entry in entries])
+            lines.append(f"{len(entries)} {what}, and are in no shard: {names}")
     return "\n".join(lines)
 
 
 def _is_there(root: Path, entry: Entry) -> bool:
     path = root / entry.path
-    return not leads_out(path, root.resolve()) and path.is_file() and path.stat().st_size == entry.bytes
+    return not leads_out(path, root) and path.is_file() and path.stat().st_size == entry.bytes
 
 
 def _plan(entries: list[Entry], size: int, seed: int) -> Iterator[Plan]:
@@ -129,7 +128,7 @@ def _write(root: Path, out: Path, plan: Plan) -> list[Entry]:
     path = out / plan.name
     found = _index(path, plan)
     if found is None:
-        with manifest.aside(path) as partial_:
+        with aside(path, synced=True) as partial_:
             _write_tar(partial_, root, plan)
         found = _index(path, plan)
     modified = path.stat().st_mtime_ns

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import leads_out
 from .decode import ClipError, ClipReader, Part, Streams
 
 KNOWN, VIDEO, AUDIO = 1, 2, 4  # flags of a clip's streams
@@ -36,13 +37,8 @@ class Clip:
         Raises:
             ClipError: it cannot be opened, or leads out of its data folder.
         """
-        if self.root is not None:
-            try:
-                real = (self.part.file if self.part else self.path).resolve()
-            except (OSError, RuntimeError) as error:  # a link that leads to itself
-                raise ClipError(self.path, f"cannot be opened: {error}") from error
-            if not real.is_relative_to(self.root.resolve()):
-                raise ClipError(self.path, "leads out of the data folder")
+        if self.root is not None and leads_out(self.part.file if self.part else self.path, self.root):
+            raise ClipError(self.path, "leads out of the data folder")
         return ClipReader(self.path, self.part)
 
 

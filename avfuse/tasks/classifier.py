@@ -10,9 +10,10 @@ from torch.nn.functional import batch_norm
 
 from ..checks import check_choice, check_count
 from ..encoder import AVEncoder
-from ..features import FEATURES, encode, pool
-from ..pretrained import load_model, load_strictly
+from ..loading import load_model
+from ..pretrained import load_strictly
 from ..released import encoder_weights, from_deepavfusion, read_weights, size_of
+from ..training.features import FEATURES, encode, pool
 
 NORM_EPS = 1e-6
 

@@ -18,14 +18,15 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 from ..checks import check_count, check_rate
-from ..data.clips import Clip, ClipDataset, printable
-from ..data.splits import SPLITS, Found, find_data
-from ..features import FEATURES
-from ..loop import program
-from ..pictures import BLUE, GREY, ORANGE, rgb, save, show_sound
+from ..data.clips import Clip, ClipDataset
+from ..data.find import SPLITS, Found, find_data
+from ..files import printable
+from ..training.features import FEATURES
+from ..training.judge import JudgedTask, TaskConfig, starting_encoder
+from ..training.loop import program
+from ..training.pictures import BLUE, GREY, ORANGE, rgb, save, show_sound
 from ..vit import input_shape
 from .classifier import Classifier, check_features, presence
-from .task import JudgedTask, TaskConfig, starting_encoder
 
 PROGRAM = "python -m avfuse.tasks.classify"
 LIGHT = "#C9CED3"

@@ -14,14 +14,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits, interpolate, n
 
 from ..checks import check_count
 from ..data import sounding_shapes
-from ..data.flickr_soundnet import is_flickr_soundnet, read_flickr_soundnet
+from ..data.find import DEMO, Found
 from ..data.scenes import SceneDataset, ShapeBoxes, found, middle_moments, sounding_shapes_scenes
-from ..data.splits import DEMO, Found
+from ..data.sets.flickr_soundnet import is_flickr_soundnet, read_flickr_soundnet
 from ..encoder import AVEncoder
-from ..loop import program
-from ..pictures import rgb, save, show_sound
+from ..training.judge import JudgedTask, TaskConfig, starting_encoder
+from ..training.loop import program
+from ..training.pictures import rgb, save, show_sound
 from ..vit import input_shape, presence_mask, split_prefix
-from .task import JudgedTask, TaskConfig, starting_encoder
 
 SIZE = 224  # pixels at which the protocol compares
 THRESHOLDS = 21  # from 0 to 1, of the curve under which the area is

@@ -1,6 +1,5 @@
 """What is like what? `python -m avfuse.tasks.retrieve`: neighbours by frozen features (paper Fig. 3)."""
 
-import json
 import math
 import os
 import sys
@@ -15,14 +14,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..data.clips import Clip, ClipDataset, Failure, printable
+from ..data.clips import Clip, ClipDataset, Failure
 from ..encoder import AVEncoder
-from ..features import FEATURES, extract
-from ..pictures import BLUE, rgb, save, show_sound
-from ..report import write_report
-from ..run_folder import replace_text
+from ..files import printable, write_rows
+from ..training.features import FEATURES, extract
+from ..training.judge import TaskConfig, described, starting_encoder, write_results
+from ..training.pictures import BLUE, rgb, save, show_sound
+from ..training.report import write_report
 from .classify import find_labelled
-from .task import TaskConfig, described, starting_encoder, write_results
 
 PROTOCOL = (
     "mean-pooled tokens compared by cosine; neighbours among the other test clips; sum = the three cosines "
@@ -219,7 +218,7 @@ def main(config: RetrieveConfig) -> dict[str, float]:
         metrics=metrics,
     )
     row = dict(step=0, when="after", clips=found.test_name, judged=len(features.clips), metrics=metrics)
-    replace_text(folder / "metrics.jsonl", json.dumps(row) + "\n")
+    write_rows(folder / "metrics.jsonl", [row])
     print(f"done: look at {write_report(folder)}")
     return metrics
 

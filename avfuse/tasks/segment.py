@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, interpolate
 
 from ..checks import check_count
-from ..data import avsbench, sounding_shapes
+from ..data import sounding_shapes
+from ..data.find import DEMO, Found
 from ..data.scenes import (
     SHAPE_CLASSES,
     SceneDataset,
@@ -26,13 +27,13 @@ from ..data.scenes import (
     middle_moments,
     sounding_shapes_scenes,
 )
-from ..data.splits import DEMO, Found
+from ..data.sets import avsbench
 from ..encoder import AVEncoder
-from ..loop import program
-from ..pictures import rgb, save, show_sound
+from ..training.judge import JudgedTask, TaskConfig, starting_encoder
+from ..training.loop import program
+from ..training.pictures import rgb, save, show_sound
 from ..vit import presence_mask, split_prefix
 from .localize import model_inputs, outline, scene_inputs
-from .task import JudgedTask, TaskConfig, starting_encoder
 
 SIZE = 224  # pixels at which the protocols compare
 BETA_SQUARED = 0.3  # of the F score: precision counts for more than recall

@@ -20,16 +20,16 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ..data.clips import Clip, ClipDataset, Failure
-from ..data.splits import Found, find_data
+from ..data.find import Found, find_data
 from ..data.transforms import evaluation_image, random_gain
 from ..inputs import InputSettings
-from ..loop import program
-from ..pictures import rgb, save
-from ..settings import check_positive
+from ..training.judge import JudgedTask, TaskConfig, starting_encoder
+from ..training.loop import program
+from ..training.pictures import rgb, save
+from ..training.settings import check_positive
 from ..vit import input_shape
 from .separation_metrics import BSSEval, bss_eval, is_silent, nmf_masks, rpca_masks
 from .separator import Separator
-from .task import JudgedTask, TaskConfig, starting_encoder
 
 DRAWN = 4  # pairs in a picture
 SAME = 30.0  # dB: a mixture as close as that to both of its sources has one sound in it, twice

@@ -13,8 +13,9 @@ from typing import IO
 import torch
 from tqdm import tqdm
 
-from .data.clips import Clip, Failure, printable
-from .data.decode import ClipError
+from ..data.clips import Clip, Failure
+from ..data.decode import ClipError
+from ..files import append_row, printable, read_rows, some, write_json, write_rows
 from .faults import RunError
 from .settings import FREE, option
 
@@ -88,7 +89,7 @@ def begin_run(run: Path, settings: dict, data: dict, restart: bool, device: torc
         machine=platform.machine(),
     )
     content = dict(settings=settings, data=data, environment=environment)
-    replace_text(run / CONFIG, json.dumps(content, indent=2) + "\n")
+    write_json(run / CONFIG, content)
     return lock
 
 
@@ -118,26 +119,6 @@ def describe_data(clips: Sequence[Clip]) -> dict:
     return dict(clips=len(clips), sha256=described.hexdigest())
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file aside and renames it, so that it holds the old text or the new, whatever happens."""
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The objects of a JSON lines file; a line that a killed process left half written is passed over, and so
-    is anything else that is no object.
-    """
-    rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except (json.JSONDecodeError, RecursionError):
-            continue
-    return [row for row in rows if isinstance(row, dict)]
-
-
 class MetricsFile:
     """metrics.jsonl, one object a line; on resume, rows after the checkpoint are dropped."""
 
@@ -145,7 +126,7 @@ class MetricsFile:
         self.path, self.active = path, active
         if active:
             kept = [row for row in read_rows(path) if self.precedes(row, last_step)]
-            replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+            write_rows(path, kept)
 
     @staticmethod
     def precedes(row: dict, last_step: int) -> bool:
@@ -155,8 +136,7 @@ class MetricsFile:
 
     def write(self, **row) -> None:
         if self.active:
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(self.path, row)
 
 
 class TooManyUnreadable(RunError):
@@ -176,7 +156,7 @@ class Quarantine:
         rows = [row for row in read_rows(path) if {"path", "reason"} <= row.keys()]
         self.written = {row["path"] for row in rows}
         if active and path.exists():  # drops what a killed process left half written
-            replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+            write_rows(path, rows)
 
     def add(self, when: str, failures: Iterable[Failure | ClipError]) -> None:
         """Puts failures on record; every process is told of all, one of them (`active`) writes.
@@ -192,8 +172,7 @@ class Quarantine:
             if self.active:
                 self.say(failure)
             if self.active and path not in self.written:
-                with self.path.open("a") as file:
-                    file.write(json.dumps(dict(when=when, path=path, reason=failure.reason)) + "\n")
+                append_row(self.path, dict(when=when, path=path, reason=failure.reason))
         if len(self.reasons) > self.max_share * self.clips:
             raise TooManyUnreadable(
                 f"{len(self.reasons)} of {self.clips} clips could not be read, more than --max-unreadable "
@@ -208,6 +187,5 @@ class Quarantine:
     def summary(self) -> str:
         if not self.reasons:
             return "every clip could be read"
-        first = sorted(self.reasons)[:10]
-        names = ", ".join(map(printable, first)) + (", ..." if len(self.reasons) > len(first) else "")
+        names = some(sorted(self.reasons), most=10)
         return f"{len(self.reasons)} clips could not be read, see {self.path}: {names}"

@@ -8,12 +8,12 @@ from matplotlib.text import Text
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .encoder import AVEncoder
+from ..encoder import AVEncoder
+from ..files import read_rows
+from ..inputs import InputSettings
+from ..mae import AVMAE, patchify, unpatchify
+from ..vit import presence_mask
 from .evaluate import INPUTS
-from .inputs import InputSettings
-from .mae import AVMAE, patchify, unpatchify
-from .run_folder import read_rows
-from .vit import presence_mask
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"  # told apart by colour-blind readers (Okabe-Ito)
 

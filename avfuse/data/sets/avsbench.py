@@ -8,8 +8,8 @@ import csv
 import json
 from pathlib import Path
 
-from .decode import ClipError
-from .scenes import Moment, PngMask, Scene, Scenes, check_file
+from ..decode import ClipError
+from ..scenes import Moment, PngMask, Scene, Scenes, check_file
 
 SUBSETS = {"S4": ("v1s",), "MS3": ("v1m",), "AVSS": ("v1s", "v1m", "v2")}
 SPLITS = ("train", "val", "test")

@@ -6,7 +6,7 @@
 import re
 from pathlib import Path
 
-from .annotations import Listing, check_class, check_fields, check_video, rows, videos
+from ..listing import Listing, check_class, check_fields, check_video, rows, videos
 
 LIST = Path("annotations/vggsound.csv")
 CLASSES = 309

@@ -1,38 +1,26 @@
-"""Sounding Shapes: a generated data set of H.264 + AAC clips in which sound and picture belong together.
-
-    python -m avfuse.data.sounding_shapes OUT
-
-Shapes move and pulse; one of them sounds. Sound alone tells which shape that is, and nothing of its colour.
-The picture alone shows every colour, and nothing of which object sounds. So naming the colour of the sounding
-one takes both: audio alone is right 1 time in 6, the picture alone 1 time in as many objects as there are.
-"""
+"""Sounding Shapes is built: scenes from seeds, written as H.264 + AAC clips, stems, masks and a manifest."""
 
 import json
 import math
 import os
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import av
 import numpy as np
 from tqdm import tqdm
 
-from .sounding_synthesis import COLOURS, SHAPES, Scene, draw, play, sample_scene
+from ...files import aside, write_text
+from .read import CLASSES, NAME, SPLITS, Entry
+from .synthesis import Scene, draw, play, sample_scene
 
-if TYPE_CHECKING:
-    from .clips import Clip
-
-NAME, VERSION = "Sounding Shapes", 1  # a new version draws new scenes: it is part of every seed
-SPLITS = ("train", "test")
+VERSION = 1  # a new version draws new scenes: it is part of every seed
 SAMPLE_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)  # of AAC
 KEY_FRAME_EVERY = 16  # frames
-CLASSES = {"shape": SHAPES, "colour": COLOURS}  # of the labels of a clip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,29 +69,6 @@ class Settings:
                 raise ValueError(f"{name} must be {wish}, got {getattr(self, name)}")
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One clip of the manifest. Paths are relative to the data folder; `sounding` indexes `objects`."""
-
-    file: str
-    split: str
-    shape: str  # the labels: those of the first sounding object
-    colour: str
-    seconds: float
-    fps: int
-    size: int
-    sample_rate: int
-    objects: list[dict]  # back to front: the fields of `MovingShape`, sounding (bool), stem (path or None)
-    sounding: list[int]
-    masks: str
-    background: dict
-
-    @property
-    def stems(self) -> list[str]:
-        """Paths of the sounds of the sounding objects, in the order of `sounding`."""
-        return [self.objects[n]["stem"] for n in self.sounding]
-
-
 def generate(root: str | Path, *, workers: int | None = None, progress: bool = True, **settings) -> Path:
     """Write the data set into the folder `root`, or go on where a build was interrupted, or find it built.
 
@@ -144,7 +109,7 @@ def generate(root: str | Path, *, workers: int | None = None, progress: bool = T
         bar = {"initial": len(numbers) - len(missing), "total": len(numbers), "unit": "clip", "desc": NAME}
         for _ in tqdm(done, disable=not progress, **bar):
             pass
-    _write(root / "dataset.json", description.encode())
+    write_text(root / "dataset.json", description)
     return root
 
 
@@ -164,7 +129,7 @@ def _begin(root: Path, description: str, settings: Settings, numbers: list) -> b
         raise ValueError(f"{root} holds something else than {NAME}: a train or test folder, no manifest")
     for split in SPLITS:
         (root / split).mkdir(parents=True, exist_ok=True)
-    _write(manifest, lines.encode())
+    write_text(manifest, lines)
     return True
 
 
@@ -233,14 +198,14 @@ def _write_clip(root: Path, settings: Settings, clip: tuple[str, int]) -> None:
     frames, masks = draw(scene, times, settings.size)
     stems = play(scene, settings.seconds, settings.sample_rate, rng)
     for path, stem in zip(entry.stems, stems, strict=True):
-        with _aside(root / path) as aside, av.open(aside, "w", format="flac") as container:
+        with aside(root / path) as partial_, av.open(partial_, "w", format="flac") as container:
             stream = container.add_stream("flac", rate=settings.sample_rate, layout="mono")
             _encode(container, stream, [_audio_frame(stem, "s16", settings.sample_rate)])
-    with _aside(root / entry.masks) as aside, open(aside, "wb") as file:
+    with aside(root / entry.masks) as partial_, open(partial_, "wb") as file:
         np.savez_compressed(file, masks=np.packbits(masks), shape=masks.shape, boxes=_boxes(masks))
     mix = stems.sum(0).astype(np.float32) / 32768
-    with _aside(root / entry.file) as aside:  # last: a clip whose mp4 is there is whole
-        _write_mp4(aside, frames, mix, settings)
+    with aside(root / entry.file) as partial_:  # last: a clip whose mp4 is there is whole
+        _write_mp4(partial_, frames, mix, settings)
 
 
 def _write_mp4(path: Path, frames: np.ndarray, sound: np.ndarray, settings: Settings) -> None:
@@ -274,149 +239,3 @@ def _boxes(masks: np.ndarray) -> np.ndarray:
         edges.append((seen.argmax(-1), (seen.shape[-1] - seen[..., ::-1].argmax(-1)) * seen.any(-1)))
     (x0, x1), (y0, y1) = edges
     return np.stack([x0, y0, x1, y1], -1).astype(np.int16)
-
-
-@contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to, renamed when all went well: no half-written file bears the name."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield aside
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with _aside(path) as aside:
-        aside.write_bytes(content)
-
-
-# ---------------------------------------------------------------------------------------------------- reading
-
-
-def is_built(root: str | Path) -> bool:
-    """Whether the folder holds a finished data set."""
-    return all((Path(root) / name).exists() for name in ("dataset.json", "manifest.jsonl"))
-
-
-def read_manifest(root: str | Path, split: str) -> list[Entry]:
-    """The clips of a split, "train" or "test", in order.
-
-    Raises:
-        FileNotFoundError: the data set is not there, or not finished.
-        ValueError: no such split, a line that is no entry, or a path that leaves the data folder.
-    """
-    root = Path(root)
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
-    if not is_built(root):
-        raise FileNotFoundError(f"{root} holds no finished {NAME} data set: `generate` makes one")
-    entries = []
-    manifest = root / "manifest.jsonl"
-    for number, line in enumerate(manifest.read_text().splitlines(), start=1):
-        try:
-            entry = Entry(**json.loads(line))
-            for path in (entry.file, entry.masks, *entry.stems):
-                inside(root, path)
-        except (TypeError, KeyError, IndexError, ValueError) as error:
-            raise ValueError(f"{manifest}, line {number}: {error}") from error
-        entries.append(entry)
-    return [entry for entry in entries if entry.split == split]
-
-
-def clips(root: str | Path, split: str) -> list["Clip"]:
-    """The clips of a split for the generic reader, labelled with indices into SHAPES and COLOURS."""
-    from .clips import Clip
-
-    return [
-        Clip(
-            path=inside(Path(root), entry.file),
-            labels={"shape": SHAPES.index(entry.shape), "colour": COLOURS.index(entry.colour)},
-        )
-        for entry in read_manifest(root, split)
-    ]
-
-
-def load_masks(root: str | Path, entry: Entry) -> tuple[np.ndarray, np.ndarray]:
-    """Where the sounding objects are seen, in the order of `entry.sounding`.
-
-    Returns:
-        masks (S, T, H, W) bool, of visible pixels; boxes (S, T, 4) int16, tight around them in pixels:
-        x0, y0, x1, y1, the last two exclusive, and all 0 where the object is hidden.
-    """
-    return read_masks(inside(Path(root), entry.masks))
-
-
-def read_masks(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The same from the file that an entry names."""
-    with np.load(path, allow_pickle=False) as file:
-        shape = tuple(file["shape"])
-        return np.unpackbits(file["masks"], count=math.prod(shape)).reshape(shape).astype(bool), file["boxes"]
-
-
-def load_stems(root: str | Path, entry: Entry) -> np.ndarray:
-    """The sounds of the sounding objects: (S, samples) float32 in [-1, 1], in the order of `entry.sounding`.
-
-    Their sum is the sound of the clip as it was before AAC.
-    """
-    return np.stack([read_sound(inside(Path(root), path)) for path in entry.stems])
-
-
-def read_sound(path: Path) -> np.ndarray:
-    """All samples of a mono file: (samples,) float32."""
-    with av.open(path) as container:
-        parts = [frame.to_ndarray()[0] for frame in container.decode(audio=0)]
-    sound = np.concatenate(parts)
-    return sound.astype(np.float32) / 32768 if sound.dtype == np.int16 else sound
-
-
-def read_frames(path: Path) -> np.ndarray:
-    """All pictures of a file: (T, H, W, 3) uint8."""
-    with av.open(path) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-
-
-def inside(root: Path, path: str) -> Path:
-    """`root / path`, for a relative path that stays inside."""
-    if not (root / path).resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"path {path!r} leaves the data folder {root}")
-    return root / path
-
-
-# ----------------------------------------------------------------------------------------------- command line
-
-
-@dataclass(frozen=True)
-class Command:
-    """Generate Sounding Shapes: H.264 + AAC clips of moving shapes, one of which sounds, with labels, masks.
-
-    Interrupted, it goes on where it was when it is called again with the same settings.
-    """
-
-    root: Path
-    """Folder for the data set; made if need be."""
-    settings: Settings
-    workers: int | None = None
-    """Processes; one per core by default."""
-    contact_sheet: bool = True
-    """Draw some clips with their sounds into contact_sheet.png in that folder."""
-
-
-def main() -> None:
-    import tyro
-
-    from .sounding_sheet import contact_sheet
-
-    try:
-        config = (tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes)
-        command = tyro.cli(Command, prog="python -m avfuse.data.sounding_shapes", config=config)
-        generate(command.root, workers=command.workers, **asdict(command.settings))
-        if command.contact_sheet:
-            print(contact_sheet(command.root, command.root / "contact_sheet.png"))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
-
-
-if __name__ == "__main__":
-    main()

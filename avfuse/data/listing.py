@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from .clips import NAMED, leads_out, printable, walk
+from ..files import leads_out, some
+from .clips import walk
 from .decode import ClipError
 from .table import Clip
 
@@ -60,8 +61,7 @@ class Listing:
             ("folders that cannot be listed", [str(error) for error in self.unlisted]),
         ):
             if names:
-                more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-                lines.append(f"{len(names)} {what}: {'; '.join(map(printable, names[:NAMED]))}{more}")
+                lines.append(f"{len(names)} {what}: {some(names, separator='; ')}")
         if self.extra:
             lines.append(f"{self.extra} videos are in no list, and not used")
         return lines
@@ -83,7 +83,7 @@ def rows(listing: Listing, path: Path, parse: Callable[[list[str]], Row]) -> Ite
     Raises:
         ValueError: the file is not there, or leads out of the data folder.
     """
-    if leads_out(path, listing.root.resolve()):
+    if leads_out(path, listing.root):
         raise ValueError(f"{path} leads out of the data folder {listing.root}: it is not read")
     before = {}
     try:
@@ -132,7 +132,7 @@ def videos(listing: Listing) -> dict[str, Path]:
         ValueError: there is no such folder, or it leads out of the data folder.
     """
     folder = listing.root / "clips"
-    if leads_out(folder, listing.root.resolve()):
+    if leads_out(folder, listing.root):
         raise ValueError(f"{folder} leads out of the data folder {listing.root}: it is not followed")
     if not folder.is_dir():
         raise ValueError(f"{folder} is not there: it should hold the clips of {listing.name}")

@@ -8,7 +8,7 @@ import math
 from functools import partial
 from pathlib import Path
 
-from .annotations import Listing, check_fields, check_video, rows, videos
+from ..listing import Listing, check_fields, check_video, rows, videos
 
 CLASS_LIST = Path("annotations/class_labels_indices.csv")
 CLASSES = 527

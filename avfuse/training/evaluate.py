@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from .encoder import AVEncoder
+from ..encoder import AVEncoder
+from ..mae import AVMAE
 from .features import encode, pool
-from .mae import AVMAE
 
 INPUTS = ("image", "audio", "image_removed", "audio_removed", "image_present", "audio_present")
 

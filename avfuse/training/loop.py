@@ -36,9 +36,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ..data.clips import Clip, ClipLoader, ClipSampler, Failure
+from ..data.find import Found, find_data
+from ..files import printable
 from .checkpoints import load_checkpoint, save_checkpoint
-from .data.clips import Clip, ClipLoader, ClipSampler, Failure, printable
-from .data.splits import Found, find_data
 from .faults import RunError, Signals, examine, memory_advice, write_fault
 from .run_folder import MetricsFile, Quarantine, TooManyUnreadable, begin_run, check_run, describe_data
 from .settings import (

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from ..checks import check_choice
-from . import audioset, manifest, music, sounding_shapes, vggsound
-from .annotations import Listing, describe_coverage
-from .clips import Scan, find_clips, printable, scan_clips, walk
+from ..files import printable
+from . import manifest, sounding_shapes
+from .clips import Scan, find_clips, scan_clips, walk
 from .decode import ClipError
+from .listing import Listing, describe_coverage
+from .sets import audioset, music, vggsound
 from .table import Clip, ClipTable
 
 DEMO = Path("data/sounding-shapes")

@@ -7,7 +7,7 @@ those that are there, by id, is one to test on: of the paper's 448, 90.
 from collections import defaultdict
 from pathlib import Path
 
-from .annotations import Listing, check_class, check_video, rows, videos
+from ..listing import Listing, check_class, check_video, rows, videos
 
 LIST, LIST_21 = Path("anno/music_solo.csv"), Path("anno/music21_solo.csv")
 TEST_EVERY = 5

@@ -2,7 +2,6 @@
 
 import datetime
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,15 +12,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data.clips import Failure
-from ..data.splits import Found
+from ..data.find import Found
 from ..encoder import AVEncoder
-from ..loop import Run, Task, evaluation_batches
+from ..files import write_json
+from ..loading import load_encoder
 from ..presets import create_encoder
-from ..pretrained import load_encoder, load_strictly, parameter_groups, save_model
-from ..recipes import count_parameters
-from ..report import write_report
-from ..run_folder import replace_text
-from ..settings import LoopConfig
+from ..pretrained import load_strictly, parameter_groups, save_model
+from .loop import Run, Task, evaluation_batches
+from .recipes import count_parameters
+from .report import write_report
+from .settings import LoopConfig
 
 DEMO_RUN = Path("runs/demo")
 FRESH = "none"
@@ -211,7 +211,7 @@ def write_results(
         torch=torch.__version__,
         **told,
     )
-    replace_text(path, json.dumps(content, indent=2) + "\n")
+    write_json(path, content)
 
 
 def weights_hash(model: nn.Module) -> str:

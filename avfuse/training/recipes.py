@@ -13,12 +13,12 @@ import tyro
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from .data import sounding_shapes
-from .data.clips import SUFFIXES
-from .mae import AVMAE, count_removed
-from .presets import create_encoder
+from ..data import sounding_shapes
+from ..data.clips import SUFFIXES
+from ..mae import AVMAE, count_removed
+from ..presets import create_encoder
+from ..vit import input_shape
 from .settings import LoopConfig, check_config, check_positive, learning_rate, schedule_of
-from .vit import input_shape
 
 PROGRAM = "python -m avfuse.train"
 ADAMW_BYTES = 16  # per parameter in float32: weight, gradient, two moments

@@ -8,8 +8,8 @@ import hashlib
 from pathlib import Path
 from xml.etree import ElementTree
 
-from .decode import ClipError
-from .scenes import Boxes, Moment, Scene, Scenes, check_file
+from ..decode import ClipError
+from ..scenes import Boxes, Moment, Scene, Scenes, check_file
 
 SPLITS = ("train", "test")
 CANVAS = 256  # pixels: the pictures that people drew in were that wide and high

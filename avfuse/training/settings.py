@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from .data.splits import DataSet
+from ..data.find import DataSet
 
 
 @dataclass(kw_only=True)

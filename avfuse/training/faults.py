@@ -1,6 +1,5 @@
 """What ends a run before its time: signals, losses that are not finite, and memory that does not suffice."""
 
-import json
 import math
 import signal
 import threading
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .pretrained import write_safetensors
+from ..files import write_json, write_safetensors
 
 LARGEST = 10  # modules that a report names
 
@@ -114,7 +113,7 @@ def examine(
 def write_fault(folder: Path, model: nn.Module, batches: Sequence[dict[str, Tensor]], report: dict) -> None:
     """A state to debug from: the weights before the step, the batches, and a report."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(folder / "report.json", report)
     write_safetensors(folder / "model.safetensors", model.state_dict())
     for index, batch in enumerate(batches):
         write_safetensors(folder / f"batch-{index}.safetensors", batch)

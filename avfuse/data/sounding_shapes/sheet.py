@@ -8,8 +8,9 @@ import numpy as np
 from matplotlib.figure import Figure  # without pyplot: needs no display
 from matplotlib.patches import Rectangle
 
-from .sounding_shapes import NAME, Entry, inside, load_masks, read_frames, read_manifest, read_sound
-from .sounding_synthesis import SHAPES, MovingShape
+from ...files import inside
+from .read import NAME, Entry, load_masks, read_frames, read_manifest, read_sound
+from .synthesis import SHAPES, MovingShape
 
 
 def contact_sheet(root: str | Path, path: str | Path, clips: int = 12) -> Path:

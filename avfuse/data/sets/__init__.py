@@ -1,0 +1,1 @@
+"""The public data sets, one file each, in the layouts of their own releases."""

@@ -1,0 +1,79 @@
+"""How the parts of the package lean on each other: no circle of imports, and none that runs upwards.
+
+Imports inside functions and behind TYPE_CHECKING count like any other.
+"""
+
+import ast
+import importlib.util
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# From the ground up: what a room holds may import from its own room and from those before it. A name stands
+# for a module, and for all that is in it if it is a folder.
+ROOMS = {
+    "kernels": "kernels",
+    "ground": "checks files",
+    "ops": "ops",
+    "model": "inputs vit fusion encoder mae presets model_card pretrained released loading weights",
+    "package": "__init__",
+    "data": "data",
+    "training": "training",
+    "tasks": "tasks",
+    "commands": "train features report",
+}
+LEVELS = {name: level for level, names in enumerate(ROOMS.values()) for name in names.split()}
+
+
+def read_modules() -> dict[str, Path]:
+    """The files of the package by the names of their modules."""
+    paths = {path.relative_to(ROOT): path for path in (ROOT / "avfuse").rglob("*.py")}
+    paths |= {Path("avfuse", path.relative_to(ROOT)): path for path in (ROOT / "kernels").rglob("*.py")}
+    return {".".join(name.with_suffix("").parts).removesuffix(".__init__"): paths[name] for name in paths}
+
+
+def imported(name: str, path: Path, modules: dict[str, Path]) -> set[str]:
+    """The modules of the package that a module imports, wherever in the file it does so."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    targets = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            targets |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            for alias in node.names:  # a module, or what a module holds
+                inner = f"{source}.{alias.name}"
+                targets.add(inner if inner in modules else source)
+    return {target for target in targets if target in modules}
+
+
+def level(name: str) -> int:
+    return LEVELS[name.split(".")[1] if "." in name else "__init__"]
+
+
+MODULES = read_modules()
+IMPORTS = {name: imported(name, path, MODULES) for name, path in MODULES.items()}
+
+
+def test_every_module_has_a_room():
+    assert {name.split(".")[1] for name in MODULES if "." in name} == LEVELS.keys() - {"__init__"}
+
+
+def test_imports_are_found_wherever_they_stand():
+    assert "avfuse.kernels.pair_attention" in IMPORTS["avfuse.ops.registered"]  # inside a function
+    assert "avfuse.data.manifest" in IMPORTS["avfuse.data.find"]  # from . import manifest
+    assert "avfuse.data.listing" in IMPORTS["avfuse.data.sets.music"]  # from ..listing import Listing
+    assert "avfuse.training.loop" in IMPORTS["avfuse.train"]
+
+
+def test_no_import_runs_in_a_circle():
+    try:
+        TopologicalSorter(IMPORTS).prepare()
+    except CycleError as error:
+        raise AssertionError("imports run in a circle: " + " <- ".join(error.args[1])) from None
+
+
+def test_no_import_runs_upwards():
+    upward = [f"{name} -> {t}" for name, found in IMPORTS.items() for t in found if level(t) > level(name)]
+    assert not upward, f"imports that run upwards: {upward}"
