@@ -1,5 +1,5 @@
-"""Turns the files in results/ into the tables of README.md, benchmarks/README.md and benchmarks/study.md, and
-the plots in docs/.
+"""Turns the files in results/ into the tables of README.md, docs/, benchmarks/README.md and
+benchmarks/study.md, and the plots in docs/.
 
 `python benchmarks/report.py` rewrites what stands between the markers; `--check` says whether it would.
 """
@@ -100,9 +100,7 @@ BUDGETS = {
 
 @dataclass(frozen=True)
 class Options:
-    """Rewrite the tables in the README.md files and the study's page, and the plots in docs/, from the
-    results.
-    """
+    """Rewrite the tables in README.md, docs/ and benchmarks/, and the plots, from the results."""
 
     check: bool = False
     """Change nothing; fail if tables or plots are not those of the results."""
@@ -131,10 +129,12 @@ def read_results(folder: Path) -> dict[str, dict]:
 def texts(results: dict) -> dict[Path, str]:
     """What the files should hold."""
     sections = {
-        ROOT / "README.md": {
-            "speed": speed(results),
-            "tasks": tasks_table(RESULTS / "tasks"),
-            "many-clips": sentence("Many clips", many_clips.summary, results.get("many_clips-cpu")),
+        ROOT / "README.md": {"speed": speed(results)},
+        ROOT / "docs/tasks.md": {"tasks": tasks_table(RESULTS / "tasks")},
+        ROOT / "docs/dense.md": {"scaling": sentence(results, scaling)},
+        ROOT / "docs/data.md": {
+            "loading": sentence(results, loading),
+            "many-clips": sentence(results, many_clips),
         },
         ROOT / "benchmarks/README.md": {
             "budgets": budgets_table(results),
@@ -171,8 +171,9 @@ def record_of(results: dict, benchmark, place: str) -> dict | None:
     return results.get(f"{benchmark.__name__}-{place}")
 
 
-def sentence(title: str, summary, record: dict | None) -> str:
-    return f"{summary(record)} {origin(record)}" if record else f"{title}: {MISSING}."
+def sentence(results: dict, benchmark) -> str:
+    record = record_of(results, benchmark, "cpu")
+    return f"{benchmark.summary(record)} {origin(record)}" if record else origin(record)
 
 
 # --- README.md ----------------------------------------------------------------------------------------------
@@ -180,17 +181,8 @@ def sentence(title: str, summary, record: dict | None) -> str:
 
 def speed(results: dict) -> str:
     records = {"CPU": results.get("throughput-cpu"), "GPU": results.get("throughput-cuda")}
-    parts = [part for mode in throughput.MODES for part in throughput.summary(records, mode)]
-    if records["CPU"]:
-        parts.append("![Speed and memory of the ways to fuse](docs/throughput.png)")
-    parts += [f"{place}: {origin(record)}" for place, record in records.items()]
-    parts.append(sentence("Scaling", scaling.summary, results.get("scaling-cpu")))
-    if "scaling-cpu" in results:
-        parts.append("![Time and memory by number of tokens](docs/scaling.png)")
-    if "scaling-cuda" in results:
-        parts.append(sentence("Scaling", scaling.summary, results["scaling-cuda"]))
-    parts.append(sentence("Loading", loading.summary, results.get("loading-cpu")))
-    return markdown(parts)
+    parts = throughput.summary(records, "inference")
+    return markdown([*parts, *(f"{place}: {origin(record)}" for place, record in records.items())])
 
 
 def tasks_table(folder: Path) -> str:

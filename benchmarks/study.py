@@ -39,7 +39,7 @@ DIM, DEPTH, HEADS, PATCH = 64, 4, 2, 16
 FEATURES = ("image", "audio", "fusion")
 STORED = ("image", "audio", "shape", "colour", "shown")  # of a scene
 SECONDS = 3.0  # of sound, and the frame is from its middle
-PAGE, README, PLOT = ROOT / "benchmarks/study.md", ROOT / "README.md", ROOT / "docs/study.png"
+PAGE, PLOT = ROOT / "benchmarks/study.md", ROOT / "docs/study.png"
 RESULT = RESULTS / "study-cpu.json"
 
 
@@ -84,7 +84,7 @@ class Options:
     One cell is one row, from scratch or after masked pretraining on the same scenes, with one seed. Cells
     that the result file holds are not trained again: the same command goes on where it was stopped, and
     --rows, --starts and --seeds choose which cells to do now. After each cell the file, the page
-    benchmarks/study.md, the section of README.md and the plot docs/study.png are written anew.
+    benchmarks/study.md and the plot docs/study.png are written anew.
 
     All rows share scenes, learning rates and number of steps; nothing is tuned for one of them. Models
     are 64 wide and 4 layers deep, with 36 + 32 tokens. They name `shape` and `colour` together (two sets of
@@ -410,7 +410,7 @@ def plots(record: dict) -> dict[Path, tuple]:
 
 
 def sections(record: dict) -> dict[Path, str]:
-    """What the section "study" of the study's page and of README.md should hold."""
+    """What the section "study" of the study's page should hold."""
     sound, image = 1 / len(COLOURS), 1 / record["settings"]["objects"]
     accuracies = [
         accuracy_table(record),
@@ -426,8 +426,7 @@ def sections(record: dict) -> dict[Path, str]:
         "![Accuracy by way to fuse](../docs/study.png)",
         origin(record),
     ]
-    readme = [*accuracies, "![Accuracy by way to fuse](docs/study.png)"]
-    return {PAGE: markdown(page), README: markdown(readme)}
+    return {PAGE: markdown(page)}
 
 
 def draw_plot(record: dict) -> Figure:
