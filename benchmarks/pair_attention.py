@@ -349,16 +349,18 @@ def floor_line(shape: dict) -> str:
 
 
 def numbers(record: dict) -> dict[str, float]:
-    """What budgets are about: forward and backward at the paper's shape over those of two calls of SDPA (wall
-    time, warm), and over the floor (GPU time, cold).
+    """What budgets are about, forward and backward together: the time over that of two calls of SDPA at the
+    paper's shape (warm), as the host and as the GPU sees it, and the GPU's over the floor (cold) by shape.
     """
-    shape = record["shapes"].get("paper", dict(rows={}))
-    ours, theirs = (shape["rows"].get(row, {}).get("seconds", {}).get("both") for row in ("avfuse", "sdpa"))
     values = {}
-    if ours and theirs:
-        values["over SDPA"] = ours["wall, warm"]["median"] / theirs["wall, warm"]["median"]
-    if ours and "GPU, cold" in ours:
-        values["over the floor"] = ours["GPU, cold"]["median"] / shape["floor_seconds"]["both"]
+    for shape, result in record["shapes"].items():
+        ours, theirs = (
+            result["rows"].get(row, {}).get("seconds", {}).get("both", {}) for row in ("avfuse", "sdpa")
+        )
+        for clock in ours.keys() & theirs.keys():
+            values[f"{shape} {clock} over SDPA"] = ours[clock]["median"] / theirs[clock]["median"]
+        if "GPU, cold" in ours:
+            values[f"{shape} over the floor"] = ours["GPU, cold"]["median"] / result["floor_seconds"]["both"]
     return values
 
 
