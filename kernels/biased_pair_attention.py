@@ -466,7 +466,7 @@ def forward(query, image_key, image_value, audio_key, audio_value, image_mask, a
     """As `forward` of pair_attention.py, with pair_bias (B or 1, H or 1, I or 1, A or 1)."""
     tensors = query, image_key, image_value, audio_key, audio_value
     inputs, (B, H, F, I, A, K, V), strides = prepared(tensors, (image_mask, audio_mask))
-    options = settings(query.dtype, F, K, V)
+    options = settings(query.dtype, K, V)
     output = query.new_empty((B, F, H, V))
     with on_device_of(query):
         forward_kernel[B * H, triton.cdiv(F, options["BLOCK_F"])](
@@ -483,7 +483,7 @@ def backward(
     tensors = query, image_key, image_value, audio_key, audio_value
     inputs, (B, H, F, I, A, K, V), strides = prepared(tensors, (image_mask, audio_mask))
     output_grad = rows_of(output_grad)
-    options = settings(query.dtype, F, K, V)
+    options = settings(query.dtype, K, V, backward=True)
     parts = triton.cdiv(F, options["BLOCK_F"])
     grads = [empty_slots(query, 1), *(empty_slots(tensor, parts) for tensor in tensors[1:])]
     statistics = query.new_empty((B, 6, H, F), dtype=torch.float32) if bias_grad else None
@@ -505,17 +505,18 @@ def backward(
         return results
 
 
-def settings(dtype, F, K, V):
+def settings(dtype, K, V, *, backward=False):
     """Tile sizes and launch options. kernels/README.md says where they come from."""
-    precision = precision_of(dtype)
+    precision, single = precision_of(dtype), dtype == torch.float32
+    few_warps = 2 if backward else 1  # whose tiles need no exchange through shared memory
     return dict(
         K=K,
         V=V,
         PRECISION=precision,
-        PAIR_PRECISION=precision if dtype == torch.float32 else "tf32",  # float16 has too few exponents
+        PAIR_PRECISION=precision if single else "tf32",  # float16 has too few exponents
         BLOCK_F=16,
         BLOCK_N=16,
-        num_warps=8 if dtype == torch.float32 else 4,
+        num_warps=8 if single else few_warps if max(K, V) <= 32 else 4,
         num_stages=1,
         maxnreg=255,
     )

@@ -219,7 +219,9 @@ def force_splits(monkeypatch, splits):
     large = {} if DEVICE == "cuda" else dict(BLOCK_N=128, BLOCK_F=32)
     forced = {**usual, "SPLITS": splits}
     monkeypatch.setattr(kernels, "settings", lambda *sizes, **way: {**settings(*sizes, **way), **forced})
-    monkeypatch.setattr(biased_kernels, "settings", lambda *sizes: {**biased_settings(*sizes), **large})
+    monkeypatch.setattr(
+        biased_kernels, "settings", lambda *sizes, **way: {**biased_settings(*sizes, **way), **large}
+    )
 
 
 @pytest.mark.parametrize("case", pairwise(OPTIONS, 100), ids=name_of)
