@@ -17,14 +17,14 @@ train: $(VENV)/complete  ## train; with no ARGS, the demo: make train ARGS="--he
 test: $(VENV)/complete  ## run the tests: make test ARGS="-k pair_attention"
 	$(RUN) pytest $(ARGS)
 
-bench: $(VENV)/complete  ## time single operations: make bench ARGS="-k spectrogram"
-	$(RUN) pytest benchmarks/operations.py $(ARGS)
+bench: $(VENV)/complete  ## time the attention over pairs: make bench ARGS="--variants bias"
+	$(VENV)/bin/python benchmarks/pair_attention.py $(ARGS)
 
 lint: $(VENV)/complete  ## check the style
 	$(RUN) ruff check .
 
 clean:  ## remove caches and build products (not .venv, data or runs)
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
 	find avfuse kernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
 
 # While it is being made, .venv holds a file `incomplete`. A .venv found with that file was interrupted: pip cannot

@@ -47,7 +47,6 @@ setup(
             "mir_eval>=0.8,<0.9",
             "psutil>=6",
             "pytest>=8",
-            "pytest-benchmark>=5",
             "ruff",
             "setuptools>=77",
         ],

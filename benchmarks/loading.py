@@ -1,14 +1,13 @@
 """How many clips a second one core reads, decodes and transforms, stage by stage."""
 
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import measure
 import torch
-import tyro
-from measure import RESULTS, WallClock, begin_record, print_table, quantiles, time_rounds, write_record
+from tables import aligned, spread
 
 from avfuse import InputSettings
 from avfuse.data import sounding_shapes
@@ -27,7 +26,7 @@ STAGES = {
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(measure.FileOptions):
     """Clips per second and core of the reader: opening, decoding, transforms, spectrogram, and all of it.
 
     The clips are Sounding Shapes (H.264 + AAC), generated for the run in each of the given sizes; 360 pixels
@@ -43,17 +42,13 @@ class Options:
     """Length of a clip."""
     seconds: float = 20.0
     """How long each size is timed; five rounds at least."""
-    note: str = ""
-    """Kept with the results, such as what else the machine was doing."""
-    out: Path | None = None
-    """File for the results. Default: benchmarks/results/loading-cpu.json."""
 
 
 def main(options: Options) -> dict:
-    options = replace(options, out=options.out or RESULTS / "loading-cpu.json")
+    options = replace(options, out=options.out or measure.RESULTS / "loading-cpu.json")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    record = begin_record("loading", asdict(options) | {"device": "cpu"}, options.note)
+    record = measure.begin_record("loading", asdict(options) | {"device": "cpu"}, options.note)
     record["sizes"] = {}
     for size in options.sizes:
         with tempfile.TemporaryDirectory() as folder:
@@ -61,8 +56,7 @@ def main(options: Options) -> dict:
                 folder, train=options.clips, test=0, size=size, seconds=options.clip_seconds, progress=False
             )
             record["sizes"][size] = measure_size(options, Path(folder), size)
-        print_size(size, record["sizes"][size])
-    write_record(options.out, record)
+    print(aligned(table(measure.write_record(options.out, record))))
     torch.set_num_threads(threads)
     return record
 
@@ -74,10 +68,10 @@ def measure_size(options: Options, folder: Path, size: int) -> dict[str, dict]:
     for clip, item in zip(clips, map(dataset.__getitem__, range(len(clips))), strict=True):
         if not isinstance(item, dict) or not item["image_present"] or not item["audio_present"]:
             raise ValueError(f"clip {clip.path.name} cannot be read whole")
-    clocks = {name: WallClock(stage, "cpu") for name, stage in stages(dataset).items()}
-    times = time_rounds(clocks, seconds=options.seconds, rounds=(5, 50), title=f"{size} pixels")
+    clocks = {name: measure.WallClock(stage, "cpu") for name, stage in stages(dataset).items()}
+    times = measure.time_rounds(clocks, seconds=options.seconds, rounds=(5, 50), title=f"{size} pixels")
     return {
-        name: dict(clips_per_second=quantiles([len(clips) / second for second in seconds]))
+        name: dict(clips_per_second=measure.quantiles([len(clips) / second for second in seconds]))
         for name, seconds in times.items()
     }
 
@@ -112,18 +106,22 @@ def stages(dataset: ClipDataset) -> dict[str, Callable]:
     }
 
 
-def print_size(size: int, result: dict) -> None:
-    print(f"\nclips of {size} x {size} pixels, one core\n")
-    table = [("stage", "clips/s", "quartiles", "ms per clip")]
+def table(record: dict) -> list[tuple]:
+    """A row for each stage, a column for each size of clips."""
+    rows = [("clips per second and core", *(f"{size} x {size}" for size in record["sizes"]))]
     for name, label in STAGES.items():
-        speed = result[name]["clips_per_second"]
-        spread = f"{speed['q25']:.0f}-{speed['q75']:.0f}"
-        table.append((label, f"{speed['median']:.0f}", spread, f"{1e3 / speed['median']:.2f}"))
-    print_table(table)
+        sizes = (stages[name]["clips_per_second"] for stages in record["sizes"].values())
+        rows.append((label, *(spread(speed, ".0f") for speed in sizes)))
+    return rows
+
+
+def summary(record: dict) -> str:
+    speeds = ", ".join(
+        f"{stages['whole']['clips_per_second']['median']:.0f} clips/s of {size} x {size} pixels"
+        for size, stages in record["sizes"].items()
+    )
+    return f"Reading, decoding and transforming, one core: {speeds}."
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, prog="python benchmarks/loading.py"))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    measure.run(main, Options)

@@ -6,16 +6,15 @@ measured is the handling of clips, not the disk.
 
 import multiprocessing
 import os
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import measure
 import torch
-import tyro
-from measure import RESULTS, begin_record, print_table, write_record
+from tables import aligned
 from torch.utils.data import BatchSampler
 
 from avfuse import InputSettings
@@ -29,7 +28,7 @@ MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(measure.FileOptions):
     """Start-up time and memory of reading a data set, by its number of clips and by how many were decoded.
 
     Memory is that which a process shares with no other, of the main process and of one reader.
@@ -39,15 +38,11 @@ class Options:
     """Clips in the manifest."""
     decoded: tuple[int, ...] = (100, 1_000, 2_000, 4_000)
     """After how many decoded clips the memory is measured, in rising order; an epoch at most."""
-    note: str = ""
-    """Kept with the results, such as what else the machine was doing."""
-    out: Path | None = None
-    """File for the results. Default: benchmarks/results/many_clips-cpu.json."""
 
 
 def main(options: Options) -> dict:
-    options = replace(options, out=options.out or RESULTS / "many_clips-cpu.json")
-    record = begin_record("many_clips", asdict(options) | {"device": "cpu"}, options.note)
+    options = replace(options, out=options.out or measure.RESULTS / "many_clips-cpu.json")
+    record = measure.begin_record("many_clips", asdict(options) | {"device": "cpu"}, options.note)
     record["rows"] = {}
     for rows in options.rows:
         with tempfile.TemporaryDirectory() as folder:
@@ -55,8 +50,7 @@ def main(options: Options) -> dict:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
                 record["rows"][rows] = fresh.submit(measure_rows, folder, options.decoded).result()
         print(f"{rows:,} clips: {record['rows'][rows]}", flush=True)
-    print_rows(record["rows"])
-    write_record(options.out, record)
+    print(aligned(table(measure.write_record(options.out, record))))
     return record
 
 
@@ -121,20 +115,28 @@ def own_memory(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
 
 
-def print_rows(results: dict[int, dict]) -> None:
-    table = [("clips", "found", "first batch", "decoded", "main", "reader")]
-    for rows, result in results.items():
-        start = f"{rows:,}", f"{result['seconds_to_find']:.2f} s", f"{result['seconds_to_first_batch']:.2f} s"
+def table(record: dict) -> list[tuple]:
+    """A row for each number of clips and each moment at which memory was measured."""
+    rows = [("clips", "found after", "first batch after", "decoded", "main process", "reader")]
+    for clips, result in record["rows"].items():
+        start = f"{int(clips):,}", f"{result['seconds_to_find']} s", f"{result['seconds_to_first_batch']} s"
         for moment in result["memory"]:
-            table.append(
-                (*start, f"{moment['decoded']:,}", f"{moment['main']:.0f} MiB", f"{moment['reader']:.0f} MiB")
-            )
+            memory = (f"{moment[process]:.0f} MiB" for process in ("main", "reader"))
+            rows.append((*start, f"{moment['decoded']:,}", *memory))
             start = "", "", ""
-    print_table(table)
+    return rows
+
+
+def summary(record: dict) -> str:
+    clips, result = max(record["rows"].items(), key=lambda row: int(row[0]))
+    first, last = result["memory"][0], result["memory"][-1]
+    return (
+        f"{int(clips):,} clips in a manifest are found in {result['seconds_to_find']:.0f} s, and the first "
+        f"batch is there after {result['seconds_to_first_batch']:.0f} s; a reader has "
+        f"{first['reader']:.0f} MiB of its own after {first['decoded']:,} decoded clips and "
+        f"{last['reader']:.0f} MiB after {last['decoded']:,}."
+    )
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, prog="python benchmarks/many_clips.py"))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    measure.run(main, Options)

@@ -1,5 +1,5 @@
-"""What all benchmarks share: time in rounds, memory in fresh processes, arithmetic without numbers, ceilings,
-and what a result file says about where it comes from.
+"""What all benchmarks share: options, time in rounds, memory in fresh processes, arithmetic without numbers,
+ceilings, when results agree, and what a result file says about where it comes from.
 """
 
 import ctypes
@@ -16,13 +16,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal, Self
 
 import torch
+import tyro
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -35,19 +39,50 @@ GIB = 2**30
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
+# --- options ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """What every benchmark can be given."""
+
+    note: str = ""
+    """Kept with the results, such as what else the machine was doing."""
+    out: Path | None = None
+    """File for the results. Default: benchmarks/results/BENCHMARK-DEVICE.json."""
+
+
+@dataclass(frozen=True)
+class Options(FileOptions):
+    """What benchmarks of tensors can be given."""
+
+    device: Literal["cpu", "cuda"] | None = None
+    """Default: the GPU if there is one."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Default: float32 on a CPU, bfloat16 on a GPU."""
+    seconds: float = 60.0
+    """How long each group of rows is timed."""
+    memory_limit: float | None = None
+    """GiB that a row may allocate; where it needs more, it stops."""
+
+    def on_device(self) -> Self:
+        """These options with the device and the dtype that will be used."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: there is no CUDA device")
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = self.dtype or ("bfloat16" if device == "cuda" else "float32")
+        return replace(self, device=device, dtype=dtype)
+
+
+def run(main: Callable, options: type) -> None:
+    """`main` as a command, with its options from the command line."""
+    try:
+        main(tyro.cli(options, prog=f"python benchmarks/{Path(sys.argv[0]).name}"))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
 # --- time ---------------------------------------------------------------------------------------------------
-
-
-def device_and_dtype(device: str | None, dtype: str | None) -> dict[str, str]:
-    """What was asked for, else the GPU if there is one, and bfloat16 there, float32 on a CPU.
-
-    Raises:
-        ValueError: CUDA was asked for, and is not there.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: there is no CUDA device")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return dict(device=device, dtype=dtype or ("bfloat16" if device == "cuda" else "float32"))
 
 
 def synchronize(device: str) -> None:
@@ -84,25 +119,47 @@ class WallClock:
 
 
 class GpuClock:
-    """Seconds per call by the GPU's own events. The GPU is kept waiting until all of a call is in its queue,
-    so that gaps between launches do not count; `before`, such as emptying the cache, does not count either.
+    """Seconds per call by the GPU's own events, the median of `repeats`. `before`, such as emptying the
+    cache, does not count.
+
+    The GPU is kept waiting until all of a call is in its queue, so that gaps between launches do not count
+    either. The wait is twice what the host needs to launch a call. Where the GPU began before the host was
+    done, because something else held up the host, the number is thrown away and the wait doubled.
     """
 
-    WAIT = 1_000_000  # GPU cycles, about half a millisecond
+    LONGEST = 2**28  # GPU cycles of a wait, more than a tenth of a second
 
     def __init__(self, call: Callable, *, repeats: int = 20, before: Callable | None = None):
-        self.call, self.repeats, self.before = call, repeats, before or call
+        self.call, self.repeats, self.before, self.wait = call, repeats, before or call, None
 
     def __call__(self) -> float:
-        marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(self.repeats)]
-        for start, end in marks:
+        self.wait = self.wait or self.cycles_to_launch()
+        return statistics.median(self.sample() for _ in range(self.repeats))
+
+    def cycles_to_launch(self) -> int:
+        """Twice the host's time for a warm call, in cycles of a GPU that makes two in a nanosecond."""
+        self.call()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        self.call()
+        return min(self.LONGEST, round(2 * 2e9 * (time.perf_counter() - start)))
+
+    def sample(self) -> float:
+        wait = self.wait
+        while True:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self.before()
-            torch.cuda._sleep(self.WAIT)
+            torch.cuda._sleep(wait)
             start.record()
             self.call()
             end.record()
-        torch.cuda.synchronize()
-        return statistics.median(start.elapsed_time(end) for start, end in marks) / 1e3
+            waited = not start.query()
+            torch.cuda.synchronize()
+            if waited:
+                return start.elapsed_time(end) / 1e3
+            if wait == self.LONGEST:
+                raise RuntimeError(f"the host cannot launch a call within {wait} GPU cycles")
+            wait = min(2 * wait, self.LONGEST)
 
 
 def time_rounds(
@@ -167,10 +224,8 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
 
 
 def in_fresh_process(function: Callable, *args):
-    """The value of `function(*args)` in a process of its own, which has imported and not yet allocated.
-
-    Raises:
-        MemoryError: it died for lack of memory; the message says how much it asked for.
+    """The value of `function(*args)` in a process of its own, which has imported and not yet allocated; a
+    MemoryError where that does not fit.
     """
     # The fork server imports once; with this, what malloc frees goes back to the system at once.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
@@ -180,23 +235,23 @@ def in_fresh_process(function: Callable, *args):
         torch.cuda.empty_cache()
     context.set_forkserver_preload(["torch", "avfuse", "__main__"])
     try:
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
+        with memory_errors(), ProcessPoolExecutor(1, mp_context=context) as pool:
             return pool.submit(function, *args).result()
     except BrokenProcessPool:
         raise MemoryError("killed by the system, which was out of memory") from None
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """What torch's allocators raise becomes a MemoryError, with the size that did not fit."""
+    try:
+        yield
     except RuntimeError as error:
-        if (asked := asked_for(error)) is None:
+        size = re.search(r"tried to allocate ([\d.]+) *([A-Za-z]+)", str(error), re.I)
+        if size is None:
             raise
-        raise MemoryError(asked) from None
-
-
-def asked_for(error: RuntimeError) -> str | None:
-    """What an error of torch's allocators says about the size that it asked for; None for other errors."""
-    said = re.search(r"tried to allocate ([\d.]+) *([A-Za-z]+)", str(error), re.I)
-    if said is None:
-        return None
-    amount = f"{float(said[1]) / GIB:.1f} GiB" if said[2] == "bytes" else f"{said[1]} {said[2]}"
-    return f"out of memory: one more tensor of {amount} did not fit"
+        amount = f"{float(size[1]) / GIB:.1f} GiB" if size[2] == "bytes" else f"{size[1]} {size[2]}"
+        raise MemoryError(f"out of memory: one more tensor of {amount} did not fit") from None
 
 
 class PeakMemory:
@@ -277,6 +332,41 @@ def ceilings(device: str, dtype: torch.dtype) -> dict[str, float]:
     }
 
 
+# --- agreement ----------------------------------------------------------------------------------------------
+
+
+def agreement(
+    ours: dict[str, torch.Tensor],
+    truth: dict[str, torch.Tensor],
+    plain: Sequence[dict[str, torch.Tensor]],
+    dtype: torch.dtype,
+) -> dict:
+    """Errors by name, and whether they are those of the dtype: each at most twice that of plain PyTorch in
+    the same dtype (the largest of several), and a rounding.
+    """
+    errors = {name: relative_error(ours[name], tensor) for name, tensor in truth.items()}
+    allowed = {
+        name: 2 * max(relative_error(other[name], tensor) for other in plain) + torch.finfo(dtype).eps
+        for name, tensor in truth.items()
+    }
+    return dict(agrees=all(errors[name] <= allowed[name] for name in truth), errors=errors, allowed=allowed)
+
+
+def print_agreement(name: str, compared: dict) -> None:
+    verdict = "agrees" if compared["agrees"] else "DISAGREES"
+    print(f"  {verdict}: {name}, {largest_error(compared['errors'])}")
+
+
+def largest_error(errors: dict[str, float]) -> str:
+    return f"largest error {max(errors.values()):.1e}"
+
+
+def relative_error(ours: torch.Tensor, truth: torch.Tensor) -> float:
+    """Norm of the difference over the norm of the truth, where that is not 0."""
+    difference, size = (ours - truth).norm().item(), truth.norm().item()
+    return float(f"{difference / (size or 1.0):.3g}")
+
+
 # --- results ------------------------------------------------------------------------------------------------
 
 
@@ -295,10 +385,12 @@ def begin_record(benchmark: str, settings: dict, note: str) -> dict:
     )
 
 
-def write_record(path: Path, record: dict) -> None:
+def write_record(path: Path, record: dict) -> dict:
+    """Writes what is measured so far, and returns it as a reader of the file finds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     record["load_at_end"] = round(os.getloadavg()[0], 2)
     path.write_text(json.dumps(record, indent=1) + "\n")
+    return json.loads(path.read_text())
 
 
 def command() -> str:
@@ -313,15 +405,18 @@ def command() -> str:
 
 
 def commit() -> str:
-    """The commit that ran, marked where tracked files outside of the results differ from it."""
+    """The commit that ran, marked where tracked files outside of the results differ from it. Where git cannot
+    tell, as in a copy of the files alone, it is what the environment variable AVFUSE_COMMIT says.
+    """
     git = ["git", "-C", str(ROOT)]
     try:
-        commit = subprocess.check_output([*git, "rev-parse", "--short=12", "HEAD"], text=True).strip()
+        command = [*git, "rev-parse", "--short=12", "HEAD"]
+        head = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
         paths = ["avfuse", "kernels", "benchmarks/*.py"]
         changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *paths]).returncode
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit + (" with changes" if changed else "")
+        return os.environ.get("AVFUSE_COMMIT", "unknown")
+    return head + (" with changes" if changed else "")
 
 
 def machine(device: str) -> dict:
@@ -341,7 +436,7 @@ def machine(device: str) -> dict:
 
 
 def cpu_name() -> str:
-    """The model name, and the widest of the vector and matrix instructions that it is said to have."""
+    """The model name, and the widest of the vector and matrix instructions that it has."""
     info = Path("/proc/cpuinfo").read_text()
     name = re.search(r"model name\s*: (.+)", info)
     has = [flag for flag in ("amx_bf16", "avx512f", "avx2") if re.search(rf"\b{flag}\b", info)]
@@ -349,32 +444,8 @@ def cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {}
+    installed = {}
     for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            pass
-    return found
-
-
-def relative_error(ours: torch.Tensor, truth: torch.Tensor) -> float:
-    """Norm of the difference over the norm of the truth, where that is not 0."""
-    difference, size = (ours - truth).norm().item(), truth.norm().item()
-    return float(f"{difference / (size or 1.0):.3g}")
-
-
-def print_table(rows: Sequence[Sequence[object] | str]) -> None:
-    """Rows of cells, the first row a header, the first column to the left and the others to the right; a
-    string stands for a whole row.
-    """
-    columns = zip(*(row for row in rows if not isinstance(row, str)), strict=True)
-    widths = [max(len(str(cell)) for cell in column) for column in columns]
-    for number, row in enumerate(rows):
-        if isinstance(row, str):
-            print(row)
-            continue
-        cells = [str(cell).rjust(width) for cell, width in zip(row, widths, strict=True)]
-        print("  ".join([str(row[0]).ljust(widths[0]), *cells[1:]]).rstrip())
-        if number == 0:
-            print("-" * (sum(widths) + 2 * len(widths) - 2))
+        with suppress(PackageNotFoundError):
+            installed[package] = version(package)
+    return installed

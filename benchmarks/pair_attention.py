@@ -1,53 +1,37 @@
 """Attention over all pairs alone: time of every implementation against the bytes and arithmetic it takes."""
 
-import sys
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
+import measure
 import torch
 import torch.nn.functional as F
-import tyro
-from measure import (
-    DTYPES,
-    RESULTS,
-    GpuClock,
-    WallClock,
-    asked_for,
-    begin_record,
-    cache_flush,
-    ceilings,
-    device_and_dtype,
-    limit_memory,
-    print_table,
-    quantiles,
-    relative_error,
-    time_rounds,
-    write_record,
-)
+from tables import MISSING, spread, terminal
 from torch import Tensor
 
 from avfuse import pair_attention
 
 SHAPES = {"paper": (196, 96), "pretraining": (49, 19), "long": (4096, 4096)}  # image and audio tokens
 QUERIES = 4  # whose outputs are compared, of one head of one clip
-NAMES = ("query", "image_key", "image_value", "audio_key", "audio_value")
 
 Shape = Literal["paper", "pretraining", "long"]
+Variant = Literal["plain", "bias", "masks"]
 Mode = Literal["forward", "backward", "both"]
 RowName = Literal["avfuse", "reference", "sdpa", "xformers", "compiled"]
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(measure.Options):
     """`avfuse.pair_attention` against other ways to compute it: forward, backward, and both.
 
     Rows: avfuse (the backend it picks here); reference (every pair stored); sdpa (two calls of
     scaled_dot_product_attention and their sum); xformers, where it is installed; compiled (torch.compile of
-    sdpa). Every row is first compared with a float64 softmax over all pairs on the same inputs, output and
-    gradients; one that disagrees gets no time.
+    sdpa). A pair bias joins the two softmaxes: only avfuse and the reference can do it. Every row is first
+    compared with a float64 softmax over all pairs on the same inputs, output and gradients; one that
+    disagrees gets no time.
 
     Times are wall time per call, launches included, and on a GPU also GPU time; each with a warm cache
     (inputs were just used) and a cold one (a buffer larger than the cache was written in between). The floor
@@ -58,6 +42,9 @@ class Options:
     rows: tuple[RowName, ...] = ("avfuse", "reference", "sdpa", "xformers", "compiled")
     shapes: tuple[Shape, ...] = ("paper", "pretraining", "long")
     """Image and audio tokens: the paper's 196 + 96, 49 + 19 left by its masks, and 4096 + 4096."""
+    variants: tuple[Variant, ...] = ("plain", "bias", "masks")
+    """Without more; with a float32 pair bias (H, I, A) that all clips share, and its gradient; with masks
+    that hide a quarter of the image and of the audio tokens."""
     modes: tuple[Mode, ...] = ("forward", "backward", "both")
     batch: int | None = None
     """Clips. Default: 64 on a GPU, 2 on a CPU."""
@@ -67,54 +54,65 @@ class Options:
     """K, per head; the paper's."""
     value_width: int = 16
     """V, per head; the paper's."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Default: float32 on a CPU, bfloat16 on a GPU."""
-    device: Literal["cpu", "cuda"] | None = None
-    """Default: the GPU if there is one."""
     seconds: float = 15.0
-    """How long each shape is timed; five rounds at least."""
+    """How long each shape and variant is timed; five rounds at least."""
     memory_limit: float = 8.0
     """GiB that may be allocated: where the reference needs more, it says so."""
-    note: str = ""
-    """Kept with the results, such as what else the machine was doing."""
-    out: Path | None = None
-    """File for the results. Default: benchmarks/results/pair_attention-DEVICE.json."""
 
 
 def main(options: Options) -> dict:
-    chosen = device_and_dtype(options.device, options.dtype)
-    device = chosen["device"]
+    options = options.on_device()
     options = replace(
         options,
-        **chosen,
-        batch=options.batch or (64 if device == "cuda" else 2),
-        out=options.out or RESULTS / f"pair_attention-{device}.json",
+        batch=options.batch or (64 if options.device == "cuda" else 2),
+        out=options.out or measure.RESULTS / f"pair_attention-{options.device}.json",
     )
-    record = begin_record("pair_attention", asdict(options), options.note)
-    limit_memory(device, options.memory_limit)
-    record["ceilings"] = ceilings(device, DTYPES[options.dtype])
-    record["shapes"] = {shape: measure_shape(options, shape, record["ceilings"]) for shape in options.shapes}
-    write_record(options.out, record)
+    record = measure.begin_record("pair_attention", asdict(options), options.note)
+    measure.limit_memory(options.device, options.memory_limit)
+    record["ceilings"] = measure.ceilings(options.device, measure.DTYPES[options.dtype])
+    record["shapes"] = {}
+    for name, shape, variant in cells(options.shapes, options.variants):
+        record["shapes"][name] = measure_shape(options, shape, variant, record["ceilings"])
+        written = measure.write_record(options.out, record)["shapes"][name]
+        print(f"\n{name}: batch {options.batch}, {options.dtype}, microseconds (quartiles)")
+        print(terminal([floor_line(written), *shape_parts(name, written)]))
     return record
+
+
+def cells(shapes: Iterable[Shape], variants: Iterable[Variant]) -> Iterator[tuple[str, Shape, Variant]]:
+    """What is measured, in this order, by the name that results have for it."""
+    for variant, shape in itertools.product(variants, shapes):
+        yield shape if variant == "plain" else f"{shape}, {variant}", shape, variant
 
 
 # --- the rows -----------------------------------------------------------------------------------------------
 
 
-def sdpa(query, image_key, image_value, audio_key, audio_value):
+def sdpa(query, image_key, image_value, audio_key, audio_value, image_mask=None, audio_mask=None):
     """The identity in two calls: attention to image tokens, plus attention to audio tokens."""
-    image = F.scaled_dot_product_attention(query, image_key, image_value)
-    return image + F.scaled_dot_product_attention(query, audio_key, audio_value)
+    image_mask, audio_mask = for_scores(image_mask), for_scores(audio_mask)
+    image = F.scaled_dot_product_attention(query, image_key, image_value, attn_mask=image_mask)
+    return image + F.scaled_dot_product_attention(query, audio_key, audio_value, attn_mask=audio_mask)
 
 
-def plain(query, image_key, image_value, audio_key, audio_value):
-    """The same from matrix products and softmaxes: with `sdpa`, it tells what error the dtype brings."""
+def plain(query, image_key, image_value, audio_key, audio_value, image_mask=None, audio_mask=None):
+    """The same from matrix products and softmaxes: with `sdpa`, it shows what error the dtype brings."""
     scale = query.shape[-1] ** -0.5
-    image = (query @ image_key.mT * scale).softmax(-1) @ image_value
-    return image + (query @ audio_key.mT * scale).softmax(-1) @ audio_value
+    image, audio = query @ image_key.mT * scale, query @ audio_key.mT * scale
+    if image_mask is not None:
+        image = image.masked_fill(~for_scores(image_mask), -torch.inf)
+        audio = audio.masked_fill(~for_scores(audio_mask), -torch.inf)
+    return image.softmax(-1) @ image_value + audio.softmax(-1) @ audio_value
 
 
-def implementation(row: RowName) -> Callable:
+def for_scores(mask: Tensor | None) -> Tensor | None:
+    """(B, N) -> (B, 1, 1, N)"""
+    return None if mask is None else mask[:, None, None]
+
+
+def implementation(row: RowName, variant: Variant) -> Callable:
+    if variant == "bias" and row in ("sdpa", "compiled"):
+        raise ValueError("a pair bias joins the two softmaxes, which two calls cannot do")
     if row == "sdpa":
         return sdpa
     if row == "compiled":
@@ -126,127 +124,142 @@ def implementation(row: RowName) -> Callable:
 # --- whether a row computes what it should ------------------------------------------------------------------
 
 
-def run_with_gradients(attend: Callable, inputs: list[Tensor], grad: Tensor) -> dict[str, Tensor]:
+def make_tensors(options: Options, shape: Shape, variant: Variant) -> tuple[dict[str, Tensor], Tensor]:
+    """What pair_attention is called with, by argument, and the gradient of its output."""
+    I, A = SHAPES[shape]
+    B, H, dtype = options.batch, options.heads, measure.DTYPES[options.dtype]
+    F_, K, V = options.fusion_tokens, options.key_width, options.value_width
+    torch.manual_seed(0)
+
+    def random(*size, dtype=dtype):
+        return torch.randn(*size, device=options.device).to(dtype)
+
+    tensors = dict(
+        query=random(B, H, F_, K),
+        image_key=random(B, H, I, K),
+        image_value=random(B, H, I, V),
+        audio_key=random(B, H, A, K),
+        audio_value=random(B, H, A, V),
+    )
+    grad = random(B, H, F_, V)
+    if variant == "bias":
+        tensors["pair_bias"] = random(H, I, A, dtype=torch.float32)
+    for tensor in tensors.values():
+        tensor.requires_grad_()
+    if variant == "masks":
+        tensors |= {
+            name: torch.rand(B, n, device=options.device) > 0.25
+            for name, n in (("image_mask", I), ("audio_mask", A))
+        }
+    return tensors, grad
+
+
+def learned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+
+
+def head_of(name: str, tensor: Tensor) -> Tensor:
+    """The part that belongs to the first head of the first clip."""
+    return tensor[0] if name in ("pair_bias", "image_mask", "audio_mask") else tensor[0, 0]
+
+
+def run_with_gradients(attend: Callable, tensors: dict[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
     """The output for the compared queries, and all gradients of the head they belong to."""
-    output = attend(*inputs)
-    grads = torch.autograd.grad(output, inputs, grad)
-    seen = dict(zip(("output", *NAMES), (output, *grads), strict=True))
-    return {
-        name: tensor[0, 0, :QUERIES].double().cpu()
-        if name in ("output", "query")
-        else tensor[0, 0].double().cpu()
-        for name, tensor in seen.items()
-    }
+    output, inputs = attend(**tensors), learned(tensors)
+    grads = torch.autograd.grad(output, list(inputs.values()), grad)
+    whole = {"output": output} | dict(zip(inputs, grads, strict=True))
+    head = {name: head_of(name, tensor).double().cpu() for name, tensor in whole.items()}
+    return head | {name: head[name][:QUERIES] for name in ("output", "query")}
 
 
-def truth(inputs: list[Tensor], grad: Tensor) -> dict[str, Tensor]:
-    """One softmax over all I x A pairs in float64 for each of the compared queries."""
-    head = [tensor.detach()[0, 0].double().cpu().requires_grad_() for tensor in inputs]
-    queries, image_key, image_value, audio_key, audio_value = head
-    outputs, sums = [], [torch.zeros_like(tensor) for tensor in head]
-    for query, query_grad in zip(range(QUERIES), grad[0, 0, :QUERIES].double().cpu(), strict=True):
-        q = queries[query] * queries.shape[-1] ** -0.5
-        logits = (image_key @ q)[:, None] + audio_key @ q  # (I, A)
+def over_all_pairs(tensors: dict[str, Tensor], grad: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same in another dtype, from one softmax over all I x A pairs for each of the compared queries."""
+    head = {name: head_of(name, tensor).detach() for name, tensor in tensors.items()}
+    inputs = {name: head[name].to(dtype).requires_grad_() for name in learned(tensors)}
+    head |= inputs
+    outputs, sums = [], {name: torch.zeros_like(tensor) for name, tensor in inputs.items()}
+    for query, query_grad in zip(head["query"][:QUERIES], grad[0, 0].to(dtype), strict=False):
+        query = query * query.shape[-1] ** -0.5
+        logits = (head["image_key"] @ query)[:, None] + head["audio_key"] @ query  # (I, A)
+        if "pair_bias" in head:
+            logits = logits + head["pair_bias"]
+        if "image_mask" in head:
+            logits = logits.masked_fill(~(head["image_mask"][:, None] & head["audio_mask"]), -torch.inf)
         weights = logits.flatten().softmax(0).view_as(logits)
-        output = weights.sum(1) @ image_value + weights.sum(0) @ audio_value
-        for total, part in zip(sums, torch.autograd.grad(output, head, query_grad), strict=True):
-            total += part
+        output = weights.sum(1) @ head["image_value"] + weights.sum(0) @ head["audio_value"]
+        for name, part in zip(inputs, torch.autograd.grad(output, inputs.values(), query_grad), strict=True):
+            sums[name] += part
         outputs.append(output.detach())
-    return dict(zip(("output", *NAMES), (torch.stack(outputs), sums[0][:QUERIES], *sums[1:]), strict=True))
-
-
-def compare(ours: dict, theirs: list[dict], true: dict, dtype: torch.dtype) -> dict:
-    """Errors, and whether every tensor is within twice the error of plain PyTorch in this dtype, and a
-    rounding.
-    """
-    errors = {name: relative_error(ours[name], tensor) for name, tensor in true.items()}
-    allowed = {
-        name: 2 * max(relative_error(found[name], tensor) for found in theirs) + torch.finfo(dtype).eps
-        for name, tensor in true.items()
-    }
-    return dict(agrees=all(errors[name] <= allowed[name] for name in true), errors=errors, allowed=allowed)
+    compared = sums | dict(output=torch.stack(outputs), query=sums["query"][:QUERIES])
+    return {name: tensor.double().cpu() for name, tensor in compared.items()}
 
 
 # --- one shape ----------------------------------------------------------------------------------------------
 
 
-def measure_shape(options: Options, shape: Shape, ceiling: dict) -> dict:
-    I, A = SHAPES[shape]
-    B, H, F_, K, V = (
-        options.batch,
-        options.heads,
-        options.fusion_tokens,
-        options.key_width,
-        options.value_width,
-    )
-    dtype = DTYPES[options.dtype]
-    torch.manual_seed(0)
-    sizes = ((F_, K), (I, K), (I, V), (A, K), (A, V))
-    inputs = [torch.randn(B, H, *size, device=options.device).to(dtype).requires_grad_() for size in sizes]
-    grad = torch.randn(B, H, F_, V, device=options.device).to(dtype)
+def measure_shape(options: Options, shape: Shape, variant: Variant, ceiling: dict) -> dict:
+    tensors, grad = make_tensors(options, shape, variant)
     few = torch.zeros_like(grad)
     few[0, 0, :QUERIES] = grad[0, 0, :QUERIES]
-    true, theirs = truth(inputs, few), [run_with_gradients(attend, inputs, few) for attend in (plain, sdpa)]
-
+    truth, dtype = over_all_pairs(tensors, few, torch.float64), measure.DTYPES[options.dtype]
+    if variant == "bias":
+        plains = [over_all_pairs(tensors, few, dtype)]
+    else:
+        plains = [run_with_gradients(attend, tensors, few) for attend in (plain, sdpa)]
     rows, clocks = {}, {}
     for row in options.rows:
-        attend = implementation(row)
         try:
-            rows[row] = compare(run_with_gradients(attend, inputs, few), theirs, true, dtype)
-        except ValueError as error:  # a backend that is not here
+            attend = implementation(row, variant)
+            with measure.memory_errors():
+                ours = run_with_gradients(attend, tensors, few)
+        except (ValueError, MemoryError) as error:  # what this row cannot do, here or at all
             rows[row] = dict(failed=str(error))
             continue
-        except RuntimeError as error:
-            if (asked := asked_for(error)) is None:
-                raise
-            rows[row] = dict(failed=asked)
-            continue
+        rows[row] = measure.agreement(ours, truth, plains, dtype)
+        measure.print_agreement(row, rows[row])
         if rows[row]["agrees"]:
-            clocks |= clocks_of(options, row, attend, inputs, grad)
-    times = time_rounds(clocks, seconds=options.seconds, rounds=(5, 50), title=shape)
-    work = {mode: count_work(options, shape, mode) for mode in options.modes}
-    floors = {
-        mode: max(moved / ceiling["copy_bytes_per_s"], flops / ceiling["matmul_flop_per_s"])
-        for mode, (moved, flops) in work.items()
-    }
+            clocks |= clocks_of(options, row, attend, tensors, grad)
+    times = measure.time_rounds(clocks, seconds=options.seconds, rounds=(5, 50), title=f"{shape}, {variant}")
     for (row, mode, clock), seconds in times.items():
-        rows[row].setdefault("seconds", {}).setdefault(mode, {})[clock] = quantiles(seconds)
-    result = dict(
-        image_tokens=I,
-        audio_tokens=A,
-        bytes={mode: moved for mode, (moved, _) in work.items()},
-        flop={mode: flops for mode, (_, flops) in work.items()},
-        floor_seconds=floors,
-        rows=rows,
+        rows[row].setdefault("seconds", {}).setdefault(mode, {})[clock] = measure.quantiles(seconds)
+    moved, flop = (
+        {mode: count(options, shape, variant, mode) for mode in options.modes}
+        for count in (count_bytes, count_flop)
     )
-    print_shape(options, shape, result)
-    return result
+    floors = {
+        mode: max(moved[mode] / ceiling["copy_bytes_per_s"], flop[mode] / ceiling["matmul_flop_per_s"])
+        for mode in options.modes
+    }
+    I, A = SHAPES[shape]
+    return dict(image_tokens=I, audio_tokens=A, bytes=moved, flop=flop, floor_seconds=floors, rows=rows)
 
 
-def clocks_of(options: Options, row: RowName, attend: Callable, inputs: list, grad: Tensor) -> dict:
+def clocks_of(options: Options, row: RowName, attend: Callable, tensors: dict, grad: Tensor) -> dict:
     """Clocks by (row, mode, what they measure)."""
-    flush, clocks = cache_flush(options.device), {}
-    for mode, call in calls_of(attend, inputs, grad).items():
+    flush, clocks = measure.cache_flush(options.device), {}
+    for mode, call in calls_of(attend, tensors, grad).items():
         if mode not in options.modes:
             continue
-        clocks[row, mode, "wall, warm"] = WallClock(call, options.device, turn=0.02)
+        clocks[row, mode, "wall, warm"] = measure.WallClock(call, options.device, turn=0.02)
         if options.device == "cuda":
-            clocks[row, mode, "GPU, warm"] = GpuClock(call)
-            clocks[row, mode, "GPU, cold"] = GpuClock(call, before=flush)
+            clocks[row, mode, "GPU, warm"] = measure.GpuClock(call)
+            clocks[row, mode, "GPU, cold"] = measure.GpuClock(call, before=flush)
         else:
-            clocks[row, mode, "wall, cold"] = WallClock(call, options.device, before=flush)
+            clocks[row, mode, "wall, cold"] = measure.WallClock(call, options.device, before=flush)
     return clocks
 
 
-def calls_of(attend: Callable, inputs: list, grad: Tensor) -> dict[Mode, Callable]:
+def calls_of(attend: Callable, tensors: dict, grad: Tensor) -> dict[Mode, Callable]:
+    inputs = list(learned(tensors).values())
+
     def forward():
         with torch.no_grad():
-            attend(*inputs)
+            attend(**tensors)
 
     def both():
-        torch.autograd.grad(attend(*inputs), inputs, grad)
+        torch.autograd.grad(attend(**tensors), inputs, grad)
 
-    output = attend(*inputs)
+    output = attend(**tensors)
     return {
         "forward": forward,
         "backward": lambda: torch.autograd.grad(output, inputs, grad, retain_graph=True),
@@ -254,55 +267,100 @@ def calls_of(attend: Callable, inputs: list, grad: Tensor) -> dict[Mode, Callabl
     }
 
 
-def count_work(options: Options, shape: Shape, mode: Mode) -> tuple[int, int]:
-    """Bytes that must move once, and floating-point operations (a multiply-add is 2), by hand.
+# --- floors, counted by hand --------------------------------------------------------------------------------
 
-    Forward: queries, keys and values are read, the output written; logits (K) and weighted values (V).
-    Backward: the inputs and the output's gradient are read, the inputs' gradients written; logits again (K),
-    gradients of weights and values (2 V), of queries and keys (2 K).
+
+def count_bytes(options: Options, shape: Shape, variant: Variant, mode: Mode) -> int:
+    """Bytes that must move once. Forward: queries, keys and values are read, the output written. Backward:
+    these and the output's gradient are read, their gradients written. A pair bias, float32 and shared by the
+    clips, is read in both and its gradient written. Masks of one byte a token are read in both.
     """
     I, A = SHAPES[shape]
     F_, K, V = options.fusion_tokens, options.key_width, options.value_width
-    heads, size = options.batch * options.heads, DTYPES[options.dtype].itemsize
-    inputs, output = F_ * K + (I + A) * (K + V), F_ * V
-    moved = {"forward": inputs + output, "backward": 2 * inputs + output}
-    flops = {"forward": 2 * F_ * (I + A) * (K + V), "backward": 2 * F_ * (I + A) * (3 * K + 2 * V)}
-    parts = ("forward", "backward") if mode == "both" else (mode,)
-    return heads * size * sum(moved[part] for part in parts), heads * sum(flops[part] for part in parts)
+    heads, size = options.batch * options.heads, measure.DTYPES[options.dtype].itemsize
+    inputs, output = heads * size * (F_ * K + (I + A) * (K + V)), heads * size * F_ * V
+    bias = 4 * options.heads * I * A if variant == "bias" else 0
+    masks = options.batch * (I + A) if variant == "masks" else 0
+    moved = {"forward": inputs + output + bias + masks, "backward": 2 * (inputs + bias) + output + masks}
+    return sum(moved.values()) if mode == "both" else moved[mode]
 
 
-def print_shape(options: Options, shape: Shape, result: dict) -> None:
+def count_flop(options: Options, shape: Shape, variant: Variant, mode: Mode) -> int:
+    """Floating-point operations, a multiply-add being 2. Forward: logits (K) and weighted values (V).
+    Backward: logits again (K), gradients of weights and values (2 V), of queries and keys (2 K). With a pair
+    bias, for every query and pair: forward the marginals of both modalities; backward these again, their
+    gradients, and two products that add up the gradient of the bias. Hidden tokens are computed, too.
+    """
     I, A = SHAPES[shape]
-    print(f"\n{shape}: {I} + {A} tokens, batch {options.batch}, {options.dtype}, microseconds (quartiles)")
-    names = {
-        name: None
-        for row in result["rows"].values()
-        for mode in row.get("seconds", {}).values()
-        for name in mode
-    }
-    table = [("", *names, "of the floor")]
-    for mode in options.modes:
-        floor = result["floor_seconds"][mode]
-        moved, flop = result["bytes"][mode] / 1e6, result["flop"][mode] / 1e6
-        table.append(
-            (f"{mode}: {moved:.1f} MB, {flop:.0f} MFLOP", *["" for _ in names], f"{1e6 * floor:.1f} us")
-        )
-        for label, row in result["rows"].items():
-            if "seconds" not in row:
-                why = row.get("failed") or f"disagrees, {row['errors']}"
-                table.append(f"  {label}: {why}")
-                continue
-            found = row["seconds"][mode]
-            cells = [
-                f"{1e6 * q['median']:.0f} ({1e6 * q['q25']:.0f}-{1e6 * q['q75']:.0f})" for q in found.values()
-            ]
-            coldest = found.get("GPU, cold") or found["wall, cold"]
-            table.append((f"  {label}", *cells, f"{coldest['median'] / floor:.1f} x"))
-    print_table(table)
+    K, V = options.key_width, options.value_width
+    pairs = I * A if variant == "bias" else 0
+    forward, backward = (I + A) * (K + V) + 2 * pairs, (I + A) * (3 * K + 2 * V) + 6 * pairs
+    products = {"forward": forward, "backward": backward, "both": forward + backward}
+    return 2 * options.batch * options.heads * options.fusion_tokens * products[mode]
+
+
+# --- tables -------------------------------------------------------------------------------------------------
+
+
+def tables(record: dict) -> list:
+    copy, matmul = record["ceilings"].values()
+    settings = record["settings"]
+    parts = [
+        f"Batch {settings['batch']}, {settings['dtype']}, {settings['heads']} heads, "
+        f"{settings['fusion_tokens']} queries, K = {settings['key_width']}, V = "
+        f"{settings['value_width']}; this machine copies {copy / 1e9:.1f} GB/s and multiplies "
+        f"{matmul / 1e9:.0f} GFLOP/s. Microseconds:"
+    ]
+    for name, *_ in cells(settings["shapes"], settings.get("variants", ["plain"])):
+        shape = record["shapes"].get(name)
+        parts += shape_parts(name, shape) if shape else [f"{name}: {MISSING}."]
+    return parts
+
+
+def shape_parts(name: str, shape: dict) -> list:
+    """A row for each mode and implementation, with the time of every clock; and which have none, and why."""
+    _, _, variant = name.partition(", ")
+    title = {"": "", "bias": ", pair bias", "masks": ", masks"}[variant]
+    timed = {row: result for row, result in shape["rows"].items() if "seconds" in result}
+    modes = (mode for result in timed.values() for mode in result["seconds"].values())
+    clocks = list(dict.fromkeys(clock for mode in modes for clock in mode))
+    table = [(f"{shape['image_tokens']} + {shape['audio_tokens']}{title}", "", *clocks, "of the floor")]
+    for mode, floor in shape["floor_seconds"].items():
+        for row, result in timed.items():
+            seconds = result["seconds"][mode]
+            cells = (spread(seconds[clock], ",.0f", 1e6) for clock in clocks)
+            coldest = seconds.get("GPU, cold") or seconds["wall, cold"]
+            table.append((row, mode, *cells, f"{coldest['median'] / floor:.1f} x"))
+    untimed = [
+        f"{row}: {result.get('failed', 'disagrees')}."
+        for row, result in shape["rows"].items()
+        if row not in timed
+    ]
+    return [table, *(["Without a time: " + " ".join(untimed)] if untimed else [])]
+
+
+def floor_line(shape: dict) -> str:
+    """What the floors come from."""
+    floors = []
+    for mode, floor in shape["floor_seconds"].items():
+        moved, flop = shape["bytes"][mode] / 1e6, shape["flop"][mode] / 1e6
+        floors.append(f"{mode} {1e6 * floor:.1f} us ({moved:.1f} MB, {flop:.0f} MFLOP)")
+    return f"floors: {', '.join(floors)}"
+
+
+def numbers(record: dict) -> dict[str, float]:
+    """What budgets are about: forward and backward at the paper's shape over those of two calls of SDPA (wall
+    time, warm), and over the floor (GPU time, cold).
+    """
+    shape = record["shapes"].get("paper", dict(rows={}))
+    ours, theirs = (shape["rows"].get(row, {}).get("seconds", {}).get("both") for row in ("avfuse", "sdpa"))
+    values = {}
+    if ours and theirs:
+        values["over SDPA"] = ours["wall, warm"]["median"] / theirs["wall, warm"]["median"]
+    if ours and "GPU, cold" in ours:
+        values["over the floor"] = ours["GPU, cold"]["median"] / shape["floor_seconds"]["both"]
+    return values
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, prog="python benchmarks/pair_attention.py"))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    measure.run(main, Options)

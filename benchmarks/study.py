@@ -10,7 +10,6 @@ import math
 import multiprocessing
 import os
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -19,13 +18,13 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import measure
 import numpy as np
 import torch
-import tyro
 from matplotlib.figure import Figure
 from measure import RESULTS, ROOT, begin_record, write_record
-from plots import BLUE, GREY, ORANGE, digest
-from report import filled, origin, table
+from plots import BLUE, GREY, ORANGE, digest, save
+from tables import filled, markdown, origin, terminal
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
@@ -64,10 +63,8 @@ ROWS = {
     "image": Row("image alone", "none", "none", ("image",)),
     "audio": Row("audio alone", "none", "none", ("audio",)),
 }
-RowName = Literal[
-    "dense", "dense-mid", "dense-late", "factorized", "token", "bilinear", "none", "image", "audio"
-]
-STARTS = ("scratch", "pretrained")
+RowName = Literal[*ROWS]
+STARTS = {"scratch": "from scratch", "pretrained": "after pretraining"}
 CLAIMS = (  # which row is said to be better than which
     ("earlier is better: all layers over the upper half", "dense", "dense-mid"),
     ("earlier is better: upper half over the last layer", "dense-mid", "dense-late"),
@@ -98,7 +95,7 @@ class Options:
 
     rows: tuple[RowName, ...] = tuple(ROWS)
     """Which ways to fuse."""
-    starts: tuple[Literal["scratch", "pretrained"], ...] = STARTS
+    starts: tuple[Literal[*STARTS], ...] = tuple(STARTS)
     """From fresh weights, or after pretraining."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of weights and order; scenes are the same for all."""
@@ -131,8 +128,7 @@ def main(options: Options) -> None:
         train_cells(options)
     record = json.loads(RESULT.read_text())
     write_page(record)
-    for line in page_table(record).splitlines():
-        print(line)
+    print(terminal([accuracy_table(record), claims_table(record)]))
 
 
 # --- cells --------------------------------------------------------------------------------------------------
@@ -189,10 +185,7 @@ def train_cell(options: Options, cell: tuple[str, str, int]) -> dict:
     if start == "pretrained":
         mae = AVMAE(encoder, decoder_dim=64, decoder_depth=2, decoder_heads=2)
         steps = options.pretraining_steps
-        for _ in fit(
-            mae, lambda batch: mae(batch["image"], batch["audio"]).loss, train, steps, options, steps
-        ):
-            pass
+        list(fit(mae, lambda batch: mae(batch["image"], batch["audio"]).loss, train, steps, options, steps))
     model = Namer(encoder, ROWS[row].features)
     loss = partial(model.loss, shown_weight=options.shown_weight)
     curve = []
@@ -320,9 +313,8 @@ def scenes(options: Options) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     path = ROOT / f"data/study-{options.objects}-{options.train}-{options.test}.npz"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
-        numbers = [
-            (split, n) for split, count in enumerate((options.train, options.test)) for n in range(count)
-        ]
+        counts = enumerate((options.train, options.test))
+        numbers = [(split, n) for split, count in counts for n in range(count)]
         with processes(options.workers) as pool:
             drawn = pool.map(partial(draw_scene, options.objects), numbers, chunksize=64)
             drawn = list(tqdm(drawn, desc="scenes", total=len(numbers)))
@@ -359,10 +351,10 @@ def prepared(scenes: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
     return dict(image=image, audio=audio, shown=scenes["shown"][index].float(), **labels)
 
 
-# --- what was found -----------------------------------------------------------------------------------------
+# --- results ------------------------------------------------------------------------------------------------
 
 
-def found(record: dict) -> dict[tuple[str, str], list[float]]:
+def accuracies_by_cell(record: dict) -> dict[tuple[str, str], list[float]]:
     """Row and start -> colour accuracies by seed."""
     accuracies = {}
     for cell in sorted(record["cells"], key=lambda cell: cell["seed"]):
@@ -370,22 +362,22 @@ def found(record: dict) -> dict[tuple[str, str], list[float]]:
     return accuracies
 
 
-def page_table(record: dict) -> str:
+def accuracy_table(record: dict) -> list[tuple]:
     """Accuracies of every row, and what pretraining changed."""
-    rows, accuracies = [("", "from scratch", "after pretraining", "gain by pretraining")], found(record)
+    rows, accuracies = [("", *STARTS.values(), "gain by pretraining")], accuracies_by_cell(record)
     for name, row in ROWS.items():
         scratch, pretrained = (accuracies.get((name, start)) for start in STARTS)
         rows.append((row.label, mean_cell(scratch), mean_cell(pretrained), difference(pretrained, scratch)))
-    return table(rows)
+    return rows
 
 
-def claims_table(record: dict) -> str:
+def claims_table(record: dict) -> list[tuple]:
     """The paper's claims, each as a difference of two rows."""
-    rows, accuracies = [("claim", "from scratch", "after pretraining")], found(record)
+    rows, accuracies = [("claim", *STARTS.values())], accuracies_by_cell(record)
     for claim, better, worse in CLAIMS:
         pairs = [(accuracies.get((better, start)), accuracies.get((worse, start))) for start in STARTS]
         rows.append((claim, *(difference(*pair) for pair in pairs)))
-    return table(rows)
+    return rows
 
 
 def mean_cell(values: list[float] | None) -> str:
@@ -408,36 +400,39 @@ def difference(first: list[float] | None, second: list[float] | None) -> str:
 
 
 def write_page(record: dict) -> None:
-    for path, text in texts(record).items():
-        path.write_text(text)
-    draw_plot(record).savefig(PLOT, dpi=150, metadata={"Source": digest(record)})
+    for path, text in sections(record).items():
+        path.write_text(filled(path.read_text(), {"study": text}))
+    save(plots(record))
 
 
-def texts(record: dict) -> dict[Path, str]:
-    """What the study's page and README.md should hold."""
+def plots(record: dict) -> dict[Path, tuple]:
+    return {PLOT: (digest(record), partial(draw_plot, record))}
+
+
+def sections(record: dict) -> dict[Path, str]:
+    """What the section "study" of the study's page and of README.md should hold."""
     sound, image = 1 / len(COLOURS), 1 / record["settings"]["objects"]
-    chances = f"Chance is {sound:.3f} for the sound alone, {image:.3f} for the image alone."
-    accuracies = (
-        page_table(record),
+    accuracies = [
+        accuracy_table(record),
         f"Accuracy of the colour after {record['settings']['steps']:,} steps, mean ± standard deviation over "
-        f"seeds. {chances} Gain: difference of the means ± its standard error, *yes* beyond twice that, *no, "
-        "the reverse* as far below, else *within the spread*.",
-    )
-    page = (
+        f"seeds. Chance is {sound:.3f} for the sound alone, {image:.3f} for the image alone. Gain: "
+        "difference of the means ± its standard error, *yes* beyond twice that, *no, the reverse* as far "
+        "below, else *within the spread*.",
+    ]
+    page = [
         *accuracies,
         "The claims, judged in the same way:",
         claims_table(record),
         "![Accuracy by way to fuse](../docs/study.png)",
         origin(record),
-    )
-    readme = (*accuracies, "![Accuracy by way to fuse](docs/study.png)")
-    parts = {PAGE: page, README: readme}
-    return {path: filled(path.read_text(), {"study": "\n\n".join(part)}) for path, part in parts.items()}
+    ]
+    readme = [*accuracies, "![Accuracy by way to fuse](docs/study.png)"]
+    return {PAGE: markdown(page), README: markdown(readme)}
 
 
 def draw_plot(record: dict) -> Figure:
     """Every seed a dot, the mean a bar; from scratch and pretrained."""
-    accuracies, names = found(record), list(ROWS)
+    accuracies, names = accuracies_by_cell(record), list(ROWS)
     figure = Figure(figsize=(9, 4), layout="constrained")
     axis = figure.subplots()
     for offset, start, colour, marker in ((-0.17, "scratch", BLUE, "o"), (0.17, "pretrained", ORANGE, "s")):
@@ -445,14 +440,9 @@ def draw_plot(record: dict) -> Figure:
             values = accuracies.get((name, start), [])
             if values:
                 axis.barh(place + offset, statistics.mean(values), 0.3, color=colour, alpha=0.35)
-                label = (
-                    {"scratch": "from scratch", "pretrained": "after pretraining"}[start]
-                    if not place
-                    else None
-                )
-                axis.plot(
-                    values, [place + offset] * len(values), marker, color=colour, ms=5, ls="", label=label
-                )
+                label = None if place else STARTS[start]
+                places = [place + offset] * len(values)
+                axis.plot(values, places, marker, color=colour, ms=5, ls="", label=label)
     image_alone = 1 / record["settings"]["objects"]
     for chance, what, side in ((1 / len(COLOURS), "sound", "right"), (image_alone, "image", "left")):
         axis.axvline(chance, color=GREY, ls="--", lw=1)
@@ -465,7 +455,4 @@ def draw_plot(record: dict) -> Figure:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, prog="python benchmarks/study.py"))
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    measure.run(main, Options)

@@ -1,34 +1,16 @@
 """Speed, memory and arithmetic of the ways to fuse, against no fusion: the paper's Table 5 here."""
 
 import copy
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import measure
 import torch
-import tyro
 from materialized import PairKeyFusion, PairTokenFusion, folded, with_blocks
-from measure import (
-    DTYPES,
-    RESULTS,
-    PeakMemory,
-    WallClock,
-    asked_for,
-    begin_record,
-    count_flops,
-    device_and_dtype,
-    free_memory,
-    in_fresh_process,
-    limit_memory,
-    print_table,
-    quantiles,
-    ratios,
-    relative_error,
-    time_rounds,
-    write_record,
-)
+from tables import MISSING, spread, terminal, times
 from tqdm import tqdm
 
 from avfuse import AVMAE, AVEncoder, create_encoder
@@ -53,21 +35,19 @@ ROWS = {
     "dense": Row("dense, exact (avfuse)", "dense"),
     "pair-bias": Row("dense with pair bias (avfuse)", "dense", pair_bias=True),
 }
-RowName = Literal["none", "token", "materialized", "pair-keys", "factorized", "dense", "pair-bias"]
+RowName = Literal[*ROWS]
 Mode = Literal["inference", "training"]
 MODES = {"inference": "Inference", "training": "Training step"}
-PAPER = {
-    "none": (14.5, 10.3),
-    "materialized": (4.3, 31.6),
-    "factorized": (12.8, 13.1),
-}  # Table 5: video/s, GB
+# Table 5: video/s, GB
+PAPER = {"none": (14.5, 10.3), "materialized": (4.3, 31.6), "factorized": (12.8, 13.1)}
+PRESETS = {"tiny": "ViT tiny", "small": "ViT-S", "base": "ViT-B", "large": "ViT-L"}
 CLIPS = 2  # that outputs are compared on, at most
 SMALL_DECODER = dict(decoder_dim=128, decoder_depth=2, decoder_heads=4)  # beside "tiny", as in avfuse.train
 GRADIENTS = ("fusion_tokens", "image.patch_embed.proj.weight", "audio.patch_embed.proj.weight")
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(measure.Options):
     """Clips per second, peak memory and GFLOP per clip of the ways to fuse, against no fusion (Table 5).
 
     Inference is the encoder on whole clips. A training step is the masked autoencoder's forward, backward and
@@ -76,7 +56,9 @@ class Options:
     What happens, in this order: arithmetic is counted; memory is measured, each row in a fresh process; the
     outputs and gradients of each row are compared with a float64 model of the same weights that stores every
     pair, and a row that disagrees gets no speed; then all rows are timed in turns, round by round, so that a
-    machine that slows down slows all of them. Relative speeds are medians over rounds.
+    machine that slows down slows all of them. Relative speeds are medians over rounds. Of several batch sizes
+    the first comes first for inference and training, then the second; after each the file is written, so that
+    a run that is interrupted keeps what it has measured.
 
     With no arguments it takes less than five minutes on two CPU cores: float32, ViT-B at batch 1 for
     inference, ViT-S at batch 4 for training. On a GPU: bfloat16, ViT-B, and each row at its best batch size.
@@ -95,14 +77,10 @@ class Options:
     """Of the weights in inference, of autocast in training. Default: float32 on a CPU, bfloat16 on a GPU."""
     compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = "no"
     """Run the models through torch.compile in this mode; reduce-overhead uses CUDA graphs."""
-    device: Literal["cpu", "cuda"] | None = None
-    """Default: the GPU if there is one."""
     seconds: float = 45.0
     """How long each of inference and training is timed, at each batch size; three rounds at least."""
     memory_limit: float | None = None
     """GiB that a row may allocate. Default: what is free."""
-    note: str = ""
-    """Kept with the results, such as what else the machine was doing."""
     out: Path | None = None
     """File for the results. Default: benchmarks/results/throughput-DEVICE.json, with --compile
     throughput-DEVICE-compiled.json."""
@@ -110,36 +88,48 @@ class Options:
 
 def main(options: Options) -> dict:
     options = resolve(options)
-    record = begin_record("throughput", recorded(options), options.note)
-    for mode in options.modes:
-        record[mode] = measure_mode(options, mode)
-        print_results(options, mode, record[mode])
-        write_record(options.out, record)  # what is measured is kept, should the rest be interrupted
+    record = measure.begin_record("throughput", recorded(options), options.note)
+    models = {}
+    for mode, batch in in_order(options):
+        print(f"\n{mode}: {preset_of(options, mode)}, batch {batch}, {options.dtype}, {options.device}")
+        if mode not in record:
+            record[mode] = count_mode(options, mode)
+        rows = record[mode]["rows"]
+        measure_memory(options, mode, batch, rows)
+        if mode not in models:
+            models[mode] = compared_models(options, mode, rows)
+        time_batch(options, mode, batch, rows, models[mode])
+        written = measure.write_record(options.out, record)
+        print("\n" + terminal([mode_table(written, mode), *summary({"Here": written}, mode)]))
     return record
 
 
 def resolve(options: Options) -> Options:
     """The options with all defaults filled in that depend on the machine."""
-    chosen = device_and_dtype(options.device, options.dtype)
-    device = chosen["device"]
-    name = f"throughput-{device}" + ("" if options.compile == "no" else "-compiled")
+    options = options.on_device()
+    name = f"throughput-{options.device}" + ("" if options.compile == "no" else "-compiled")
     if any(batch < 1 for batch in options.batch):
         raise ValueError(f"--batch must be positive, got {options.batch}")
     return replace(
         options,
-        **chosen,
         rows=tuple(name for name in ROWS if name == "none" or name in options.rows),
-        memory_limit=options.memory_limit or 0.9 * free_memory(device),
-        out=options.out or RESULTS / f"{name}.json",
+        memory_limit=options.memory_limit or 0.9 * measure.free_memory(options.device),
+        out=options.out or measure.RESULTS / f"{name}.json",
     )
+
+
+def in_order(options: Options) -> list[tuple[Mode, int]]:
+    """What to measure, the first batch size of every mode before the second of any."""
+    sizes = {mode: batches_of(options, mode) for mode in options.modes}
+    most = max(map(len, sizes.values()), default=0)
+    return [(mode, sizes[mode][n]) for n in range(most) for mode in sizes if n < len(sizes[mode])]
 
 
 def recorded(options: Options) -> dict:
     """What of the options belongs into the results."""
-    settings = asdict(options)
-    return {name: settings[name] for name in ("device", "dtype", "compile", "rows", "seconds")} | {
-        "memory_limit_gib": round(options.memory_limit, 1)
-    }
+    names = "device", "dtype", "compile", "rows", "seconds"
+    settings = {name: getattr(options, name) for name in names}
+    return settings | dict(memory_limit_gib=round(options.memory_limit, 1))
 
 
 def preset_of(options: Options, mode: Mode) -> str:
@@ -188,27 +178,22 @@ def encoder_of(model) -> AVEncoder:
     return getattr(model, "encoder", model)
 
 
-def inference(model, dtype) -> Callable:
-    """A call that encodes, in the dtype of the weights."""
+def make_step(options: Options, mode: Mode, model, optimizer: torch.optim.Optimizer) -> Callable:
+    """A call that encodes images and sounds, in the dtype of the weights, or takes one training step."""
+    dtype, run = measure.DTYPES[options.dtype], compiled(model, options.compile)
 
-    def call(image, audio):
+    def encode(image, audio):
         with torch.inference_mode():
-            return model(image.to(dtype), audio.to(dtype))[:3]
+            return run(image.to(dtype), audio.to(dtype))[:3]
 
-    return call
-
-
-def training(model, dtype, optimizer) -> Callable:
-    """A call that takes one training step."""
-
-    def call(image, audio):
+    def train(image, audio):
         with torch.autocast(image.device.type, dtype, enabled=dtype.itemsize == 2):
-            loss = model(image, audio).loss
+            loss = run(image, audio).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return call
+    return encode if mode == "inference" else train
 
 
 def make_optimizer(parameters: Iterable) -> torch.optim.Optimizer:
@@ -221,35 +206,18 @@ def compiled(model, how: str):
 
 def placed(model, options: Options, mode: Mode):
     """On the device; in inference in the dtype too, while training keeps float32 weights under autocast."""
-    return model.to(options.device, DTYPES[options.dtype] if mode == "inference" else None)
+    return model.to(options.device, measure.DTYPES[options.dtype] if mode == "inference" else None)
 
 
-# --- one mode of the table ----------------------------------------------------------------------------------
+# --- arithmetic and memory ----------------------------------------------------------------------------------
 
 
-def measure_mode(options: Options, mode: Mode) -> dict:
-    """The results of inference or training: a dictionary for each row, with one for each batch size in it."""
-    preset, batches = preset_of(options, mode), batches_of(options, mode)
-    print(
-        f"\n{mode}: preset {preset}, batch {', '.join(map(str, batches))}, {options.dtype}, {options.device}"
-    )
-    rows = {name: dict(label=ROWS[name].label, batches={}) for name in options.rows}
-    for name, row in rows.items():
-        row["gflop_per_clip"] = gflop_per_clip(ROWS[name], preset, mode)
-    for name in (bar := tqdm(options.rows, desc="memory, in fresh processes", leave=False, disable=None)):
-        bar.set_postfix_str(name)
-        for batch in batches:
-            try:
-                used = in_fresh_process(peak_memory, options, name, preset, mode, batch)
-                rows[name]["batches"][batch] = dict(memory_bytes=used)
-            except MemoryError as error:
-                rows[name]["batches"][batch] = dict(failed=str(error))
-    models, stored = make_models(options, preset, mode)
-    for name, found in compare(options, mode, models, stored):
-        rows[name] |= found
-        print(f"  {'agrees' if found['agrees'] else 'DISAGREES'}: {name}, {told(found['errors'])}")
-    for batch in batches:
-        time_batch(options, mode, batch, rows, models)
+def count_mode(options: Options, mode: Mode) -> dict:
+    """The results of inference or training, so far with the arithmetic of each row."""
+    preset, rows = preset_of(options, mode), {}
+    for name in options.rows:
+        gflop = gflop_per_clip(ROWS[name], preset, mode)
+        rows[name] = dict(label=ROWS[name].label, batches={}, gflop_per_clip=gflop)
     return dict(preset=preset, rows=rows)
 
 
@@ -262,28 +230,61 @@ def gflop_per_clip(row: Row, preset: str, mode: Mode) -> float:
             output.loss.backward()
 
     with torch.set_grad_enabled(mode == "training"):
-        flops = count_flops(lambda: make_model(row, create_encoder(preset, "none"), mode), run)
+        flops = measure.count_flops(lambda: make_model(row, create_encoder(preset, "none"), mode), run)
     return round(flops / 1e9, 2)
+
+
+def measure_memory(options: Options, mode: Mode, batch: int, rows: dict) -> None:
+    """Adds the memory of each row at this batch size, or why it does not fit."""
+    for name in (bar := tqdm(options.rows, desc="memory, in fresh processes", leave=False, disable=None)):
+        bar.set_postfix_str(name)
+        try:
+            used = measure.in_fresh_process(peak_memory, options, name, preset_of(options, mode), mode, batch)
+            rows[name]["batches"][batch] = dict(memory_bytes=used)
+        except MemoryError as error:
+            rows[name]["batches"][batch] = dict(failed=str(error))
 
 
 def peak_memory(options: Options, name: str, preset: str, mode: Mode, batch: int) -> int:
     """Bytes of the weights and of what two calls need on top; run in a fresh process."""
-    limit_memory(options.device, options.memory_limit)
-    dtype = DTYPES[options.dtype]
+    measure.limit_memory(options.device, options.memory_limit)
     model = placed(make_model(ROWS[name], create_encoder(preset, "none"), mode), options, mode)
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     clips = make_inputs(encoder_of(model), batch, options.device)
-    run = compiled(model, options.compile)
-    if mode == "inference":
-        call = inference(run, dtype)
-    else:
-        call = training(run, dtype, make_optimizer(model.parameters()))
+    step = make_step(options, mode, model, make_optimizer(model.parameters()))
     if options.device == "cpu":
         torch.ones(64, 64) @ torch.ones(64, 64)  # starts the threads
-    with PeakMemory(options.device) as peak:
-        call(*clips)
-        call(*clips)
+    with measure.PeakMemory(options.device) as peak:
+        step(*clips)
+        step(*clips)
     return weights + peak.bytes
+
+
+# --- whether a row computes what it should ------------------------------------------------------------------
+
+
+def compared_models(options: Options, mode: Mode, rows: dict) -> dict:
+    """The models of all rows, after each was compared with the float64 model that stores every pair; adds
+    the errors to the rows. Plain PyTorch is that model in the dtype, on the same device.
+    """
+    models, stored = make_models(options, preset_of(options, mode), mode)
+    dtype, none = measure.DTYPES[options.dtype], models["none"]
+    image, audio = make_inputs(encoder_of(none), min(CLIPS, max(batches_of(options, mode))))
+    clips = image.to(options.device), audio.to(options.device)
+    removed = draw_masks(none, len(image)) if mode == "training" else {}
+    known = {}  # the dense rows share a reference
+    for name, model in models.items():
+        kind = ROWS[name].interactions, ROWS[name].pair_bias
+        if kind not in known:
+            reference = reference_of(model, ROWS[name], stored)
+            plain = outputs(placed(copy.deepcopy(reference), options, mode), *clips, removed, dtype)
+            double = outputs(reference.double().cpu(), image.double(), audio.double(), removed, torch.float64)
+            known[kind] = double, plain
+        truth, plain = known[kind]
+        ours = outputs(compiled(model, options.compile), *clips, removed, dtype)
+        rows[name] |= measure.agreement(ours, truth, [plain], dtype)
+        measure.print_agreement(name, rows[name])
+    return models
 
 
 def make_models(options: Options, preset: str, mode: Mode) -> tuple[dict, dict]:
@@ -321,35 +322,6 @@ def sharpened(encoder: AVEncoder) -> AVEncoder:
     return encoder
 
 
-# --- whether a row computes what it should ------------------------------------------------------------------
-
-
-def compare(options: Options, mode: Mode, models: dict, stored: dict) -> Iterator[tuple[str, dict]]:
-    """Errors of each row against the float64 model that stores every pair, and whether they are those of the
-    dtype: at most twice what that model makes of itself in the same dtype on the same device, and a rounding.
-    """
-    dtype, none = DTYPES[options.dtype], models["none"]
-    image, audio = make_inputs(encoder_of(none), min(CLIPS, max(batches_of(options, mode))))
-    clips = image.to(options.device), audio.to(options.device)
-    removed = draw_masks(none, len(image)) if mode == "training" else {}
-    known = {}  # the dense rows share a reference
-    for name, model in models.items():
-        kind = ROWS[name].interactions, ROWS[name].pair_bias
-        if kind not in known:
-            reference = reference_of(model, ROWS[name], stored)
-            plain = outputs(placed(copy.deepcopy(reference), options, mode), *clips, removed, dtype)
-            truth = outputs(reference.double().cpu(), image.double(), audio.double(), removed, torch.float64)
-            allowed = {
-                part: 2 * relative_error(plain[part], truth[part]) + torch.finfo(dtype).eps for part in truth
-            }
-            known[kind] = truth, allowed
-        truth, allowed = known[kind]
-        ours = outputs(compiled(model, options.compile), *clips, removed, dtype)
-        errors = {part: relative_error(ours[part], truth[part]) for part in truth}
-        agrees = all(errors[part] <= allowed[part] for part in truth)
-        yield name, dict(agrees=agrees, errors=errors, allowed=allowed)
-
-
 def reference_of(model, row: Row, stored: dict):
     """The same weights, with every pair stored. Rows that form no pairs are their own reference."""
     reference = copy.deepcopy(model)
@@ -382,12 +354,8 @@ def outputs(model, image, audio, removed: dict, dtype: torch.dtype) -> dict[str,
     named = dict(encoder_of(model).named_parameters())
     chosen = {name: named[name] for name in GRADIENTS}
     grads = torch.autograd.grad(loss, list(chosen.values()), allow_unused=True)
-    found = {name: grad for name, grad in zip(chosen, grads, strict=True) if grad is not None}
-    return {name: tensor.detach().double().cpu() for name, tensor in ({"loss": loss} | found).items()}
-
-
-def told(errors: dict[str, float]) -> str:
-    return f"largest error {max(errors.values()):.1e}"
+    compared = {"loss": loss} | dict(zip(chosen, grads, strict=True))
+    return {name: value.detach().double().cpu() for name, value in compared.items() if value is not None}
 
 
 # --- speed --------------------------------------------------------------------------------------------------
@@ -395,84 +363,138 @@ def told(errors: dict[str, float]) -> str:
 
 def time_batch(options: Options, mode: Mode, batch: int, rows: dict, models: dict) -> None:
     """Adds clips per second at this batch size to the rows that agree and fit into memory."""
-    fitting = {name: model for name, model in models.items() if can_be_timed(rows[name], batch)}
-    if not fitting:
-        return
-    dtype = DTYPES[options.dtype]
     clips = make_inputs(encoder_of(models["none"]), batch, options.device)
     parameters = {id(p): p for model in models.values() for p in model.parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters.values())  # one for all: what has no gradient, it leaves alone
     turn = 0.3 if options.device == "cuda" else 0.0
     clocks = {}
-    for name, model in fitting.items():
-        run = compiled(model, options.compile)
-        step = inference(run, dtype) if mode == "inference" else training(run, dtype, optimizer)
-        try:
-            step(*clips)
-            clocks[name] = WallClock(lambda step=step: step(*clips), options.device, turn=turn)
-        except RuntimeError as error:
-            if (asked := asked_for(error)) is None:
-                raise
-            rows[name]["batches"][batch]["failed"] = asked
-    times = time_rounds(clocks, seconds=options.seconds, title=f"{mode} x {batch}")
-    for name, seconds in times.items():
+    for name, model in models.items():
         result = rows[name]["batches"][batch]
-        result["clips_per_second"] = quantiles([batch / second for second in seconds])
-        if "none" in times:
-            result["speed_over_none"] = ratios(times["none"], seconds)
+        if "failed" in result or not rows[name]["agrees"]:
+            continue
+        step = make_step(options, mode, model, optimizer)
+        try:
+            with measure.memory_errors():
+                step(*clips)
+            clocks[name] = measure.WallClock(partial(step, *clips), options.device, turn=turn)
+        except MemoryError as error:
+            result["failed"] = str(error)
+    seconds = measure.time_rounds(clocks, seconds=options.seconds, title=f"{mode} x {batch}")
+    for name, ours in seconds.items():
+        result = rows[name]["batches"][batch]
+        result["clips_per_second"] = measure.quantiles([batch / second for second in ours])
+        if "none" in seconds:
+            result["speed_over_none"] = measure.ratios(seconds["none"], ours)
 
 
-def can_be_timed(row: dict, batch: int) -> bool:
-    return row["agrees"] and "failed" not in row["batches"][batch]
+# --- tables -------------------------------------------------------------------------------------------------
 
 
-# --- the table ----------------------------------------------------------------------------------------------
+def tables(record: dict) -> list:
+    """What was measured, in full."""
+    parts = []
+    for mode in MODES:
+        if mode in record:
+            parts += [f"{record[mode]['preset']}, {record['settings']['dtype']}:", mode_table(record, mode)]
+        elif record["settings"]["compile"] == "no":  # under torch.compile, one mode may be all that is wanted
+            parts.append(f"{mode}: {MISSING}.")
+    return parts
 
 
-def best_batch(row: dict) -> str | int | None:
-    """The batch size at which a row is fastest; None where it has no speed."""
-    timed = {batch: result for batch, result in row["batches"].items() if "clips_per_second" in result}
-    return max(timed, key=lambda batch: timed[batch]["clips_per_second"]["median"], default=None)
+def mode_table(record: dict, mode: Mode) -> list[tuple]:
+    """A row for each way to fuse and each batch size."""
+    columns = "batch", "clips/s (quartiles)", "over none", "memory MiB", "GFLOP/clip", "largest error"
+    rows = [(mode, *columns)]
+    for row in record[mode]["rows"].values():
+        gflop, error = f"{row['gflop_per_clip']:.1f}", f"{max(row['errors'].values()):.0e}"
+        for batch, result in row["batches"].items():
+            speed, over = why_not(row, result), "-"
+            if "clips_per_second" in result:
+                large = result["clips_per_second"]["median"] >= 1000
+                speed = spread(result["clips_per_second"], ",.0f" if large else ".3g")
+            if "speed_over_none" in result:
+                over = spread(result["speed_over_none"], ".2f")
+            memory = f"{result['memory_bytes'] / 2**20:,.0f}" if "memory_bytes" in result else "-"
+            rows.append((row["label"], batch, speed, over, memory, gflop, error))
+    return rows
 
 
-def print_results(options: Options, mode: Mode, results: dict) -> None:
-    rows = results["rows"]
-    print(
-        f"\n{mode}, clips per second (quartiles), and over no fusion; the paper's Table 5 had, for inference,"
-    )
-    (speed, memory), *others = PAPER.values()
-    ratios_there = (f"{s / speed:.2f} x speed and {m / memory:.2f} x memory" for s, m in others)
-    print("dense {}, factorized {}\n".format(*ratios_there))
-    table = [("", "clips/s", "quartiles", "speed", "memory MiB", "memory", "GFLOP/clip", "GFLOP", "batch")]
-    for row in rows.values():
-        table.append(cells(row, rows["none"]))
-    print_table(table)
+def summary(records: dict[str, dict | None], mode: Mode) -> list:
+    """Speed and memory against no fusion in several places, and those of the paper."""
+    settings = [
+        f"{place}: {setting(record, mode)}" for place, record in records.items() if record and mode in record
+    ]
+    title = f"**{MODES[mode]}**" + (f" ({'; '.join(settings)})" if settings else "")
+    first, *others = records
+    header = ["", "GFLOP per clip", f"{first} clips/s"]
+    header += [f"{place} {what}" for place in (first, *others) for what in ("speed", "memory")]
+    if mode == "inference":
+        header += ["paper speed", "paper memory"]
+    rows = [tuple(header)]
+    for name, row in ROWS.items():
+        places = [against_none(record, mode, name) for record in records.values()]
+        cells = [row.label, *places[0][:2], *(cell for place in places for cell in place[2:])]
+        if mode == "inference":
+            of_paper = zip(PAPER.get(name, ()), PAPER["none"], strict=False)
+            cells += [times(value / none) for value, none in of_paper] or ["", ""]
+        rows.append(tuple(cells))
+    return [f"{title}. Speed and memory against no fusion = 1, medians:", rows]
 
 
-def cells(row: dict, none: dict) -> tuple[str, ...] | str:
-    batch = best_batch(row)
-    if batch is None:
-        failures = [result["failed"] for result in row["batches"].values() if "failed" in result]
-        why = failures[0] if failures else f"no speed: it disagrees, {told(row['errors'])}"
-        return f"{row['label']}: {why}"
-    result = row["batches"][batch]
-    speed, relative = result["clips_per_second"], result.get("speed_over_none")
-    without = none["batches"][batch].get("memory_bytes")
-    return (
-        row["label"],
-        f"{speed['median']:.4g}",
-        f"{speed['q25']:.3g}-{speed['q75']:.3g}",
-        f"{relative['median']:.2f} x" if relative else "-",
-        f"{result['memory_bytes'] / 2**20:,.0f}",
-        f"{result['memory_bytes'] / without:.2f} x" if without else "-",
-        f"{row['gflop_per_clip']:.1f}",
-        f"{row['gflop_per_clip'] / none['gflop_per_clip']:.2f} x",
-        str(batch),
-    )
+def setting(record: dict, mode: Mode) -> str:
+    batches = ", ".join(record[mode]["rows"]["none"]["batches"])
+    return f"{PRESETS[record[mode]['preset']]}, batch {batches}, {record['settings']['dtype']}"
+
+
+def against_none(record: dict | None, mode: Mode, name: RowName) -> tuple[str, str, str, str]:
+    """GFLOP per clip, clips/s, and speed and memory over no fusion; or why they are missing."""
+    if record is None or mode not in record or name not in record[mode]["rows"]:
+        return (MISSING,) * 4
+    row, best = record[mode]["rows"][name], fastest(record[mode]["rows"], name)
+    gflop = f"{row['gflop_per_clip']:.1f}"
+    if best is None:
+        return gflop, "-", why_not(row, *row["batches"].values()), "-"
+    speed = times(best["speed"]["median"]) if best["speed"] else "no fusion has none"
+    memory = times(best["memory"]) if best["memory"] else "no fusion does not fit"
+    return gflop, f"{best['clips/s']['median']:.3g}", speed, memory
+
+
+def fastest(rows: dict, name: RowName) -> dict | None:
+    """Clips per second, and speed and memory over no fusion, at the batch size at which a row is fastest;
+    None where it has no speed.
+    """
+    timed = {batch: result for batch, result in rows[name]["batches"].items() if "clips_per_second" in result}
+    if not timed:
+        return None
+    batch, result = max(timed.items(), key=lambda item: item[1]["clips_per_second"]["median"])
+    without = rows["none"]["batches"][batch].get("memory_bytes")
+    memory = result["memory_bytes"] / without if without else None
+    return {"clips/s": result["clips_per_second"], "speed": result.get("speed_over_none"), "memory": memory}
+
+
+def why_not(row: dict, *results: dict) -> str:
+    """Why a row has no speed."""
+    if not row["agrees"]:
+        return f"no speed: it disagrees, {measure.largest_error(row['errors'])}"
+    return next((result["failed"] for result in results if "failed" in result), "-")
+
+
+def numbers(record: dict) -> dict[str, float]:
+    """What budgets of ViT-B are about: GFLOP per clip; GFLOP, speed and memory over no fusion."""
+    values = {}
+    for mode in MODES:
+        rows = record[mode]["rows"] if record.get(mode, {}).get("preset") == "base" else {}
+        for name, row in rows.items():
+            gflop, best = row["gflop_per_clip"], fastest(rows, name) or {}
+            values[f"{mode} {name} GFLOP"] = round(gflop, 1)
+            values[f"{mode} {name} GFLOP over none"] = gflop / rows["none"]["gflop_per_clip"]
+            if best.get("speed"):
+                values[f"{mode} {name} speed"] = best["speed"]["median"]
+                values[f"{mode} {name} time"] = 1 / best["speed"]["median"]
+            if best.get("memory"):
+                values[f"{mode} {name} memory"] = best["memory"]
+    return values
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, prog="python benchmarks/throughput.py"))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    measure.run(main, Options)

@@ -5,9 +5,10 @@ results.
 import json
 import os
 import re
-import subprocess
+import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ import scaling  # noqa: E402
 import study  # noqa: E402
 import throughput  # noqa: E402
 from materialized import PairKeyFusion, PairTokenFusion, folded  # noqa: E402
+from tables import MISSING, markdown  # noqa: E402
 
 from avfuse import DenseFusion, create_encoder  # noqa: E402
 
@@ -106,6 +108,72 @@ def test_peak_memory_and_its_limit():
         measure.in_fresh_process(allocate, 2048, 1.0)
 
 
+class FakeGpu:
+    """Two clocks in milliseconds: the host pays for each launch, the GPU works through its queue. It stands
+    in for torch.cuda.
+    """
+
+    LAUNCH, CYCLES = 1.0, 1e6  # of the host for a launch; of the GPU in a millisecond
+
+    def __init__(self):
+        self.host = self.gpu = self.stall = 0.0
+        fake = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                pass
+
+            def record(self):
+                self.at = fake.gpu = max(fake.gpu, fake.host)
+
+            def query(self):
+                return self.at <= fake.host
+
+            def elapsed_time(self, end):
+                return end.at - self.at
+
+        self.Event = Event
+
+    def _sleep(self, cycles):
+        self.gpu = max(self.gpu, self.host) + cycles / self.CYCLES
+
+    def synchronize(self):
+        self.host = max(self.gpu, self.host)
+
+    def call(self):
+        """Three kernels of 0.1 ms each; now and then something else holds up the host."""
+        for _ in range(3):
+            self.host += self.LAUNCH + self.stall
+            self.gpu = max(self.gpu, self.host) + 0.1
+            self.stall = 0.0
+
+
+def test_gpu_time_is_without_the_gaps_between_launches(monkeypatch):
+    gpu = FakeGpu()
+    monkeypatch.setattr(torch, "cuda", gpu)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: gpu.host / 1e3)
+    clock = measure.GpuClock(gpu.call, repeats=3)
+    assert clock() == pytest.approx(0.3e-3)
+    assert clock.wait == 2 * 3 * 2e6  # twice 3 ms, in cycles of 0.5 ns
+
+    gpu.stall = 100.0  # longer than the wait: this number is not taken
+    assert clock.sample() == pytest.approx(0.3e-3)
+    gpu.LAUNCH = 1e3
+    with pytest.raises(RuntimeError, match="the host cannot launch a call"):
+        clock.sample()
+
+
+def test_the_commit_is_that_of_git_or_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("AVFUSE_COMMIT", "0123456789ab")
+    if shutil.which("git") and (ROOT / ".git").exists():
+        assert re.fullmatch("[0-9a-f]{12}( with changes)?", measure.commit())
+        assert measure.commit() != "0123456789ab"
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    assert measure.commit() == "0123456789ab"
+    monkeypatch.delenv("AVFUSE_COMMIT")
+    assert measure.commit() == "unknown"
+
+
 def test_rounds_give_every_clock_its_turn_and_ratios_are_of_one_round():
     told = {"slow": iter([4.0, 8.0, 2.0]), "fast": iter([2.0, 4.0, 1.0])}  # the machine drifts
     clocks = {name: lambda values=values: next(values) for name, values in told.items()}
@@ -147,6 +215,27 @@ def check_rows(rows: dict) -> None:
     )
 
 
+def test_throughput_keeps_what_it_measured_before_it_was_interrupted(out, monkeypatch):
+    options = replace(TINY, rows=("none",), modes=("inference", "training"), batch=(1, 2), out=out)
+    order = [("inference", 1), ("training", 1), ("inference", 2), ("training", 2)]
+    assert throughput.in_order(options) == order
+    time_batch = throughput.time_batch
+
+    def interrupted(options, mode, batch, rows, models):
+        if (mode, batch) == order[2]:
+            raise KeyboardInterrupt
+        time_batch(options, mode, batch, rows, models)
+
+    monkeypatch.setattr(throughput, "time_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        throughput.main(options)
+    record = record_of(out)
+    for mode in ("inference", "training"):
+        (result,) = record[mode]["rows"]["none"]["batches"].values()
+        assert result["clips_per_second"]["n"] >= 3
+    assert MISSING not in markdown(throughput.tables(record))
+
+
 def test_throughput_refuses_a_row_that_disagrees_or_does_not_fit(out, monkeypatch, capsys):
     monkeypatch.setattr(
         "avfuse.fusion.pair_attention", lambda query, *tokens, **_: query + tokens[1].mean(2, keepdim=True)
@@ -167,13 +256,38 @@ def test_pair_attention(out, capsys):
         rows=rows, shapes=("pretraining",), batch=1, heads=2, seconds=0.0, device="cpu"
     )
     pair_attention.main(replace(options, dtype="float32", memory_limit=64.0, out=out))
-    shape = record_of(out)["shapes"]["pretraining"]
-    for row in shape["rows"].values():
-        assert row["agrees"] and set(row["seconds"]) == {"forward", "backward", "both"}
-        assert set(row["seconds"]["forward"]) == {"wall, warm", "wall, cold"}
+    shapes = record_of(out)["shapes"]
+    assert list(shapes) == ["pretraining", "pretraining, bias", "pretraining, masks"]
+    cannot = shapes["pretraining, bias"]["rows"].pop("sdpa")
+    assert cannot == dict(failed="a pair bias joins the two softmaxes, which two calls cannot do")
+    for shape in shapes.values():
+        for row in shape["rows"].values():
+            assert row["agrees"] and set(row["seconds"]) == {"forward", "backward", "both"}
+            assert set(row["seconds"]["forward"]) == {"wall, warm", "wall, cold"}
+    assert "pair_bias" in shapes["pretraining, bias"]["rows"]["avfuse"]["errors"]
+    shape = shapes["pretraining"]
     assert shape["bytes"]["forward"] == 4 * 2 * (16 * 16 + 68 * 32 + 16 * 16)
     assert shape["flop"]["both"] == 2 * 2 * 16 * 68 * (32 + 80)
-    assert "of the floor" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "of the floor" in printed and "sdpa: a pair bias joins" in printed
+
+
+def test_floors_of_pair_attention_by_hand():
+    options = pair_attention.Options(batch=3, heads=2, fusion_tokens=5, key_width=6, value_width=7)
+    options = replace(options, dtype="bfloat16")
+    bytes_of, flop_of = (
+        partial(count, options, "pretraining")
+        for count in (pair_attention.count_bytes, pair_attention.count_flop)
+    )
+    table = 2 * 49 * 19  # entries of a bias (H, I, A), each read twice and written once
+    for mode, times in ("forward", 1), ("backward", 2), ("both", 3):
+        assert bytes_of("bias", mode) - bytes_of("plain", mode) == 4 * table * times
+    assert bytes_of("masks", "both") - bytes_of("plain", "both") == 2 * 3 * (49 + 19)
+    # Two products with exp(bias) forward; those, two more, and one that is twice as wide backward
+    product = 2 * 3 * 5 * table
+    assert flop_of("bias", "forward") - flop_of("plain", "forward") == 2 * product
+    assert flop_of("bias", "backward") - flop_of("plain", "backward") == 6 * product
+    assert flop_of("masks", "both") == flop_of("plain", "both")
 
 
 def test_scaling(out, capsys):
@@ -187,6 +301,22 @@ def test_scaling(out, capsys):
     assert set(rows["materialized"]["points"]) == {"64", "512"}
     assert "1024 + 1024 tokens: out of memory" in rows["materialized"]["stopped"]
     assert "slope" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("row", scaling.ROWS)
+def test_scaling_sees_a_token_that_is_left_out(monkeypatch, row):
+    options = scaling.Options(batch=1, dim=64, heads=2, dtype="float32", device="cpu")
+    blocks = scaling.make_blocks(options)
+    assert scaling.disagreement(options, blocks, row, tokens=512) is None
+    kind = scaling.ROWS[row]
+
+    class Forgetful(kind):
+        def forward(self, fusion, image, audio):
+            rounded = image.dtype == torch.float32
+            return super().forward(fusion, image[:, 1:] if rounded else image, audio)
+
+    blocks[row].__class__ = Forgetful
+    assert "disagrees by" in scaling.disagreement(options, blocks, row, tokens=512)
 
 
 def test_many_clips(out):
@@ -242,7 +372,8 @@ def test_results_of_tasks_say_what_they_are_of():
         assert told | {"metrics"} <= result.keys() and len(result["weights_sha256"]) == 64, path
         assert result["coverage"]["judged"] == result["coverage"]["expected"], path
         assert not re.search(r"[\"' =](/|~/)\w", path.read_text()), f"{path.name} holds a path"
-    named = set(re.findall(r"\{([\w-]+)\[", str(report.TASKS)))
+    named = {file for _, _, file, *_ in report.TASKS}
+    named |= {f"{file}-image" for _, _, file, *texts in report.TASKS if "{image[" in str(texts)}
     assert named == {path.stem for path in (report.RESULTS / "tasks").glob("*.json")}
 
 
@@ -251,10 +382,37 @@ def test_report_notices_other_numbers():
     before = report.texts(results)
     results["loading-cpu"]["sizes"]["128"]["whole"]["clips_per_second"]["median"] *= 2
     after = report.texts(results)
-    assert all(before[path] != after[path] for path in before)
+    assert all(before[path] != after[path] for path in before if path != study.PAGE)
+    assert set(before) == {ROOT / "README.md", ROOT / "benchmarks/README.md", study.PAGE}
     assert plots.plots(results)[ROOT / "docs/scaling.png"][0] == plots.drawn_from(ROOT / "docs/scaling.png")
     with pytest.raises(ValueError, match="one <!-- speed -->"):
         report.filled("no markers", {"speed": ""})
+
+
+def test_tables_of_a_gpu_stand_beside_those_of_the_cpu_and_explain_what_is_missing():
+    results = report.read_results(report.RESULTS)
+    assert "GPU: Not yet measured." in report.texts(results)[ROOT / "benchmarks/README.md"]
+    for name in ("throughput", "pair_attention", "scaling"):
+        record = json.loads(json.dumps(results[f"{name}-cpu"]))
+        record["machine"]["gpu"] = "some GPU"
+        results[f"{name}-cuda"] = record
+    record = results["throughput-cuda"]
+    del record["training"], record["inference"]["rows"]["token"]
+    for row, batch in (("materialized", dict(failed="out of memory")), ("dense", dict(memory_bytes=1))):
+        record["inference"]["rows"][row]["batches"] = {"64": batch}
+    record["inference"]["rows"]["dense"]["agrees"] = False
+    texts = report.texts(results)
+    lines = texts[ROOT / "README.md"].splitlines()
+    (stored, token, dense, none) = (
+        next(line for line in lines if line.startswith(f"| {label} |")).split(" | ")[5:7]
+        for label in ("dense, pair tokens stored (Eq. 4-7)", "token", "dense, exact (avfuse)", "no fusion")
+    )
+    assert stored == ["out of memory", "-"] and token == [MISSING] * 2 and none == ["1.00 x"] * 2
+    assert dense[0].startswith("no speed: it disagrees, largest error")
+    tables = texts[ROOT / "benchmarks/README.md"]
+    assert tables.count(": some GPU; torch") == 3 and f"\ntraining: {MISSING}.\n" in tables
+    assert "| GPU: training step of dense over no fusion | at least 0.85 | not part of the run |  |" in tables
+    assert tables.count("| 4096 + 4096 |") == 2 * 3
 
 
 def test_report_judges_budgets():
@@ -276,12 +434,6 @@ def test_options_that_make_no_sense():
     with pytest.raises(ValueError, match="--batch must be positive"):
         throughput.resolve(throughput.Options(batch=(0,)))
     assert create_encoder("tiny").embed_dim < 384  # what SMALL_DECODER goes by
-
-
-def test_single_operations_run():
-    command = [sys.executable, "-m", "pytest", "benchmarks/operations.py", "-q", "--benchmark-disable"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "10 passed" in done.stdout, done.stdout + done.stderr
 
 
 # --- the study ----------------------------------------------------------------------------------------------
@@ -315,12 +467,11 @@ def test_the_study_tells_means_differences_and_verdicts_by_hand():
         for row, colours in accuracies.items()
         for seed, colour in enumerate(colours)
     ]
-    lines = study.page_table(dict(cells=cells)).splitlines()
+    lines = markdown([study.accuracy_table(dict(cells=cells))]).splitlines()
     assert "| dense, early (all layers) | 0.700 ± 0.200 (n=3) |  |  |" in lines
     claims = {}
-    for line in study.claims_table(dict(cells=cells)).splitlines():
-        claim, scratch = line.split("|")[1:3]
-        claims[claim.strip()] = scratch.strip()
+    for claim, scratch, _ in study.claims_table(dict(cells=cells)):
+        claims[claim] = scratch
     # The variance of 0.5, 0.7 and 0.9 is 0.04; sqrt(0.04 / 3) = 0.115
     assert claims["dense over token"] == "+0.600 ± 0.115: yes"
     assert claims["bilinear over additive pairs"] == "+0.000 ± 0.115: within the spread"
@@ -330,6 +481,6 @@ def test_the_study_tells_means_differences_and_verdicts_by_hand():
 
 def test_the_page_and_the_plot_of_the_study_are_those_of_its_results():
     record = json.loads(study.RESULT.read_text())
-    for path, text in study.texts(record).items():
-        assert path.read_text() == text
+    for path, text in study.sections(record).items():
+        assert path.read_text() == report.filled(path.read_text(), {"study": text})
     assert plots.drawn_from(study.PLOT) == plots.digest(record)

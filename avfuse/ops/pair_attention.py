@@ -14,6 +14,7 @@ chunks of pairs.
 Shapes: B batch, H heads, F fusion tokens (queries), I image tokens, A audio tokens, K and V widths per head.
 """
 
+import functools
 import importlib.util
 import math
 import os
@@ -167,9 +168,14 @@ def _triton_lacks(query, value, interaction) -> str | None:
         return None  # anywhere, slowly
     if not query.is_cuda:
         return f"runs on CUDA, got query on {query.device} (TRITON_INTERPRET=1 lets tests run it anywhere)"
-    if torch.version.hip or torch.cuda.get_device_properties(query.device).major < 8:
+    if not _runs_kernels(query.device):
         return f"needs an NVIDIA GPU of compute capability 8.0 or above, got {query.device}"
     return None
+
+
+@functools.cache  # asking CUDA at each call would cost as much as a launch
+def _runs_kernels(device: torch.device) -> bool:
+    return not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _xformers_lacks(interaction) -> str | None:
@@ -185,6 +191,8 @@ def _xformers_lacks(interaction) -> str | None:
 
 def _triton(*inputs):
     *inputs, _interaction = inputs  # additive: `select_backend` saw to it
+    if not torch.is_grad_enabled():  # the autograd.Function alone would cost as much as the launch
+        return torch.ops.avfuse.pair_attention(*inputs)
     return PairAttention.apply(*inputs)
 
 
