@@ -11,19 +11,20 @@ from models import relative_error
 from safetensors.torch import load_file
 
 from avfuse import AVMAE, AVEncoder, InputSettings, presets, train
-from avfuse.checkpoints import damage
 from avfuse.data import sounding_shapes
 from avfuse.data.clips import ClipDataset
-from avfuse.data.splits import find_data
+from avfuse.data.find import find_data
 from avfuse.features import read_features
-from avfuse.loop import program
-from avfuse.pretrained import load_encoder, load_model
-from avfuse.recipes import parse
-from avfuse.run_folder import read_rows
+from avfuse.loading import load_encoder, load_model
+from avfuse.released import ReleasedEncoder
 from avfuse.tasks.classifier import load_classifier
 from avfuse.tasks.localize import Localizer
 from avfuse.tasks.segment import Segmenter
 from avfuse.tasks.separator import Separator
+from avfuse.training.checkpoints import damage
+from avfuse.training.loop import program
+from avfuse.training.recipes import parse
+from avfuse.training.run_folder import read_rows
 
 GOLDEN = Path(__file__).parent / "golden/b903e02"
 INPUTS = InputSettings(image_size=32, mel_bins=16, audio_seconds=1.0, hop=250)
@@ -49,6 +50,18 @@ def golden(tmp_path, monkeypatch):
         os.utime(manifest)  # else the folders are newer, as they were just copied
     monkeypatch.chdir(folder)
     return folder
+
+
+def test_a_released_autoencoder():
+    mae, outputs = (
+        AVMAE.from_pretrained(GOLDEN / "released"),
+        load_file(GOLDEN / "released/outputs.safetensors"),
+    )
+    assert isinstance(mae.encoder, ReleasedEncoder)
+    assert type(mae).from_config(mae.config()).config() == mae.config()
+    with torch.no_grad():
+        fusion = mae.encoder(outputs["image"], outputs["audio"]).fusion
+    assert relative_error(fusion, outputs["fusion"]) < PRECISE
 
 
 @pytest.mark.parametrize("name", ["encoder", "autoencoder", "pretrain", "classify"])

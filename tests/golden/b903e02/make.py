@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import torch
+from avfuse.data.splits import find_data
 from safetensors.torch import save_file
 
 from avfuse import AVMAE, InputSettings, create_encoder, presets
 from avfuse.data import sounding_shapes
 from avfuse.data.clips import ClipDataset
-from avfuse.data.splits import find_data
 from avfuse.pretrained import load_encoder, load_model
 from avfuse.tasks.classifier import load_classifier
 from avfuse.tasks.localize import Localizer
