@@ -274,7 +274,7 @@ def encoder_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def infer_settings(weights: dict[str, Tensor]) -> dict:
-    """What names and shapes tell, and defaults for the rest."""
+    """Settings that names and shapes imply, and defaults for the rest."""
     encoder = {name.removeprefix("encoder."): weight for name, weight in weights.items()}
     prefix = "" if "norm1_mm.weight" in weights else r"fusion_blocks\.\d+\."
     block = {re.sub(f"^{prefix}", "", name): w for name, w in encoder.items() if re.match(prefix, name)}
@@ -333,7 +333,7 @@ def infer_encoder(encoder: dict[str, Tensor], interactions: str) -> dict:
         audio_size=(8 * patch_size, audio_patches // 8 * patch_size),
         fusion_layers="-".join(map(str, layers)) or "none",
     )
-    if interactions != "factorized_mmi":  # there are no aggregation tokens to tell apart
+    if interactions != "factorized_mmi":  # which has aggregation tokens among them
         inferred["fusion_tokens"] = size_of(encoder, "fusion_tokens", 1)
     return inferred
 
@@ -347,10 +347,10 @@ def size_of(weights: dict[str, Tensor], name: str, dim: int) -> int:
 
 def count_blocks(weights: dict[str, Tensor], blocks: str) -> int:
     pattern = re.escape(blocks) + r"\.(\d+)\."
-    found = {int(match[1]) for name in weights if (match := re.match(pattern, name))}
-    if not found:
+    numbers = {int(match[1]) for name in weights if (match := re.match(pattern, name))}
+    if not numbers:
         raise ValueError(f"state_dict_or_path holds no {blocks}")
-    return 1 + max(found)
+    return 1 + max(numbers)
 
 
 def check_layers(name: str, layers: object) -> None:

@@ -1,7 +1,7 @@
 """Weights that others trained, as the start of an encoder's transformers: MAE, AudioMAE, any timm ViT, and
 the branches of whole audio-visual models.
 
-Nothing is lost silently: every tensor is used as it is, converted and said, or dropped with its reason.
+Nothing is lost silently: a table names every tensor as used, converted (and how) or dropped (and why).
 """
 
 import json
@@ -48,7 +48,7 @@ NAMED = 4  # tensors of one kind that an error names
 
 @dataclass(frozen=True)
 class Origin:
-    """Where weights come from, as config.json and the model card tell it."""
+    """Where weights come from; kept in config.json and shown by the model card."""
 
     weights: str  # name of the file, folder or model
     family: str
@@ -212,7 +212,7 @@ def config_beside(file: Path) -> dict:
         config = json.loads((file.parent / CONFIG).read_text())
         return {"architecture": config.get("architecture")} | config["pretrained_cfg"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}  # it is none of timm's, and what is not said about weights is unknown
+        return {}  # timm did not save it: nothing is known about the weights
 
 
 def timm_origin(config: dict | None, name: str) -> tuple[str, str | None, str]:
@@ -276,7 +276,7 @@ def convert(weights, vit, axes, grid) -> tuple[dict[str, Tensor], dict[str, str]
         weights[KERNEL] = weights[KERNEL].transpose(2, 3)
         converted[KERNEL] = "from time x frequency to frequency x time: axes swapped"
     is_table = POSITIONS in places and POSITIONS in weights and weights[POSITIONS].ndim == 3
-    if is_table and all(name in weights for name in PREFIXES if name in places):  # else it will be told
+    if is_table and all(name in weights for name in PREFIXES if name in places):  # else `check_fit` names it
         weights[POSITIONS], steps = fit_positions(weights, vit, axes, grid)
         if steps:
             converted[POSITIONS] = ", ".join(steps)
