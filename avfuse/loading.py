@@ -38,8 +38,8 @@ def load_encoder(checkpoint: str | os.PathLike) -> AVEncoder:
         source = path / "model" if (path / "model").is_dir() else checkpoint
         saved = _class_at(source)
         if saved not in ("AVEncoder", "AVMAE"):
-            found = f"a model of class {saved}" if saved else _contents(path)
-            raise ValueError(f"checkpoint {checkpoint} must hold an AVEncoder or AVMAE, but holds {found}")
+            content = f"a model of class {saved}" if saved else _contents(path)
+            raise ValueError(f"checkpoint {checkpoint} must hold an AVEncoder or AVMAE, but holds {content}")
         model = (AVMAE if saved == "AVMAE" else AVEncoder).from_pretrained(source)
     encoder = model.encoder if isinstance(model, AVMAE) else model
     if not isinstance(encoder, AVEncoder):

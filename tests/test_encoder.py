@@ -2,6 +2,8 @@
 kept patches, missing modalities, fused layers, budgets of arithmetic, and what it refuses.
 """
 
+import json
+
 import pytest
 import timm
 import torch
@@ -22,7 +24,7 @@ from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
 from torch import nn
 
 from avfuse import AVMAE, AVEncoder, InputSettings, create_encoder
-from avfuse.encoder import INTERACTIONS
+from avfuse.fusion import VARIANTS
 from avfuse.released import ReleasedEncoder
 
 EXACT = 1e-11  # float64 rounding through a few layers, relative to the largest value
@@ -35,7 +37,7 @@ VITS = {
     "no biases": dict(qkv_bias=False, proj_bias=False),
     "pre-norm, no positions": dict(pre_norm=True, pos_embed="none"),
 }
-every_interaction = pytest.mark.parametrize("interactions", INTERACTIONS)
+every_interaction = pytest.mark.parametrize("interactions", VARIANTS)
 
 
 def run_direct(encoder, image, audio, image_keep=None, audio_keep=None):
@@ -294,6 +296,28 @@ def test_clips_without_any_token_are_finite_in_unfused_attention_too(interaction
     assert all(part.isfinite().all() for part in output[:3])
 
 
+@every_interaction
+@pytest.mark.parametrize("kept", [False, True])
+def test_clips_without_a_modality_equal_clips_masked_everywhere(interactions, kept):
+    encoder, inputs = make_encoder(interactions), make_inputs()
+    present = dict(image_present=torch.tensor([True, False]), audio_present=torch.ones(2).bool())
+    masks = dict(image_mask=torch.ones(2, IMAGE_TOKENS).bool(), audio_mask=torch.ones(2, AUDIO_TOKENS).bool())
+    masks["image_mask"][1] = False
+    indices = keeps() if kept else {}
+    ours, truth = encoder(*inputs, **present, **indices), encoder(*inputs, **masks, **indices)
+    assert all(torch.equal(*parts) for parts in zip(ours[:3], truth[:3], strict=True))
+    masks["image_mask"][0, 4] = masks["audio_mask"][1, 7] = False  # both together
+    masks["image_mask"][1] = True
+    ours = encoder(*inputs, **present, **masks, **indices)
+    masks["image_mask"][1] = False
+    truth = encoder(*inputs, **masks, **indices)
+    assert all(torch.equal(*parts) for parts in zip(ours[:3], truth[:3], strict=True))
+    if interactions != "none":
+        attention = encoder.fusion_attention(*inputs, **present), encoder.fusion_attention(*inputs, **masks)
+        assert not attention[0][0][1].any() and attention[0][0][0].any()
+        assert not attention[1][0][0, ..., 4].any()
+
+
 def test_masks_and_kept_patches_together():
     """A mask is over all patches, also where some of them are dropped."""
     encoder, (image, audio) = make_encoder(), make_inputs()
@@ -484,6 +508,20 @@ def test_presets_have_the_sizes_of_their_names(size, parameters):
     assert sum(p.numel() for p in encoder.parameters()) == both + 16 * D + 2 * D
 
 
+def test_images_need_not_be_square():
+    """Height before width, in settings, transformers and config.json, where old models have one number."""
+    inputs = InputSettings((48, 80), mel_bins=64, hop=375)
+    with torch.device("meta"):
+        encoder = create_encoder("tiny", inputs=inputs)
+        assert encoder.inputs == inputs and encoder.inputs.image_shape == (48, 80)
+        assert encoder(torch.empty(2, 3, 48, 80), torch.empty(2, 1, 64, 128)).image.shape == (2, 15, 192)
+        assert AVEncoder(encoder.image, encoder.audio).inputs == inputs  # what its transformers take
+        loaded = AVEncoder.from_config(json.loads(json.dumps(encoder.config())))
+    assert loaded.inputs == inputs and loaded.config() == encoder.config()
+    assert InputSettings(96) == InputSettings((96, 96)) == InputSettings([96, 96])
+    assert InputSettings(96).image_size == 96 and InputSettings(96).image_shape == (96, 96)
+
+
 @pytest.mark.parametrize(
     "interactions, bound, stated",
     [
@@ -569,7 +607,10 @@ def test_other_architectures_are_refused(name, make_bad, message):
         (dict(attn_ratio=0.3), "attn_ratio=0.3"),
         (dict(drop_path=1.0), "drop_path must .* got 1.0"),
         (dict(interactions="factorized", image_aggregation_tokens=0), "image_aggregation_tokens"),
-        (dict(image=lambda: make_vit((3, 24, 32))), r"image takes inputs of shape \(3, 24, 32\)"),
+        (
+            dict(image=lambda: make_vit((3, 24, 32)), inputs=InputSettings((32, 24), mel_bins=16, hop=1200)),
+            r"image takes .* \(3, 24, 32\), while inputs describes \(3, 32, 24\)",
+        ),
         (dict(inputs=InputSettings()), "image takes inputs of shape .* inputs describes"),
         (
             dict(inputs=InputSettings(image_size=24, mel_bins=16, hop=1000)),
@@ -618,8 +659,11 @@ def test_bad_settings_are_named(options, message):
         (dict(image_keep=torch.tensor([[0], [9]])), r"image_keep must hold indices in 0\.\.8, got 0\.\.9"),
         (dict(image_keep=torch.tensor([[0], [-1]])), r"image_keep must hold indices in 0\.\.8, got -1\.\.0"),
         (dict(image_keep=torch.zeros(2, 1, device="meta").long()), "image_keep must be on cpu, got meta"),
-        (dict(image=None, image_keep=torch.zeros(2, 1).long()), "image_keep and image_mask need image"),
-        (dict(audio=None, audio_mask=torch.ones(2, 10).bool()), "audio_keep and audio_mask need audio"),
+        (dict(image=None, image_keep=torch.zeros(2, 1).long()), "image_keep needs image, which is None"),
+        (dict(audio=None, audio_mask=torch.ones(2, 10).bool()), "audio_mask needs audio, which is None"),
+        (dict(audio=None, audio_present=torch.ones(2).bool()), "audio_present needs audio, which is None"),
+        (dict(image_present=torch.ones(2)), "image_present must be a bool tensor, got torch.float32"),
+        (dict(audio_present=torch.ones(3).bool()), r"audio_present must have shape \(2,\), got \(3,\)"),
     ],
 )
 def test_bad_inputs_are_named(options, message):
@@ -634,6 +678,7 @@ def test_bad_inputs_are_named(options, message):
         (lambda: create_encoder("huge"), "size must be one of .* got 'huge'"),
         (lambda: create_encoder("tiny", "sparse"), "interactions must be one of .* got 'sparse'"),
         (lambda: create_encoder("tiny", inputs=InputSettings(image_size=100)), "image_size=100"),
+        (lambda: create_encoder("tiny", inputs=InputSettings((96, 100))), r"image_size=\(96, 100\)"),
         (lambda: create_encoder("tiny", inputs={"image_size": 96}), "inputs must be InputSettings, got dict"),
         (lambda: create_encoder("tiny", inputs=InputSettings(hop=480)), "frames=100"),
     ],

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from avfuse import AVMAE, AVEncoder, InputSettings, from_deepavfusion
+from avfuse.mae import patchify, unpatchify
 from avfuse.released import (
     ReleasedDense,
     ReleasedEncoder,
@@ -75,6 +76,21 @@ def test_encoders_give_the_released_outputs(name):
         for layer, tokens in enumerate(ours.layers):
             assert relative_error(getattr(tokens, key), outputs[f"layer{layer}_{key}"]) < PRECISE
         assert relative_error(getattr(ours, key), outputs[key]) < PRECISE
+
+
+@pytest.mark.parametrize("name", ["encoder_dense", "mae_factorized"])
+def test_images_need_not_be_square(name, tmp_path):
+    """The same patches in 2 rows of 8 instead of 4 rows of 4: tokens, and so outputs, stay what they are."""
+    _, _, inputs, outputs = golden(name)
+    inputs["image"] = unpatchify(patchify(inputs["image"], (16, 16)), (16, 16), (2, 8))
+    load(name, image_size=[32, 128]).save_pretrained(tmp_path)
+    model = (AVMAE if name == "mae_factorized" else AVEncoder).from_pretrained(tmp_path)
+    assert getattr(model, "encoder", model).inputs.image_shape == (32, 128)
+    if name == "mae_factorized":
+        ours, truth = run_mae(model, inputs).image_pred, outputs["pred_image"]
+    else:
+        ours, truth = model(inputs["image"], inputs["audio"]).fusion, outputs["fusion"]
+    assert relative_error(ours, truth) < PRECISE
 
 
 def test_autoencoders_give_the_released_predictions_and_losses():
@@ -272,23 +288,24 @@ def test_half_a_checkpoint_is_refused():
 @pytest.mark.parametrize(
     "source, message",
     [
-        ({}, "no DeepAVFusion autoencoder, encoder or fusion block"),
+        ({}, "must hold tensors by name"),
+        ({"norm": torch.zeros(2)}, "no DeepAVFusion autoencoder, encoder or fusion block"),
         ({"layer.weight": torch.zeros(2)}, r"its names begin with \['layer.weight'\]"),
-        ({"state_dict": {"weight": 3}}, "must hold tensors by name"),
+        ({"state_dict": {"weight": 3}}, "'weight' is no tensor but a int"),
         ({"state_dict": [1]}, "must hold tensors by name"),
         ([1, 2], "must be a path or a dictionary, got list"),
         (None, "must be a path or a dictionary, got NoneType"),
     ],
 )
 def test_weights_of_something_else_are_named(source, message):
-    with pytest.raises(ValueError, match=f"state_dict_or_path .*{message}"):
+    with pytest.raises(ValueError, match=f"state_dict_or_path.*{message}"):
         from_deepavfusion(source)
 
 
 def test_bad_configs_are_named():
     with pytest.raises(ValueError, match="config has unknown keys heads, layers; known are embed_dim"):
         load("encoder_dense", heads=2, layers=3)
-    with pytest.raises(ValueError, match="config: interactions must be one of dense_mmi, .* got 'dense'"):
+    with pytest.raises(ValueError, match="config: interactions must be one of 'dense_mmi', .* got 'dense'"):
         load("encoder_dense", interactions="dense")
     with pytest.raises(ValueError, match="config: num_heads must divide the width of 32, got 5"):
         load("encoder_dense", num_heads=5)

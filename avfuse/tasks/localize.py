@@ -21,7 +21,7 @@ from ..encoder import AVEncoder
 from ..training.judge import JudgedTask, TaskConfig, starting_encoder
 from ..training.loop import program
 from ..training.pictures import rgb, save, show_sound
-from ..vit import input_shape, presence_mask, split_prefix
+from ..vit import input_shape, split_prefix
 
 SIZE = 224  # pixels at which the protocol compares
 THRESHOLDS = 21  # from 0 to 1, of the curve under which the area is
@@ -124,8 +124,7 @@ class Localizer(nn.Module):
         """Logits (B, rows, columns) of the patches, from images (B, 3, height, width), spectrograms
         (B, 1, mel, time), and which of the latter are there (B,) bool, None = all.
         """
-        mask = presence_mask(self.encoder.audio, audio_present)
-        tokens = self.encoder(image, audio, audio_mask=mask)
+        tokens = self.encoder(image, audio, audio_present=audio_present)
         places = normalize(self.image_head(split_prefix(self.encoder.image, tokens.image)[1]), dim=-1)
         sound = normalize(self.audio_head(split_prefix(self.encoder.audio, tokens.audio)[1].mean(1)), dim=-1)
         cosines = torch.einsum("bnd,bd->bn", places, sound)
@@ -140,11 +139,10 @@ def attention_map(
     columns). None if there is no fusion, or it does not tell.
     """
     if not encoder.fusion_layers or not hasattr(
-        encoder.fusion_blocks[str(encoder.fusion_layers[-1])], "attention_weights"
+        encoder.fusion_blocks[str(encoder.fusion_layers[-1])], "weights"
     ):
         return None
-    mask = presence_mask(encoder.audio, audio_present)
-    weights = encoder.fusion_attention(image, audio, audio_mask=mask)[0]
+    weights = encoder.fusion_attention(image, audio, audio_present=audio_present)[0]
     return weights.mean((1, 2)).unflatten(1, encoder.image.patch_embed.grid_size)
 
 

@@ -32,7 +32,7 @@ from ..encoder import AVEncoder
 from ..training.judge import JudgedTask, TaskConfig, starting_encoder
 from ..training.loop import program
 from ..training.pictures import rgb, save, show_sound
-from ..vit import presence_mask, split_prefix
+from ..vit import split_prefix
 from .localize import model_inputs, outline, scene_inputs
 
 SIZE = 224  # pixels at which the protocols compare
@@ -142,8 +142,7 @@ class Segmenter(nn.Module):
         """Logits (B, outputs, height, width), from images (B, 3, height, width), spectrograms
         (B, 1, mel, time), and which of the latter are there (B,) bool, None = all.
         """
-        mask = presence_mask(self.encoder.audio, audio_present)
-        tokens = self.encoder(image, audio, audio_mask=mask)
+        tokens = self.encoder(image, audio, audio_present=audio_present)
         places = split_prefix(self.encoder.image, tokens.image)[1]
         sound = split_prefix(self.encoder.audio, tokens.audio)[1].mean(1, keepdim=True)
         joined = self.join(torch.cat([places, sound.expand_as(places)], dim=-1))
