@@ -15,9 +15,10 @@ from .files import printable
 from .mae import AVMAE
 from .training.evaluate import INPUTS, describe_measures, flat, measures
 from .training.loop import Run, Task, evaluation_batches, program, set_up, train
-from .training.pictures import draw_attention, draw_losses, draw_reconstructions
-from .training.recipes import TrainConfig, check_recipe, count_parameters, make_model, parse, plan
+from .training.pictures import draw_attention, draw_reconstructions
+from .training.recipes import TrainConfig, count_parameters, make_model, parse, plan
 from .training.report import write_report
+from .training.settings import check_config
 from .vit import input_shape
 from .weights import load_audio_weights, load_image_weights
 
@@ -29,7 +30,6 @@ def main(config: TrainConfig) -> int:
         ValueError: a setting or folder is wrong; nothing was written or deleted.
         RunError: the run could not go on; the message says why.
     """
-    check_recipe(config)
     return train(set_up(config, Pretraining))
 
 
@@ -153,10 +153,9 @@ def load_branch(option: str, load: Callable, mae: AVMAE, path: Path | None) -> N
 
 
 def draw(folder: Path, mae: AVMAE, batches: list[dict], step: int, device: torch.device) -> None:
-    """Loss curves, reconstructions, attention maps where there is fusion, and the report that shows them."""
+    """Reconstructions, attention maps where there is fusion, and the report that shows them."""
     pictures = folder / "pictures"
     try:
-        draw_losses(folder / "metrics.jsonl", pictures / "losses.png")
         for batch in batches[:1]:
             batch = {name: value.to(device) for name, value in batch.items() if torch.is_tensor(value)}
             draw_reconstructions(mae, batch, pictures / f"reconstructions-{step:06d}.png")
@@ -171,7 +170,7 @@ def cli() -> int | str:
     """The command line: what to exit with."""
     config = parse()
     try:
-        check_recipe(config)
+        check_config(config)
         if config.plan:
             if os.environ.get("RANK", "0") == "0":
                 print(plan(config, processes=int(os.environ.get("WORLD_SIZE", 1))))

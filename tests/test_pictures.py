@@ -1,7 +1,5 @@
 """What the pictures show must be what the model saw and said."""
 
-import json
-
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -10,7 +8,6 @@ from avfuse import AVMAE, InputSettings, create_encoder
 from avfuse.mae import patchify
 from avfuse.training.pictures import (
     draw_attention,
-    draw_losses,
     draw_reconstructions,
     heat_map,
     restored,
@@ -75,13 +72,8 @@ def test_names_are_no_formulas(tmp_path):
 
 
 def test_files_are_written(mae, batch, tmp_path):
-    rows = [dict(step=n, loss=2.0, image_loss=1.0, audio_loss=1.0) for n in range(1, 4)]
-    held_out = {f"held_out_{name}_{kind}": 1.0 for name in ("image", "audio") for kind in ("loss", "zero")}
-    lines = [json.dumps(row) for row in [dict(step=0, when="before", **held_out), *rows]]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    draw_losses(tmp_path / "metrics.jsonl", tmp_path / "pictures" / "losses.png")
     draw_reconstructions(mae, batch, tmp_path / "pictures" / "reconstructions.png")
     draw_attention(mae.encoder, batch, tmp_path / "pictures" / "attention.png")
     for path in (tmp_path / "pictures").iterdir():
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
-    assert len(list((tmp_path / "pictures").iterdir())) == 3
+    assert len(list((tmp_path / "pictures").iterdir())) == 2

@@ -182,7 +182,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_losses(data, tmp_path, p
     options = "--epochs", "150", "--batch-size", "8", "--checkpoint-every", "3"
     begun = time.time()
     truth = train(data, tmp_path / "whole", *options, processes=processes)
-    starting = (tmp_path / "whole" / "config.json").stat().st_mtime - begun
+    starting = (tmp_path / "whole" / "run.json").stat().st_mtime - begun
     training = time.time() - begun - starting
     chance, reached, killed = random.Random(0), [], tmp_path / "killed"
 
@@ -191,7 +191,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_losses(data, tmp_path, p
 
     def trains(begun: float, first: int) -> bool:
         """Whether this life has written its configuration, and taken a step after its checkpoint."""
-        config = killed / "config.json"
+        config = killed / "run.json"
         fresh = config.exists() and config.stat().st_mtime > begun
         return fresh and (killed / "metrics.jsonl").exists() and max(losses(killed), default=0) > first
 

@@ -80,7 +80,7 @@ def test_encoders_give_the_released_outputs(name):
 def test_autoencoders_give_the_released_predictions_and_losses():
     config, weights, inputs, outputs = golden("mae_factorized")
     mae = from_deepavfusion(weights, config=config)
-    assert type(mae) is AVMAE and not mae.training
+    assert isinstance(mae, AVMAE) and not mae.training
     output = run_mae(mae, inputs)
     for key in "image", "audio":
         assert relative_error(getattr(output, f"{key}_pred"), outputs[f"pred_{key}"]) < PRECISE
@@ -411,7 +411,7 @@ def make_weights(
 def test_settings_are_inferred_without_a_config(interactions, options):
     model = from_deepavfusion(make_weights(interactions, **options))
     encoder = getattr(model, "encoder", model)
-    assert (type(model) is AVMAE) == options.get("decoders", True)
+    assert isinstance(model, AVMAE) == options.get("decoders", True)
     settings = encoder.settings
     assert settings["interactions"] == interactions.removesuffix("_mmi")
     assert [settings[f"{kind}_tokens"] for kind in ("fusion", "image_aggregation", "audio_aggregation")] == [

@@ -97,7 +97,7 @@ def run(tmp_path) -> Path:
     """The folder of a finished run of 12 steps."""
     run = tmp_path / "demo"
     run.mkdir()
-    (run / "config.json").write_text(json.dumps(dict(settings=SETTINGS, environment=ENVIRONMENT)))
+    (run / "run.json").write_text(json.dumps(dict(settings=SETTINGS, environment=ENVIRONMENT)))
     steps = [training_row(step) for step in range(1, 13)]
     measures = [measure(0, "before", 1.0), measure(6, "during", 0.8), measure(12, "after", 0.3)]
     write_rows(run / "metrics.jsonl", [measures[0], *steps[:6], measures[1], *steps[6:], measures[2]])
@@ -248,7 +248,16 @@ def test_a_run_in_progress(run):
     assert "Not shown" not in page.text
 
 
-@pytest.mark.parametrize("left", ["config.json", "metrics.jsonl"])
+def test_runs_whose_settings_are_in_config_json(run):
+    """As that file was called before, and as a model's still is."""
+    whole = Page(write_report(run))
+    (run / "run.json").rename(run / "config.json")
+    assert Page(write_report(run)).rows == whole.rows and ["epochs", "6"] in whole.rows
+    (run / "config.json").write_text('{"library": "avfuse", "class": "AVMAE"}')
+    assert "Settings" not in Page(write_report(run)).text
+
+
+@pytest.mark.parametrize("left", ["run.json", "metrics.jsonl"])
 def test_a_folder_with_hardly_anything(run, left):
     for path in run.iterdir():
         if path.name not in (left, "pictures"):
@@ -257,7 +266,7 @@ def test_a_folder_with_hardly_anything(run, left):
     page = Page(write_report(run))
     assert "Not shown" not in page.text
     assert ("Curves" in page.text) == (left == "metrics.jsonl")
-    assert ("Settings" in page.text) == (left == "config.json")
+    assert ("Settings" in page.text) == (left == "run.json")
 
 
 def test_a_diverged_loss_is_said(run):
@@ -278,12 +287,12 @@ def test_foreign_rows_spoil_no_more_than_their_section(run):
     ]
     write_rows(run / "metrics.jsonl", rows)
     write_rows(run / "quarantine.jsonl", [[], dict(path=7)])
-    (run / "config.json").write_text('{"settings": {"epochs": "many"}, "environment": 3}')
+    (run / "run.json").write_text('{"settings": {"epochs": "many"}, "environment": 3}')
     page = Page(write_report(run))
     assert "Not shown: ValueError" in page.text  # the curves
     assert ["shape", "1", *page.rows[1][2:]] == page.rows[1] and ["epochs", "many"] in page.rows
     (run / "metrics.jsonl").write_bytes(b"\xff\xfe\x00")
-    (run / "config.json").write_text("[")
+    (run / "run.json").write_text("[")
     assert ["7", "", ""] in Page(write_report(run)).rows
 
 
@@ -303,7 +312,7 @@ def test_names_from_files_are_text(run):
     write_rows(
         run / "metrics.jsonl", [measure(n, "during", 1.0, labels=["<b>$\\frac{$", lost]) for n in (1, 2)]
     )
-    (run / "config.json").write_text(json.dumps(dict(settings={"<u>": "</table><script>"})))
+    (run / "run.json").write_text(json.dumps(dict(settings={"<u>": "</table><script>"})))
     hostile = run.rename(run.with_name("<b>$x & run"))
     page = Page(write_report(hostile))
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "i", "b", "u"})
@@ -321,7 +330,8 @@ def test_folders_that_hold_no_run_are_refused_and_left_alone(tmp_path):
         write_report(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds no run"):
         write_report(tmp_path)
-    (tmp_path / "config.json").write_text('{"architectures": ["Other"]}')
+    for name in "config.json", "run.json":
+        (tmp_path / name).write_text('{"architectures": ["Other"]}')
     (tmp_path / "index.html").write_text("a page of somebody else")
     with pytest.raises(ValueError, match="holds no run"):
         write_report(tmp_path)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from videos import hostile_folder, write_video
 
 from avfuse import AVMAE, train
@@ -76,13 +78,13 @@ def losses(run) -> dict[int, float]:
 
 def test_run_folder_holds_everything(finished):
     run = finished.run
-    assert json.loads((run / "config.json").read_text())["settings"]["epochs"] == 3
+    assert json.loads((run / "run.json").read_text())["settings"]["epochs"] == 3
     assert sorted(losses(run)) == [1, 2, 3, 4, 5, 6]  # 10 clips are two batches of 4 in each epoch
     assert all(math.isfinite(loss) for loss in losses(run).values())
     assert [path.name for path in list_checkpoints(run)] == ["step-00000006", "step-00000004"]
     assert (run / "index.html").exists()
     assert list((run / "tensorboard").rglob("events.out.*"))
-    pictures = ["losses", *(f"{n}-{s:06d}" for n in ("reconstructions", "attention") for s in (0, 4, 6))]
+    pictures = [f"{kind}-{step:06d}" for kind in ("reconstructions", "attention") for step in (0, 4, 6)]
     assert sorted(path.stem for path in (run / "pictures").iterdir()) == sorted(pictures)
     for name in pictures:
         assert (run / "pictures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -159,11 +161,12 @@ def test_restart_deletes_only_run_folders(finished, tmp_path):
     assert (tmp_path / "precious" / "thesis.tex").exists()
 
 
+@pytest.mark.parametrize("name", ["run.json", "config.json"])
 @pytest.mark.parametrize("config", ['{"architectures": ["other"]}', '{"settings": {"epo', "[]"])
-def test_restart_refuses_a_folder_of_another_program(finished, tmp_path, config):
-    (tmp_path / "config.json").write_text(config)
+def test_restart_refuses_a_folder_of_another_program(finished, tmp_path, config, name):
+    (tmp_path / name).write_text(config)
     (tmp_path / "notes.txt").write_text("precious")
-    with pytest.raises(ValueError, match="config.json is damaged, or not"):
+    with pytest.raises(ValueError, match=f"{name} is damaged, or not"):
         main(replace(finished, run=tmp_path, restart=True))
     assert (tmp_path / "notes.txt").read_text() == "precious"
 
@@ -186,7 +189,7 @@ def test_failed_start_neither_claims_nor_deletes(finished, tmp_path, mistake):
         with pytest.raises(ValueError):
             main(replace(finished, run=run, restart=restart, **mistake))
     assert rows(finished.run) == before and (finished.run / "model" / "model.safetensors").exists()
-    assert not (tmp_path / "new" / "config.json").exists()
+    assert not (tmp_path / "new").exists()
 
 
 def test_clips_that_cannot_be_used_are_named(tmp_path, capsys):
@@ -369,9 +372,46 @@ def test_damaged_records_do_not_end_a_run(finished, tmp_path):
 
 def test_checkpoints_without_their_settings_are_not_gone_on_with(finished, tmp_path):
     shutil.copytree(finished.run, tmp_path / "run")
-    (tmp_path / "run" / "config.json").unlink()
-    with pytest.raises(ValueError, match="holds checkpoints of a run whose config.json is gone"):
+    (tmp_path / "run" / "run.json").unlink()
+    with pytest.raises(ValueError, match="holds checkpoints of a run whose run.json is gone"):
         main(replace(finished, run=tmp_path / "run", seed=7))
+
+
+def test_runs_whose_settings_are_in_config_json_go_on(finished, tmp_path):
+    """As this file was called before; settings that there were then, and no longer are, do not matter."""
+    run, whole = tmp_path / "run", losses(finished.run)
+    shutil.copytree(finished.run, run)
+    before = json.loads((run / "run.json").read_text())
+    (run / "run.json").unlink()
+    before["settings"] |= dict(run=str(run), clips=None)
+    (run / "config.json").write_text(json.dumps(before))
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    with pytest.raises(ValueError, match="other settings .--seed 0 -> 7"):
+        main(replace(finished, run=run, seed=7))
+    assert (run / "config.json").exists() and not (run / "run.json").exists()
+    assert main(replace(finished, run=run)) == 0
+    assert losses(run) == whole
+    assert json.loads((run / "run.json").read_text())["data"] == before["data"]
+    assert not (run / "config.json").exists()
+
+
+def test_restart_takes_config_json_for_a_runs_only_if_it_is(finished, tmp_path):
+    config = replace(finished, run=tmp_path / "run", epochs=1)
+    main(config)
+    (config.run / "config.json").write_text('{"library": "avfuse"}')  # of a model that was saved here
+    main(replace(config, restart=True, seed=1))
+    assert (config.run / "config.json").exists()
+    (config.run / "config.json").unlink()
+    (config.run / "run.json").rename(config.run / "config.json")
+    main(replace(config, restart=True, seed=2))
+    assert not (config.run / "config.json").exists() and (config.run / "run.json").exists()
+
+
+def test_splitting_the_model_among_processes_is_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ValueError, match="FSDP splits the model.* configure Accelerate for DDP .* torchrun"):
+        main(tiny(data, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_restart_deletes_nothing_before_all_is_in_order(data, tmp_path):

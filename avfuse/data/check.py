@@ -51,7 +51,7 @@ def check(
     Args:
         root: the data folder; nothing in it is changed.
         out: where to write; by default `root`, where training looks for a manifest.
-        data_set: how it is laid out, one of `splits.DATA_SETS`; "auto" tells by its files.
+        data_set: how it is laid out, one of `find.DATA_SETS`; "auto" tells by its files.
         every_picture: decode all pictures; else key frames only, faster and blind to damage in between.
         workers: processes that decode; 0 decodes in this one.
         timeout: seconds that a clip may take.

@@ -26,7 +26,7 @@ from ..inputs import InputSettings
 from ..training.judge import JudgedTask, TaskConfig, starting_encoder
 from ..training.loop import program
 from ..training.pictures import rgb, save
-from ..training.settings import check_positive
+from ..training.settings import COUNT
 from ..vit import input_shape
 from .separation_metrics import BSSEval, bss_eval, is_silent, nmf_masks, rpca_masks
 from .separator import Separator
@@ -66,7 +66,7 @@ class SeparateConfig(TaskConfig):
     the released code's base 3e-4; a tiny model on a small set wants a larger one."""
     checkpoint_every: int = 80
     """Steps between checkpoints; there always is one at the end."""
-    decoder_dim: int = 64
+    decoder_dim: Annotated[int, COUNT] = 64
     """Channels of the audio U-Net where it is coarsest; 256 suits a base model."""
     mask: Literal["binary", "ratio"] = "binary"
     """What masks are trained towards: 1 where the source is the louder one (the paper's), or its share of the
@@ -167,7 +167,6 @@ class Separation(JudgedTask):
 
     def __init__(self, config: SeparateConfig, found: Found):
         super().__init__(config, found)
-        check_positive(config, "decoder_dim")
         self.options = dict(decoder_dim=config.decoder_dim)
         self.model = Separator(starting_encoder(config), **self.options)
         self.references: dict[int, dict] = {}  # what does not change as the model learns, by clip

@@ -5,18 +5,16 @@ processes and micro-batches so that neither changes the losses, saves and resume
 read, and stops with an explanation where it cannot go on.
 """
 
-import json
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
@@ -38,7 +36,7 @@ from tqdm import tqdm
 
 from ..data.clips import Clip, ClipLoader, ClipSampler, Failure
 from ..data.find import Found, find_data
-from ..files import printable
+from ..files import printable, some
 from .checkpoints import load_checkpoint, save_checkpoint
 from .faults import RunError, Signals, examine, memory_advice, write_fault
 from .run_folder import MetricsFile, Quarantine, TooManyUnreadable, begin_run, check_run, describe_data
@@ -53,6 +51,7 @@ from .settings import (
 )
 
 EVALUATION_BATCH = 64
+SPLITTING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 WAITING = timedelta(hours=1)  # for the process that scans the data or measures
 
 
@@ -105,22 +104,21 @@ MakeTask = Callable[[LoopConfig, Found], Task]
 
 @dataclass
 class Run:
-    """All parts of a run, ready to go on after `first_step`."""
+    """All parts of a run. The last four belong to its folder, see `open_folder`."""
 
     config: LoopConfig
     accelerator: Accelerator
     schedule: Schedule
     found: Found
-    make_task: MakeTask
     task: Task
     model: nn.Module  # that of the task, as Accelerate wraps it
     average: AveragedModel | None  # of its weights
     optimizer: torch.optim.Optimizer
     rates: torch.optim.lr_scheduler.LRScheduler
-    metrics: MetricsFile
-    quarantine: Quarantine
-    first_step: int
-    lock: object  # a file: while it is open, the run folder is ours
+    metrics: MetricsFile = field(init=False)
+    quarantine: Quarantine = field(init=False)
+    first_step: int = 0  # after which it goes on
+    lock: IO | None = None  # while it is open, the run folder is ours
 
 
 def program(config: LoopConfig, make_task: MakeTask, *, find: Callable[..., Found] = find_data) -> int | str:
@@ -151,6 +149,16 @@ def set_up(config: LoopConfig, make_task: MakeTask, *, find: Callable[..., Found
         ValueError: a setting or folder is wrong; nothing was written or deleted.
     """
     check_config(config)
+    accelerator = make_accelerator(config)
+    check_run(config)
+    set_seed(config.seed)
+    found = look_for_clips(config, accelerator, find)
+    run = build(config, accelerator, found, make_task(config, found))
+    open_folder(run)
+    return run
+
+
+def make_accelerator(config: LoopConfig) -> Accelerator:
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else several processes on CPUs would not know each other
         mixed_precision=config.precision,
@@ -159,44 +167,43 @@ def set_up(config: LoopConfig, make_task: MakeTask, *, find: Callable[..., Found
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=WAITING)],
     )
+    if accelerator.distributed_type in SPLITTING:
+        raise ValueError(
+            f"{accelerator.distributed_type.value} splits the model among processes, which has never been "
+            "tested here: configure Accelerate for DDP (accelerate launch --multi_gpu), or use torchrun"
+        )
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError("gradient accumulation is a matter of --micro-batch: leave Accelerate's at 1")
     if config.precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("--precision fp16 needs a GPU; bf16 runs on CPUs")
-    say = accelerator.print
-    settings = run_settings(config)
-    check_run(config.run, settings, config.restart)
-    set_seed(config.seed)
+    return accelerator
 
-    # --- data: one process looks, all are told ---
+
+def look_for_clips(config: LoopConfig, accelerator: Accelerator, find: Callable[..., Found]) -> Found:
+    """The data: one process looks, and tells all."""
     options = dict(missing=config.missing, timeout=config.clip_timeout, workers=config.workers)
     options |= dict(data_set=config.data_set, train_split=config.train_split)
-    looked = find(config.data, say, **options) if accelerator.is_main_process else None
-    (found,) = broadcast_object_list([looked])
-    if not found.train:
-        raise ValueError("--data: none of the clips to train on can be read")
-    schedule = schedule_of(config, len(found.train), accelerator.process_index, accelerator.num_processes)
-    if not found.test:
-        raise ValueError("--data: none of the clips to measure on can be read")
+    found = find(config.data, accelerator.print, **options) if accelerator.is_main_process else None
+    (found,) = broadcast_object_list([found])
+    for clips, purpose in (found.train, "train"), (found.test, "measure"):
+        if not clips:
+            raise ValueError(f"--data: none of the clips to {purpose} on can be read")
     if config.restart and len(found.unreadable) > config.max_unreadable * found.looked_at:
         raise ValueError(
             f"{len(found.unreadable)} of {found.looked_at} clips cannot be read, more than --max-unreadable "
             f"{config.max_unreadable:g}: nothing was deleted"
         )
+    return found
+
+
+def build(config: LoopConfig, accelerator: Accelerator, found: Found, task: Task) -> Run:
+    """Schedule, model, optimizer and learning rates."""
+    schedule = schedule_of(config, len(found.train), accelerator.process_index, accelerator.num_processes)
     if schedule.batch_size < config.batch_size:
-        say(
+        accelerator.print(
             f"batch size {schedule.batch_size}: the data set is smaller than --batch-size {config.batch_size}"
         )
-
-    if accelerator.distributed_type == DistributedType.FSDP:
-        if config.ema:
-            raise ValueError("--ema needs whole weights in each process: not with FSDP")
-        if schedule.batch_size % accelerator.num_processes:
-            raise ValueError("--batch-size must be a multiple of the number of processes with FSDP")
-
-    # --- model, optimizer, learning rates ---
-    task = make_task(config, found)
-    say(f"{task.describe()}, on {accelerator.device}")
+    accelerator.print(f"{task.describe()}, on {accelerator.device}")
     average = None
     if config.ema:
         average = AveragedModel(task.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
@@ -210,37 +217,25 @@ def set_up(config: LoopConfig, make_task: MakeTask, *, find: Callable[..., Found
     rate, raised_rate = partial(warmup_cosine, **shape), partial(raised_warmup_cosine, **shape)
     rates = [raised_rate if group["ramp"] else rate for group in groups]
     rates = accelerator.prepare(torch.optim.lr_scheduler.LambdaLR(optimizer, rates))
+    return Run(config, accelerator, schedule, found, task, model, average, optimizer, rates)
 
-    # --- run folder ---
-    lock = None
-    if accelerator.is_main_process:
-        data = describe_data(found.train)
-        lock = begin_run(config.run, settings, data, config.restart, accelerator.device)
-    accelerator.wait_for_everyone()
-    first_step = load_checkpoint(accelerator, config.run, average)
-    if first_step:
-        say(f"resuming after step {first_step} of {schedule.steps}")
+
+def open_folder(run: Run) -> None:
+    """Begins the run folder, or resumes what is in it."""
+    config, accelerator, found = run.config, run.accelerator, run.found
     is_main = accelerator.is_main_process
-    quarantine = Quarantine(config.run / "quarantine.jsonl", is_main, found.looked_at, config.max_unreadable)
-    quarantine.add("scan", found.unreadable)
-    metrics = MetricsFile(config.run / "metrics.jsonl", is_main, first_step)
-    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first_step + 1}})
-    return Run(
-        config=config,
-        accelerator=accelerator,
-        schedule=schedule,
-        found=found,
-        make_task=make_task,
-        task=task,
-        model=model,
-        average=average,
-        optimizer=optimizer,
-        rates=rates,
-        metrics=metrics,
-        quarantine=quarantine,
-        first_step=first_step,
-        lock=lock,
-    )
+    if is_main:
+        run.lock = begin_run(config, describe_data(found.train), accelerator.device)
+    accelerator.wait_for_everyone()
+    run.first_step = load_checkpoint(accelerator, config.run, run.average)
+    if run.first_step:
+        accelerator.print(f"resuming after step {run.first_step} of {run.schedule.steps}")
+    quarantine = config.run / "quarantine.jsonl"
+    run.quarantine = Quarantine(quarantine, is_main, found.looked_at, config.max_unreadable)
+    run.quarantine.add("scan", found.unreadable)
+    run.metrics = MetricsFile(config.run / "metrics.jsonl", is_main, run.first_step)
+    tensorboard = dict(purge_step=run.first_step + 1)
+    accelerator.init_trackers("tensorboard", init_kwargs=dict(tensorboard=tensorboard))
 
 
 def train(run: Run) -> int:
@@ -339,28 +334,15 @@ def train_step(run: Run, step: int, batches: Iterator[list[dict]], signals: Sign
         run.rates.step()
         return asked
 
-    # --- forward and backward ---
+    # --- gradients, and an update unless it would spoil the weights ---
     run.model.train()
     # From its own seed: what a step draws does not depend on whether the run was interrupted before it.
     torch.manual_seed(random_seed(config.seed, step, accelerator.process_index))
-    losses = torch.zeros(len(names), device=accelerator.device)
     inputs = [{name: value.to(accelerator.device) for name, value in batch.items()} for batch in inputs]
-    for batch, count in zip(inputs, counts, strict=True):
-        is_last = batch is inputs[-1]
-        with nullcontext() if is_last else accelerator.no_sync(run.model):
-            means = task.losses(run.model, batch)
-            shares = [count[name] / max(1.0, total) for name, total in zip(names, totals, strict=True)]
-            shares = torch.tensor(shares, device=accelerator.device)
-            weighted = torch.stack([means[name] for name in names]) * shares
-            gradients_of = weighted.sum() * accelerator.num_processes  # over which they are averaged
-            accelerator.backward(gradients_of)
-        losses += weighted.detach()
-    losses = dict(zip(names, sum_over_processes(accelerator, losses.tolist()), strict=True))
+    losses = backward(run, inputs, counts, dict(zip(names, totals, strict=True)))
     loss = sum(losses.values())
     norm = accelerator.clip_grad_norm_(run.model.parameters(), config.clip_grad or math.inf)
     norm = float(norm) if norm is not None else math.nan
-
-    # --- update, unless it would spoil the weights ---
     overflow = config.precision == "fp16"  # whose scaler skips gradients that are not finite
     if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
         stop_at_fault(run, step, loss, norm, inputs, read)
@@ -384,6 +366,30 @@ def train_step(run: Run, step: int, batches: Iterator[list[dict]], signals: Sign
     accelerator.log(numbers | dict(clips_per_second=clips / seconds), step=step)
     progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
     return asked
+
+
+def backward(
+    run: Run, inputs: list[dict[str, Tensor]], counts: list[dict[str, int]], totals: dict[str, float]
+) -> dict[str, float]:
+    """Adds up the gradients of the micro-batches of a step, and returns its losses by name.
+
+    Args:
+        inputs, counts: of the micro-batches of this process.
+        totals: the counts of all micro-batches of all processes.
+    """
+    accelerator = run.accelerator
+    losses = torch.zeros(len(totals), device=accelerator.device)
+    for batch, count in zip(inputs, counts, strict=True):
+        is_last = batch is inputs[-1]
+        with nullcontext() if is_last else accelerator.no_sync(run.model):
+            means = run.task.losses(run.model, batch)
+            shares = [count[name] / max(1.0, total) for name, total in totals.items()]
+            shares = torch.tensor(shares, device=accelerator.device)
+            weighted = torch.stack([means[name] for name in totals]) * shares
+            gradients_of = weighted.sum() * accelerator.num_processes  # over which they are averaged
+            accelerator.backward(gradients_of)
+        losses += weighted.detach()
+    return dict(zip(totals, sum_over_processes(accelerator, losses.tolist()), strict=True))
 
 
 def steps_of(run: Run, loader: ClipLoader) -> Iterator[list[dict]]:
@@ -419,10 +425,8 @@ def stop_at_fault(
     """Leaves a state to debug from, and raises a RunError that names clips and activations."""
     config, accelerator, clips = run.config, run.accelerator, run.found.train
     names = [[str(clips[i].path) for i in batch.get("index", torch.empty(0)).tolist()] for batch in read]
-    is_whole = accelerator.distributed_type != DistributedType.FSDP  # whose processes hold parts of a model
-    model = run.task.model if is_whole else whole_model(run)
-    losses = partial(run.task.losses, model)
-    report = examine(model, losses, inputs, names) if is_whole else dict(clips=[], largest=[])
+    model = run.task.model
+    report = examine(model, partial(run.task.losses, model), inputs, names)
     everyone = [name for of_batch in names for name in of_batch]
     report |= dict(step=step, loss=str(loss), gradient_norm=str(norm), batch=everyone)
     folder = config.run / "faults" / f"step-{step:08d}" / f"process-{accelerator.process_index}"
@@ -435,7 +439,7 @@ def stop_at_fault(
     raise RunError(
         f"step {step}: the loss is {loss:g}, the gradient norm {norm:g}; nothing was updated. "
         f"Clips whose own loss is not finite: {', '.join(blamed) or 'none alone'} "
-        f"(the batch: {', '.join(everyone[:8])}{', ...' if len(everyone) > 8 else ''}). "
+        f"(the batch: {some(everyone, most=8)}). "
         f"Largest activations: {largest}. Weights and batch are in {folder.parent}"
     )
 
@@ -463,24 +467,12 @@ def whole_model(run: Run) -> nn.Module:
     else the weights.
     """
     whole = run.task.model if run.average is None else run.average.module
-    if run.accelerator.distributed_type == DistributedType.FSDP:
-        state = run.accelerator.get_state_dict(run.model)  # of which all give a part to the main process
-        whole = run.make_task(run.config, run.found).model.to(run.accelerator.device)
-        if run.accelerator.is_main_process:
-            whole.load_state_dict(state)
     for tensor in whole.state_dict().values():  # running statistics are those of one process's clips
         broadcast(tensor)
     return whole
 
 
 # --- parts --------------------------------------------------------------------------------------------------
-
-
-def run_settings(config: LoopConfig) -> dict:
-    """The settings, ready for JSON."""
-    settings = {name: value for name, value in asdict(config).items() if name not in ("plan", "restart")}
-    paths = {name: str(value.resolve()) for name, value in settings.items() if isinstance(value, Path)}
-    return json.loads(json.dumps(settings | paths))
 
 
 def optimizer_groups(task: Task, config: LoopConfig, lr: float) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Pictures of a run: loss curves, masked reconstructions, and where the fusion tokens look and listen."""
+"""Pictures of a run: masked reconstructions, and where the fusion tokens look and listen."""
 
 from pathlib import Path
 
@@ -9,37 +9,12 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..encoder import AVEncoder
-from ..files import read_rows
 from ..inputs import InputSettings
 from ..mae import AVMAE, patchify, unpatchify
 from ..vit import presence_mask
 from .evaluate import INPUTS
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"  # told apart by colour-blind readers (Okabe-Ito)
-
-
-def draw_losses(metrics: Path, path: Path) -> None:
-    """Training losses by step, with the held-out losses before and after, from a metrics.jsonl."""
-    rows = read_rows(metrics)
-    steps = [row for row in rows if {"step", "image_loss", "audio_loss"} <= row.keys()]
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    axes = figure.subplots(1, 2, sharex=True)
-    for axis, name, colour in zip(axes, ("image", "audio"), (BLUE, ORANGE), strict=True):
-        axis.plot(
-            [row["step"] for row in steps], [row[f"{name}_loss"] for row in steps], color=colour, lw=1.2
-        )
-        held_out = [row for row in rows if f"held_out_{name}_loss" in row]
-        values = [row[f"held_out_{name}_loss"] for row in held_out]
-        axis.plot([row["step"] for row in held_out], values, "ko", ms=5, label="held out")
-        for row in held_out[-1:]:
-            zero = row[f"held_out_{name}_zero"]
-            axis.axhline(zero, color=GREY, ls="--", lw=1, label="predicting zero")
-        axis.set(
-            title=f"{name}: masked reconstruction", xlabel="step", ylabel="mean squared error", ylim=(0, None)
-        )
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False)
-    save(figure, path)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from ..data.clips import SUFFIXES
 from ..mae import AVMAE, count_removed
 from ..presets import create_encoder
 from ..vit import input_shape
-from .settings import LoopConfig, check_config, check_positive, learning_rate, schedule_of
+from .settings import COUNT, FREE, ONCE, LoopConfig, learning_rate, schedule_of
 
 PROGRAM = "python -m avfuse.train"
 ADAMW_BYTES = 16  # per parameter in float32: weight, gradient, two moments
@@ -42,9 +42,9 @@ class TrainConfig(LoopConfig):
     together.
     """
 
-    preset: Literal["demo", "vggsound-ablation", "vggsound-large", "audioset"] = "demo"
+    preset: Annotated[Literal["demo", "vggsound-ablation", "vggsound-large", "audioset"], FREE] = "demo"
     """Whose defaults: the demo's or one of the paper's runs (Sec. 4.1)."""
-    plan: bool = False
+    plan: Annotated[bool, ONCE] = False
     """Print batch, learning rate, steps, parameters, tokens and estimated memory, and stop."""
 
     run: Annotated[Path, tyro.conf.arg(name="run-dir")] = Path("runs/demo")
@@ -93,12 +93,10 @@ class TrainConfig(LoopConfig):
     base_lr: float = 6e-3
     """Learning rate per 256 clips: lr = base_lr * batch / 256. The paper's is 1.5e-4; a tiny model on a small
     set wants a larger one."""
-    probe_clips: int = 256
+    probe_clips: Annotated[int, COUNT] = 256
     """Held-out clips for the loss and the nearest-neighbour probe."""
     measure_every: int = 80
     """Steps between measures and pictures on the way; before and after there always are. 0 = none."""
-    clips: Annotated[int | None, tyro.conf.Suppress] = None
-    """Published size of the preset's training set, for --plan."""
 
 
 # --- the paper's runs (Sec. 4.1; released code where the paper is silent) -----------------------------------
@@ -137,7 +135,6 @@ def vggsound_ablation() -> TrainConfig:
         probe_clips=2048,
         measure_every=281 * 20,
         checkpoint_every=281,
-        clips=144_000,
     )
 
 
@@ -167,7 +164,6 @@ def audioset() -> TrainConfig:
         batch_size=4096,
         measure_every=422 * 20,
         checkpoint_every=200,
-        clips=1_730_000,
     )
 
 
@@ -177,6 +173,8 @@ PRESETS = {
     "vggsound-large": vggsound_large,
     "audioset": audioset,
 }
+# Sizes of their training sets.
+PUBLISHED_CLIPS = {"vggsound-ablation": 144_000, "vggsound-large": 144_000, "audioset": 1_730_000}
 
 
 def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
@@ -187,12 +185,6 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
     preset = first.parse_known_args(arguments)[0].preset
     default = PRESETS.get(preset, demo)()  # of an unknown one tyro will say what there is
     return tyro.cli(TrainConfig, prog=PROGRAM, args=arguments, default=default)
-
-
-def check_recipe(config: TrainConfig) -> None:
-    """Raises ValueError naming the option that makes no sense."""
-    check_config(config)
-    check_positive(config, "probe_clips")
 
 
 def make_model(config: TrainConfig) -> AVMAE:
@@ -257,12 +249,10 @@ def plan(config: TrainConfig, processes: int = 1) -> str:
 
 def count_clips(config: TrainConfig) -> tuple[int, str]:
     """How many clips there are to train on, and how that is known."""
+    if config.data is None and config.preset in PUBLISHED_CLIPS:
+        return PUBLISHED_CLIPS[config.preset], "as published"
     if config.data is None:
-        return (
-            (config.clips, "as published")
-            if config.clips
-            else (sounding_shapes.Settings().train, "the demo's")
-        )
+        return sounding_shapes.Settings().train, "the demo's"
     if not config.data.is_dir():
         raise ValueError(f"--data {config.data} is not a folder")
     root = config.data / "train" if (config.data / "train").is_dir() else config.data

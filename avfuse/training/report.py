@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..files import read_rows, write_text
 from .pictures import BLUE, GREY, ORANGE
-from .run_folder import CONFIG
+from .run_folder import FILE, read_run
 
 BINS = 250  # of a long curve; each keeps its lowest and highest value
 MOMENTS, WIDTH = 8, 1100  # of a series of pictures; their pixels
@@ -96,9 +96,9 @@ def write_report(run: Path) -> Path:
     """
     if not run.is_dir():
         raise ValueError(f"run {run} is not a folder")
-    config = read_config(run / CONFIG)
+    config = read_settings(run)
     if not config and not (run / "metrics.jsonl").is_file():
-        raise ValueError(f"run {run} holds no run: no metrics.jsonl, and no {CONFIG} with settings")
+        raise ValueError(f"run {run} holds no run: no metrics.jsonl, and no {FILE} with settings")
     path = run / "index.html"
     write_text(path, page(run, config), errors="xmlcharrefreplace")  # a file name may hold what UTF-8 cannot
     return path
@@ -136,13 +136,12 @@ def section(title: str, write, *arguments) -> str:
 # --- what the folder holds ----------------------------------------------------------------------------------
 
 
-def read_config(path: Path) -> dict:
-    """The configuration of a run, empty if there is none to be read."""
+def read_settings(run: Path) -> dict:
+    """What says what the run is, empty if there is nothing to be read."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return read_run(run)
     except (OSError, ValueError):
         return {}
-    return config if isinstance(config, dict) and isinstance(config.get("settings"), dict) else {}
 
 
 def read_objects(path: Path) -> list[dict]:

@@ -17,69 +17,71 @@ from ..data.clips import Clip, Failure
 from ..data.decode import ClipError
 from ..files import append_row, printable, read_rows, some, write_json, write_rows
 from .faults import RunError
-from .settings import FREE, option
+from .settings import LoopConfig, option, settings_of
 
-CONFIG, LOCK = "config.json", ".lock"
+FILE, FILE_BEFORE, LOCK = "run.json", "config.json", ".lock"  # the second: what older runs call the first
 SAID = 20  # unreadable clips that are named on the terminal
-CONTENTS = (  # the configuration last: while it is there, a restart that was cut short can be repeated
-    *("index.html", "metrics.jsonl", "quarantine.jsonl", "results.json"),
-    *("checkpoints", "faults", "model", "pictures", "sounds", "tensorboard", CONFIG),
-)
+CONTENTS = (  # of the folder, beside that file
+    "index.html metrics.jsonl quarantine.jsonl results.json checkpoints faults model pictures sounds "
+    "tensorboard"
+).split()
 
 
-def check_run(run: Path, settings: dict, restart: bool) -> None:
-    """Whether a run with these settings may use the folder; nothing is written or deleted.
+def check_run(config: LoopConfig) -> None:
+    """Whether a run with these settings may use its folder; nothing is written or deleted.
 
     Raises:
         ValueError: it is no folder, belongs to something else, or holds a run with other settings.
     """
+    run = config.run
     if run.exists() and not run.is_dir():
         raise ValueError(f"--run-dir {run} is not a folder")
-    if not (run / CONFIG).exists():
+    before = read_run(run)
+    if not before:
         others = [path.name for path in run.iterdir() if path.name != LOCK] if run.exists() else []
-        if others and restart:
-            raise ValueError(f"--run-dir {run} is not a run folder (no {CONFIG}): not deleting it")
+        if others and config.restart:
+            raise ValueError(f"--run-dir {run} is not a run folder (no {FILE}): not deleting it")
         if "checkpoints" in others:
-            raise ValueError(f"--run-dir {run} holds checkpoints of a run whose {CONFIG} is gone")
+            raise ValueError(f"--run-dir {run} holds checkpoints of a run whose {FILE} is gone")
         return
-    if restart:
-        for name in CONTENTS:
+    if config.restart:
+        for name in (*CONTENTS, file_of(run).name):
             if (run / name).is_symlink():
                 raise ValueError(f"--restart does not delete links: {run / name} is one")
-    before = read_config(run, "settings")
-    changed = [name for name in settings.keys() - FREE if before.get(name) != settings[name]]
-    if changed and not restart:
-        differences = ", ".join(
-            f"{option(name)} {before.get(name)} -> {settings[name]}" for name in sorted(changed)
-        )
+        return
+    differences = ", ".join(
+        f"{option(name)} {before['settings'].get(name)} -> {value}"
+        for name, value in sorted(settings_of(config, fixed=True).items())
+        if before["settings"].get(name) != value
+    )
+    if differences:
         raise ValueError(
             f"--run-dir {run} holds a run with other settings ({differences}): "
             "choose another --run-dir, or --restart to delete it"
         )
 
 
-def begin_run(run: Path, settings: dict, data: dict, restart: bool, device: torch.device) -> IO:
+def begin_run(config: LoopConfig, data: dict, device: torch.device) -> IO:
     """Makes the run folder this run's own, for as long as the file that is returned stays open. A restart
     deletes what a run writes, and nothing else.
 
     Raises:
         ValueError: another process is at work in it, or the data set is not that of the run it holds.
     """
+    run = config.run
     run.mkdir(parents=True, exist_ok=True)
     lock = (run / LOCK).open("a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which the system releases however a process ends
     except BlockingIOError:
         raise ValueError(f"--run-dir {run} is in use by another process") from None
-    if restart:
-        for name in CONTENTS:
-            path = run / name
+    if config.restart:
+        for path in (run / name for name in CONTENTS):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    elif (run / CONFIG).exists():
-        before = read_config(run, "data")
-        if before != data:
+    elif before := read_run(run):
+        if before["data"] != data:
             raise ValueError(
-                f"--data has changed since the run in {run} began ({before.get('clips')} clips then, "
+                f"--data has changed since the run in {run} began ({before['data'].get('clips')} clips then, "
                 f"{data['clips']} now): it would not go on as it was. Choose another --run-dir, or --restart"
             )
     environment = dict(
@@ -88,20 +90,37 @@ def begin_run(run: Path, settings: dict, data: dict, restart: bool, device: torc
         device=str(device),
         machine=platform.machine(),
     )
-    content = dict(settings=settings, data=data, environment=environment)
-    write_json(run / CONFIG, content)
+    earlier = file_of(run)  # there until all else is deleted: a restart that is cut short can be repeated
+    write_json(run / FILE, dict(settings=settings_of(config), data=data, environment=environment))
+    if earlier.name == FILE_BEFORE:  # its name is now that of models alone
+        earlier.unlink()
     return lock
 
 
-def read_config(run: Path, part: str) -> dict:
-    """The "settings" or the "data" in the config.json of a run."""
+def file_of(run: Path) -> Path:
+    """The file that says what the run in a folder is."""
+    old_only = (run / FILE_BEFORE).exists() and not (run / FILE).exists()
+    return run / (FILE_BEFORE if old_only else FILE)
+
+
+def read_run(run: Path) -> dict:
+    """The "settings" and "data" of the run in a folder, dictionaries both, and its "environment"; {} if there
+    is none.
+
+    Raises:
+        ValueError: the file that should hold them is damaged, or something else.
+    """
+    path = file_of(run)
+    if not path.exists():
+        return {}
     try:
-        found = json.loads((run / CONFIG).read_text())[part]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{run / CONFIG} is damaged, or not the configuration of a run") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{run / CONFIG} is damaged, or not the configuration of a run")
-    return found
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content = dict(data={}, environment={}) | content
+        if all(isinstance(content[name], dict) for name in ("settings", "data")):
+            return content
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise ValueError(f"{path} is damaged, or not that of a run")
 
 
 def describe_data(clips: Sequence[Clip]) -> dict:

@@ -1,14 +1,31 @@
 """What every run has in common, pretraining or task: its settings, and its way through the data."""
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from inspect import get_annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from ..data.find import DataSet
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which values a setting may have, and how a message says so."""
+
+    wish: str
+    holds: Callable[[float], bool]
+
+
+COUNT = Rule("must be positive", lambda value: value >= 1)
+NOT_NEGATIVE = Rule("must not be negative", lambda value: 0 <= value < math.inf)
+SECONDS = Rule("must be a positive number of seconds", lambda value: 0 < value < math.inf)
+FREE = "changes how a run is carried out, not what comes out: may differ when the run is resumed"
+ONCE = "is an order to one start of a run, and no part of what the run is"
 
 
 @dataclass(kw_only=True)
@@ -22,90 +39,86 @@ class LoopConfig:
     """How that folder is laid out; auto tells by its manifest (`python -m avfuse.data check`) or files."""
     train_split: str = ""
     """The split to train on where there are several, such as balanced_train of AudioSet. Default: all."""
-    run: Annotated[Path, tyro.conf.arg(name="run-dir")] = Path("runs/run")
+    run: Annotated[Path, tyro.conf.arg(name="run-dir"), FREE] = Path("runs/run")
     """Run folder: config, metrics, checkpoints, pictures, report, final model."""
-    restart: bool = False
+    restart: Annotated[bool, ONCE] = False
     """Delete what the run folder holds and begin anew; not for commands that a scheduler repeats."""
 
-    epochs: int = 60
+    epochs: Annotated[int, COUNT] = 60
     """Passes over the data."""
-    warmup_epochs: int = 6
+    warmup_epochs: Annotated[int, NOT_NEGATIVE] = 6
     """Epochs of linear warm-up before the cosine decay."""
-    batch_size: int = 64
+    batch_size: Annotated[int, COUNT] = 64
     """Clips per step, over all processes; a smaller data set shrinks it."""
-    micro_batch: int = 0
+    micro_batch: Annotated[int, NOT_NEGATIVE, FREE] = 0
     """Clips that a process takes at once; gradients are accumulated over the rest of its share of the batch.
     0 = its whole share. Changes memory and speed, not the losses."""
-    base_lr: float = 1e-3
+    base_lr: Annotated[float, NOT_NEGATIVE] = 1e-3
     """Learning rate per 256 clips: lr = base_lr * batch / 256."""
-    weight_decay: float = 0.05
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.05
     """AdamW weight decay; biases and norms are left out."""
-    layer_decay: float = 1.0
+    layer_decay: Annotated[float, Rule("must be in (0, 1]", lambda value: 0 < value <= 1)] = 1.0
     """Factor of the learning rate from each layer to the one below it; 1 = none."""
-    clip_grad: float = 1.0
+    clip_grad: Annotated[float, NOT_NEGATIVE] = 1.0
     """Largest gradient norm; 0 = no clipping."""
-    ema: float = 0.0
+    ema: Annotated[float, Rule("must be in [0, 1)", lambda value: 0 <= value < 1)] = 0.0
     """Decay of an exponential moving average of the weights, such as 0.9999, which is then what is measured
     and saved; 0 = none."""
     precision: Literal["no", "fp16", "bf16"] = "no"
     """Mixed precision of Accelerate."""
-    grad_checkpointing: bool = False
+    grad_checkpointing: Annotated[bool, FREE] = False
     """Recompute activations in the backward: less memory, more time, same losses."""
 
     missing: Literal["drop", "keep"] = "drop"
     """A clip without sound or without pictures: drop it (counted and named), or keep it with that modality
     absent.
     """
-    max_unreadable: float = 0.01
+    max_unreadable: Annotated[float, NOT_NEGATIVE, FREE] = 0.01
     """Share of the clips that may turn out unreadable before the run stops."""
-    clip_timeout: float = 60.0
+    clip_timeout: Annotated[float, SECONDS, FREE] = 60.0
     """Seconds a worker may take over one clip before it is replaced, and the clip named."""
-    workers: Annotated[int, tyro.conf.arg(aliases=["-j"])] = 2
+    workers: Annotated[int, tyro.conf.arg(aliases=["-j"]), NOT_NEGATIVE, FREE] = 2
     """Worker processes that read clips, for each process that trains; 0 reads in the training process, where
     a decoder that hangs or crashes takes the run with it."""
-    seed: int = 0
+    seed: Annotated[int, Rule("must be 0 or more, and below 2**32", lambda value: 0 <= value < 2**32)] = 0
     """Seed of weights, masks, crops and order."""
-    measure_every: int = 0
+    measure_every: Annotated[int, NOT_NEGATIVE, FREE] = 0
     """Steps between measures and pictures on the way; before and after there always are. 0 = none."""
-    checkpoint_every: int = 40
+    checkpoint_every: Annotated[int, COUNT, FREE] = 40
     """Steps between checkpoints; there always is one at the end."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Annotated[int, COUNT, FREE] = 2
     """How many of the latest checkpoints stay."""
 
 
-# These change how a run is carried out, not what comes out: they may differ when it is resumed.
-FREE = {
-    *("preset", "plan", "run", "restart", "clips", "micro_batch", "grad_checkpointing", "max_unreadable"),
-    *("clip_timeout", "workers", "measure_every", "checkpoint_every", "keep_checkpoints"),
-}
+# --- what is declared beside a setting ----------------------------------------------------------------------
+
+
+def marks(kind: type) -> Iterator[tuple[str, object]]:
+    """Each setting of a class with each of its marks, those of the classes it builds on first: a class that
+    declares a setting anew, for another default, keeps the marks.
+    """
+    for base in reversed(kind.__mro__):
+        for name, hint in get_annotations(base).items():
+            for mark in getattr(hint, "__metadata__", ()):
+                yield name, mark
 
 
 def check_config(config: LoopConfig) -> None:
     """Raises ValueError naming the option that makes no sense."""
-    for name in ("epochs", "batch_size", "checkpoint_every", "keep_checkpoints"):
-        check_positive(config, name)
-    for name in (
-        *("warmup_epochs", "workers", "clip_grad", "weight_decay", "base_lr", "micro_batch", "measure_every"),
-        *("max_unreadable", "seed"),
-    ):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise ValueError(f"{option(name)} must not be negative, got {getattr(config, name)}")
-    if not 0 < config.clip_timeout < math.inf:
-        raise ValueError(f"--clip-timeout must be a positive number of seconds, got {config.clip_timeout}")
-    if config.seed >= 2**32:
-        raise ValueError(f"--seed must be below 2**32, got {config.seed}")
+    rules = {name: mark for name, mark in marks(type(config)) if isinstance(mark, Rule)}
+    for name, rule in rules.items():
+        if not rule.holds(getattr(config, name)):
+            raise ValueError(f"{option(name)} {rule.wish}, got {getattr(config, name)}")
     if config.warmup_epochs > config.epochs:
         raise ValueError(f"--warmup-epochs {config.warmup_epochs} are more than --epochs {config.epochs}")
-    if not 0 <= config.ema < 1:
-        raise ValueError(f"--ema must be in [0, 1), got {config.ema}")
-    if not 0 < config.layer_decay <= 1:
-        raise ValueError(f"--layer-decay must be in (0, 1], got {config.layer_decay}")
 
 
-def check_positive(config: LoopConfig, name: str) -> None:
-    """Raises ValueError unless a setting is a count of 1 or more."""
-    if getattr(config, name) < 1:
-        raise ValueError(f"{option(name)} must be positive, got {getattr(config, name)}")
+def settings_of(config: LoopConfig, *, fixed: bool = False) -> dict:
+    """The settings that describe a run, ready for JSON; or only those that are fixed from its first start."""
+    names = {name for name, mark in marks(type(config)) if mark is ONCE or fixed and mark is FREE}
+    settings = {name: value for name, value in asdict(config).items() if name not in names}
+    paths = {name: str(value.resolve()) for name, value in settings.items() if isinstance(value, Path)}
+    return json.loads(json.dumps(settings | paths))
 
 
 def option(name: str) -> str:
