@@ -19,6 +19,14 @@ def check_count(name: str, value: int) -> None:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
+def check_size(name: str, value: tuple[int, int], letters: str = "(height, width)") -> None:
+    """A size is a pair of positive integers."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"{name} must be {letters}, got {value!r}")
+    for count in value:
+        check_count(name, count)
+
+
 def check_flag(name: str, value: bool) -> None:
     if type(value) is not bool:
         raise ValueError(f"{name} must be True or False, got {value!r}")

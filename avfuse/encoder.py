@@ -419,7 +419,7 @@ def default_inputs(image: VisionTransformer, audio: VisionTransformer) -> InputS
     hop, rest = divmod(paper.samples, frames)
     hop = paper.hop if rest else hop
     return InputSettings(
-        image_size=image.patch_embed.img_size[0],
+        image_size=image.patch_embed.img_size,
         mel_bins=mel_bins,
         hop=hop,
         audio_seconds=frames * hop / paper.sample_rate,
@@ -430,7 +430,7 @@ def check_settings(inputs: InputSettings, image: VisionTransformer, audio: Visio
     if not isinstance(inputs, InputSettings):
         raise ValueError(f"inputs must be InputSettings, got {type(inputs).__name__}")
     for name, vit, described in (
-        ("image", image, (3, inputs.image_size, inputs.image_size)),
+        ("image", image, (3, *inputs.image_shape)),
         ("audio", audio, (1, inputs.mel_bins, inputs.frames)),
     ):
         taken = input_shape(vit)

@@ -39,8 +39,9 @@ def create_encoder(
     inputs = standard_inputs if inputs is None else inputs
     if not isinstance(inputs, InputSettings):
         raise ValueError(f"inputs must be InputSettings, got {type(inputs).__name__}")
-    for name in ("image_size", "mel_bins", "frames"):
-        if getattr(inputs, name) % PATCH:
+    sizes = dict(image_size=inputs.image_shape, mel_bins=(inputs.mel_bins,), frames=(inputs.frames,))
+    for name, size in sizes.items():
+        if any(pixels % PATCH for pixels in size):
             raise ValueError(
                 f"inputs: {name}={getattr(inputs, name)} must be a multiple of the {PATCH}-pixel patches"
             )
@@ -59,6 +60,6 @@ def create_encoder(
             drop_path_rate=options.get("drop_path", 0.0),
         )
 
-    image = vit(3, inputs.image_size, inputs.image_size)
+    image = vit(3, *inputs.image_shape)
     audio = vit(1, inputs.mel_bins, inputs.frames)
     return AVEncoder(image, audio, interactions=interactions, inputs=inputs, **options)

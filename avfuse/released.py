@@ -16,7 +16,7 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .checks import check_count, check_flag, check_positive
+from .checks import check_count, check_flag, check_positive, check_size
 from .encoder import AVEncoder
 from .files import read_pth, read_safetensors
 from .fusion import (
@@ -392,11 +392,7 @@ def check_config(config: dict | None) -> dict:
         elif name in RATIOS:
             check_positive(f"config: {name}", config[name])
         elif name in SIZES:
-            height_and_width = config[name]
-            if not isinstance(height_and_width, (tuple, list)) or len(height_and_width) != 2:
-                raise ValueError(f"config: {name} must be (height, width), got {height_and_width!r}")
-            for size in height_and_width:
-                check_count(f"config: {name}", size)
+            check_size(f"config: {name}", config[name])
     if config.get("interactions", "none") not in INTERACTIONS:
         names = ", ".join(INTERACTIONS)
         raise ValueError(f"config: interactions must be one of {names}, got {config['interactions']!r}")

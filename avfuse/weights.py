@@ -19,7 +19,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .checks import check_choice, check_count
+from .checks import check_choice, check_size
 from .files import read_metadata, read_pth, read_safetensors, some
 from .model_card import UNKNOWN, strictest
 from .pretrained import CONFIG, WEIGHTS
@@ -137,7 +137,7 @@ def load_audio_weights(
 def load(model, branch, weights, *, axes, grid, say) -> LoadedWeights:
     vit = transformer_of(model, branch)
     if grid is not None:
-        check_grid(grid)
+        check_size("grid", grid, "(rows, columns)")
     found = read(weights)
     weights, dropped = branch_of(found.weights, branch)
     family = family_of(found, weights, branch, is_whole=bool(dropped))
@@ -166,13 +166,6 @@ def transformer_of(model: nn.Module, branch: str) -> VisionTransformer:
         kind = type(model).__name__
         raise ValueError(f"model must have an encoder or be a timm VisionTransformer, got {kind}")
     return vit
-
-
-def check_grid(grid) -> None:
-    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
-        raise ValueError(f"grid must be (rows, columns), got {grid!r}")
-    for count in grid:
-        check_count("grid", count)
 
 
 # --- reading ------------------------------------------------------------------------------------------------

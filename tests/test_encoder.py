@@ -2,6 +2,8 @@
 kept patches, missing modalities, fused layers, budgets of arithmetic, and what it refuses.
 """
 
+import json
+
 import pytest
 import timm
 import torch
@@ -484,6 +486,20 @@ def test_presets_have_the_sizes_of_their_names(size, parameters):
     assert sum(p.numel() for p in encoder.parameters()) == both + 16 * D + 2 * D
 
 
+def test_images_need_not_be_square():
+    """Height before width, in settings, transformers and config.json, where old models have one number."""
+    inputs = InputSettings((48, 80), mel_bins=64, hop=375)
+    with torch.device("meta"):
+        encoder = create_encoder("tiny", inputs=inputs)
+        assert encoder.inputs == inputs and encoder.inputs.image_shape == (48, 80)
+        assert encoder(torch.empty(2, 3, 48, 80), torch.empty(2, 1, 64, 128)).image.shape == (2, 15, 192)
+        assert AVEncoder(encoder.image, encoder.audio).inputs == inputs  # what its transformers take
+        loaded = AVEncoder.from_config(json.loads(json.dumps(encoder.config())))
+    assert loaded.inputs == inputs and loaded.config() == encoder.config()
+    assert InputSettings(96) == InputSettings((96, 96)) == InputSettings([96, 96])
+    assert InputSettings(96).image_size == 96 and InputSettings(96).image_shape == (96, 96)
+
+
 @pytest.mark.parametrize(
     "interactions, bound, stated",
     [
@@ -569,7 +585,10 @@ def test_other_architectures_are_refused(name, make_bad, message):
         (dict(attn_ratio=0.3), "attn_ratio=0.3"),
         (dict(drop_path=1.0), "drop_path must .* got 1.0"),
         (dict(interactions="factorized", image_aggregation_tokens=0), "image_aggregation_tokens"),
-        (dict(image=lambda: make_vit((3, 24, 32))), r"image takes inputs of shape \(3, 24, 32\)"),
+        (
+            dict(image=lambda: make_vit((3, 24, 32)), inputs=InputSettings((32, 24), mel_bins=16, hop=1200)),
+            r"image takes .* \(3, 24, 32\), while inputs describes \(3, 32, 24\)",
+        ),
         (dict(inputs=InputSettings()), "image takes inputs of shape .* inputs describes"),
         (
             dict(inputs=InputSettings(image_size=24, mel_bins=16, hop=1000)),
@@ -634,6 +653,7 @@ def test_bad_inputs_are_named(options, message):
         (lambda: create_encoder("huge"), "size must be one of .* got 'huge'"),
         (lambda: create_encoder("tiny", "sparse"), "interactions must be one of .* got 'sparse'"),
         (lambda: create_encoder("tiny", inputs=InputSettings(image_size=100)), "image_size=100"),
+        (lambda: create_encoder("tiny", inputs=InputSettings((96, 100))), r"image_size=\(96, 100\)"),
         (lambda: create_encoder("tiny", inputs={"image_size": 96}), "inputs must be InputSettings, got dict"),
         (lambda: create_encoder("tiny", inputs=InputSettings(hop=480)), "frames=100"),
     ],

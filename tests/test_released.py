@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from avfuse import AVMAE, AVEncoder, InputSettings, from_deepavfusion
+from avfuse.mae import patchify, unpatchify
 from avfuse.released import (
     ReleasedDense,
     ReleasedEncoder,
@@ -75,6 +76,21 @@ def test_encoders_give_the_released_outputs(name):
         for layer, tokens in enumerate(ours.layers):
             assert relative_error(getattr(tokens, key), outputs[f"layer{layer}_{key}"]) < PRECISE
         assert relative_error(getattr(ours, key), outputs[key]) < PRECISE
+
+
+@pytest.mark.parametrize("name", ["encoder_dense", "mae_factorized"])
+def test_images_need_not_be_square(name, tmp_path):
+    """The same patches in 2 rows of 8 instead of 4 rows of 4: tokens, and so outputs, stay what they are."""
+    _, _, inputs, outputs = golden(name)
+    inputs["image"] = unpatchify(patchify(inputs["image"], (16, 16)), (16, 16), (2, 8))
+    load(name, image_size=[32, 128]).save_pretrained(tmp_path)
+    model = (AVMAE if name == "mae_factorized" else AVEncoder).from_pretrained(tmp_path)
+    assert getattr(model, "encoder", model).inputs.image_shape == (32, 128)
+    if name == "mae_factorized":
+        ours, truth = run_mae(model, inputs).image_pred, outputs["pred_image"]
+    else:
+        ours, truth = model(inputs["image"], inputs["audio"]).fusion, outputs["fusion"]
+    assert relative_error(ours, truth) < PRECISE
 
 
 def test_autoencoders_give_the_released_predictions_and_losses():

@@ -192,6 +192,8 @@ def test_only_the_generator_decides():
     [
         (dict(image_size=96.0), "image_size must be a positive integer, got 96.0"),
         (dict(image_size=True), "image_size must be a positive integer, got True"),
+        (dict(image_size=(96,)), r"image_size must be \(height, width\), got \(96,\)"),
+        (dict(image_size=(96, 0)), "image_size must be a positive integer, got 0"),
         (dict(hop=12.5), "hop must be a positive integer, got 12.5"),
         (dict(mel_bins=0), "mel_bins must be a positive integer, got 0"),
         (dict(audio_seconds=float("inf")), "audio_seconds must be a positive number, got inf"),
