@@ -1,6 +1,7 @@
 """The three-branch encoder: image and audio transformers, and fusion tokens that tie them at any depth."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -265,6 +266,13 @@ class AVEncoder(nn.Module, Pretrained):
             ValueError: no such fused layer, released blocks (which do not tell), or an input that `forward`
                 refuses.
         """
+        with self.watched_attention(layer) as seen:
+            self(image, audio, image_mask=image_mask, audio_mask=audio_mask)
+        return seen["weights"]
+
+    @contextmanager
+    def watched_attention(self, layer: int | None = None) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+        """A dictionary in which each forward within leaves, as "weights", what `fusion_attention` returns."""
         layer = self.fusion_layers[-1] if layer is None and self.fusion_layers else layer
         if type(layer) is not int or layer not in self.fusion_layers:
             raise ValueError(f"layer must be one of the fused layers {list(self.fusion_layers)}, got {layer}")
@@ -277,10 +285,9 @@ class AVEncoder(nn.Module, Pretrained):
 
         hook = block.register_forward_pre_hook(remember, with_kwargs=True)
         try:
-            self(image, audio, image_mask=image_mask, audio_mask=audio_mask)
+            yield seen
         finally:
             hook.remove()
-        return seen["weights"]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every block in the backward instead of storing its activations."""
