@@ -17,7 +17,7 @@ class InputSettings:
     """Input transforms of an audio-visual model; the defaults are the paper's (Sec. 4.1 and its released
     code).
 
-    The image is `(3, image_size, image_size)`, normalised by `image_mean` and `image_std`. The spectrogram is
+    The image is `(3, *image_shape)`, normalised by `image_mean` and `image_std`. The spectrogram is
     `(1, mel_bins, frames)`: log10(mel power + 1e-7) of `audio_seconds` of mono sound, with a centred,
     reflect-padded window of `window` samples every `hop` samples and HTK mel filters between 0 and
     `max_frequency`; the last of the `frames + 1` centred frames is dropped.
@@ -28,7 +28,7 @@ class InputSettings:
             number of hops.
     """
 
-    image_size: int = 224  # pixels
+    image_size: int | tuple[int, int] = 224  # pixels: (height, width), or one number for both
     image_mean: tuple[float, float, float] = IMAGENET_MEAN
     image_std: tuple[float, float, float] = IMAGENET_STD
     sample_rate: int = 16_000  # Hz
@@ -39,7 +39,11 @@ class InputSettings:
     max_frequency: float = 8_000.0  # Hz
 
     def __post_init__(self):
-        for name in ("image_size", "sample_rate", "window", "hop", "mel_bins"):
+        if isinstance(self.image_size, (tuple, list)) and len(self.image_size) == 2:
+            object.__setattr__(self, "image_size", tuple(self.image_size))  # JSON brings lists
+        for size in self.image_size if isinstance(self.image_size, tuple) else (self.image_size,):
+            check_count("image_size", size)
+        for name in ("sample_rate", "window", "hop", "mel_bins"):
             check_count(name, getattr(self, name))
         for name in ("audio_seconds", "max_frequency"):
             check_positive(name, getattr(self, name))
@@ -60,6 +64,11 @@ class InputSettings:
             raise ValueError(
                 f"audio_seconds={self.audio_seconds} is not a whole number of hops of {self.hop} samples"
             )
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of the image in pixels."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size,) * 2
 
     @property
     def samples(self) -> int:

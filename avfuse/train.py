@@ -18,7 +18,6 @@ from .training.loop import Run, Task, evaluation_batches, program, set_up, train
 from .training.pictures import draw_attention, draw_losses, draw_reconstructions
 from .training.recipes import TrainConfig, check_recipe, count_parameters, make_model, parse, plan
 from .training.report import write_report
-from .vit import input_shape
 from .weights import load_audio_weights, load_image_weights
 
 
@@ -55,15 +54,7 @@ class Pretraining(Task):
         return ClipDataset(clips, settings, train=train, seed=self.config.seed, extras=masks)
 
     def inputs(self, batch):
-        """What the model is called with. A blank clip is present in no modality and so without a loss."""
-        if "index" not in batch:
-            encoder, generator = self.model.encoder, torch.Generator().manual_seed(0)
-            batch = {
-                name: torch.zeros(1, *input_shape(getattr(encoder, name))) for name in ("image", "audio")
-            }
-            masks = self.model.mask_sampler()(generator)
-            batch |= {name: mask[None] for name, mask in masks.items()}
-            batch |= dict(image_present=torch.tensor([False]), audio_present=torch.tensor([False]))
+        """What the model is called with. A blank is present in no modality and so without a loss."""
         everywhere = [name for name in ("image_present", "audio_present") if batch[name].all()]
         return {name: batch[name] for name in INPUTS if name not in everywhere}  # no mask: a faster path
 
@@ -96,7 +87,7 @@ class Pretraining(Task):
         indices = range(min(len(run.found.test), run.config.probe_clips))
         batches = list(evaluation_batches(run, indices))
         failures = [failure for batch in batches for failure in batch["failures"]]
-        batches = [batch for batch in batches if "index" in batch]
+        batches = [batch for batch in batches if len(batch["index"])]
         if batches:
             row = measures(model, batches, device)
             model.facts = self.facts(run, step, row)

@@ -57,7 +57,7 @@ def batch(shapes):
     """Six pictures as evaluation reads them."""
     whole = find_scenes(shapes, lambda _: None)
     dataset = task_of().dataset(whole.train + whole.test, train=False)
-    return collate([dataset[index] for index in range(6)])
+    return collate([dataset[index] for index in range(6)], dataset.blank)
 
 
 def picture(*rows: str) -> torch.Tensor:
@@ -271,9 +271,11 @@ def test_the_control_hears_nothing(batch):
 
 
 @pytest.mark.parametrize("target", ["binary", "semantic"])
-def test_a_batch_without_clips_counts_nothing(target):
+def test_a_batch_without_clips_counts_nothing(shapes, target):
     task = task_of(target=target)
-    inputs = task.inputs(collate([Failure(0, "x", "gone")]))
+    scenes = find_scenes(shapes, lambda _: None).train
+    blank = task.dataset(scenes, train=True).blank
+    inputs = task.inputs(collate([Failure(0, "x", "gone")], blank))
     assert task.counts(inputs) == dict(mask_loss=0)
     loss = task.losses(task.model, inputs)["mask_loss"]
     (0 * loss).backward()

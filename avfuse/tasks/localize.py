@@ -21,7 +21,7 @@ from ..encoder import AVEncoder
 from ..training.judge import JudgedTask, TaskConfig, starting_encoder
 from ..training.loop import program
 from ..training.pictures import rgb, save, show_sound
-from ..vit import input_shape, presence_mask, split_prefix
+from ..vit import presence_mask, split_prefix
 
 SIZE = 224  # pixels at which the protocol compares
 THRESHOLDS = 21  # from 0 to 1, of the curve under which the area is
@@ -273,11 +273,8 @@ class Localization(JudgedTask):
 
 def scene_inputs(encoder: AVEncoder, batch: dict, truth: str, modalities: str) -> dict[str, Tensor]:
     """What a model of scenes is called with, silence for the control ("image"); the truth of that name; and
-    how many clips there are: 0 for the blank input that stands for a batch of which none could be read.
+    how many clips there are: 0 where the batch holds a blank.
     """
-    if "index" not in batch:
-        blank = {name: torch.zeros(1, *input_shape(getattr(encoder, name))) for name in ("image", "audio")}
-        return blank | {truth: torch.zeros(1, *blank["image"].shape[-2:]).long(), "clips": torch.tensor(0)}
     inputs = {name: batch[name] for name in ("image", "audio", truth)}
     if modalities == "image":
         inputs["audio"] = torch.zeros_like(batch["audio"])

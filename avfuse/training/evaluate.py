@@ -44,7 +44,7 @@ def held_out_loss(mae: AVMAE, batches: Iterable[dict], device: torch.device) -> 
     clips = 0
     sums, counts = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
     for batch in tqdm(batches, desc="held-out loss", leave=False):
-        if "image" not in batch:
+        if not len(batch["index"]):
             continue
         inputs = {name: batch[name].to(device) for name in INPUTS}
         output = mae(**inputs)
@@ -76,7 +76,7 @@ def pooled_features(encoder: AVEncoder, loader: Iterable[dict], device: torch.de
     encoder.eval()
     batches = []
     for batch in tqdm(loader, desc="features", leave=False):
-        if "image" not in batch:
+        if not len(batch["index"]):
             continue
         inputs = {n: batch[n].to(device) for n in ("image", "audio", "image_present", "audio_present")}
         pooled = {name: mean.float().cpu() for name, mean in pool(encode(encoder, **inputs)).items()}
