@@ -20,7 +20,6 @@ from .training.pictures import draw_attention, draw_reconstructions
 from .training.recipes import TrainConfig, count_parameters, make_model, parse, plan
 from .training.report import describe_losses
 from .training.settings import check_config
-from .vit import input_shape
 from .weights import load_audio_weights, load_image_weights
 
 PRESENT = ("image_present", "audio_present")
@@ -72,15 +71,7 @@ class Pretraining(JudgedTask):
         return ClipDataset(clips, settings, train=train, seed=self.config.seed, extras=masks)
 
     def inputs(self, batch):
-        """What the model is called with. A blank clip is present in no modality and so without a loss."""
-        if "index" not in batch:
-            encoder, generator = self.model.encoder, torch.Generator().manual_seed(0)
-            batch = {
-                name: torch.zeros(1, *input_shape(getattr(encoder, name))) for name in ("image", "audio")
-            }
-            masks = self.model.mask_sampler()(generator)
-            batch |= {name: mask[None] for name, mask in masks.items()}
-            batch |= dict(image_present=torch.tensor([False]), audio_present=torch.tensor([False]))
+        """What the model is called with. A blank is present in no modality and so without a loss."""
         everywhere = [name for name in PRESENT if batch[name].all()]
         return {name: batch[name] for name in INPUTS if name not in everywhere}  # no mask: a faster path
 

@@ -13,9 +13,10 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from videos import write_video
 
 from avfuse import InputSettings, create_encoder, load_encoder
-from avfuse.data.clips import Clip, ClipDataset
+from avfuse.data.clips import Clip, ClipDataset, collate
 from avfuse.data.decode import Part
 from avfuse.data.find import Found
+from avfuse.data.table import ClipTable
 from avfuse.features import FEATURES
 from avfuse.files import write_safetensors
 from avfuse.loading import load_model
@@ -443,10 +444,11 @@ def test_a_model_that_cannot_be_saved_is_an_error(short, monkeypatch, error):
 
 
 def test_clips_with_several_classes_and_batches_without_any(folder):
-    clips = [Clip(folder / "a.mp4", {"class": (0, 2)})]
-    found = Found(clips, clips, "", [], 1, {"class": ("a", "b", "c")})
+    classes = {"class": ("a", "b", "c")}
+    clips = ClipTable([Clip(folder / "a.mp4", {"class": (0, 2)})], classes=classes)
+    found = Found(clips, clips, "", [], 1, classes)
     task = Classification(ClassifyConfig(checkpoint="none"), found)
-    blank = task.inputs({"failures": []})
+    blank = task.inputs(collate([], task.dataset(clips, train=True).blank))
     assert task.counts(blank) == dict(class_loss=0)
     loss = task.losses(task.model.train(), blank)["class_loss"]
     loss.backward()

@@ -55,8 +55,9 @@ def find_scenes(folder, **options) -> Found:
 @pytest.fixture
 def batch(shapes):
     """Six pictures as evaluation reads them."""
-    task, whole = task_of(), find_scenes(shapes)
-    return collate([task.dataset(whole.train + whole.test, train=False)[index] for index in range(6)])
+    whole = find_scenes(shapes)
+    dataset = task_of().dataset(whole.train + whole.test, train=False)
+    return collate([dataset[index] for index in range(6)], dataset.blank)
 
 
 # --- metrics ------------------------------------------------------------------------------------------------
@@ -240,9 +241,11 @@ def test_the_control_hears_nothing(batch):
     assert "control" in control.name and "control" not in other.name
 
 
-def test_a_batch_without_clips_counts_nothing():
+def test_a_batch_without_clips_counts_nothing(shapes):
     task = task_of()
-    inputs = task.inputs(collate([Failure(0, "x", "gone")]))
+    scenes = find_scenes(shapes).train
+    blank = task.dataset(scenes, train=True).blank
+    inputs = task.inputs(collate([Failure(0, "x", "gone")], blank))
     assert task.counts(inputs) == dict(map_loss=0)
     loss = task.losses(task.model, inputs)["map_loss"]
     (0 * loss).backward()

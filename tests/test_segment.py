@@ -51,12 +51,16 @@ def task_of(**options) -> Segmentation:
     return Segmentation(config, Found([], [], "test", [], 0, dict(shape=SHAPE_CLASSES)))
 
 
+def find_scenes(folder) -> Found:
+    return Segmentation.find(SegmentConfig(checkpoint="none", data=folder), lambda _: None)
+
+
 @pytest.fixture
 def batch(shapes):
     """Six pictures as evaluation reads them."""
-    whole = Segmentation.find(SegmentConfig(checkpoint="none", data=shapes), lambda _: None)
+    whole = find_scenes(shapes)
     dataset = task_of().dataset(whole.train + whole.test, train=False)
-    return collate([dataset[index] for index in range(6)])
+    return collate([dataset[index] for index in range(6)], dataset.blank)
 
 
 def picture(*rows: str) -> torch.Tensor:
@@ -270,9 +274,11 @@ def test_the_control_hears_nothing(batch):
 
 
 @pytest.mark.parametrize("target", ["binary", "semantic"])
-def test_a_batch_without_clips_counts_nothing(target):
+def test_a_batch_without_clips_counts_nothing(shapes, target):
     task = task_of(target=target)
-    inputs = task.inputs(collate([Failure(0, "x", "gone")]))
+    scenes = find_scenes(shapes).train
+    blank = task.dataset(scenes, train=True).blank
+    inputs = task.inputs(collate([Failure(0, "x", "gone")], blank))
     assert task.counts(inputs) == dict(mask_loss=0)
     loss = task.losses(task.model, inputs)["mask_loss"]
     (0 * loss).backward()

@@ -146,6 +146,20 @@ def test_a_partner_that_cannot_be_read_is_named(tmp_path):
     assert isinstance(item, Failure) and item.path == bad
 
 
+def test_a_batch_without_pairs_counts_nothing(data):
+    task = task_of()
+    dataset = task.dataset(sounding_shapes.clips(data, "train"), train=True)
+    blank, read = collate([], dataset.blank), collate([dataset[0]], dataset.blank)
+    assert {name: blank[name].shape for name in blank if torch.is_tensor(blank[name])} == {
+        name: (0,) if name == "index" else read[name].shape for name in read if torch.is_tensor(read[name])
+    }
+    inputs = task.inputs(blank)
+    assert task.counts(inputs) == dict(mask_loss=0)
+    task.losses(task.model, inputs)["mask_loss"].backward()
+    gradients = [p.grad for p in task.model.parameters() if p.grad is not None]
+    assert gradients and not any(gradient.any() for gradient in gradients)
+
+
 def test_gradients_reach_encoder_and_decoder_and_every_image_counts():
     torch.manual_seed(0)
     model = Separator(create_encoder("tiny"), decoder_dim=16)
@@ -205,7 +219,7 @@ def test_ratios_without_a_value_are_left_out_and_counted():
 def test_sounds_to_listen_to_are_not_clipped(data, tmp_path):
     task, sounds = task_of(), 3 * tones(220, 470, seconds=3.0).float()
     dataset = MixtureDataset(sounding_shapes.clips(data, "test"), SMALL_INPUTS, train=False)
-    batch = collate([dataset[0]]) | dict(sounds=sounds[None])
+    batch = collate([dataset[0]], dataset.blank) | dict(sounds=sounds[None])
     task.draw(tmp_path / "pictures", task.model, task.inputs(batch), batch, 0)
     heard = {}
     for name in "mixture", "truth":

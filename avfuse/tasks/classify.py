@@ -18,13 +18,13 @@ from torchmetrics.functional.classification import binary_auroc, binary_average_
 
 from ..checks import check_count, check_rate
 from ..data.clips import Clip, ClipDataset
-from ..data.find import SPLITS, Found
+from ..data.find import Found
+from ..data.sets.folders import SPLITS
 from ..files import some
 from ..training.features import FEATURES
 from ..training.judge import JudgedTask, TaskConfig, main, starting_encoder, to_columns, to_rows
 from ..training.loop import Task
 from ..training.pictures import BLUE, GREY, ORANGE, rgb, save, show_sound
-from ..vit import input_shape
 from .classifier import Classifier, check_features, presence
 
 PROGRAM = "python -m avfuse.tasks.classify"
@@ -201,8 +201,8 @@ class WindowDataset(ClipDataset):
         check_count("windows", windows)
         self.places = np.linspace(0, 1, windows).tolist() if windows > 1 else [0.5]
 
-    def _read(self, reader, streams, generator):
-        items = [self._window(reader, streams, generator, place) for place in self.places]
+    def item(self, clip, reader, generator):
+        items = [self.window(clip, reader, generator, place) for place in self.places]
         return items[0] | {name: torch.stack([item[name] for item in items]) for name in ("image", "audio")}
 
 
@@ -344,13 +344,8 @@ class Classification(JudgedTask):
         return ClipDataset(clips, settings, train=True, seed=config.seed)
 
     def inputs(self, batch):
-        """What the classifier is called with, and "target". A blank clip has neither modality."""
-        encoder, modalities = self.model.encoder, self.config.modalities
-        if "index" not in batch:
-            shape = () if not self.is_multi_label else (len(self.classes),)
-            batch = {n: torch.zeros(1, *input_shape(getattr(encoder, n))) for n in ("image", "audio")}
-            batch |= {f"{n}_present": torch.tensor([False]) for n in ("image", "audio")}
-            batch[f"label_{self.label}"] = torch.zeros(1, *shape, dtype=torch.float if shape else torch.long)
+        """What the classifier is called with, and "target". A blank has neither modality."""
+        modalities = self.config.modalities
         given = ("image", "audio") if modalities == "both" else (modalities,)
         inputs = {name: batch[name] for name in given}
         for name in given:

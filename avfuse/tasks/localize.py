@@ -11,9 +11,10 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, interpolate, normalize
 
-from ..data.find import SPLITS, Found
+from ..data.find import Found
 from ..data.scenes import ShapeBoxes, found
 from ..data.sets.flickr_soundnet import is_flickr_soundnet, read_flickr_soundnet
+from ..data.sets.folders import SPLITS
 from ..encoder import AVEncoder
 from ..inputs import InputSettings
 from ..pretrained import Pretrained

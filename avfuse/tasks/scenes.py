@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ..checks import check_count
 from ..data import sounding_shapes
-from ..data.find import DEMO, SPLITS, Found
+from ..data.find import DEMO, Found
 from ..data.scenes import SHAPE_CLASSES, SceneDataset, found, middle_moments, sounding_shapes_scenes
+from ..data.sets.folders import SPLITS
 from ..inputs import InputSettings
 from ..training.judge import JudgedTask, TaskConfig
 from ..training.pictures import rgb, show_sound
-from ..vit import input_shape, presence_mask, split_prefix
+from ..vit import presence_mask, split_prefix
 from .model import TaskModel
 
 SIZE = 224  # pixels, in both directions, at which the protocols compare
@@ -104,13 +105,8 @@ class SceneTask(JudgedTask):
 
     def inputs(self, batch):
         """What the model is called with, silence for the control; the truth; and how many clips there are: 0
-        for the blank input that stands for a batch of which none could be read.
+        where the batch holds a blank.
         """
-        if "index" not in batch:
-            encoder = self.model.encoder
-            blank = {n: torch.zeros(1, *input_shape(getattr(encoder, n))) for n in ("image", "audio")}
-            truth = torch.zeros(1, *blank["image"].shape[-2:]).long()
-            return blank | {self.truth: truth, "clips": torch.tensor(0)}
         inputs = {name: batch[name] for name in ("image", "audio", self.truth)}
         if self.config.modalities == "image":
             inputs["audio"] = torch.zeros_like(batch["audio"])

@@ -14,9 +14,10 @@ from matplotlib.patches import Patch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, interpolate
 
-from ..data.find import SPLITS, Found
+from ..data.find import Found
 from ..data.scenes import ShapeMasks, found
 from ..data.sets import avsbench
+from ..data.sets.folders import SPLITS
 from ..encoder import AVEncoder
 from ..inputs import InputSettings
 from ..pretrained import Pretrained

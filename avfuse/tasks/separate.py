@@ -27,7 +27,6 @@ from ..training.judge import JudgedTask, TaskConfig, first_clips, main, starting
 from ..training.loop import Task
 from ..training.pictures import rgb, save
 from ..training.settings import COUNT
-from ..vit import input_shape
 from .separation_metrics import BSSEval, bss_eval, is_silent, nmf_masks, rpca_masks
 from .separator import Separator
 
@@ -123,9 +122,15 @@ class MixtureDataset(ClipDataset):
         second = super().__getitem__((epoch, partner))
         if isinstance(second, Failure):
             return second
+        return self.mixed(first, second) | dict(index=first["index"], partner=torch.tensor(partner))
+
+    def blank(self):
+        silence = super().blank()
+        return self.mixed(silence, silence) | dict(partner=torch.tensor(0))
+
+    def mixed(self, first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
         both = {name: torch.stack([first[name], second[name]]) for name in PAIRED}
-        mixture = self.spectrogram(both["sounds"].sum(0))
-        return both | dict(audio=mixture, index=first["index"], partner=torch.tensor(partner))
+        return both | dict(audio=self.spectrogram(both["sounds"].sum(0)))
 
     def partner(self, index: int, draw: float) -> int:
         """The clip that a uniform draw from [0, 1) chooses for clip `index`."""
@@ -137,8 +142,8 @@ class MixtureDataset(ClipDataset):
             others = np.delete(np.arange(len(self)), index)
         return int(others[int(draw * len(others))])
 
-    def _read(self, reader, streams, generator):
-        settings = self.settings
+    def item(self, clip, reader, generator):
+        settings, streams = self.settings, clip.streams or reader.streams
         place, mirror = torch.rand(2, generator=generator).tolist() if self.train else (0.5, 1.0)
         start = place * max(0.0, streams.seconds - settings.audio_seconds)
         image = torch.zeros(3, *settings.image_shape)
@@ -190,12 +195,6 @@ class Separation(JudgedTask):
 
     def inputs(self, batch):
         """Images, mixtures, sounds, and which mixtures are `whole`: with two pictures and two sounds."""
-        if "index" not in batch:
-            encoder = self.model.encoder
-            image, audio = (torch.zeros(1, *input_shape(vit)) for vit in (encoder.image, encoder.audio))
-            sounds = torch.zeros(1, 2, encoder.inputs.samples)
-            image = image[:, None].repeat(1, 2, 1, 1, 1)
-            return dict(image=image, audio=audio, sounds=sounds, whole=torch.tensor([False]))
         whole = (batch["image_present"] & batch["audio_present"]).all(1)
         return dict(image=batch["image"], audio=batch["audio"], sounds=batch["sounds"], whole=whole)
 

@@ -169,7 +169,7 @@ class JudgedTask(Task):
         """Has pictures drawn of the first test clips."""
         model.eval()
         indices = range(min(DRAWN, len(run.found.test)))
-        for batch in [batch for batch in evaluation_batches(run, indices) if "index" in batch][:1]:
+        for batch in [batch for batch in evaluation_batches(run, indices) if len(batch["index"])][:1]:
             inputs = to_device(self.inputs(batch), run.accelerator.device)
             self.draw(run.config.run / "pictures", model, inputs, batch, step)
 
@@ -217,7 +217,7 @@ def judge_all(run: Run, model: nn.Module) -> tuple[list[dict], list[Failure]]:
     batches = evaluation_batches(run, indices)
     for batch in tqdm(batches, desc="judging", leave=False, disable=not accelerator.is_main_process):
         failures += batch["failures"]
-        if "index" in batch:
+        if len(batch["index"]):
             judged = task.judge(model, to_device(task.inputs(batch), accelerator.device), batch)
             rows += zip(batch["index"].tolist(), judged, strict=True)
     return [row for _, row in sorted(gather_object(rows), key=lambda pair: pair[0])], failures

@@ -88,8 +88,8 @@ class Task:
         raise NotImplementedError
 
     def inputs(self, batch: dict) -> dict[str, Tensor]:
-        """What of a batch the model and its losses need. Of a batch in which no clip could be read (one
-        without "index") a blank input, of which `counts` are 0: every process has a backward in every step.
+        """What of a batch the model and its losses need. If no clip could be read, the batch holds a blank,
+        of which `counts` are 0: every process has a backward in every step.
         """
         raise NotImplementedError
 
@@ -331,7 +331,7 @@ def train_step(run: Run, step: int, batches: Iterator[list[dict]], signals: Sign
     counts = [task.counts(batch) for batch in inputs]
     names = list(counts[0])
     failures = [failure for batch in read for failure in batch["failures"]]
-    clips = sum(len(batch["index"]) for batch in read if "index" in batch)
+    clips = sum(len(batch["index"]) for batch in read)
     save, signals.save = signals.save, False
     flags = [clips, len(failures), save, signals.terminate, signals.interrupt]
     ours = [sum(count[name] for count in counts) for name in names]
