@@ -7,7 +7,6 @@ from pathlib import Path
 
 import measure
 import torch
-from measure import RESULTS, WallClock, begin_record, quantiles, time_rounds, write_record
 from tables import aligned, spread
 
 from avfuse import InputSettings
@@ -47,10 +46,10 @@ class Options(measure.FileOptions):
 
 
 def main(options: Options) -> dict:
-    options = replace(options, out=options.out or RESULTS / "loading-cpu.json")
+    options = replace(options, out=options.out or measure.RESULTS / "loading-cpu.json")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    record = begin_record("loading", asdict(options) | {"device": "cpu"}, options.note)
+    record = measure.begin_record("loading", asdict(options) | {"device": "cpu"}, options.note)
     record["sizes"] = {}
     for size in options.sizes:
         with tempfile.TemporaryDirectory() as folder:
@@ -58,7 +57,7 @@ def main(options: Options) -> dict:
                 folder, train=options.clips, test=0, size=size, seconds=options.clip_seconds, progress=False
             )
             record["sizes"][size] = measure_size(options, Path(folder), size)
-    print(aligned(table(write_record(options.out, record))))
+    print(aligned(table(measure.write_record(options.out, record))))
     torch.set_num_threads(threads)
     return record
 
@@ -70,10 +69,10 @@ def measure_size(options: Options, folder: Path, size: int) -> dict[str, dict]:
     for clip, item in zip(clips, map(dataset.__getitem__, range(len(clips))), strict=True):
         if not isinstance(item, dict) or not item["image_present"] or not item["audio_present"]:
             raise ValueError(f"clip {clip.path.name} cannot be read whole")
-    clocks = {name: WallClock(stage, "cpu") for name, stage in stages(dataset).items()}
-    times = time_rounds(clocks, seconds=options.seconds, rounds=(5, 50), title=f"{size} pixels")
+    clocks = {name: measure.WallClock(stage, "cpu") for name, stage in stages(dataset).items()}
+    times = measure.time_rounds(clocks, seconds=options.seconds, rounds=(5, 50), title=f"{size} pixels")
     return {
-        name: dict(clips_per_second=quantiles([len(clips) / second for second in seconds]))
+        name: dict(clips_per_second=measure.quantiles([len(clips) / second for second in seconds]))
         for name, seconds in times.items()
     }
 

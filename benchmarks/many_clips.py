@@ -14,7 +14,6 @@ from pathlib import Path
 
 import measure
 import torch
-from measure import RESULTS, begin_record, write_record
 from tables import aligned
 from torch.utils.data import BatchSampler
 
@@ -42,8 +41,8 @@ class Options(measure.FileOptions):
 
 
 def main(options: Options) -> dict:
-    options = replace(options, out=options.out or RESULTS / "many_clips-cpu.json")
-    record = begin_record("many_clips", asdict(options) | {"device": "cpu"}, options.note)
+    options = replace(options, out=options.out or measure.RESULTS / "many_clips-cpu.json")
+    record = measure.begin_record("many_clips", asdict(options) | {"device": "cpu"}, options.note)
     record["rows"] = {}
     for rows in options.rows:
         with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +50,7 @@ def main(options: Options) -> dict:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
                 record["rows"][rows] = fresh.submit(measure_rows, folder, options.decoded).result()
         print(f"{rows:,} clips: {record['rows'][rows]}", flush=True)
-    print(aligned(table(write_record(options.out, record))))
+    print(aligned(table(measure.write_record(options.out, record))))
     return record
 
 

@@ -9,22 +9,6 @@ from typing import Literal
 import measure
 import torch
 import torch.nn.functional as F
-from measure import (
-    DTYPES,
-    RESULTS,
-    GpuClock,
-    WallClock,
-    agreement,
-    begin_record,
-    cache_flush,
-    ceilings,
-    limit_memory,
-    memory_errors,
-    print_agreement,
-    quantiles,
-    time_rounds,
-    write_record,
-)
 from tables import MISSING, spread, terminal
 from torch import Tensor
 
@@ -81,15 +65,15 @@ def main(options: Options) -> dict:
     options = replace(
         options,
         batch=options.batch or (64 if options.device == "cuda" else 2),
-        out=options.out or RESULTS / f"pair_attention-{options.device}.json",
+        out=options.out or measure.RESULTS / f"pair_attention-{options.device}.json",
     )
-    record = begin_record("pair_attention", asdict(options), options.note)
-    limit_memory(options.device, options.memory_limit)
-    record["ceilings"] = ceilings(options.device, DTYPES[options.dtype])
+    record = measure.begin_record("pair_attention", asdict(options), options.note)
+    measure.limit_memory(options.device, options.memory_limit)
+    record["ceilings"] = measure.ceilings(options.device, measure.DTYPES[options.dtype])
     record["shapes"] = {}
     for name, shape, variant in cells(options.shapes, options.variants):
         record["shapes"][name] = measure_shape(options, shape, variant, record["ceilings"])
-        written = write_record(options.out, record)["shapes"][name]
+        written = measure.write_record(options.out, record)["shapes"][name]
         print(f"\n{name}: batch {options.batch}, {options.dtype}, microseconds (quartiles)")
         print(terminal([floor_line(written), *shape_parts(name, written)]))
     return record
@@ -143,7 +127,7 @@ def implementation(row: RowName, variant: Variant) -> Callable:
 def make_tensors(options: Options, shape: Shape, variant: Variant) -> tuple[dict[str, Tensor], Tensor]:
     """What pair_attention is called with, by argument, and the gradient of its output."""
     I, A = SHAPES[shape]
-    B, H, dtype = options.batch, options.heads, DTYPES[options.dtype]
+    B, H, dtype = options.batch, options.heads, measure.DTYPES[options.dtype]
     F_, K, V = options.fusion_tokens, options.key_width, options.value_width
     torch.manual_seed(0)
 
@@ -217,7 +201,7 @@ def measure_shape(options: Options, shape: Shape, variant: Variant, ceiling: dic
     tensors, grad = make_tensors(options, shape, variant)
     few = torch.zeros_like(grad)
     few[0, 0, :QUERIES] = grad[0, 0, :QUERIES]
-    truth, dtype = over_all_pairs(tensors, few, torch.float64), DTYPES[options.dtype]
+    truth, dtype = over_all_pairs(tensors, few, torch.float64), measure.DTYPES[options.dtype]
     if variant == "bias":
         plains = [over_all_pairs(tensors, few, dtype)]
     else:
@@ -226,18 +210,18 @@ def measure_shape(options: Options, shape: Shape, variant: Variant, ceiling: dic
     for row in options.rows:
         try:
             attend = implementation(row, variant)
-            with memory_errors():
+            with measure.memory_errors():
                 ours = run_with_gradients(attend, tensors, few)
         except (ValueError, MemoryError) as error:  # what this row cannot do, here or at all
             rows[row] = dict(failed=str(error))
             continue
-        rows[row] = agreement(ours, truth, plains, dtype)
-        print_agreement(row, rows[row])
+        rows[row] = measure.agreement(ours, truth, plains, dtype)
+        measure.print_agreement(row, rows[row])
         if rows[row]["agrees"]:
             clocks |= clocks_of(options, row, attend, tensors, grad)
-    times = time_rounds(clocks, seconds=options.seconds, rounds=(5, 50), title=f"{shape}, {variant}")
+    times = measure.time_rounds(clocks, seconds=options.seconds, rounds=(5, 50), title=f"{shape}, {variant}")
     for (row, mode, clock), seconds in times.items():
-        rows[row].setdefault("seconds", {}).setdefault(mode, {})[clock] = quantiles(seconds)
+        rows[row].setdefault("seconds", {}).setdefault(mode, {})[clock] = measure.quantiles(seconds)
     moved, flop = (
         {mode: count(options, shape, variant, mode) for mode in options.modes}
         for count in (count_bytes, count_flop)
@@ -252,16 +236,16 @@ def measure_shape(options: Options, shape: Shape, variant: Variant, ceiling: dic
 
 def clocks_of(options: Options, row: RowName, attend: Callable, tensors: dict, grad: Tensor) -> dict:
     """Clocks by (row, mode, what they measure)."""
-    flush, clocks = cache_flush(options.device), {}
+    flush, clocks = measure.cache_flush(options.device), {}
     for mode, call in calls_of(attend, tensors, grad).items():
         if mode not in options.modes:
             continue
-        clocks[row, mode, "wall, warm"] = WallClock(call, options.device, turn=0.02)
+        clocks[row, mode, "wall, warm"] = measure.WallClock(call, options.device, turn=0.02)
         if options.device == "cuda":
-            clocks[row, mode, "GPU, warm"] = GpuClock(call)
-            clocks[row, mode, "GPU, cold"] = GpuClock(call, before=flush)
+            clocks[row, mode, "GPU, warm"] = measure.GpuClock(call)
+            clocks[row, mode, "GPU, cold"] = measure.GpuClock(call, before=flush)
         else:
-            clocks[row, mode, "wall, cold"] = WallClock(call, options.device, before=flush)
+            clocks[row, mode, "wall, cold"] = measure.WallClock(call, options.device, before=flush)
     return clocks
 
 
@@ -293,7 +277,7 @@ def count_bytes(options: Options, shape: Shape, variant: Variant, mode: Mode) ->
     """
     I, A = SHAPES[shape]
     F_, K, V = options.fusion_tokens, options.key_width, options.value_width
-    heads, size = options.batch * options.heads, DTYPES[options.dtype].itemsize
+    heads, size = options.batch * options.heads, measure.DTYPES[options.dtype].itemsize
     inputs, output = heads * size * (F_ * K + (I + A) * (K + V)), heads * size * F_ * V
     bias = 4 * options.heads * I * A if variant == "bias" else 0
     masks = options.batch * (I + A) if variant == "masks" else 0

@@ -9,22 +9,7 @@ from typing import Literal
 import measure
 import torch
 from materialized import PairKeyFusion, PairTokenFusion, folded
-from measure import (
-    DTYPES,
-    RESULTS,
-    PeakMemory,
-    WallClock,
-    agreement,
-    begin_record,
-    in_fresh_process,
-    limit_memory,
-    quantiles,
-    relative_error,
-    time_rounds,
-    write_record,
-)
 from tables import MISSING, spread, terminal
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from avfuse import DenseFusion
@@ -74,12 +59,12 @@ def main(options: Options) -> dict:
         tokens=tuple(sorted(options.tokens)),
         batch=options.batch or (8 if device == "cuda" else 1),
         memory_limit=options.memory_limit or (64.0 if device == "cuda" else 4.0),
-        out=options.out or RESULTS / f"scaling-{device}.json",
+        out=options.out or measure.RESULTS / f"scaling-{device}.json",
     )
-    record = begin_record("scaling", asdict(options), options.note)
+    record = measure.begin_record("scaling", asdict(options), options.note)
     for mode in options.modes:
         record[mode] = measure_mode(options, mode)
-        written = write_record(options.out, record)
+        written = measure.write_record(options.out, record)
         print(
             f"\n{mode}: one block, width {options.dim}, batch {options.batch}, {options.dtype}, {device}; "
             f"at most {options.memory_limit:g} GiB\n\n{terminal(mode_parts(written, mode))}"
@@ -111,7 +96,7 @@ def make_inputs(options: Options, tokens: int) -> list[torch.Tensor]:
 
 def call_of(options: Options, mode: Mode, block: DenseFusion, tokens: int) -> Callable:
     """One call on the device. Gradients add up in place, so that they take memory only once."""
-    dtype = DTYPES[options.dtype]
+    dtype = measure.DTYPES[options.dtype]
     inputs = [tensor.to(options.device, dtype) for tensor in make_inputs(options, tokens)]
     block.to(options.device, dtype)
     if mode == "forward":
@@ -123,28 +108,44 @@ def call_of(options: Options, mode: Mode, block: DenseFusion, tokens: int) -> Ca
 @torch.inference_mode()
 def disagreement(options: Options, blocks: dict, row: RowName, tokens: int) -> str | None:
     """What is wrong with a row's output; None if nothing is. The truth is exact dense fusion in float64,
-    which is itself compared with the stored pair tokens in float64 where these are few. Plain PyTorch is the
-    same block on the CPU with attention as matrix products and a softmax, which need little memory for the
-    few queries of one clip that are compared.
+    which is itself compared with the stored pair tokens in float64 where these are few. A few queries of one
+    clip are compared.
     """
-    dtype, inputs = DTYPES[options.dtype], make_inputs(options, tokens)
+    dtype, inputs = measure.DTYPES[options.dtype], make_inputs(options, tokens)
     few = [inputs[0][:1, :QUERIES], *(tensor[:1] for tensor in inputs[1:])]
     double = [tensor.double() for tensor in few]
     stored, exact = blocks["materialized"].double(), blocks["dense"].double()
     exact.load_state_dict(folded(stored.state_dict()))
     truth = exact(*double)
     if tokens <= 128:
-        error = relative_error(stored(*double), truth)
+        error = measure.relative_error(stored(*double), truth)
         if error > 1e-10:
             return f"exact dense fusion is off by {error} from stored pairs"
+    rounded = with_rounded_sums(exact, *double, terms=tokens if row == "dense" else tokens**2)
     block = blocks[row].to(options.device, dtype)
-    ours = block(*(tensor.to(options.device, dtype) for tensor in inputs))[:1, :QUERIES]
-    with sdpa_kernel(SDPBackend.MATH):
-        plain = block.cpu()(*(tensor.to(dtype) for tensor in few))
-    outputs = (dict(output=output.double().cpu()) for output in (ours, truth, plain))
-    ours, truth, plain = outputs
-    compared = agreement(ours, truth, [plain], dtype)
-    return None if compared["agrees"] else f"disagrees by {compared['errors']['output']:.1e}"
+    ours = block(*(tensor.to(options.device, dtype) for tensor in inputs))[:1, :QUERIES].double().cpu()
+    error = measure.relative_error(ours, truth)
+    allowed = 16 * torch.finfo(dtype).eps + measure.relative_error(rounded, truth)
+    return None if error < allowed else f"disagrees by {error:.1e}, allowed {allowed:.1e}"
+
+
+def with_rounded_sums(block: DenseFusion, fusion, image, audio, terms: int) -> torch.Tensor:
+    """The output of a block whose attention adds up so many weighted values in float32, one after the other:
+    half an epsilon of the sum of their magnitudes at each step, whose signs are random.
+    """
+    tokens = (
+        (block.norm_image(image), block.image_key_value),
+        (block.norm_audio(audio), block.audio_key_value),
+    )
+    values = [block.keys_and_values(key_value(normed))[1] for normed, key_value in tokens]
+    weights = block.attention_weights(fusion, image, audio)
+    attended, size = (
+        block.merge_heads(sum(w @ v for w, v in zip(weights, of_values, strict=True)))
+        for of_values in (values, [value.abs() for value in values])
+    )
+    signs = torch.randn(size.shape, generator=torch.Generator().manual_seed(0)).sign()
+    rounding = math.sqrt(terms) * torch.finfo(torch.float32).eps / 2 * size * signs
+    return block.update(fusion, attended + block.value_bias + rounding)
 
 
 # --- measuring ----------------------------------------------------------------------------------------------
@@ -156,7 +157,7 @@ def measure_mode(options: Options, mode: Mode) -> dict:
         for tokens in options.tokens:
             bar.set_postfix_str(f"{row} {tokens} + {tokens}")
             try:
-                used, wrong = in_fresh_process(peak_memory, options, mode, row, tokens)
+                used, wrong = measure.in_fresh_process(peak_memory, options, mode, row, tokens)
             except MemoryError as error:
                 rows[row]["stopped"] = f"{tokens} + {tokens} tokens: {error}"
                 break
@@ -167,15 +168,15 @@ def measure_mode(options: Options, mode: Mode) -> dict:
         for tokens, point in result["points"].items()
         if "failed" not in point
     }
-    clocks = {key: WallClock(call, options.device, turn=0.02) for key, call in calls.items()}
-    times = time_rounds(clocks, seconds=options.seconds, title=f"{mode}: time")
+    clocks = {key: measure.WallClock(call, options.device, turn=0.02) for key, call in calls.items()}
+    times = measure.time_rounds(clocks, seconds=options.seconds, title=f"{mode}: time")
     for (row, tokens), seconds in times.items():
-        rows[row]["points"][tokens]["seconds"] = quantiles(seconds)
+        rows[row]["points"][tokens]["seconds"] = measure.quantiles(seconds)
     for row, result in rows.items():
         fitted = [tokens for tokens in result["points"] if tokens >= FIT_FROM and (row, tokens) in times]
         if len(fitted) > 1:
             of_rounds = zip(*(times[row, tokens] for tokens in fitted), strict=True)
-            result["time_slope"] = quantiles([slope(fitted, seconds) for seconds in of_rounds])
+            result["time_slope"] = measure.quantiles([slope(fitted, seconds) for seconds in of_rounds])
             used = [result["points"][tokens]["memory_bytes"] for tokens in fitted]
             result["memory_slope"] = round(slope(fitted, used), 3)
     return rows
@@ -185,12 +186,12 @@ def peak_memory(options: Options, mode: Mode, row: RowName, tokens: int) -> tupl
     """Bytes that a call needs over what was there before, and what is wrong with the output; run in a fresh
     process.
     """
-    limit_memory(options.device, options.memory_limit)
+    measure.limit_memory(options.device, options.memory_limit)
     blocks = make_blocks(options)
     first = min(options.tokens[0], 64)
     call_of(options, mode, blocks[row], first)()  # libraries take their memory, gradients are allocated
     call = call_of(options, mode, blocks[row], tokens)
-    with PeakMemory(options.device) as peak:
+    with measure.PeakMemory(options.device) as peak:
         call()
     del call
     return peak.bytes, disagreement(options, blocks, row, tokens)

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from avfuse import AVMAE, AVEncoder
 from avfuse.data.sounding_shapes.synthesis import COLOURS, SHAPES, draw, play, sample_scene
 from avfuse.data.transforms import Spectrogram
+from avfuse.files import aside
 from avfuse.presets import SMALL_INPUTS
 
 DIM, DEPTH, HEADS, PATCH = 64, 4, 2, 16
@@ -319,9 +320,8 @@ def scenes(options: Options) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             drawn = pool.map(partial(draw_scene, options.objects), numbers, chunksize=64)
             drawn = list(tqdm(drawn, desc="scenes", total=len(numbers)))
         arrays = dict(zip(STORED, map(np.stack, zip(*drawn, strict=True)), strict=True))
-        partial_path = path.with_suffix(".part.npz")
-        np.savez(partial_path, **arrays)
-        os.replace(partial_path, path)
+        with aside(path) as partial_path, open(partial_path, "wb") as file:
+            np.savez(file, **arrays)
     with np.load(path, allow_pickle=False) as file:
         tensors = {name: torch.from_numpy(file[name]) for name in file.files}
     splits = (slice(options.train), slice(options.train, None))

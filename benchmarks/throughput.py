@@ -10,25 +10,6 @@ from typing import Literal, NamedTuple
 import measure
 import torch
 from materialized import PairKeyFusion, PairTokenFusion, folded, with_blocks
-from measure import (
-    DTYPES,
-    RESULTS,
-    PeakMemory,
-    WallClock,
-    agreement,
-    begin_record,
-    count_flops,
-    free_memory,
-    in_fresh_process,
-    largest_error,
-    limit_memory,
-    memory_errors,
-    print_agreement,
-    quantiles,
-    ratios,
-    time_rounds,
-    write_record,
-)
 from tables import MISSING, spread, terminal, times
 from tqdm import tqdm
 
@@ -107,7 +88,7 @@ class Options(measure.Options):
 
 def main(options: Options) -> dict:
     options = resolve(options)
-    record = begin_record("throughput", recorded(options), options.note)
+    record = measure.begin_record("throughput", recorded(options), options.note)
     models = {}
     for mode, batch in in_order(options):
         print(f"\n{mode}: {preset_of(options, mode)}, batch {batch}, {options.dtype}, {options.device}")
@@ -118,7 +99,7 @@ def main(options: Options) -> dict:
         if mode not in models:
             models[mode] = compared_models(options, mode, rows)
         time_batch(options, mode, batch, rows, models[mode])
-        written = write_record(options.out, record)
+        written = measure.write_record(options.out, record)
         print("\n" + terminal([mode_table(written, mode), *summary({"Here": written}, mode)]))
     return record
 
@@ -132,8 +113,8 @@ def resolve(options: Options) -> Options:
     return replace(
         options,
         rows=tuple(name for name in ROWS if name == "none" or name in options.rows),
-        memory_limit=options.memory_limit or 0.9 * free_memory(options.device),
-        out=options.out or RESULTS / f"{name}.json",
+        memory_limit=options.memory_limit or 0.9 * measure.free_memory(options.device),
+        out=options.out or measure.RESULTS / f"{name}.json",
     )
 
 
@@ -199,7 +180,7 @@ def encoder_of(model) -> AVEncoder:
 
 def make_step(options: Options, mode: Mode, model, optimizer: torch.optim.Optimizer) -> Callable:
     """A call that encodes images and sounds, in the dtype of the weights, or takes one training step."""
-    dtype, run = DTYPES[options.dtype], compiled(model, options.compile)
+    dtype, run = measure.DTYPES[options.dtype], compiled(model, options.compile)
 
     def encode(image, audio):
         with torch.inference_mode():
@@ -225,7 +206,7 @@ def compiled(model, how: str):
 
 def placed(model, options: Options, mode: Mode):
     """On the device; in inference in the dtype too, while training keeps float32 weights under autocast."""
-    return model.to(options.device, DTYPES[options.dtype] if mode == "inference" else None)
+    return model.to(options.device, measure.DTYPES[options.dtype] if mode == "inference" else None)
 
 
 # --- arithmetic and memory ----------------------------------------------------------------------------------
@@ -249,7 +230,7 @@ def gflop_per_clip(row: Row, preset: str, mode: Mode) -> float:
             output.loss.backward()
 
     with torch.set_grad_enabled(mode == "training"):
-        flops = count_flops(lambda: make_model(row, create_encoder(preset, "none"), mode), run)
+        flops = measure.count_flops(lambda: make_model(row, create_encoder(preset, "none"), mode), run)
     return round(flops / 1e9, 2)
 
 
@@ -258,7 +239,7 @@ def measure_memory(options: Options, mode: Mode, batch: int, rows: dict) -> None
     for name in (bar := tqdm(options.rows, desc="memory, in fresh processes", leave=False, disable=None)):
         bar.set_postfix_str(name)
         try:
-            used = in_fresh_process(peak_memory, options, name, preset_of(options, mode), mode, batch)
+            used = measure.in_fresh_process(peak_memory, options, name, preset_of(options, mode), mode, batch)
             rows[name]["batches"][batch] = dict(memory_bytes=used)
         except MemoryError as error:
             rows[name]["batches"][batch] = dict(failed=str(error))
@@ -266,14 +247,14 @@ def measure_memory(options: Options, mode: Mode, batch: int, rows: dict) -> None
 
 def peak_memory(options: Options, name: str, preset: str, mode: Mode, batch: int) -> int:
     """Bytes of the weights and of what two calls need on top; run in a fresh process."""
-    limit_memory(options.device, options.memory_limit)
+    measure.limit_memory(options.device, options.memory_limit)
     model = placed(make_model(ROWS[name], create_encoder(preset, "none"), mode), options, mode)
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     clips = make_inputs(encoder_of(model), batch, options.device)
     step = make_step(options, mode, model, make_optimizer(model.parameters()))
     if options.device == "cpu":
         torch.ones(64, 64) @ torch.ones(64, 64)  # starts the threads
-    with PeakMemory(options.device) as peak:
+    with measure.PeakMemory(options.device) as peak:
         step(*clips)
         step(*clips)
     return weights + peak.bytes
@@ -287,7 +268,7 @@ def compared_models(options: Options, mode: Mode, rows: dict) -> dict:
     the errors to the rows. Plain PyTorch is that model in the dtype, on the same device.
     """
     models, stored = make_models(options, preset_of(options, mode), mode)
-    dtype, none = DTYPES[options.dtype], models["none"]
+    dtype, none = measure.DTYPES[options.dtype], models["none"]
     image, audio = make_inputs(encoder_of(none), min(CLIPS, max(batches_of(options, mode))))
     clips = image.to(options.device), audio.to(options.device)
     removed = draw_masks(none, len(image)) if mode == "training" else {}
@@ -301,8 +282,8 @@ def compared_models(options: Options, mode: Mode, rows: dict) -> dict:
             known[kind] = double, plain
         truth, plain = known[kind]
         ours = outputs(compiled(model, options.compile), *clips, removed, dtype)
-        rows[name] |= agreement(ours, truth, [plain], dtype)
-        print_agreement(name, rows[name])
+        rows[name] |= measure.agreement(ours, truth, [plain], dtype)
+        measure.print_agreement(name, rows[name])
     return models
 
 
@@ -393,17 +374,17 @@ def time_batch(options: Options, mode: Mode, batch: int, rows: dict, models: dic
             continue
         step = make_step(options, mode, model, optimizer)
         try:
-            with memory_errors():
+            with measure.memory_errors():
                 step(*clips)
-            clocks[name] = WallClock(partial(step, *clips), options.device, turn=turn)
+            clocks[name] = measure.WallClock(partial(step, *clips), options.device, turn=turn)
         except MemoryError as error:
             result["failed"] = str(error)
-    seconds = time_rounds(clocks, seconds=options.seconds, title=f"{mode} x {batch}")
+    seconds = measure.time_rounds(clocks, seconds=options.seconds, title=f"{mode} x {batch}")
     for name, ours in seconds.items():
         result = rows[name]["batches"][batch]
-        result["clips_per_second"] = quantiles([batch / second for second in ours])
+        result["clips_per_second"] = measure.quantiles([batch / second for second in ours])
         if "none" in seconds:
-            result["speed_over_none"] = ratios(seconds["none"], ours)
+            result["speed_over_none"] = measure.ratios(seconds["none"], ours)
 
 
 # --- tables -------------------------------------------------------------------------------------------------
@@ -494,7 +475,7 @@ def fastest(rows: dict, name: RowName) -> dict | None:
 def why_not(row: dict, *results: dict) -> str:
     """Why a row has no speed."""
     if not row["agrees"]:
-        return f"no speed: it disagrees, {largest_error(row['errors'])}"
+        return f"no speed: it disagrees, {measure.largest_error(row['errors'])}"
     return next((result["failed"] for result in results if "failed" in result), "-")
 
 

@@ -29,15 +29,15 @@ from .tiles import (
     load_mask,
     load_rows,
     logits_of,
+    modality,
     on_device_of,
     padded,
     precision_of,
+    prepared,
     reciprocal,
     rows_of,
-    sizes_of,
     slot_head,
     store_rows,
-    strides_of,
 )
 
 SAFE = tl.constexpr(2.0**-76)
@@ -88,9 +88,9 @@ def attend(
         tl.zeros((padded(V), BLOCK_F), tl.float32),
     )
     for i in range(0, image[TOKENS], BLOCK_N):
-        image_logits, image_k, image_v = load_tokens(q, image, i, scale, K, V, PRECISION, BLOCK_N)
+        image_logits, image_k, image_v = load_logits(q, image, i, scale, K, V, PRECISION, BLOCK_N)
         for j in range(0, audio[TOKENS], BLOCK_N):
-            audio_logits, audio_k, audio_v = load_tokens(q, audio, j, scale, K, V, PRECISION, BLOCK_N)
+            audio_logits, audio_k, audio_v = load_logits(q, audio, j, scale, K, V, PRECISION, BLOCK_N)
             tile = load_bias(bias, image, audio, i, j, BLOCK_N)
             previous = top
             image_weights, audio_weights, top = marginals(
@@ -191,10 +191,10 @@ def survey(
     image_total, audio_total = tl.zeros((BLOCK_F,), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
     image_mean, audio_mean = tl.zeros((BLOCK_F,), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
     for i in range(0, image[TOKENS], BLOCK_N):
-        image_logits, image_k, image_v = load_tokens(q, image, i, scale, K, V, PRECISION, BLOCK_N)
+        image_logits, image_k, image_v = load_logits(q, image, i, scale, K, V, PRECISION, BLOCK_N)
         image_grad = tl.dot(image_v, tl.trans(do), input_precision=PRECISION)
         for j in range(0, audio[TOKENS], BLOCK_N):
-            audio_logits, audio_k, audio_v = load_tokens(q, audio, j, scale, K, V, PRECISION, BLOCK_N)
+            audio_logits, audio_k, audio_v = load_logits(q, audio, j, scale, K, V, PRECISION, BLOCK_N)
             audio_grad = tl.dot(audio_v, tl.trans(do), input_precision=PRECISION)
             tile = load_bias(bias, image, audio, i, j, BLOCK_N)
             previous = top
@@ -240,12 +240,12 @@ def differentiate_side(
     """Stores the gradients of keys and values of one modality; returns its part of that of the queries."""
     dq = tl.zeros((padded(K), BLOCK_F), tl.float32)
     for i in range(0, own[TOKENS], BLOCK_N):
-        logits, k, v = load_tokens(q, own, i, scale, K, V, PRECISION, BLOCK_N)
+        logits, k, v = load_logits(q, own, i, scale, K, V, PRECISION, BLOCK_N)
         own_grad = tl.dot(v, tl.trans(do), input_precision=PRECISION) - own_mean
         weights = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)  # p_i
         others = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)  # sum_j P_ij g_j
         for j in range(0, other[TOKENS], BLOCK_N):
-            other_logits, other_k, other_v = load_tokens(q, other, j, scale, K, V, PRECISION, BLOCK_N)
+            other_logits, other_k, other_v = load_logits(q, other, j, scale, K, V, PRECISION, BLOCK_N)
             other_grad = tl.dot(other_v, tl.trans(do), input_precision=PRECISION) - other_mean
             tile = load_bias(bias, own, other, i, j, BLOCK_N)
             more_weights, more_others = weighted_by_other(
@@ -307,10 +307,10 @@ def bias_kernel(
                 )
                 top, inverse, image_mean, audio_mean, safe = load_statistics(statistics, b, h, H, queries, F)
                 for i in range(first_i, last_i, BLOCK_N):
-                    image_logits, image_k, image_v = load_tokens(q, image, i, scale, K, V, PRECISION, BLOCK_N)
+                    image_logits, image_k, image_v = load_logits(q, image, i, scale, K, V, PRECISION, BLOCK_N)
                     image_grad = tl.dot(image_v, tl.trans(do), input_precision=PRECISION) - image_mean
                     for j in range(first_j, last_j, BLOCK_N):
-                        audio_logits, audio_k, audio_v = load_tokens(
+                        audio_logits, audio_k, audio_v = load_logits(
                             q, audio, j, scale, K, V, PRECISION, BLOCK_N
                         )
                         audio_grad = tl.dot(audio_v, tl.trans(do), input_precision=PRECISION) - audio_mean
@@ -421,40 +421,28 @@ def is_safe(top, image_total, audio_total):
 
 @triton.jit
 def side(key, value, mask, key_strides, value_strides, mask_stride, b, h, N):
-    """One modality of one head: key, value, mask, strides of their rows, tokens, whether any is attended."""
+    """What `modality` tells, and whether any token is attended."""
+    key, value, mask, key_stride, value_stride, N = modality(
+        key, value, mask, key_strides, value_strides, mask_stride, b, h, N
+    )
     alive = N > 0
-    if mask is not None:
-        mask += tl.cast(b, tl.int64) * mask_stride
-        found = 0
+    if mask.dtype.is_ptr():
+        attended = 0
         for start in range(0, N, 128):
-            tokens = start + tl.arange(0, 128)
-            found += tl.max(tl.load(mask + tokens, mask=tokens < N, other=0).to(tl.int32), 0)
-        alive = found > 0
-    else:
-        mask = tl.full((), 0, tl.int32)  # a compiled function returns no None: see `load_tokens`
-    return (
-        head(key, key_strides, b, h), head(value, value_strides, b, h), mask,
-        key_strides[2], value_strides[2], N, alive,
-    )  # fmt: skip
+            attended += tl.max(load_mask(mask, start + tl.arange(0, 128), N).to(tl.int32), 0)
+        alive = attended > 0
+    return key, value, mask, key_stride, value_stride, N, alive
 
 
 @triton.jit
-def load_tokens(
-    q,
-    modality,
-    start,
-    scale,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+def load_logits(
+    q, side, start, scale,
+    K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Logits (BLOCK_N, BLOCK_F), keys and values of a tile of tokens; a dead modality has one, all 0."""
-    key, value, mask, key_stride, value_stride, N, alive = modality
+    key, value, mask, key_stride, value_stride, N, alive = side
     tokens = start + tl.arange(0, BLOCK_N)
-    attended = tokens < N
-    if mask.dtype.is_ptr():
-        attended = load_mask(mask, 0, start, tokens, N)
+    attended = load_mask(mask, tokens, N)
     k = load_rows(key, key_stride, tokens, attended, K)
     v = load_rows(value, value_stride, tokens, attended, V)
     stands_in = (tokens == 0) & (alive == 0)
@@ -476,45 +464,33 @@ def load_bias(bias, own, other, i, j, BLOCK_N: tl.constexpr):
 
 def forward(query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, scale):
     """As `forward` of pair_attention.py, with pair_bias (B or 1, H or 1, I or 1, A or 1)."""
-    tensors = [rows_of(x) for x in (query, image_key, image_value, audio_key, audio_value)]
-    masks = [rows_of(mask) for mask in (image_mask, audio_mask)]
-    B, H, F, I, A, K, V = sizes_of(*tensors)
+    tensors = query, image_key, image_value, audio_key, audio_value
+    inputs, (B, H, F, I, A, K, V), strides = prepared(tensors, (image_mask, audio_mask))
     options = settings(query.dtype, F, K, V)
     output = query.new_empty((B, F, H, V))
     with on_device_of(query):
         forward_kernel[B * H, triton.cdiv(F, options["BLOCK_F"])](
-            *tensors, *masks, pair_bias, output, *strides_of(tensors, masks), broadcast_strides(pair_bias),
-            H, F, I, A, scale, **options,
+            *inputs, pair_bias, output, *strides, broadcast_strides(pair_bias), H, F, I, A, scale, **options,
         )  # fmt: skip
     return output.transpose(1, 2)
 
 
 def backward(
-    output_grad,
-    query,
-    image_key,
-    image_value,
-    audio_key,
-    audio_value,
-    image_mask,
-    audio_mask,
-    pair_bias,
-    scale,
-    bias_grad,
-):
+    output_grad, query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask,
+    pair_bias, scale, bias_grad,
+):  # fmt: skip
     """Gradients of query, image_key, image_value, audio_key, audio_value; pair_bias if `bias_grad`."""
-    tensors = [rows_of(x) for x in (query, image_key, image_value, audio_key, audio_value)]
-    masks = [rows_of(mask) for mask in (image_mask, audio_mask)]
+    tensors = query, image_key, image_value, audio_key, audio_value
+    inputs, (B, H, F, I, A, K, V), strides = prepared(tensors, (image_mask, audio_mask))
     output_grad = rows_of(output_grad)
-    B, H, F, I, A, K, V = sizes_of(*tensors)
     options = settings(query.dtype, F, K, V)
     parts = triton.cdiv(F, options["BLOCK_F"])
     grads = [empty_slots(query, 1), *(empty_slots(tensor, parts) for tensor in tensors[1:])]
     statistics = query.new_empty((B, 6, H, F), dtype=torch.float32) if bias_grad else None
-    strides = *strides_of(tensors, masks), broadcast_strides(pair_bias), output_grad.stride()
+    strides += [broadcast_strides(pair_bias), output_grad.stride()]
     with on_device_of(query):
         backward_kernel[B * H, parts](
-            *tensors, *masks, pair_bias, output_grad, *grads, statistics, *strides,
+            *inputs, pair_bias, output_grad, *grads, statistics, *strides,
             H, F, I, A, scale, **options,
         )  # fmt: skip
         results = [add_slots(grad, query.dtype) for grad in grads]
@@ -523,7 +499,7 @@ def backward(
             results.append(pair_bias.new_empty(sizes))
             tiles = triton.cdiv(sizes[2], block) * triton.cdiv(sizes[3], block)
             bias_kernel[sizes[0] * sizes[1] * tiles,](  # all in one dimension: the others end at 65535
-                *tensors, *masks, pair_bias, output_grad, statistics, results[-1], *strides, sizes,
+                *inputs, pair_bias, output_grad, statistics, results[-1], *strides, sizes,
                 B, H, F, I, A, scale, **options,
             )  # fmt: skip
         return results

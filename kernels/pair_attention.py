@@ -23,24 +23,25 @@ from .tiles import (
     empty_slots,
     finite,
     head,
-    load_mask,
     load_rows,
+    load_tokens,
     logits_of,
+    modality,
     on_device_of,
     padded,
     precision_of,
+    prepared,
     reciprocal,
     rows_of,
-    sizes_of,
     slot_head,
     store_rows,
-    strides_of,
 )
 
 PROGRAMS = 256  # tokens are split until there are so many: 2 for each multiprocessor of an A100 or H100
 SPLIT_TOKENS = 256  # the fewest tokens that are worth a program of their own
 # Triton would compile anew where one of these is 1 or a multiple of 16; no load or store gains by it.
 COUNTS = ["F", "I", "A", "image_mask_stride", "audio_mask_stride"]
+TOKENS = tl.constexpr(5)  # of what `modality` returns
 
 
 # --- forward ------------------------------------------------------------------------------------------------
@@ -60,15 +61,20 @@ def forward_kernel(
     b, h, split = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(2)
     queries = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
 
+    image = modality(
+        image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride, b, h, I
+    )
+    audio = modality(
+        audio_key, audio_value, audio_mask, audio_key_strides, audio_value_strides, audio_mask_stride, b, h, A
+    )
+
     q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
     image_top, image_sum, image_out = attend(
-        q, image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride,
-        b, h, I, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N,
-    )  # fmt: skip
+        q, image, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N
+    )
     audio_top, audio_sum, audio_out = attend(
-        q, audio_key, audio_value, audio_mask, audio_key_strides, audio_value_strides, audio_mask_stride,
-        b, h, A, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N,
-    )  # fmt: skip
+        q, audio, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N
+    )
 
     if SPLITS == 1:
         out = image_out * reciprocal(image_sum) + audio_out * reciprocal(audio_sum)
@@ -84,22 +90,17 @@ def forward_kernel(
 
 @triton.jit
 def attend(
-    q, key, value, mask, key_strides, value_strides, mask_stride, b, h, N, split, scale,
+    q, side, split, scale,
     K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Largest logit, sum of weights (BLOCK_F,) and weighted values (V, BLOCK_F) of one modality."""
-    key, value = head(key, key_strides, b, h), head(value, value_strides, b, h)
     top = tl.full((BLOCK_F,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_F,), tl.float32)
     weighted = tl.zeros((padded(V), BLOCK_F), tl.float32)
-    first, last = part(N, split, SPLITS, BLOCK_N)
+    first, last = part(side[TOKENS], split, SPLITS, BLOCK_N)
     for start in range(first, last, BLOCK_N):
-        tokens = start + tl.arange(0, BLOCK_N)
-        attended = load_mask(mask, mask_stride, b, tokens, N)
-        k = load_rows(key, key_strides[2], tokens, attended, K)
-        v = load_rows(value, value_strides[2], tokens, attended, V)
-
+        k, v, attended = load_tokens(start + tl.arange(0, BLOCK_N), side, K, V)
         logits = logits_of(q, k, attended, scale, PRECISION)
         previous, top = top, tl.maximum(top, tl.max(logits, 0))
         weights = tl.exp(logits - finite(top))
@@ -118,12 +119,12 @@ def merge_kernel(
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
     queries = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     out = tl.zeros((BLOCK_F, padded(V)), tl.float32)
-    for modality in tl.static_range(2):
-        top, inverse, _ = load_statistics(statistics, modality, b, h, H, queries, F, SPLITS)
+    for side in tl.static_range(2):
+        top, inverse, _ = load_statistics(statistics, side, b, h, H, queries, F, SPLITS)
         for split in range(SPLITS):
-            own_top = slot_head(statistics, 3 * modality * SPLITS + split, 6 * SPLITS, b, h, H, F, 1)
+            own_top = slot_head(statistics, 3 * side * SPLITS + split, 6 * SPLITS, b, h, H, F, 1)
             own_top = tl.load(own_top + queries * H, mask=queries < F, other=0.0)
-            part_of = slot_head(partial, modality * SPLITS + split, 2 * SPLITS, b, h, H, F, V)
+            part_of = slot_head(partial, side * SPLITS + split, 2 * SPLITS, b, h, H, F, V)
             weighted = load_rows(part_of, H * V, queries, queries < F, V)
             out += weighted * (tl.exp(own_top - top) * inverse)[:, None]
     store_rows(slot_head(output, 0, 1, b, h, H, F, V), H * V, queries, queries < F, out, V)
@@ -146,20 +147,20 @@ def statistics_kernel(
     b, h, split = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(2)
     queries = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
 
-    q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
-    do = load_rows(
-        head(output_grad, output_grad_strides, b, h), output_grad_strides[2], queries, queries < F, V
+    image = modality(
+        image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride, b, h, I
     )
-    top, total, weighted = survey(
-        q, do, image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride,
-        b, h, I, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N,
-    )  # fmt: skip
-    store_statistics(statistics, 0, split, b, h, H, queries, F, top, total, weighted, SPLITS)
-    top, total, weighted = survey(
-        q, do, audio_key, audio_value, audio_mask, audio_key_strides, audio_value_strides, audio_mask_stride,
-        b, h, A, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N,
-    )  # fmt: skip
-    store_statistics(statistics, 1, split, b, h, H, queries, F, top, total, weighted, SPLITS)
+    audio = modality(
+        audio_key, audio_value, audio_mask, audio_key_strides, audio_value_strides, audio_mask_stride, b, h, A
+    )
+
+    q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
+    do = head(output_grad, output_grad_strides, b, h)
+    do = load_rows(do, output_grad_strides[2], queries, queries < F, V)
+    of_image = survey(q, do, image, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N)
+    store_statistics(statistics, 0, split, b, h, H, queries, F, *of_image, SPLITS)
+    of_audio = survey(q, do, audio, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N)
+    store_statistics(statistics, 1, split, b, h, H, queries, F, *of_audio, SPLITS)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -177,43 +178,56 @@ def backward_kernel(
     tile, tiles = tl.program_id(1), tl.num_programs(1)
     queries = tile * BLOCK_F + tl.arange(0, BLOCK_F)
 
-    q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
-    do = load_rows(
-        head(output_grad, output_grad_strides, b, h), output_grad_strides[2], queries, queries < F, V
+    image = modality(
+        image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride, b, h, I
     )
+    audio = modality(
+        audio_key, audio_value, audio_mask, audio_key_strides, audio_value_strides, audio_mask_stride, b, h, A
+    )
+    image_grads = (
+        slot_head(image_key_grad, tile, tiles, b, h, H, I, K),
+        slot_head(image_value_grad, tile, tiles, b, h, H, I, V), H,
+    )  # fmt: skip
+    audio_grads = (
+        slot_head(audio_key_grad, tile, tiles, b, h, H, A, K),
+        slot_head(audio_value_grad, tile, tiles, b, h, H, A, V), H,
+    )  # fmt: skip
+
+    q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
+    do = head(output_grad, output_grad_strides, b, h)
+    do = load_rows(do, output_grad_strides[2], queries, queries < F, V)
     dq = tl.zeros((padded(K), BLOCK_F), tl.float32)
-    dq = differentiate(
-        dq, q, do, image_key, image_value, image_mask, image_key_grad, image_value_grad, statistics, 0,
-        image_key_strides, image_value_strides, image_mask_stride,
-        b, h, H, queries, F, I, tile, tiles, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N,
-    )  # fmt: skip
-    dq = differentiate(
-        dq, q, do, audio_key, audio_value, audio_mask, audio_key_grad, audio_value_grad, statistics, 1,
-        audio_key_strides, audio_value_strides, audio_mask_stride,
-        b, h, H, queries, F, A, tile, tiles, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N,
-    )  # fmt: skip
+    for number in tl.static_range(2):
+        side, grads = (image, image_grads) if number == 0 else (audio, audio_grads)
+        if SPLITS == 1:
+            top, total, weighted = survey(
+                q, do, side, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N
+            )
+            top, inverse = finite(top), reciprocal(total)
+            delta = weighted * inverse
+        else:
+            top, inverse, delta = load_statistics(statistics, number, b, h, H, queries, F, SPLITS)
+        dq = differentiate(
+            dq, q, do, side, grads, top, inverse, delta, split, scale,
+            K, V, SPLITS, PRECISION, BLOCK_N,
+        )  # fmt: skip
     query_grad = slot_head(query_grad, split, SPLITS, b, h, H, F, K)
     store_rows(query_grad, H * K, queries, queries < F, tl.trans(dq * scale), K)
 
 
 @triton.jit
 def survey(
-    q, do, key, value, mask, key_strides, value_strides, mask_stride, b, h, N, split, scale,
+    q, do, side, split, scale,
     K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Largest logit, sum of weights and of weights * do.v, (BLOCK_F,) each, of one modality."""
-    key, value = head(key, key_strides, b, h), head(value, value_strides, b, h)
     top = tl.full((BLOCK_F,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_F,), tl.float32)
     weighted = tl.zeros((BLOCK_F,), tl.float32)
-    first, last = part(N, split, SPLITS, BLOCK_N)
+    first, last = part(side[TOKENS], split, SPLITS, BLOCK_N)
     for start in range(first, last, BLOCK_N):
-        tokens = start + tl.arange(0, BLOCK_N)
-        attended = load_mask(mask, mask_stride, b, tokens, N)
-        k = load_rows(key, key_strides[2], tokens, attended, K)
-        v = load_rows(value, value_strides[2], tokens, attended, V)
-
+        k, v, attended = load_tokens(start + tl.arange(0, BLOCK_N), side, K, V)
         logits = logits_of(q, k, attended, scale, PRECISION)
         weights_grad = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         previous, top = top, tl.maximum(top, tl.max(logits, 0))
@@ -226,32 +240,14 @@ def survey(
 
 @triton.jit
 def differentiate(
-    dq, q, do, key, value, mask, key_grad, value_grad, statistics, modality: tl.constexpr,
-    key_strides, value_strides, mask_stride, b, h, H, queries, F, N, tile, tiles, split, scale,
-    K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
+    dq, q, do, side, grads, top, inverse, delta, split, scale,
+    K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Stores the gradients of keys and values of one modality; adds to that of the queries, (K, BLOCK_F)."""
-    if SPLITS == 1:
-        top, total, weighted = survey(
-            q, do, key, value, mask, key_strides, value_strides, mask_stride, b, h, N, split, scale,
-            K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N,
-        )  # fmt: skip
-        top, inverse = finite(top), reciprocal(total)
-        delta = weighted * inverse
-    else:
-        top, inverse, delta = load_statistics(statistics, modality, b, h, H, queries, F, SPLITS)
-
-    key, value = head(key, key_strides, b, h), head(value, value_strides, b, h)
-    key_grad = slot_head(key_grad, tile, tiles, b, h, H, N, K)
-    value_grad = slot_head(value_grad, tile, tiles, b, h, H, N, V)
-    first, last = part(N, split, SPLITS, BLOCK_N)
+    first, last = part(side[TOKENS], split, SPLITS, BLOCK_N)
     for start in range(first, last, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
-        attended = load_mask(mask, mask_stride, b, tokens, N)
-        k = load_rows(key, key_strides[2], tokens, attended, K)
-        v = load_rows(value, value_strides[2], tokens, attended, V)
-
+        k, v, attended = load_tokens(tokens, side, K, V)
         logits = logits_of(q, k, attended, scale, PRECISION)
         weights = tl.exp(logits - top) * inverse
         dv = tl.dot(weights.to(do.dtype), do, input_precision=PRECISION)
@@ -260,8 +256,8 @@ def differentiate(
         dk = tl.dot(logits_grad, q, input_precision=PRECISION) * scale
         dq += tl.dot(tl.trans(k), logits_grad, input_precision=PRECISION)
 
-        store_rows(value_grad, H * V, tokens, tokens < N, dv, V)
-        store_rows(key_grad, H * K, tokens, tokens < N, dk, K)
+        store_rows(grads[1], grads[2] * V, tokens, tokens < side[TOKENS], dv, V)
+        store_rows(grads[0], grads[2] * K, tokens, tokens < side[TOKENS], dk, K)
     return dq
 
 
@@ -309,9 +305,9 @@ def forward(query, image_key, image_value, audio_key, audio_value, image_mask, a
     """(B, H, F, K), (B, H, I, K), (B, H, I, V), (B, H, A, K), (B, H, A, V) -> (B, H, F, V), which lies in
     memory as (B, F, H, V). Masks (B, I) and (B, A) bool or None.
     """
-    tensors = [rows_of(x) for x in (query, image_key, image_value, audio_key, audio_value)]
-    masks = [rows_of(mask) for mask in (image_mask, audio_mask)]
-    sizes = B, H, F, I, A, K, V = sizes_of(*tensors)
+    tensors = query, image_key, image_value, audio_key, audio_value
+    inputs, sizes, strides = prepared(tensors, (image_mask, audio_mask))
+    B, H, F, I, A, K, V = sizes
     options = settings(query.dtype, *sizes)
     splits, tiles = options["SPLITS"], triton.cdiv(F, options["BLOCK_F"])
     output = query.new_empty((B, F, H, V))
@@ -321,8 +317,7 @@ def forward(query, image_key, image_value, audio_key, audio_value, image_mask, a
         partial = query.new_empty((B, 2, splits, F, H, V), dtype=torch.float32)
     with on_device_of(query):
         forward_kernel[B * H, tiles, splits](
-            *tensors, *masks, output, statistics, partial, *strides_of(tensors, masks),
-            H, F, I, A, scale, **options,
+            *inputs, output, statistics, partial, *strides, H, F, I, A, scale, **options,
         )  # fmt: skip
         if splits > 1:
             merge_kernel[B * H, tiles](
@@ -335,22 +330,22 @@ def backward(
     output_grad, query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, scale
 ):
     """Gradients of query, image_key, image_value, audio_key and audio_value."""
-    tensors = [rows_of(x) for x in (query, image_key, image_value, audio_key, audio_value)]
-    masks = [rows_of(mask) for mask in (image_mask, audio_mask)]
+    tensors = query, image_key, image_value, audio_key, audio_value
+    inputs, sizes, strides = prepared(tensors, (image_mask, audio_mask))
+    B, H, F, I, A, K, V = sizes
     output_grad = rows_of(output_grad)
-    sizes = B, H, F, I, A, K, V = sizes_of(*tensors)
     options = settings(query.dtype, *sizes, backward=True)
     splits, tiles = options["SPLITS"], triton.cdiv(F, options["BLOCK_F"])
     grads = [empty_slots(query, splits), *(empty_slots(tensor, tiles) for tensor in tensors[1:])]
     statistics = query.new_empty((B, 2, 3, splits, F, H), dtype=torch.float32) if splits > 1 else None
-    strides = *strides_of(tensors, masks), output_grad.stride()
+    strides.append(output_grad.stride())
     with on_device_of(query):
         if splits > 1:
             statistics_kernel[B * H, tiles, splits](
-                *tensors, *masks, output_grad, statistics, *strides, H, F, I, A, scale, **options
+                *inputs, output_grad, statistics, *strides, H, F, I, A, scale, **options
             )
         backward_kernel[B * H, tiles, splits](
-            *tensors, *masks, output_grad, *grads, statistics, *strides, H, F, I, A, scale, **options
+            *inputs, output_grad, *grads, statistics, *strides, H, F, I, A, scale, **options
         )
         return [add_slots(grad, query.dtype) for grad in grads]
 

@@ -42,14 +42,35 @@ def store_rows(pointer, stride, rows, present, values, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def load_mask(mask, stride, b, tokens, N):
+def modality(key, value, mask, key_strides, value_strides, mask_stride, b, h, N):
+    """One modality of one head of one clip: key, value, mask, strides of the rows of both, tokens."""
+    if mask is not None:
+        mask += tl.cast(b, tl.int64) * mask_stride
+    else:
+        mask = tl.full((), 0, tl.int32)  # a compiled function returns no None: see `load_mask`
+    return (
+        head(key, key_strides, b, h), head(value, value_strides, b, h), mask,
+        key_strides[2], value_strides[2], N,
+    )  # fmt: skip
+
+
+@triton.jit
+def load_mask(mask, tokens, N):
     """Which of the tokens of one clip may be attended to."""
     attended = tokens < N
-    if mask is not None:
-        attended = attended & tl.load(
-            mask + tl.cast(b, tl.int64) * stride + tokens, mask=attended, other=False
-        )
+    if mask.dtype.is_ptr():
+        attended = attended & tl.load(mask + tokens, mask=attended, other=False)
     return attended
+
+
+@triton.jit
+def load_tokens(tokens, side, K: tl.constexpr, V: tl.constexpr):
+    """Keys and values of those tokens of a modality that may be attended to (0 elsewhere), and which may."""
+    key, value, mask, key_stride, value_stride, N = side
+    attended = load_mask(mask, tokens, N)
+    k = load_rows(key, key_stride, tokens, attended, K)
+    v = load_rows(value, value_stride, tokens, attended, V)
+    return k, v, attended
 
 
 @triton.jit
@@ -108,12 +129,17 @@ def add_slots(results, dtype):
     return total.transpose(1, 2)
 
 
-def sizes_of(query, image_key, image_value, audio_key, _):
+def prepared(tensors, masks):
+    """Tensors and masks as the kernels read them, with adjacent elements in the last dimension; their sizes
+    B, H, F, I, A, K, V; and their strides, of each tensor a tuple, of each mask that of a clip.
+    """
+    tensors, masks = [rows_of(x) for x in tensors], [rows_of(mask) for mask in masks]
+    query, image_key, image_value, audio_key, _ = tensors
     B, H, F, K = query.shape
-    return B, H, F, image_key.shape[2], audio_key.shape[2], K, image_value.shape[3]
-
-
-def strides_of(tensors, masks):
-    """Of each tensor as a tuple, of each mask that of a clip; the last dimension has stride 1."""
     strides = [tensor.stride()[:3] for tensor in tensors]
-    return *strides, *(0 if mask is None else mask.stride(0) for mask in masks)
+    strides += [0 if mask is None else mask.stride(0) for mask in masks]
+    return (
+        (*tensors, *masks),
+        (B, H, F, image_key.shape[2], audio_key.shape[2], K, image_value.shape[3]),
+        strides,
+    )

@@ -303,6 +303,22 @@ def test_scaling(out, capsys):
     assert "slope" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("row", scaling.ROWS)
+def test_scaling_sees_a_token_that_is_left_out(monkeypatch, row):
+    options = scaling.Options(batch=1, dim=64, heads=2, dtype="float32", device="cpu")
+    blocks = scaling.make_blocks(options)
+    assert scaling.disagreement(options, blocks, row, tokens=512) is None
+    kind = scaling.ROWS[row]
+
+    class Forgetful(kind):
+        def forward(self, fusion, image, audio):
+            rounded = image.dtype == torch.float32
+            return super().forward(fusion, image[:, 1:] if rounded else image, audio)
+
+    blocks[row].__class__ = Forgetful
+    assert "disagrees by" in scaling.disagreement(options, blocks, row, tokens=512)
+
+
 def test_many_clips(out):
     options = many_clips.Options(rows=(40,), decoded=(1, 33), out=out)
     (result,) = many_clips.main(options)["rows"].values()

@@ -1,7 +1,8 @@
 """The Triton kernels of pair_attention against float64: on the GPU where there is one, else in Triton's
-interpreter. With -m gpu also what only a GPU shows: bfloat16, tf32, memory, repetition, graphs, offsets.
+interpreter. With -m gpu also what only a GPU shows: bfloat16, memory, repetition, graphs, offsets.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -11,14 +12,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from avfuse.kernels import biased_pair_attention as biased_kernels
 from avfuse.kernels import pair_attention as kernels
 from models import make_encoder, make_inputs
+from pair_rounding import Precision, largest_errors
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from triton._C.libtriton.ir import INPUT_PRECISION
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from avfuse import AVMAE, fusion
 from avfuse.ops.pair_attention import pair_attention
@@ -32,8 +37,6 @@ INF = math.inf
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = ("query", "image_key", "image_value", "audio_key", "audio_value")
 KEYS = ("image_key", "audio_key")
-AXES = {"query": "K", "image_key": "IK", "image_value": "IV", "audio_key": "AK", "audio_value": "AV"}
-AXES |= {"image_mask": "I", "audio_mask": "A", "pair_bias": "IA", "output": "V"}  # the last dimensions
 
 OPTIONS = {
     "dtype": (torch.float32, torch.float16),
@@ -71,6 +74,26 @@ def poison(monkeypatch):
         return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+@pytest.fixture(autouse=True)
+def tensor_cores(monkeypatch):
+    """Where the interpreter multiplies in tf32, it cuts the operands to it, as tensor cores do."""
+    if DEVICE == "cuda":
+        return
+    create_dot = InterpreterBuilder.create_dot
+
+    def cutting(self, a, b, d, input_precision, *options):
+        if input_precision == INPUT_PRECISION.TF32 and a.data.dtype == np.float32:
+            a, b = (TensorHandle(cut_to_tf32(x.data), x.dtype) for x in (a, b))
+        return create_dot(self, a, b, d, input_precision, *options)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", cutting)
+
+
+def cut_to_tf32(x):
+    """float32 without the last 13 of its 23 bits after the point."""
+    return (x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def pairwise(options, count, seed=0):
@@ -158,84 +181,15 @@ def run(tensors, output_grad, *, attend=pair_attention, dtype=None, **options):
     return {"output": output.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-def plain(
-    query, image_key, image_value, audio_key, audio_value, pair_bias=None, image_mask=None, audio_mask=None
-):
-    """Ordinary PyTorch in the dtype of the inputs: the error that the kernels are measured against."""
-    sides = []
-    for key, value, mask in (image_key, image_value, image_mask), (audio_key, audio_value, audio_mask):
-        logits = query @ key.mT * query.shape[-1] ** -0.5
-        if mask is not None:  # a modality that is missing becomes tokens of 0
-            alive = mask.any(1)[:, None, None, None]
-            logits = torch.where(alive, logits, 0.0).masked_fill(~(mask[:, None, None] | ~alive), -INF)
-            value = torch.where(alive, value, 0.0)
-            if pair_bias is not None:
-                pair_bias = torch.where(alive, pair_bias, 0.0)
-        sides.append((logits, value))
-    (image_logits, image_value), (audio_logits, audio_value) = sides
-    if pair_bias is None:
-        return image_logits.softmax(-1) @ image_value + audio_logits.softmax(-1) @ audio_value
-    logits = image_logits[..., None] + audio_logits[..., None, :] + pair_bias[:, :, None].to(query.dtype)
-    none_left = (logits == -INF).all((-2, -1), keepdim=True)
-    weights = logits.masked_fill(none_left, 0.0).flatten(-2).softmax(-1).view_as(logits)
-    weights = weights.masked_fill(none_left, 0.0)
-    return weights.sum(-1) @ image_value + weights.sum(-2) @ audio_value
-
-
-def usual_errors(tensors, truth, output_grad, **options):
-    """The largest errors of `plain` by name, over some orders of what it sums: at large logits the error of
-    one order is a draw of luck. Where plain float16 overflows, it counts for nothing.
-    """
-    keys, values = tensors["image_key"].shape, tensors["audio_value"].shape
-    sizes = {"I": keys[2], "K": keys[3], "A": values[2], "V": values[3]}
-    errors = dict.fromkeys(truth, 0.0)
-    for _ in range(8):
-        orders = {letter: torch.randperm(size, device=DEVICE) for letter, size in sizes.items()}
-        permuted, true = (
-            {name: reorder(name, x, orders) for name, x in group.items()}
-            for group in ({**tensors, **options}, truth)
-        )
-        leaves = {name: permuted.pop(name) for name in tensors}
-        usual = run(leaves, reorder("output", output_grad, orders), attend=plain, **permuted)
-        for name, tensor in usual.items():
-            error = (tensor.double() - true[name]).abs().max().item()
-            errors[name] = max(errors[name], error if math.isfinite(error) else 0.0)
-    return errors
-
-
-def reorder(name, tensor, orders):
-    for dim, letter in enumerate(reversed(AXES[name]), 1):
-        if tensor.shape[-dim] > 1:
-            tensor = tensor.index_select(-dim, orders[letter])
-    return tensor
-
-
-def cancellation(query, image_key, image_value, audio_key, audio_value, pair_bias, output_grad):
-    """What sums of weights times gradients consist of. With a bias their terms are rounded to float32
-    before they cancel, also where a single pair has all the weight and they cancel to 0.
-    """
-    image, audio = ((output_grad @ value.mT).abs().max().item() for value in (image_value, audio_value))
-    largest, scale = 2 * (image + audio), query.shape[-1] ** -0.5
-    queries, q = query.shape[:3].numel(), query.abs().max().item()
-    keys = image_key.abs().max().item() + audio_key.abs().max().item()
-    return {
-        "query": largest * keys * scale,
-        "image_key": query.shape[2] * largest * q * scale,
-        "audio_key": query.shape[2] * largest * q * scale,
-        "pair_bias": queries * largest,
-    }
-
-
-def assert_accurate(ours, usual, truth, dtype, terms):
-    """At most twice the error of plain PyTorch in the same dtype, plus eps * max|truth|, for each tensor, or
+def assert_accurate(ours, truth, errors, dtype):
+    """Each tensor to at most twice the error that rounding makes (`pair_rounding`), plus eps * max|truth|, or
     the smallest number there is.
     """
     for name, true in truth.items():
         assert ours[name].dtype == dtype and ours[name].isfinite().all(), name
         error = (ours[name].double() - true).abs().max().item()
         smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-        allowed = 2 * usual[name] + torch.finfo(dtype).eps * true.abs().max().item() + smallest
-        allowed += torch.finfo(torch.float32).eps * terms.get(name, 0.0)
+        allowed = 2 * errors[name] + torch.finfo(dtype).eps * true.abs().max().item() + smallest
         assert error <= allowed, f"{name} is off by {error:.2e}, allowed {allowed:.2e}"
 
 
@@ -248,11 +202,12 @@ def check(monkeypatch, dtype, F, I, A, K, V, masks, bias, magnitude, layout, spl
     options = masks_of(masks, B, I, A)
     output_grad = torch.randn(B, H, F, V, device=DEVICE).to(dtype)
     truth = run(tensors, output_grad, dtype=torch.float64, backend="reference", **options)
-    usual = usual_errors(tensors, truth, output_grad, **options)
-    terms = cancellation(**tensors, output_grad=output_grad) if bias else {}
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    precision = Precision.of(dtype, tf32=tf32, biased=bias is not None)
+    errors = largest_errors(tensors, truth, output_grad, precision, **options)
     tensors = {name: laid_out(tensor, layout) for name, tensor in tensors.items()}
     ours = run(tensors, laid_out(output_grad, layout), backend="triton", **options)
-    assert_accurate(ours, usual, truth, dtype, terms)
+    assert_accurate(ours, truth, errors, dtype)
 
 
 def force_splits(monkeypatch, splits):
@@ -270,6 +225,53 @@ def force_splits(monkeypatch, splits):
 @pytest.mark.parametrize("case", pairwise(OPTIONS, 100), ids=name_of)
 def test_output_and_gradients(monkeypatch, case):
     check(monkeypatch, **case)
+
+
+TF32_OPTIONS = {
+    "dtype": (torch.float32,),
+    "F": (1, 16, 33),
+    "I": (1, 7, 65),
+    "A": (1, 33),
+    "K": (3, 16, 64),
+    "V": (4, 64),
+    "masks": (None, "random", "dead"),
+    "bias": (None, "own", "image", "few pairs", "opposed"),
+    "magnitude": (1.0, 60.0, 3000.0),
+    "layout": ("contiguous", "strided"),
+    "splits": (1, 2),
+}
+
+
+@pytest.mark.parametrize("case", pairwise(TF32_OPTIONS, 24), ids=name_of)
+def test_output_and_gradients_in_tf32(monkeypatch, case):
+    with float32_products("tf32"):
+        check(monkeypatch, **case)
+
+
+@contextlib.contextmanager
+def float32_products(precision):
+    """ "tf32" or "ieee", as the kernels and the rest of PyTorch are told."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, precision
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="of the interpreter")
+def test_the_interpreter_cuts_operands_to_tf32():
+    """Of a single token each, whose weights are 1, the output is the sum of their values as they are read."""
+    numbers = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-11, -1 - 2**-11, 1 / 3, 3e-39, 0.0])
+    cut = torch.from_numpy(cut_to_tf32(numbers.numpy()))
+    assert cut[:4].tolist() == [1.0, 1 + 2**-10, 1.0, -1.0]
+    assert ((numbers - cut).abs() <= 2**-10 * numbers.abs())[:5].all()
+    tensors = make(I=1, A=1, V=7)
+    tensors["image_value"][:], tensors["audio_value"][:] = numbers, 2 * numbers
+    for precision, values in ("ieee", numbers), ("tf32", cut):
+        with float32_products(precision):
+            output = pair_attention(**tensors, backend="triton")
+        assert torch.equal(output, (values + 2 * values).expand(output.shape))
 
 
 # --- compiled for GPUs that are not here --------------------------------------------------------------------
@@ -466,8 +468,8 @@ GPU_OPTIONS = {**OPTIONS, "dtype": (torch.bfloat16, torch.float32), "tf32": (Fal
 @pytest.mark.parametrize("case", pairwise(GPU_OPTIONS, 110, seed=1), ids=name_of)
 def test_output_and_gradients_in_bfloat16_and_tf32(monkeypatch, case):
     tf32 = case.pop("tf32")
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32" if tf32 else "ieee")
-    check(monkeypatch, **case)
+    with float32_products("tf32" if tf32 else "ieee"):
+        check(monkeypatch, **case)
 
 
 def gpu_inputs(bias=None, dtype=torch.bfloat16):
