@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+FLOATING = "floating point"
+KINDS = {"bool": torch.bool, "long": torch.long}
+
 
 def check_choice(name: str, value: object, choices: tuple) -> None:
     if value not in choices:
@@ -47,9 +50,28 @@ def is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def check_tensor(
+    name: str,
+    tensor: Tensor,
+    kind: str,
+    *,
+    shape: tuple[int, ...] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """A tensor that is "floating point", "bool" or "long", of this shape on this device if they are given."""
+    is_tensor = isinstance(tensor, Tensor)
+    if not is_tensor or not (tensor.is_floating_point() if kind == FLOATING else tensor.dtype == KINDS[kind]):
+        got = tensor.dtype if is_tensor else type(tensor).__name__
+        raise ValueError(f"{name} must be a {kind} tensor, got {got}")
+    if shape is not None and tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+
+
 def check_tokens(name: str, tokens: Tensor, dim: int, *, like: Tensor | None = None) -> None:
     """Tokens are floating point (B, N, dim) with N > 0, of the batch size and device of `like`."""
-    check_floating_point(name, tokens)
+    check_tensor(name, tokens, FLOATING)
     if tokens.ndim != 3 or tokens.shape[1] == 0 or tokens.shape[2] != dim:
         raise ValueError(f"{name} must be tokens (B, N, {dim}) with N > 0, got shape {tuple(tokens.shape)}")
     if like is not None and tokens.shape[0] != like.shape[0]:
@@ -58,47 +80,30 @@ def check_tokens(name: str, tokens: Tensor, dim: int, *, like: Tensor | None = N
         raise ValueError(f"{name} must be on {like.device}, got {tokens.device}")
 
 
-def check_floating_point(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        raise ValueError(f"{name} must be a floating point tensor, got {kind_of(tensor)}")
-
-
 def check_dtype(name: str, tensor: Tensor, weight: Tensor) -> None:
     """An input has the dtype of the weights it meets, or autocast is on, which casts it."""
     if tensor.dtype != weight.dtype and not casts(weight.device):
         raise ValueError(f"{name} must have the dtype of the weights, {weight.dtype}, got {tensor.dtype}")
 
 
-def check_mask(name: str, mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> None:
+def check_mask(name: str, mask: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
     """A mask is None or a bool tensor of `shape` on `device`."""
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise ValueError(f"{name} must be a bool tensor, got {kind_of(mask)}")
-    if tuple(mask.shape) != tuple(shape):
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(mask.shape)}")
-    if mask.device != device:
-        raise ValueError(f"{name} must be on {device}, got {mask.device}")
+    if mask is not None:
+        check_tensor(name, mask, "bool", shape=shape, device=device)
 
 
 def check_indices(name: str, indices: Tensor, batch: int, size: int, device: torch.device) -> None:
-    """Indices (B, n) long into `size` tokens. Their range is checked on the CPU only: elsewhere it would wait
-    for the device.
-    """
-    if not isinstance(indices, Tensor) or indices.dtype != torch.long:
-        raise ValueError(f"{name} must be a long tensor, got {kind_of(indices)}")
+    """Indices (B, n) long into `size` tokens; only on the CPU, where nothing waits, also their range."""
+    check_tensor(name, indices, "long")
     if indices.ndim != 2 or indices.shape[0] != batch or not 0 < indices.shape[1] <= size:
-        raise ValueError(
-            f"{name} must be ({batch}, n) with 0 < n <= {size}, got shape {tuple(indices.shape)}"
-        )
-    if indices.device != device:
-        raise ValueError(f"{name} must be on {device}, got {indices.device}")
+        shape = tuple(indices.shape)
+        raise ValueError(f"{name} must be ({batch}, n) with 0 < n <= {size}, got shape {shape}")
+    check_tensor(name, indices, "long", device=device)
     traced = torch.compiler.is_compiling() or isinstance(indices, FakeTensor)
     if indices.device.type == "cpu" and indices.numel() and not traced:
-        if indices.min() < 0 or indices.max() >= size:
-            raise ValueError(
-                f"{name} must hold indices in 0..{size - 1}, got {indices.min()}..{indices.max()}"
-            )
+        lowest, highest = indices.min(), indices.max()
+        if lowest < 0 or highest >= size:
+            raise ValueError(f"{name} must hold indices in 0..{size - 1}, got {lowest}..{highest}")
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
@@ -111,7 +116,3 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
 def casts(device: torch.device) -> bool:
     """Whether autocast is on; "meta" has none."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
-
-
-def kind_of(value: object) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

@@ -1,7 +1,6 @@
 """The three-branch encoder: image and audio transformers, and fusion tokens that tie them at any depth."""
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -15,11 +14,11 @@ from .checks import (
     check_count,
     check_dtype,
     check_flag,
-    check_floating_point,
     check_indices,
     check_mask,
+    check_tensor,
 )
-from .fusion import NORM_EPS, DenseFusion, FactorizedFusion, TokenFusion
+from .fusion import NORM_EPS, STATE, VARIANTS, Fusion, Stream, Variant
 from .inputs import InputSettings
 from .pretrained import Pretrained, parameter_groups
 from .vit import (
@@ -33,13 +32,9 @@ from .vit import (
     without_head,
 )
 
-INTERACTIONS = ("dense", "bilinear", "factorized", "token", "none")
-
 
 class EncoderOutput(NamedTuple):
-    """Normalised tokens of the last layer; `layers`, if asked for, holds those of every layer before the
-    norm.
-    """
+    """Normalised tokens of the last layer; `layers`, on request, those of every layer before the norm."""
 
     image: Tensor | None  # (B, prefix + n_image, D)
     audio: Tensor | None  # (B, prefix + n_audio, D)
@@ -75,6 +70,8 @@ class AVEncoder(nn.Module, Pretrained):
         ValueError: naming the argument that is wrong.
     """
 
+    variants: dict[str, Variant] = VARIANTS
+
     def __init__(
         self,
         image: VisionTransformer,
@@ -104,15 +101,18 @@ class AVEncoder(nn.Module, Pretrained):
                 raise ValueError(
                     f"audio must have the {quantity} of image, {of_image}, got a {quantity} of {of_audio}"
                 )
-        check_choice("interactions", interactions, INTERACTIONS)
+        check_choice("interactions", interactions, tuple(self.variants))
         check_flag("pair_bias", pair_bias)
-        if pair_bias and interactions not in ("dense", "bilinear"):
-            raise ValueError(f"pair_bias needs interactions 'dense' or 'bilinear', got {interactions!r}")
+        if pair_bias and "pair_bias" not in self.variants[interactions].options:
+            able = [name for name, variant in self.variants.items() if "pair_bias" in variant.options]
+            raise ValueError(
+                f"pair_bias needs interactions {' or '.join(map(repr, able))}, got {interactions!r}"
+            )
         num_heads = image.blocks[0].attn.num_heads if num_heads is None else num_heads
         check_count("num_heads", num_heads)
-        check_count("fusion_tokens", fusion_tokens)
-        check_count("image_aggregation_tokens", image_aggregation_tokens)
-        check_count("audio_aggregation_tokens", audio_aggregation_tokens)
+        counts = fusion_tokens, image_aggregation_tokens, audio_aggregation_tokens
+        for name, count in zip(STATE, counts, strict=True):
+            check_count(name, count)
         self.image, self.audio = without_head(image), without_head(audio)
         self.embed_dim, self.depth = image.embed_dim, len(image.blocks)
         self.num_fusion_tokens = fusion_tokens
@@ -144,29 +144,17 @@ class AVEncoder(nn.Module, Pretrained):
     @property
     def num_state_tokens(self) -> int:
         """Tokens of the fusion branch: the fusion tokens, with "factorized" also the aggregation tokens."""
-        settings = self.settings
-        if settings["interactions"] != "factorized":
-            return self.num_fusion_tokens
-        return (
-            self.num_fusion_tokens
-            + settings["image_aggregation_tokens"]
-            + settings["audio_aggregation_tokens"]
-        )
+        return sum(self.settings[name] for name in self.variant.state)
 
-    def make_block(self) -> nn.Module:
+    @property
+    def variant(self) -> Variant:
+        """The way to fuse."""
+        return self.variants[self.settings["interactions"]]
+
+    def make_block(self) -> Fusion:
         """One fusion block, as the settings say."""
-        settings = self.settings
-        options = {name: settings[name] for name in ("attn_ratio", "mlp_ratio", "drop", "drop_path")}
-        if settings["interactions"] == "token":
-            return TokenFusion(self.embed_dim, settings["num_heads"], **options)
-        if settings["interactions"] == "factorized":
-            counts = ("fusion_tokens", "image_aggregation_tokens", "audio_aggregation_tokens")
-            options |= {name: settings[name] for name in counts}
-            return FactorizedFusion(self.embed_dim, settings["num_heads"], **options)
-        options["interaction"] = "bilinear" if settings["interactions"] == "bilinear" else "additive"
-        if settings["pair_bias"]:
-            options["pair_bias"] = (self.image.patch_embed.num_patches, self.audio.patch_embed.num_patches)
-        return DenseFusion(self.embed_dim, settings["num_heads"], **options)
+        patches = self.image.patch_embed.num_patches, self.audio.patch_embed.num_patches
+        return self.variant.make(self.embed_dim, self.settings, patches)
 
     def forward(
         self,
@@ -177,6 +165,8 @@ class AVEncoder(nn.Module, Pretrained):
         audio_keep: Tensor | None = None,
         image_mask: Tensor | None = None,
         audio_mask: Tensor | None = None,
+        image_present: Tensor | None = None,
+        audio_present: Tensor | None = None,
         return_layers: bool = False,
     ) -> EncoderOutput:
         """Encode images (B, 3, height, width) with spectrograms (B, 1, mel, time).
@@ -187,16 +177,16 @@ class AVEncoder(nn.Module, Pretrained):
                 counts twice); prefix tokens always are.
             image_mask, audio_mask: (B, N) bool over all patch tokens, True = attend: tokens nobody attends
                 to.
+            image_present, audio_present: (B,) bool, the clips that have it; in the others it is masked
+                everywhere.
             return_layers: also return the tokens after every layer.
 
         Raises:
             ValueError: naming the argument that is wrong.
         """
-        self.check_inputs(image, audio, image_keep, audio_keep, image_mask, audio_mask)
-        image = Branch.embed(self.image, image, image_keep, image_mask)
-        audio = Branch.embed(self.audio, audio, audio_keep, audio_mask)
-        fusion = self.fusion_tokens.repeat((audio if image is None else image).tokens.shape[0], 1, 1)
-
+        image_selection = Selection(image_keep, image_mask, image_present)
+        audio_selection = Selection(audio_keep, audio_mask, audio_present)
+        image, audio, fusion = self.embed(image, audio, image_selection, audio_selection)
         layers = []
         for layer in range(self.depth):
             image, audio, fusion = self.run_layer(layer, image, audio, fusion)
@@ -208,6 +198,24 @@ class AVEncoder(nn.Module, Pretrained):
             self.fusion_norm(self.visible_fusion(fusion)),
             layers if return_layers else None,
         )
+
+    def embed(self, image, audio, image_selection: "Selection", audio_selection: "Selection"):
+        """Both branches (None where a modality is) and the fusion tokens (B, F, D) before the first layer."""
+        if image is None and audio is None:
+            raise ValueError("image and audio cannot both be None")
+        check_branch("image", self.image, image, image_selection)
+        check_branch("audio", self.audio, audio, audio_selection)
+        if image is not None and audio is not None:
+            if image.shape[0] != audio.shape[0]:
+                raise ValueError(
+                    f"audio must have the batch size of image, {image.shape[0]}, got {audio.shape[0]}"
+                )
+            if image.device != audio.device:
+                raise ValueError(f"audio must be on the device of image, {image.device}, got {audio.device}")
+        fusion = self.fusion_tokens.repeat((audio if image is None else image).shape[0], 1, 1)
+        image = None if image is None else Branch.embed(self.image, image, image_selection)
+        audio = None if audio is None else Branch.embed(self.audio, audio, audio_selection)
+        return image, audio, fusion
 
     def run_layer(self, layer, image, audio, fusion):
         """One layer: all branches read the layer before (paper Eq. 1-3)."""
@@ -228,12 +236,11 @@ class AVEncoder(nn.Module, Pretrained):
         return branch._replace(tokens=run(branch.vit.blocks[layer], branch.tokens, context, key_mask))
 
     def run_fusion(self, layer, fusion, image, audio):
-        image = image or Branch.missing(self.image, audio.tokens)
-        audio = audio or Branch.missing(self.audio, image.tokens)
+        image, audio = streams_of(image, audio)
         return self.checkpointed(self.fusion_blocks[str(layer)])(
             fusion,
-            image.patches,
-            audio.patches,
+            image.tokens,
+            audio.tokens,
             image_mask=image.mask,
             audio_mask=audio.mask,
             image_positions=image.positions,
@@ -241,9 +248,7 @@ class AVEncoder(nn.Module, Pretrained):
         )
 
     def visible_fusion(self, state: Tensor) -> Tensor:
-        """The F fusion tokens out of the state of the fusion branch: what the other branches and the user
-        see.
-        """
+        """The F fusion tokens of the fusion branch's state, which the other branches and the user see."""
         return state[:, : self.num_fusion_tokens]
 
     @torch.no_grad()
@@ -255,6 +260,8 @@ class AVEncoder(nn.Module, Pretrained):
         *,
         image_mask: Tensor | None = None,
         audio_mask: Tensor | None = None,
+        image_present: Tensor | None = None,
+        audio_present: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Where the fusion tokens of a fused layer (default: the last) look and listen.
 
@@ -263,31 +270,21 @@ class AVEncoder(nn.Module, Pretrained):
             token are 0, and so is the single weight of a modality that is None.
 
         Raises:
-            ValueError: no such fused layer, released blocks (which do not tell), or an input that `forward`
-                refuses.
+            ValueError: no such fused layer, released blocks (which have no weights to show), or an input that
+                `forward` refuses.
         """
-        with self.watched_attention(layer) as seen:
-            self(image, audio, image_mask=image_mask, audio_mask=audio_mask)
-        return seen["weights"]
-
-    @contextmanager
-    def watched_attention(self, layer: int | None = None) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-        """A dictionary in which each forward within leaves, as "weights", what `fusion_attention` returns."""
         layer = self.fusion_layers[-1] if layer is None and self.fusion_layers else layer
         if type(layer) is not int or layer not in self.fusion_layers:
             raise ValueError(f"layer must be one of the fused layers {list(self.fusion_layers)}, got {layer}")
-        block, seen = self.fusion_blocks[str(layer)], {}
-        if not hasattr(block, "attention_weights"):
-            raise ValueError(f"layer {layer} is a {type(block).__name__}, which does not tell its weights")
-
-        def remember(_, args, kwargs):
-            seen["weights"] = block.attention_weights(*args, **kwargs)
-
-        hook = block.register_forward_pre_hook(remember, with_kwargs=True)
-        try:
-            yield seen
-        finally:
-            hook.remove()
+        block = self.fusion_blocks[str(layer)]
+        if not hasattr(block, "weights"):
+            raise ValueError(f"layer {layer} is a {type(block).__name__}, which has no weights to show")
+        image_selection = Selection(None, image_mask, image_present)
+        audio_selection = Selection(None, audio_mask, audio_present)
+        image, audio, fusion = self.embed(image, audio, image_selection, audio_selection)
+        for before in range(layer):
+            image, audio, fusion = self.run_layer(before, image, audio, fusion)
+        return block.weights(fusion, *streams_of(image, audio))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every block in the backward instead of storing its activations."""
@@ -327,35 +324,13 @@ class AVEncoder(nn.Module, Pretrained):
         image.origin, audio.origin = origins.get("image"), origins.get("audio")
         return cls(image, audio, inputs=InputSettings(**config.pop("inputs")), **config)
 
-    def check_inputs(self, image, audio, image_keep, audio_keep, image_mask, audio_mask):
-        if image is None and audio is None:
-            raise ValueError("image and audio cannot both be None")
-        for name, vit, pixels, keep, mask in (
-            ("image", self.image, image, image_keep, image_mask),
-            ("audio", self.audio, audio, audio_keep, audio_mask),
-        ):
-            if pixels is None:
-                if keep is not None or mask is not None:
-                    raise ValueError(f"{name}_keep and {name}_mask need {name}, which is None")
-                continue
-            expected = input_shape(vit)
-            check_floating_point(name, pixels)
-            if pixels.ndim != 4 or tuple(pixels.shape[1:]) != expected:
-                raise ValueError(
-                    f"{name} must be (B, {', '.join(map(str, expected))}), got shape {tuple(pixels.shape)}"
-                )
-            check_dtype(name, pixels, vit.patch_embed.proj.weight)
-            check_mask(f"{name}_mask", mask, (pixels.shape[0], vit.patch_embed.num_patches), pixels.device)
-            if keep is not None:
-                patches = vit.patch_embed.num_patches
-                check_indices(f"{name}_keep", keep, pixels.shape[0], patches, pixels.device)
-        if image is not None and audio is not None:
-            if image.shape[0] != audio.shape[0]:
-                raise ValueError(
-                    f"audio must have the batch size of image, {image.shape[0]}, got {audio.shape[0]}"
-                )
-            if image.device != audio.device:
-                raise ValueError(f"audio must be on the device of image, {image.device}, got {audio.device}")
+
+class Selection(NamedTuple):
+    """Which patch tokens of one modality take part."""
+
+    keep: Tensor | None  # (B, n) long: the others are dropped
+    mask: Tensor | None  # (B, N) bool: nobody attends to the others
+    present: Tensor | None  # (B,) bool: the other clips lack the modality
 
 
 class Branch(NamedTuple):
@@ -367,29 +342,22 @@ class Branch(NamedTuple):
     positions: Tensor | None  # (B, n) which patches they are; None = all, in order
 
     @classmethod
-    def embed(cls, vit, pixels, keep, mask):
-        if pixels is None:
-            return None
+    def embed(cls, vit: VisionTransformer, pixels: Tensor, selection: Selection) -> "Branch":
+        keep, mask, present = selection
+        if present is not None:
+            present = present[:, None].expand(-1, vit.patch_embed.num_patches)
+            mask = present if mask is None else mask & present
         if mask is not None and keep is not None:
             mask = mask.gather(1, keep)
         return cls(vit, patch_tokens(vit, pixels, keep), mask, keep)
 
-    @classmethod
-    def missing(cls, vit, like):
-        """A modality that is not there: one token that nobody attends to."""
-        B, prefix = like.shape[0], vit.num_prefix_tokens
-        tokens = like.new_zeros(B, prefix + 1, like.shape[-1])
-        nothing = torch.zeros(B, 1, dtype=torch.bool, device=like.device)
-        return cls(vit, tokens, nothing, nothing.long())
-
     @property
-    def patches(self) -> Tensor:
-        return split_prefix(self.vit, self.tokens)[1]
+    def stream(self) -> Stream:
+        """What fusion reads: prefix tokens are never paired."""
+        return Stream(split_prefix(self.vit, self.tokens)[1], self.mask, self.positions)
 
     def key_mask(self, num_context: int) -> Tensor | None:
-        """Mask (B, 1, 1, context + prefix + n) for self-attention; where it would leave nothing, it leaves
-        all.
-        """
+        """Mask (B, 1, 1, context + prefix + n) for self-attention; all, where it would leave none."""
         if self.mask is None:
             return None
         always = self.mask.new_ones(self.mask.shape[0], num_context + self.vit.num_prefix_tokens)
@@ -399,6 +367,37 @@ class Branch(NamedTuple):
 
 def tokens_of(branch: Branch | None) -> Tensor | None:
     return None if branch is None else branch.tokens
+
+
+def streams_of(image: Branch | None, audio: Branch | None) -> tuple[Stream, Stream]:
+    """What fusion reads of both."""
+    if image is None:
+        return absent(audio.tokens), audio.stream
+    return image.stream, absent(image.tokens) if audio is None else audio.stream
+
+
+def absent(like: Tensor) -> Stream:
+    """A modality that is not there: one token that nobody attends to."""
+    nothing = torch.zeros(like.shape[0], 1, dtype=torch.bool, device=like.device)
+    return Stream(like.new_zeros(like.shape[0], 1, like.shape[2]), nothing, nothing.long())
+
+
+def check_branch(name: str, vit: VisionTransformer, pixels: Tensor | None, selection: Selection) -> None:
+    if pixels is None:
+        for what, given in zip(("keep", "mask", "present"), selection, strict=True):
+            if given is not None:
+                raise ValueError(f"{name}_{what} needs {name}, which is None")
+        return
+    check_tensor(name, pixels, "floating point")
+    expected, shape = input_shape(vit), tuple(pixels.shape)
+    if len(shape) != 4 or shape[1:] != expected:
+        raise ValueError(f"{name} must be (B, {', '.join(map(str, expected))}), got shape {shape}")
+    check_dtype(name, pixels, vit.patch_embed.proj.weight)
+    batch, patches = shape[0], vit.patch_embed.num_patches
+    check_mask(f"{name}_mask", selection.mask, (batch, patches), pixels.device)
+    check_mask(f"{name}_present", selection.present, (batch,), pixels.device)
+    if selection.keep is not None:
+        check_indices(f"{name}_keep", selection.keep, batch, patches, pixels.device)
 
 
 def layers_of(fusion_layers, depth: int) -> tuple[int, ...]:
@@ -418,9 +417,7 @@ def layers_of(fusion_layers, depth: int) -> tuple[int, ...]:
 
 
 def default_inputs(image: VisionTransformer, audio: VisionTransformer) -> InputSettings:
-    """The paper's transforms at the sizes of the two transformers: 3 s of sound in as many frames as there
-    are.
-    """
+    """The paper's transforms at the sizes of the two transformers: 3 s of sound in all their frames."""
     mel_bins, frames = audio.patch_embed.img_size
     paper = InputSettings()
     hop, rest = divmod(paper.samples, frames)

@@ -120,6 +120,21 @@ def read_pth(path: str | os.PathLike) -> dict:
         ) from error
 
 
+def state_dict(content: object, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors by name in what torch.save wrote, by themselves or under a name, without the prefix that
+    distributed training adds; and what lies beside them, with the reason why it is left out.
+    """
+    places = [key for key in ("model", "state_dict") if isinstance(content, dict) and key in content]
+    weights = content[places[0]] if places else content
+    if not isinstance(weights, dict) or not weights or not all(isinstance(name, str) for name in weights):
+        raise ValueError(f"{what} must hold tensors by name, by itself or under 'model' or 'state_dict'")
+    for name, weight in weights.items():
+        if not isinstance(weight, Tensor):
+            raise ValueError(f"{what}: {name!r} is no tensor but a {type(weight).__name__}")
+    beside = {str(key): "not a weight" for key in content if key != places[0]} if places else {}
+    return {name.removeprefix("module."): weight for name, weight in weights.items()}, beside
+
+
 # --- names --------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,12 @@
 `DenseFusion` attends to every pair of an image and an audio token (paper Eq. 4-8), `FactorizedFusion` to the
 pairs of a few aggregation tokens (Eq. 9-13), `TokenFusion` to the tokens themselves (Sec. 3.1). All are
 pre-norm residual blocks: z = x + proj(attention(norm x, norm image, norm audio)), out = z + mlp(norm z).
+`VARIANTS`, at the end, names the ways to fuse that an encoder offers.
 """
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 from timm.layers import DropPath, Mlp
@@ -22,18 +27,95 @@ from .checks import (
     check_tokens,
 )
 from .ops.pair_attention import (
-    INTERACTIONS,
+    PAIRS,
+    Side,
+    attend_pairs,
     masked_attention,
     masked_attention_weights,
-    pair_attention,
-    pair_attention_weights,
+    pair_weights,
 )
 
 NORM_EPS = 1e-5
+STATE = ("fusion_tokens", "image_aggregation_tokens", "audio_aggregation_tokens")  # of FactorizedFusion
 
 
-class FusionBlock(nn.Module):
-    """What all fusion blocks share: queries from the fusion tokens, and the residual update from what they
+class Stream(NamedTuple):
+    """The tokens of one modality, as a fusion block reads them."""
+
+    tokens: Tensor  # (B, N, D)
+    mask: Tensor | None = None  # (B, N) bool, True = attend
+    positions: Tensor | None = None  # (B, N) long, which tokens they are; None = all, in order
+
+
+class Fusion(nn.Module):
+    """The call that all fusion blocks share: check, attend, update.
+
+    `block(fusion, image, audio, *, image_mask=None, audio_mask=None, image_positions=None,
+    audio_positions=None)`, (B, F, D), (B, I, D), (B, A, D) -> (B, F, D). Masks (B, N) bool, True = attend.
+    Positions (B, N) long say which tokens are left after masking; None = all, in order. Only a learned pair
+    bias needs them.
+
+    A block defines `attend` and `update`, or `fuse` as a whole, and `weights` if it can show them.
+    """
+
+    dim: int
+    num_heads: int
+    weight: Tensor  # a parameter, whose dtype is that of all: `check`, paid in every layer, looks no further
+
+    def forward(
+        self,
+        fusion: Tensor,
+        image: Tensor,
+        audio: Tensor,
+        *,
+        image_mask: Tensor | None = None,
+        audio_mask: Tensor | None = None,
+        image_positions: Tensor | None = None,
+        audio_positions: Tensor | None = None,
+    ) -> Tensor:
+        image, audio = Stream(image, image_mask, image_positions), Stream(audio, audio_mask, audio_positions)
+        self.check(fusion, image, audio)
+        return self.fuse(fusion, image, audio)
+
+    def fuse(self, fusion: Tensor, *streams: Stream) -> Tensor:
+        """The call on what has been checked."""
+        return self.update(fusion, self.attend(fusion, *streams))
+
+    @torch.no_grad()
+    def attention_weights(
+        self,
+        fusion: Tensor,
+        image: Tensor,
+        audio: Tensor,
+        *,
+        image_mask: Tensor | None = None,
+        audio_mask: Tensor | None = None,
+        image_positions: Tensor | None = None,
+        audio_positions: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What the fusion tokens attend to: image weights (B, H, F, I) and audio weights (B, H, F, A)."""
+        image, audio = Stream(image, image_mask, image_positions), Stream(audio, audio_mask, audio_positions)
+        self.check(fusion, image, audio)
+        return self.weights(fusion, image, audio)
+
+    def check(self, fusion: Tensor, image: Stream, audio: Stream) -> None:
+        weight = self.weight
+        check_tokens("fusion", fusion, self.dim)
+        check_dtype("fusion", fusion, weight)
+        for name, (tokens, mask, _) in ("image", image), ("audio", audio):
+            check_tokens(name, tokens, self.dim, like=fusion)
+            check_mask(f"{name}_mask", mask, tokens.shape[:2], tokens.device)
+            check_dtype(name, tokens, weight)
+
+    def split_heads(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def merge_heads(self, tokens: Tensor) -> Tensor:
+        return tokens.transpose(1, 2).flatten(2)
+
+
+class FusionBlock(Fusion):
+    """A fusion block of one attention: queries from the fusion tokens, and the residual update from what they
     attended.
 
     Args:
@@ -74,6 +156,10 @@ class FusionBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
         self.drop_path = DropPath(drop_path)
 
+    @property
+    def weight(self) -> Tensor:
+        return self.query.weight
+
     def queries(self, fusion: Tensor) -> Tensor:
         """(B, F, D) -> (B, H, F, K)"""
         return self.split_heads(self.query(self.norm_fusion(fusion)))
@@ -86,12 +172,6 @@ class FusionBlock(nn.Module):
         """Residual update of (B, F, D) from attended values (B, F, width)."""
         fusion = fusion + self.drop_path(self.drop(self.proj(attended)))
         return fusion + self.drop_path(self.mlp(self.norm_mlp(fusion)))
-
-    def split_heads(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-    def merge_heads(self, tokens: Tensor) -> Tensor:
-        return tokens.transpose(1, 2).flatten(2)
 
 
 class DenseFusion(FusionBlock):
@@ -110,31 +190,13 @@ class DenseFusion(FusionBlock):
             positions, zero at first, is then added to the logits of the pairs. Where tokens were dropped, its
             part for the tokens that are left is gathered: (B, num_heads, I, A) numbers.
 
-    Call: `block(fusion, image, audio, *, image_mask=None, audio_mask=None, image_positions=None,
-    audio_positions=None)`, (B, F, D), (B, I, D), (B, A, D) -> (B, F, D). Masks (B, N) bool, True = attend.
-    Positions (B, N) long tell the learned pair bias which tokens are left after masking; None = all, in
-    order.
-
     Raises:
         ValueError: naming the argument that is wrong.
     """
 
-    def __init__(
-        self,
-        dim,
-        num_heads,
-        *,
-        attn_ratio=0.25,
-        mlp_ratio=1.0,
-        interaction="additive",
-        pair_bias=None,
-        drop=0.0,
-        drop_path=0.0,
-    ):
-        super().__init__(
-            dim, num_heads, attn_ratio=attn_ratio, mlp_ratio=mlp_ratio, drop=drop, drop_path=drop_path
-        )
-        check_choice("interaction", interaction, INTERACTIONS)
+    def __init__(self, dim, num_heads, *, interaction="additive", pair_bias=None, **block_options):
+        super().__init__(dim, num_heads, **block_options)
+        check_choice("interaction", interaction, tuple(PAIRS))
         if pair_bias is not None:
             is_pair = isinstance(pair_bias, (tuple, list)) and len(pair_bias) == 2
             if not is_pair or not all(type(count) is int and count > 0 for count in pair_bias):
@@ -151,95 +213,51 @@ class DenseFusion(FusionBlock):
         self.pair_bias = None if pair_bias is None else nn.Parameter(torch.zeros(num_heads, *pair_bias))
         initialize_linear(self)
 
-    def forward(
-        self,
-        fusion: Tensor,
-        image: Tensor,
-        audio: Tensor,
-        *,
-        image_mask: Tensor | None = None,
-        audio_mask: Tensor | None = None,
-        image_positions: Tensor | None = None,
-        audio_positions: Tensor | None = None,
-    ) -> Tensor:
-        check_streams(self, fusion, image, audio, image_mask, audio_mask)
-        image_key, image_value = self.keys_and_values(self.image_key_value(self.norm_image(image)))
-        audio_key, audio_value = self.keys_and_values(self.audio_key_value(self.norm_audio(audio)))
-        attended = pair_attention(
+    def attend(self, fusion: Tensor, image: Stream, audio: Stream) -> Tensor:
+        attended = attend_pairs(
             self.queries(fusion),
-            image_key,
-            image_value,
-            audio_key,
-            audio_value,
-            image_mask=image_mask,
-            audio_mask=audio_mask,
-            pair_bias=self.positioned_bias(image, audio, image_positions, audio_positions),
+            *self.sides(image, audio),
+            self.positioned_bias(image, audio),
             interaction=self.interaction,
         )
         attended = self.merge_heads(attended)
-        if self.value_bias is not None:
-            attended = attended + self.value_bias * any_pair_left(image_mask, audio_mask)
-        return self.update(fusion, attended)
+        if self.value_bias is None:
+            return attended
+        return attended + self.value_bias * any_pair_left(image.mask, audio.mask)
 
-    @torch.no_grad()
-    def attention_weights(
-        self,
-        fusion,
-        image,
-        audio,
-        *,
-        image_mask=None,
-        audio_mask=None,
-        image_positions=None,
-        audio_positions=None,
-    ):
-        """What the fusion tokens attend to: image weights (B, H, F, I) and audio weights (B, H, F, A)."""
-        check_streams(self, fusion, image, audio, image_mask, audio_mask)
-        image_key, _ = self.keys_and_values(self.image_key_value(self.norm_image(image)))
-        audio_key, _ = self.keys_and_values(self.audio_key_value(self.norm_audio(audio)))
-        pair_bias = self.positioned_bias(image, audio, image_positions, audio_positions)
-        return pair_attention_weights(
-            self.queries(fusion),
-            image_key,
-            audio_key,
-            image_mask=image_mask,
-            audio_mask=audio_mask,
-            pair_bias=pair_bias,
-            interaction=self.interaction,
+    def weights(self, fusion: Tensor, image: Stream, audio: Stream) -> tuple[Tensor, Tensor]:
+        bias = self.positioned_bias(image, audio)
+        return pair_weights(
+            self.queries(fusion), *self.sides(image, audio), bias, interaction=self.interaction
         )
 
-    def positioned_bias(self, image, audio, image_positions, audio_positions):
-        """The learned table at the positions of the tokens: (1, H, I, A), or (B, H, I, A) where some were
-        dropped.
-        """
+    def sides(self, image: Stream, audio: Stream) -> tuple[Side, Side]:
+        """Keys and values of both modalities."""
+        image_key_value = self.keys_and_values(self.image_key_value(self.norm_image(image.tokens)))
+        audio_key_value = self.keys_and_values(self.audio_key_value(self.norm_audio(audio.tokens)))
+        return Side(*image_key_value, image.mask), Side(*audio_key_value, audio.mask)
+
+    def positioned_bias(self, image: Stream, audio: Stream) -> Tensor | None:
+        """The table at the positions of the tokens: (1, H, I, A), or (B, H, I, A) where some were dropped."""
         if self.pair_bias is None:
             return None
-        image_positions = self._positions("image_positions", image_positions, image, self.pair_bias.shape[1])
-        audio_positions = self._positions("audio_positions", audio_positions, audio, self.pair_bias.shape[2])
-        if image_positions is None and audio_positions is None:
+        if image.positions is None and audio.positions is None:
             return self.pair_bias[None]
-        rows = torch.arange(image.shape[1])[None] if image_positions is None else image_positions
-        columns = torch.arange(audio.shape[1])[None] if audio_positions is None else audio_positions
-        rows, columns = rows.to(image.device), columns.to(audio.device)
-        return self.pair_bias[:, rows[:, :, None], columns[:, None]].transpose(
-            0, 1
-        )  # (H, B, I, A) -> (B, H, I, A)
+        rows, columns = (
+            torch.arange(tokens.shape[1], device=tokens.device)[None] if positions is None else positions
+            for tokens, _, positions in (image, audio)
+        )
+        table = self.pair_bias[:, rows[:, :, None], columns[:, None]]  # (H, B, I, A)
+        return table.transpose(0, 1)
 
-    @staticmethod
-    def _positions(name, positions, tokens, size):
-        if positions is None:
-            if tokens.shape[1] != size:
-                raise ValueError(
-                    f"{name} is needed: the pair bias has {size} tokens, there are {tokens.shape[1]}"
-                )
-            return None
-        check_indices(name, positions, tokens.shape[0], size, tokens.device)
-        if positions.shape[1] != tokens.shape[1]:
-            raise ValueError(f"{name} must name {tokens.shape[1]} tokens, got shape {tuple(positions.shape)}")
-        return positions
+    def check(self, fusion: Tensor, image: Stream, audio: Stream) -> None:
+        super().check(fusion, image, audio)
+        if self.pair_bias is not None:
+            check_positions("image_positions", image, self.pair_bias.shape[1])
+            check_positions("audio_positions", audio, self.pair_bias.shape[2])
 
 
-class FactorizedFusion(nn.Module):
+class FactorizedFusion(Fusion):
     """Fusion by factorized interactions: pairs of a few aggregation tokens instead of all pairs (paper Eq.
     9-13).
 
@@ -252,8 +270,8 @@ class FactorizedFusion(nn.Module):
         fusion_tokens, image_aggregation_tokens, audio_aggregation_tokens: how the state is divided (default
             16, 8, 8).
 
-    Call: as `DenseFusion`, but takes and returns (B, fusion + image aggregation + audio aggregation tokens,
-    D), in that order. Positions are accepted and not needed.
+    Call: as `Fusion`, but takes and returns (B, fusion + image aggregation + audio aggregation tokens, D), in
+    that order.
 
     Raises:
         ValueError: naming the argument that is wrong.
@@ -272,60 +290,37 @@ class FactorizedFusion(nn.Module):
         super().__init__()
         self.dim = dim
         self.split_sizes = [fusion_tokens, image_aggregation_tokens, audio_aggregation_tokens]
-        check_count("fusion_tokens", fusion_tokens)
-        check_count("image_aggregation_tokens", image_aggregation_tokens)
-        check_count("audio_aggregation_tokens", audio_aggregation_tokens)
+        for name, count in zip(STATE, self.split_sizes, strict=True):
+            check_count(name, count)
         self.image_aggregation = Aggregation(dim, num_heads, **block_options)
         self.audio_aggregation = Aggregation(dim, num_heads, **block_options)
         self.fusion = DenseFusion(dim, num_heads, **block_options)
 
-    def forward(
-        self,
-        fusion: Tensor,
-        image: Tensor,
-        audio: Tensor,
-        *,
-        image_mask: Tensor | None = None,
-        audio_mask: Tensor | None = None,
-        image_positions: Tensor | None = None,
-        audio_positions: Tensor | None = None,
-    ) -> Tensor:
-        check_streams(self, fusion, image, audio, image_mask, audio_mask)
-        fusion, image_aggregate, audio_aggregate = split_state(fusion, self.split_sizes)
-        image_aggregate = self.image_aggregation(image_aggregate, image, image_mask)
-        audio_aggregate = self.audio_aggregation(audio_aggregate, audio, audio_mask)
-        fusion = self.fusion(
-            fusion,
-            image_aggregate,
-            audio_aggregate,
-            image_mask=aggregate_mask(image_mask, image_aggregate),
-            audio_mask=aggregate_mask(audio_mask, audio_aggregate),
-        )
-        return torch.cat([fusion, image_aggregate, audio_aggregate], dim=1)
+    @property
+    def weight(self) -> Tensor:
+        return self.fusion.weight
 
-    @torch.no_grad()
-    def attention_weights(self, fusion, image, audio, *, image_mask=None, audio_mask=None, **_positions):
-        """Weights of the fusion tokens over image and audio tokens, (B, H, F, I) and (B, H, F, A): each goes
-        through the aggregation tokens, so it is the product of two attention maps.
-        """
-        check_streams(self, fusion, image, audio, image_mask, audio_mask)
-        fusion, image_aggregate, audio_aggregate = split_state(fusion, self.split_sizes)
-        image_map = self.image_aggregation.attention_weights(image_aggregate, image, image_mask)
-        audio_map = self.audio_aggregation.attention_weights(audio_aggregate, audio, audio_mask)
-        image_weights, audio_weights = self.fusion.attention_weights(
-            fusion,
-            self.image_aggregation(image_aggregate, image, image_mask),
-            self.audio_aggregation(audio_aggregate, audio, audio_mask),
-            image_mask=aggregate_mask(image_mask, image_aggregate),
-            audio_mask=aggregate_mask(audio_mask, audio_aggregate),
-        )
-        return image_weights @ image_map, audio_weights @ audio_map
+    def fuse(self, state: Tensor, image: Stream, audio: Stream) -> Tensor:
+        fusion, image, audio = self.summarize(state, image, audio)
+        return torch.cat([self.fusion.fuse(fusion, image, audio), image.tokens, audio.tokens], dim=1)
+
+    def weights(self, state: Tensor, image: Stream, audio: Stream) -> tuple[Tensor, Tensor]:
+        """Each weight goes through the aggregation tokens, so it is the product of two attention maps."""
+        _, image_aggregate, audio_aggregate = split_state(state, self.split_sizes)
+        image_weights, audio_weights = self.fusion.weights(*self.summarize(state, image, audio))
+        image_weights = image_weights @ self.image_aggregation.weights(image_aggregate, image)
+        return image_weights, audio_weights @ self.audio_aggregation.weights(audio_aggregate, audio)
+
+    def summarize(self, state: Tensor, image: Stream, audio: Stream) -> tuple[Tensor, Stream, Stream]:
+        """The fusion tokens, and the updated aggregation tokens, of which pairs form."""
+        fusion, image_aggregate, audio_aggregate = split_state(state, self.split_sizes)
+        image_aggregate = self.image_aggregation.fuse(image_aggregate, image)
+        audio_aggregate = self.audio_aggregation.fuse(audio_aggregate, audio)
+        return fusion, summary(image_aggregate, image), summary(audio_aggregate, audio)
 
 
 class Aggregation(FusionBlock):
-    """Cross-attention block: a few aggregation tokens summarize the tokens of one modality (paper Eq.
-    9-10).
-    """
+    """Cross-attention: a few aggregation tokens summarize the tokens of one modality (paper Eq. 9-10)."""
 
     def __init__(self, dim, num_heads, **block_options):
         super().__init__(dim, num_heads, **block_options)
@@ -334,14 +329,15 @@ class Aggregation(FusionBlock):
         initialize_linear(self)
 
     def forward(self, aggregate: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        key, value = self.keys_and_values(self.key_value(self.norm_tokens(tokens)))
-        attended = self.merge_heads(masked_attention(self.queries(aggregate), key, value, mask))
-        return self.update(aggregate, attended)
+        return self.fuse(aggregate, Stream(tokens, mask))
 
-    @torch.no_grad()
-    def attention_weights(self, aggregate: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        key, _ = self.keys_and_values(self.key_value(self.norm_tokens(tokens)))
-        return masked_attention_weights(self.queries(aggregate), key, mask)
+    def attend(self, aggregate: Tensor, stream: Stream) -> Tensor:
+        key, value = self.keys_and_values(self.key_value(self.norm_tokens(stream.tokens)))
+        return self.merge_heads(masked_attention(self.queries(aggregate), key, value, stream.mask))
+
+    def weights(self, aggregate: Tensor, stream: Stream) -> Tensor:
+        key, _ = self.keys_and_values(self.key_value(self.norm_tokens(stream.tokens)))
+        return masked_attention_weights(self.queries(aggregate), key, stream.mask)
 
 
 class TokenFusion(FusionBlock):
@@ -350,8 +346,6 @@ class TokenFusion(FusionBlock):
 
     Args:
         dim, num_heads, attn_ratio, mlp_ratio, drop, drop_path: see `FusionBlock`.
-
-    Call: as `DenseFusion`. Positions are accepted and not needed.
 
     Raises:
         ValueError: naming the argument that is wrong.
@@ -364,37 +358,22 @@ class TokenFusion(FusionBlock):
         self.key_value = nn.Linear(dim, 2 * self.width)
         initialize_linear(self)
 
-    def forward(
-        self,
-        fusion: Tensor,
-        image: Tensor,
-        audio: Tensor,
-        *,
-        image_mask: Tensor | None = None,
-        audio_mask: Tensor | None = None,
-        image_positions: Tensor | None = None,
-        audio_positions: Tensor | None = None,
-    ) -> Tensor:
-        check_streams(self, fusion, image, audio, image_mask, audio_mask)
-        query, key, value = self._query_key_value(fusion, image, audio)
-        mask = union_mask((fusion, None), (image, image_mask), (audio, audio_mask))
-        return self.update(fusion, self.merge_heads(masked_attention(query, key, value, mask)))
+    def attend(self, fusion: Tensor, image: Stream, audio: Stream) -> Tensor:
+        query, key, value, mask = self.union(fusion, image, audio)
+        return self.merge_heads(masked_attention(query, key, value, mask))
 
-    def _query_key_value(self, fusion, image, audio):
-        normed = self.norm_fusion(fusion)
-        union = torch.cat(
-            [normed, self.norm_image(image), self.norm_audio(audio)], dim=1
-        )  # (B, F + I + A, D)
-        return self.split_heads(self.query(normed)), *self.keys_and_values(self.key_value(union))
-
-    @torch.no_grad()
-    def attention_weights(self, fusion, image, audio, *, image_mask=None, audio_mask=None, **_positions):
-        """The two parts, (B, H, F, I) and (B, H, F, A), of the one softmax: they do not sum to 1."""
-        check_streams(self, fusion, image, audio, image_mask, audio_mask)
-        query, key, _ = self._query_key_value(fusion, image, audio)
-        mask = union_mask((fusion, None), (image, image_mask), (audio, audio_mask))
+    def weights(self, fusion: Tensor, image: Stream, audio: Stream) -> tuple[Tensor, Tensor]:
+        """The two parts of the one softmax: they do not sum to 1."""
+        query, key, _, mask = self.union(fusion, image, audio)
         weights = masked_attention_weights(query, key, mask)
-        return weights.split([fusion.shape[1], image.shape[1], audio.shape[1]], dim=-1)[1:]
+        return weights.split([stream.shape[1] for stream in (fusion, image.tokens, audio.tokens)], dim=-1)[1:]
+
+    def union(self, fusion: Tensor, image: Stream, audio: Stream):
+        """Queries of the fusion tokens; keys, values and mask of all tokens, (B, F + I + A, ...)."""
+        normed = self.norm_fusion(fusion)
+        tokens = torch.cat([normed, self.norm_image(image.tokens), self.norm_audio(audio.tokens)], dim=1)
+        key, value = self.keys_and_values(self.key_value(tokens))
+        return self.split_heads(self.query(normed)), key, value, union_mask(Stream(fusion), image, audio)
 
 
 # --- what the blocks share ----------------------------------------------------------------------------------
@@ -414,18 +393,20 @@ def split_state(state: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor
     return state.split(sizes, dim=1)
 
 
-def aggregate_mask(mask, aggregate):
-    """Aggregation tokens that summarize nothing form no pairs: (B, N) -> (B, aggregation tokens)."""
-    return None if mask is None else mask.any(1, keepdim=True).expand(-1, aggregate.shape[1])
+def summary(aggregate: Tensor, stream: Stream) -> Stream:
+    """Aggregation tokens as a stream. Where they summarize nothing, all are masked: they form no pairs."""
+    if stream.mask is None:
+        return Stream(aggregate)
+    return Stream(aggregate, stream.mask.any(1, keepdim=True).expand(-1, aggregate.shape[1]))
 
 
-def union_mask(*streams: tuple[Tensor, Tensor | None]) -> Tensor | None:
-    """The mask over (tokens, mask) streams in a row, (B, sum of N); None where nothing is masked."""
-    if all(mask is None for _, mask in streams):
+def union_mask(*streams: Stream) -> Tensor | None:
+    """The mask over streams in a row, (B, sum of N); None where nothing is masked."""
+    if all(stream.mask is None for stream in streams):
         return None
     masks = [
         tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask
-        for tokens, mask in streams
+        for tokens, mask, _ in streams
     ]
     return torch.cat(masks, dim=1)
 
@@ -439,13 +420,43 @@ def initialize_linear(module: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-def check_streams(block, fusion, image, audio, image_mask, audio_mask):
-    """Whether these are tokens and masks that a fusion block can take."""
-    check_tokens("fusion", fusion, block.dim)
-    for name, tokens, mask in ("image", image, image_mask), ("audio", audio, audio_mask):
-        check_tokens(name, tokens, block.dim, like=fusion)
-        check_mask(f"{name}_mask", mask, tokens.shape[:2], tokens.device)
-    weight = next(block.parameters())
-    check_dtype("fusion", fusion, weight)
-    check_dtype("image", image, weight)
-    check_dtype("audio", audio, weight)
+def check_positions(name: str, stream: Stream, size: int) -> None:
+    """Positions name a place in a table of `size` for every token; None where all are there."""
+    B, N, _ = stream.tokens.shape
+    if stream.positions is None:
+        if N != size:
+            raise ValueError(f"{name} is needed: the pair bias has {size} tokens, there are {N}")
+        return
+    check_indices(name, stream.positions, B, size, stream.tokens.device)
+    if stream.positions.shape[1] != N:
+        raise ValueError(f"{name} must name {N} tokens, got shape {tuple(stream.positions.shape)}")
+
+
+# --- the ways to fuse ---------------------------------------------------------------------------------------
+
+SHARED = ("attn_ratio", "mlp_ratio", "drop", "drop_path")
+
+
+class Variant(NamedTuple):
+    """A way to fuse: its block, and what that takes of the settings of an `AVEncoder`."""
+
+    block: Callable[..., Fusion] | None
+    options: tuple[str, ...] = SHARED
+    state: tuple[str, ...] = ("fusion_tokens",)  # the settings that count the tokens it takes and returns
+
+    def make(self, dim: int, settings: dict, patches: tuple[int, int] | None = None) -> Fusion:
+        """A block for an encoder of this width and these numbers of image and audio patches."""
+        options = {name: settings[name] for name in self.options}
+        if "pair_bias" in options:
+            options["pair_bias"] = patches if options["pair_bias"] else None
+        return self.block(dim, settings["num_heads"], **options)
+
+
+VARIANTS = {
+    "dense": Variant(DenseFusion, (*SHARED, "pair_bias")),
+    "bilinear": Variant(partial(DenseFusion, interaction="bilinear"), (*SHARED, "pair_bias")),
+    "factorized": Variant(FactorizedFusion, (*SHARED, *STATE), STATE),
+    "token": Variant(TokenFusion),
+    "none": Variant(None),
+}
+Interactions = Literal[tuple(VARIANTS)]  # as programs take them for an option

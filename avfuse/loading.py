@@ -45,8 +45,8 @@ def load_encoder(checkpoint: str | os.PathLike) -> AVEncoder:
             model = (AVMAE if saved == "AVMAE" else AVEncoder).from_pretrained(source)
             return getattr(model, "encoder", model)
         if not saved or "encoder" not in config.get("model", ()):
-            found = f"a model of class {saved}" if saved else _contents(path)
-            raise ValueError(f"checkpoint {checkpoint} must hold an AVEncoder or AVMAE, but holds {found}")
+            content = f"a model of class {saved}" if saved else _contents(path)
+            raise ValueError(f"checkpoint {checkpoint} must hold an AVEncoder or AVMAE, but holds {content}")
         return _encoder_of(source, config)
     if not isinstance(encoder, AVEncoder):
         raise ValueError(f"checkpoint {checkpoint} holds a single {type(encoder).__name__}, no encoder")

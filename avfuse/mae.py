@@ -9,19 +9,17 @@ from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .checks import check_count, check_flag, check_mask, is_number
+from .checks import check_count, check_flag, check_mask, check_tensor, is_number
 from .encoder import AVEncoder
 from .fusion import initialize_linear
 from .pretrained import Pretrained, parameter_groups
-from .vit import input_shape, presence_mask, split_prefix
+from .vit import input_shape, split_prefix
 
 TARGET_EPS = 1e-6
 
 
 class MAEOutput(NamedTuple):
-    """Losses (scalars), predictions (B, N, values per patch) of all patches, and which were hidden (B, N)
-    bool.
-    """
+    """Losses (scalars), predictions (B, N, values) of all patches, and which were hidden (B, N) bool."""
 
     loss: Tensor
     image_loss: Tensor
@@ -112,25 +110,15 @@ class AVMAE(nn.Module, Pretrained):
         Raises:
             ValueError: naming the argument that is wrong.
         """
-        self.encoder.check_inputs(image, audio, None, None, None, None)
-        if image is None or audio is None:
-            raise ValueError(
-                "image and audio must both be given; say what is absent by image_present, audio_present"
-            )
-        if not len(image):
-            raise ValueError("image must hold at least one clip, got an empty batch")
         image_removed, image_keep = self.mask("image", image, image_removed)
         audio_removed, audio_keep = self.mask("audio", audio, audio_removed)
-        check_present("image_present", image_present, image)
-        check_present("audio_present", audio_present, audio)
-
         latent = self.encoder(
             image,
             audio,
             image_keep=image_keep,
             audio_keep=audio_keep,
-            image_mask=presence_mask(self.encoder.image, image_present),
-            audio_mask=presence_mask(self.encoder.audio, audio_present),
+            image_present=image_present,
+            audio_present=audio_present,
         )
         image_pred, audio_pred = self.decode(latent, image_keep, audio_keep)
         image_loss = self.loss("image", image, image_pred, image_removed, image_present)
@@ -146,9 +134,14 @@ class AVMAE(nn.Module, Pretrained):
         )
 
     def mask(self, name, pixels, removed):
-        """The hidden patches (B, N) bool, those given or drawn at the ratio, and the indices (B, n) of the
-        others.
-        """
+        """Hidden patches (B, N) bool, given or drawn at the ratio, and the indices (B, n) of the others."""
+        if pixels is None:
+            raise ValueError(
+                "image and audio must both be given; say what is absent by image_present, audio_present"
+            )
+        check_tensor(name, pixels, "floating point")  # the encoder checks the rest
+        if not pixels.ndim or not len(pixels):
+            raise ValueError(f"{name} must hold at least one clip, got an empty batch")
         patches = getattr(self.encoder, name).patch_embed.num_patches
         ratio = getattr(self, f"{name}_mask_ratio")
         hidden = count_removed(f"{name}_mask_ratio", patches, ratio)
@@ -162,9 +155,7 @@ class AVMAE(nn.Module, Pretrained):
         return removed, kept_indices(removed, patches - hidden)
 
     def decode(self, latent, image_keep, audio_keep):
-        """Predictions (B, N, values) of all patches, from the fusion tokens and the kept patches of one
-        modality.
-        """
+        """Predictions (B, N, values) of all patches, from fusion tokens and kept patches of one modality."""
         image_tokens = split_prefix(self.encoder.image, latent.image)[1]
         audio_tokens = split_prefix(self.encoder.audio, latent.audio)[1]
         return (
@@ -180,9 +171,7 @@ class AVMAE(nn.Module, Pretrained):
         return (error * counted).sum() / counted.sum().clamp(min=1)
 
     def target(self, name: str, pixels: Tensor) -> Tensor:
-        """What the decoder of "image" or "audio" should predict, (B, N, values): pixels, normalised within a
-        patch.
-        """
+        """Targets of the "image" or "audio" decoder, (B, N, values): pixels, normalised within a patch."""
         target = patchify(pixels.float(), getattr(self.encoder, name).patch_embed.patch_size)
         if not self.norm_target:
             return target
@@ -229,9 +218,7 @@ class Decoder(nn.Module):
         initialize_linear(self)
 
     def forward(self, fusion: Tensor, visible: Tensor, keep: Tensor) -> Tensor:
-        """Fusion tokens (B, F, D), visible patches (B, n, D) and their places (B, n) -> (B, N, values per
-        patch)
-        """
+        """Fusion tokens (B, F, D), visible patches (B, n, D), their places (B, n) -> (B, N, values)"""
         fusion, visible = self.embed(fusion), self.embed(visible)
         masked = self.mask_token.to(visible.dtype).expand(visible.shape[0], self.pos_embed.shape[1], -1)
         tokens = masked.scatter(1, keep[..., None].expand_as(visible), visible) + self.pos_embed
@@ -257,9 +244,7 @@ def unpatchify(patches: Tensor, patch_size: tuple[int, int], grid: tuple[int, in
 
 
 def count_removed(name: str, patches: int, ratio: float) -> int:
-    """How many of `patches` a mask ratio hides: what is kept is rounded down (196 at 0.75 keeps 49, 96 at
-    0.8: 19).
-    """
+    """How many patches a mask ratio hides; those kept are rounded down (196 at 0.75: 49, 96 at 0.8: 19)."""
     kept = math.floor(patches * (1 - ratio) + 1e-6) if is_number(ratio) and 0 < ratio < 1 else 0
     if not 0 < kept < patches:
         raise ValueError(f"{name}={ratio!r} must hide some and keep some of {patches} patches")
@@ -274,9 +259,7 @@ def random_removed(patches: int, ratio: float, generator: torch.Generator | None
 
 @dataclass(frozen=True)
 class MaskSampler:
-    """Draws the masks of one clip, `{"image_removed": (N,), "audio_removed": (N,)}`, from the clip's own
-    generator.
-    """
+    """Draws the masks of one clip, "image_removed" and "audio_removed" (N,), from the clip's generator."""
 
     image_patches: int
     audio_patches: int
@@ -305,17 +288,3 @@ def same_in_every_row(name: str, removed: Tensor) -> int:
             f"{name} must hide some and keep some of {removed.shape[1]} patches, hides {counts[0]}"
         )
     return counts[0]
-
-
-def check_present(name, present, pixels):
-    if present is None:
-        return
-    if not isinstance(present, Tensor) or present.dtype != torch.bool or present.shape != pixels.shape[:1]:
-        got = (
-            f"{present.dtype} {tuple(present.shape)}"
-            if isinstance(present, Tensor)
-            else type(present).__name__
-        )
-        raise ValueError(f"{name} must be a bool tensor of shape ({pixels.shape[0]},), got {got}")
-    if present.device != pixels.device:
-        raise ValueError(f"{name} must be on {pixels.device}, got {present.device}")

@@ -36,7 +36,7 @@ def model_card(
 
     Args:
         facts: of its run, all optional: `recipe`, `data` and `metrics`, dictionaries (nested or not) of what
-            is to be told, and `licence`, which the weights are to be published under.
+            the card shows, and `licence`, under which the weights are published.
         origins: by branch, the pretrained weights it began with: {"weights", "family", "licence"}.
 
     Raises:
@@ -67,7 +67,7 @@ def check_facts(facts: dict) -> None:
 
 
 def licence_of(facts: dict, origins: dict) -> str | None:
-    """The strictest of what went in and what was stated; None if neither says anything."""
+    """The strictest of the licences that went in and the one stated; None if there is neither."""
     stated = [facts["licence"]] if "licence" in facts else []
     return strictest([*(origin["licence"] for origin in origins.values()), *stated])
 

@@ -1,10 +1,9 @@
 """Models by name: plain functions of a few numbers."""
 
-from timm.models.vision_transformer import VisionTransformer
-
 from .checks import check_choice
 from .encoder import AVEncoder
 from .inputs import InputSettings
+from .vit import plain_vit
 
 PATCH = 16
 PAPER = InputSettings()
@@ -46,20 +45,13 @@ def create_encoder(
                 f"inputs: {name}={getattr(inputs, name)} must be a multiple of the {PATCH}-pixel patches"
             )
 
-    def vit(channels, height, width):
-        return VisionTransformer(
-            img_size=(height, width),
-            patch_size=PATCH,
-            in_chans=channels,
-            embed_dim=dim,
-            depth=depth,
-            num_heads=heads,
-            class_token=False,
-            global_pool="",
-            num_classes=0,
-            drop_path_rate=options.get("drop_path", 0.0),
-        )
-
-    image = vit(3, *inputs.image_shape)
-    audio = vit(1, inputs.mel_bins, inputs.frames)
+    options_of_vits = dict(
+        patch_size=PATCH,
+        embed_dim=dim,
+        depth=depth,
+        num_heads=heads,
+        drop_path_rate=options.get("drop_path", 0.0),
+    )
+    image = plain_vit(3, inputs.image_shape, **options_of_vits)
+    audio = plain_vit(1, (inputs.mel_bins, inputs.frames), **options_of_vits)
     return AVEncoder(image, audio, interactions=interactions, inputs=inputs, **options)

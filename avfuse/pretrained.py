@@ -24,8 +24,8 @@ class Pretrained(
     """`save_pretrained(dir)`, `from_pretrained(dir_or_hub_id)` and `push_to_hub(id)` for a model that can
     state its `config()` and be made `from_config(...)`. A folder that exists is read without the network.
 
-    `facts`, a dictionary of what is to be told about the run that the weights come from, is kept in
-    config.json and told by the model card (README.md), see `avfuse.model_card.model_card`.
+    `facts`, a dictionary about the run that the weights come from, is kept in config.json and shown by the
+    model card (README.md), see `avfuse.model_card.model_card`.
 
     Raises:
         ValueError: what should be loaded is neither a folder nor a name, or is damaged or another model; or
@@ -34,7 +34,7 @@ class Pretrained(
 
     facts: dict | None = None
     home = "avfuse"  # the module to import the class from
-    mark: str | None = None  # of a subclass: what its config() says, by which the class it builds on finds it
+    mark: str | None = None  # a key that only the config() of this subclass holds: its parent looks for it
 
     @classmethod
     def kind_of(cls, config: dict) -> type["Pretrained"]:
@@ -103,7 +103,7 @@ class Pretrained(
 
 
 def _saved_as(cls) -> str:
-    """The public class: a `ReleasedEncoder` is saved, and found again, as an `AVEncoder`."""
+    """The public class: a `ReleasedEncoder` is saved, and loaded again, as an `AVEncoder`."""
     return next(base.__name__ for base in cls.__mro__ if Pretrained in base.__bases__)
 
 

@@ -5,48 +5,43 @@ Where the released dense module forms all pairs, this one uses the exact identit
 `avfuse.ops.pair_attention`.
 """
 
+import functools
 import math
 import os
 import re
-from functools import wraps
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .checks import check_count, check_flag, check_positive, check_size
+from .checks import check_choice, check_count, check_flag, check_positive, check_size
 from .encoder import AVEncoder
-from .files import read_pth, read_safetensors
+from .files import read_pth, read_safetensors, state_dict
 from .fusion import (
     NORM_EPS,
-    aggregate_mask,
+    STATE,
+    Fusion,
+    Stream,
+    Variant,
     any_pair_left,
-    check_streams,
     initialize_linear,
     split_state,
+    summary,
     union_mask,
 )
 from .inputs import InputSettings
 from .mae import AVMAE
-from .ops.pair_attention import masked_attention, pair_attention
+from .ops.pair_attention import Side, attend_pairs, masked_attention
 from .pretrained import load_strictly
-from .vit import ratio_of
+from .vit import plain_vit, ratio_of
 
 INTERACTIONS = {"dense_mmi": "dense", "factorized_mmi": "factorized", "token": "token", "none": "none"}
-COUNTS = (
-    *("embed_dim", "num_heads", "depth", "patch_size"),
-    *("fusion_tokens", "image_aggregation_tokens", "audio_aggregation_tokens"),
-    *("decoder_dim", "decoder_depth", "decoder_heads"),
-)
-RATIOS = ("attn_ratio", "mlp_ratio", "image_mask_ratio", "audio_mask_ratio")
-SIZES = ("image_size", "audio_size")
-CONFIG_KEYS = (*COUNTS, *RATIOS, *SIZES, "interactions", "fusion_layers", "norm_loss")
+RATIOS = ("attn_ratio", "mlp_ratio")
 DECODER_NAME = re.compile(r"^(image|audio)_decoder_")
 
 
-class ReleasedFusion(nn.Module):
+class ReleasedFusion(Fusion):
     """What the released fusion blocks share: the residual adds to the *normalised* tokens, which replace the
     input; the softmax scale comes from the full width, (D / H) ** -0.5, whatever the query width."""
 
@@ -59,43 +54,33 @@ class ReleasedFusion(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(
-        self,
-        fusion: Tensor,
-        image: Tensor,
-        audio: Tensor,
-        *,
-        image_mask: Tensor | None = None,
-        audio_mask: Tensor | None = None,
-        image_positions: Tensor | None = None,
-        audio_positions: Tensor | None = None,
-    ) -> Tensor:
-        check_streams(self, fusion, image, audio, image_mask, audio_mask)
-        fusion, image, audio = self.norm1_mm(fusion), self.norm1_img(image), self.norm1_aud(audio)
-        fusion = fusion + self.attend(fusion, image, audio, image_mask, audio_mask)
+    @property
+    def weight(self) -> Tensor:
+        return self.norm2.weight
+
+    def fuse(self, fusion: Tensor, image: Stream, audio: Stream) -> Tensor:
+        image = image._replace(tokens=self.norm1_img(image.tokens))
+        audio = audio._replace(tokens=self.norm1_aud(audio.tokens))
+        fusion = self.norm1_mm(fusion)
+        fusion = fusion + self.attend(fusion, image, audio)
         return fusion + self.mlp(self.norm2(fusion))
 
-    def split_heads(self, tokens):
-        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+    def side(self, key: Tensor, value: Tensor, mask: Tensor | None) -> Side:
+        """Of projections (B, N, width)."""
+        return Side(self.split_heads(key), self.split_heads(value), mask)
 
-    def pairs(
-        self, query, image_key, image_value, audio_key, audio_value, value_bias, image_mask, audio_mask
-    ):
-        """Pair attention over (B, N, width) projections -> (B, F, value width)"""
-        projections = (query, image_key, image_value, audio_key, audio_value)
-        attended = pair_attention(
-            *map(self.split_heads, projections),
-            image_mask=image_mask,
-            audio_mask=audio_mask,
-            scale=self.scale,
-        )
-        return attended.transpose(1, 2).flatten(2) + value_bias * any_pair_left(image_mask, audio_mask)
+    def attend_pairs(self, query: Tensor, image: Side, audio: Side, value_bias: Tensor) -> Tensor:
+        """Queries (B, F, width) -> (B, F, value width)"""
+        attended = attend_pairs(self.split_heads(query), image, audio, scale=self.scale)
+        return self.merge_heads(attended) + value_bias * any_pair_left(image.mask, audio.mask)
+
+    def attend_tokens(self, query: Tensor, side: Side) -> Tensor:
+        """Queries (B, F, width) -> (B, F, value width)"""
+        return self.merge_heads(masked_attention(self.split_heads(query), *side, self.scale))
 
 
 class ReleasedDense(ReleasedFusion):
-    """Released "dense_mmi": one Linear over concatenated pairs, whose first D columns act on audio, the last
-    on image.
-    """
+    """Released "dense_mmi": one Linear over concatenated pairs, first D columns for audio, last for image."""
 
     def __init__(self, dim, num_heads, *, attn_ratio=0.25, mlp_ratio=1.0):
         super().__init__(dim, num_heads, mlp_ratio=mlp_ratio)
@@ -105,26 +90,33 @@ class ReleasedDense(ReleasedFusion):
         )
         initialize_linear(self)
 
-    def attend(self, fusion, image, audio, image_mask, audio_mask):
+    def attend(self, fusion, image, audio):
         audio_weight, image_weight = self.attn["kv"].weight.chunk(2, dim=1)
-        image_key, image_value = F.linear(image, image_weight).chunk(2, dim=-1)
-        audio_key, audio_value = F.linear(audio, audio_weight).chunk(2, dim=-1)
+        image_side = self.side(*F.linear(image.tokens, image_weight).chunk(2, dim=-1), image.mask)
+        audio_side = self.side(*F.linear(audio.tokens, audio_weight).chunk(2, dim=-1), audio.mask)
         value_bias = self.attn["kv"].bias.chunk(2)[1]  # the key bias cancels in the softmax
-        query = self.attn["q"](fusion)
-        return self.attn["proj"](
-            self.pairs(
-                query, image_key, image_value, audio_key, audio_value, value_bias, image_mask, audio_mask
-            )
-        )
+        attended = self.attend_pairs(self.attn["q"](fusion), image_side, audio_side, value_bias)
+        return self.attn["proj"](attended)
 
 
 class ReleasedFactorized(ReleasedFusion):
     """Released "factorized_mmi": pairs of the raw outputs of the aggregation attentions (no residual, no MLP
     before); one shared residual and MLP over all fusion and aggregation tokens; full-width values."""
 
-    def __init__(self, dim, num_heads, *, split_sizes=(16, 8, 8), attn_ratio=0.25, mlp_ratio=1.0):
+    def __init__(
+        self,
+        dim,
+        num_heads,
+        *,
+        fusion_tokens=16,
+        image_aggregation_tokens=8,
+        audio_aggregation_tokens=8,
+        attn_ratio=0.25,
+        mlp_ratio=1.0,
+    ):
         super().__init__(dim, num_heads, mlp_ratio=mlp_ratio)
-        self.split_sizes, width = list(split_sizes), int(dim * attn_ratio)
+        self.split_sizes = [fusion_tokens, image_aggregation_tokens, audio_aggregation_tokens]
+        width = int(dim * attn_ratio)
         self.attn = nn.ModuleDict(
             dict(
                 attn_v=self.cross_attention(dim),
@@ -144,31 +136,28 @@ class ReleasedFactorized(ReleasedFusion):
             dict(q=nn.Linear(dim, dim), kv=nn.Linear(dim, 2 * dim), proj=nn.Linear(dim, dim))
         )
 
-    def attend(self, fusion, image, audio, image_mask, audio_mask):
+    def attend(self, fusion, image, audio):
         fusion, image_aggregate, audio_aggregate = split_state(fusion, self.split_sizes)
-        image_aggregate = self.aggregate(self.attn["attn_v"], image_aggregate, image, image_mask)
-        audio_aggregate = self.aggregate(self.attn["attn_a"], audio_aggregate, audio, audio_mask)
+        image_aggregate = self.aggregate(self.attn["attn_v"], image_aggregate, image)
+        audio_aggregate = self.aggregate(self.attn["attn_a"], audio_aggregate, audio)
 
-        image_key_weight, audio_key_weight = self.attn["k"].weight.chunk(2, dim=1)
-        image_value_weight, audio_value_weight = self.attn["v"].weight.chunk(2, dim=1)
-        attended = self.pairs(
+        image_key, audio_key = self.attn["k"].weight.chunk(2, dim=1)
+        image_value, audio_value = self.attn["v"].weight.chunk(2, dim=1)
+        attended = self.attend_pairs(
             self.attn["q"](fusion),
-            F.linear(image_aggregate, image_key_weight),
-            F.linear(image_aggregate, image_value_weight),
-            F.linear(audio_aggregate, audio_key_weight),
-            F.linear(audio_aggregate, audio_value_weight),
+            self.projected(summary(image_aggregate, image), image_key, image_value),
+            self.projected(summary(audio_aggregate, audio), audio_key, audio_value),
             self.attn["v"].bias,
-            aggregate_mask(image_mask, image_aggregate),
-            aggregate_mask(audio_mask, audio_aggregate),
         )
         return torch.cat([self.attn["proj"](attended), image_aggregate, audio_aggregate], dim=1)
 
-    def aggregate(self, attn, aggregate, tokens, mask):
-        key, value = attn["kv"](tokens).chunk(2, dim=-1)
-        attended = masked_attention(
-            *map(self.split_heads, (attn["q"](aggregate), key, value)), mask, self.scale
-        )
-        return attn["proj"](attended.transpose(1, 2).flatten(2))
+    def projected(self, stream, key_weight, value_weight):
+        tokens = stream.tokens
+        return self.side(F.linear(tokens, key_weight), F.linear(tokens, value_weight), stream.mask)
+
+    def aggregate(self, attn, aggregate, stream):
+        side = self.side(*attn["kv"](stream.tokens).chunk(2, dim=-1), stream.mask)
+        return attn["proj"](self.attend_tokens(attn["q"](aggregate), side))
 
 
 class ReleasedToken(ReleasedFusion):
@@ -184,13 +173,18 @@ class ReleasedToken(ReleasedFusion):
         )
         initialize_linear(self)
 
-    def attend(self, fusion, image, audio, image_mask, audio_mask):
-        key, value = self.attn["kv"](torch.cat([image, audio], dim=1)).chunk(2, dim=-1)
-        mask = union_mask((image, image_mask), (audio, audio_mask))
-        attended = masked_attention(
-            *map(self.split_heads, (self.attn["q"](fusion), key, value)), mask, self.scale
-        )
-        return self.attn["proj"](attended.transpose(1, 2).flatten(2))
+    def attend(self, fusion, image, audio):
+        key, value = self.attn["kv"](torch.cat([image.tokens, audio.tokens], dim=1)).chunk(2, dim=-1)
+        side = self.side(key, value, union_mask(image, audio))
+        return self.attn["proj"](self.attend_tokens(self.attn["q"](fusion), side))
+
+
+VARIANTS = {
+    "dense": Variant(ReleasedDense, RATIOS),
+    "factorized": Variant(ReleasedFactorized, (*RATIOS, *STATE), STATE),
+    "token": Variant(ReleasedToken, RATIOS),
+    "none": Variant(None),
+}
 
 
 class ReleasedEncoder(AVEncoder):
@@ -200,21 +194,13 @@ class ReleasedEncoder(AVEncoder):
     """
 
     mark = "released"
+    variants = VARIANTS
 
-    @wraps(AVEncoder.__init__)  # its signature too, which the hub mixin reads
+    @functools.wraps(AVEncoder.__init__)  # its signature too, which the hub mixin reads
     def __init__(self, image, audio, **options):
         super().__init__(image, audio, **options)
         for branch in self.image, self.audio:
             branch.pos_embed.requires_grad_(False)  # released: fixed sine-cosine
-
-    def make_block(self):
-        settings = self.settings
-        options = dict(attn_ratio=settings["attn_ratio"], mlp_ratio=settings["mlp_ratio"])
-        if settings["interactions"] == "factorized":
-            counts = ("fusion_tokens", "image_aggregation_tokens", "audio_aggregation_tokens")
-            options["split_sizes"] = [settings[name] for name in counts]
-        block = {"dense": ReleasedDense, "factorized": ReleasedFactorized, "token": ReleasedToken}
-        return block[settings["interactions"]](self.embed_dim, settings["num_heads"], **options)
 
     def visible_fusion(self, state):
         return state
@@ -228,7 +214,7 @@ class ReleasedAutoencoder(AVMAE):
 
     mark = ReleasedEncoder.mark  # of its encoder's config
 
-    @wraps(AVMAE.__init__)
+    @functools.wraps(AVMAE.__init__)
     def __init__(self, encoder, **options):
         super().__init__(encoder, **options)
         for decoder in self.image_decoder, self.audio_decoder:
@@ -259,38 +245,26 @@ def from_deepavfusion(state_dict_or_path, *, config: dict | None = None) -> nn.M
     if heads < 1 or dim % heads:
         raise ValueError(f"config: num_heads must divide the width of {dim}, got {heads}")
     if "norm1_mm.weight" in weights:
-        if settings["interactions"] == "none":
+        variant = VARIANTS[INTERACTIONS[settings["interactions"]]]
+        if variant.block is None:
             raise ValueError("config: interactions is 'none', but the weights are those of a fusion block")
-        return load_strictly(make_released_block(settings), weights)
-    if not any(name.startswith("encoder.") for name in weights):
-        encoder = make_released_encoder(settings)
-        return load_strictly(encoder, exchange_token_norms(weights, settings))
-    encoder = make_released_encoder(settings)
-    mae = ReleasedAutoencoder(
-        encoder,
-        decoder_dim=settings["decoder_dim"],
-        decoder_depth=settings["decoder_depth"],
-        decoder_heads=settings["decoder_heads"],
-        image_mask_ratio=settings["image_mask_ratio"],
-        audio_mask_ratio=settings["audio_mask_ratio"],
-        norm_target=settings["norm_loss"],
-    )
-    weights = {DECODER_NAME.sub(r"\1_decoder.", name): weight for name, weight in weights.items()}
-    return load_strictly(mae, exchange_token_norms(weights, settings))
+        return load_strictly(variant.make(dim, settings), weights)
+    model = make_released_encoder(settings)
+    if any(name.startswith("encoder.") for name in weights):
+        names = "decoder_dim", "decoder_depth", "decoder_heads", "image_mask_ratio", "audio_mask_ratio"
+        options = {name: settings[name] for name in names}
+        model = ReleasedAutoencoder(model, norm_target=settings["norm_loss"], **options)
+        weights = {DECODER_NAME.sub(r"\1_decoder.", name): weight for name, weight in weights.items()}
+    return load_strictly(model, exchange_token_norms(weights, settings))
 
 
-def read_weights(source) -> dict[str, Tensor]:
-    """The state dict in a file or dictionary, without the prefix that distributed training adds."""
+def read_weights(source: str | os.PathLike | dict) -> dict[str, Tensor]:
+    """The state dict in a file or dictionary."""
     if isinstance(source, (str, os.PathLike)):
         source = read_safetensors(source) if os.fspath(source).endswith(".safetensors") else read_pth(source)
     if not isinstance(source, dict):
         raise ValueError(f"state_dict_or_path must be a path or a dictionary, got {type(source).__name__}")
-    weights = source.get("state_dict", source)
-    if not isinstance(weights, dict) or not all(
-        isinstance(name, str) and isinstance(weight, Tensor) for name, weight in weights.items()
-    ):
-        raise ValueError("state_dict_or_path must hold tensors by name, by itself or under 'state_dict'")
-    return {name.removeprefix("module."): weight for name, weight in weights.items()}
+    return state_dict(source, "state_dict_or_path")[0]
 
 
 def encoder_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -300,7 +274,7 @@ def encoder_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def infer_settings(weights: dict[str, Tensor]) -> dict:
-    """What names and shapes tell, and defaults for the rest."""
+    """Settings that names and shapes imply, and defaults for the rest."""
     encoder = {name.removeprefix("encoder."): weight for name, weight in weights.items()}
     prefix = "" if "norm1_mm.weight" in weights else r"fusion_blocks\.\d+\."
     block = {re.sub(f"^{prefix}", "", name): w for name, w in encoder.items() if re.match(prefix, name)}
@@ -359,7 +333,7 @@ def infer_encoder(encoder: dict[str, Tensor], interactions: str) -> dict:
         audio_size=(8 * patch_size, audio_patches // 8 * patch_size),
         fusion_layers="-".join(map(str, layers)) or "none",
     )
-    if interactions != "factorized_mmi":  # there are no aggregation tokens to tell apart
+    if interactions != "factorized_mmi":  # which has aggregation tokens among them
         inferred["fusion_tokens"] = size_of(encoder, "fusion_tokens", 1)
     return inferred
 
@@ -373,61 +347,44 @@ def size_of(weights: dict[str, Tensor], name: str, dim: int) -> int:
 
 def count_blocks(weights: dict[str, Tensor], blocks: str) -> int:
     pattern = re.escape(blocks) + r"\.(\d+)\."
-    found = {int(match[1]) for name in weights if (match := re.match(pattern, name))}
-    if not found:
+    numbers = {int(match[1]) for name in weights if (match := re.match(pattern, name))}
+    if not numbers:
         raise ValueError(f"state_dict_or_path holds no {blocks}")
-    return 1 + max(found)
+    return 1 + max(numbers)
+
+
+def check_layers(name: str, layers: object) -> None:
+    if not re.fullmatch(r"all|none|\d+(-\d+)*", str(layers)):
+        raise ValueError(f"{name} must be 'all', 'none' or like '0-1', got {layers!r}")
+
+
+CHECKS = {  # of the keys of a config, by the released names
+    **dict.fromkeys(("embed_dim", "num_heads", "depth", "patch_size", *STATE), check_count),
+    **dict.fromkeys(("decoder_dim", "decoder_depth", "decoder_heads"), check_count),
+    **dict.fromkeys((*RATIOS, "image_mask_ratio", "audio_mask_ratio"), check_positive),
+    **dict.fromkeys(("image_size", "audio_size"), check_size),
+    "interactions": functools.partial(check_choice, choices=tuple(INTERACTIONS)),
+    "fusion_layers": check_layers,
+    "norm_loss": check_flag,
+}
 
 
 def check_config(config: dict | None) -> dict:
     if not (config is None or isinstance(config, dict)):
         raise ValueError(f"config must be a dictionary, got {type(config).__name__}")
     config = dict(config or {})
-    unknown = sorted(set(config) - set(CONFIG_KEYS))
+    unknown = sorted(set(config) - set(CHECKS))
     if unknown:
-        raise ValueError(f"config has unknown keys {', '.join(unknown)}; known are {', '.join(CONFIG_KEYS)}")
-    for name in config:
-        if name in COUNTS:
-            check_count(f"config: {name}", config[name])
-        elif name in RATIOS:
-            check_positive(f"config: {name}", config[name])
-        elif name in SIZES:
-            check_size(f"config: {name}", config[name])
-    if config.get("interactions", "none") not in INTERACTIONS:
-        names = ", ".join(INTERACTIONS)
-        raise ValueError(f"config: interactions must be one of {names}, got {config['interactions']!r}")
-    if not re.fullmatch(r"all|none|\d+(-\d+)*", str(config.get("fusion_layers", "all"))):
-        raise ValueError(
-            f"config: fusion_layers must be 'all', 'none' or like '0-1', got {config['fusion_layers']!r}"
-        )
-    check_flag("config: norm_loss", config.get("norm_loss", True))
+        raise ValueError(f"config has unknown keys {', '.join(unknown)}; known are {', '.join(CHECKS)}")
+    for name, value in config.items():
+        CHECKS[name](f"config: {name}", value)
     return config
 
 
-def make_released_block(settings: dict) -> ReleasedFusion:
-    options = dict(attn_ratio=settings["attn_ratio"], mlp_ratio=settings["mlp_ratio"])
-    if settings["interactions"] == "factorized_mmi":
-        counts = ("fusion_tokens", "image_aggregation_tokens", "audio_aggregation_tokens")
-        options["split_sizes"] = [settings[name] for name in counts]
-    block = {"dense_mmi": ReleasedDense, "factorized_mmi": ReleasedFactorized, "token": ReleasedToken}
-    return block[settings["interactions"]](settings["embed_dim"], settings["num_heads"], **options)
-
-
 def make_released_encoder(settings: dict) -> ReleasedEncoder:
-    def vit(channels, size):
-        return VisionTransformer(
-            img_size=tuple(size),
-            patch_size=settings["patch_size"],
-            in_chans=channels,
-            embed_dim=settings["embed_dim"],
-            depth=settings["depth"],
-            num_heads=settings["num_heads"],
-            class_token=False,
-            global_pool="",
-            num_classes=0,
-        )
-
-    image, audio = vit(3, settings["image_size"]), vit(1, settings["audio_size"])
+    sizes = {name: settings[name] for name in ("patch_size", "embed_dim", "depth", "num_heads")}
+    image = plain_vit(3, settings["image_size"], **sizes)
+    audio = plain_vit(1, settings["audio_size"], **sizes)
     for branch in image, audio:
         branch.origin = dict(weights="DeepAVFusion", family="DeepAVFusion", licence="CC-BY-NC-4.0")
     layers = settings["fusion_layers"]
@@ -438,13 +395,8 @@ def make_released_encoder(settings: dict) -> ReleasedEncoder:
         audio,
         interactions=INTERACTIONS[settings["interactions"]],
         fusion_layers=layers,
-        fusion_tokens=settings["fusion_tokens"],
-        image_aggregation_tokens=settings["image_aggregation_tokens"],
-        audio_aggregation_tokens=settings["audio_aggregation_tokens"],
-        num_heads=settings["num_heads"],
-        attn_ratio=settings["attn_ratio"],
-        mlp_ratio=settings["mlp_ratio"],
         inputs=released_inputs(settings),
+        **{name: settings[name] for name in ("num_heads", *STATE, *RATIOS)},
     )
 
 

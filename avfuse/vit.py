@@ -18,10 +18,14 @@ ACTIVATIONS = {
 }
 
 
+def plain_vit(channels: int, size: tuple[int, int], **options) -> VisionTransformer:
+    """A transformer of patch tokens alone, without class token and head, for inputs (channels, *size)."""
+    options = dict(class_token=False, global_pool="", num_classes=0) | options
+    return VisionTransformer(img_size=tuple(size), in_chans=channels, **options)
+
+
 def patch_tokens(vit: VisionTransformer, pixels: Tensor, keep: Tensor | None) -> Tensor:
-    """Embedded tokens with positions, (B, prefix + N, D); of the patch tokens only those in `keep` (B, n),
-    if given.
-    """
+    """Embedded tokens with positions, (B, prefix + N, D); of the patches only those in `keep` (B, n)."""
     # Contiguous: patch embedding leaves them strided, and every norm and residual sum of all layers would
     # copy them or run unvectorized (a third of the encoder's time on an H100).
     tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(pixels))).contiguous()
@@ -36,11 +40,6 @@ def split_prefix(vit: VisionTransformer, tokens: Tensor) -> tuple[Tensor, Tensor
     """(B, prefix + n, D) -> the class and register tokens, the patch tokens"""
     prefix = vit.num_prefix_tokens
     return tokens[:, :prefix], tokens[:, prefix:]
-
-
-def presence_mask(vit: VisionTransformer, present: Tensor | None) -> Tensor | None:
-    """(B,) bool -> (B, N) over the patch tokens: None = all are present."""
-    return None if present is None else present[:, None].expand(-1, vit.patch_embed.num_patches)
 
 
 def run_block(block: Block, tokens: Tensor, context: Tensor | None, key_mask: Tensor | None) -> Tensor:

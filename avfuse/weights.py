@@ -1,7 +1,7 @@
 """Weights that others trained, as the start of an encoder's transformers: MAE, AudioMAE, any timm ViT, and
 the branches of whole audio-visual models.
 
-Nothing is lost silently: every tensor is used as it is, converted and said, or dropped with its reason.
+Nothing is lost silently: a table names every tensor as used, converted (and how) or dropped (and why).
 """
 
 import json
@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .checks import check_choice, check_size
-from .files import read_metadata, read_pth, read_safetensors, some
+from .files import read_metadata, read_pth, read_safetensors, some, state_dict
 from .model_card import UNKNOWN, strictest
 from .pretrained import CONFIG, WEIGHTS
 
@@ -48,7 +48,7 @@ NAMED = 4  # tensors of one kind that an error names
 
 @dataclass(frozen=True)
 class Origin:
-    """Where weights come from, as config.json and the model card tell it."""
+    """Where weights come from; kept in config.json and shown by the model card."""
 
     weights: str  # name of the file, folder or model
     family: str
@@ -134,27 +134,28 @@ def load_audio_weights(
     return load(model, "audio", weights, axes=axes, grid=grid, say=say)
 
 
-def load(model, branch, weights, *, axes, grid, say) -> LoadedWeights:
+def load(model, branch, source, *, axes, grid, say) -> LoadedWeights:
     vit = transformer_of(model, branch)
     if grid is not None:
         check_size("grid", grid, "(rows, columns)")
-    found = read(weights)
-    weights, dropped = branch_of(found.weights, branch)
-    family = family_of(found, weights, branch, is_whole=bool(dropped))
+    content = read(source)
+    weights, dropped = branch_of(content.weights, branch)
+    family = family_of(content, weights, branch, is_whole=bool(dropped))
     if branch == "audio" and axes is None:
         axes = "time-frequency" if family == "AudioMAE" else "frequency-time"
     weights, converted = convert(weights, vit, axes, grid)
     weights, without_place = drop(weights, vit)
-    check_fit(weights, vit, found.name)
+    check_fit(weights, vit, content.name)
     with torch.no_grad():
         for name, place in vit.state_dict().items():
             place.copy_(weights[name])
 
-    licences = [licence for licence in (found.licence, LICENCES.get(family)) if licence]
-    origin = Origin(found.name, family, strictest(licences) or UNKNOWN)
+    licences = [licence for licence in (content.licence, LICENCES.get(family)) if licence]
+    origin = Origin(content.name, family, strictest(licences) or UNKNOWN)
     vit.origin = asdict(origin)
     used = tuple(name for name in weights if name not in converted)
-    loaded = LoadedWeights(branch, axes, origin, used, converted, found.dropped | dropped | without_place)
+    dropped = content.dropped | dropped | without_place
+    loaded = LoadedWeights(branch, axes, origin, used, converted, dropped)
     say(str(loaded))
     return loaded
 
@@ -171,23 +172,24 @@ def transformer_of(model: nn.Module, branch: str) -> VisionTransformer:
 # --- reading ------------------------------------------------------------------------------------------------
 
 
-class Found(NamedTuple):
+class ReadWeights(NamedTuple):
     """What a file, a timm model or a dictionary holds."""
 
     name: str
     weights: dict[str, Tensor]
     dropped: dict[str, str]  # what lies beside the weights
-    licence: str | None = None  # if it says so
+    licence: str | None = None  # if it is stated
     family: str = "ViT"
 
 
-def read(source) -> Found:
+def read(source) -> ReadWeights:
     """Weights, and what they say about themselves. No code in a file is run."""
     if isinstance(source, nn.Module):
-        name, licence, family = told_by_timm(getattr(source, "pretrained_cfg", None), type(source).__name__)
-        return Found(name, dict(source.state_dict()), {}, licence, family)
+        config = getattr(source, "pretrained_cfg", None)
+        name, licence, family = timm_origin(config, type(source).__name__)
+        return ReadWeights(name, dict(source.state_dict()), {}, licence, family)
     if isinstance(source, dict):
-        return Found("a state dict", *unwrap(source, "weights"))
+        return ReadWeights("a state dict", *state_dict(source, "weights"))
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(f"weights must be a path, a model or a dictionary, got {type(source).__name__}")
     path = Path(source)
@@ -195,13 +197,13 @@ def read(source) -> Found:
     if not file.is_file():
         raise ValueError(f"weights {path}: there is no file {file}")
     if file.suffix != ".safetensors":
-        return Found(path.name, *unwrap(read_pth(file), f"weights {path}"))
+        return ReadWeights(path.name, *state_dict(read_pth(file), f"weights {path}"))
     weights = read_safetensors(file)
     licence = read_metadata(file).get("licence")
     name, family = path.name, "ViT"
     if file.name == WEIGHTS and not licence:
-        name, licence, family = told_by_timm(config_beside(file), name)
-    return Found(name, weights, {}, licence, family)
+        name, licence, family = timm_origin(config_beside(file), name)
+    return ReadWeights(name, weights, {}, licence, family)
 
 
 def config_beside(file: Path) -> dict:
@@ -210,31 +212,16 @@ def config_beside(file: Path) -> dict:
         config = json.loads((file.parent / CONFIG).read_text())
         return {"architecture": config.get("architecture")} | config["pretrained_cfg"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}  # it is none of timm's, and what is not said about weights is unknown
+        return {}  # timm did not save it: nothing is known about the weights
 
 
-def told_by_timm(said: dict | None, name: str) -> tuple[str, str | None, str]:
-    """The name, licence and family of a model with this `pretrained_cfg`."""
-    if not said or not isinstance(said.get("architecture"), str):
+def timm_origin(config: dict | None, name: str) -> tuple[str, str | None, str]:
+    """Name, licence and family of a model with this `pretrained_cfg`; without one, it is called `name`."""
+    if not config or not isinstance(config.get("architecture"), str):
         return name, None, "ViT"
-    tag, licence = said.get("tag"), said.get("license")
-    name = said["architecture"] + (f".{tag}" if tag else "")
+    tag, licence = config.get("tag"), config.get("license")
+    name = config["architecture"] + (f".{tag}" if tag else "")
     return name, licence if isinstance(licence, str) else None, "timm ViT"
-
-
-def unwrap(content: dict, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state dict in what torch.save wrote, by itself or under a name, and what lies beside it."""
-    place = next(
-        (key for key in ("model", "state_dict") if isinstance(content, dict) and key in content), None
-    )
-    weights = content if place is None else content[place]
-    if not isinstance(weights, dict) or not weights:
-        raise ValueError(f"{what} must hold tensors by name, by itself or under 'model' or 'state_dict'")
-    for name, weight in weights.items():
-        if not isinstance(name, str) or not isinstance(weight, Tensor):
-            raise ValueError(f"{what}: {name!r} is no tensor but a {type(weight).__name__}")
-    beside = {} if place is None else {str(key): "not a weight" for key in content if key != place}
-    return {name.removeprefix("module."): weight for name, weight in weights.items()}, beside
 
 
 def branch_of(weights: dict[str, Tensor], branch: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -251,18 +238,18 @@ def branch_of(weights: dict[str, Tensor], branch: str) -> tuple[dict[str, Tensor
     return chosen, dropped
 
 
-def family_of(found: Found, weights: dict[str, Tensor], branch: str, is_whole: bool) -> str:
+def family_of(content: ReadWeights, weights: dict[str, Tensor], branch: str, is_whole: bool) -> str:
     """Whose weights these are, by their names and shapes; of MAE's, by the name of the file too."""
     if is_whole:
-        return "DeepAVFusion" if any("norm1_mm" in name for name in found.weights) else "avfuse"
+        return "DeepAVFusion" if any("norm1_mm" in name for name in content.weights) else "avfuse"
     kernel, positions = weights.get(KERNEL), weights.get(POSITIONS)
     if branch == "audio":
         rows = 1 + math.prod(AUDIOMAE_GRID)
         is_one_channel = kernel is not None and kernel.ndim == 4 and kernel.shape[1] == 1
         fits = is_one_channel and positions is not None and positions.ndim == 3 and positions.shape[1] == rows
-        return "AudioMAE" if fits and "cls_token" in weights else found.family
+        return "AudioMAE" if fits and "cls_token" in weights else content.family
     is_mae = any(DECODER.fullmatch(name) for name in weights) or has_fixed_positions(weights)
-    return "MAE" if is_mae or re.search(r"(?<![a-z])mae(?![a-z])", found.name.lower()) else found.family
+    return "MAE" if is_mae or re.search(r"(?<![a-z])mae(?![a-z])", content.name.lower()) else content.family
 
 
 def has_fixed_positions(weights: dict[str, Tensor]) -> bool:
@@ -289,7 +276,7 @@ def convert(weights, vit, axes, grid) -> tuple[dict[str, Tensor], dict[str, str]
         weights[KERNEL] = weights[KERNEL].transpose(2, 3)
         converted[KERNEL] = "from time x frequency to frequency x time: axes swapped"
     is_table = POSITIONS in places and POSITIONS in weights and weights[POSITIONS].ndim == 3
-    if is_table and all(name in weights for name in PREFIXES if name in places):  # else it will be told
+    if is_table and all(name in weights for name in PREFIXES if name in places):  # else `check_fit` names it
         weights[POSITIONS], steps = fit_positions(weights, vit, axes, grid)
         if steps:
             converted[POSITIONS] = ", ".join(steps)
@@ -318,9 +305,7 @@ def fit_positions(weights, vit, axes, grid) -> tuple[Tensor, list[str]]:
 
 
 def find_grid(rows: int, prefix: int, new: tuple, axes, grid) -> tuple[int, tuple[int, int]]:
-    """How many of the rows of a table of positions belong to prefix tokens, all or none, and the grid of the
-    others.
-    """
+    """How many rows of a table of positions belong to prefix tokens (all or none), and the others' grid."""
     for count in dict.fromkeys((prefix, 0)):
         patches = rows - count
         side = math.isqrt(max(0, patches))
@@ -336,39 +321,36 @@ def find_grid(rows: int, prefix: int, new: tuple, axes, grid) -> tuple[int, tupl
             guess = side, side
         if 0 < math.prod(guess) == patches:
             return count, guess
-    said = "is not (rows, columns) of them" if grid else "is needed: they are no grid by themselves"
-    raise ValueError(f"{POSITIONS} has {rows} rows, {prefix} of them for prefix tokens or none; grid {said}")
+    fault = "is not (rows, columns) of them" if grid else "is needed: they are no grid by themselves"
+    raise ValueError(f"{POSITIONS} has {rows} rows, {prefix} of them for prefix tokens or none; grid {fault}")
 
 
 def drop(weights, vit) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Without what the transformer has no place for and can do without."""
-    dropped = {}
-    for name in weights.keys() - vit.state_dict().keys():
-        reason = next((reason for names, reason in DISPENSABLE.items() if names.fullmatch(name)), None)
-        if reason:
-            dropped[name] = reason
-    kept = {name: weight for name, weight in weights.items() if name not in dropped}
-    return kept, {name: dropped[name] for name in weights if name in dropped}
+    """Without what the transformer has no place for and can do without, and the reasons for that."""
+    without_place = [name for name in weights if name not in vit.state_dict()]
+    dropped = {
+        name: reason
+        for name in without_place
+        for names, reason in DISPENSABLE.items()
+        if names.fullmatch(name)
+    }
+    return {name: weight for name, weight in weights.items() if name not in dropped}, dropped
 
 
 def check_fit(weights: dict[str, Tensor], vit: VisionTransformer, source: str) -> None:
     """Raises ValueError unless there is exactly one finite tensor for each place."""
-    places, wrong = vit.state_dict(), []
-    missing = [name for name in places if name not in weights]
-    homeless = [name for name in weights if name not in places]
-    both = [
-        (name, tuple(weights[name].shape), tuple(places[name].shape)) for name in places if name in weights
-    ]
-    misshaped = [f"{name} is {theirs}, not {ours}" for name, theirs, ours in both if theirs != ours]
-    broken = [name for name, weight in weights.items() if not weight.isfinite().all()]
-    for kind, names in (
-        ("missing", missing),
-        ("without a place", homeless),
-        ("of another shape", misshaped),
-        ("not finite", broken),
-    ):
-        if names:
-            wrong.append(f"{kind}: {some(names, NAMED)}")
+    places = vit.state_dict()
+    faults = {
+        "missing": [name for name in places if name not in weights],
+        "without a place": [name for name in weights if name not in places],
+        "of another shape": [
+            f"{name} is {tuple(weights[name].shape)}, not {tuple(place.shape)}"
+            for name, place in places.items()
+            if name in weights and weights[name].shape != place.shape
+        ],
+        "not finite": [name for name, weight in weights.items() if not weight.isfinite().all()],
+    }
+    wrong = [f"{fault}: {some(names, NAMED)}" for fault, names in faults.items() if names]
     if wrong:
         transformer = f"a transformer of {len(vit.blocks)} layers and width {vit.embed_dim}"
         raise ValueError(f"{source} does not fit {transformer}: {'; '.join(wrong)}")

@@ -27,21 +27,19 @@ class PairTokenFusion(DenseFusion):
         self.pair_key_value = nn.Linear(dim, 2 * self.width, bias=False)
         initialize_linear(self)
 
-    def forward(
-        self, fusion, image, audio, *, image_positions=None, audio_positions=None, **_no_masks
-    ) -> Tensor:
-        pairs = all_pairs(self.pair_image(self.norm_image(image)), self.pair_audio(self.norm_audio(audio)))
+    def attend(self, fusion, image, audio) -> Tensor:
+        image_half = self.pair_image(self.norm_image(image.tokens))
+        pairs = all_pairs(image_half, self.pair_audio(self.norm_audio(audio.tokens)))
         key, value = self.keys_and_values(self.pair_key_value(pairs))  # (B, H, I * A, K)
-        bias = self.positioned_bias(image, audio, image_positions, audio_positions)
-        return self.attend(fusion, key, value, bias)
+        return self.attend_stored(fusion, key, value, self.positioned_bias(image, audio))
 
-    def attend(self, fusion, key, value, bias):
-        """Fusion tokens (B, F, D) after attention over pairs; bias None or (B or 1, H, I, A)."""
+    def attend_stored(self, fusion, key, value, bias):
+        """What fusion tokens attended to over pairs, (B, F, width); bias None or (B or 1, H, I, A)."""
         bias = None if bias is None else bias.flatten(2)[:, :, None]  # (B or 1, H, 1, I * A)
         if bias is not None and torch.is_autocast_enabled(key.device.type):
             bias = bias.to(key.dtype)
         attended = F.scaled_dot_product_attention(self.queries(fusion), key, value, attn_mask=bias)
-        return self.update(fusion, self.merge_heads(attended) + self.value_bias)
+        return self.merge_heads(attended) + self.value_bias
 
 
 class PairKeyFusion(DenseFusion):
@@ -50,15 +48,13 @@ class PairKeyFusion(DenseFusion):
     Half of the trick: it projects before it pairs, so its pairs are as narrow as keys, not as wide as tokens.
     """
 
-    attend = PairTokenFusion.attend
+    attend_stored = PairTokenFusion.attend_stored
 
-    def forward(
-        self, fusion, image, audio, *, image_positions=None, audio_positions=None, **_no_masks
-    ) -> Tensor:
-        image_key_value = self.image_key_value(self.norm_image(image))
-        key_value = all_pairs(image_key_value, self.audio_key_value(self.norm_audio(audio)))
-        bias = self.positioned_bias(image, audio, image_positions, audio_positions)
-        return self.attend(fusion, *self.keys_and_values(key_value), bias)
+    def attend(self, fusion, image, audio) -> Tensor:
+        image_key_value = self.image_key_value(self.norm_image(image.tokens))
+        key_value = all_pairs(image_key_value, self.audio_key_value(self.norm_audio(audio.tokens)))
+        key, value = self.keys_and_values(key_value)
+        return self.attend_stored(fusion, key, value, self.positioned_bias(image, audio))
 
 
 def all_pairs(image: Tensor, audio: Tensor) -> Tensor:

@@ -25,7 +25,6 @@ from matplotlib.figure import Figure
 from measure import RESULTS, ROOT, begin_record, write_record
 from plots import BLUE, GREY, ORANGE, digest, save
 from tables import filled, markdown, origin, terminal
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from tqdm import tqdm
@@ -35,6 +34,7 @@ from avfuse.data.sounding_shapes.synthesis import COLOURS, SHAPES, draw, play, s
 from avfuse.data.transforms import Spectrogram
 from avfuse.files import aside
 from avfuse.presets import SMALL_INPUTS
+from avfuse.vit import plain_vit
 
 DIM, DEPTH, HEADS, PATCH = 64, 4, 2, 16
 FEATURES = ("image", "audio", "fusion")
@@ -198,23 +198,10 @@ def train_cell(options: Options, cell: tuple[str, str, int]) -> dict:
 
 
 def make_encoder(row: Row) -> AVEncoder:
-    def vit(channels, height, width):
-        return VisionTransformer(
-            img_size=(height, width),
-            patch_size=PATCH,
-            in_chans=channels,
-            embed_dim=DIM,
-            depth=DEPTH,
-            num_heads=HEADS,
-            class_token=False,
-            global_pool="",
-            num_classes=0,
-        )
-
-    size = SMALL_INPUTS.image_size
+    sizes = dict(patch_size=PATCH, embed_dim=DIM, depth=DEPTH, num_heads=HEADS)
     return AVEncoder(
-        vit(3, size, size),
-        vit(1, SMALL_INPUTS.mel_bins, SMALL_INPUTS.frames),
+        plain_vit(3, SMALL_INPUTS.image_shape, **sizes),
+        plain_vit(1, (SMALL_INPUTS.mel_bins, SMALL_INPUTS.frames), **sizes),
         interactions=row.interactions,
         fusion_layers=row.layers,
         fusion_tokens=8,

@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from avfuse import AVEncoder
+from avfuse.vit import plain_vit
 
 IMAGE, AUDIO = (3, 24, 24), (1, 16, 40)  # patches of 8: 9 = 3 x 3 and 10 = 2 x 5 tokens
 IMAGE_TOKENS, AUDIO_TOKENS = 9, 10
@@ -24,9 +25,8 @@ def randomized(module: nn.Module, std: float = 0.2) -> nn.Module:
 
 def make_vit(shape=IMAGE, **options) -> VisionTransformer:
     channels, *size = shape
-    options = dict(embed_dim=32, depth=3, num_heads=2, mlp_ratio=2.0, class_token=False) | options
-    options = dict(patch_size=8, num_classes=0, global_pool="") | options
-    return VisionTransformer(img_size=tuple(size), in_chans=channels, **options)
+    options = dict(patch_size=8, embed_dim=32, depth=3, num_heads=2, mlp_ratio=2.0) | options
+    return plain_vit(channels, size, **options)
 
 
 def make_encoder(interactions="dense", *, vit=None, **options) -> AVEncoder:

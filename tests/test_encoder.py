@@ -24,7 +24,7 @@ from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
 from torch import nn
 
 from avfuse import AVMAE, AVEncoder, InputSettings, create_encoder
-from avfuse.encoder import INTERACTIONS
+from avfuse.fusion import VARIANTS
 from avfuse.released import ReleasedEncoder
 
 EXACT = 1e-11  # float64 rounding through a few layers, relative to the largest value
@@ -37,7 +37,7 @@ VITS = {
     "no biases": dict(qkv_bias=False, proj_bias=False),
     "pre-norm, no positions": dict(pre_norm=True, pos_embed="none"),
 }
-every_interaction = pytest.mark.parametrize("interactions", INTERACTIONS)
+every_interaction = pytest.mark.parametrize("interactions", VARIANTS)
 
 
 def run_direct(encoder, image, audio, image_keep=None, audio_keep=None):
@@ -294,6 +294,28 @@ def test_clips_without_any_token_are_finite_in_unfused_attention_too(interaction
         block.attn.fused_attn = False
     output = encoder(image, audio, image_mask=torch.zeros(2, IMAGE_TOKENS).bool())
     assert all(part.isfinite().all() for part in output[:3])
+
+
+@every_interaction
+@pytest.mark.parametrize("kept", [False, True])
+def test_clips_without_a_modality_equal_clips_masked_everywhere(interactions, kept):
+    encoder, inputs = make_encoder(interactions), make_inputs()
+    present = dict(image_present=torch.tensor([True, False]), audio_present=torch.ones(2).bool())
+    masks = dict(image_mask=torch.ones(2, IMAGE_TOKENS).bool(), audio_mask=torch.ones(2, AUDIO_TOKENS).bool())
+    masks["image_mask"][1] = False
+    indices = keeps() if kept else {}
+    ours, truth = encoder(*inputs, **present, **indices), encoder(*inputs, **masks, **indices)
+    assert all(torch.equal(*parts) for parts in zip(ours[:3], truth[:3], strict=True))
+    masks["image_mask"][0, 4] = masks["audio_mask"][1, 7] = False  # both together
+    masks["image_mask"][1] = True
+    ours = encoder(*inputs, **present, **masks, **indices)
+    masks["image_mask"][1] = False
+    truth = encoder(*inputs, **masks, **indices)
+    assert all(torch.equal(*parts) for parts in zip(ours[:3], truth[:3], strict=True))
+    if interactions != "none":
+        attention = encoder.fusion_attention(*inputs, **present), encoder.fusion_attention(*inputs, **masks)
+        assert not attention[0][0][1].any() and attention[0][0][0].any()
+        assert not attention[1][0][0, ..., 4].any()
 
 
 def test_masks_and_kept_patches_together():
@@ -637,8 +659,11 @@ def test_bad_settings_are_named(options, message):
         (dict(image_keep=torch.tensor([[0], [9]])), r"image_keep must hold indices in 0\.\.8, got 0\.\.9"),
         (dict(image_keep=torch.tensor([[0], [-1]])), r"image_keep must hold indices in 0\.\.8, got -1\.\.0"),
         (dict(image_keep=torch.zeros(2, 1, device="meta").long()), "image_keep must be on cpu, got meta"),
-        (dict(image=None, image_keep=torch.zeros(2, 1).long()), "image_keep and image_mask need image"),
-        (dict(audio=None, audio_mask=torch.ones(2, 10).bool()), "audio_keep and audio_mask need audio"),
+        (dict(image=None, image_keep=torch.zeros(2, 1).long()), "image_keep needs image, which is None"),
+        (dict(audio=None, audio_mask=torch.ones(2, 10).bool()), "audio_mask needs audio, which is None"),
+        (dict(audio=None, audio_present=torch.ones(2).bool()), "audio_present needs audio, which is None"),
+        (dict(image_present=torch.ones(2)), "image_present must be a bool tensor, got torch.float32"),
+        (dict(audio_present=torch.ones(3).bool()), r"audio_present must have shape \(2,\), got \(3,\)"),
     ],
 )
 def test_bad_inputs_are_named(options, message):

@@ -26,7 +26,7 @@ from triton._C.libtriton.ir import INPUT_PRECISION
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from avfuse import AVMAE, fusion
-from avfuse.ops.pair_attention import pair_attention
+from avfuse.ops.pair_attention import attend_pairs, pair_attention
 
 pytestmark = [  # of Triton's interpreter
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
@@ -421,7 +421,7 @@ def test_only_needed_gradients_of_a_bias_are_computed():
 
 
 def test_distributed_data_parallel_changes_nothing(monkeypatch):
-    monkeypatch.setattr(fusion, "pair_attention", triton_attention)
+    monkeypatch.setattr(fusion, "attend_pairs", functools.partial(attend_pairs, backend="triton"))
     block = fusion.DenseFusion(16, 2, attn_ratio=1.0).to(DEVICE)
     inputs = [torch.randn(2, n, 16, device=DEVICE) for n in (3, 5, 4)]
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -442,7 +442,7 @@ def test_dense_masked_autoencoder_trains_as_through_pytorch(monkeypatch, pair_bi
     losses = {}
     inputs = [x.to(DEVICE) for x in make_inputs(dtype=torch.float32)]
     for backend in "triton", "torch":
-        monkeypatch.setattr(fusion, "pair_attention", functools.partial(pair_attention, backend=backend))
+        monkeypatch.setattr(fusion, "attend_pairs", functools.partial(attend_pairs, backend=backend))
         torch.manual_seed(0)
         mae = AVMAE(make_encoder(pair_bias=pair_bias), decoder_dim=16, decoder_depth=1, decoder_heads=2)
         mae = mae.float().to(DEVICE).train()

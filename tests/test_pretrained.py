@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from avfuse import AVMAE, AVEncoder, InputSettings, create_encoder, load_encoder
-from avfuse.encoder import INTERACTIONS
+from avfuse.fusion import VARIANTS
 from avfuse.released import ReleasedEncoder
 from avfuse.vit import build_vit, describe_vit, ratio_of
 
@@ -70,7 +70,7 @@ def assert_same(loaded, model):
 # --- round trips --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("interactions", INTERACTIONS)
+@pytest.mark.parametrize("interactions", VARIANTS)
 @pytest.mark.parametrize("fusion_layers", ["all", "none", [1, 2]])
 def test_encoders_come_back(interactions, fusion_layers, tmp_path):
     options = dict(attn_ratio=0.5, mlp_ratio=1.5, num_heads=4, drop=0.1, drop_path=0.2)
@@ -91,7 +91,7 @@ def test_transformers_come_back(name, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(loaded(*inputs)[:3], encoder(*inputs)[:3], strict=True))
 
 
-@pytest.mark.parametrize("interactions", INTERACTIONS)
+@pytest.mark.parametrize("interactions", VARIANTS)
 def test_autoencoders_come_back(interactions, tmp_path):
     mae = make_mae(interactions).float()
     loaded = round_trip(mae, tmp_path)
@@ -378,7 +378,7 @@ def test_a_single_block_is_no_encoder(tmp_path):
 # --- optimizer groups ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("interactions", INTERACTIONS)
+@pytest.mark.parametrize("interactions", VARIANTS)
 @pytest.mark.parametrize("kind", ["encoder", "autoencoder"])
 @pytest.mark.parametrize("vit", ["plain", "class and register tokens", "qk-norm, LayerScale"])
 def test_parameter_groups_hold_everything_once_by_decay_and_layer(interactions, kind, vit):

@@ -8,18 +8,18 @@ are matrix products; no exponential is taken for each query and pair:
     db_ij = E_ij sum_q (u_i g_i w_j + u_i w_j h_j) / Z
 
 where g and h are the gradients of p and r, less their means sum_i p_i g_i and sum_j r_j h_j. E' is E
-transposed; all but b and E belong to one query, over which sum_q goes.
+transposed; all but b and E belong to one query, and sum_q adds over the queries of a head.
 
-The products underflow where b removes the pairs that hold the largest s_i and t_j. Each pair loses less than
-the smallest normal number, so that a Z of at least `safe_sum` is right to rounding. The clips with a query
-below, which are rare, are streamed: exponentials of all logits, relative to the largest logit of a pair. So
-the result is exact for any finite logits. Both ways go over chunks of image tokens: of the size of all pairs
-is nothing but the gradient of the bias, and a copy of what clips that are streamed have as their own bias.
+The products underflow where b removes the pairs that hold the largest s_i and t_j. Each pair then loses less
+than the smallest normal number, so a Z of at least `safe_sum` is right to rounding. Clips that have a query
+below it are rare, and are streamed: exponentials of all logits, relative to the largest logit of a pair. So
+the result is exact for any finite logits. Both ways go over chunks of image tokens. Only the bias gradient
+has one entry per pair, and, where clips are streamed, the copy of their own bias.
 
     avfuse::pair_marginals            image and audio logits, bias -> p (B, H, F, I), r (B, H, F, A)
     avfuse::pair_marginals_backward   gradients of p and r, the same -> gradients
 
-They are operators, since which way a clip goes depends on numbers, which compilers do not have.
+They are operators because the numbers decide which way a clip goes, and compilers do not see numbers.
 """
 
 import math
@@ -27,22 +27,15 @@ import math
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from .streaming import (
-    bias_rows,
-    chunks_of,
-    finite,
-    once_differentiable,
-    stream_marginals,
-    stream_marginals_backward,
-)
+from .operators import define, once_differentiable
+from .streaming import bias_rows, chunks_of, finite, stream_marginals, stream_marginals_backward
 
-LOGITS = "Tensor image_logits, Tensor audio_logits, Tensor pair_bias"
-for name, schema in {
-    "pair_marginals": f"({LOGITS}) -> (Tensor, Tensor)",
-    "pair_marginals_backward": f"(Tensor image_grad, Tensor audio_grad, {LOGITS}, bool bias_grad)"
-    " -> Tensor[]",
-}.items():
-    torch.library.define(f"avfuse::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+define(
+    "pair_marginals",
+    "Tensor image_logits, Tensor audio_logits, Tensor pair_bias",
+    outputs="(Tensor, Tensor)",
+    output_grads="Tensor image_grad, Tensor audio_grad",
+)
 
 
 class PairMarginals(torch.autograd.Function):

@@ -5,26 +5,13 @@
 dtype they are given.
 """
 
-import functools
 import math
 
 import torch
 
+from .operators import once_differentiable
+
 CHUNK = 2**22  # elements of the largest temporary (16 MiB in float32), if one token's row of pairs fits in it
-
-
-def once_differentiable(backward):
-    """For the backward of an autograd.Function. PyTorch's own decorator passes over second derivatives
-    without a word where the gradient of the output has none itself.
-    """
-
-    @functools.wraps(backward)
-    def checked(ctx, *grads):
-        if torch.is_grad_enabled():  # create_graph=True
-            raise RuntimeError("second derivatives of pair_attention need backend='reference'")
-        return backward(ctx, *grads)
-
-    return checked
 
 
 def stream_marginals(image_logits, audio_logits, pair_bias):

@@ -115,13 +115,20 @@ class Localizer(SceneModel, Pretrained):
         the mean over heads and tokens: (B, rows, columns) both. The latter is None if there is no fusion, or
         it does not tell.
         """
-        encoder = self.encoder
+        encoder, seen = self.encoder, []
         last = encoder.fusion_blocks[str(encoder.fusion_layers[-1])] if encoder.fusion_layers else None
-        if not hasattr(last, "attention_weights"):
+        if not hasattr(last, "weights"):
             return self(image, audio, audio_present), None
-        with encoder.watched_attention() as seen:
+
+        def remember(block, args, kwargs):
+            seen.extend(block.attention_weights(*args, **kwargs))
+
+        hook = last.register_forward_pre_hook(remember, with_kwargs=True)
+        try:
             logits = self(image, audio, audio_present)
-        return logits, self.on_grid(seen["weights"][0].mean((1, 2)))
+        finally:
+            hook.remove()
+        return logits, self.on_grid(seen[0].mean((1, 2)))
 
 
 # --- metrics ------------------------------------------------------------------------------------------------

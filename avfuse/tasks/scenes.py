@@ -18,7 +18,7 @@ from ..data.sets.folders import SPLITS
 from ..inputs import InputSettings
 from ..training.judge import JudgedTask, TaskConfig
 from ..training.pictures import rgb, show_sound
-from ..vit import presence_mask, split_prefix
+from ..vit import split_prefix
 from .model import TaskModel
 
 SIZE = 224  # pixels, in both directions, at which the protocols compare
@@ -57,7 +57,7 @@ class SceneModel(TaskModel):
         bool, None = all -> image patch tokens (B, I, D), and the mean of the audio patch tokens (B, D)
         """
         encoder = self.encoder
-        tokens = encoder(image, audio, audio_mask=presence_mask(encoder.audio, audio_present))
+        tokens = encoder(image, audio, audio_present=audio_present)
         places = split_prefix(encoder.image, tokens.image)[1]
         return places, split_prefix(encoder.audio, tokens.audio)[1].mean(1)
 

@@ -14,7 +14,6 @@ from ..checks import check_count
 from ..data.clips import Clip, ClipDataset, ClipLoader, Failure
 from ..encoder import AVEncoder, EncoderOutput
 from ..files import printable, read_metadata, read_safetensors, some, write_safetensors
-from ..vit import presence_mask
 
 FEATURES = ("image", "audio", "fusion")
 
@@ -35,8 +34,8 @@ def encode(
     return encoder(
         image,
         audio,
-        image_mask=None if image is None else presence_mask(encoder.image, image_present),
-        audio_mask=None if audio is None else presence_mask(encoder.audio, audio_present),
+        image_present=None if image is None else image_present,
+        audio_present=None if audio is None else audio_present,
     )
 
 

@@ -19,6 +19,7 @@ from ..data.clips import Failure
 from ..data.find import Found
 from ..encoder import AVEncoder
 from ..files import printable, write_json
+from ..fusion import Interactions
 from ..loading import load_encoder
 from ..presets import create_encoder
 from ..pretrained import load_strictly, parameter_groups
@@ -42,7 +43,7 @@ class TaskConfig(LoopConfig):
     one there, else none."""
     model: Literal["tiny", "small", "base", "large"] = "tiny"
     """Size of both transformers, if weights are fresh."""
-    interactions: Literal["dense", "bilinear", "factorized", "token", "none"] = "dense"
+    interactions: Interactions = "dense"
     """How fusion tokens read image and audio tokens, if weights are fresh."""
 
     def __post_init__(self):

@@ -11,7 +11,6 @@ from torch.nn.functional import interpolate
 from ..encoder import AVEncoder
 from ..inputs import InputSettings
 from ..mae import AVMAE, patchify, unpatchify
-from ..vit import presence_mask
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"  # told apart by colour-blind readers (Okabe-Ito)
 
@@ -68,8 +67,8 @@ def draw_attention(encoder: AVEncoder, inputs: dict[str, Tensor], path: Path, cl
     weights = encoder.fusion_attention(
         image,
         audio,
-        image_mask=presence_mask(encoder.image, first.get("image_present")),
-        audio_mask=presence_mask(encoder.audio, first.get("audio_present")),
+        image_present=first.get("image_present"),
+        audio_present=first.get("audio_present"),
     )
     figure = Figure(figsize=(9.5, 1.75 * clips + 0.3), layout="constrained")
     grid = figure.subplots(clips, 4, squeeze=False, width_ratios=(1, 1, 1.7, 1.7))

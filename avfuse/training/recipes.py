@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..data import sounding_shapes
 from ..data.listing import SUFFIXES
+from ..fusion import Interactions
 from ..mae import AVMAE, count_removed
 from ..presets import create_encoder
 from ..vit import input_shape
@@ -52,7 +53,7 @@ class TrainConfig(LoopConfig):
 
     model: Literal["tiny", "small", "base", "large"] = "tiny"
     """Size of both transformers; the paper's is base."""
-    interactions: Literal["dense", "bilinear", "factorized", "token", "none"] = "dense"
+    interactions: Interactions = "dense"
     """How fusion tokens read image and audio tokens; dense is exact over all pairs, factorized the paper's
     approximation."""
     fusion_layers: tuple[int, ...] = ()

@@ -6,20 +6,43 @@
 An operator is opaque: kernels are imported and launched only when it runs on real tensors.
 """
 
+import functools
+
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from .streaming import once_differentiable
 
-ARGUMENTS = (
+def define(name: str, arguments: str, outputs: str, output_grads: str) -> None:
+    """Declares avfuse::NAME and avfuse::NAME_backward, which also takes whether the bias needs a gradient."""
+    schemas = {
+        name: f"({arguments}) -> {outputs}",
+        f"{name}_backward": f"({output_grads}, {arguments}, bool bias_grad) -> Tensor[]",
+    }
+    for operator, schema in schemas.items():
+        torch.library.define(f"avfuse::{operator}", schema, tags=torch.Tag.pt2_compliant_tag)
+
+
+def once_differentiable(backward):
+    """For the backward of an autograd.Function. PyTorch's own decorator passes over second derivatives
+    without a word where the gradient of the output has none itself.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx, *grads):
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("second derivatives of pair_attention need backend='reference'")
+        return backward(ctx, *grads)
+
+    return checked
+
+
+define(
+    "pair_attention",
     "Tensor query, Tensor image_key, Tensor image_value, Tensor audio_key, Tensor audio_value, "
-    "Tensor? image_mask, Tensor? audio_mask, Tensor? pair_bias, float scale"
+    "Tensor? image_mask, Tensor? audio_mask, Tensor? pair_bias, float scale",
+    outputs="Tensor",
+    output_grads="Tensor output_grad",
 )
-for name, schema in {
-    "pair_attention": f"({ARGUMENTS}) -> Tensor",
-    "pair_attention_backward": f"(Tensor output_grad, {ARGUMENTS}, bool bias_grad) -> Tensor[]",
-}.items():
-    torch.library.define(f"avfuse::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
 
 
 class PairAttention(torch.autograd.Function):
@@ -86,12 +109,11 @@ def _(output_grad, *inputs):
 
 
 @register_flop_formula(torch.ops.avfuse.pair_attention)
-def _(
-    query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, *_, **__
-) -> int:
+def _(query, image_key, image_value, audio_key, *options, **_) -> int:
     """Logits (width K) and weighted values (width V) of every query and token; with a bias, two marginals of
     every query and pair.
     """
+    *_, pair_bias, _scale = options
     B, H, F, K = query
     I, A, V = image_key[2], audio_key[2], image_value[3]
     pairs = 0 if pair_bias is None else 2 * I * A
