@@ -9,7 +9,9 @@ import torch
 import tyro
 from safetensors import SafetensorError
 
-from .data.clips import Failure, find_clips
+from .data.clips import Failure
+from .data.find import find_data
+from .data.table import ClipTable
 from .files import printable
 from .loading import load_encoder
 from .training.features import FEATURES, extract, name_failures, read_features, save_features
@@ -19,7 +21,7 @@ __all__ = ["FEATURES", "FeaturesConfig", "extract", "main", "read_features", "sa
 
 @dataclass
 class FeaturesConfig:
-    """Pooled image, audio and fusion features of every video in a folder, searched recursively.
+    """Pooled image, audio and fusion features of every clip of a data set, or of a folder of videos.
 
     What comes out is one safetensors file: image, audio, fusion (clips, width), and image_present and
     audio_present, which are False where a clip lacks that modality (its row is zeros). The paths of the rows
@@ -28,7 +30,8 @@ class FeaturesConfig:
     """
 
     folder: tyro.conf.Positional[Path]
-    """Folder of videos."""
+    """Any folder that can be trained on: of videos, searched recursively, of a data set, or of shards; clips
+    to train on come first, then those to test on."""
     out: tyro.conf.Positional[Path]
     """File to write, such as features.safetensors; one that is there is replaced."""
     checkpoint: str
@@ -57,10 +60,12 @@ def main(config: FeaturesConfig) -> None:
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     encoder = load_encoder(config.checkpoint).to(device)
     options = dict(workers=config.workers, timeout=config.clip_timeout)
-    scan = find_clips(config.folder, missing=config.missing, **options)
-    print(scan.summary())
-    features = extract(encoder, scan.clips, tokens=config.tokens, batch_size=config.batch_size, **options)
-    broken = [Failure(-1, error.path, error.reason) for error in scan.unreadable]
+    found = find_data(config.folder, missing=config.missing, **options)
+    clips = found.train
+    if found.test is not clips:
+        clips = ClipTable((*clips, *found.test), classes=found.classes, root=clips.root)
+    features = extract(encoder, clips, tokens=config.tokens, batch_size=config.batch_size, **options)
+    broken = [Failure(-1, error.path, error.reason) for error in found.unreadable]
     features = features._replace(failures=broken + features.failures)
     save_features(config.out, features, config.folder, config.checkpoint)
     shapes = ", ".join(f"{name} {tuple(features.tensors[name].shape)}" for name in FEATURES)

@@ -29,8 +29,10 @@ AUDIOMAE = r"""@inproceedings{huang2022masked,
 CITATIONS = {"MAE": [MAE], "AudioMAE": [AUDIOMAE], "DeepAVFusion": [MAE, AUDIOMAE]}  # beside the paper
 
 
-def model_card(saved_as: str, facts: dict, origins: dict[str, dict[str, str]]) -> ModelCard:
-    """The card of a model of class `saved_as`, ready for the Hugging Face hub.
+def model_card(
+    saved_as: str, facts: dict, origins: dict[str, dict[str, str]], home: str = "avfuse"
+) -> ModelCard:
+    """The card of a model of class `saved_as` of the module `home`, ready for the Hugging Face hub.
 
     Args:
         facts: of its run, all optional: `recipe`, `data` and `metrics`, dictionaries (nested or not) of what
@@ -47,7 +49,7 @@ def model_card(saved_as: str, facts: dict, origins: dict[str, dict[str, str]]) -
         license=licence.lower() if licence else None,
         tags=["audio-visual", "masked-autoencoder"],
     )
-    parts = [f"---\n{data.to_yaml()}\n---", introduction(saved_as)]
+    parts = [f"---\n{data.to_yaml()}\n---", introduction(saved_as, home)]
     for name, heading in HEADINGS.items():
         if facts.get(name):
             rows = [f"| {cell(key)} | {cell(value)} |" for key, value in flat(facts[name])]
@@ -85,8 +87,8 @@ def strictness(licence: str) -> int:
 # --- the parts of the card ----------------------------------------------------------------------------------
 
 
-def introduction(saved_as: str) -> str:
-    return f"""# Audio-visual {KINDS.get(saved_as, "model")}
+def introduction(saved_as: str, home: str) -> str:
+    return f"""# Audio-visual {KINDS.get(saved_as, saved_as.lower())}
 
 A model of the library avfuse: image and audio transformers joined by fusion tokens. `config.json` carries its
 input transforms (size and normalisation of the image, mel spectrogram).
@@ -94,9 +96,9 @@ input transforms (size and normalisation of the image, mel spectrogram).
 ## How to load it
 
 ```python
-import avfuse
+import {home}
 
-model = avfuse.{saved_as}.from_pretrained("FOLDER_OR_NAME")
+model = {home}.{saved_as}.from_pretrained("FOLDER_OR_NAME")
 encoder = avfuse.load_encoder("FOLDER_OR_NAME")  # an AVEncoder, in eval mode
 ```"""
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .files import read_safetensors, write_json, write_safetensors
 from .model_card import licence_of, model_card
 
-WEIGHTS, CONFIG, CARD, HEAD = "model.safetensors", "config.json", "README.md", "head.safetensors"
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
 
 class Pretrained(
@@ -33,6 +33,7 @@ class Pretrained(
     """
 
     facts: dict | None = None
+    home = "avfuse"  # the module to import the class from
     mark: str | None = None  # a key that only the config() of this subclass holds: its parent looks for it
 
     @classmethod
@@ -69,7 +70,7 @@ class Pretrained(
 
     def generate_model_card(self, *_, **__):
         """The `huggingface_hub.ModelCard` that is saved with the weights, and pushed."""
-        return model_card(_saved_as(type(self)), self.facts or {}, self._origins())
+        return model_card(_saved_as(type(self)), self.facts or {}, self._origins(), self.home)
 
     def _origins(self) -> dict[str, dict[str, str]]:
         return getattr(self, "encoder", self).origins
@@ -99,15 +100,6 @@ class Pretrained(
             )
         model.facts = config.get("facts")
         return load_strictly(model, read_safetensors(local))
-
-
-def save_model(folder: Path, model: nn.Module, options: dict) -> None:
-    """A model around an encoder: the encoder, as every program takes it for its --checkpoint, and beside it
-    the head, with the options that the model was made with besides the encoder.
-    """
-    model.encoder.save_pretrained(folder)
-    head = {name: t for name, t in model.state_dict().items() if not name.startswith("encoder.")}
-    write_safetensors(folder / HEAD, head, dict(options=json.dumps(options)))
 
 
 def _saved_as(cls) -> str:

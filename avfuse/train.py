@@ -7,20 +7,23 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .data.clips import ClipDataset
 from .data.find import Found
 from .files import printable
 from .mae import AVMAE
-from .training.evaluate import INPUTS, describe_measures, flat, measures
-from .training.loop import Run, Task, evaluation_batches, program, set_up, train
+from .training.features import encode, pool
+from .training.judge import JudgedTask, first_clips, to_columns, to_rows
+from .training.loop import Task, program, set_up, train
+from .training.neighbours import nearest_neighbour_probes
 from .training.pictures import draw_attention, draw_reconstructions
 from .training.recipes import TrainConfig, count_parameters, make_model, parse, plan
-from .training.report import write_report
+from .training.report import describe_losses
 from .training.settings import check_config
-from .vit import input_shape
 from .weights import load_audio_weights, load_image_weights
+
+PRESENT = ("image_present", "audio_present")
+INPUTS = ("image", "audio", "image_removed", "audio_removed", *PRESENT)
 
 
 def main(config: TrainConfig) -> int:
@@ -33,14 +36,27 @@ def main(config: TrainConfig) -> int:
     return train(set_up(config, Pretraining))
 
 
-class Pretraining(Task):
+class Pretraining(JudgedTask):
     """Masked autoencoding (paper Sec. 3.2): rebuild the hidden patches of image and spectrogram."""
 
+    name = "pretraining"
+    protocol = (
+        "mean squared error over the hidden patches of the clips that have the modality, beside that of "
+        "predicting zero; label of the nearest other clip by the cosine of mean-pooled tokens, sum = the "
+        "three cosines added"
+    )
+    recipe = ("model", "interactions", *JudgedTask.recipe[1:], "preset")
+    has_unused_parameters = False
+
     def __init__(self, config: TrainConfig, found: Found):
-        self.config, self.found = config, found
+        super().__init__(config, found)
         self.model = make_model(config)
         load_branch("--image-weights", load_image_weights, self.model, config.image_weights)
         load_branch("--audio-weights", load_audio_weights, self.model, config.audio_weights)
+
+    @staticmethod
+    def find(config, say):
+        return first_clips(Task.find(config, say), config.probe_clips)
 
     def describe(self) -> str:
         sizes = [f"{count_parameters(module) / 1e6:.1f} M" for module in (self.model.encoder, self.model)]
@@ -55,16 +71,8 @@ class Pretraining(Task):
         return ClipDataset(clips, settings, train=train, seed=self.config.seed, extras=masks)
 
     def inputs(self, batch):
-        """What the model is called with. A blank clip is present in no modality and so without a loss."""
-        if "index" not in batch:
-            encoder, generator = self.model.encoder, torch.Generator().manual_seed(0)
-            batch = {
-                name: torch.zeros(1, *input_shape(getattr(encoder, name))) for name in ("image", "audio")
-            }
-            masks = self.model.mask_sampler()(generator)
-            batch |= {name: mask[None] for name, mask in masks.items()}
-            batch |= dict(image_present=torch.tensor([False]), audio_present=torch.tensor([False]))
-        everywhere = [name for name in ("image_present", "audio_present") if batch[name].all()]
+        """What the model is called with. A blank is present in no modality and so without a loss."""
+        everywhere = [name for name in PRESENT if batch[name].all()]
         return {name: batch[name] for name in INPUTS if name not in everywhere}  # no mask: a faster path
 
     def counts(self, inputs):
@@ -88,52 +96,51 @@ class Pretraining(Task):
                     groups.append(group | dict(params=parameters, ramp=ramp))
         return groups
 
-    def measure(self, run, model, step, when):
-        """Held-out loss, nearest-neighbour probe, pictures, report: by the main process, the others wait."""
-        if not run.accelerator.is_main_process:
-            return []
-        device, folder, named = run.accelerator.device, run.config.run, run.found.test_name
-        indices = range(min(len(run.found.test), run.config.probe_clips))
-        batches = list(evaluation_batches(run, indices))
-        failures = [failure for batch in batches for failure in batch["failures"]]
-        batches = [batch for batch in batches if "index" in batch]
-        if batches:
-            row = measures(model, batches, device)
-            model.facts = self.facts(run, step, row)
-            tqdm.write(describe_measures(row, when, named))
-            run.metrics.write(step=step, when=when, clips=named, **row)
-            run.accelerator.log(flat(row), step=step)
-        else:
-            tqdm.write(f"{when} training: none of the {named} to measure on could be read")
-        if when == "after":
-            model.save_pretrained(folder / "model")
-        draw(folder, model, batches, step, device)
-        return failures
+    def judge(self, model, inputs, batch):
+        """Both losses of each clip, those of predicting zero, its pooled tokens and its labels."""
+        output = model(**inputs)
+        columns = {name: batch[name] for name in batch if name.startswith(("label_", *PRESENT))}
+        for name in "image", "audio":
+            pred, removed = getattr(output, f"{name}_pred"), inputs[f"{name}_removed"]
+            for kind, guess in ("loss", pred), ("zero", torch.zeros_like(pred)):
+                clips = zip(inputs[name].split(1), guess.split(1), removed.split(1), strict=True)
+                columns[f"{name}_{kind}"] = torch.stack([model.loss(name, *clip, None) for clip in clips])
+        present = [inputs.get(name) for name in PRESENT]
+        pooled = pool(encode(model.encoder, inputs["image"], inputs["audio"], *present))
+        return to_rows(columns | {name: mean.float() for name, mean in pooled.items()})
 
-    def facts(self, run: Run, step: int, row: dict) -> dict:
-        """What the model card tells of the run."""
-        told = (
-            "model",
-            "interactions",
-            "epochs",
-            "batch_size",
-            "base_lr",
-            "weight_decay",
-            "precision",
-            "seed",
-        )
-        found, config = run.found, self.config
-        return dict(
-            recipe={name: getattr(config, name) for name in told} | dict(preset=config.preset, steps=step),
-            data=dict(
-                name=config.data.name if config.data else "Sounding Shapes",
-                clips=len(found.train),
-                coverage={
-                    side: f"{there} of {expected}" for side, (there, expected) in found.coverage.items()
-                },
-            ),
-            metrics=flat(row),
-        )
+    def summarize(self, rows):
+        """The held-out losses, each a mean over the clips that have the modality, and the probes."""
+        columns, metrics = to_columns(rows), dict(held_out_clips=len(rows))
+        for kind in "loss", "zero":
+            for name in "image", "audio":
+                present = columns[f"{name}_present"]
+                losses = columns[f"{name}_{kind}"].double().where(present, 0)
+                metrics[f"held_out_{name}_{kind}"] = (losses.sum() / present.sum().clamp(min=1)).item()
+        return metrics | dict(probes=nearest_neighbour_probes(columns))
+
+    def describe_metrics(self, metrics):
+        lines = [describe_losses(metrics)]
+        for label, probes in metrics["probes"].items():
+            cells = [f"{f} {p['accuracy']:.3f} ± {p['standard_error']:.3f}" for f, p in probes.items()]
+            chance = probes["image"]["chance"]
+            lines.append(f"  nearest neighbour, {label}: {', '.join(cells)} (chance {chance:.3f})")
+        return "\n".join(lines)
+
+    def numbers(self, metrics):
+        numbers = {name: value for name, value in metrics.items() if name != "probes"}
+        for label, by_feature in metrics["probes"].items():
+            numbers |= {f"probe_{label}_{feature}": p["accuracy"] for feature, p in by_feature.items()}
+        return numbers
+
+    def record(self, judged, metrics):
+        return metrics
+
+    def draw(self, folder, model, inputs, batch, step):
+        """Reconstructions, and attention maps where there is fusion."""
+        draw_reconstructions(model, inputs, folder / f"reconstructions-{step:06d}.png")
+        if model.encoder.fusion_layers:
+            draw_attention(model.encoder, inputs, folder / f"attention-{step:06d}.png")
 
 
 def count_hidden(inputs: dict[str, Tensor], name: str) -> int:
@@ -150,20 +157,6 @@ def load_branch(option: str, load: Callable, mae: AVMAE, path: Path | None) -> N
         load(mae, path, say=print if os.environ.get("RANK", "0") == "0" else lambda table: None)
     except (OSError, ValueError) as error:
         raise ValueError(f"{option} {path}: {error}") from error
-
-
-def draw(folder: Path, mae: AVMAE, batches: list[dict], step: int, device: torch.device) -> None:
-    """Reconstructions, attention maps where there is fusion, and the report that shows them."""
-    pictures = folder / "pictures"
-    try:
-        for batch in batches[:1]:
-            batch = {name: value.to(device) for name, value in batch.items() if torch.is_tensor(value)}
-            draw_reconstructions(mae, batch, pictures / f"reconstructions-{step:06d}.png")
-            if mae.encoder.fusion_layers:
-                draw_attention(mae.encoder, batch, pictures / f"attention-{step:06d}.png")
-        write_report(folder)
-    except OSError as error:  # a full disk: no picture is worth a run
-        tqdm.write(f"pictures could not be drawn: {error}")
 
 
 def cli() -> int | str:

@@ -11,8 +11,9 @@ from tables import aligned, spread
 
 from avfuse import InputSettings
 from avfuse.data import sounding_shapes
-from avfuse.data.clips import ClipDataset, scan_clips
+from avfuse.data.clips import ClipDataset
 from avfuse.data.decode import ClipReader
+from avfuse.data.find import find_data
 from avfuse.data.transforms import Spectrogram, random_gain, training_image
 
 STAGES = {
@@ -63,7 +64,7 @@ def main(options: Options) -> dict:
 
 def measure_size(options: Options, folder: Path, size: int) -> dict[str, dict]:
     """Quantiles of clips per second by stage; one number for each pass over all clips."""
-    clips = scan_clips(sounding_shapes.clips(folder, "train"), progress=False, workers=0).clips
+    clips = find_data(folder, lambda line: None, progress=False, workers=0).train
     dataset = ClipDataset(clips, InputSettings(), train=True)
     for clip, item in zip(clips, map(dataset.__getitem__, range(len(clips))), strict=True):
         if not isinstance(item, dict) or not item["image_present"] or not item["audio_present"]:

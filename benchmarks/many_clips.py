@@ -19,7 +19,7 @@ from torch.utils.data import BatchSampler
 
 from avfuse import InputSettings
 from avfuse.data import manifest, sounding_shapes
-from avfuse.data.clips import ClipDataset, ClipLoader, ClipSampler, scan_clips
+from avfuse.data.clips import ClipDataset, ClipLoader, ClipSampler
 from avfuse.data.find import find_data
 
 FILES = 8  # that the links lead to
@@ -58,7 +58,7 @@ def write_data_set(root: Path, rows: int) -> None:
     """`rows` links to a few short clips, and the manifest that names them."""
     few = root / "few"
     sounding_shapes.generate(few, train=FILES, test=0, size=64, seconds=1.0, progress=False)
-    clips = scan_clips(sounding_shapes.clips(few, "train"), progress=False, workers=0).clips
+    clips = find_data(few, lambda line: None, progress=False, workers=0).train
     entries = []
     for row in range(rows):
         clip = clips[row % FILES]

@@ -1,6 +1,7 @@
 """Classification against the released classifier's outputs, torchmetrics, scikit-learn and hand counts."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,14 @@ from safetensors import SafetensorError, safe_open
 from sklearn.metrics import average_precision_score, roc_auc_score
 from videos import write_video
 
-from avfuse import InputSettings, create_encoder
-from avfuse.data.clips import Clip, ClipDataset
+from avfuse import InputSettings, create_encoder, load_encoder
+from avfuse.data.clips import Clip, ClipDataset, collate
 from avfuse.data.decode import Part
 from avfuse.data.find import Found
+from avfuse.data.table import ClipTable
 from avfuse.features import FEATURES
+from avfuse.files import write_safetensors
 from avfuse.loading import load_model
-from avfuse.pretrained import save_model
 from avfuse.tasks.classifier import Classifier, load_classifier
 from avfuse.tasks.classify import (
     Classification,
@@ -25,7 +27,6 @@ from avfuse.tasks.classify import (
     WindowDataset,
     accuracy,
     check_label,
-    find_labelled,
     labelled,
     linear_probe,
     mix,
@@ -33,10 +34,17 @@ from avfuse.tasks.classify import (
     ranking_metrics,
 )
 from avfuse.tasks.localize import Localizer
-from avfuse.training.judge import starting_encoder, with_drop_path
+from avfuse.tasks.segment import Segmenter
+from avfuse.tasks.separator import Separator
+from avfuse.training.judge import starting_encoder, weights_hash, with_drop_path
 from avfuse.training.loop import program, set_up, train
 
 GOLDEN = Path(__file__).parent / "golden" / "classifier.safetensors"
+
+
+def find_labelled(folder, class_list=None) -> Found:
+    config = ClassifyConfig(checkpoint="none", data=folder, class_list=class_list, workers=0)
+    return Classification.find(config, lambda _: None)
 
 
 def make_classifier(classes=5, **options) -> Classifier:
@@ -255,15 +263,15 @@ def folder(tmp_path_factory):
 
 
 def test_sub_folders_are_classes(folder, tmp_path):
-    found = find_labelled(folder, lambda _: None, workers=0)
+    found = find_labelled(folder)
     assert found.classes == {"class": ("bird", "cat")}
     assert [(c.path.parent.name, c.labels["class"]) for c in found.test] == [("bird", 0)] * 2 + [("cat", 1)]
     names = tmp_path / "classes.txt"
     names.write_text("ant\ncat\nbird\n")
-    assert find_labelled(folder, lambda _: None, class_list=names, workers=0).train[0].labels["class"] == 2
+    assert find_labelled(folder, names).train[0].labels["class"] == 2
     names.write_text("ant\ncat\n")
     with pytest.raises(ValueError, match="'bird', which is none of ant, cat"):
-        find_labelled(folder, lambda _: None, class_list=names, workers=0)
+        find_labelled(folder, names)
 
 
 @pytest.mark.parametrize(
@@ -281,16 +289,13 @@ def test_class_lists_that_are_none_are_refused(folder, tmp_path, content, proble
     if content is not None:
         names.write_bytes(content)
     with pytest.raises(ValueError, match=f"--class-list .*{problem}"):
-        find_labelled(folder, lambda _: None, class_list=names, workers=0)
+        find_labelled(folder, names)
 
 
 def test_a_class_list_may_begin_with_a_byte_order_mark(folder, tmp_path):
     names = tmp_path / "classes.txt"
     names.write_text("bird\r\ncat\r\n", encoding="utf-8-sig")
-    assert find_labelled(folder, lambda _: None, class_list=names, workers=0).classes["class"] == (
-        "bird",
-        "cat",
-    )
+    assert find_labelled(folder, names).classes["class"] == ("bird", "cat")
 
 
 def test_shards_of_a_plain_folder_have_no_classes(folder):
@@ -333,7 +338,7 @@ def test_a_run_leaves_a_classifier_and_its_results(folder, tmp_path, probe):
     config.checkpoint, config.data, config.run = "none", folder, tmp_path / "run"
     config.epochs, config.warmup_epochs, config.workers, config.batch_size = 1, 0, 0, 4
     config.test_windows, config.seed = 2, 1
-    run = set_up(config, Classification, find=find_labelled)
+    run = set_up(config, Classification)
     task = run.task
     before = {n: w.clone() for n, w in task.model.encoder.state_dict().items()}
     assert train(run) == 0
@@ -359,18 +364,52 @@ def test_a_run_leaves_a_classifier_and_its_results(folder, tmp_path, probe):
     )
 
 
-def test_models_that_are_not_there_are_named(tmp_path):
+def save_as_before(folder, model, options):
+    """The model of a task as it was saved once: its encoder, and a file with the head and its options."""
+    model.encoder.save_pretrained(folder)
+    head = {name: t for name, t in model.state_dict().items() if not name.startswith("encoder.")}
+    write_safetensors(folder / "head.safetensors", head, dict(options=json.dumps(options)))
+
+
+def test_models_of_before_are_read(tmp_path):
     model = Localizer(create_encoder("tiny"))
-    save_model(tmp_path / "model", model, dict(dim=128))
-    assert load_model(Localizer, tmp_path).image_head.out_features == 128
+    save_as_before(tmp_path / "model", model, dict(dim=128))
+    loaded = load_model(Localizer, tmp_path)
+    assert weights_hash(loaded) == weights_hash(model)
+    assert weights_hash(load_encoder(tmp_path)) == weights_hash(model.encoder)
     with pytest.raises(ValueError, match="head.safetensors is not that of a Classifier"):
         load_classifier(tmp_path)
-    save_model(tmp_path / "model", model, dict(dim=64))
+    save_as_before(tmp_path / "model", model, dict(dim=64))
     with pytest.raises(ValueError, match="do not fit a Localizer"):
         load_model(Localizer, tmp_path)
     model.encoder.save_pretrained(tmp_path / "encoder" / "model")
     with pytest.raises(ValueError, match="head.safetensors cannot be read"):
         load_classifier(tmp_path / "encoder")
+
+
+def test_models_of_tasks_are_saved_and_loaded_whole(tmp_path):
+    model = Classifier(
+        create_encoder("tiny"), 3, features=("audio", "fusion"), class_names="abc", frozen=True
+    )
+    model.facts = dict(recipe=dict(epochs=3))
+    model.save_pretrained(tmp_path / "model")
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        *("README.md", "config.json", "model.safetensors"),
+    ]
+    for loaded in load_model(Classifier, tmp_path), Classifier.from_pretrained(tmp_path / "model"):
+        assert weights_hash(loaded) == weights_hash(model) and not loaded.training
+        assert loaded.features == ("audio", "fusion") and loaded.class_names == ("a", "b", "c")
+        assert loaded.facts == model.facts
+    assert weights_hash(load_encoder(tmp_path)) == weights_hash(model.encoder)
+    with pytest.raises(ValueError, match="holds a model of class Classifier, not Localizer"):
+        load_model(Localizer, tmp_path)
+    with pytest.raises(ValueError, match="is no file, no folder and no name on the hub"):
+        load_model(Localizer, tmp_path / "nowhere" / "else")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "# Audio-visual classifier" in card and "| epochs | 3 |" in card
+    assert 'avfuse.tasks.classifier.Classifier.from_pretrained("FOLDER_OR_NAME")' in card
+    for kind in Classifier, Localizer, Segmenter, Separator:  # what the cards say to import
+        assert getattr(import_module(kind.home), kind.__name__) is kind
 
 
 def test_names_of_classes_are_as_many_as_classes():
@@ -388,7 +427,7 @@ def short(folder, tmp_path):
 
 def test_a_model_is_saved_though_no_test_clip_can_be_read(short, monkeypatch):
     monkeypatch.setattr("avfuse.training.judge.judge_all", lambda run, model: ([], []))
-    assert program(short, Classification, find=find_labelled) == 0
+    assert program(short, Classification) == 0
     assert load_classifier(short.run).classes == 2 and not (short.run / "results.json").exists()
 
 
@@ -398,23 +437,24 @@ def test_a_model_that_cannot_be_saved_is_an_error(short, monkeypatch, error):
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr("avfuse.training.judge.save_model", full_disk)
-        assert "No space left" in program(short, Classification, find=find_labelled)
-    assert program(short, Classification, find=find_labelled) == 0  # the same command goes on
+        patch.setattr("avfuse.pretrained.write_safetensors", full_disk)
+        assert "No space left" in program(short, Classification)
+    assert program(short, Classification) == 0  # the same command goes on
     assert (short.run / "results.json").exists()
 
 
 def test_clips_with_several_classes_and_batches_without_any(folder):
-    clips = [Clip(folder / "a.mp4", {"class": (0, 2)})]
-    found = Found(clips, clips, "", [], 1, {"class": ("a", "b", "c")})
+    classes = {"class": ("a", "b", "c")}
+    clips = ClipTable([Clip(folder / "a.mp4", {"class": (0, 2)})], classes=classes)
+    found = Found(clips, clips, "", [], 1, classes)
     task = Classification(ClassifyConfig(checkpoint="none"), found)
-    blank = task.inputs({"failures": []})
+    blank = task.inputs(collate([], task.dataset(clips, train=True).blank))
     assert task.counts(blank) == dict(class_loss=0)
     loss = task.losses(task.model.train(), blank)["class_loss"]
     loss.backward()
     assert loss == 0
     rows = [
-        dict(target=np.array(t, np.float32), scores={"": np.array(s), "image_input": np.array(s)})
+        {"target": np.array(t, np.float32), "": np.array(s), "image_input": np.array(s)}
         for t, s in (([1, 0, 1], [2.0, 1.0, -1.0]), ([0, 0, 1], [1.0, 3.0, 1.0]))
     ]
     metrics = task.summarize(rows)

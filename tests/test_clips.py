@@ -22,12 +22,13 @@ from avfuse.data.clips import (
     ClipLoader,
     ClipSampler,
     Failure,
-    _generator,
     collate,
-    find_clips,
-    scan_clips,
+    generator_of,
 )
 from avfuse.data.decode import Streams, read_audio
+from avfuse.data.find import Scan, find_data, list_data, scan
+from avfuse.data.listing import Listing
+from avfuse.data.table import ClipTable
 from avfuse.data.transforms import Spectrogram
 from avfuse.inputs import InputSettings
 
@@ -61,14 +62,25 @@ def same(one: dict, two: dict) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+def scan_folder(folder: Path, **options) -> Scan:
+    (scanned,) = scan(list_data(folder), {"train": "train"}, progress=False, **options).values()
+    return scanned
+
+
+def scan_clips(clips: list[Clip], **options) -> Scan:
+    listing = Listing("", Path("/"), found={"train": clips})
+    (scanned,) = scan(listing, {"train": "train"}, progress=False, **options).values()
+    return scanned
+
+
 # --------------------------------------------------------------------------------------------------- finding
 
 
-def test_find_clips(folder):
-    scan = find_clips(folder, progress=False, workers=0)
+def test_a_folder_is_scanned(folder):
+    scan = scan_folder(folder, workers=0)
     names = [str(clip.path.relative_to(folder)) for clip in scan.clips]
     assert names == ["a.mp4", "b/a.MP4", "b/c/d.mkv", "short.mp4", "z.mov"]
-    assert scan.clips[0] == Clip(folder / "a.mp4", {}, Streams(True, True, 3.0, 10.0))
+    assert scan.clips[0] == Clip(folder / "a.mp4", {}, Streams(True, True, 3.0, 10.0), root=folder)
     assert scan.without_sound == [folder / "silent.mp4"]
     assert scan.without_pictures == [folder / "dark.mp4"]
     assert [error.path for error in scan.unreadable] == [folder / "broken.mp4"]
@@ -79,7 +91,7 @@ def test_find_clips(folder):
 
 
 def test_clips_that_lack_a_stream_can_be_kept(folder):
-    scan = find_clips(folder, missing="keep", progress=False, workers=0)
+    scan = scan_folder(folder, missing="keep", workers=0)
     assert len(scan.clips) == 7
     assert scan.without_sound == [folder / "silent.mp4"] and scan.without_pictures == [folder / "dark.mp4"]
     assert "7 clips; 1 without sound kept: silent.mp4" in scan.summary()
@@ -87,22 +99,20 @@ def test_clips_that_lack_a_stream_can_be_kept(folder):
 
 def test_a_manifest_is_scanned_alike(folder):
     names = ("z.mov", "broken.mp4", "a.mp4", "dark.mp4")
-    scan = scan_clips(
-        [Clip(folder / name, {"kind": n}) for n, name in enumerate(names)], progress=False, workers=0
-    )
+    scan = scan_clips([Clip(folder / name, {"kind": n}) for n, name in enumerate(names)], workers=0)
     assert [(clip.path.name, clip.labels["kind"], clip.streams.seconds) for clip in scan.clips] == [
         ("z.mov", 0, 1.5),
         ("a.mp4", 2, 3.0),
     ]
     assert "2 clips; 1 without pictures dropped: dark.mp4; 1 unreadable: broken.mp4 (" in scan.summary()
-    assert scan_clips([], progress=False, workers=0).summary() == "0 clips"
+    assert scan_clips([], workers=0).summary() == "0 clips"
 
 
 def test_headers_that_crash_or_hang_are_named(folder):
     paths = [folder / "a.mp4", Bomb("crash.mp4"), Bomb("hang.mp4"), folder / "broken.mp4", folder / "z.mov"]
     known = Clip(Bomb("exit.mp4"), {}, Streams(True, True, 1.0, 10.0))  # not opened
     clips = [known, *map(Clip, paths)]
-    scan = scan_clips(clips, progress=False, workers=2, timeout=2.0)
+    scan = scan_clips(clips, workers=2, timeout=2.0)
     assert [clip.path.name for clip in scan.clips] == ["exit.mp4", "a.mp4", "z.mov"]
     assert [error.reason for error in scan.unreadable][:2] == [
         "crashed its reader (signal 11)",
@@ -121,24 +131,27 @@ def test_links_that_leave_the_folder_are_not_followed(tmp_path):
     (folder / "loop.mp4").symlink_to(folder / "loop.mp4")
     (tmp_path / "linked").symlink_to(folder)
     for root in (folder, tmp_path / "linked"):
-        scan = find_clips(root, progress=False, workers=0)
-        assert [clip.path.name for clip in scan.clips] == ["alias.mp4", "real.mp4"]
-        assert [path.name for path in scan.links] == ["loop.mp4", "others", "secret.mp4"]
-    assert scan.summary() == (
-        "2 clips; 3 leading out of the folder not followed: loop.mp4, others, secret.mp4"
-    )
+        said = []
+        found = find_data(root, said.append, progress=False, workers=0)
+        assert [clip.path.name for clip in found.train] == ["alias.mp4", "real.mp4"]
+        assert [path.name for path in list_data(root).links] == ["loop.mp4", "others", "secret.mp4"]
+        assert said[1:3] == [
+            f"3 links that lead out of the folder, not followed: {root}/loop.mp4; {root}/others; "
+            f"{root}/secret.mp4",
+            "2 clips",
+        ]
 
 
 def test_folders_without_clips(tmp_path):
     for folder, reason in ((tmp_path / "nowhere", "does not exist"), (tmp_path, "no file ends in .mp4")):
         with pytest.raises(ValueError, match=f"folder {folder} .*{reason}"):
-            find_clips(folder, progress=False, workers=0)
+            find_data(folder, progress=False, workers=0)
     for n in range(5):
         write_video(tmp_path / f"silent{n}.mp4", 1, audio=False)
     with pytest.raises(ValueError, match="0 clips; 5 without sound dropped: .*silent2.mp4 and 2 more"):
-        find_clips(tmp_path, progress=False, workers=0)
+        find_data(tmp_path, progress=False, workers=0)
     with pytest.raises(ValueError, match="missing must be one of 'drop', 'keep', got 'ignore'"):
-        find_clips(tmp_path, missing="ignore", progress=False, workers=0)
+        find_data(tmp_path, missing="ignore", progress=False, workers=0)
 
 
 # --------------------------------------------------------------------------------------------------- reading
@@ -167,7 +180,7 @@ def test_an_evaluation_item_is_the_middle(folder):
 
 def test_training_draws_window_frame_crop_and_gain(folder):
     settings = replace(SETTINGS, image_mean=(0.0, 0.0, 0.0), image_std=(1 / 255, 1 / 255, 1 / 255))
-    dataset = ClipDataset(find_clips(folder, progress=False, workers=0).clips, settings, train=True)
+    dataset = ClipDataset(scan_folder(folder, workers=0).clips, settings, train=True)
     items = [dataset[epoch, 0] for epoch in range(80)]
     numbers = torch.tensor([number_of(item["image"].numpy()) for item in items])
     assert numbers.min() < 4 and numbers.max() > 25 and len(numbers.unique()) > 20
@@ -192,7 +205,7 @@ def starts_of(audio: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_short_clip_is_mirrored_and_a_missing_modality_is_zeros(folder):
-    clips = find_clips(folder, missing="keep", progress=False, workers=0).clips
+    clips = scan_folder(folder, missing="keep", workers=0).clips
     dataset = ClipDataset(clips, SETTINGS, train=False)
     items = {clip.path.name: dataset[n] for n, clip in enumerate(clips)}
     there = read_audio(folder / "short.mp4", 0, 0.5, 16_000)
@@ -204,7 +217,7 @@ def test_a_short_clip_is_mirrored_and_a_missing_modality_is_zeros(folder):
 
 
 def test_clips_that_were_not_scanned_read_the_same(folder):
-    scanned = find_clips(folder, missing="keep", progress=False, workers=0).clips
+    scanned = scan_folder(folder, missing="keep", workers=0).clips
     unknown = [Clip(clip.path) for clip in scanned]
     for train in (False, True):
         one, two = (ClipDataset(clips, SETTINGS, train=train, extras=masks) for clips in (scanned, unknown))
@@ -235,11 +248,25 @@ def test_failures_are_named_and_never_replaced(folder):
     dataset = ClipDataset(clips, SETTINGS, train=False)
     assert isinstance(dataset[1], Failure)
     assert dataset[2] == Failure(2, folder / "gone.mp4", "cannot be opened: there is no such file")
-    batch = collate([dataset[n] for n in range(4)])
+    batch = collate([dataset[n] for n in range(4)], dataset.blank)
     assert batch["index"].tolist() == batch["label_n"].tolist() == [0, 3]
     assert len(batch["image"]) == len(batch["audio"]) == 2
     assert [failure.index for failure in batch["failures"]] == [1, 2]
-    assert collate([dataset[1], dataset[2]]) == {"failures": [dataset[1], dataset[2]]}
+
+
+def test_a_batch_that_nobody_could_read_holds_a_blank(folder):
+    clips = [Clip(folder / name, {"n": 1, "m": (0, 2)}) for name in ("a.mp4", "broken.mp4", "gone.mp4")]
+    table = ClipTable(clips, classes={"m": "abc"})
+    dataset = ClipDataset(table, SETTINGS, train=True, extras=masks)
+    batch = collate([dataset[1], dataset[2]], dataset.blank)
+    assert batch.pop("failures") == [dataset[1], dataset[2]]
+    assert batch["index"].shape == (0,) and batch["index"].dtype == torch.long
+    assert not batch["image_present"].any() and not batch["audio_present"].any()
+    assert not batch["image"].any() and not batch["audio"].any()
+    read = dataset[0]
+    assert batch.keys() == read.keys()
+    for name in read.keys() - {"index"}:
+        assert (batch[name].shape, batch[name].dtype) == ((1, *read[name].shape), read[name].dtype), name
 
 
 def test_a_stream_that_the_scan_promised_is_not_made_up(folder):
@@ -252,7 +279,8 @@ def test_a_stream_that_the_scan_promised_is_not_made_up(folder):
 
 @pytest.mark.parametrize("train", [True, False])
 def test_batches_are_the_same_for_any_number_of_workers(folder, train):
-    clips = find_clips(folder, missing="keep", progress=False, workers=0).clips * 2
+    clips = scan_folder(folder, missing="keep", workers=0).clips
+    clips = [*clips, *clips]
     clips.insert(5, Clip(folder / "broken.mp4"))
     dataset = ClipDataset(clips, SETTINGS, train=train, seed=1, extras=masks)
     sampler = ClipSampler(dataset, train=train, seed=1)
@@ -264,7 +292,7 @@ def test_batches_are_the_same_for_any_number_of_workers(folder, train):
             assert [len(batch) for batch in keys] == [4, 4, 4, 3]
             for loader in (ClipLoader(dataset, workers=0), one, three):
                 for batch, its_keys in zip(loader.batches(batches), keys, strict=True):
-                    truth = collate([dataset[key] for key in its_keys])
+                    truth = collate([dataset[key] for key in its_keys], dataset.blank)
                     assert batch.pop("failures") == truth.pop("failures")
                     assert same(batch, truth)
 
@@ -279,7 +307,7 @@ def test_workers_killed_from_outside_change_no_batch(folder):
                     if process is not None:  # not just being replaced
                         process.kill()
             assert batch.pop("failures") == []
-            truth = collate([dataset[key] for key in keys[number]])
+            truth = collate([dataset[key] for key in keys[number]], dataset.blank)
             assert same(batch, {name: truth[name] for name in batch}) and len(truth) == len(batch) + 1
 
 
@@ -300,14 +328,14 @@ class Trap:
 
 def test_clips_that_crash_or_hang_are_named(folder):
     dataset = ClipDataset([Clip(folder / "short.mp4")] * 9, SETTINGS, train=True)
-    dataset.extras = Trap(*(_generator(0, 3, 1 + index).initial_seed() for index in (2, 7)))
+    dataset.extras = Trap(*(generator_of(0, 3, 1 + index).initial_seed() for index in (2, 7)))
     batches = [[(3, 0), (3, 1), (3, 2)], [(3, 7)], [], [(3, 8), (2, 7)]]
     with ClipLoader(dataset, workers=2, timeout=2.0) as loader:
         first, hung, empty, last = loader.batches(batches)
     assert first["index"].tolist() == [0, 1]
     assert first["failures"] == [Failure(2, folder / "short.mp4", "crashed its reader (signal 11)")]
-    assert hung == {"failures": [Failure(7, folder / "short.mp4", "took longer than 2 s")]}
-    assert empty == {"failures": []}
+    assert hung["failures"] == [Failure(7, folder / "short.mp4", "took longer than 2 s")]
+    assert empty["failures"] == [] and not len(empty["index"]) and not len(hung["index"])
     assert last["index"].tolist() == [8, 7] and last["failures"] == []
 
 
@@ -351,15 +379,14 @@ def test_a_hostile_folder(tmp_path):
     names = {path.name for path in folder.iterdir()}
     assert len(names) == 200
 
-    scan = find_clips(folder, progress=False, workers=2)
-    alone = find_clips(folder, progress=False, workers=0)
-    assert (scan.clips, scan.summary()) == (alone.clips, alone.summary())
+    scan, alone = scan_folder(folder, workers=2), scan_folder(folder, workers=0)
+    assert (list(scan.clips), scan.summary()) == (list(alone.clips), alone.summary())
     dataset = ClipDataset(scan.clips, SETTINGS, train=True, extras=masks)
     with ClipLoader(dataset, workers=2) as loader:
         keys = BatchSampler(ClipSampler(dataset, train=True), batch_size=16, drop_last=False)
         batches = list(loader.batches(keys))
 
-    read = {scan.clips[index].path.name for batch in batches for index in batch.get("index", [])}
+    read = {scan.clips[index].path.name for batch in batches for index in batch["index"]}
     failed = [failure.path.name for batch in batches for failure in batch["failures"]]
     unreadable = [error.path.name for error in scan.unreadable]
     dark, silent = ([path.name for path in paths] for paths in (scan.without_pictures, scan.without_sound))

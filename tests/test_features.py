@@ -9,7 +9,8 @@ from models import relative_error
 from videos import write_video
 
 from avfuse import create_encoder
-from avfuse.data.clips import ClipDataset, find_clips
+from avfuse.data.clips import ClipDataset
+from avfuse.data.find import find_data
 from avfuse.features import FEATURES, FeaturesConfig, extract, main, read_features
 
 
@@ -47,7 +48,8 @@ def test_a_file_holds_the_features_of_every_clip_that_can_be_read(folder, saved,
     assert sorted(paths) == ["0.mp4", "1.mp4", "2.mp4", "deaf/a.mp4"]
 
     encoder = AVEncoder.from_pretrained(saved)
-    clips = {str(c.path.relative_to(folder)): c for c in find_clips(folder, missing="keep", workers=0).clips}
+    kept = find_data(folder, lambda line: None, missing="keep", workers=0).train
+    clips = {str(clip.path.relative_to(folder)): clip for clip in kept}
     dataset = ClipDataset([clips[path] for path in paths], encoder.inputs, train=False)
     for row, path in enumerate(paths):
         item, is_deaf = dataset[row], path == "deaf/a.mp4"

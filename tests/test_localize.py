@@ -19,16 +19,14 @@ from avfuse.tasks.localize import (
     Localization,
     LocalizeConfig,
     Localizer,
-    attention_map,
     best_map,
     consensus_iou,
-    find_scenes,
-    model_inputs,
     pointing,
     resized,
     success_area,
     success_rate,
 )
+from avfuse.tasks.scenes import model_inputs
 from avfuse.training.judge import weights_hash
 from avfuse.training.loop import program
 
@@ -50,11 +48,16 @@ def task_of(config=None, **options) -> Localization:
     return Localization(config, Found([], [], "test", [], 0, {}))
 
 
+def find_scenes(folder, **options) -> Found:
+    return Localization.find(LocalizeConfig(checkpoint="none", data=folder, **options), lambda _: None)
+
+
 @pytest.fixture
 def batch(shapes):
     """Six pictures as evaluation reads them."""
-    task, whole = task_of(), find_scenes(shapes, lambda _: None)
-    return collate([task.dataset(whole.train + whole.test, train=False)[index] for index in range(6)])
+    whole = find_scenes(shapes)
+    dataset = task_of().dataset(whole.train + whole.test, train=False)
+    return collate([dataset[index] for index in range(6)], dataset.blank)
 
 
 # --- metrics ------------------------------------------------------------------------------------------------
@@ -136,8 +139,10 @@ def test_no_map_beats_the_best():
 def test_maps_keep_their_place():
     places = torch.zeros(1, 4, 6)
     places[0, 1, 4] = 1
-    row, column = divmod(resized(places, 24)[0].argmax().item(), 24)
+    row, column = divmod(resized(places, (24, 24))[0].argmax().item(), 24)
     assert 6 <= row < 12 and 16 <= column < 20
+    row, column = divmod(resized(places, (12, 24))[0].argmax().item(), 24)
+    assert 3 <= row < 6 and 16 <= column < 20
 
 
 # --- model --------------------------------------------------------------------------------------------------
@@ -176,14 +181,21 @@ def test_gradients_reach_the_encoder(interactions):
             assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
-def test_attention_map_is_the_mean_over_heads_and_tokens():
-    model = encoder(fusion_layers=(1, 2)).eval()
-    image, audio = torch.randn(2, 3, 64, 64), torch.randn(2, 1, 32, 64)
-    found = attention_map(model, image, audio)
-    weights, _ = model.fusion_attention(image, audio, 2)
-    torch.testing.assert_close(found.flatten(1), weights.mean((1, 2)))
-    torch.testing.assert_close(found.sum((1, 2)), torch.ones(2))
-    assert attention_map(encoder(interactions="none"), image, audio) is None
+def test_attention_map_is_the_mean_over_heads_and_tokens_of_the_same_pass():
+    model, image, audio = Localizer(encoder(fusion_layers=(1, 2))).eval(), *pixels()
+    passes = []
+    model.encoder.register_forward_hook(lambda *_: passes.append(1))
+    logits, attention = model.look(image, audio)
+    assert len(passes) == 1
+    torch.testing.assert_close(logits, model(image, audio))
+    weights, _ = model.encoder.fusion_attention(image, audio, 2)
+    torch.testing.assert_close(attention.flatten(1), weights.mean((1, 2)))
+    torch.testing.assert_close(attention.sum((1, 2)), torch.ones(2))
+    assert Localizer(encoder(interactions="none")).look(image, audio)[1] is None
+
+
+def pixels():
+    return torch.randn(2, 3, 64, 64), torch.randn(2, 1, 32, 64)
 
 
 # --- task ---------------------------------------------------------------------------------------------------
@@ -207,9 +219,8 @@ def test_batches_do_not_change_the_rows(batch):
 
 
 def test_summary_by_hand():
-    rows = [
-        dict(best=1.0, ciou=c, pointing=p) for c, p in ((0.5, True), (0.4, True), (0.0, False), (1.0, False))
-    ]
+    columns = dict(best=np.ones(4), ciou=np.array([0.5, 0.4, 0.0, 1.0]), pointing=np.array([1, 1, 0, 0]) > 0)
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     summary = task_of().summarize(rows)
     assert (
         summary["ciou"] == 0.5
@@ -230,9 +241,11 @@ def test_the_control_hears_nothing(batch):
     assert "control" in control.name and "control" not in other.name
 
 
-def test_a_batch_without_clips_counts_nothing():
+def test_a_batch_without_clips_counts_nothing(shapes):
     task = task_of()
-    inputs = task.inputs(collate([Failure(0, "x", "gone")]))
+    scenes = find_scenes(shapes).train
+    blank = task.dataset(scenes, train=True).blank
+    inputs = task.inputs(collate([Failure(0, "x", "gone")], blank))
     assert task.counts(inputs) == dict(map_loss=0)
     loss = task.losses(task.model, inputs)["map_loss"]
     (0 * loss).backward()
@@ -247,9 +260,7 @@ def test_counts_are_pixels(batch):
 def run(folder, **options):
     settings = dict(epochs=1, warmup_epochs=0, batch_size=2, workers=0, checkpoint="none", run=folder)
     config = LocalizeConfig(**settings | options)
-    return program(
-        config, Localization, find=lambda *a, **o: find_scenes(*a, **o, test_share=config.test_share)
-    )
+    return program(config, Localization)
 
 
 def test_a_run_from_end_to_end(shapes, tmp_path):
@@ -280,7 +291,7 @@ def test_pictures_that_are_missing_stop_a_run_unless_allowed(shapes, tmp_path):
     assert "more than --max-unreadable" in run(tmp_path / "a", data=tmp_path / "data", test_share=0.2)
     assert run(tmp_path / "b", data=tmp_path / "data", test_share=0.2, max_unreadable=0.5) == 0
     assert "b.wav" in (tmp_path / "b/quarantine.jsonl").read_text()
-    assert find_scenes(tmp_path / "data", lambda _: None, test_share=1.0).coverage["test"] == (5, 6)
+    assert find_scenes(tmp_path / "data", test_share=0.999).coverage["test"] == (5, 6)
 
 
 def test_mistakes_are_explained(shapes, tmp_path):
@@ -288,13 +299,22 @@ def test_mistakes_are_explained(shapes, tmp_path):
     for wrong in (dict(test_share=0.0), dict(test_share=1.0), dict(dim=0)):
         with pytest.raises(ValueError, match="must be"):
             LocalizeConfig(**wrong)
+    for wrong, message in (
+        (dict(missing="keep"), "--missing keep: each annotated picture needs its sound"),
+        (dict(train_split="unbalanced_train"), "--train-split must be train"),
+        (dict(data_set="vggsound"), "--data-set vggsound has no annotated pictures"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LocalizeConfig(**wrong)
+    assert "is not Sounding Shapes" in run(tmp_path / "run", data=tmp_path, data_set="sounding-shapes")
+    assert len(find_scenes(shapes, data_set="sounding-shapes", train_split="train").train) == 3
     base = LocalizeConfig(checkpoint=str(tmp_path / "nothing"), data=shapes)
     with pytest.raises(ValueError, match="nothing"):
         task_of(base)
     saved = encoder()
     saved.save_pretrained(tmp_path / "other")
     other = task_of(replace(base, checkpoint=str(tmp_path / "other")))  # sizes are those of the checkpoint
-    assert other.dataset(find_scenes(shapes, lambda _: None).test, train=False)[0]["image"].shape == (
+    assert other.dataset(find_scenes(shapes).test, train=False)[0]["image"].shape == (
         3,
         64,
         64,

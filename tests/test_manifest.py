@@ -122,8 +122,8 @@ def test_the_report_says_what_is_amiss_with_a_data_set(root, sources):
 def test_training_goes_by_the_manifest(root, monkeypatch):
     before = find(root)
     check(root, **QUIET)
-    monkeypatch.setattr("avfuse.data.find.scan_clips", None)  # no file is opened
-    monkeypatch.setattr("avfuse.data.find.walk", None)
+    monkeypatch.setattr("avfuse.data.table.ClipReader", None)  # no file is opened
+    monkeypatch.setattr("avfuse.data.listing.walk", None)
     after = find(root)
     assert [c.path for c in after.train] == [c.path for c in before.train]
     assert [c.labels for c in after.test] == [c.labels for c in before.test]

@@ -81,7 +81,7 @@ def test_mutated_clips_are_read_or_named(tmp_path, count):
     read, failures, use = [], [], []
     with ClipLoader(dataset, workers=2, timeout=20.0) as loader:
         for number, batch in enumerate(loader.batches(keys), 1):
-            if "image" in batch:
+            if len(batch["index"]):
                 assert batch["image"].isfinite().all() and batch["audio"].isfinite().all()
                 read += batch["index"].tolist()
             failures += batch["failures"]

@@ -1,26 +1,20 @@
-"""Retrieval against brute force, hand counts and the nearest-neighbour probe."""
+"""Retrieval against brute force, and its run from end to end, with one process and with two."""
 
-import itertools
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 from videos import write_video
 
-from avfuse import create_encoder
-from avfuse.data.clips import Clip
-from avfuse.tasks.retrieve import (
-    RetrieveConfig,
-    chance_at,
-    draw_neighbours,
-    main,
-    neighbours,
-    recall_at,
-    recalls,
-    related,
-)
-from avfuse.training.evaluate import nearest_neighbour_probes
+from avfuse.data.find import Found
+from avfuse.tasks.classify import Task
+from avfuse.tasks.retrieve import Retrieval, RetrieveConfig, recalls
+from avfuse.training.loop import program
+from avfuse.training.neighbours import nearest_neighbour_probes
 
 
 def make_features(clips=12):
@@ -28,8 +22,7 @@ def make_features(clips=12):
     return features | dict(label_kind=torch.arange(clips) % 3)
 
 
-def test_recall_against_brute_force(monkeypatch):
-    monkeypatch.setattr("avfuse.tasks.retrieve.AT_ONCE", 5)  # of 12
+def test_recall_against_brute_force():
     features = make_features()
     labels, metrics = features["label_kind"].tolist(), recalls(features, [1, 4])
     for name in "image", "audio", "fusion", "sum":
@@ -47,70 +40,86 @@ def test_recall_at_1_is_the_probe():
     features = make_features(30)
     probes, metrics = nearest_neighbour_probes(features)["kind"], recalls(features, [1])
     for name, probe in probes.items():
-        assert metrics[f"kind_recall@1_{name}"] == pytest.approx(probe.accuracy)
-        assert metrics["kind_recall@1_chance"] == pytest.approx(probe.chance)
-
-
-def test_chance_by_counting_every_draw():
-    labels, k = torch.tensor([0, 0, 0, 1, 1, 2]), 2
-    hits = draws = 0
-    for query in range(6):
-        for drawn in itertools.combinations([n for n in range(6) if n != query], k):
-            hits, draws = hits + any(labels[n] == labels[query] for n in drawn), draws + 1
-    assert chance_at(related(labels), k) == pytest.approx(hits / draws)
-
-
-def test_clips_of_several_classes_are_related_by_one_in_common(monkeypatch):
-    monkeypatch.setattr("avfuse.tasks.retrieve.AT_ONCE", 5)
-    labels = (torch.rand(12, 4) < 0.2).float()
-    labels[3] = 0  # of no class at all
-    classes = [set(row.nonzero().flatten().tolist()) for row in labels]
-    assert related(labels).tolist() == [[bool(a & b) for b in classes] for a in classes]
-    hits = draws = 0
-    for query, other in itertools.permutations(range(12), 2):
-        hits, draws = hits + bool(classes[query] & classes[other]), draws + 1
-    metrics = recalls(make_features() | dict(label_kind=labels), [1])
-    assert metrics["kind_recall@1_chance"] == pytest.approx(hits / draws)
-    nearest = neighbours(make_features(), 3)["sum"]
-    found = [any(classes[n] & classes[query] for n in row) for query, row in enumerate(nearest.tolist())]
-    assert recall_at(nearest, related(labels), 3) == pytest.approx(sum(found) / 12)
-
-
-def test_clips_of_several_classes_are_drawn(tmp_path):
-    paths = [write_video(tmp_path / f"{n}.mp4", 3.0) for n in range(3)]
-    clips = [Clip(path, {"kind": classes}) for path, classes in zip(paths, [(0, 1), (), (1,)], strict=True)]
-    features = make_features(3) | dict(label_kind=torch.tensor([[1.0, 1, 0], [0, 0, 0], [0, 1, 0]]))
-    draw_neighbours(tmp_path / "a.png", create_encoder("tiny"), clips, features, {"kind": ("a", "b", "c")})
-    assert (tmp_path / "a.png").exists()
+        assert metrics[f"kind_recall@1_{name}"] == probe["accuracy"]
+        assert metrics["kind_recall@1_chance"] == probe["chance"]
 
 
 @pytest.mark.parametrize("ks", [(3,), (0,), (1, -1), ()])
 def test_numbers_of_neighbours_that_cannot_be_are_refused(ks):
     with pytest.raises(ValueError, match="--k must be in 1..2 with 3 test clips, got"):
         recalls(make_features(3), ks)
+    with pytest.raises(
+        ValueError, match="--k must be in 1..2 with 3 test clips, got"
+    ):  # before any clip is read
+        Retrieval(RetrieveConfig(k=ks), Found([], list("abc"), "", [], 0, {}))
 
 
-def test_a_run_leaves_results_and_a_picture(tmp_path):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Four clips of two classes, and one that cannot be read."""
+    root = tmp_path_factory.mktemp("clips")
     for number in range(4):
-        write_video(tmp_path / "data" / ("bird", "cat")[number % 2] / f"{number}.mp4", 3.0)
-    (tmp_path / "data" / "cat" / "broken.mp4").write_bytes(b"no video")
-    config = dict(checkpoint="none", data=tmp_path / "data", run=tmp_path / "run", k=(1, 2), workers=0)
-    hashes = []
-    for seed in 5, 5, 6:
-        metrics = main(RetrieveConfig(**config, seed=seed))
-        results = json.loads((tmp_path / "run" / "results.json").read_text())
-        assert results["metrics"] == metrics and results["coverage"] == dict(judged=4, expected=5)
-        assert results["seed"] == seed
-        hashes.append(results["weights_sha256"])
+        write_video(root / ("bird", "cat")[number % 2] / f"{number}.mp4", 3.0)
+    (root / "cat" / "broken.mp4").write_bytes(b"no video")
+    return root
+
+
+def results(config: RetrieveConfig) -> dict:
+    assert program(config, Retrieval) == 0
+    return json.loads((config.run / "results.json").read_text())
+
+
+def test_a_run_leaves_results_and_a_picture(folder, tmp_path):
+    options = dict(checkpoint="none", data=folder, k=(1, 2), workers=0)
+    found = []
+    for seed in 5, 5, 6:  # what a folder holds is replaced
+        found.append(results(RetrieveConfig(**options, run=tmp_path / "run", seed=seed)))
+        assert found[-1]["coverage"] == dict(judged=4, expected=5) and found[-1]["seed"] == seed
+    hashes = [one["weights_sha256"] for one in found]
     assert hashes[0] == hashes[1] != hashes[2]
+    (row,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert row["metrics"] == found[-1]["metrics"] and (row["step"], row["when"]) == (0, "after")
     assert (tmp_path / "run" / "pictures" / "neighbours-000000.png").exists()
-    one_by_one = main(RetrieveConfig(**config | dict(run=tmp_path / "again"), batch_size=1, seed=6))
-    assert one_by_one == pytest.approx(metrics) and results["date"]
+    assert not (tmp_path / "run" / "model").exists()  # nothing was trained
     assert "class_recall@2_fusion" in (tmp_path / "run" / "index.html").read_text()
+    one_by_one = results(RetrieveConfig(**options, run=tmp_path / "again", batch_size=1, seed=6))
+    assert one_by_one["metrics"] == pytest.approx(found[-1]["metrics"]) and one_by_one["date"]
 
 
-def test_several_processes_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="one process"):
-        main(RetrieveConfig(checkpoint="none", data=tmp_path, run=tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
+def test_two_processes_find_the_same(folder, tmp_path):
+    alone = results(RetrieveConfig(checkpoint="none", data=folder, k=(1, 2), run=tmp_path / "1"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    arguments = ["--data", folder, "--run-dir", tmp_path / "2", "--checkpoint", "none", "--k", "1", "2"]
+    done = subprocess.run(
+        [*launcher, "-m", "avfuse.tasks.retrieve", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | dict(OMP_NUM_THREADS="1"),
+    )
+    assert done.returncode == 0, done.stderr
+    together = json.loads((tmp_path / "2" / "results.json").read_text())
+    assert together["metrics"] == alone["metrics"]
+    assert together["weights_sha256"] == alone["weights_sha256"]
+
+
+def test_clips_of_several_classes_are_drawn(folder, tmp_path, monkeypatch):
+    def find(config, say):
+        found = find_data(config, say)
+        clips = [*found.test]
+        for clip, classes in zip(clips, [(0, 1), (), (1,), (2,)], strict=True):
+            clip.labels["class"] = classes
+        table = type(found.test)(clips, classes={"class": "abc"})
+        return found._replace(train=table, test=table, classes={"class": ("a", "b", "c")})
+
+    find_data = Task.find
+    monkeypatch.setattr(Task, "find", staticmethod(find))
+    found = results(RetrieveConfig(checkpoint="none", data=folder, k=(1,), run=tmp_path / "run", workers=0))
+    assert found["metrics"]["class_recall@1_chance"] == pytest.approx(1 / 6)  # two of four share b
+    assert (tmp_path / "run" / "pictures" / "neighbours-000000.png").exists()
+
+
+def test_the_folder_of_a_training_run_is_left_alone(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="is that of a training run"):
+        RetrieveConfig(checkpoint="none", run=tmp_path)

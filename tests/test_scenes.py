@@ -137,7 +137,7 @@ def test_boxes_are_those_of_the_published_evaluation():
         expected = np.minimum(expected / 2, 1)
         truth = Boxes(tuple((x0, y0, x1, y1) for (x0, y0), (x1, y1) in corners.tolist()))
         height, width = (int(n) for n in random.integers(50, 400, 2))  # squeezed: no matter
-        sounding, classes = truth.read(View(height, width, (0, 0, height, width)), 224)
+        sounding, classes = truth.read(View(height, width, (0, 0, height, width)), (224, 224))
         assert np.array_equal(sounding, expected.astype(np.float32))
         assert np.array_equal(classes, expected > 0)
 
@@ -148,8 +148,8 @@ def test_boxes_follow_crops_as_masks_do(mirrored, tmp_path):
     mask[30:70, 40:90] = 1
     Image.fromarray(mask).save(tmp_path / "mask.png")
     view = View(100, 100, (20, 10, 60, 50), mirrored)
-    of_mask, _ = PngMask(tmp_path / "mask.png", 2).read(view, 96)
-    of_boxes, _ = Boxes(((40, 30, 90, 70),), canvas=100, annotators=1).read(view, 96)
+    of_mask, _ = PngMask(tmp_path / "mask.png", 2).read(view, (96, 96))
+    of_boxes, _ = Boxes(((40, 30, 90, 70),), canvas=100, annotators=1).read(view, (96, 96))
     assert 0 < of_mask.sum() < 96 * 96
     assert overlap(torch.from_numpy(of_mask > 0), torch.from_numpy(of_boxes > 0)) > 0.95
 
@@ -161,13 +161,13 @@ def test_sounding_shapes(shapes):
     scene = split.scenes[1]
     masks, boxes = sounding_shapes.load_masks(shapes, entry)
     for frame, moment in enumerate(scene.moments):
-        sounding, classes = moment.truth.read(View(64, 64, (0, 0, 64, 64)), 64)
+        sounding, classes = moment.truth.read(View(64, 64, (0, 0, 64, 64)), (64, 64))
         assert np.array_equal(sounding > 0, masks[0, frame])
         assert set(np.unique(classes)) == {0, SHAPE_CLASSES.index(entry.shape)}
         shown = read_frame(scene.path, moment.seconds)
         assert np.array_equal(shown, sounding_shapes.read_frames(scene.path)[frame])
         box, _ = ShapeBoxes(moment.truth.path, frame, moment.truth.classes).read(
-            View(64, 64, (0, 0, 64, 64)), 64
+            View(64, 64, (0, 0, 64, 64)), (64, 64)
         )
         x0, y0, x1, y1 = boxes[0, frame]
         assert box[y0:y1, x0:x1].all() and box.sum() == (x1 - x0) * (y1 - y0)

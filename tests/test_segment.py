@@ -17,7 +17,7 @@ from avfuse.data.scenes import SHAPE_CLASSES
 from avfuse.inputs import InputSettings
 from avfuse.loading import load_model
 from avfuse.presets import create_encoder
-from avfuse.tasks.localize import model_inputs
+from avfuse.tasks.scenes import model_inputs
 from avfuse.tasks.segment import (
     Segmentation,
     SegmentConfig,
@@ -27,7 +27,6 @@ from avfuse.tasks.segment import (
     class_mean,
     class_scores,
     f_curve,
-    find_scenes,
     highest_of_mean,
     mean_of_highest,
 )
@@ -52,12 +51,16 @@ def task_of(**options) -> Segmentation:
     return Segmentation(config, Found([], [], "test", [], 0, dict(shape=SHAPE_CLASSES)))
 
 
+def find_scenes(folder) -> Found:
+    return Segmentation.find(SegmentConfig(checkpoint="none", data=folder), lambda _: None)
+
+
 @pytest.fixture
 def batch(shapes):
     """Six pictures as evaluation reads them."""
-    whole = find_scenes(shapes, lambda _: None)
+    whole = find_scenes(shapes)
     dataset = task_of().dataset(whole.train + whole.test, train=False)
-    return collate([dataset[index] for index in range(6)])
+    return collate([dataset[index] for index in range(6)], dataset.blank)
 
 
 def picture(*rows: str) -> torch.Tensor:
@@ -271,9 +274,11 @@ def test_the_control_hears_nothing(batch):
 
 
 @pytest.mark.parametrize("target", ["binary", "semantic"])
-def test_a_batch_without_clips_counts_nothing(target):
+def test_a_batch_without_clips_counts_nothing(shapes, target):
     task = task_of(target=target)
-    inputs = task.inputs(collate([Failure(0, "x", "gone")]))
+    scenes = find_scenes(shapes).train
+    blank = task.dataset(scenes, train=True).blank
+    inputs = task.inputs(collate([Failure(0, "x", "gone")], blank))
     assert task.counts(inputs) == dict(mask_loss=0)
     loss = task.losses(task.model, inputs)["mask_loss"]
     (0 * loss).backward()
@@ -283,7 +288,7 @@ def test_a_batch_without_clips_counts_nothing(target):
 def run(folder, **options):
     settings = dict(epochs=1, warmup_epochs=0, batch_size=2, workers=0, checkpoint="none", run=folder)
     config = SegmentConfig(**settings | dict(target="binary") | options)
-    return program(config, Segmentation, find=lambda *a, **o: find_scenes(*a, **o, subset=config.subset))
+    return program(config, Segmentation)
 
 
 @pytest.mark.parametrize("target", ["binary", "semantic"])
@@ -334,3 +339,5 @@ def test_mistakes_are_explained(tmp_path):
         SegmentConfig(target="semantic", protocol="deepavfusion")
     with pytest.raises(ValueError, match="dim"):
         SegmentConfig(dim=0)
+    with pytest.raises(ValueError, match="--missing keep: each annotated picture needs its sound"):
+        SegmentConfig(missing="keep")

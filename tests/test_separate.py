@@ -19,10 +19,11 @@ from avfuse.data.table import ClipTable
 from avfuse.inputs import InputSettings
 from avfuse.loading import load_model
 from avfuse.presets import SMALL_INPUTS
-from avfuse.tasks.separate import MixtureDataset, SeparateConfig, Separation, find_pairs, ideal_masks, ratios
+from avfuse.tasks.separate import MixtureDataset, SeparateConfig, Separation, ideal_masks, ratios
 from avfuse.tasks.separation_metrics import bss_eval, is_silent, nmf_masks, rpca_masks
 from avfuse.tasks.separator import MelSTFT, Separator, doublings
 from avfuse.training.judge import weights_hash
+from avfuse.training.loop import program
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,20 @@ def test_a_partner_that_cannot_be_read_is_named(tmp_path):
     assert isinstance(item, Failure) and item.path == bad
 
 
+def test_a_batch_without_pairs_counts_nothing(data):
+    task = task_of()
+    dataset = task.dataset(sounding_shapes.clips(data, "train"), train=True)
+    blank, read = collate([], dataset.blank), collate([dataset[0]], dataset.blank)
+    assert {name: blank[name].shape for name in blank if torch.is_tensor(blank[name])} == {
+        name: (0,) if name == "index" else read[name].shape for name in read if torch.is_tensor(read[name])
+    }
+    inputs = task.inputs(blank)
+    assert task.counts(inputs) == dict(mask_loss=0)
+    task.losses(task.model, inputs)["mask_loss"].backward()
+    gradients = [p.grad for p in task.model.parameters() if p.grad is not None]
+    assert gradients and not any(gradient.any() for gradient in gradients)
+
+
 def test_gradients_reach_encoder_and_decoder_and_every_image_counts():
     torch.manual_seed(0)
     model = Separator(create_encoder("tiny"), decoder_dim=16)
@@ -204,7 +219,7 @@ def test_ratios_without_a_value_are_left_out_and_counted():
 def test_sounds_to_listen_to_are_not_clipped(data, tmp_path):
     task, sounds = task_of(), 3 * tones(220, 470, seconds=3.0).float()
     dataset = MixtureDataset(sounding_shapes.clips(data, "test"), SMALL_INPUTS, train=False)
-    batch = collate([dataset[0]]) | dict(sounds=sounds[None])
+    batch = collate([dataset[0]], dataset.blank) | dict(sounds=sounds[None])
     task.draw(tmp_path / "pictures", task.model, task.inputs(batch), batch, 0)
     heard = {}
     for name in "mixture", "truth":
@@ -224,7 +239,8 @@ def test_a_mixture_needs_two_clips_of_each_split(data, tmp_path, train, test, wh
         for number in range(count):
             copy(data / f"train/{number:06d}.mp4", tmp_path / split)
     with pytest.raises(ValueError, match=f"two clips or more, {which} has 1"):
-        find_pairs(tmp_path, lambda _: None, pairs=4, workers=0)
+        config = SeparateConfig(checkpoint="none", data=tmp_path, pairs=4, workers=0)
+        Separation.find(config, lambda _: None)
 
 
 def test_the_same_sound_twice_is_no_mixture():
@@ -262,15 +278,11 @@ def test_references_are_those_of_mir_eval(mask, pitches):
 
 
 def test_the_program_leaves_results_sounds_and_pictures(data, tmp_path):
-    from functools import partial
-
-    from avfuse.training.loop import program
-
     config = SeparateConfig(
         checkpoint="none", data=data, run=tmp_path / "run", epochs=1, warmup_epochs=0, batch_size=4
     )
     config.decoder_dim, config.workers, config.pairs = 16, 0, 3
-    assert program(config, Separation, find=partial(find_pairs, pairs=3)) == 0
+    assert program(config, Separation) == 0
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert results["metrics"]["pairs"] == 3 and results["coverage"] == dict(judged=3, expected=3)
     assert "BSS-eval" in results["protocol"]
@@ -278,6 +290,11 @@ def test_the_program_leaves_results_sounds_and_pictures(data, tmp_path):
     assert len(list((tmp_path / "run/sounds").glob("*.wav"))) == 9
     assert (tmp_path / "run/pictures/separation-000001.png").exists()
     assert "sdr" in (tmp_path / "run/index.html").read_text()
+
+
+def test_a_single_pair_is_refused():
+    with pytest.raises(ValueError, match="--pairs must be 2 or more, got 1"):
+        SeparateConfig(pairs=1)
 
 
 def test_settings_of_the_paper_fit_too():

@@ -15,15 +15,15 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from videos import hostile_folder, write_video
 
-from avfuse import AVMAE, train
+from avfuse import AVMAE
 from avfuse.data import sounding_shapes
 from avfuse.data.clips import ClipDataset, ClipLoader
 from avfuse.files import read_rows
-from avfuse.train import Pretraining, main
+from avfuse.train import INPUTS, Pretraining, main
 from avfuse.training import loop
 from avfuse.training.checkpoints import list_checkpoints
-from avfuse.training.evaluate import held_out_loss
 from avfuse.training.faults import RunError
+from avfuse.training.judge import weights_hash
 from avfuse.training.recipes import TrainConfig, make_model
 from avfuse.training.settings import raised_warmup_cosine, warmup_cosine
 
@@ -46,7 +46,7 @@ def finished(data, tmp_path_factory):
 def no_pictures(request, monkeypatch):
     """Pictures take longer than all else: only those who look at them have them drawn."""
     if "interaction" not in request.node.name:
-        monkeypatch.setattr(train, "draw", lambda *_: None)
+        monkeypatch.setattr(Pretraining, "show", lambda *_: None)
 
 
 def tiny(data, run, **changes) -> TrainConfig:
@@ -110,12 +110,18 @@ def test_saved_model_is_the_trained_one(finished):
     loader = ClipLoader(
         ClipDataset(clips, mae.encoder.inputs, train=False, extras=mae.mask_sampler()), workers=0
     )
-    batches = loader.batches([[(0, 0), (0, 1)], [(0, 2), (0, 3)], [(0, 4)]])
-    loss = held_out_loss(mae, batches, torch.device("cpu"))
+    (batch,) = loader.batches([[(0, index) for index in range(5)]])
+    with torch.no_grad():
+        output = mae(**{name: batch[name] for name in INPUTS})
     recorded = rows(finished.run)[-1]
-    assert loss.clips == 5
-    assert loss.image == pytest.approx(recorded["held_out_image_loss"], rel=1e-5)  # whatever the batch size
-    assert loss.audio == pytest.approx(recorded["held_out_audio_loss"], rel=1e-5)
+    assert recorded["held_out_clips"] == 5
+    assert output.image_loss.item() == pytest.approx(recorded["held_out_image_loss"], rel=1e-5)
+    assert output.audio_loss.item() == pytest.approx(recorded["held_out_audio_loss"], rel=1e-5)
+    results = json.loads((finished.run / "results.json").read_text())
+    assert results["weights_sha256"] == weights_hash(mae) and results["task"] == "pretraining"
+    assert results["coverage"] == dict(judged=5, expected=5) and results["step"] == 6
+    assert mae.facts["metrics"]["held_out_image_loss"] == recorded["held_out_image_loss"]
+    assert mae.facts["metrics"]["probe_shape_sum"] == recorded["probes"]["shape"]["sum"]["accuracy"]
 
 
 def test_resumes_with_the_losses_of_an_uninterrupted_run(finished, tmp_path, monkeypatch):

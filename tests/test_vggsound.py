@@ -4,7 +4,7 @@ import pytest
 import torch
 from trees import IN_VGGSOUND, plant, vggsound, videos, write_list
 
-from avfuse.data.clips import ClipDataset, ClipLoader, find_clips
+from avfuse.data.clips import ClipDataset, ClipLoader
 from avfuse.data.find import find_data
 from avfuse.data.sets import vggsound as reader
 from avfuse.inputs import InputSettings
@@ -46,7 +46,8 @@ def test_they_are_read_like_any_others(root, sources):
     assert said[0].startswith("VGGSound: train 3 of 4 clips found (75.0%)")
     assert found.coverage == {"train": (3, 4), "test": (2, 2)}
     assert found.test_name == "held-out clips" and len(found.classes["class"]) == 4
-    plain = ClipDataset(find_clips(sources[0].parent, progress=False, workers=0).clips, SETTINGS, train=False)
+    folder = find_data(sources[0].parent, said.append, progress=False, workers=0)
+    plain = ClipDataset(folder.train, SETTINGS, train=False)
     with ClipLoader(ClipDataset(found.test, SETTINGS, train=False), workers=1) as loader:
         (batch,) = loader.batches([[(0, 0), (0, 1)]])
     assert batch["label_class"].tolist() == [1, 2] and not batch["failures"]

@@ -20,7 +20,7 @@ from . import manifest
 from .clips import MEMORY
 from .decode import ClipError
 from .find import list_data
-from .listing import Listing, describe_coverage
+from .listing import Listing
 from .manifest import Entry, Header
 from .table import Clip
 from .workers import WorkerFailure, WorkerPool
@@ -68,14 +68,14 @@ def check(
     if manifest.has_manifest(root) and any(entry.start >= 0 for entry in manifest.read_entries(root)):
         raise ValueError(f"{root} holds shards: check the folder that they were made of")
     listing = list_data(root, data_set)
-    clips = [(split, clip) for split, clips in listing.found.items() for clip in clips]
+    clips = list(listing.clips())
     if not clips:
         raise ValueError(f"folder {root} has no clip to check: {'; '.join(listing.summary())}")
     header = Header(
         name=listing.name,
         classes={name: list(names) for name, names in listing.classes.items()},
         expected=dict(listing.expected),
-        missing={split: len(names) for split, names in listing.missing.items()},
+        missing=listing.count_missing(),
     )
     out.mkdir(parents=True, exist_ok=True)
     with _journal(out) as (known, note):
@@ -204,11 +204,10 @@ def _missing(listing: Listing) -> Iterator[tuple[str, str]]:
 
 def describe(listing: Listing, entries: list[Entry], out: Path) -> str:
     """The report: what is there, and what is amiss with what to do about it, the gravest first."""
-    missing = {split: len(names) for split, names in listing.missing.items()}
     good = [entry for entry in entries if entry.error is None]
     heard, seen = ([e for e in good if getattr(e, stream)] for stream in ("audio", "video"))
     lines = [
-        describe_coverage(listing.name, listing.expected, missing),
+        listing.coverage(),
         f"{len(entries)} clips looked at, {sum(entry.seconds for entry in good) / 3600:.2f} hours, "
         f"{sum(entry.bytes for entry in entries) / 1e9:.2f} GB; {len(good)} can be decoded"
         + ("" if all(entry.every_picture for entry in entries) else " (of some only key frames were)"),

@@ -1,7 +1,7 @@
-"""Any folder of videos as training data: find clips, read each as a frame and a spectrogram, batch them.
+"""Clips as training data: each is read as a frame and a spectrogram, and batched.
 
-    scan = find_clips(folder)
-    dataset = ClipDataset(scan.clips, settings, train=True)
+    found = find_data(folder)
+    dataset = ClipDataset(found.train, settings, train=True)
     keys = torch.utils.data.BatchSampler(ClipSampler(dataset, train=True), batch_size, drop_last=True)
     with ClipLoader(dataset) as loader:
         for batch in loader.batches(keys):
@@ -11,9 +11,8 @@ the same whatever worker or process reads it. A clip that cannot be read is name
 one that crashes or hangs its decoder takes a worker process with it, and nothing else.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain, islice, tee
 from pathlib import Path
 
@@ -21,163 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from tqdm import tqdm
 
-from ..checks import check_choice
-from ..files import leads_out, some
 from ..inputs import InputSettings
 from .decode import ClipError, ClipReader, Streams
 from .table import Clip, ClipTable, check_labels
 from .transforms import Spectrogram, evaluation_image, random_gain, training_image
 from .workers import WorkerFailure, WorkerPool
 
-SUFFIXES = (
-    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".ts", ".mts", ".m2ts"),
-    *(".wmv", ".ogv", ".3gp", ".3g2"),
-)
 TOGETHER = 8  # shards that are shuffled into each other
 MEMORY = 4 * 2**30  # bytes a worker may allocate; the largest frames and those they refer to take less
 
 
-# --------------------------------------------------------------------------------------------------- finding
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What was found: the clips to use, and by name whatever is amiss with others."""
-
-    clips: list[Clip] | ClipTable
-    without_sound: list[Path]  # among `clips` if they are kept
-    without_pictures: list[Path]
-    unreadable: list[ClipError]  # each has a path and a reason
-    links: list[Path] = field(default_factory=list)  # that lead out of the folder, and were not followed
-    kept: bool = False  # whether clips that lack a stream are among `clips`
-
-    def add(self, clip: Clip, streams: Streams | ClipError) -> None:
-        """Sort in a clip, given what it holds."""
-        if isinstance(streams, ClipError):
-            self.unreadable.append(streams)
-            return
-        if not streams.audio:
-            self.without_sound.append(clip.path)
-        if not streams.video:
-            self.without_pictures.append(clip.path)
-        if self.kept or streams.audio and streams.video:
-            self.clips.append(clip if clip.streams == streams else replace(clip, streams=streams))
-
-    @property
-    def looked_at(self) -> int:
-        """How many files the scan has looked at."""
-        dropped = set() if self.kept else {*self.without_sound, *self.without_pictures}
-        return len(self.clips) + len(self.unreadable) + len(dropped)
-
-    def summary(self) -> str:
-        """For people: '3 clips; 1 without sound dropped: bikes.mp4'."""
-        done = "kept" if self.kept else "dropped"
-        parts = [f"{len(self.clips)} clip" + "s" * (len(self.clips) != 1)]
-        for what, names in (
-            (f"without sound {done}", [path.name for path in self.without_sound]),
-            (f"without pictures {done}", [path.name for path in self.without_pictures]),
-            ("unreadable", [f"{error.path.name} ({error.reason})" for error in self.unreadable]),
-            ("leading out of the folder not followed", [path.name for path in self.links]),
-        ):
-            if names:
-                parts.append(f"{len(names)} {what}: {some(names)}")
-        return "; ".join(parts)
-
-
-def find_clips(
-    folder: str | Path,
-    *,
-    missing: str = "drop",
-    progress: bool = True,
-    workers: int = 8,
-    timeout: float = 60.0,
-) -> Scan:
-    """Find the videos in a folder and its sub-folders, sorted by path, and look at what each holds.
-
-    Hidden files are passed over. Links that lead out of the folder are not followed but listed.
-
-    Args:
-        folder: where to look.
-        missing: what becomes of clips without sound or without pictures, "drop" or "keep".
-        progress: show a progress bar.
-        workers: processes that open the files, which may crash or hang them; 0 opens them in this process.
-        timeout: seconds after which a file that is still being opened is given up as unreadable.
-
-    Raises:
-        ValueError: `folder` does not exist or has no clip to use (the message says what it has), or `missing`
-            is neither.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"folder {folder} " + ("is a file" if folder.exists() else "does not exist"))
-    paths, links, unlisted = walk(folder)
-    clips = [Clip(path) for path in sorted(paths)]
-    scan = scan_clips(clips, missing=missing, progress=progress, workers=workers, timeout=timeout)
-    scan = replace(scan, unreadable=scan.unreadable + unlisted, links=sorted(links))
-    if not scan.clips:
-        found = scan.summary() if paths or links or unlisted else f"no file ends in {', '.join(SUFFIXES)}"
-        raise ValueError(f"folder {folder} has no clip to use: {found}")
-    return scan
-
-
-def scan_clips(
-    clips: Sequence[Clip],
-    *,
-    missing: str = "drop",
-    progress: bool = True,
-    workers: int = 8,
-    timeout: float = 60.0,
-) -> Scan:
-    """Look at what each of the clips holds, from their headers, and sort out those that cannot be used.
-
-    Args:
-        clips: in the order in which they are returned; those that know their streams are not opened.
-        missing, progress, workers, timeout: as for `find_clips`.
-
-    Raises:
-        ValueError: `missing` is neither "drop" nor "keep".
-    """
-    check_choice("missing", missing, ("drop", "keep"))
-    scan = Scan([], [], [], [], kept=missing == "keep")
-    unknown = (clip for clip in clips if clip.streams is None)
-    with WorkerPool(_probe, workers, timeout=timeout, memory=MEMORY) as pool:
-        probed = pool.map(unknown)
-        for clip in tqdm(clips, desc="Scanning", unit="clip", disable=not progress):
-            streams = next(probed) if clip.streams is None else clip.streams
-            if isinstance(streams, WorkerFailure):
-                streams = ClipError(clip.path, streams.reason)
-            scan.add(clip, streams)
-    return scan
-
-
-def _probe(clip: Clip) -> Streams | ClipError:
-    try:
-        with clip.open() as reader:
-            return reader.streams
-    except ClipError as error:
-        return error
-
-
-def walk(folder: Path) -> tuple[list[Path], list[Path], list[ClipError]]:
-    """Videos in a folder, links that lead out of it, and folders that cannot be listed."""
-    paths, links, unlisted = [], [], []
-
-    def on_error(error: OSError) -> None:
-        unlisted.append(ClipError(Path(error.filename), f"cannot be listed: {error.strerror}"))
-
-    for parent, folders, files in os.walk(folder, onerror=on_error):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        videos = [name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
-        entries = {name: Path(parent, name) for name in folders + videos}
-        away = {name for name, path in entries.items() if path.is_symlink() and leads_out(path, folder)}
-        links += [entries[name] for name in away]
-        paths += [Path(parent, name) for name in videos if name not in away]
-    return paths, links, unlisted
-
-
-# --------------------------------------------------------------------------------------------------- reading
+# --- reading ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -197,7 +51,7 @@ class ClipDataset(Dataset):
     middle frame, the central crop, no flip and no gain.
 
     An item is a dictionary:
-        image: (3, image_size, image_size) float32; zeros for a clip without pictures.
+        image: (3, height, width) float32; zeros for a clip without pictures.
         audio: (1, mel_bins, frames) float32; zeros for a clip without sound.
         image_present, audio_present: () bool.
         index: () long.
@@ -207,8 +61,8 @@ class ClipDataset(Dataset):
     A clip that cannot be read is a `Failure` instead.
 
     Args:
-        clips: best from `find_clips` or `scan_clips`; those not scanned are opened for it every time. A
-            `ClipTable` takes less memory than a list, and knows the classes.
+        clips: best from `avfuse.data.find.find_data`; what others hold is looked at every time they are read.
+            A `ClipTable` takes less memory than a list, and knows the classes.
         settings: transforms and sizes of the model that will see them.
         train: whether there is augmentation.
         seed: another seed, other random choices.
@@ -249,39 +103,42 @@ class ClipDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Tensor] | Failure:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         index = range(len(self))[index]
-        clip, generator = self.clips[index], _generator(self.seed, epoch, 1 + index)
+        clip, generator = self.clips[index], generator_of(self.seed, epoch, 1 + index)
         try:
             with clip.open() as reader:
-                item = self._read(reader, clip.streams or reader.streams, generator)
+                item = self.item(clip, reader, generator)
         except ClipError as error:
-            return Failure(index, clip.path, error.reason)
-        item["index"] = torch.tensor(index)
-        item |= {f"label_{name}": self._label(name, label) for name, label in clip.labels.items()}
-        return item | (self.extras(generator) if self.extras else {})
+            where = "" if error.path == clip.path else f"{error.path.name}: "
+            return Failure(index, clip.path, where + error.reason)
+        return self._complete(item, clip, generator) | {"index": torch.tensor(index)}
 
-    def _label(self, name: str, label: int | tuple[int, ...]) -> Tensor:
-        if isinstance(label, int):
-            return torch.tensor(label)
-        several = torch.zeros(len(self.classes[name]))
-        several[list(label)] = 1.0
-        return several
+    def item(self, clip: Clip, reader: ClipReader, generator: torch.Generator) -> dict[str, Tensor]:
+        """What is read of a clip: what a data set of another kind overrides.
 
-    def _read(self, reader: ClipReader, streams: Streams, generator: torch.Generator) -> dict[str, Tensor]:
+        Args:
+            clip: which one.
+            reader: what `clip.open()` gave.
+            generator: the source of all that is random.
+
+        Raises:
+            ClipError: the clip cannot be read.
+        """
         place, moment = torch.rand(2, generator=generator).tolist() if self.train else (0.5, 0.5)
-        return self._window(reader, streams, generator, place, moment)
+        return self.window(clip, reader, generator, place, moment)
 
-    def _window(
-        self,
-        reader: ClipReader,
-        streams: Streams,
-        generator: torch.Generator,
-        place: float,
-        moment: float = 0.5,
+    def blank(self) -> dict[str, Tensor]:
+        """An item without "index" that stands for no clip: as of one with neither pictures nor sound."""
+        clip = replace(self.clips[0], streams=Streams(False, False, 0.0, 0.0))
+        generator = torch.Generator().manual_seed(self.seed)
+        return self._complete(self.item(clip, None, generator), clip, generator)
+
+    def window(
+        self, clip: Clip, reader: ClipReader, generator: torch.Generator, place: float, moment: float = 0.5
     ) -> dict[str, Tensor]:
         """The window of sound at a place in the clip, and the frame at a moment of it, both in 0..1."""
-        settings, size = self.settings, self.settings.image_size
+        settings, streams = self.settings, clip.streams or reader.streams
         start = place * max(0.0, streams.seconds - settings.audio_seconds)
-        image = torch.zeros(3, size, size)
+        image = torch.zeros(3, *settings.image_shape)
         if streams.video:
             frame = reader.frame(start + moment * min(settings.audio_seconds, streams.seconds))
             frame = torch.from_numpy(frame).permute(2, 0, 1)
@@ -300,17 +157,39 @@ class ClipDataset(Dataset):
             "audio_present": torch.tensor(streams.audio),
         }
 
+    def _complete(self, item: dict[str, Tensor], clip: Clip, generator: torch.Generator) -> dict[str, Tensor]:
+        """With the clip's labels, and what `extras` returns."""
+        labels = {f"label_{name}": self._label(name, label) for name, label in clip.labels.items()}
+        return item | labels | (self.extras(generator) if self.extras else {})
 
-# -------------------------------------------------------------------------------------------------- batching
+    def _label(self, name: str, label: int | tuple[int, ...]) -> Tensor:
+        if isinstance(label, int):
+            return torch.tensor(label)
+        several = torch.zeros(len(self.classes[name]))
+        several[list(label)] = 1.0
+        return several
 
 
-def collate(items: Sequence[dict[str, Tensor] | Failure]) -> dict[str, Tensor | list[Failure]]:
+# --- batching -----------------------------------------------------------------------------------------------
+
+
+def collate(
+    items: Sequence[dict[str, Tensor] | Failure], blank: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor | list[Failure]]:
     """Items of a `ClipDataset` as one batch: the tensors stacked, and "failures", a list.
 
-    The batch is smaller by its failures. If every clip failed it holds nothing but "failures", no "image".
+    The batch is smaller by its failures. If no clip could be read it holds one blank, which is present in no
+    modality, and "index" is empty: `len(batch["index"])` is how many clips were read.
+
+    Args:
+        items: what the dataset gave.
+        blank: gives the blank, see `ClipDataset.blank`.
     """
     read = [item for item in items if not isinstance(item, Failure)]
-    batch = {name: torch.stack([item[name] for item in read]) for name in (read[0] if read else ())}
+    rows = read or [blank()]
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    if not read:
+        batch["index"] = torch.empty(0, dtype=torch.long)
     return batch | {"failures": [item for item in items if isinstance(item, Failure)]}
 
 
@@ -355,7 +234,7 @@ class ClipLoader:
         ahead = max(2 * len(first), 4 * self._pool.workers, 1)
         items = self._pool.map(chain(first, chain.from_iterable(read)), ahead=ahead)
         for keys in batches:
-            yield collate([self._item(item) for item in islice(items, len(keys))])
+            yield collate([self._item(item) for item in islice(items, len(keys))], self.dataset.blank)
 
     def close(self) -> None:
         """End the workers; the loader cannot be used again."""
@@ -413,7 +292,7 @@ class ClipSampler(Sampler[tuple[int, int]]):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch, order = self.epoch, range(len(self))
         if self.train:
-            generator = _generator(self.seed, epoch, 0)
+            generator = generator_of(self.seed, epoch, 0)
             order = torch.randperm(len(self), generator=generator)
             shards = getattr(getattr(self.dataset, "clips", self.dataset), "shards", None)
             if shards is not None:
@@ -423,7 +302,7 @@ class ClipSampler(Sampler[tuple[int, int]]):
         return ((epoch, index) for index in order)
 
 
-def _generator(seed: int, epoch: int, number: int) -> torch.Generator:
+def generator_of(seed: int, epoch: int, number: int) -> torch.Generator:
     """The randomness of clip `number - 1` in an epoch; number 0 is the order of the clips."""
     state = np.random.SeedSequence((seed, epoch, number)).generate_state(1)
     return torch.Generator().manual_seed(int(state[0]))

@@ -6,24 +6,36 @@
 A folder with a manifest (`python -m avfuse.data check`) is read from that alone.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+from tqdm import tqdm
+
 from ..checks import check_choice
-from ..files import printable
+from ..files import printable, some
 from . import manifest, sounding_shapes
-from .clips import Scan, find_clips, scan_clips, walk
-from .decode import ClipError
-from .listing import Listing, describe_coverage
-from .sets import audioset, music, vggsound
+from .clips import MEMORY
+from .decode import ClipError, Streams
+from .listing import SUFFIXES, Listing
+from .manifest import Manifest
+from .sets import audioset, folders, music, vggsound
 from .table import Clip, ClipTable
+from .workers import WorkerFailure, WorkerPool
 
 DEMO = Path("data/sounding-shapes")
 DataSet = Literal["auto", "vggsound", "audioset", "music", "music21", "sounding-shapes", "folder"]
 DATA_SETS = get_args(DataSet)
-SPLITS = ("train", "test")
+READERS = {
+    "vggsound": vggsound.read,
+    "audioset": audioset.read,
+    "music": partial(music.read, list_=music.LIST),
+    "music21": partial(music.read, list_=music.LIST_21),
+    "sounding-shapes": sounding_shapes.read,
+    "folder": folders.read,
+}
 LISTS = {
     "vggsound": vggsound.LIST,
     "audioset": audioset.CLASS_LIST,
@@ -41,9 +53,7 @@ class Found(NamedTuple):
     unreadable: list[ClipError]
     looked_at: int  # files
     classes: dict[str, tuple[str, ...]]  # the names of the values of each label
-    coverage: dict[
-        str, tuple[int, int]
-    ] = {}  # "train", "test": clips that can be used, and that there should be
+    coverage: dict[str, tuple[int, int]] = {}  # "train", "test": clips used, and that there should be
 
 
 def find_data(
@@ -70,61 +80,53 @@ def find_data(
             "auto" tells by its files.
         train_split: the one split to train on where there are several, such as "balanced_train" of AudioSet.
         missing: what becomes of clips without sound or without pictures, "drop" or "keep".
-        progress, workers, timeout: of the scan of a folder without a manifest, as for `find_clips`.
+        progress: show a progress bar.
+        workers: processes that open the files, which may crash or hang them; 0 opens them in this process.
+        timeout: seconds after which a file that is still being opened is given up as unreadable.
 
     Raises:
         ValueError: an argument is none of its choices, there is no such split, or the folder is not laid out
-            as its data set should be, or holds no clip to use.
+            as its data set should be, or is one of videos and holds no clip to use.
     """
-    root = sounding_shapes.generate(DEMO) if folder is None else Path(folder)
     check_choice("missing", missing, ("drop", "keep"))
     check_choice("data_set", data_set, DATA_SETS)
-    options = dict(missing=missing, progress=progress, workers=workers, timeout=timeout)
-    if data_set == "auto" and manifest.has_manifest(root):
-        header = manifest.read_header(root)
-        name, classes, expected = header.name, header.classes, header.expected
-        said = [f"{describe_coverage(name, expected, header.missing)}, as {manifest.FILE} has it"]
-        sides = _sides(root, expected, train_split)
-        scans = _read_manifest(root, sides, classes, kept=missing == "keep")
-        changed = _changed(root, scans.values())
-        if changed is not None:  # a run may go on with the clips that it began with: it is not refused
-            said.append(
-                f"WARNING: {printable(str(changed))} has changed since {manifest.FILE} was written, which is"
-                f" used as it is: python -m avfuse.data check {printable(str(root))} brings it up to date"
-            )
-    elif (data_set if data_set != "auto" else recognise(root)) == "folder":
-        folders = _folders(root)
-        name, classes, expected, said = str(root), {}, {}, []
-        sides = _sides(root, folders, train_split)
-        scans = {sides[split]: find_clips(folder, **options) for split, folder in folders.items()}
-    else:
-        listing = list_data(root, data_set)
-        name, classes, expected, said = listing.name, listing.classes, listing.expected, listing.summary()
-        sides = _sides(root, expected, train_split)
-        clips = {side: [] for side in SPLITS if side in sides.values()}
-        for split, side in sides.items():
-            clips[side] += listing.found.get(split, [])
-        scans = {side: scan_clips(clips[side], **options) for side in clips}
-    for line in said:
+    root = sounding_shapes.generate(DEMO) if folder is None else Path(folder)
+    is_checked = data_set == "auto" and manifest.has_manifest(root)
+    data_set = recognise(root) if data_set == "auto" else data_set
+    listing = Manifest("", root) if is_checked else READERS[data_set](root)
+    sides = _sides(root, listing.expected, train_split)
+    scans = scan(listing, sides, missing=missing, progress=progress, workers=workers, timeout=timeout)
+    if data_set == "folder" and not is_checked:
+        _check_folder(listing, scans)
+    changed = _changed(root, scans.values()) if is_checked else None
+    for line in listing.summary():
         say(line)
-    for side, scan in scans.items():
-        say(f"{side}: {scan.summary()}" if len(scans) > 1 else scan.summary())
+    if changed is not None:  # a run may go on with the clips that it began with: it is not refused
+        say(
+            f"WARNING: {printable(str(changed))} has changed since {manifest.FILE} was written, which is"
+            f" used as it is: python -m avfuse.data check {printable(str(root))} brings it up to date"
+        )
+    for side, scanned in scans.items():
+        say(f"{side}: {scanned.summary()}" if len(scans) > 1 else scanned.summary())
     if len(scans) == 1:
         say("no clips to test on: what is measured are the training clips themselves")
-    tables, coverage = {}, {}
-    for side, scan in scans.items():
-        tables[side] = _table(scan.clips, classes)
-        there_should_be = sum(expected.get(split, 0) for split in sides if sides[split] == side)
-        coverage[side] = len(tables[side]), there_should_be or scan.looked_at
+    coverage = {}
+    for side, scanned in scans.items():
+        there_should_be = sum(listing.expected[split] for split in sides if sides[split] == side)
+        coverage[side] = len(scanned.clips), there_should_be or scanned.looked_at
+    train = scans["train"].clips
     return Found(
-        train=tables["train"],
-        test=tables.get("test", tables["train"]),
-        test_name="held-out clips" if "test" in tables else "training clips",
-        unreadable=[error for scan in scans.values() for error in scan.unreadable],
-        looked_at=sum(scan.looked_at for scan in scans.values()),
-        classes={label: tuple(names) for label, names in classes.items()},
+        train=train,
+        test=scans["test"].clips if "test" in scans else train,
+        test_name="held-out clips" if "test" in scans else "training clips",
+        unreadable=listing.unlisted + [error for scanned in scans.values() for error in scanned.unreadable],
+        looked_at=len(listing.unlisted) + sum(scanned.looked_at for scanned in scans.values()),
+        classes=train.classes,
         coverage={"test": coverage["train"]} | coverage,
     )
+
+
+# --- how a folder is laid out -------------------------------------------------------------------------------
 
 
 def list_data(root: str | Path, data_set: str = "auto") -> Listing:
@@ -135,27 +137,7 @@ def list_data(root: str | Path, data_set: str = "auto") -> Listing:
     """
     root = Path(root)
     check_choice("data_set", data_set, DATA_SETS)
-    data_set = recognise(root) if data_set == "auto" else data_set
-    if data_set == "vggsound":
-        return vggsound.read(root)
-    if data_set == "audioset":
-        return audioset.read(root)
-    if data_set in ("music", "music21"):
-        return music.read(root, list_=music.LIST if data_set == "music" else music.LIST_21)
-    listing = Listing(sounding_shapes.NAME if data_set == "sounding-shapes" else root.name, root)
-    if data_set == "sounding-shapes":
-        listing.classes = sounding_shapes.CLASSES
-        found = {split: sounding_shapes.clips(root, split) for split in SPLITS}
-    else:
-        found = {}
-        for split, folder in _folders(root).items():
-            paths, links, unlisted = walk(folder)
-            found[split] = [Clip(path) for path in sorted(paths)]
-            listing.links += links
-            listing.unlisted += unlisted
-    listing.found = {split: clips for split, clips in found.items() if clips}
-    listing.expected = Counter({split: len(clips) for split, clips in listing.found.items()})
-    return listing
+    return READERS[recognise(root) if data_set == "auto" else data_set](root)
 
 
 def recognise(root: Path) -> str:
@@ -164,14 +146,6 @@ def recognise(root: Path) -> str:
         if (root / path).exists():
             return name
     return "sounding-shapes" if sounding_shapes.is_built(root) else "folder"
-
-
-def _folders(root: Path) -> dict[str, Path]:
-    """The folders of the splits in a plain folder of videos."""
-    if not root.is_dir():
-        raise ValueError(f"folder {root} " + ("is a file" if root.exists() else "does not exist"))
-    inside = {split: root / split for split in SPLITS}
-    return inside if all(folder.is_dir() for folder in inside.values()) else {"train": root}
 
 
 def _sides(root: Path, splits: Iterable[str], train_split: str) -> dict[str, str]:
@@ -191,28 +165,23 @@ def _sides(root: Path, splits: Iterable[str], train_split: str) -> dict[str, str
     }
 
 
-def _read_manifest(root: Path, sides: dict[str, str], classes: dict, *, kept: bool) -> dict[str, Scan]:
-    """The scans that the manifest stands for. Clips that it knows to be broken are not opened again; one that
-    has gone since is found out when it is read, so that the data stay those that the run began with.
-    """
-    scans = {
-        side: Scan(ClipTable(classes=classes, root=root), [], [], [], kept=kept) for side in sides.values()
-    }
-    for entry in manifest.read_entries(root):
-        if entry.split in sides:
-            clip = entry.clip(root)
-            scans[sides[entry.split]].add(
-                clip, ClipError(clip.path, entry.error) if entry.error else clip.streams
-            )
-    return scans
+def _check_folder(listing: Listing, scans: dict[str, "Scan"]) -> None:
+    """A plain folder has clips for each side, or else it is the wrong one."""
+    for side, scanned in scans.items():
+        if not scanned.clips:
+            where = listing.root / side if len(scans) > 1 else listing.root
+            is_empty = not (scanned.looked_at or listing.links or listing.unlisted)
+            seen = f"no file ends in {', '.join(SUFFIXES)}" if is_empty else scanned.summary()
+            reasons = "; ".join([seen, *listing.summary()[1:]])  # without the coverage
+            raise ValueError(f"folder {where} has no clip to use: {reasons}")
 
 
-def _changed(root: Path, scans: Iterable[Scan]) -> Path | None:
+def _changed(root: Path, scans: Iterable["Scan"]) -> Path | None:
     """A list or a folder of clips that is newer than the manifest: one look at each, none at the clips.
 
     The folder `root` itself is left out, as the manifest is written to it.
     """
-    folders = {Path(folder) for scan in scans for folder in scan.clips.folders}
+    folders = {Path(folder) for scanned in scans for folder in scanned.clips.folders}
     folders |= {above for folder in folders for above in folder.parents if root in above.parents}
     written = (root / manifest.FILE).stat().st_mtime_ns
     for path in [root / name for name in LISTS.values()] + sorted(folders - {root}):
@@ -224,5 +193,91 @@ def _changed(root: Path, scans: Iterable[Scan]) -> Path | None:
     return None
 
 
-def _table(clips: list[Clip] | ClipTable, classes: dict) -> ClipTable:
-    return clips if isinstance(clips, ClipTable) else ClipTable(clips, classes=classes)
+# --- what the clips hold ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What the clips hold: those to use, and by name whatever is amiss with others."""
+
+    clips: ClipTable
+    kept: bool  # whether clips that lack a stream are among `clips`
+    without_sound: list[Path] = field(default_factory=list)
+    without_pictures: list[Path] = field(default_factory=list)
+    unreadable: list[ClipError] = field(default_factory=list)  # each has a path and a reason
+
+    def add(self, clip: Clip, streams: Streams | ClipError) -> None:
+        """Sort in a clip, given what it holds."""
+        if isinstance(streams, ClipError):
+            self.unreadable.append(streams)
+            return
+        if not streams.audio:
+            self.without_sound.append(clip.path)
+        if not streams.video:
+            self.without_pictures.append(clip.path)
+        if self.kept or streams.audio and streams.video:
+            self.clips.append(clip if clip.streams == streams else replace(clip, streams=streams))
+
+    @property
+    def looked_at(self) -> int:
+        """How many files the scan has looked at."""
+        dropped = set() if self.kept else {*self.without_sound, *self.without_pictures}
+        return len(self.clips) + len(self.unreadable) + len(dropped)
+
+    def summary(self) -> str:
+        """For people: '3 clips; 1 without sound dropped: bikes.mp4'."""
+        done = "kept" if self.kept else "dropped"
+        parts = [f"{len(self.clips)} clip" + "s" * (len(self.clips) != 1)]
+        for what, names in (
+            (f"without sound {done}", [path.name for path in self.without_sound]),
+            (f"without pictures {done}", [path.name for path in self.without_pictures]),
+            ("unreadable", [f"{error.path.name} ({error.reason})" for error in self.unreadable]),
+        ):
+            if names:
+                parts.append(f"{len(names)} {what}: {some(names)}")
+        return "; ".join(parts)
+
+
+def scan(
+    listing: Listing,
+    sides: dict[str, str],
+    *,
+    missing: str = "drop",
+    progress: bool = True,
+    workers: int = 8,
+    timeout: float = 60.0,
+) -> dict[str, Scan]:
+    """Looks at what each clip holds, from its header, and sorts out those that cannot be used. Those of which
+    it is known are not opened.
+
+    Args:
+        listing: the clips; they keep its order.
+        sides: split -> the name under which its clips are returned; other splits are passed over.
+        missing, progress, workers, timeout: as for `find_data`.
+    """
+    tables = {side: ClipTable(classes=listing.classes, root=listing.root) for side in sides.values()}
+    scans = {side: Scan(table, kept=missing == "keep") for side, table in tables.items()}
+    there = sum(listing.expected[split] - listing.count_missing().get(split, 0) for split in sides)
+
+    def wanted() -> Iterator[tuple[str, Clip | ClipError]]:
+        return ((split, clip) for split, clip in listing.clips() if split in sides)
+
+    unknown = (clip for _, clip in wanted() if isinstance(clip, Clip) and clip.streams is None)
+    with WorkerPool(_probe, workers, timeout=timeout, memory=MEMORY) as pool:
+        probed = pool.map(unknown)
+        for split, clip in tqdm(wanted(), total=there, desc="Scanning", unit="clip", disable=not progress):
+            streams = clip.streams if isinstance(clip, Clip) else clip
+            if streams is None:
+                streams = next(probed)
+            if isinstance(streams, WorkerFailure):
+                streams = ClipError(clip.path, streams.reason)
+            scans[sides[split]].add(clip, streams)
+    return scans
+
+
+def _probe(clip: Clip) -> Streams | ClipError:
+    try:
+        with clip.open() as reader:
+            return reader.streams
+    except ClipError as error:
+        return error

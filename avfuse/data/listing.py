@@ -1,22 +1,23 @@
-"""What data sets that come as lists of clips share: reading the lists, and finding what of them is there.
+"""A data set by its lists and by what is there, before anything is opened; and what its readers share.
 
 Lists are untrusted. A row names a clip only if the walk through the data folder has met that very file, so no
 row can name another; rows that are wrong are kept by name, and never stand in for each other.
 """
 
 import csv
+import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from ..files import leads_out, some
-from .clips import walk
 from .decode import ClipError
 from .table import Clip
 
+SUFFIXES = tuple(".mp4 .m4v .mov .mkv .webm .avi .flv .ts .mts .m2ts .wmv .ogv .3gp .3g2".split())
 VIDEO = re.compile(r"[\w-]{1,64}")  # its name, which becomes a part of a path
 HEADINGS = ("index", "id", "yid", "ytid", "vid", "video", "video_id", "youtube_id")  # of the first column
 Row = TypeVar("Row", bound=tuple)  # begins with what no two rows have in common
@@ -51,10 +52,25 @@ class Listing:
         if not clips:
             self.missing.setdefault(split, []).append(name)
 
+    def clips(self) -> Iterator[tuple[str, Clip | ClipError]]:
+        """Every clip with its split; an error for one that is known to be unreadable."""
+        return ((split, clip) for split, clips in self.found.items() for clip in clips)
+
+    def count_missing(self) -> dict[str, int]:
+        """Split -> how many clips are not there."""
+        return {split: len(names) for split, names in self.missing.items()}
+
+    def coverage(self) -> str:
+        """'VGGSound: train 9 of 10 clips found (90.0%), test 5 of 5 clips found (100.0%)'."""
+        shares, missing = [], self.count_missing()
+        for split, count in self.expected.items():
+            found = count - missing.get(split, 0)
+            shares.append(f"{split} {found} of {count} clips found ({found / max(1, count):.1%})")
+        return f"{self.name}: {', '.join(shares) or 'no clips'}"
+
     def summary(self) -> list[str]:
         """For people, a line each: coverage, then what is amiss."""
-        missing = {split: len(names) for split, names in self.missing.items()}
-        lines = [describe_coverage(self.name, self.expected, missing), *self.notes]
+        lines = [self.coverage(), *self.notes]
         for what, names in (
             ("wrong rows in the lists, not used", self.wrong),
             ("links that lead out of the folder, not followed", [str(path) for path in self.links]),
@@ -65,15 +81,6 @@ class Listing:
         if self.extra:
             lines.append(f"{self.extra} videos are in no list, and not used")
         return lines
-
-
-def describe_coverage(name: str, expected: Mapping[str, int], missing: Mapping[str, int]) -> str:
-    """'VGGSound: train 9 of 10 clips found (90.0%), test 5 of 5 clips found (100.0%)'."""
-    shares = []
-    for split, count in expected.items():
-        found = count - missing.get(split, 0)
-        shares.append(f"{split} {found} of {count} clips found ({found / max(1, count):.1%})")
-    return f"{name}: {', '.join(shares) or 'no clips'}"
 
 
 def rows(listing: Listing, path: Path, parse: Callable[[list[str]], Row]) -> Iterator[Row]:
@@ -137,4 +144,23 @@ def videos(listing: Listing) -> dict[str, Path]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not there: it should hold the clips of {listing.name}")
     paths, listing.links, listing.unlisted = walk(folder)
-    return {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
+    return {path.relative_to(folder).as_posix(): path for path in paths}
+
+
+def walk(folder: Path) -> tuple[list[Path], list[Path], list[ClipError]]:
+    """Videos in a folder and its sub-folders, links that lead out of it and are not followed, both sorted;
+    and folders that cannot be listed. Hidden files are passed over.
+    """
+    paths, links, unlisted = [], [], []
+
+    def on_error(error: OSError) -> None:
+        unlisted.append(ClipError(Path(error.filename), f"cannot be listed: {error.strerror}"))
+
+    for parent, folders, files in os.walk(folder, onerror=on_error):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        videos = [name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+        entries = {name: Path(parent, name) for name in folders + videos}
+        away = {name for name, path in entries.items() if path.is_symlink() and leads_out(path, folder)}
+        links += [entries[name] for name in away]
+        paths += [Path(parent, name) for name in videos if name not in away]
+    return sorted(paths), sorted(links), unlisted

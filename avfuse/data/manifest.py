@@ -1,4 +1,4 @@
-"""The manifest of a data folder: one line for each clip, written by `python -m avfuse.data check`.
+"""The manifest of a data folder: a line for each clip, written by `python -m avfuse.data check`.
 
 Training reads it instead of opening every file; shards are listed in the same way. It is data of unknown
 origin like any other: each line is checked, and no path in it leaves the folder.
@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 
 from ..files import aside, leads_out
-from .decode import Part, Streams
+from .decode import ClipError, Part, Streams
+from .listing import Listing
 from .table import Clip
 
 FILE = "avfuse-manifest.jsonl"
@@ -29,6 +30,16 @@ class Header:
     expected: dict = field(default_factory=dict)  # split -> clips (MUSIC: videos) that its lists name
     missing: dict = field(default_factory=dict)  # split -> how many of these are not there
     manifest: int = VERSION
+
+    def __post_init__(self):
+        for each in fields(self):
+            if not isinstance(getattr(self, each.name), each.type):
+                raise TypeError(f"{each.name} is {getattr(self, each.name)!r}")
+        for names in self.classes.values():
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise TypeError("classes are no lists of names")
+        if not all(type(count) is int for count in (*self.expected.values(), *self.missing.values())):
+            raise TypeError("expected or missing clips are no numbers")
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,30 @@ class Entry:
         )
 
 
+@dataclass
+class Manifest(Listing):
+    """A data set by its manifest alone: that of the folder `root`.
+
+    Clips that it knows to be broken are not opened again. One that has gone since is found out when it is
+    read, so that the data stay those that a run began with.
+    """
+
+    def __post_init__(self):
+        self.header = read_header(self.root)
+        self.name, self.classes, self.expected = self.header.name, self.header.classes, self.header.expected
+
+    def clips(self):
+        for entry in read_entries(self.root):
+            clip = entry.clip(self.root)
+            yield entry.split, ClipError(clip.path, entry.error) if entry.error else clip
+
+    def count_missing(self):
+        return self.header.missing
+
+    def coverage(self):
+        return f"{super().coverage()}, as {FILE} has it"
+
+
 def read_header(root: Path) -> Header:
     """The first line of the folder's manifest.
 
@@ -102,15 +137,6 @@ def read_header(root: Path) -> Header:
     with open(root / FILE, encoding="utf-8", errors="replace") as lines:
         try:
             header = Header(**json.loads(next(lines, "")))
-            for each in fields(Header):
-                if each.type is dict and not isinstance(getattr(header, each.name), dict):
-                    raise TypeError(f"{each.name} is no dictionary")
-            for names in header.classes.values():
-                if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                    raise TypeError("classes are no lists of names")
-            for counts in header.expected, header.missing:
-                if not all(type(count) is int for count in counts.values()):
-                    raise TypeError("expected or missing clips are no numbers")
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{root / FILE} is no manifest ({error}): `check` writes a new one") from error
     if header.manifest != VERSION:

@@ -22,10 +22,10 @@ from ..checks import check_choice, check_count
 from ..files import inside
 from ..inputs import InputSettings
 from . import sounding_shapes
-from .clips import Clip, ClipDataset, Failure, _generator
+from .clips import Clip, ClipDataset
 from .decode import MAX_PIXELS, ClipError, ClipReader
 from .find import Found
-from .transforms import EVALUATION_RESIZE, cropped_image, evaluation_image, random_gain, random_view
+from .transforms import cropped_image, evaluation_image, evaluation_size, random_gain, random_view
 
 FRAMES = ("whole", "central")
 
@@ -45,12 +45,12 @@ class View(NamedTuple):
 class Truth(Protocol):
     """Where the sound comes from in one picture."""
 
-    def read(self, view: View, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """What is true of each pixel of a view that is `size` pixels wide and high.
+    def read(self, view: View, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """What is true of each pixel of a view of this height and width.
 
         Returns:
-            sounding (size, size) float32 in 0..1, how sure it is that the sound comes from there; classes
-            (size, size) int64, 0 = background, which is 1 where something sounds that nobody has named.
+            sounding `shape` float32 in 0..1, how sure it is that the sound comes from there; classes `shape`
+            int64, 0 = background, which is 1 where something sounds that nobody has named.
 
         Raises:
             ClipError: the annotation cannot be read, or belongs to another picture.
@@ -72,6 +72,9 @@ class Scene(Clip):
 
     sound: Path
     moments: tuple[Moment, ...]
+
+    def open(self) -> ClipReader:
+        return ClipReader(self.sound)
 
 
 class Scenes(NamedTuple):
@@ -147,14 +150,14 @@ class PngMask:
     path: Path
     classes: int
 
-    def read(self, view: View, size: int) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, view: View, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         with read_image(self.path, ("PNG",)) as image:
             if image.mode not in ("L", "P", "1"):
                 raise ClipError(self.path, f"is no mask: its pixels are {image.mode}, not class numbers")
             mask = np.asarray(image).astype(np.int64)
         if mask.max() >= self.classes:
             raise ClipError(self.path, f"holds class {mask.max()}, while there are {self.classes}")
-        classes = nearest(mask, view, size, self.path)
+        classes = nearest(mask, view, shape, self.path)
         return (classes > 0).astype(np.float32), classes
 
 
@@ -166,12 +169,12 @@ class ShapeMasks:
     frame: int
     classes: tuple[int, ...]
 
-    def read(self, view: View, size: int) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, view: View, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         masks, _ = read_masks(self.path, self.frame, len(self.classes))  # (S, H, W) bool
         labelled = (masks * np.reshape(self.classes, (-1, 1, 1))).max(
             0
         )  # masks of visible pixels are disjoint
-        classes = nearest(labelled, view, size, self.path)
+        classes = nearest(labelled, view, shape, self.path)
         return (classes > 0).astype(np.float32), classes
 
 
@@ -183,10 +186,10 @@ class ShapeBoxes:
     frame: int
     classes: tuple[int, ...]
 
-    def read(self, view: View, size: int) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, view: View, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         masks, boxes = read_masks(self.path, self.frame, len(self.classes))
         check_size(masks.shape[1:], view, self.path)
-        sounding = consensus(boxes, masks.shape[1:], view, size, annotators=1)
+        sounding = consensus(boxes, masks.shape[1:], view, shape, annotators=1)
         return sounding, (sounding > 0).astype(np.int64)
 
 
@@ -200,18 +203,20 @@ class Boxes:
     canvas: int = 256
     annotators: int = 2
 
-    def read(self, view: View, size: int) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, view: View, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         canvas = (self.canvas, self.canvas)
-        sounding = consensus(self.boxes, canvas, view, size, annotators=self.annotators)
+        sounding = consensus(self.boxes, canvas, view, shape, annotators=self.annotators)
         return sounding, (sounding > 0).astype(np.int64)
 
 
-def nearest(mask: np.ndarray, view: View, size: int, path: Path) -> np.ndarray:
-    """What a mask (H, W) holds at the centres of the pixels of a view: (size, size)."""
+def nearest(mask: np.ndarray, view: View, shape: tuple[int, int], path: Path) -> np.ndarray:
+    """What a mask (H, W) holds at the centres of the pixels of a view of this shape."""
     check_size(mask.shape, view, path)
     top, left, height, width = view.crop
-    rows = np.floor(top + (np.arange(size) + 0.5) * height / size).astype(int).clip(0, mask.shape[0] - 1)
-    columns = np.floor(left + (np.arange(size) + 0.5) * width / size).astype(int).clip(0, mask.shape[1] - 1)
+    rows, columns = (
+        np.floor(start + (np.arange(count) + 0.5) * extent / count).astype(int).clip(0, size - 1)
+        for start, extent, count, size in zip((top, left), (height, width), shape, mask.shape, strict=True)
+    )
     shown = mask[rows][:, columns]
     return np.ascontiguousarray(shown[:, ::-1] if view.mirrored else shown)
 
@@ -223,19 +228,25 @@ def check_size(shape: tuple[int, int], view: View, path: Path) -> None:
 
 
 def consensus(
-    boxes: Sequence[Sequence[int]], canvas: tuple[int, int], view: View, size: int, *, annotators: int
+    boxes: Sequence[Sequence[int]],
+    canvas: tuple[int, int],
+    view: View,
+    shape: tuple[int, int],
+    *,
+    annotators: int,
 ) -> np.ndarray:
-    """How many people put a box around each pixel of a view, over `annotators` and at most 1: (size, size).
+    """How many people put a box around each pixel of a view, over `annotators` and at most 1.
 
     Corners are rounded down to pixels of the view, as the Flickr-SoundNet protocol does (int(224 x / 256)).
     """
     top, left, height, width = view.crop
-    count = np.zeros((size, size), np.float32)
+    rows, columns = shape
+    count = np.zeros(shape, np.float32)
     for x0, y0, x1, y1 in boxes:
-        xs = [_cell((x * view.width / canvas[1] - left) * size / width, size) for x in (x0, x1)]
-        ys = [_cell((y * view.height / canvas[0] - top) * size / height, size) for y in (y0, y1)]
+        xs = [_cell((x * view.width / canvas[1] - left) * columns / width, columns) for x in (x0, x1)]
+        ys = [_cell((y * view.height / canvas[0] - top) * rows / height, rows) for y in (y0, y1)]
         if view.mirrored:
-            xs = [size - xs[1], size - xs[0]]
+            xs = [columns - xs[1], columns - xs[0]]
         count[ys[0] : ys[1], xs[0] : xs[1]] += 1
     return np.minimum(count / annotators, 1)
 
@@ -283,11 +294,11 @@ class SceneDataset(ClipDataset):
     middle of the window of sound: where the file does not reach, that is silent before, and mirrored behind.
 
     An item is a dictionary:
-        image: (3, image_size, image_size) float32.
+        image: (3, height, width) float32.
         audio: (1, mel_bins, frames) float32.
         image_present, audio_present: () bool.
-        sounding: (size, size) float32 in 0..1, how sure it is that the sound comes from there.
-        classes: (size, size) long, 0 = background.
+        sounding: (height, width) float32 in 0..1, how sure it is that the sound comes from there.
+        classes: (height, width) long, 0 = background.
         index: () long.
         and label_<name>: () long, one for each of the scene's labels.
     Picture and truth show the same part of the frame. A scene that cannot be read is a `Failure` instead.
@@ -297,7 +308,7 @@ class SceneDataset(ClipDataset):
         settings: transforms and sizes of the model that will see them.
         train: whether there is augmentation.
         seed: another seed, other random choices.
-        size: of the truth in pixels; None is that of the image. A protocol names one for evaluation (224).
+        size: height and width of the truth in pixels, for a protocol that says so (224); None: the image's.
         frame: what evaluation shows, the "whole" frame, squeezed, or the "central" crop of pretraining.
 
     Raises:
@@ -319,34 +330,22 @@ class SceneDataset(ClipDataset):
         for scene in scenes:
             if not scene.moments:
                 raise ValueError(f"scenes: {scene.path} has no annotated moment")
-        self.size, self.frame = settings.image_size if size is None else size, frame
-        check_count("size", self.size)
+        if size is not None:
+            check_count("size", size)
+        self.shape, self.frame = settings.image_shape if size is None else (size, size), frame
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Tensor] | Failure:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        index = range(len(self))[index]
-        scene, generator = self.clips[index], _generator(self.seed, epoch, 1 + index)
-        try:
-            item = self._read_scene(scene, generator)
-        except ClipError as error:
-            return Failure(index, scene.path, f"{error.path.name}: {error.reason}")
-        item["index"] = torch.tensor(index)
-        return item | {f"label_{name}": torch.tensor(label) for name, label in scene.labels.items()}
-
-    def _read_scene(self, scene: Scene, generator: torch.Generator) -> dict[str, Tensor]:
+    def item(self, clip, reader, generator):
         choice = float(torch.rand((), generator=generator)) if self.train else 0.0
-        moment = scene.moments[int(choice * len(scene.moments))]
-        with ClipReader(scene.sound) as reader:
-            seconds = reader.streams.seconds / 2 if moment.seconds is None else moment.seconds
-            start = seconds - self.settings.audio_seconds / 2
-            waveform = reader.audio(start, self.settings.audio_seconds, self.settings.sample_rate)
-            shown = reader.frame(seconds) if moment.picture is None and scene.path == scene.sound else None
+        moment = clip.moments[int(choice * len(clip.moments))]
+        seconds = reader.streams.seconds / 2 if moment.seconds is None else moment.seconds
+        start = seconds - self.settings.audio_seconds / 2
+        waveform = reader.audio(start, self.settings.audio_seconds, self.settings.sample_rate)
         waveform = torch.from_numpy(waveform)
         if self.train:
             waveform = random_gain(waveform, generator)
-        shown = self._picture(scene, moment, seconds) if shown is None else shown
-        image, view = self._view(torch.from_numpy(shown).permute(2, 0, 1), generator)
-        sounding, classes = moment.truth.read(view, self.size)
+        shown = torch.from_numpy(self._picture(clip, moment, reader, seconds)).permute(2, 0, 1)
+        image, view = self._view(shown, generator)
+        sounding, classes = moment.truth.read(view, self.shape)
         return {
             "image": image,
             "audio": self.spectrogram(waveform),
@@ -356,27 +355,42 @@ class SceneDataset(ClipDataset):
             "classes": torch.from_numpy(classes),
         }
 
-    def _picture(self, scene: Scene, moment: Moment, seconds: float) -> np.ndarray:
+    def blank(self):
+        settings = self.settings
+        return {
+            "image": torch.zeros(3, *settings.image_shape),
+            "audio": torch.zeros(1, settings.mel_bins, settings.frames),
+            "image_present": torch.tensor(False),
+            "audio_present": torch.tensor(False),
+            "sounding": torch.zeros(self.shape),
+            "classes": torch.zeros(self.shape, dtype=torch.long),
+        }
+
+    def _picture(self, scene: Scene, moment: Moment, reader: ClipReader, seconds: float) -> np.ndarray:
         """(height, width, 3) uint8"""
         if moment.picture is not None:
             with read_image(moment.picture) as image:
                 return np.array(image.convert("RGB"))
-        with ClipReader(scene.path) as reader:
+        if scene.path == scene.sound:
             return reader.frame(seconds)
+        with ClipReader(scene.path) as video:
+            return video.frame(seconds)
 
     def _view(self, picture: Tensor, generator: torch.Generator) -> tuple[Tensor, View]:
         """The picture as the model sees it, and which part of it that is."""
         height, width = picture.shape[-2:]
         if self.train:
-            crop, mirrored = random_view(height, width, generator)
+            crop, mirrored = random_view(height, width, self.settings, generator)
             image = cropped_image(picture, self.settings, crop, mirrored=mirrored)
             return image, View(height, width, crop, mirrored)
         if self.frame == "whole":
             crop = (0, 0, height, width)
             return cropped_image(picture, self.settings, crop), View(height, width, crop)
-        resized = round(self.settings.image_size * EVALUATION_RESIZE)
-        side = min(height, width) * self.settings.image_size / resized
-        crop = ((height - side) / 2, (width - side) / 2, side, side)
+        rows, columns = self.settings.image_shape
+        resized = evaluation_size(height, width, self.settings)
+        before, after = min(zip((height, width), resized, strict=True), key=lambda side: side[0] / side[1])
+        shown = rows * before / after, columns * before / after
+        crop = ((height - shown[0]) / 2, (width - shown[1]) / 2, *shown)
         return evaluation_image(picture, self.settings), View(height, width, crop)
 
 

@@ -14,10 +14,10 @@ from torchvision.transforms.v2 import functional as tv
 from ..inputs import InputSettings
 
 AREA = (0.5, 1.0)  # share of the frame that a training crop keeps
-RATIO = (3 / 4, 4 / 3)  # width / height of a training crop, before it is squeezed into a square
+RATIO = (3 / 4, 4 / 3)  # width / height of a training crop, over that of the image it is squeezed into
 GAIN = 6.0  # dB, up and down
 FLOOR = 1e-7  # added to the power, so that silence has a logarithm
-EVALUATION_RESIZE = 256 / 224  # the short side before the central crop, in crops
+EVALUATION_RESIZE = 256 / 224  # of a frame before the central crop, in crops
 RESIZE = {"interpolation": InterpolationMode.BICUBIC, "antialias": True}
 
 
@@ -55,54 +55,70 @@ def random_gain(waveform: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def training_image(frame: Tensor, settings: InputSettings, generator: torch.Generator) -> Tensor:
-    """A random crop, squeezed to a square and perhaps mirrored: (3, H, W) uint8 -> (3, size, size) float32.
+    """A random crop, squeezed and perhaps mirrored: (3, H, W) uint8 -> (3, *image_shape) float32.
 
-    It has half the area or more; size, mean and deviation are those of `settings`.
+    It has half the area or more; shape, mean and deviation are those of `settings`.
     """
-    crop, mirrored = random_view(*frame.shape[-2:], generator)
+    crop, mirrored = random_view(*frame.shape[-2:], settings, generator)
     return cropped_image(frame, settings, crop, mirrored=mirrored)
 
 
 def random_view(
-    height: int, width: int, generator: torch.Generator
+    height: int, width: int, settings: InputSettings, generator: torch.Generator
 ) -> tuple[tuple[int, int, int, int], bool]:
     """A `random_crop` of a frame of this size, and whether it is mirrored, which every other is."""
-    return random_crop(height, width, generator), _uniform(0, 1, generator) < 0.5
+    rows, columns = settings.image_shape
+    crop = random_crop(height, width, generator, aspect=columns / rows)
+    return crop, _uniform(0, 1, generator) < 0.5
 
 
 def cropped_image(
     frame: Tensor, settings: InputSettings, crop: tuple[int, int, int, int], *, mirrored: bool = False
 ) -> Tensor:
-    """A crop (top, left, height, width), squeezed: (3, H, W) uint8 -> (3, size, size) float32."""
-    image = tv.resized_crop(frame, *crop, [settings.image_size, settings.image_size], **RESIZE)
+    """A crop (top, left, height, width), squeezed: (3, H, W) uint8 -> (3, *image_shape) float32."""
+    image = tv.resized_crop(frame, *crop, list(settings.image_shape), **RESIZE)
     return _normalise(tv.horizontal_flip(image) if mirrored else image, settings)
 
 
 def evaluation_image(frame: Tensor, settings: InputSettings) -> Tensor:
-    """The central crop: (3, H, W) uint8 -> (3, size, size) float32.
+    """The central crop of the resized frame: (3, H, W) uint8 -> (3, *image_shape) float32.
 
-    The short side is resized to 256 for a crop of 224, and in proportion for others; size, mean and deviation
-    are those of `settings`.
+    Shape, mean and deviation are those of `settings`.
     """
-    image = tv.resize(frame, [round(settings.image_size * EVALUATION_RESIZE)], **RESIZE)
-    return _normalise(tv.center_crop(image, [settings.image_size, settings.image_size]), settings)
+    image = tv.resize(frame, list(evaluation_size(*frame.shape[-2:], settings)), **RESIZE)
+    return _normalise(tv.center_crop(image, list(settings.image_shape)), settings)
 
 
-def random_crop(height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
-    """Top, left, height, width of a crop with uniform area and log-uniform aspect ratio.
+def evaluation_size(height: int, width: int, settings: InputSettings) -> tuple[int, int]:
+    """Height and width to which a frame is resized before the central crop: the side that is shorter in
+    proportion has 256 pixels for a crop of 224, and in proportion for others.
+    """
+    rows, columns = settings.image_shape
+    if height * columns <= width * rows:
+        resized = round(rows * EVALUATION_RESIZE)
+        return resized, int(resized * width / height)
+    resized = round(columns * EVALUATION_RESIZE)
+    return int(resized * height / width), resized
+
+
+def random_crop(
+    height: int, width: int, generator: torch.Generator, *, aspect: float = 1.0
+) -> tuple[int, int, int, int]:
+    """Top, left, height, width of a crop with uniform area and log-uniform ratio around `aspect`, the width
+    over the height.
 
     After ten draws that do not fit, the largest central crop of an allowed ratio.
     """
     for _ in range(10):
         area = height * width * _uniform(*AREA, generator)
-        ratio = math.exp(_uniform(*map(math.log, RATIO), generator))
+        ratio = aspect * math.exp(_uniform(*map(math.log, RATIO), generator))
         crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < crop_width <= width and 0 < crop_height <= height:
             top = int(torch.randint(height - crop_height + 1, (), generator=generator))
             left = int(torch.randint(width - crop_width + 1, (), generator=generator))
             return top, left, crop_height, crop_width
-    crop_width = min(width, max(1, round(height * RATIO[1])))
-    crop_height = min(height, max(1, round(width / RATIO[0])))
+    crop_width = min(width, max(1, round(height * aspect * RATIO[1])))
+    crop_height = min(height, max(1, round(width / aspect / RATIO[0])))
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 

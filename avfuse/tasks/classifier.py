@@ -11,9 +11,10 @@ from torch.nn.functional import batch_norm
 from ..checks import check_choice, check_count
 from ..encoder import AVEncoder
 from ..loading import load_model
-from ..pretrained import load_strictly
+from ..pretrained import Pretrained, load_strictly
 from ..released import encoder_weights, from_deepavfusion, read_weights, size_of
 from ..training.features import FEATURES, encode, pool
+from .model import TaskModel
 
 NORM_EPS = 1e-6
 
@@ -28,7 +29,7 @@ class Classified(NamedTuple):
     read: dict[str, Tensor]
 
 
-class Classifier(nn.Module):
+class Classifier(TaskModel, Pretrained):
     """Three linear heads over the pooled image, audio and fusion tokens, their logits averaged.
 
     A clip that lacks a modality is classified by the other heads.
@@ -45,6 +46,8 @@ class Classifier(nn.Module):
     Raises:
         ValueError: naming the argument that is wrong.
     """
+
+    home = "avfuse.tasks.classifier"
 
     def __init__(
         self,
@@ -64,6 +67,9 @@ class Classifier(nn.Module):
         self.class_names = None if class_names is None else tuple(class_names)
         self.encoder, self.classes, self.frozen = encoder, classes, frozen
         self.features = tuple(name for name in FEATURES if name in features)
+        self.settings = dict(
+            classes=classes, features=self.features, batch_norm=batch_norm, class_names=self.class_names
+        )
         for name in self.features:
             norm = nn.BatchNorm1d(encoder.embed_dim, eps=NORM_EPS, affine=False) if batch_norm else None
             head = nn.Linear(encoder.embed_dim, classes)

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,13 +18,13 @@ from torchmetrics.functional.classification import binary_auroc, binary_average_
 
 from ..checks import check_count, check_rate
 from ..data.clips import Clip, ClipDataset
-from ..data.find import SPLITS, Found, find_data
-from ..files import printable
+from ..data.find import Found
+from ..data.sets.folders import SPLITS
+from ..files import some
 from ..training.features import FEATURES
-from ..training.judge import JudgedTask, TaskConfig, starting_encoder
-from ..training.loop import program
+from ..training.judge import JudgedTask, TaskConfig, main, starting_encoder, to_columns, to_rows
+from ..training.loop import Task
 from ..training.pictures import BLUE, GREY, ORANGE, rgb, save, show_sound
-from ..vit import input_shape
 from .classifier import Classifier, check_features, presence
 
 PROGRAM = "python -m avfuse.tasks.classify"
@@ -122,10 +121,11 @@ def mean_over(metric, scores: Tensor, target: Tensor, chosen: Tensor) -> float |
 # --- data ---------------------------------------------------------------------------------------------------
 
 
-def find_labelled(folder: Path | None, say=print, *, class_list: Path | None = None, **options) -> Found:
+def with_classes(found: Found, folder: Path | None, class_list: Path | None = None) -> Found:
     """A data set with labels; those of a plain folder are the names of its sub-folders, as label "class".
 
     Args:
+        found: the clips in the folder.
         class_list: text file with the names of the classes, one a line; default: all sub-folders, sorted, of
             train/ or of the folder itself.
 
@@ -133,7 +133,6 @@ def find_labelled(folder: Path | None, say=print, *, class_list: Path | None = N
         ValueError: a clip has a class that is not in the list, or none, or the list is not that of the data.
     """
     names = read_class_list(class_list) if class_list else None
-    found = find_data(folder, say, **options)
     if found.classes:
         if names is not None and names not in found.classes.values():
             raise ValueError(f"--class-list {class_list} is that of no label of this data set")
@@ -157,8 +156,8 @@ def labelled(clip: Clip, root: Path, names: tuple[str, ...]) -> Clip:
     if not rest:
         raise ValueError(f"--data: {clip.path} lies in no sub-folder, which would name its class")
     if folder not in names:
-        shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-        raise ValueError(f"--data: {clip.path} has the class {folder!r}, which is none of {shown or 'none'}")
+        known = some(names, most=10) or "none"
+        raise ValueError(f"--data: {clip.path} has the class {folder!r}, which is none of {known}")
     return replace(clip, labels={"class": names.index(folder)})
 
 
@@ -202,8 +201,8 @@ class WindowDataset(ClipDataset):
         check_count("windows", windows)
         self.places = np.linspace(0, 1, windows).tolist() if windows > 1 else [0.5]
 
-    def _read(self, reader, streams, generator):
-        items = [self._window(reader, streams, generator, place) for place in self.places]
+    def item(self, clip, reader, generator):
+        items = [self.window(clip, reader, generator, place) for place in self.places]
         return items[0] | {name: torch.stack([item[name] for item in items]) for name in ("image", "audio")}
 
 
@@ -310,14 +309,14 @@ class Classification(JudgedTask):
         self.label = check_label(found, config.label)
         self.classes = found.classes[self.label]
         self.is_multi_label = isinstance(found.train[0].labels[self.label], tuple)
-        self.options = dict(
-            classes=len(self.classes),
+        self.model = Classifier(
+            starting_encoder(config, config.drop_path),
+            len(self.classes),
             features=config.features,
             batch_norm=config.batch_norm,
+            frozen=config.probe,
             class_names=self.classes,
         )
-        encoder = starting_encoder(config, config.drop_path)
-        self.model = Classifier(encoder, frozen=config.probe, **self.options)
         how = "linear probe" if config.probe else "fine-tuning"
         norm = " with BatchNorm" if config.batch_norm else ""
         metric = "mAP, AUC, d', macro over classes" if self.is_multi_label else "top-1 accuracy"
@@ -327,6 +326,12 @@ class Classification(JudgedTask):
             f"{how}{norm}, {self.label} of {len(self.classes)} classes: {metric}; given {given}; logits "
             f"averaged over the heads ({', '.join(config.features)}) and {windows} of each clip"
         )
+
+    @staticmethod
+    def find(config, say):
+        if config.class_list:
+            read_class_list(config.class_list)  # if that fails, then before the data are looked through
+        return with_classes(Task.find(config, say), config.data, config.class_list)
 
     def describe(self):
         how = "only the heads are trained" if self.config.probe else "all of it is trained"
@@ -339,13 +344,8 @@ class Classification(JudgedTask):
         return ClipDataset(clips, settings, train=True, seed=config.seed)
 
     def inputs(self, batch):
-        """What the classifier is called with, and "target". A blank clip has neither modality."""
-        encoder, modalities = self.model.encoder, self.config.modalities
-        if "index" not in batch:
-            shape = () if not self.is_multi_label else (len(self.classes),)
-            batch = {n: torch.zeros(1, *input_shape(getattr(encoder, n))) for n in ("image", "audio")}
-            batch |= {f"{n}_present": torch.tensor([False]) for n in ("image", "audio")}
-            batch[f"label_{self.label}"] = torch.zeros(1, *shape, dtype=torch.float if shape else torch.long)
+        """What the classifier is called with, and "target". A blank has neither modality."""
+        modalities = self.config.modalities
         given = ("image", "audio") if modalities == "both" else (modalities,)
         inputs = {name: batch[name] for name in given}
         for name in given:
@@ -376,12 +376,8 @@ class Classification(JudgedTask):
 
     def judge(self, model, inputs, batch):
         """Logits of each clip by what they are from, the mean over its windows."""
-        target = inputs["target"].cpu().numpy()
-        scores = {name: s.float().cpu().numpy() for name, s in self.scores(model, inputs).items()}
-        return [
-            dict(target=target[n], scores={name: s[n] for name, s in scores.items()})
-            for n in range(len(target))
-        ]
+        scores = {name: logits.float() for name, logits in self.scores(model, inputs).items()}
+        return to_rows(dict(target=inputs["target"]) | scores)
 
     def scores(self, model: Classifier, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Logits (B, classes): "", of all heads; of each head if there are several; and of all heads when
@@ -415,11 +411,8 @@ class Classification(JudgedTask):
         return {f"{name}_head" if name else "": logits for name, logits in total.items()}
 
     def summarize(self, rows):
-        target = torch.from_numpy(np.stack([row["target"] for row in rows]))
-        by_name = {
-            name: torch.from_numpy(np.stack([row["scores"][name] for row in rows]))
-            for name in rows[0]["scores"]
-        }
+        by_name = to_columns(rows)
+        target = by_name.pop("target")
         if self.is_multi_label:
             metrics = ranking_metrics(by_name.pop(""), target)
             of_others = {n: ranking_metrics(s, target) for n, s in by_name.items()}
@@ -496,14 +489,5 @@ def parse(arguments: Sequence[str] | None = None) -> ClassifyConfig:
     return tyro.cli(ClassifyConfig, prog=PROGRAM, args=arguments, default=default)
 
 
-def cli() -> int | str:
-    """The command line: what to exit with."""
-    try:
-        config = parse()
-    except ValueError as error:
-        return f"error: {printable(error)}"
-    return program(config, Classification, find=partial(find_labelled, class_list=config.class_list))
-
-
 if __name__ == "__main__":
-    sys.exit(cli())
+    sys.exit(main(parse, Classification))

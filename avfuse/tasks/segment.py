@@ -7,43 +7,57 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 import tyro
 from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, interpolate
 
-from ..checks import check_count
-from ..data import sounding_shapes
-from ..data.find import DEMO, Found
-from ..data.scenes import (
-    SHAPE_CLASSES,
-    SceneDataset,
-    ShapeMasks,
-    found,
-    middle_moments,
-    sounding_shapes_scenes,
-)
+from ..data.find import Found
+from ..data.scenes import ShapeMasks, found
 from ..data.sets import avsbench
+from ..data.sets.folders import SPLITS
 from ..encoder import AVEncoder
-from ..training.judge import JudgedTask, TaskConfig, starting_encoder
-from ..training.loop import program
-from ..training.pictures import rgb, save, show_sound
-from ..vit import split_prefix
-from .localize import model_inputs, outline, scene_inputs
+from ..inputs import InputSettings
+from ..pretrained import Pretrained
+from ..training.judge import main, starting_encoder, to_columns, to_rows
+from ..training.pictures import save
+from .scenes import (
+    SIZE,
+    SceneConfig,
+    SceneModel,
+    SceneTask,
+    model_inputs,
+    outline,
+    scene_figure,
+    show_map,
+    show_scene,
+)
 
-SIZE = 224  # pixels at which the protocols compare
+PROGRAM = "python -m avfuse.tasks.segment"
 BETA_SQUARED = 0.3  # of the F score: precision counts for more than recall
 THRESHOLDS = 255  # of the F curve, from 0 to 1
 SILENCE = 3.0  # logit from which the background starts: most pixels are silent
 FRAME = {"avsbench": "whole", "deepavfusion": "central"}  # what the protocols show of a picture
+METRICS = {
+    ("binary", "avsbench"): (
+        "mean IoU of sounding pixels at 0.5 (of silent ones where nothing sounds); maximum of the mean F "
+        "curve, beta^2 = 0.3, 255 thresholds"
+    ),
+    ("binary", "deepavfusion"): (
+        "mean IoU of sounding and silent pixels at 0.5; mean of the maximum F of each picture, beta^2 = 0.3, "
+        "255 thresholds"
+    ),
+    ("semantic", "avsbench"): (
+        "IoU and F (beta^2 = 0.3) of a class averaged over the pictures that have it in truth or prediction, "
+        "mean over {classes} classes with background"
+    ),
+}
 
 
 @dataclass(kw_only=True)
-class SegmentConfig(TaskConfig):
+class SegmentConfig(SceneConfig):
     """Segment what sounds: its class at every pixel, or with --target binary just a mask of it.
 
     Without arguments it trains on Sounding Shapes, the embedded data set, in which one of three objects
@@ -69,8 +83,6 @@ class SegmentConfig(TaskConfig):
     89.94 probably is."""
     subset: Literal["S4", "MS3", "AVSS"] = "S4"
     """Part of AVSBench: single sources, several, or all (with --target semantic)."""
-    modalities: Literal["both", "image"] = "both"
-    """What the model gets: "image" is the control, to which every sound is silence."""
     dim: int = 64
     """Width of the decoder after its first block; twice that before, half after the last."""
 
@@ -85,40 +97,17 @@ class SegmentConfig(TaskConfig):
     released code's 2e-4 here; a tiny model on a small set wants a larger one."""
     layer_decay: float = 1.0
     """Factor of the learning rate from each layer to the one below it; the released code's is 0.75."""
-    checkpoint_every: int = 320
-    """Steps between checkpoints; there always is one at the end."""
 
     def __post_init__(self):
         super().__post_init__()
-        check_count("dim", self.dim)
         if self.target == "semantic" and self.protocol != "avsbench":
             raise ValueError(f"--protocol {self.protocol} does not define --target semantic; avsbench does")
-
-
-# --- data ---------------------------------------------------------------------------------------------------
-
-
-def find_scenes(folder: Path | None, say=print, *, subset: str = "S4", **_) -> Found:
-    """AVSBench, or Sounding Shapes, which is built first where no folder is given.
-
-    Raises:
-        ValueError: the folder is neither.
-    """
-    root = sounding_shapes.generate(DEMO) if folder is None else folder
-    if sounding_shapes.is_built(root):
-        train, test = (sounding_shapes_scenes(root, split, ShapeMasks) for split in ("train", "test"))
-        return found(train, middle_moments(test), "held-out clips", say, shape=SHAPE_CLASSES)
-    if avsbench.is_avsbench(root):
-        train, test = (avsbench.read_avsbench(root, split, subset) for split in ("train", "test"))
-        classes = avsbench.read_classes(root)
-        return found(train, test, f"pictures of AVSBench {subset} test", say, object=classes)
-    raise ValueError(f"--data {root} is neither Sounding Shapes nor AVSBench (metadata.csv, label2idx.json)")
 
 
 # --- model --------------------------------------------------------------------------------------------------
 
 
-class Segmenter(nn.Module):
+class Segmenter(SceneModel, Pretrained):
     """Image tokens, each joined with the mean audio token, and three up-convolutions (paper App. A.2).
 
     Args:
@@ -127,9 +116,11 @@ class Segmenter(nn.Module):
         dim: width of the decoder after its first block.
     """
 
+    home = "avfuse.tasks.segment"
+
     def __init__(self, encoder: AVEncoder, outputs: int = 1, dim: int = 64):
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.settings = encoder, dict(outputs=outputs, dim=dim)
         self.join = nn.Linear(2 * encoder.embed_dim, 2 * dim)
         self.decoder = nn.Sequential(
             up_convolution(2 * dim, dim), up_convolution(dim, dim), up_convolution(dim, dim // 2)
@@ -139,14 +130,10 @@ class Segmenter(nn.Module):
         nn.init.constant_(self.predict.bias[:1], SILENCE if outputs > 1 else -SILENCE)
 
     def forward(self, image: Tensor, audio: Tensor, audio_present: Tensor | None = None) -> Tensor:
-        """Logits (B, outputs, height, width), from images (B, 3, height, width), spectrograms
-        (B, 1, mel, time), and which of the latter are there (B,) bool, None = all.
-        """
-        tokens = self.encoder(image, audio, audio_present=audio_present)
-        places = split_prefix(self.encoder.image, tokens.image)[1]
-        sound = split_prefix(self.encoder.audio, tokens.audio)[1].mean(1, keepdim=True)
-        joined = self.join(torch.cat([places, sound.expand_as(places)], dim=-1))
-        joined = joined.transpose(1, 2).unflatten(2, self.encoder.image.patch_embed.grid_size)
+        """Logits (B, outputs, height, width); arguments as for `SceneModel.read`."""
+        places, sound = self.read(image, audio, audio_present)
+        joined = self.join(torch.cat([places, sound[:, None].expand_as(places)], dim=-1))
+        joined = self.on_grid(joined.transpose(1, 2))
         logits = self.predict(self.decoder(joined))  # 8 times as wide and high as the grid
         return interpolate(logits, size=image.shape[-2:], mode="bilinear")
 
@@ -267,45 +254,31 @@ def class_mean(scores: Tensor, seen: Tensor) -> float:
 # --- task ---------------------------------------------------------------------------------------------------
 
 
-class Segmentation(JudgedTask):
+class Segmentation(SceneTask):
     """Trains a `Segmenter` by cross-entropy at every pixel."""
+
+    shape_truth, truth = ShapeMasks, "classes"
 
     def __init__(self, config: SegmentConfig, found: Found):
         super().__init__(config, found)
-        self.semantic, self.sound = config.target == "semantic", config.modalities != "image"
+        self.semantic, self.frame = config.target == "semantic", FRAME[config.protocol]
         (self.classes,) = found.classes.values()
-        self.options = dict(outputs=len(self.classes) if self.semantic else 1, dim=config.dim)
-        self.model = Segmenter(starting_encoder(config), **self.options)
-        control = "" if self.sound else " without sound (control)"
+        outputs = len(self.classes) if self.semantic else 1
+        self.model = Segmenter(starting_encoder(config), outputs=outputs, dim=config.dim)
+        control = " without sound (control)" if config.modalities == "image" else ""
         self.name = f"{config.target} segmentation{control}"
-        self.protocol = (
-            f"{config.protocol}: {FRAME[config.protocol]} picture, {SIZE} x {SIZE}, "
-            + {
-                (
-                    "binary",
-                    "avsbench",
-                ): "mean IoU of sounding pixels at 0.5 (of silent ones where nothing sounds); "
-                "maximum of the mean F curve, beta^2 = 0.3, 255 thresholds",
-                (
-                    "binary",
-                    "deepavfusion",
-                ): "mean IoU of sounding and silent pixels at 0.5; mean of the maximum F of "
-                "each picture, beta^2 = 0.3, 255 thresholds",
-                (
-                    "semantic",
-                    "avsbench",
-                ): f"IoU and F (beta^2 = 0.3) of a class averaged over the pictures that have "
-                f"it in truth or prediction, mean over {len(self.classes)} classes with background",
-            }[config.target, config.protocol]
-        )
+        metrics = METRICS[config.target, config.protocol].format(classes=len(self.classes))
+        self.protocol = f"{config.protocol}: {self.frame} picture, {SIZE} x {SIZE}, {metrics}"
 
-    def dataset(self, clips, *, train):
-        size, frame = (None, "whole") if train else (SIZE, FRAME[self.config.protocol])
-        settings = self.model.encoder.inputs
-        return SceneDataset(clips, settings, train=train, seed=self.config.seed, size=size, frame=frame)
-
-    def inputs(self, batch):
-        return scene_inputs(self.model.encoder, batch, "classes", self.config.modalities)
+    @staticmethod
+    def find_annotated(root, config, say):
+        if not avsbench.is_avsbench(root):
+            raise ValueError(
+                f"--data {root} is neither Sounding Shapes nor AVSBench (metadata.csv, label2idx.json)"
+            )
+        train, test = (avsbench.read_avsbench(root, split, config.subset) for split in SPLITS)
+        classes = avsbench.read_classes(root)
+        return found(train, test, f"pictures of AVSBench {config.subset} test", say, object=classes)
 
     def counts(self, inputs):
         return dict(mask_loss=int(inputs["clips"]) * inputs["classes"][0].numel())
@@ -329,11 +302,10 @@ class Segmentation(JudgedTask):
         else:
             iou = avsbench_iou if self.config.protocol == "avsbench" else both_iou
             columns = dict(iou=iou(prob, classes > 0), f=f_curve(prob, classes > 0))
-        columns = {name: column.cpu().numpy() for name, column in columns.items()}
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return to_rows(columns)
 
     def summarize(self, rows):
-        columns = {name: torch.tensor(np.stack([row[name] for row in rows])) for name in rows[0]}
+        columns = to_columns(rows)
         if not self.semantic:
             f = highest_of_mean if self.config.protocol == "avsbench" else mean_of_highest
             return dict(miou=columns["iou"].double().mean().item(), f_score=f(columns["f"]))
@@ -359,33 +331,33 @@ COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#C
 MASK = "#E69F00"
 
 
-def draw_masks(inputs: dict[str, Tensor], prob: Tensor, settings, path: Path) -> None:
+def draw_masks(inputs: dict[str, Tensor], prob: Tensor, settings: InputSettings, path: Path) -> None:
     """Frames with the outline of what sounds, the probability that it does, the mask, and the sound."""
-    figure, grid = start(len(prob), ("frame and truth", "probability", "mask", "sound"))
+    figure, grid = scene_figure(len(prob), ("frame and truth", "probability", "mask", "sound"))
     for row, axes in enumerate(grid):
-        frame, truth = show_scene(axes, inputs, row, settings)
-        axes[1].imshow(prob[row].numpy(), cmap="inferno", vmin=0, vmax=1, extent=EXTENT)
-        axes[2].imshow(frame.mean(-1), cmap="gray", vmin=0, vmax=1.3, extent=EXTENT)
-        mask = (prob[row] > 0.5).float().numpy()
-        axes[2].imshow(mask, cmap=ListedColormap([MASK]), alpha=0.65 * mask, extent=EXTENT)
+        truth = inputs["classes"][row].cpu()
+        frame = show_scene(axes, inputs, row, truth, settings)
+        show_map(axes[1], prob[row], frame, cmap="inferno", vmin=0, vmax=1)
+        mask = (prob[row] > 0.5).float()
+        show_map(axes[2], mask, frame, cmap=ListedColormap([MASK]), alpha=0.65 * mask)
         for axis in axes[1:3]:
             outline(axis, truth)
     save(figure, path)
 
 
 def draw_classes(
-    inputs: dict[str, Tensor], pred: Tensor, classes: Sequence[str], settings, path: Path
+    inputs: dict[str, Tensor], pred: Tensor, classes: Sequence[str], settings: InputSettings, path: Path
 ) -> None:
     """Frames, true classes and predicted ones over them, and the sound."""
-    figure, grid = start(len(pred), ("frame", "truth", "prediction", "sound"))
+    figure, grid = scene_figure(len(pred), ("frame", "truth", "prediction", "sound"))
     shown = set()
     for row, axes in enumerate(grid):
-        frame, truth = show_scene(axes, inputs, row, settings)
+        truth = inputs["classes"][row].cpu()
+        frame = show_scene(axes, inputs, row, truth, settings)
         for axis, labels in zip(axes[1:3], (truth, pred[row]), strict=True):
-            axis.imshow(frame.mean(-1), cmap="gray", vmin=0, vmax=1.3, extent=EXTENT)
             for label in set(labels.unique().tolist()) - {0}:
-                here = (labels == label).float().numpy()
-                axis.imshow(here, cmap=ListedColormap([colour(label)]), alpha=0.75 * here, extent=EXTENT)
+                here = (labels == label).float()
+                show_map(axis, here, frame, cmap=ListedColormap([colour(label)]), alpha=0.75 * here)
                 shown.add(label)
         outline(axes[2], truth)
     keys = [Patch(color=colour(label), label=classes[label]) for label in sorted(shown)]
@@ -393,43 +365,9 @@ def draw_classes(
     save(figure, path)
 
 
-EXTENT = (0, SIZE, SIZE, 0)
-
-
-def start(rows: int, titles: tuple[str, ...]) -> tuple[Figure, np.ndarray]:
-    """A figure with a row for each clip; the last column, of spectrograms, is wider."""
-    figure = Figure(figsize=(8.6, 1.75 * rows + 0.5), layout="constrained")
-    grid = figure.subplots(rows, len(titles), squeeze=False, width_ratios=(*(1 for _ in titles[1:]), 1.7))
-    for axis, title in zip(grid[0], titles, strict=True):
-        axis.set_title(title, fontsize=10)
-    return figure, grid
-
-
-def show_scene(axes, inputs: dict[str, Tensor], row: int, settings) -> tuple[np.ndarray, Tensor]:
-    """The frame in the first column, with the outline of what sounds, and the sound in the last."""
-    frame, truth = rgb(inputs["image"][row].cpu(), settings).numpy(), inputs["classes"][row].cpu()
-    for axis in axes:
-        axis.axis("off")
-    axes[0].imshow(frame, extent=EXTENT)
-    outline(axes[0], truth)
-    show_sound(axes[-1], inputs["audio"][row, 0].cpu(), cmap="magma")
-    return frame, truth
-
-
 def colour(label: int) -> str:
     return COLOURS[(label - 1) % len(COLOURS)]
 
 
-# --- program ------------------------------------------------------------------------------------------------
-
-
-def main() -> int | str:
-    try:
-        config = tyro.cli(SegmentConfig, prog="python -m avfuse.tasks.segment")
-    except ValueError as error:
-        return f"error: {error}"
-    return program(config, Segmentation, find=partial(find_scenes, subset=config.subset))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(partial(tyro.cli, SegmentConfig, prog=PROGRAM), Segmentation))

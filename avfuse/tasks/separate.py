@@ -6,7 +6,7 @@ model finds each of them again, given the mixture and one frame of the clip that
 
 import sys
 import wave
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,17 +20,17 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ..data.clips import Clip, ClipDataset, Failure
-from ..data.find import Found, find_data
+from ..data.find import Found
 from ..data.transforms import evaluation_image, random_gain
 from ..inputs import InputSettings
-from ..training.judge import JudgedTask, TaskConfig, starting_encoder
-from ..training.loop import program
+from ..training.judge import JudgedTask, TaskConfig, first_clips, main, starting_encoder
+from ..training.loop import Task
 from ..training.pictures import rgb, save
 from ..training.settings import COUNT
-from ..vit import input_shape
 from .separation_metrics import BSSEval, bss_eval, is_silent, nmf_masks, rpca_masks
 from .separator import Separator
 
+PROGRAM = "python -m avfuse.tasks.separate"
 DRAWN = 4  # pairs in a picture
 SAME = 30.0  # dB: a mixture as close as that to both of its sources has one sound in it, twice
 LIGHTEST, HEAVIEST = 1e-3, 10.0  # weights of a bin in the loss (Zhao et al. 2018, released code)
@@ -74,6 +74,11 @@ class SeparateConfig(TaskConfig):
     pairs: int = 64
     """Test clips that are mixed with another and judged."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.pairs < 2:
+            raise ValueError(f"--pairs must be 2 or more, got {self.pairs}")
+
 
 class MixtureDataset(ClipDataset):
     """Mixtures of two clips, by `(epoch, index)`: clip `index`, and one drawn from seed, epoch and index.
@@ -83,7 +88,7 @@ class MixtureDataset(ClipDataset):
     gain of each clip and mirroring are random; images are not cropped, as a crop may hide the source.
 
     An item is a dictionary; S = 2 sources, the clip and its partner:
-        image: (S, 3, image_size, image_size) float32. audio: (1, mel_bins, frames) float32, the mixture.
+        image: (S, 3, height, width) float32. audio: (1, mel_bins, frames) float32, the mixture.
         sounds: (S, samples) float32; their sum is the mixture.
         image_present, audio_present: (S,) bool. index, partner: () long.
     If one of the clips cannot be read, the item is a `Failure` that names it.
@@ -117,9 +122,15 @@ class MixtureDataset(ClipDataset):
         second = super().__getitem__((epoch, partner))
         if isinstance(second, Failure):
             return second
+        return self.mixed(first, second) | dict(index=first["index"], partner=torch.tensor(partner))
+
+    def blank(self):
+        silence = super().blank()
+        return self.mixed(silence, silence) | dict(partner=torch.tensor(0))
+
+    def mixed(self, first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
         both = {name: torch.stack([first[name], second[name]]) for name in PAIRED}
-        mixture = self.spectrogram(both["sounds"].sum(0))
-        return both | dict(audio=mixture, index=first["index"], partner=torch.tensor(partner))
+        return both | dict(audio=self.spectrogram(both["sounds"].sum(0)))
 
     def partner(self, index: int, draw: float) -> int:
         """The clip that a uniform draw from [0, 1) chooses for clip `index`."""
@@ -131,11 +142,11 @@ class MixtureDataset(ClipDataset):
             others = np.delete(np.arange(len(self)), index)
         return int(others[int(draw * len(others))])
 
-    def _read(self, reader, streams, generator):
-        settings = self.settings
+    def item(self, clip, reader, generator):
+        settings, streams = self.settings, clip.streams or reader.streams
         place, mirror = torch.rand(2, generator=generator).tolist() if self.train else (0.5, 1.0)
         start = place * max(0.0, streams.seconds - settings.audio_seconds)
-        image = torch.zeros(3, settings.image_size, settings.image_size)
+        image = torch.zeros(3, *settings.image_shape)
         if streams.video:
             frame = reader.frame(start + 0.5 * min(settings.audio_seconds, streams.seconds))
             image = evaluation_image(torch.from_numpy(frame).permute(2, 0, 1), settings)
@@ -167,21 +178,23 @@ class Separation(JudgedTask):
 
     def __init__(self, config: SeparateConfig, found: Found):
         super().__init__(config, found)
-        self.options = dict(decoder_dim=config.decoder_dim)
-        self.model = Separator(starting_encoder(config), **self.options)
+        self.model = Separator(starting_encoder(config), decoder_dim=config.decoder_dim)
         self.references: dict[int, dict] = {}  # what does not change as the model learns, by clip
+
+    @staticmethod
+    def find(config, say):
+        """The data set, of whose test clips the first `pairs` are mixed with one another."""
+        found = first_clips(Task.find(config, say), config.pairs)
+        for split, clips in (("train", found.train), ("test", found.test)):
+            if len(clips) < 2:
+                raise ValueError(f"--data: a mixture needs two clips or more, {split} has {len(clips)}")
+        return found
 
     def dataset(self, clips, *, train):
         return MixtureDataset(clips, self.model.encoder.inputs, train=train, seed=self.config.seed)
 
     def inputs(self, batch):
         """Images, mixtures, sounds, and which mixtures are `whole`: with two pictures and two sounds."""
-        if "index" not in batch:
-            encoder = self.model.encoder
-            image, audio = (torch.zeros(1, *input_shape(vit)) for vit in (encoder.image, encoder.audio))
-            sounds = torch.zeros(1, 2, encoder.inputs.samples)
-            image = image[:, None].repeat(1, 2, 1, 1, 1)
-            return dict(image=image, audio=audio, sounds=sounds, whole=torch.tensor([False]))
         whole = (batch["image_present"] & batch["audio_present"]).all(1)
         return dict(image=batch["image"], audio=batch["audio"], sounds=batch["sounds"], whole=whole)
 
@@ -320,30 +333,5 @@ def write_wav(path: Path, sound: Tensor, rate: int) -> None:
         file.writeframes((32767 * sound.cpu().clamp(-1, 1)).round().short().numpy().tobytes())
 
 
-# --- program ------------------------------------------------------------------------------------------------
-
-
-def find_pairs(folder: Path | None, say: Callable, *, pairs: int, **options) -> Found:
-    """The data set, of whose test clips the first `pairs` are mixed with one another.
-
-    Raises:
-        ValueError: there are not two clips to train on and two to test on; or as `find_data`.
-    """
-    found = find_data(folder, say, **options)
-    expected = min(pairs, found.coverage.get("test", (0, pairs))[1])
-    test = found.test[:pairs]
-    for split, clips in (("train", found.train), ("test", test)):
-        if len(clips) < 2:
-            raise ValueError(f"--data: a mixture needs two clips or more, {split} has {len(clips)}")
-    return found._replace(test=test, coverage=found.coverage | dict(test=(len(test), expected)))
-
-
-def main() -> int | str:
-    config = tyro.cli(SeparateConfig, prog="python -m avfuse.tasks.separate")
-    if config.pairs < 2:
-        return f"error: --pairs must be 2 or more, got {config.pairs}"
-    return program(config, Separation, find=partial(find_pairs, pairs=config.pairs))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(partial(tyro.cli, SeparateConfig, prog=PROGRAM), Separation))

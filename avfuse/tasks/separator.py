@@ -8,14 +8,16 @@ from ..checks import check_count
 from ..data.transforms import Spectrogram
 from ..encoder import AVEncoder
 from ..inputs import InputSettings
+from ..pretrained import Pretrained
 from ..vit import split_prefix
+from .model import TaskModel
 
 QUERY = 128  # numbers in which the decoder is told what to look for
 PLACED = 16  # numbers in it from each image patch: its place counts
 NARROWEST = 8  # channels of the U-Net
 
 
-class Separator(nn.Module):
+class Separator(TaskModel, Pretrained):
     """Masks for the sources that images show, out of a mixture (paper Sec. 4 and App. A.3).
 
     Image and mixture meet in the encoder; an audio U-Net takes its tokens back to the resolution of the
@@ -31,11 +33,13 @@ class Separator(nn.Module):
             with a power of 2 as their side.
     """
 
+    home = "avfuse.tasks.separator"
+
     def __init__(self, encoder: AVEncoder, *, decoder_dim: int = 256):
         super().__init__()
         if not isinstance(encoder, AVEncoder):
             raise ValueError(f"encoder must be an AVEncoder, got {type(encoder).__name__}")
-        self.encoder = encoder
+        self.encoder, self.settings = encoder, dict(decoder_dim=decoder_dim)
         self.decoder = AudioUNet(encoder, decoder_dim)
         self.mel_stft = MelSTFT(encoder.inputs)
 

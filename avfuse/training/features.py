@@ -91,8 +91,8 @@ def extract(
         for batch in loader.batches([keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]):
             failed = batch.pop("failures")
             failures += failed
-            bar.update(len(failed) + len(batch.get("index", ())))
-            if "index" in batch:
+            bar.update(len(failed) + len(batch["index"]))
+            if len(batch["index"]):
                 parts.append(_features(encoder, batch, tokens, device))
     if not parts:
         raise ValueError(f"none of the {len(clips)} clips can be read: {name_failures(failures)}")

@@ -1,11 +1,15 @@
-"""What all downstream tasks share: where they start, every test clip judged once, and the results."""
+"""One frame for judging, of pretraining and of every task: each test clip judged once, and the results; where
+tasks start from.
+"""
 
 import datetime
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -14,12 +18,12 @@ from tqdm import tqdm
 from ..data.clips import Failure
 from ..data.find import Found
 from ..encoder import AVEncoder
-from ..files import write_json
+from ..files import printable, write_json
 from ..fusion import Interactions
 from ..loading import load_encoder
 from ..presets import create_encoder
-from ..pretrained import load_strictly, parameter_groups, save_model
-from .loop import Run, Task, evaluation_batches
+from ..pretrained import load_strictly, parameter_groups
+from .loop import Run, Task, evaluation_batches, program
 from .recipes import count_parameters
 from .report import write_report
 from .settings import LoopConfig
@@ -76,20 +80,17 @@ def with_drop_path(encoder: AVEncoder, rate: float) -> AVEncoder:
 
 
 class JudgedTask(Task):
-    """A task with a model around an encoder, which is judged on every test clip.
+    """A task whose model is judged on every test clip, each by one of the processes.
 
-    Its `model` has an `encoder`, and was made from it with `options`. A subclass gives both, `name`,
-    `protocol` (the definition of its metrics by name), `dataset`, `inputs`, `counts` and `losses` (see
-    `Task`), and the three methods below.
+    A subclass gives `name`, `protocol` (the definition of its metrics by name), what `Task` demands besides
+    `measure`, and `judge`, `summarize` and `draw`. The rest suits a downstream task, with a model around the
+    encoder that its settings name.
     """
 
     name: str
     protocol: str
-    options: dict  # goes into JSON
+    recipe = ("checkpoint", "epochs", "batch_size", "base_lr", "weight_decay", "precision", "seed")
     has_unused_parameters = True  # such as the last audio block where only image tokens are read
-
-    def __init__(self, config: TaskConfig, found: Found):
-        self.config, self.found = config, found
 
     def judge(self, model: nn.Module, inputs: dict[str, Tensor], batch: dict) -> list[dict]:
         """One row of numbers and small arrays for each clip of a batch, whatever else is in the batch.
@@ -101,7 +102,7 @@ class JudgedTask(Task):
         """
         raise NotImplementedError
 
-    def summarize(self, rows: list[dict]) -> dict[str, float | int]:
+    def summarize(self, rows: list[dict]) -> dict:
         """The metrics by name, from the rows of all test clips in their order."""
         raise NotImplementedError
 
@@ -116,48 +117,93 @@ class JudgedTask(Task):
     def parameter_groups(self, weight_decay):
         return parameter_groups(self.model, self.model.encoder.depth, weight_decay)
 
+    def describe_metrics(self, metrics: dict) -> str:
+        """The metrics for people."""
+        return ", ".join(
+            f"{name.replace('_', ' ')} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in metrics.items()
+        )
+
+    def numbers(self, metrics: dict) -> dict[str, float | int]:
+        """The metrics for trackers and model cards, which take numbers by name."""
+        return {name: value for name, value in metrics.items() if value is not None}
+
+    def record(self, judged: int, metrics: dict) -> dict:
+        """What a row of metrics.jsonl tells of them."""
+        return dict(judged=judged, metrics=metrics)
+
+    def save(self, folder: Path, model: nn.Module) -> None:
+        """Leaves the trained model in a run folder."""
+        model.save_pretrained(folder / "model")
+
+    # --- how it is carried out ---
+
     def measure(self, run, model, step, when):
         rows, failures = judge_all(run, model)
-        if not run.accelerator.is_main_process:
-            return failures
-        folder, named = run.config.run, run.found.test_name
+        if run.accelerator.is_main_process:
+            self.conclude(run, model, step, when, rows)
+        return failures
+
+    def conclude(self, run: Run, model: nn.Module, step: int, when: str, rows: list[dict]) -> None:
+        """Prints, records and draws what the judges found, and at the end saves the model."""
+        folder, clips = run.config.run, run.found.test_name
+        metrics = self.summarize(rows) if rows else {}
+        if rows:
+            tqdm.write(f"{when} training, {len(rows)} {clips}: {self.describe_metrics(metrics)}")
+            run.metrics.write(step=step, when=when, clips=clips, **self.record(len(rows), metrics))
+            run.accelerator.log(self.numbers(metrics), step=step)
+            model.facts = self.facts(step, metrics)
+        else:
+            tqdm.write(f"{when} training: none of the {clips} to measure on could be read")
         if when == "after":
-            save_model(folder / "model", model, self.options)
-        if not rows:
-            tqdm.write(f"{when} training: none of the {named} to measure on could be read")
-            return failures
-        metrics = self.summarize(rows)
-        tqdm.write(f"{when} training, {len(rows)} {named}: {described(metrics)}")
-        run.metrics.write(step=step, when=when, clips=named, judged=len(rows), metrics=metrics)
-        numbers = {name: value for name, value in metrics.items() if value is not None}
-        run.accelerator.log(numbers, step=step)
-        if when == "after":
-            write_results(
-                folder / "results.json",
-                model,
-                run.found,
-                task=self.name,
-                protocol=self.protocol,
-                judged=len(rows),
-                seed=run.config.seed,
-                step=step,
-                checkpoint=run.config.checkpoint,
-                metrics=metrics,
-            )
+            self.save(folder, model)
+        if when == "after" and rows:
+            write_json(folder / "results.json", self.results(model, step, len(rows), metrics))
         try:
-            self.draw_first(run, model, step)
+            self.show(run, model, step, rows)
             write_report(folder)
         except OSError as error:  # a full disk: no picture is worth a run
             tqdm.write(f"pictures could not be drawn: {error}")
-        return failures
 
     @torch.no_grad()
-    def draw_first(self, run: Run, model: nn.Module, step: int) -> None:
+    def show(self, run: Run, model: nn.Module, step: int, rows: list[dict]) -> None:
+        """Has pictures drawn of the first test clips."""
         model.eval()
         indices = range(min(DRAWN, len(run.found.test)))
-        for batch in [batch for batch in evaluation_batches(run, indices) if "index" in batch][:1]:
+        for batch in [batch for batch in evaluation_batches(run, indices) if len(batch["index"])][:1]:
             inputs = to_device(self.inputs(batch), run.accelerator.device)
             self.draw(run.config.run / "pictures", model, inputs, batch, step)
+
+    def facts(self, step: int, metrics: dict) -> dict:
+        """What the model card tells of the run."""
+        config, found = self.config, self.found
+        coverage = {side: f"{there} of {expected}" for side, (there, expected) in found.coverage.items()}
+        return dict(
+            recipe={name: getattr(config, name) for name in self.recipe} | dict(steps=step),
+            data=dict(
+                name=config.data.name if config.data else "Sounding Shapes",
+                clips=len(found.train),
+                coverage=coverage,
+            ),
+            metrics=self.numbers(metrics),
+        )
+
+    def results(self, model: nn.Module, step: int, judged: int, metrics: dict) -> dict:
+        """What came out, and of what: everything that another result must share to be compared with it."""
+        expected = self.found.coverage.get("test", (0, len(self.found.test)))[1]
+        return dict(
+            task=self.name,
+            protocol=self.protocol,
+            split=self.found.test_name,
+            coverage=dict(judged=judged, expected=expected),
+            weights_sha256=weights_hash(model),
+            date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            torch=torch.__version__,
+            seed=self.config.seed,
+            step=step,
+            checkpoint=getattr(self.config, "checkpoint", FRESH),
+            metrics=metrics,
+        )
 
 
 @torch.no_grad()
@@ -172,7 +218,7 @@ def judge_all(run: Run, model: nn.Module) -> tuple[list[dict], list[Failure]]:
     batches = evaluation_batches(run, indices)
     for batch in tqdm(batches, desc="judging", leave=False, disable=not accelerator.is_main_process):
         failures += batch["failures"]
-        if "index" in batch:
+        if len(batch["index"]):
             judged = task.judge(model, to_device(task.inputs(batch), accelerator.device), batch)
             rows += zip(batch["index"].tolist(), judged, strict=True)
     return [row for _, row in sorted(gather_object(rows), key=lambda pair: pair[0])], failures
@@ -182,43 +228,37 @@ def to_device(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tens
     return {name: value.to(device) for name, value in inputs.items()}
 
 
-def described(metrics: dict[str, float | int]) -> str:
-    """The same for people."""
-    return ", ".join(
-        f"{name.replace('_', ' ')} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in metrics.items()
-    )
+def to_rows(columns: dict[str, Tensor]) -> list[dict]:
+    """Columns (B, ...) by name -> one row for each clip, of arrays, which go to another process by value."""
+    arrays = [column.detach().cpu().numpy() for column in columns.values()]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*arrays, strict=True)]
 
 
-def write_results(
-    path: Path, model: nn.Module, found: Found, *, task: str, protocol: str, judged: int, **told
-) -> None:
-    """What came out, and of what: everything that another result must share to be compared with it.
+def to_columns(rows: list[dict]) -> dict[str, Tensor]:
+    """The same back, of all rows."""
+    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
 
-    Args:
-        path: of the file.
-        model: whose weights were judged, on the test clips of `found`.
-        task, protocol, judged: of `JudgedTask`, and how many clips could be read.
-        told: seed, checkpoint, metrics and the like.
-    """
-    expected = found.coverage.get("test", (0, len(found.test)))[1]
-    content = dict(
-        task=task,
-        protocol=protocol,
-        split=found.test_name,
-        coverage=dict(judged=judged, expected=expected),
-        weights_sha256=weights_hash(model),
-        date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        torch=torch.__version__,
-        **told,
-    )
-    write_json(path, content)
+
+def first_clips(found: Found, count: int) -> Found:
+    """The same data, of whose test clips only the first are judged."""
+    expected = min(count, found.coverage.get("test", (0, count))[1])
+    test = found.test[:count]
+    return found._replace(test=test, coverage=found.coverage | dict(test=(len(test), expected)))
+
+
+def main(parse: Callable[[], LoopConfig], task: type[Task]) -> int | str:
+    """The command of a task: what to exit with. Mistakes on the command line need no traceback."""
+    try:
+        config = parse()
+    except (ValueError, OSError) as error:
+        return f"error: {printable(error)}"
+    return program(config, task)
 
 
 def weights_hash(model: nn.Module) -> str:
     """SHA-256 over names, shapes and bytes of all weights."""
-    described = hashlib.sha256()
+    content = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        described.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        described.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return described.hexdigest()
+        content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        content.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return content.hexdigest()

@@ -61,6 +61,22 @@ class Task:
     model: nn.Module
     has_unused_parameters = False  # that a loss does not reach
 
+    @staticmethod
+    def find(config: LoopConfig, say: Callable[[str], object]) -> Found:
+        """The data that the settings name; what is found is told through `say`, line by line."""
+        return find_data(
+            config.data,
+            say,
+            data_set=config.data_set,
+            train_split=config.train_split,
+            missing=config.missing,
+            workers=config.workers,
+            timeout=config.clip_timeout,
+        )
+
+    def __init__(self, config: LoopConfig, found: Found):
+        self.config, self.found = config, found
+
     def describe(self) -> str:
         """One line for people about the model."""
         raise NotImplementedError
@@ -72,8 +88,8 @@ class Task:
         raise NotImplementedError
 
     def inputs(self, batch: dict) -> dict[str, Tensor]:
-        """What of a batch the model and its losses need. Of a batch in which no clip could be read (one
-        without "index") a blank input, of which `counts` are 0: every process has a backward in every step.
+        """What of a batch the model and its losses need. If no clip could be read, the batch holds a blank,
+        of which `counts` are 0: every process has a backward in every step.
         """
         raise NotImplementedError
 
@@ -99,9 +115,6 @@ class Task:
         raise NotImplementedError
 
 
-MakeTask = Callable[[LoopConfig, Found], Task]
-
-
 @dataclass
 class Run:
     """All parts of a run. The last four belong to its folder, see `open_folder`."""
@@ -121,12 +134,12 @@ class Run:
     lock: IO | None = None  # while it is open, the run folder is ours
 
 
-def program(config: LoopConfig, make_task: MakeTask, *, find: Callable[..., Found] = find_data) -> int | str:
+def program(config: LoopConfig, kind: type[Task]) -> int | str:
     """Runs to the end and returns what to exit with. Mistakes and faults that are explained need no
     traceback.
     """
     try:
-        run = set_up(config, make_task, find=find)
+        run = set_up(config, kind)
     except (ValueError, OSError, RunError) as error:
         return f"error: {printable(error)}"
     except KeyboardInterrupt:
@@ -137,13 +150,12 @@ def program(config: LoopConfig, make_task: MakeTask, *, find: Callable[..., Foun
         return f"error: {printable(error)}"
 
 
-def set_up(config: LoopConfig, make_task: MakeTask, *, find: Callable[..., Found] = find_data) -> Run:
+def set_up(config: LoopConfig, kind: type[Task]) -> Run:
     """Checks everything, and only then begins the run folder, or resumes what is in it.
 
     Args:
         config: the settings.
-        make_task: makes the task, from the settings and the data that was found.
-        find: looks through the data, see `find_data`.
+        kind: the task, made from the settings and the data that it finds.
 
     Raises:
         ValueError: a setting or folder is wrong; nothing was written or deleted.
@@ -152,8 +164,8 @@ def set_up(config: LoopConfig, make_task: MakeTask, *, find: Callable[..., Found
     accelerator = make_accelerator(config)
     check_run(config)
     set_seed(config.seed)
-    found = look_for_clips(config, accelerator, find)
-    run = build(config, accelerator, found, make_task(config, found))
+    found = look_for_clips(config, accelerator, kind)
+    run = build(config, accelerator, found, kind(config, found))
     open_folder(run)
     return run
 
@@ -179,11 +191,9 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
     return accelerator
 
 
-def look_for_clips(config: LoopConfig, accelerator: Accelerator, find: Callable[..., Found]) -> Found:
+def look_for_clips(config: LoopConfig, accelerator: Accelerator, kind: type[Task]) -> Found:
     """The data: one process looks, and tells all."""
-    options = dict(missing=config.missing, timeout=config.clip_timeout, workers=config.workers)
-    options |= dict(data_set=config.data_set, train_split=config.train_split)
-    found = find(config.data, accelerator.print, **options) if accelerator.is_main_process else None
+    found = kind.find(config, accelerator.print) if accelerator.is_main_process else None
     (found,) = broadcast_object_list([found])
     for clips, purpose in (found.train, "train"), (found.test, "measure"):
         if not clips:
@@ -251,15 +261,15 @@ def train(run: Run) -> int:
         precision=run.config.precision,
     )
     with run.lock or nullcontext(), Signals() as signals, memory:
-        if run.first_step == 0:
+        if run.first_step == 0 < steps:
             measure(run, 0, "before")
         stopped = take_steps(run, signals)
         if not stopped:
             measure(run, steps, "after")
             accelerator.print(run.quarantine.summary())
-            accelerator.print(
-                f"done: look at {run.config.run}/index.html; the model is in {run.config.run}/model"
-            )
+            accelerator.print(f"done: look at {run.config.run}/index.html")
+            if steps:
+                accelerator.print(f"the model is in {run.config.run}/model")
     # First the wrapped model, then what it communicates through: the other way round, the wrapper takes the
     # last reference down with it, and may wait for ever for a thread that waits for Python (torch 2.11).
     run.model = None
@@ -321,7 +331,7 @@ def train_step(run: Run, step: int, batches: Iterator[list[dict]], signals: Sign
     counts = [task.counts(batch) for batch in inputs]
     names = list(counts[0])
     failures = [failure for batch in read for failure in batch["failures"]]
-    clips = sum(len(batch["index"]) for batch in read if "index" in batch)
+    clips = sum(len(batch["index"]) for batch in read)
     save, signals.save = signals.save, False
     flags = [clips, len(failures), save, signals.terminate, signals.interrupt]
     ours = [sum(count[name] for count in counts) for name in names]

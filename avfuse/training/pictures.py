@@ -11,22 +11,23 @@ from torch.nn.functional import interpolate
 from ..encoder import AVEncoder
 from ..inputs import InputSettings
 from ..mae import AVMAE, patchify, unpatchify
-from .evaluate import INPUTS
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"  # told apart by colour-blind readers (Okabe-Ito)
 
 
 @torch.no_grad()
-def draw_reconstructions(mae: AVMAE, batch: dict[str, Tensor], path: Path, clips: int = 4) -> None:
-    """Original, masked input and reconstruction of frames and spectrograms, one row a clip."""
+def draw_reconstructions(mae: AVMAE, inputs: dict[str, Tensor], path: Path, clips: int = 4) -> None:
+    """Original, masked input and reconstruction of frames and spectrograms, one row a clip. `inputs` are what
+    the model is called with.
+    """
     mae.eval()
-    clips = min(clips, len(batch["image"]))
-    output = mae(**{name: batch[name][:clips] for name in INPUTS})
+    clips = min(clips, len(inputs["image"]))
+    output = mae(**{name: value[:clips] for name, value in inputs.items()})
     figure = Figure(figsize=(11.5, 1.75 * clips + 0.3), layout="constrained")
     grid = figure.subplots(clips, 6, squeeze=False, width_ratios=(1, 1, 1, 1.7, 1.7, 1.7))
     titles = ("frame", "what the model sees", "reconstruction")
     for column, name in enumerate(("image", "audio")):
-        stages = restored(mae, name, batch[name][:clips], output)
+        stages = restored(mae, name, inputs[name][:clips], output)
         for row in range(clips):
             low, high = stages[0][row].min().item(), stages[0][row].max().item()
             for stage, (title, pixels) in enumerate(zip(titles, stages, strict=True)):
@@ -56,18 +57,18 @@ def restored(mae: AVMAE, name: str, pixels: Tensor, output) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def draw_attention(encoder: AVEncoder, batch: dict[str, Tensor], path: Path, clips: int = 4) -> None:
+def draw_attention(encoder: AVEncoder, inputs: dict[str, Tensor], path: Path, clips: int = 4) -> None:
     """Weights of the last fusion block, averaged over heads and fusion tokens, over frames and
     spectrograms.
     """
     encoder.eval()
-    clips = min(clips, len(batch["image"]))
-    image, audio = batch["image"][:clips], batch["audio"][:clips]
+    first = {name: value[:clips] for name, value in inputs.items()}
+    image, audio, clips = first["image"], first["audio"], len(first["image"])
     weights = encoder.fusion_attention(
         image,
         audio,
-        image_present=batch["image_present"][:clips],
-        audio_present=batch["audio_present"][:clips],
+        image_present=first.get("image_present"),
+        audio_present=first.get("audio_present"),
     )
     figure = Figure(figsize=(9.5, 1.75 * clips + 0.3), layout="constrained")
     grid = figure.subplots(clips, 4, squeeze=False, width_ratios=(1, 1, 1.7, 1.7))

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..data import sounding_shapes
-from ..data.clips import SUFFIXES
+from ..data.listing import SUFFIXES
 from ..fusion import Interactions
 from ..mae import AVMAE, count_removed
 from ..presets import create_encoder

@@ -195,16 +195,21 @@ def status(config: dict, metrics: Path, steps: list[dict], measures: list[dict])
         text += f", written {clock(metrics.stat().st_mtime)}"
     lines = [text]
     for row in spread([row for row in measures if "held_out_image_loss" in row], 2):
-        image, audio = row["held_out_image_loss"], row["held_out_audio_loss"]
-        zero = row["held_out_image_zero"] + row["held_out_audio_zero"]
-        lines.append(
-            f"{row.get('clips', 'held-out clips')} at step {row['step']}: loss {image + audio:.3f} "
-            f"(image {image:.3f}, audio {audio:.3f}), {(image + audio) / zero:.2f} of predicting zero"
-        )
+        lines.append(f"{row.get('clips', 'held-out clips')} at step {row['step']}: {describe_losses(row)}")
     broken = [row["step"] for row in steps if not np.isfinite(row["loss"])]
     if broken:
         lines.append(f"The loss is not finite in {len(broken)} steps, first in step {broken[0]}")
     return "".join(map(paragraph, lines))
+
+
+def describe_losses(row: dict) -> str:
+    """The held-out losses of a pretraining for people."""
+    image, audio = row["held_out_image_loss"], row["held_out_audio_loss"]
+    zero = row["held_out_image_zero"] + row["held_out_audio_zero"]
+    return (
+        f"loss {image + audio:.3f} (image {image:.3f}, audio {audio:.3f}), "
+        f"{(image + audio) / zero:.2f} of predicting zero ({zero:.3f})"
+    )
 
 
 def curves(steps: list[dict], measures: list[dict]) -> str:

@@ -9,6 +9,7 @@ import av
 import numpy as np
 
 from ...files import inside
+from ..listing import Listing
 from ..table import Clip
 from .synthesis import COLOURS, SHAPES
 
@@ -68,6 +69,15 @@ def read_manifest(root: str | Path, split: str) -> list[Entry]:
             raise ValueError(f"{manifest}, line {number}: {error}") from error
         entries.append(entry)
     return [entry for entry in entries if entry.split == split]
+
+
+def read(root: str | Path) -> Listing:
+    """All clips, as `clips` gives them, by the splits that have any."""
+    listing = Listing(NAME, Path(root), classes=CLASSES)
+    for split in SPLITS:
+        if found := clips(root, split):
+            listing.found[split], listing.expected[split] = found, len(found)
+    return listing
 
 
 def clips(root: str | Path, split: str) -> list[Clip]:

@@ -1,0 +1,160 @@
+"""What segmentation and localization share: annotated pictures, a model of places and sound, and figures."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ..checks import check_count
+from ..data import sounding_shapes
+from ..data.find import DEMO, Found
+from ..data.scenes import SHAPE_CLASSES, SceneDataset, found, middle_moments, sounding_shapes_scenes
+from ..data.sets.folders import SPLITS
+from ..inputs import InputSettings
+from ..training.judge import JudgedTask, TaskConfig
+from ..training.pictures import rgb, show_sound
+from ..vit import split_prefix
+from .model import TaskModel
+
+SIZE = 224  # pixels, in both directions, at which the protocols compare
+
+
+@dataclass(kw_only=True)
+class SceneConfig(TaskConfig):
+    """Settings of both; `dim` is the subclass's."""
+
+    modalities: Literal["both", "image"] = "both"
+    """What the model gets: "image" is the control, to which every sound is silence."""
+    batch_size: int = 8
+    """Clips per step; the paper's are 128."""
+    checkpoint_every: int = 320
+    """Steps between checkpoints; there always is one at the end."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_count("dim", self.dim)
+        if self.missing != "drop":
+            raise ValueError(f"--missing {self.missing}: each annotated picture needs its sound")
+        if self.train_split not in ("", "train"):
+            raise ValueError(f"--train-split must be train with annotated pictures, got {self.train_split!r}")
+        if self.data_set not in ("auto", "sounding-shapes"):
+            raise ValueError(f"--data-set {self.data_set} has no annotated pictures: leave it at auto")
+
+
+# --- model --------------------------------------------------------------------------------------------------
+
+
+class SceneModel(TaskModel):
+    """A model that compares each place of a picture with the sound."""
+
+    def read(self, image: Tensor, audio: Tensor, audio_present: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, height, width), spectrograms (B, 1, mel, time) and which of the latter are there (B,)
+        bool, None = all -> image patch tokens (B, I, D), and the mean of the audio patch tokens (B, D)
+        """
+        encoder = self.encoder
+        tokens = encoder(image, audio, audio_present=audio_present)
+        places = split_prefix(encoder.image, tokens.image)[1]
+        return places, split_prefix(encoder.audio, tokens.audio)[1].mean(1)
+
+    def on_grid(self, values: Tensor) -> Tensor:
+        """(B, ..., I) -> (B, ..., rows, columns)"""
+        return values.unflatten(-1, self.encoder.image.patch_embed.grid_size)
+
+
+# --- task ---------------------------------------------------------------------------------------------------
+
+
+class SceneTask(JudgedTask):
+    """A task whose clips are annotated pictures. A subclass gives `shape_truth` (what is true of Sounding
+    Shapes), `find_annotated` and `truth` (the item of a batch with the truth of each pixel).
+    """
+
+    shape_truth: type
+    truth: str
+    frame = "whole"  # what the protocol shows of a picture
+
+    @classmethod
+    def find(cls, config, say):
+        """Sounding Shapes, which is built first where no folder is given, or what else the task knows."""
+        root = sounding_shapes.generate(DEMO) if config.data is None else config.data
+        if sounding_shapes.is_built(root):
+            train, test = (sounding_shapes_scenes(root, split, cls.shape_truth) for split in SPLITS)
+            return found(train, middle_moments(test), "held-out clips", say, shape=SHAPE_CLASSES)
+        if config.data_set == "sounding-shapes":
+            raise ValueError(f"--data {root} is not Sounding Shapes, which --data-set asks for")
+        return cls.find_annotated(root, config, say)
+
+    @staticmethod
+    def find_annotated(root: Path, config: SceneConfig, say) -> Found:
+        """A data set of annotated pictures.
+
+        Raises:
+            ValueError: the folder is none.
+        """
+        raise NotImplementedError
+
+    def dataset(self, clips, *, train):
+        size, frame = (None, "whole") if train else (SIZE, self.frame)
+        settings = self.model.encoder.inputs
+        return SceneDataset(clips, settings, train=train, seed=self.config.seed, size=size, frame=frame)
+
+    def inputs(self, batch):
+        """What the model is called with, silence for the control; the truth; and how many clips there are: 0
+        where the batch holds a blank.
+        """
+        inputs = {name: batch[name] for name in ("image", "audio", self.truth)}
+        if self.config.modalities == "image":
+            inputs["audio"] = torch.zeros_like(batch["audio"])
+            inputs["audio_present"] = torch.zeros_like(batch["audio_present"])
+        return inputs | dict(clips=torch.tensor(len(batch["index"])))
+
+
+def model_inputs(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: inputs[name] for name in ("image", "audio", "audio_present") if name in inputs}
+
+
+# --- pictures -----------------------------------------------------------------------------------------------
+
+
+def scene_figure(rows: int, titles: tuple[str, ...]) -> tuple[Figure, np.ndarray]:
+    """A figure with a row for each clip; the last column, of spectrograms, is wider."""
+    figure = Figure(figsize=(1.75 * len(titles) + 1.6, 1.75 * rows + 0.5), layout="constrained")
+    grid = figure.subplots(rows, len(titles), squeeze=False, width_ratios=(*(1 for _ in titles[1:]), 1.7))
+    for axis, title in zip(grid[0], titles, strict=True):
+        axis.set_title(title, fontsize=10)
+    return figure, grid
+
+
+def show_scene(
+    axes: np.ndarray, inputs: dict[str, Tensor], row: int, truth: Tensor, settings: InputSettings
+) -> np.ndarray:
+    """The frame in the first column, with the outline of what sounds, grey in those that follow, and the
+    sound in the last. Returns the frame (height, width, 3).
+    """
+    frame = rgb(inputs["image"][row].cpu(), settings).numpy()
+    for axis in axes:
+        axis.axis("off")
+    show_map(axes[0], frame, frame)
+    outline(axes[0], truth)
+    for axis in axes[1:-1]:
+        show_map(axis, frame.mean(-1), frame, cmap="gray", vmin=0, vmax=1.3)
+    show_sound(axes[-1], inputs["audio"][row, 0].cpu(), cmap="magma")
+    return frame
+
+
+def show_map(axis: Axes, pixels: np.ndarray | Tensor, frame: np.ndarray, **options) -> None:
+    """Pixels laid over the whole of a frame, which keeps its shape, and is SIZE x SIZE in coordinates."""
+    height, width = frame.shape[:2]
+    axis.imshow(np.asarray(pixels), extent=(0, SIZE, SIZE, 0), aspect=height / width, **options)
+
+
+def outline(axis: Axes, truth: Tensor) -> None:
+    """The edge of what sounds, drawn over a frame."""
+    edges = ((truth > 0).numpy(), (0.5,))
+    axis.contour(*edges, colors="k", linewidths=2.5)
+    axis.contour(*edges, colors="w", linewidths=1)

@@ -1,0 +1,79 @@
+"""What is like what: the nearest clips by frozen features, and how often they have a label in common."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from .features import FEATURES
+
+AT_ONCE = 1024  # queries: of a large set, the cosines of all pairs would not fit into memory
+
+
+def neighbours(features: dict[str, Tensor], k: int, queries: Tensor | None = None) -> dict[str, Tensor]:
+    """The k clips nearest to each of the queries, (Q, k), nearest first: by the cosines of image, audio and
+    fusion features (N, D), and by "sum", the three added (protocol of the paper's Fig. 3). No clip finds
+    itself. Queries (Q,) are indices of clips; None: all clips.
+    """
+    queries = torch.arange(len(features["image"])) if queries is None else queries
+    unit = {name: normalize(features[name].double(), dim=1) for name in FEATURES}
+    nearest = {name: [] for name in (*FEATURES, "sum")}
+    for part in queries.split(AT_ONCE):
+        cosines = {name: u[part] @ u.T for name, u in unit.items()}
+        cosines["sum"] = sum(cosines.values())
+        for name, cosine in cosines.items():
+            cosine[range(len(part)), part] = -torch.inf
+            nearest[name].append(cosine.topk(k, dim=1).indices)
+    return {name: torch.cat(parts) for name, parts in nearest.items()}
+
+
+def related(labels: Tensor) -> Tensor:
+    """Which clips have the same label (N,), or one of their several classes (N, classes) in common: (N, N)
+    bool.
+    """
+    if labels.ndim == 1:
+        return labels[:, None] == labels
+    return torch.cat([part @ labels.T > 0 for part in labels.split(AT_ONCE)])
+
+
+def recall_at(nearest: Tensor, related: Tensor, k: int) -> float:
+    """Share of the clips that are related (N, N) to one of the first k of their neighbours (N, k or more)."""
+    return related.gather(1, nearest[:, :k]).any(1).double().mean().item()
+
+
+def chance_at(related: Tensor, k: int) -> float:
+    """The expectation of `recall_at` for neighbours drawn at random."""
+    others = len(related) - 1
+    relatives = related.sum(1) - related.diagonal().long()
+    draws = math.comb(others, k)
+    hits = [draws - math.comb(others - n, k) for n in range(int(relatives.max()) + 1)]
+    return sum(hits[n] for n in relatives.tolist()) / (draws * len(related))
+
+
+def nearest_neighbour_probes(features: dict[str, Tensor]) -> dict[str, dict[str, dict[str, float]]]:
+    """Label -> feature -> accuracy of guessing a clip's label from its nearest neighbour, which is the recall
+    at 1, with its standard error and the accuracy of a random neighbour.
+
+    Labels of which a clip may have several are passed over, and so is a single clip, which has no neighbour.
+
+    Args:
+        features: image, audio, fusion (N, D), and label_<name> (N,) or (N, classes).
+    """
+    clips, probes = len(features["image"]), {}
+    if clips < 2:
+        return probes
+    nearest = neighbours(features, 1)
+    for name, labels in features.items():
+        if name.startswith("label_") and labels.ndim == 1:
+            same = related(labels)
+            recalls = {feature: recall_at(found, same, 1) for feature, found in nearest.items()}
+            probes[name.removeprefix("label_")] = {
+                feature: dict(
+                    accuracy=recall,
+                    standard_error=(recall * (1 - recall) / clips) ** 0.5,
+                    chance=chance_at(same, 1),
+                )
+                for feature, recall in recalls.items()
+            }
+    return probes
