@@ -7,7 +7,7 @@ import pytest
 from trees import audioset, plant, vggsound, videos, write_list
 
 from avfuse.data.sets import music as reader
-from avfuse.tasks.classify import Classification, ClassifyConfig, find_labelled
+from avfuse.tasks.classify import Classification, ClassifyConfig
 from avfuse.tasks.separate import SeparateConfig, Separation, find_pairs
 from avfuse.train import main
 from avfuse.training.loop import program
@@ -50,7 +50,7 @@ def test_from_a_tree_to_a_probe(tree, metric, sources, tmp_path):
         drop_path=0.0,
         **TINY,
     )
-    assert program(config, Classification, find=find_labelled) == 0
+    assert program(config, Classification) == 0
     found = results(tmp_path / "probe")
     assert metric in found["metrics"]
     judged, expected = found["coverage"]["judged"], found["coverage"]["expected"]
