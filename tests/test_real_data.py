@@ -1,14 +1,13 @@
 """Published data sets, in trees of their layouts, from files on disk to a pretrained model and its tasks."""
 
 import json
-from functools import partial
 
 import pytest
 from trees import audioset, plant, vggsound, videos, write_list
 
 from avfuse.data.sets import music as reader
 from avfuse.tasks.classify import Classification, ClassifyConfig
-from avfuse.tasks.separate import SeparateConfig, Separation, find_pairs
+from avfuse.tasks.separate import SeparateConfig, Separation
 from avfuse.train import main
 from avfuse.training.loop import program
 from avfuse.training.recipes import TrainConfig
@@ -59,6 +58,8 @@ def test_from_a_tree_to_a_probe(tree, metric, sources, tmp_path):
 
 def test_solos_are_mixed_and_separated(sources, tmp_path):
     data = music(tmp_path / "data", sources)
-    config = SeparateConfig(data=data, run=tmp_path / "run", checkpoint="none", decoder_dim=16, **TINY)
-    assert program(config, Separation, find=partial(find_pairs, pairs=2)) == 0
+    config = SeparateConfig(
+        data=data, run=tmp_path / "run", checkpoint="none", decoder_dim=16, pairs=2, **TINY
+    )
+    assert program(config, Separation) == 0
     assert results(tmp_path / "run")["coverage"] == dict(judged=2, expected=2)
