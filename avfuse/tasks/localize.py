@@ -15,8 +15,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits, interpolate, n
 from ..checks import check_count
 from ..data import sounding_shapes
 from ..data.find import DEMO, Found
-from ..data.scenes import SceneDataset, ShapeBoxes, found, middle_moments, sounding_shapes_scenes
+from ..data.scenes import SceneDataset, as_found, middle_moments
 from ..data.sets.flickr_soundnet import is_flickr_soundnet, read_flickr_soundnet
+from ..data.sounding_shapes.truths import ShapeBoxes, sounding_shapes_scenes
 from ..encoder import AVEncoder
 from ..training.judge import JudgedTask, TaskConfig, starting_encoder
 from ..training.loop import program
@@ -88,12 +89,12 @@ def find_scenes(folder: Path | None, say=print, *, test_share: float = 0.5, **_)
     root = sounding_shapes.generate(DEMO) if folder is None else folder
     if sounding_shapes.is_built(root):
         train, test = (sounding_shapes_scenes(root, split, ShapeBoxes) for split in ("train", "test"))
-        return found(train, middle_moments(test), "held-out clips", say)
+        return as_found(train, middle_moments(test), "held-out clips", say)
     if is_flickr_soundnet(root):
         train, test = (
             read_flickr_soundnet(root, split, test_share=test_share) for split in ("train", "test")
         )
-        return found(train, test, f"pictures, {test_share:g} of Flickr-SoundNet", say)
+        return as_found(train, test, f"pictures, {test_share:g} of Flickr-SoundNet", say)
     raise ValueError(
         f"--data {root} is neither Sounding Shapes nor Flickr-SoundNet (frames, audio, Annotations)"
     )

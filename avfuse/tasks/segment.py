@@ -19,15 +19,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from ..checks import check_count
 from ..data import sounding_shapes
 from ..data.find import DEMO, Found
-from ..data.scenes import (
-    SHAPE_CLASSES,
-    SceneDataset,
-    ShapeMasks,
-    found,
-    middle_moments,
-    sounding_shapes_scenes,
-)
+from ..data.scenes import SceneDataset, as_found, middle_moments
 from ..data.sets import avsbench
+from ..data.sounding_shapes.truths import SHAPE_CLASSES, ShapeMasks, sounding_shapes_scenes
 from ..encoder import AVEncoder
 from ..training.judge import JudgedTask, TaskConfig, starting_encoder
 from ..training.loop import program
@@ -107,11 +101,11 @@ def find_scenes(folder: Path | None, say=print, *, subset: str = "S4", **_) -> F
     root = sounding_shapes.generate(DEMO) if folder is None else folder
     if sounding_shapes.is_built(root):
         train, test = (sounding_shapes_scenes(root, split, ShapeMasks) for split in ("train", "test"))
-        return found(train, middle_moments(test), "held-out clips", say, shape=SHAPE_CLASSES)
+        return as_found(train, middle_moments(test), "held-out clips", say, shape=SHAPE_CLASSES)
     if avsbench.is_avsbench(root):
         train, test = (avsbench.read_avsbench(root, split, subset) for split in ("train", "test"))
         classes = avsbench.read_classes(root)
-        return found(train, test, f"pictures of AVSBench {subset} test", say, object=classes)
+        return as_found(train, test, f"pictures of AVSBench {subset} test", say, object=classes)
     raise ValueError(f"--data {root} is neither Sounding Shapes nor AVSBench (metadata.csv, label2idx.json)")
 
 
