@@ -39,10 +39,11 @@ class InputSettings:
     max_frequency: float = 8_000.0  # Hz
 
     def __post_init__(self):
-        if isinstance(self.image_size, (tuple, list)) and len(self.image_size) == 2:
-            object.__setattr__(self, "image_size", tuple(self.image_size))  # JSON brings lists
-        for size in self.image_size if isinstance(self.image_size, tuple) else (self.image_size,):
+        is_pair = isinstance(self.image_size, (tuple, list)) and len(self.image_size) == 2
+        for size in self.image_size if is_pair else (self.image_size,):
             check_count("image_size", size)
+        if is_pair:
+            object.__setattr__(self, "image_size", tuple(self.image_size))  # JSON brings lists
         for name in ("sample_rate", "window", "hop", "mel_bins"):
             check_count(name, getattr(self, name))
         for name in ("audio_seconds", "max_frequency"):
