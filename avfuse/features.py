@@ -24,8 +24,9 @@ class FeaturesConfig:
     """Pooled image, audio and fusion features of every clip of a data set, or of a folder of videos.
 
     What comes out is one safetensors file: image, audio, fusion (clips, width), and image_present and
-    audio_present, which are False where a clip lacks that modality (its row is zeros). The paths of the rows
-    are in the file's metadata, and so are the clips that cannot be read, with the reason; these have no row.
+    audio_present, which are False where a clip lacks that modality (its row is zeros), and label_NAME for
+    each label of a data set. The paths of the rows are in the file's metadata, and so are the clips that
+    cannot be read, with the reason; these have no row.
     `avfuse.features.read_features` reads it back. It is written at the end, whole or not at all.
     """
 

@@ -9,7 +9,7 @@ from PIL import Image
 from videos import write_video
 
 from avfuse.data import sounding_shapes
-from avfuse.data.scenes import SHAPE_CLASSES
+from avfuse.data.sounding_shapes.truths import SHAPE_CLASSES
 
 SHAPES = dict(train=3, test=3, seconds=5.0, fps=2, size=64, workers=1, progress=False)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from calls import Bomb
 from torch.utils.data import BatchSampler
-from videos import chirp, hostile_folder, number_of, write_video
+from videos import chirp, hostile_folder, number_of, read_audio, write_video
 
 from avfuse.data.clips import (
     Clip,
@@ -25,7 +25,7 @@ from avfuse.data.clips import (
     collate,
     generator_of,
 )
-from avfuse.data.decode import Streams, read_audio
+from avfuse.data.decode import Streams
 from avfuse.data.find import Scan, find_data, list_data, scan
 from avfuse.data.listing import Listing
 from avfuse.data.table import ClipTable

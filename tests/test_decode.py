@@ -9,10 +9,10 @@ import av
 import numpy as np
 import pytest
 from av.stream import Disposition
-from videos import chirp, lag, number_of, numbered_frames, write_video
+from videos import chirp, lag, number_of, numbered_frames, probe, read_audio, read_frame, write_video
 
 from avfuse.data import decode
-from avfuse.data.decode import ClipError, ClipReader, probe, read_audio, read_frame
+from avfuse.data.decode import ClipError, ClipReader
 
 OPEN = "open-gop=1:keyint=8:scenecut=0"  # frames before a key frame that need the frames before those
 LEADING = "bframes=3:keyint=8:scenecut=0"

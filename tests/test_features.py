@@ -1,6 +1,7 @@
 """Feature files: against the encoder itself, whatever the batch; and what is left out of them."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ from models import relative_error
 from videos import write_video
 
 from avfuse import create_encoder
+from avfuse.data.check import check
 from avfuse.data.clips import ClipDataset
 from avfuse.data.find import find_data
+from avfuse.data.shards import shard
 from avfuse.features import FEATURES, FeaturesConfig, extract, main, read_features
 
 
@@ -63,6 +66,34 @@ def test_a_file_holds_the_features_of_every_clip_that_can_be_read(folder, saved,
             assert relative_error(tensors[name][row], tokens[0].mean(0)) < 1e-5, (path, name)
     others = read_features(tmp_path / "3.safetensors")[0]
     assert all(torch.allclose(others[name].float(), t.float(), atol=1e-5) for name, t in tensors.items())
+
+
+def test_checked_folders_and_shards_are_read_too(folder, saved, tmp_path, capsys):
+    checked, shards = tmp_path / "checked", tmp_path / "shards"
+    shutil.copytree(folder, checked)
+    check(checked, progress=False, workers=0)
+    shard(checked, shards, progress=False, workers=0)
+    features = []
+    for root in folder, checked, shards:
+        out = tmp_path / f"{root.name}.safetensors"
+        main(FeaturesConfig(folder=root, out=out, checkpoint=str(saved), workers=0))
+        tensors, paths = read_features(out)
+        assert len(paths) == 4 and ("1 could not be read" in capsys.readouterr().out) == (root != shards)
+        order = tensors["fusion"][:, 0].argsort()  # shards deal clips out in an order of their own
+        features.append({name: tensor[order] for name, tensor in tensors.items()})
+    for other in features[1:]:
+        assert other.keys() == features[0].keys()
+        for name, tensor in features[0].items():
+            torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=1e-5)
+
+
+def test_clips_to_test_on_follow_those_to_train_on(folder, saved, tmp_path):
+    for split, name in (("train", "0.mp4"), ("train", "1.mp4"), ("test", "2.mp4")):
+        (tmp_path / split).mkdir(exist_ok=True)
+        shutil.copy(folder / name, tmp_path / split)
+    out = tmp_path / "out.safetensors"
+    main(FeaturesConfig(folder=tmp_path, out=out, checkpoint=str(saved), workers=0))
+    assert read_features(out)[1] == ["train/0.mp4", "train/1.mp4", "test/2.mp4"]
 
 
 def test_nothing_is_left_of_a_file_that_could_not_be_written(folder, saved, tmp_path, monkeypatch):

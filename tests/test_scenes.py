@@ -9,27 +9,25 @@ import pytest
 import torch
 from PIL import Image
 from scene_trees import SHAPES, annotation, write_avsbench, write_flickr_soundnet, write_metadata, write_sound
+from videos import read_audio, read_frame
 
 from avfuse.data import sounding_shapes
 from avfuse.data.clips import Failure
-from avfuse.data.decode import read_audio, read_frame
 from avfuse.data.scenes import (
-    SHAPE_CLASSES,
+    FRAMES,
     Boxes,
     Moment,
     PngMask,
     Scene,
     SceneDataset,
-    ShapeBoxes,
-    ShapeMasks,
     View,
-    found,
+    as_found,
     middle_moments,
     moment_by_moment,
-    sounding_shapes_scenes,
 )
 from avfuse.data.sets.avsbench import is_avsbench, read_avsbench, read_classes
 from avfuse.data.sets.flickr_soundnet import MAX_BYTES, is_flickr_soundnet, read_boxes, read_flickr_soundnet
+from avfuse.data.sounding_shapes.truths import SHAPE_CLASSES, ShapeBoxes, ShapeMasks, sounding_shapes_scenes
 from avfuse.data.transforms import Spectrogram
 from avfuse.inputs import InputSettings
 from avfuse.presets import SMALL_INPUTS
@@ -75,18 +73,32 @@ def blob(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"train": True}, *({"train": False, "frame": f} for f in ("whole", "central"))]
+    ("options", "size"),
+    [
+        *(({"train": True}, size) for size in (96, (48, 80))),
+        *(({"train": False, "frame": f}, size) for f in FRAMES for size in (96, (48, 80), (80, 48))),
+    ],
 )
-def test_picture_and_truth_show_the_same_place(blob, options):
-    dataset = SceneDataset([blob], PLAIN, **options)
+def test_picture_and_truth_show_the_same_place(blob, options, size):
+    settings = replace(PLAIN, image_size=size)
+    dataset = SceneDataset([blob], settings, **options)
     seen = [dataset[(epoch, 0)] for epoch in range(8)]
     for item in seen:
         white = item["image"][0] > 0.5
+        assert white.shape == settings.image_shape
         assert overlap(white, item["sounding"] > 0) > 0.95
         assert torch.equal(item["sounding"] > 0, item["classes"] > 0)
         assert set(item["classes"].unique().tolist()) == {0, 2, 3}
     distinct = {item["image"].numpy().tobytes() for item in seen}
     assert len(distinct) == (8 if options["train"] else 1)
+
+
+def test_a_blank_is_like_an_item_and_present_in_nothing(blob):
+    dataset = SceneDataset([blob], replace(PLAIN, image_size=(48, 80)), train=True)
+    blank, item = dataset.blank(), dataset[0]
+    assert blank.keys() == item.keys() - {"index"}
+    for name, value in blank.items():
+        assert (value.shape, value.dtype) == (item[name].shape, item[name].dtype) and not value.any(), name
 
 
 def test_the_truth_has_the_size_of_the_protocol(blob):
@@ -185,7 +197,7 @@ def test_clips_that_are_gone_are_counted(shapes, tmp_path):
     middle = middle_moments(split)
     assert (middle.found, middle.expected) == (1, 3)
     told = []
-    whole = found(split, middle, "held-out", told.append, shape=SHAPE_CLASSES)
+    whole = as_found(split, middle, "held-out", told.append, shape=SHAPE_CLASSES)
     assert "1 of 3 annotated pictures" in told[1] and "000001.masks.npz" in told[1]
     assert len(whole.unreadable) == 4 and whole.looked_at == 6
     assert whole.coverage == dict(train=(10, 30), test=(1, 3))  # of results.json, too

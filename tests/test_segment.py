@@ -15,7 +15,7 @@ from torchmetrics.functional import jaccard_index
 from avfuse.data import sounding_shapes
 from avfuse.data.clips import Failure, collate
 from avfuse.data.find import Found
-from avfuse.data.scenes import SHAPE_CLASSES
+from avfuse.data.sounding_shapes.truths import SHAPE_CLASSES
 from avfuse.inputs import InputSettings
 from avfuse.loading import load_model
 from avfuse.presets import create_encoder

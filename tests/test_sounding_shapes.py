@@ -24,7 +24,7 @@ from avfuse.data.sounding_shapes.synthesis import (
     COLOURS,
     SHAPES,
     MovingShape,
-    Scene,
+    ShapeScene,
     draw,
     play,
     sample_scene,
@@ -174,7 +174,7 @@ def test_clips_carry_labels_as_class_numbers(built):
 
 @pytest.mark.parametrize("y, hertz", [(0.125, 1500.0), (0.5, 474.34), (0.875, 150.0)])
 def test_pitch_at_known_heights(y, hertz):
-    scene = Scene((still(y=y),), (0,), BACKGROUND)
+    scene = ShapeScene((still(y=y),), (0,), BACKGROUND)
     sound = play(scene, 1.0, 16_000, np.random.default_rng(0))[0]
     assert peak_frequency(sound, 16_000) == pytest.approx(hertz, rel=0.002)
 
@@ -183,12 +183,12 @@ def test_masks_leave_out_what_is_hidden():
     behind = still("square", "red", x=0.5, y=0.5, size=0.2)
     beside, before = still("circle", "blue", x=0.7), still("circle", "blue", size=0.4)
     times = np.arange(2) / 10
-    frames, masks = draw(Scene((behind, beside), (0,), BACKGROUND), times, 128)
-    _, alone = draw(Scene((behind,), (0,), BACKGROUND), times, 128)
+    frames, masks = draw(ShapeScene((behind, beside), (0,), BACKGROUND), times, 128)
+    _, alone = draw(ShapeScene((behind,), (0,), BACKGROUND), times, 128)
     assert 0.3 * alone.sum() < masks.sum() < 0.9 * alone.sum()
     seen = frames[shrunk(masks[0], 1)].astype(int)
     assert (seen[:, 0] > seen[:, 2] + 60).all()  # red, not blue
-    _, hidden = draw(Scene((behind, before), (0,), BACKGROUND), times, 128)
+    _, hidden = draw(ShapeScene((behind, before), (0,), BACKGROUND), times, 128)
     assert not hidden.any()
     assert not build._boxes(hidden).any()
 
@@ -199,7 +199,7 @@ def test_each_shape_has_its_own_timbre():
     for y in (0.3, 0.6):
         for shape in SHAPES:
             sound = play(
-                Scene((still(shape, y=y),), (0,), BACKGROUND), 1.0, 16_000, np.random.default_rng(0)
+                ShapeScene((still(shape, y=y),), (0,), BACKGROUND), 1.0, 16_000, np.random.default_rng(0)
             )[0]
             spans = np.lib.stride_tricks.sliding_window_view(sound / 32768, 800)[::200] * np.hanning(800)
             level = np.log10(abs(np.fft.rfft(spans)) ** 2 + 1e-7)

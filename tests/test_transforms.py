@@ -11,6 +11,7 @@ from avfuse.data.transforms import (
     evaluation_image,
     random_crop,
     random_gain,
+    random_view,
     training_image,
 )
 from avfuse.inputs import InputSettings
@@ -93,6 +94,27 @@ def test_evaluation_keeps_the_centre(height, width):
         edges = 0.5 - kept / 2 / length, 0.5 + kept / 2 / length
         centres = edges[0] + (torch.arange(112) + 0.5) / 112 * (edges[1] - edges[0])
         torch.testing.assert_close(line, centres, atol=0.012, rtol=0)
+
+
+@pytest.mark.parametrize(("height", "width"), [(256, 512), (512, 256), (90, 120), (60, 100)])
+def test_images_may_be_wider_than_high(height, width):
+    """As much of the centre as has their shape; in training a crop that is about as wide."""
+    settings = InputSettings(image_size=[56, 112], **PLAIN)
+    assert settings.image_shape == settings.image_size == (56, 112)
+    image = evaluation_image(ramps(height, width), settings)
+    assert image.shape == (3, 56, 112)
+    scale = min(height / 64, width / 128)  # pixels of the frame for each of the resized one
+    for line, length, pixels in ((image[0, 28], width, 112), (image[1, :, 56], height, 56)):
+        centres = 0.5 + ((torch.arange(pixels) + 0.5) - pixels / 2) * scale / length
+        torch.testing.assert_close(line, centres, atol=0.015, rtol=0)
+
+    chance, ratios = generator(), []
+    for _ in range(500):
+        (top, left, h, w), _ = random_view(height, width, settings, chance)
+        assert 0 <= top <= height - h and 0 <= left <= width - w
+        ratios.append(w / h / 2)
+    assert 0.7 < min(ratios) and max(ratios) < 1.4
+    assert training_image(ramps(height, width), settings, chance).shape == (3, 56, 112)
 
 
 def test_images_are_normalised():

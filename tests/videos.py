@@ -7,6 +7,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from avfuse.data.decode import ClipReader, Streams
+
 GREYS = 32  # levels that tell frames apart after compression, 7 apart
 
 
@@ -139,3 +141,18 @@ def hostile_folder(folder: Path) -> None:
         for number in range(counts.get(kind, 0) or (8 if kind != "garbage" else 10)):
             suffix, content = contents[number % len(contents)]
             (folder / f"{kind}{number}{suffix}").write_bytes(content)
+
+
+def probe(path: str | Path) -> Streams:
+    with ClipReader(path) as clip:
+        return clip.streams
+
+
+def read_frame(path: str | Path, seconds: float) -> np.ndarray:
+    with ClipReader(path) as clip:
+        return clip.frame(seconds)
+
+
+def read_audio(path: str | Path, start: float, seconds: float, sample_rate: int) -> np.ndarray:
+    with ClipReader(path) as clip:
+        return clip.audio(start, seconds, sample_rate)

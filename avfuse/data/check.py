@@ -31,8 +31,16 @@ STILL = 0.5  # grey levels of motion below which its pictures count as one
 FAR = 64  # frames between key frames that make a random frame slow to reach
 LARGE = 480  # pixels of the shorter side that are more than training needs
 SHOWN = 5  # clips that the report names of each kind
-ENCODE = (  # for the published runs: 360 pixels, a key frame every 16 frames
-    "ffmpeg -i IN -vf scale=-2:360 -c:v libx264 -g 16 -keyint_min 16 -sc_threshold 0 -c:a aac OUT.mp4"
+
+# Advice of the report.
+REPAIR = "fetch them again, then repeat this command: it opens only what has changed"
+COMPARE = "{} names them all; numbers from part of a test set do not compare with others'"
+LEAKED = "delete those to train on: they would be tested on what they were trained on"
+DROPPED = "training leaves them out, or keeps them with --missing keep"
+USED = "they are used as they are; delete them if that is not meant"
+SLOW = (  # for the published runs: 360 pixels, a key frame every 16 frames
+    "reading them is slow; encode them anew: ffmpeg -i IN -vf scale=-2:360 -c:v libx264 -g 16 -keyint_min 16 "
+    "-sc_threshold 0 -c:a aac OUT.mp4"
 )
 
 
@@ -79,22 +87,15 @@ def check(
     )
     out.mkdir(parents=True, exist_ok=True)
     with _journal(out) as (known, note):
-        looked = partial(_look, root, every_picture)
+        look = partial(_look, root, every_picture)
         ready = [_known(known, root, clip, every_picture) for _, clip in clips]
-        with WorkerPool(looked, workers, timeout=timeout, memory=MEMORY) as pool:
-            fresh = pool.map(clip for (_, clip), entry in zip(clips, ready, strict=True) if entry is None)
-            todo = tqdm(
-                (at for at, entry in enumerate(ready) if entry is None),
-                total=len(ready),
-                initial=sum(entry is not None for entry in ready),
-                desc="Checking",
-                unit="clip",
-                disable=not progress,
-            )
-            for at in todo:
-                ready[at] = next(fresh)
-                if isinstance(ready[at], WorkerFailure):
-                    ready[at] = _failed(root, clips[at][1], ready[at].reason)
+        todo = [at for at, entry in enumerate(ready) if entry is None]
+        bar = dict(total=len(ready), initial=len(ready) - len(todo), desc="Checking", unit="clip")
+        with WorkerPool(look, workers, timeout=timeout, memory=MEMORY) as pool:
+            looked = pool.map(clips[at][1] for at in todo)
+            for at, entry in zip(todo, tqdm(looked, disable=not progress, **bar), strict=True):
+                is_lost = isinstance(entry, WorkerFailure)
+                ready[at] = _failed(root, clips[at][1], entry.reason) if is_lost else entry
                 note(ready[at])
         entries = [
             replace(entry, split=split, labels=dict(clip.labels))
@@ -205,7 +206,6 @@ def _missing(listing: Listing) -> Iterator[tuple[str, str]]:
 def describe(listing: Listing, entries: list[Entry], out: Path) -> str:
     """The report: what is there, and what is amiss with what to do about it, the gravest first."""
     good = [entry for entry in entries if entry.error is None]
-    heard, seen = ([e for e in good if getattr(e, stream)] for stream in ("audio", "video"))
     lines = [
         listing.coverage(),
         f"{len(entries)} clips looked at, {sum(entry.seconds for entry in good) / 3600:.2f} hours, "
@@ -213,68 +213,14 @@ def describe(listing: Listing, entries: list[Entry], out: Path) -> str:
         + ("" if all(entry.every_picture for entry in entries) else " (of some only key frames were)"),
         *listing.notes,
     ]
-    leaks = _leaks(good)
+    broken = [f"{entry.path}: {entry.error}" for entry in entries if entry.error is not None]
+    missing = [f"{split}: {name}" for split, name in _missing(listing)]
     for what, names, advice in (
-        (
-            "cannot be decoded; training leaves them out",
-            [f"{entry.path}: {entry.error}" for entry in entries if entry.error is not None],
-            "fetch them again, then repeat this command: it opens only what has changed",
-        ),
-        (
-            "are missing",
-            [f"{split}: {name}" for split, name in _missing(listing)],
-            f"{out / MISSING} names them all; numbers from part of a test set do not compare with others'",
-        ),
-        (
-            "are in two splits with the same content",
-            leaks,
-            "delete those to train on: they would be tested on what they were trained on",
-        ),
-        (
-            "rows of the lists are wrong, and not used",
-            listing.wrong,
-            "correct them, or fetch the list again",
-        ),
-        (
-            "links lead out of the folder, and are not followed",
-            [str(link) for link in listing.links],
-            "copy what they lead to into the folder, or mount it there",
-        ),
-        (
-            "folders cannot be listed",
-            [str(error) for error in listing.unlisted],
-            "allow reading them, and repeat this command",
-        ),
-        (
-            "have no sound",
-            [entry.path for entry in good if not entry.audio],
-            "training leaves them out, or keeps them with --missing keep",
-        ),
-        (
-            "have no pictures",
-            [entry.path for entry in good if not entry.video],
-            "training leaves them out, or keeps them with --missing keep",
-        ),
-        (
-            f"are silent (peak below {SILENT:g})",
-            [entry.path for entry in heard if entry.peak < SILENT],
-            "they are used as they are; delete them if that is not meant",
-        ),
-        (
-            "show one still picture",
-            [entry.path for entry in seen if entry.motion is not None and entry.motion < STILL],
-            "they are used as they are; delete them if that is not meant",
-        ),
-        (
-            f"have up to more than {FAR} frames between key frames",
-            [f"{entry.path} ({entry.key_frame_every})" for entry in seen if entry.key_frame_every > FAR],
-            f"reading them is slow; encode them anew: {ENCODE}",
-        ),
-        (
-            f"are larger than {LARGE} pixels",
-            [f"{e.path} ({e.width} x {e.height})" for e in seen if min(e.width, e.height) > LARGE],
-            f"reading them is slow; encode them anew: {ENCODE}",
-        ),
+        ("cannot be decoded; training leaves them out", broken, REPAIR),
+        ("are missing", missing, COMPARE.format(out / MISSING)),
+        ("are in two splits with the same content", _leaks(good), LEAKED),
+        *listing.amiss(),
+        *_odd(good),
     ):
         if names:
             lines += ["", f"{len(names)} {what}", *(f"    {printable(name)}" for name in names[:SHOWN])]
@@ -283,6 +229,20 @@ def describe(listing: Listing, entries: list[Entry], out: Path) -> str:
     if listing.extra:
         lines += ["", f"{listing.extra} videos in the folder are in no list, and not used"]
     return "\n".join(map(printable, lines)) + "\n"
+
+
+def _odd(good: list[Entry]) -> Iterator[tuple[str, list[str], str]]:
+    """What is odd about clips that can be decoded: what it is, the names, and what to do about it."""
+    heard, seen = ([e for e in good if getattr(e, stream)] for stream in ("audio", "video"))
+    yield "have no sound", [e.path for e in good if not e.audio], DROPPED
+    yield "have no pictures", [e.path for e in good if not e.video], DROPPED
+    yield f"are silent (peak below {SILENT:g})", [e.path for e in heard if e.peak < SILENT], USED
+    still = [e.path for e in seen if e.motion is not None and e.motion < STILL]
+    yield "show one still picture", still, USED
+    far = [f"{e.path} ({e.key_frame_every})" for e in seen if e.key_frame_every > FAR]
+    yield f"have up to more than {FAR} frames between key frames", far, SLOW
+    large = [f"{e.path} ({e.width} x {e.height})" for e in seen if min(e.width, e.height) > LARGE]
+    yield f"are larger than {LARGE} pixels", large, SLOW
 
 
 def _leaks(entries: list[Entry]) -> list[str]:

@@ -113,15 +113,12 @@ class ClipDataset(Dataset):
         return self._complete(item, clip, generator) | {"index": torch.tensor(index)}
 
     def item(self, clip: Clip, reader: ClipReader, generator: torch.Generator) -> dict[str, Tensor]:
-        """What is read of a clip: what a data set of another kind overrides.
+        """What is read of a clip, or a ClipError: the method that a data set of another kind overrides.
 
         Args:
             clip: which one.
             reader: what `clip.open()` gave.
             generator: the source of all that is random.
-
-        Raises:
-            ClipError: the clip cannot be read.
         """
         place, moment = torch.rand(2, generator=generator).tolist() if self.train else (0.5, 0.5)
         return self.window(clip, reader, generator, place, moment)

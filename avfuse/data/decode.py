@@ -71,28 +71,6 @@ class Survey(NamedTuple):
     motion: float | None  # mean grey levels by which a picture differs most from the first; None: not known
 
 
-def probe(path: str | Path) -> Streams:
-    """What the file holds, without decoding it.
-
-    Raises:
-        ClipError: it cannot be read, or holds neither pictures nor sound.
-    """
-    with ClipReader(path) as clip:
-        return clip.streams
-
-
-def read_frame(path: str | Path, seconds: float) -> np.ndarray:
-    """The frame shown at a time: `ClipReader.frame` of a file opened for it."""
-    with ClipReader(path) as clip:
-        return clip.frame(seconds)
-
-
-def read_audio(path: str | Path, start: float, seconds: float, sample_rate: int) -> np.ndarray:
-    """Mono sound from a time on: `ClipReader.audio` of a file opened for it."""
-    with ClipReader(path) as clip:
-        return clip.audio(start, seconds, sample_rate)
-
-
 class ClipReader:
     """A video or sound file, open for reading in this thread alone; the `with` statement closes it.
 
@@ -229,7 +207,7 @@ class ClipReader:
             motion=round(motion, 2) if every_picture or pictures != 1 else None,
         )
 
-    # ----------------------------------------------------------------------------------------------- streams
+    # --- streams --------------------------------------------------------------------------------------------
 
     @contextmanager
     def _explaining(self, what: str) -> Iterator[None]:
@@ -297,7 +275,7 @@ class ClipReader:
             except av.FFmpegError as error:
                 raise ClipError(self.path, f"has a damaged index: no way to {seconds:g} s") from error
 
-    # ---------------------------------------------------------------------------------------------- decoding
+    # --- decoding -------------------------------------------------------------------------------------------
 
     def _decode_frame(self, seconds: float, at_start: bool) -> av.VideoFrame | None:
         """The frame shown at a time, decoding from here; None if that has to begin further back.

@@ -130,11 +130,7 @@ def find_data(
 
 
 def list_data(root: str | Path, data_set: str = "auto") -> Listing:
-    """A data folder by its lists and file names, whatever its manifest says; nothing is opened.
-
-    Raises:
-        ValueError: `data_set` is none of `DATA_SETS`, or the folder is not laid out as that one should be.
-    """
+    """A data folder by its lists and file names, whatever its manifest says; nothing is opened."""
     root = Path(root)
     check_choice("data_set", data_set, DATA_SETS)
     return READERS[recognise(root) if data_set == "auto" else data_set](root)

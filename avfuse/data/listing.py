@@ -8,7 +8,7 @@ import csv
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -71,24 +71,33 @@ class Listing:
     def summary(self) -> list[str]:
         """For people, a line each: coverage, then what is amiss."""
         lines = [self.coverage(), *self.notes]
-        for what, names in (
-            ("wrong rows in the lists, not used", self.wrong),
-            ("links that lead out of the folder, not followed", [str(path) for path in self.links]),
-            ("folders that cannot be listed", [str(error) for error in self.unlisted]),
-        ):
-            if names:
-                lines.append(f"{len(names)} {what}: {some(names, separator='; ')}")
+        for what, names, _ in self.amiss():
+            lines.append(f"{len(names)} {what}: {some(names, separator='; ')}")
         if self.extra:
             lines.append(f"{self.extra} videos are in no list, and not used")
         return lines
+
+    def amiss(self) -> list[tuple[str, Sequence, str]]:
+        """What is amiss with lists and folders: what it is, the names, and what to do about it."""
+        amiss = (
+            ("wrong rows in the lists, not used", self.wrong, "correct them, or fetch the list again"),
+            (
+                "links that lead out of the folder, not followed",
+                self.links,
+                "copy what they lead to into the folder, or mount it there",
+            ),
+            (
+                "folders that cannot be listed",
+                self.unlisted,
+                "allow reading them, and repeat this command",
+            ),
+        )
+        return [row for row in amiss if row[1]]
 
 
 def rows(listing: Listing, path: Path, parse: Callable[[list[str]], Row]) -> Iterator[Row]:
     """The rows of a CSV file as `parse` makes them of their fields, each row once. Lines that are no rows,
     and those of which `parse` says so by a ValueError, become `listing.wrong`; so do repeated ones.
-
-    Raises:
-        ValueError: the file is not there, or leads out of the data folder.
     """
     if leads_out(path, listing.root):
         raise ValueError(f"{path} leads out of the data folder {listing.root}: it is not read")
@@ -133,11 +142,7 @@ def check_class(name: str) -> str:
 
 
 def videos(listing: Listing) -> dict[str, Path]:
-    """The videos in the folder `clips`, by their path inside it.
-
-    Raises:
-        ValueError: there is no such folder, or it leads out of the data folder.
-    """
+    """The videos in the folder `clips`, by their path inside it."""
     folder = listing.root / "clips"
     if leads_out(folder, listing.root):
         raise ValueError(f"{folder} leads out of the data folder {listing.root}: it is not followed")

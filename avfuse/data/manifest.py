@@ -127,11 +127,7 @@ class Manifest(Listing):
 
 
 def read_header(root: Path) -> Header:
-    """The first line of the folder's manifest.
-
-    Raises:
-        ValueError: it is no manifest, one of another version, or leads out of the folder.
-    """
+    """The first line of the folder's manifest."""
     if leads_out(root / FILE, root):
         raise ValueError(f"{root / FILE} leads out of the data folder: it is not read")
     with open(root / FILE, encoding="utf-8", errors="replace") as lines:
@@ -145,11 +141,7 @@ def read_header(root: Path) -> Header:
 
 
 def read_entries(root: Path) -> Iterator[Entry]:
-    """The clips of the folder's manifest, in order.
-
-    Raises:
-        ValueError: a line is not what `check` writes.
-    """
+    """The clips of the folder's manifest, in order."""
     with open(root / FILE, encoding="utf-8", errors="replace") as lines:
         next(lines, None)
         for number, line in enumerate(lines, start=2):
@@ -160,11 +152,7 @@ def read_entries(root: Path) -> Iterator[Entry]:
 
 
 def parse(line: str) -> Entry:
-    """An entry from its line.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """An entry from its line."""
     try:
         return Entry(**json.loads(line))
     except (TypeError, AttributeError, RecursionError) as error:

@@ -6,10 +6,10 @@ unknown origin: `inside` keeps them in the data folder, and a file that is not w
 """
 
 import math
-import zipfile
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -21,7 +21,6 @@ from torch import Tensor
 from ..checks import check_choice, check_count
 from ..files import inside
 from ..inputs import InputSettings
-from . import sounding_shapes
 from .clips import Clip, ClipDataset
 from .decode import MAX_PIXELS, ClipError, ClipReader
 from .find import Found
@@ -77,12 +76,21 @@ class Scene(Clip):
         return ClipReader(self.sound)
 
 
-class Scenes(NamedTuple):
+@dataclass
+class Scenes:
     """A split of an annotated data set: what is there, and what should be."""
 
-    scenes: list[Scene]
-    missing: list[ClipError]  # a reason for every file that is named and not there, or must not be opened
-    expected: int  # moments that the annotations name
+    scenes: list[Scene] = field(default_factory=list)
+    missing: list[ClipError] = field(default_factory=list)  # a reason for every file that cannot be used
+    expected: int = 0  # moments that the annotations name
+
+    @contextmanager
+    def noting_missing(self) -> Iterator[None]:
+        """Leave off at a `ClipError`, which becomes one of `missing`."""
+        try:
+            yield
+        except ClipError as error:
+            self.missing.append(error)
 
     @property
     def found(self) -> int:
@@ -97,12 +105,18 @@ class Scenes(NamedTuple):
         return text
 
 
+def middle_moments(split: Scenes) -> Scenes:
+    """Only the moment in the middle of every clip."""
+    scenes = [replace(scene, moments=(scene.moments[len(scene.moments) // 2],)) for scene in split.scenes]
+    return Scenes(scenes, split.missing, len(scenes) + len({error.path for error in split.missing}))
+
+
 def moment_by_moment(scenes: Sequence[Scene]) -> list[Scene]:
     """Each annotated picture as a scene of its own, in order: what evaluation goes through."""
     return [replace(scene, moments=(moment,)) for scene in scenes for moment in scene.moments]
 
 
-def found(train: Scenes, test: Scenes, test_name: str, say: Callable[[str], object], **classes) -> Found:
+def as_found(train: Scenes, test: Scenes, test_name: str, say: Callable[[str], object], **classes) -> Found:
     """The splits of an annotated data set for the training loop, which counts what is missing as unreadable:
     more than --max-unreadable of it ends the run, rather than give results that compare with nobody's.
 
@@ -126,11 +140,7 @@ def found(train: Scenes, test: Scenes, test_name: str, say: Callable[[str], obje
 
 
 def check_file(root: Path, name: str) -> Path:
-    """The file of this name in the data folder.
-
-    Raises:
-        ClipError: there is none, or the name or a link leads out of the folder.
-    """
+    """The file of this name in the data folder, or a ClipError: nothing outside it is opened."""
     try:
         path = inside(root, name)
         if not path.is_file():
@@ -159,38 +169,6 @@ class PngMask:
             raise ClipError(self.path, f"holds class {mask.max()}, while there are {self.classes}")
         classes = nearest(mask, view, shape, self.path)
         return (classes > 0).astype(np.float32), classes
-
-
-@dataclass(frozen=True)
-class ShapeMasks:
-    """The masks of one frame of a Sounding Shapes clip; `classes` are those of its sounding objects."""
-
-    path: Path
-    frame: int
-    classes: tuple[int, ...]
-
-    def read(self, view: View, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        masks, _ = read_masks(self.path, self.frame, len(self.classes))  # (S, H, W) bool
-        labelled = (masks * np.reshape(self.classes, (-1, 1, 1))).max(
-            0
-        )  # masks of visible pixels are disjoint
-        classes = nearest(labelled, view, shape, self.path)
-        return (classes > 0).astype(np.float32), classes
-
-
-@dataclass(frozen=True)
-class ShapeBoxes:
-    """The boxes around those masks."""
-
-    path: Path
-    frame: int
-    classes: tuple[int, ...]
-
-    def read(self, view: View, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        masks, boxes = read_masks(self.path, self.frame, len(self.classes))
-        check_size(masks.shape[1:], view, self.path)
-        sounding = consensus(boxes, masks.shape[1:], view, shape, annotators=1)
-        return sounding, (sounding > 0).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -259,11 +237,7 @@ def _cell(place: float, size: int) -> int:
 
 
 def read_image(path: Path, formats: tuple[str, ...] = ("JPEG", "PNG")) -> Image.Image:
-    """An image file of one of these formats, and of no more pixels than a frame may have.
-
-    Raises:
-        ClipError: it cannot be read.
-    """
+    """An image file of one of these formats, and of no more pixels than a frame may have."""
     try:
         image = Image.open(path, formats=formats)
         if image.width * image.height > MAX_PIXELS:
@@ -272,18 +246,6 @@ def read_image(path: Path, formats: tuple[str, ...] = ("JPEG", "PNG")) -> Image.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, zlib.error) as error:
         raise ClipError(path, f"is no image that can be read: {error}") from error
     return image
-
-
-def read_masks(path: Path, frame: int, objects: int) -> tuple[np.ndarray, np.ndarray]:
-    """Masks (S, H, W) bool and boxes (S, 4) of one frame of a Sounding Shapes clip."""
-    try:
-        masks, boxes = sounding_shapes.read_masks(path)
-        masks, boxes = masks[:, frame], boxes[:, frame].astype(int)
-    except (OSError, ValueError, LookupError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ClipError(path, f"holds no masks that can be read: {error}") from error
-    if masks.ndim != 3 or not masks.size or len(masks) != objects or boxes.shape != (objects, 4):
-        raise ClipError(path, f"holds masks {masks.shape} and boxes {boxes.shape} of {objects} objects")
-    return masks, boxes
 
 
 class SceneDataset(ClipDataset):
@@ -392,42 +354,3 @@ class SceneDataset(ClipDataset):
         shown = rows * before / after, columns * before / after
         crop = ((height - shown[0]) / 2, (width - shown[1]) / 2, *shown)
         return evaluation_image(picture, self.settings), View(height, width, crop)
-
-
-# --- Sounding Shapes ----------------------------------------------------------------------------------------
-
-SHAPE_CLASSES = ("background", *sounding_shapes.SHAPES)
-
-
-def sounding_shapes_scenes(
-    root: str | Path, split: str, truth: type[ShapeMasks] | type[ShapeBoxes]
-) -> Scenes:
-    """The clips of a split with all their frames; classes are those of SHAPE_CLASSES.
-
-    To train on any of the frames; for evaluation `middle_moments` keeps one a clip.
-
-    Raises:
-        FileNotFoundError, ValueError: as `sounding_shapes.read_manifest`, or an object of no known shape.
-    """
-    root, scenes, missing, expected = Path(root), [], [], 0
-    for entry in sounding_shapes.read_manifest(root, split):
-        frames = round(entry.seconds * entry.fps)
-        expected += frames
-        try:
-            path, masks = check_file(root, entry.file), check_file(root, entry.masks)
-        except ClipError as error:
-            missing.append(error)
-            continue
-        classes = tuple(SHAPE_CLASSES.index(entry.objects[n]["shape"]) for n in entry.sounding)
-        moments = (
-            Moment(truth=truth(masks, frame, classes), seconds=(frame + 0.5) / entry.fps)
-            for frame in range(frames)
-        )
-        scenes.append(Scene(path=path, sound=path, moments=tuple(moments)))
-    return Scenes(scenes, missing, expected)
-
-
-def middle_moments(found: Scenes) -> Scenes:
-    """Only the moment in the middle of every clip."""
-    scenes = [replace(scene, moments=(scene.moments[len(scene.moments) // 2],)) for scene in found.scenes]
-    return Scenes(scenes, found.missing, len(scenes) + len({error.path for error in found.missing}))

@@ -5,8 +5,9 @@ A list of a hundred thousand clips takes some 60 MB in every process that reads 
 
 import json
 import os
+import struct
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import numpy as np
 
 from ..files import leads_out
 from .decode import ClipError, ClipReader, Part, Streams
+
+KNOWN, VIDEO, AUDIO = 1, 2, 4  # flags of a clip's streams
+RECORD = struct.Struct("<IqBddq")  # folder, end of its text, flags, seconds, frames per second, bytes
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,7 @@ class Clip:
 
 
 class ClipTable(Sequence[Clip]):
-    """Clips as short lines of JSON: reads like a list of `Clip`, each made when it is asked for. It pickles
-    by value.
+    """Clips as packed records: reads like a list of `Clip`, each made when needed. It pickles by value.
 
     Args:
         clips: to begin with; `append` adds more.
@@ -63,11 +66,11 @@ class ClipTable(Sequence[Clip]):
     ):
         self.classes = {name: tuple(names) for name, names in (classes or {}).items()}
         self.root = root
-        self._folders: list[str] = []  # each once
-        self._numbers: dict[str, int] = {}  # folder -> its place there
-        self._lines, self._ends = bytearray(), array("q")
-        self._labels: dict[str, bool] = {}  # name -> whether a clip has a tuple of classes
-        self._shards = array("i")  # of each clip the archive, by its place in `_folders`; -1: none
+        self._folders, self._files = _Strings(), _Strings()  # the latter are archives
+        self._records = bytearray()
+        self._texts = bytearray()  # of each clip its name, and what else it has: labels, start in an archive
+        self._labels: dict[str, bool] = {}  # name -> whether each clip has a tuple of classes
+        self._shards = array("i")  # numbers of archives, as far as the last clip that lies in one
         for clip in clips:
             self.append(clip)
 
@@ -77,21 +80,21 @@ class ClipTable(Sequence[Clip]):
             self._labels = {name: isinstance(label, tuple) for name, label in clip.labels.items()}
         if clip.labels.keys() != self._labels.keys():
             check_labels(self[0], clip)
-        for name, label in clip.labels.items():
-            self._check(name, label, clip.path)
+        for name, value in clip.labels.items():
+            self._check(name, value, clip.path)
         folder, name = os.path.split(os.fspath(clip.path))
-        line = [self._number(folder), name, [clip.labels[label] for label in self._labels]]
-        line += [clip.streams, clip.part.size if clip.part else clip.size]
-        line += [clip.part.start] if clip.part else []
-        self._lines += json.dumps(line, separators=(",", ":")).encode()
-        self._ends.append(len(self._lines))
-        self._shards.append(self._number(os.fspath(clip.part.file)) if clip.part else -1)
-
-    def _number(self, folder: str) -> int:
-        number = self._numbers.setdefault(folder, len(self._folders))
-        if number == len(self._folders):
-            self._folders.append(folder)
-        return number
+        more, size = [clip.labels[label] for label in self._labels], clip.size
+        if clip.part is not None:
+            self._shards.extend([-1] * (len(self) - len(self._shards)))
+            self._shards.append(self._files.add(os.fspath(clip.part.file)))
+            more, size = [*more, clip.part.start], clip.part.size
+        self._texts += os.fsencode(name)
+        if more:
+            self._texts += b"\0" + json.dumps(more, separators=(",", ":")).encode()
+        streams = clip.streams or Streams(False, False, 0.0, 0.0)
+        flags = (clip.streams is not None and KNOWN) | VIDEO * streams.video | AUDIO * streams.audio
+        place = self._folders.add(folder), len(self._texts)
+        self._records += RECORD.pack(*place, flags, *streams[2:], -1 if size is None else size)
 
     def _check(self, name: str, value: int | tuple[int, ...], path: Path) -> None:
         if isinstance(value, tuple) != self._labels[name]:
@@ -102,34 +105,39 @@ class ClipTable(Sequence[Clip]):
                 raise ValueError(f"label {name} must be in 0..{count - 1}, got {number} for {path}")
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._records) // RECORD.size
 
     def __getitem__(self, index: int | slice) -> "Clip | ClipTable":
         if isinstance(index, slice):
             chosen = (self[i] for i in range(*index.indices(len(self))))
             return ClipTable(chosen, classes=self.classes, root=self.root)
         index = range(len(self))[index]
-        line = self._lines[self._ends[index - 1] if index else 0 : self._ends[index]]
-        folder, name, labels, streams, size, *start = json.loads(line)
-        labels = zip(self._labels, labels, strict=True)
+        folder, end, flags, seconds, fps, size = RECORD.unpack_from(self._records, index * RECORD.size)
+        begin = RECORD.unpack_from(self._records, (index - 1) * RECORD.size)[1] if index else 0
+        name, _, more = bytes(self._texts[begin:end]).partition(b"\0")
+        labels = [tuple(value) if isinstance(value, list) else value for value in json.loads(more or "[]")]
+        part = None
+        if len(labels) > len(self._labels):
+            part = Part(Path(self._files[self._shards[index]]), labels.pop(), size)
         return Clip(
-            path=Path(self._folders[folder], name),
-            labels={name: tuple(label) if isinstance(label, list) else label for name, label in labels},
-            streams=streams and Streams(*streams),
-            part=Part(Path(self._folders[self._shards[index]]), *start, size) if start else None,
-            size=size,
+            path=Path(self._folders[folder], os.fsdecode(name)),
+            labels=dict(zip(self._labels, labels, strict=True)),
+            streams=Streams(bool(flags & VIDEO), bool(flags & AUDIO), seconds, fps) if flags else None,
+            part=part,
+            size=size if size >= 0 else None,
             root=self.root,
         )
 
     @property
     def folders(self) -> Sequence[str]:
-        """The distinct folders of the clips, and the archives that they lie in."""
+        """The distinct folders of the clips, or the archives that they lie in."""
         return tuple(self._folders)
 
     @property
     def shards(self) -> np.ndarray | None:
         """(len,) which archive each clip lies in, -1 for none; None if no clip lies in one."""
-        return np.array(self._shards, np.int32) if any(number >= 0 for number in self._shards) else None
+        without = [-1] * (len(self) - len(self._shards))  # after the last that has one
+        return np.array([*self._shards, *without], np.int32) if len(self._shards) else None
 
 
 def check_labels(first: Clip, clip: Clip) -> None:
@@ -139,3 +147,23 @@ def check_labels(first: Clip, clip: Clip) -> None:
             f"clips must share their label names, got {sorted(first.labels)} for {first.path}"
             f" but {sorted(clip.labels)} for {clip.path}"
         )
+
+
+class _Strings:
+    """Distinct strings by number."""
+
+    def __init__(self):
+        self._numbers: dict[str, int] = {}
+        self._strings: list[str] = []
+
+    def add(self, string: str) -> int:
+        number = self._numbers.setdefault(string, len(self._strings))
+        if number == len(self._strings):
+            self._strings.append(string)
+        return number
+
+    def __getitem__(self, number: int) -> str:
+        return self._strings[number]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._strings)

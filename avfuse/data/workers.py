@@ -140,7 +140,7 @@ class WorkerPool:
     def __exit__(self, *exception) -> None:
         self.close()
 
-    # ----------------------------------------------------------------- in the threads: one for each worker
+    # --- in the threads: one for each worker ----------------------------------------------------------------
 
     def _call(self, key) -> Any:
         message = pickle.dumps(key)
@@ -259,7 +259,7 @@ def _kill(workers: set[_Worker]) -> None:
             worker.process.kill()
 
 
-# ----------------------------------------------------------------------------------------------- in a worker
+# --- in a worker --------------------------------------------------------------------------------------------
 
 
 def _work(connection: socket.socket, timeout: float, memory: int | None) -> None:
@@ -301,7 +301,7 @@ def _limit(memory: int | None) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
-# -------------------------------------------------------------------------------------------------- messages
+# --- messages -----------------------------------------------------------------------------------------------
 
 
 def _send(connection: socket.socket, message: bytes, deadline: float = math.inf) -> None:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, interpolate, normalize
 
 from ..data.find import Found
-from ..data.scenes import ShapeBoxes, found
+from ..data.scenes import as_found
 from ..data.sets.flickr_soundnet import is_flickr_soundnet, read_flickr_soundnet
 from ..data.sets.folders import SPLITS
+from ..data.sounding_shapes.truths import ShapeBoxes
 from ..encoder import AVEncoder
 from ..inputs import InputSettings
 from ..pretrained import Pretrained
@@ -202,7 +203,7 @@ class Localization(SceneTask):
             )
         share = config.test_share
         train, test = (read_flickr_soundnet(root, split, test_share=share) for split in SPLITS)
-        return found(train, test, f"pictures, {share:g} of Flickr-SoundNet", say)
+        return as_found(train, test, f"pictures, {share:g} of Flickr-SoundNet", say)
 
     def counts(self, inputs):
         return dict(map_loss=int(inputs["clips"]) * inputs["sounding"][0].numel())

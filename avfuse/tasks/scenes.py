@@ -12,8 +12,9 @@ from torch import Tensor
 from ..checks import check_count
 from ..data import sounding_shapes
 from ..data.find import DEMO, Found
-from ..data.scenes import SHAPE_CLASSES, SceneDataset, found, middle_moments, sounding_shapes_scenes
+from ..data.scenes import SceneDataset, as_found, middle_moments
 from ..data.sets.folders import SPLITS
+from ..data.sounding_shapes.truths import SHAPE_CLASSES, sounding_shapes_scenes
 from ..inputs import InputSettings
 from ..training.judge import JudgedTask, TaskConfig
 from ..training.pictures import rgb, show_sound
@@ -83,7 +84,7 @@ class SceneTask(JudgedTask):
         root = sounding_shapes.generate(DEMO) if config.data is None else config.data
         if sounding_shapes.is_built(root):
             train, test = (sounding_shapes_scenes(root, split, cls.shape_truth) for split in SPLITS)
-            return found(train, middle_moments(test), "held-out clips", say, shape=SHAPE_CLASSES)
+            return as_found(train, middle_moments(test), "held-out clips", say, shape=SHAPE_CLASSES)
         if config.data_set == "sounding-shapes":
             raise ValueError(f"--data {root} is not Sounding Shapes, which --data-set asks for")
         return cls.find_annotated(root, config, say)

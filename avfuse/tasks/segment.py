@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, interpolate
 
 from ..data.find import Found
-from ..data.scenes import ShapeMasks, found
+from ..data.scenes import as_found
 from ..data.sets import avsbench
 from ..data.sets.folders import SPLITS
+from ..data.sounding_shapes.truths import ShapeMasks
 from ..encoder import AVEncoder
 from ..inputs import InputSettings
 from ..pretrained import Pretrained
@@ -268,7 +269,7 @@ class Segmentation(SceneTask):
             )
         train, test = (avsbench.read_avsbench(root, split, config.subset) for split in SPLITS)
         classes = avsbench.read_classes(root)
-        return found(train, test, f"pictures of AVSBench {config.subset} test", say, object=classes)
+        return as_found(train, test, f"pictures of AVSBench {config.subset} test", say, object=classes)
 
     def counts(self, inputs):
         return dict(mask_loss=int(inputs["clips"]) * inputs["classes"][0].numel())

@@ -16,12 +16,7 @@ SPLITS = ("unbalanced_train", "balanced_train", "eval")  # of which a folder may
 
 
 def read(root: str | Path) -> Listing:
-    """The clips that are there, labelled "class" by a tuple of numbers of classes.
-
-    Raises:
-        ValueError: the list of classes, every list of segments or the folder of clips is not there or leads
-            out of the data folder, or classes are not numbered 0, 1, 2...
-    """
+    """The clips that are there, labelled "class" by a tuple of numbers of classes."""
     listing = Listing("AudioSet", Path(root))
     codes, names = _read_classes(listing)
     if len(names) != CLASSES:

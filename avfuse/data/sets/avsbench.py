@@ -8,7 +8,7 @@ import csv
 import json
 from pathlib import Path
 
-from ..decode import ClipError
+from ...checks import check_choice
 from ..scenes import Moment, PngMask, Scene, Scenes, check_file
 
 SUBSETS = {"S4": ("v1s",), "MS3": ("v1m",), "AVSS": ("v1s", "v1m", "v2")}
@@ -24,11 +24,7 @@ def is_avsbench(root: Path) -> bool:
 
 
 def read_classes(root: str | Path) -> tuple[str, ...]:
-    """The names of the classes by pixel value, background first, from label2idx.json: 71 in AVSBench.
-
-    Raises:
-        ValueError: the file is not a list of classes, numbered from 1, of which the first is the background.
-    """
+    """The names of the classes by pixel value, background first, from label2idx.json: 71 in AVSBench."""
     path = Path(root) / "label2idx.json"
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
@@ -52,39 +48,28 @@ def read_avsbench(root: str | Path, split: str, subset: str = "S4") -> Scenes:
         root: the data folder.
         split: "train", "val" or "test".
         subset: "S4" (single sources), "MS3" (several) or "AVSS" (all, with classes).
-
-    Raises:
-        ValueError: no such split or subset, or metadata.csv or label2idx.json is not what it should be.
     """
-    if subset not in SUBSETS:
-        raise ValueError(f"subset must be one of {', '.join(SUBSETS)}, got {subset!r}")
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    root, scenes, missing, expected = Path(root), [], [], 0
+    check_choice("subset", subset, tuple(SUBSETS))
+    check_choice("split", split, SPLITS)
+    root, found = Path(root), Scenes()
     classes = len(read_classes(root))
     for row in _rows(root / "metadata.csv"):
         if row["split"] != split or row["label"] not in SUBSETS[subset]:
             continue
         folder = f"{row['label']}/{row['uid']}"
         labelled = 1 if (split, row["label"]) == ("train", "v1s") else PICTURES[row["label"]]
-        expected += labelled
-        moments = []
-        try:
-            sound = check_file(root, f"{folder}/audio.wav")
-        except ClipError as error:
-            missing.append(error)
-            continue
-        for number in range(labelled):
-            try:
-                picture = check_file(root, f"{folder}/frames/{number}.jpg")
-                mask = check_file(root, f"{folder}/labels_semantic/{number}.png")
-            except ClipError as error:
-                missing.append(error)
-                continue
-            moments.append(Moment(truth=PngMask(mask, classes), seconds=number + 0.5, picture=picture))
-        if moments:
-            scenes.append(Scene(path=sound, sound=sound, moments=tuple(moments)))
-    return Scenes(scenes, missing, expected)
+        found.expected += labelled
+        with found.noting_missing():
+            sound, moments = check_file(root, f"{folder}/audio.wav"), []
+            for number in range(labelled):
+                with found.noting_missing():
+                    picture = check_file(root, f"{folder}/frames/{number}.jpg")
+                    mask = check_file(root, f"{folder}/labels_semantic/{number}.png")
+                    truth = PngMask(mask, classes)
+                    moments.append(Moment(truth=truth, seconds=number + 0.5, picture=picture))
+            if moments:
+                found.scenes.append(Scene(path=sound, sound=sound, moments=tuple(moments)))
+    return found
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

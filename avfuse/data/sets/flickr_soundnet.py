@@ -8,6 +8,7 @@ import hashlib
 from pathlib import Path
 from xml.etree import ElementTree
 
+from ...checks import check_choice
 from ..decode import ClipError
 from ..scenes import Boxes, Moment, Scene, Scenes, check_file
 
@@ -30,42 +31,31 @@ def read_flickr_soundnet(root: str | Path, split: str = "test", *, test_share: f
         split: "train" or "test".
         test_share: how many of the pictures are to test on. A hash of its name decides for each, so that it
             stays where it is when others come or go.
-
-    Raises:
-        ValueError: no such split, a share that is not in 0..1, or no folder of this layout.
     """
     root = Path(root)
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    check_choice("split", split, SPLITS)
     if not 0 <= test_share <= 1:
         raise ValueError(f"test_share must be in 0..1, got {test_share}")
     if not is_flickr_soundnet(root):
         raise ValueError(f"{root} must hold the folders frames, audio and Annotations")
-    scenes, missing, expected = [], [], 0
+    found = Scenes()
     for annotation in sorted((root / "Annotations").glob("*.xml")):
         name = annotation.stem
         if (_share_of(name) < test_share) != (split == "test"):
             continue
-        expected += 1
-        try:
+        found.expected += 1
+        with found.noting_missing():
             boxes = read_boxes(check_file(root, f"Annotations/{annotation.name}"))
             picture = check_file(root, f"frames/{name}.jpg")
             sound = check_file(root, f"audio/{name}.wav")
-        except ClipError as error:
-            missing.append(error)
-            continue
-        moment = Moment(truth=Boxes(boxes, CANVAS), picture=picture)
-        scenes.append(Scene(path=picture, sound=sound, moments=(moment,)))
-    return Scenes(scenes, missing, expected)
+            moment = Moment(truth=Boxes(boxes, CANVAS), picture=picture)
+            found.scenes.append(Scene(path=picture, sound=sound, moments=(moment,)))
+    return found
 
 
 def read_boxes(path: Path) -> tuple[tuple[int, int, int, int], ...]:
     """The boxes (x0, y0, x1, y1) in an annotation, those of all people, in pixels; what of them lies outside
     the picture is cut off.
-
-    Raises:
-        ClipError: it cannot be read, has no box with a pixel of the picture in it, or declares a document
-            type, which may hold entities that grow without bound.
     """
     try:
         with path.open("rb") as file:
@@ -83,7 +73,7 @@ def read_boxes(path: Path) -> tuple[tuple[int, int, int, int], ...]:
 
 
 class _WithoutDocumentType(ElementTree.TreeBuilder):
-    """Refuses <!DOCTYPE ...>, whatever the encoding it is written in."""
+    """Refuses <!DOCTYPE ...>, in any encoding: it may hold entities that grow without bound."""
 
     def doctype(self, name, pubid, system):
         raise ValueError("it declares a document type")

@@ -9,11 +9,7 @@ SPLITS = ("train", "test")
 
 
 def read(root: str | Path) -> Listing:
-    """The clips that are there, without labels.
-
-    Raises:
-        ValueError: there is no such folder.
-    """
+    """The clips that are there, without labels."""
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"folder {root} " + ("is a file" if root.exists() else "does not exist"))

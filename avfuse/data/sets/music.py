@@ -16,9 +16,6 @@ TEST_EVERY = 5
 def read(root: str | Path, *, list_: Path = LIST) -> Listing:
     """The clips that are there, labelled "class" by the sorted instruments of the list; all clips of a video
     are in one split.
-
-    Raises:
-        ValueError: the list or the folder of clips is not there, or leads out of the data folder.
     """
     listing = Listing("MUSIC" if list_ == LIST else "MUSIC-21", Path(root))
     listed = dict(rows(listing, listing.root / list_, _parse))

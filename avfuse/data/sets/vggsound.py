@@ -16,11 +16,7 @@ IN_PATHS = str.maketrans(" (),", "____")  # how the name of a class becomes that
 
 
 def read(root: str | Path) -> Listing:
-    """The clips that are there, labelled "class" by the sorted classes of the list.
-
-    Raises:
-        ValueError: the list or the folder of clips is not there, or leads out of the data folder.
-    """
+    """The clips that are there, labelled "class" by the sorted classes of the list."""
     listing = Listing("VGGSound", Path(root))
     listed = list(rows(listing, listing.root / LIST, _parse))
     classes = sorted({label for _, label, _ in listed})

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ...files import aside, write_text
 from .read import CLASSES, NAME, SPLITS, Entry
-from .synthesis import Scene, draw, play, sample_scene
+from .synthesis import ShapeScene, draw, play, sample_scene
 
 VERSION = 1  # a new version draws new scenes: it is part of every seed
 SAMPLE_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)  # of AAC
@@ -91,12 +91,7 @@ def generate(root: str | Path, *, workers: int | None = None, progress: bool = T
     workers = _cores() if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers must be 1 or more, got {workers}")
-    description = {
-        "name": NAME,
-        "version": VERSION,
-        "settings": asdict(settings),
-        "classes": CLASSES,
-    }
+    description = {"name": NAME, "version": VERSION, "settings": asdict(settings), "classes": CLASSES}
     description = json.dumps(description, indent=2, sort_keys=True) + "\n"
     numbers = [(split, number) for split in SPLITS for number in range(getattr(settings, split))]
     if not _begin(root, description, settings, numbers):
@@ -155,10 +150,10 @@ def _mapping(workers: int):
         yield partial(pool.map, chunksize=4)
 
 
-# ---------------------------------------------------------------------------------------------------- writing
+# --- writing ------------------------------------------------------------------------------------------------
 
 
-def _scene(settings: Settings, split: str, number: int) -> tuple[Scene, np.random.Generator]:
+def _scene(settings: Settings, split: str, number: int) -> tuple[ShapeScene, np.random.Generator]:
     """The scene of a clip, from a seed of its own, whoever draws it and whatever the size of the data set."""
     rng = np.random.default_rng(np.random.SeedSequence((VERSION, settings.seed, SPLITS.index(split), number)))
     scene = sample_scene(rng, objects=settings.objects, sounding=settings.sounding, seconds=settings.seconds)
@@ -169,7 +164,7 @@ def _name(split: str, number: int, ending: str) -> str:
     return f"{split}/{number:06d}{ending}"
 
 
-def _entry(settings: Settings, split: str, number: int, scene: Scene) -> Entry:
+def _entry(settings: Settings, split: str, number: int, scene: ShapeScene) -> Entry:
     stems = {n: _name(split, number, f".stem{order}.flac") for order, n in enumerate(scene.sounding)}
     first = scene.objects[scene.sounding[0]]
     return Entry(

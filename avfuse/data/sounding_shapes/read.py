@@ -8,6 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 
+from ...checks import check_choice
 from ...files import inside
 from ..listing import Listing
 from ..table import Clip
@@ -47,15 +48,9 @@ def is_built(root: str | Path) -> bool:
 
 
 def read_manifest(root: str | Path, split: str) -> list[Entry]:
-    """The clips of a split, "train" or "test", in order.
-
-    Raises:
-        FileNotFoundError: the data set is not there, or not finished.
-        ValueError: no such split, a line that is no entry, or a path that leaves the data folder.
-    """
+    """The clips of a split, "train" or "test", in order."""
     root = Path(root)
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
+    check_choice("split", split, SPLITS)
     if not is_built(root):
         raise FileNotFoundError(f"{root} holds no finished {NAME} data set: `generate` makes one")
     entries = []

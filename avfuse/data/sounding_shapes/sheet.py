@@ -18,9 +18,6 @@ def contact_sheet(root: str | Path, path: str | Path, clips: int = 12) -> Path:
 
     Each shows frames with the sounding objects boxed, and beneath them the spectrogram, with the pitch that
     the height on screen asks for as a dotted line.
-
-    Raises:
-        ValueError: `clips` is not positive, or the data set is empty.
     """
     entries = _of_each_shape(read_manifest(root, "train") or read_manifest(root, "test"))[:clips]
     if clips < 1 or not entries:

@@ -63,7 +63,7 @@ class MovingShape:
 
 
 @dataclass(frozen=True)
-class Scene:
+class ShapeScene:
     """Objects from back to front, which of them sound (the first gives the labels), and the background."""
 
     objects: tuple[MovingShape, ...]
@@ -73,7 +73,7 @@ class Scene:
 
 def sample_scene(
     rng: np.random.Generator, *, objects: int = 3, sounding: int = 1, seconds: float = 4.0
-) -> Scene:
+) -> ShapeScene:
     """Draw a scene of distinct shapes in distinct colours; rounded, so that JSON keeps it exactly."""
     shapes = rng.permutation(len(SHAPES))[:objects]
     colours = rng.permutation(len(COLOURS))[:objects]
@@ -107,7 +107,7 @@ def sample_scene(
         "waves": [_rounded(wave) for wave in rng.uniform((-1.5, -1.5, 0), (1.5, 1.5, 2 * np.pi), (2, 3))],
     }
     chosen = rng.permutation(objects)[:sounding]  # last, from nothing that was drawn before
-    return Scene(things, tuple(int(n) for n in chosen), background)
+    return ShapeScene(things, tuple(int(n) for n in chosen), background)
 
 
 def _swing(centre, swing, rate, phase, times):
@@ -130,10 +130,10 @@ def _rounded(value):
     return tuple(np.round(value, 4).tolist()) if np.ndim(value) else float(np.round(value, 4))
 
 
-# --------------------------------------------------------------------------------------------------- pictures
+# --- pictures -----------------------------------------------------------------------------------------------
 
 
-def draw(scene: Scene, times: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+def draw(scene: ShapeScene, times: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Anti-aliased pictures of the scene at `times`, and which pixels show each sounding object.
 
     Returns:
@@ -217,10 +217,10 @@ OUTLINES: dict[str, Callable] = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------- sounds
+# --- sounds -------------------------------------------------------------------------------------------------
 
 
-def play(scene: Scene, seconds: float, sample_rate: int, rng: np.random.Generator) -> np.ndarray:
+def play(scene: ShapeScene, seconds: float, sample_rate: int, rng: np.random.Generator) -> np.ndarray:
     """Sounds of the sounding objects: (S, seconds * sample_rate) int16, in the order of `scene.sounding`.
 
     Their sum stays within 80 % of full scale. `rng` is drawn from by the noise timbre only.
