@@ -6,6 +6,7 @@ from typing import Annotated
 
 import tyro
 
+from .files import printable
 from .training.report import write_report
 
 
@@ -25,4 +26,4 @@ if __name__ == "__main__":
     try:
         tyro.cli(main, prog="python -m avfuse.report")
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(error)}")

@@ -13,6 +13,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from videos import write_video
 
 from avfuse import InputSettings, create_encoder, load_encoder
+from avfuse.data.class_folders import labelled
 from avfuse.data.clips import Clip, ClipDataset, collate
 from avfuse.data.decode import Part
 from avfuse.data.find import Found
@@ -27,7 +28,6 @@ from avfuse.tasks.classify import (
     WindowDataset,
     accuracy,
     check_label,
-    labelled,
     linear_probe,
     mix,
     parse,

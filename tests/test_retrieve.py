@@ -119,7 +119,8 @@ def test_clips_of_several_classes_are_drawn(folder, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "pictures" / "neighbours-000000.png").exists()
 
 
-def test_the_folder_of_a_training_run_is_left_alone(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
+@pytest.mark.parametrize("name", ["checkpoints", "model"])
+def test_the_folder_of_a_training_run_is_left_alone(tmp_path, name):
+    (tmp_path / name).mkdir()
     with pytest.raises(ValueError, match="is that of a training run"):
         RetrieveConfig(checkpoint="none", run=tmp_path)

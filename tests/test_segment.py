@@ -2,10 +2,12 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from scene_trees import SHAPES, write_avsbench
 from sklearn.metrics import fbeta_score, jaccard_score
 from torchmetrics.functional import jaccard_index
@@ -17,7 +19,8 @@ from avfuse.data.sounding_shapes.truths import SHAPE_CLASSES
 from avfuse.inputs import InputSettings
 from avfuse.loading import load_model
 from avfuse.presets import create_encoder
-from avfuse.tasks.scenes import model_inputs
+from avfuse.tasks.localize import Localization, LocalizeConfig
+from avfuse.tasks.scenes import model_inputs, show_map
 from avfuse.tasks.segment import (
     Segmentation,
     SegmentConfig,
@@ -331,6 +334,24 @@ def test_masks_that_are_missing_stop_a_run_unless_allowed(shapes, tmp_path):
     results = json.loads((tmp_path / "b/results.json").read_text())
     assert results["coverage"] == dict(judged=14, expected=15)
     assert "labels_semantic/1.png" in (tmp_path / "b/quarantine.jsonl").read_text()
+
+
+@pytest.mark.parametrize("kind", [Segmentation, Localization])
+def test_images_need_not_be_square(shapes, tmp_path, kind):
+    """Wide ones are trained on, judged as the protocol says, and keep their shape in the pictures."""
+    torch.manual_seed(0)
+    wide = create_encoder("tiny", inputs=replace(INPUTS, image_size=(32, 64)))
+    wide.save_pretrained(tmp_path / "encoder")
+    config = dict(checkpoint=str(tmp_path / "encoder"), data=shapes, run=tmp_path / "run", workers=0)
+    config |= dict(epochs=1, warmup_epochs=0, batch_size=2)
+    assert program((SegmentConfig if kind is Segmentation else LocalizeConfig)(**config), kind) == 0
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert all(0 <= value <= 1 for value in results["metrics"].values())
+    axis, frame = Figure().subplots(), torch.zeros(32, 64, 3).numpy()
+    show_map(axis, torch.zeros(224, 224), frame)
+    axis.figure.draw_without_rendering()
+    box = axis.get_window_extent()
+    assert box.width == pytest.approx(2 * box.height)
 
 
 def test_mistakes_are_explained(tmp_path):

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,10 +17,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 from ..checks import check_count, check_rate
+from ..data.class_folders import read_class_list, with_classes
 from ..data.clips import Clip, ClipDataset
 from ..data.find import Found
-from ..data.sets.folders import SPLITS
-from ..files import some
 from ..training.features import FEATURES
 from ..training.judge import JudgedTask, TaskConfig, main, starting_encoder, to_columns, to_rows
 from ..training.loop import Task
@@ -119,59 +118,6 @@ def mean_over(metric, scores: Tensor, target: Tensor, chosen: Tensor) -> float |
 
 
 # --- data ---------------------------------------------------------------------------------------------------
-
-
-def with_classes(found: Found, folder: Path | None, class_list: Path | None = None) -> Found:
-    """A data set with labels; those of a plain folder are the names of its sub-folders, as label "class".
-
-    Args:
-        found: the clips in the folder.
-        class_list: text file with the names of the classes, one a line; default: all sub-folders, sorted, of
-            train/ or of the folder itself.
-
-    Raises:
-        ValueError: a clip has a class that is not in the list, or none, or the list is not that of the data.
-    """
-    names = read_class_list(class_list) if class_list else None
-    if found.classes:
-        if names is not None and names not in found.classes.values():
-            raise ValueError(f"--class-list {class_list} is that of no label of this data set")
-        return found
-    splits = [folder / split for split in SPLITS]
-    roots = splits if all(root.is_dir() for root in splits) else [folder, folder]
-    if names is None:
-        names = tuple(sorted(p.name for p in roots[0].iterdir() if p.is_dir() and p.name[0] != "."))
-    train, test = (
-        [labelled(clip, root, names) for clip in clips]
-        for clips, root in zip((found.train, found.test), roots, strict=True)
-    )
-    return found._replace(train=train, test=test, classes={"class": names})
-
-
-def labelled(clip: Clip, root: Path, names: tuple[str, ...]) -> Clip:
-    """The clip with the number of the class whose folder it lies in."""
-    if clip.part:
-        raise ValueError(f"--data: {clip.path} is in a shard of a plain folder, which has no classes")
-    folder, *rest = clip.path.relative_to(root).parts
-    if not rest:
-        raise ValueError(f"--data: {clip.path} lies in no sub-folder, which would name its class")
-    if folder not in names:
-        known = some(names, most=10) or "none"
-        raise ValueError(f"--data: {clip.path} has the class {folder!r}, which is none of {known}")
-    return replace(clip, labels={"class": names.index(folder)})
-
-
-def read_class_list(path: Path) -> tuple[str, ...]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--class-list {path} cannot be read: {error}") from error
-    names = tuple(line.strip() for line in lines if line.strip())
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if not names or repeated:
-        what = f"these more than once: {', '.join(repeated)}" if repeated else "none"
-        raise ValueError(f"--class-list {path} must name each class once, one a line, and names {what}")
-    return names
 
 
 def check_label(found: Found, label: str) -> str:
@@ -329,9 +275,8 @@ class Classification(JudgedTask):
 
     @staticmethod
     def find(config, say):
-        if config.class_list:
-            read_class_list(config.class_list)  # if that fails, then before the data are looked through
-        return with_classes(Task.find(config, say), config.data, config.class_list)
+        names = read_class_list(config.class_list) if config.class_list else None
+        return with_classes(Task.find(config, say), config.data, names)
 
     def describe(self):
         how = "only the heads are trained" if self.config.probe else "all of it is trained"
@@ -444,7 +389,7 @@ def draw_predictions(path: Path, task: Classification, batch: dict, odds: dict[s
     for n in range(clips):
         frame, sound, bars = grid.flat[3 * n : 3 * n + 3]
         frame.imshow(rgb(batch["image"][n, middle], task.model.encoder.inputs).numpy())
-        show_sound(sound, batch["audio"][n, middle, 0], cmap="magma")
+        show_sound(sound, batch["audio"][n, middle, 0])
         frame.axis("off")
         sound.axis("off")
         label = batch[f"label_{task.label}"][n]

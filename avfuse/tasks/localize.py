@@ -20,18 +20,8 @@ from ..encoder import AVEncoder
 from ..inputs import InputSettings
 from ..pretrained import Pretrained
 from ..training.judge import main, starting_encoder, to_columns, to_rows
-from ..training.pictures import save
-from .scenes import (
-    SIZE,
-    SceneConfig,
-    SceneModel,
-    SceneTask,
-    model_inputs,
-    outline,
-    scene_figure,
-    show_map,
-    show_scene,
-)
+from ..training.pictures import figure_grid, save
+from .scenes import SIZE, SceneConfig, SceneModel, SceneTask, model_inputs, outline, show_map, show_scene
 
 PROGRAM = "python -m avfuse.tasks.localize"
 THRESHOLDS = 21  # from 0 to 1, of the curve under which the area is
@@ -261,7 +251,8 @@ def draw_maps(
     """Frames with the outline of what sounds, each map over its frame, and the sound; a cross marks the
     highest point of a map, white on the source and red beside it.
     """
-    figure, grid = scene_figure(len(inputs["image"]), ("frame", *map(TITLES.get, maps), "sound"))
+    titles = ("frame", *map(TITLES.get, maps))
+    figure, grid = figure_grid(len(inputs["image"]), titles, ("sound",))
     for row, axes in enumerate(grid):
         truth = inputs["sounding"][row].cpu()
         frame = show_scene(axes, inputs, row, truth, settings)

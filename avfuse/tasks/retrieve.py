@@ -12,6 +12,7 @@ import tyro
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..data.class_folders import with_classes
 from ..data.clips import Clip, ClipDataset
 from ..data.find import Found
 from ..inputs import InputSettings
@@ -20,8 +21,8 @@ from ..training.judge import JudgedTask, TaskConfig, main, starting_encoder, to_
 from ..training.loop import Task, evaluation_batches
 from ..training.neighbours import chance_at, neighbours, recall_at, related
 from ..training.pictures import BLUE, rgb, save, show_sound
+from ..training.run_folder import file_of
 from ..training.settings import NOT_NEGATIVE
-from .classify import with_classes
 
 PROGRAM = "python -m avfuse.tasks.retrieve"
 QUERIES, SHOWN = 3, 5  # in the picture: clips, and neighbours of each
@@ -63,9 +64,9 @@ class RetrieveConfig(TaskConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if (self.run / "checkpoints").exists():
+        if any((self.run / name).exists() for name in ("checkpoints", "model")):
             raise ValueError(f"--run-dir {self.run} is that of a training run")
-        self.restart = any((self.run / name).exists() for name in ("run.json", "config.json"))
+        self.restart = file_of(self.run).exists()
 
 
 # --- metric -------------------------------------------------------------------------------------------------
@@ -185,26 +186,25 @@ def draw_neighbours(
         label: what it is called.
         settings: the transforms of the images.
     """
-    shown = next(iter(nearest.values())).shape[1]
-    rows = len(titles) * len(nearest)
-    figure = Figure(figsize=(1.95 * (shown + 1), 1.02 * rows + 0.5), layout="constrained")
-    grid = figure.subplots(rows, 2 * (shown + 1), squeeze=False)
+    rows, columns = len(titles) * len(nearest), 1 + len(next(iter(nearest.values()))[0])
+    figure = Figure(figsize=(1.95 * columns, 1.02 * rows + 0.5), layout="constrained")
+    grid = figure.subplots(rows, 2 * columns, squeeze=False)
     for axis in grid.flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
+    lines = iter(grid)
     for block, (query, title) in enumerate(titles.items()):
-        top = grid[block * len(nearest)]
-        show_clip(top[:2], items[query], settings, is_right=False)
-        top[0].set_title(f"{label}: {title}", loc="left", fontsize=9, weight="bold")
-        for line, (feature, numbers) in enumerate(nearest.items()):
-            row = grid[block * len(nearest) + line]
+        for n, (feature, numbers) in enumerate(nearest.items()):
+            line = next(lines)
+            line[2].set_ylabel(feature, fontsize=10)
+            if n == 0:
+                show_clip(line[:2], items[query], settings, is_right=False)
+                line[0].set_title(f"{label}: {title}", loc="left", fontsize=9, weight="bold")
             for place, near in enumerate(numbers[block].tolist(), start=1):
-                axes = row[2 * place : 2 * place + 2]
+                axes = line[2 * place : 2 * place + 2]
                 show_clip(axes, items[near], settings, is_right=bool(same[query, near]))
-            row[2].set_ylabel(feature, fontsize=10)
-    figure.suptitle(
-        f"Nearest clips by each feature; framed: the same {label}", x=0.01, ha="left", fontsize=11
-    )
+    heading = f"Nearest clips by each feature; framed: the same {label}"
+    figure.suptitle(heading, x=0.01, ha="left", fontsize=11)
     save(figure, path)
 
 
@@ -214,7 +214,7 @@ def show_clip(axes, item: tuple[Tensor, Tensor] | None, settings: InputSettings,
         return
     image, audio = item
     axes[0].imshow(rgb(image, settings).numpy(), aspect="auto")
-    show_sound(axes[1], audio[0], cmap="magma")
+    show_sound(axes[1], audio[0])
     for axis in axes if is_right else ():
         axis.spines[:].set(visible=True, color=BLUE, linewidth=3.5)
 

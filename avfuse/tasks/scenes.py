@@ -7,7 +7,6 @@ from typing import Literal
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..checks import check_count
@@ -122,15 +121,6 @@ def model_inputs(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 # --- pictures -----------------------------------------------------------------------------------------------
 
 
-def scene_figure(rows: int, titles: tuple[str, ...]) -> tuple[Figure, np.ndarray]:
-    """A figure with a row for each clip; the last column, of spectrograms, is wider."""
-    figure = Figure(figsize=(1.75 * len(titles) + 1.6, 1.75 * rows + 0.5), layout="constrained")
-    grid = figure.subplots(rows, len(titles), squeeze=False, width_ratios=(*(1 for _ in titles[1:]), 1.7))
-    for axis, title in zip(grid[0], titles, strict=True):
-        axis.set_title(title, fontsize=10)
-    return figure, grid
-
-
 def show_scene(
     axes: np.ndarray, inputs: dict[str, Tensor], row: int, truth: Tensor, settings: InputSettings
 ) -> np.ndarray:
@@ -138,13 +128,11 @@ def show_scene(
     sound in the last. Returns the frame (height, width, 3).
     """
     frame = rgb(inputs["image"][row].cpu(), settings).numpy()
-    for axis in axes:
-        axis.axis("off")
     show_map(axes[0], frame, frame)
     outline(axes[0], truth)
     for axis in axes[1:-1]:
         show_map(axis, frame.mean(-1), frame, cmap="gray", vmin=0, vmax=1.3)
-    show_sound(axes[-1], inputs["audio"][row, 0].cpu(), cmap="magma")
+    show_sound(axes[-1], inputs["audio"][row, 0])
     return frame
 
 

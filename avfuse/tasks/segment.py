@@ -23,18 +23,8 @@ from ..encoder import AVEncoder
 from ..inputs import InputSettings
 from ..pretrained import Pretrained
 from ..training.judge import main, starting_encoder, to_columns, to_rows
-from ..training.pictures import save
-from .scenes import (
-    SIZE,
-    SceneConfig,
-    SceneModel,
-    SceneTask,
-    model_inputs,
-    outline,
-    scene_figure,
-    show_map,
-    show_scene,
-)
+from ..training.pictures import figure_grid, save
+from .scenes import SIZE, SceneConfig, SceneModel, SceneTask, model_inputs, outline, show_map, show_scene
 
 PROGRAM = "python -m avfuse.tasks.segment"
 BETA_SQUARED = 0.3  # of the F score: precision counts for more than recall
@@ -334,7 +324,7 @@ MASK = "#E69F00"
 
 def draw_masks(inputs: dict[str, Tensor], prob: Tensor, settings: InputSettings, path: Path) -> None:
     """Frames with the outline of what sounds, the probability that it does, the mask, and the sound."""
-    figure, grid = scene_figure(len(prob), ("frame and truth", "probability", "mask", "sound"))
+    figure, grid = figure_grid(len(prob), ("frame and truth", "probability", "mask"), ("sound",))
     for row, axes in enumerate(grid):
         truth = inputs["classes"][row].cpu()
         frame = show_scene(axes, inputs, row, truth, settings)
@@ -350,7 +340,7 @@ def draw_classes(
     inputs: dict[str, Tensor], pred: Tensor, classes: Sequence[str], settings: InputSettings, path: Path
 ) -> None:
     """Frames, true classes and predicted ones over them, and the sound."""
-    figure, grid = scene_figure(len(pred), ("frame", "truth", "prediction", "sound"))
+    figure, grid = figure_grid(len(pred), ("frame", "truth", "prediction"), ("sound",))
     shown = set()
     for row, axes in enumerate(grid):
         truth = inputs["classes"][row].cpu()

@@ -15,7 +15,6 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import tyro
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -25,7 +24,7 @@ from ..data.transforms import evaluation_image, random_gain
 from ..inputs import InputSettings
 from ..training.judge import JudgedTask, TaskConfig, first_clips, main, starting_encoder
 from ..training.loop import Task
-from ..training.pictures import rgb, save
+from ..training.pictures import figure_grid, rgb, save, show_sound
 from ..training.settings import COUNT
 from .separation_metrics import BSSEval, bss_eval, is_silent, nmf_masks, rpca_masks
 from .separator import Separator
@@ -299,29 +298,17 @@ def draw_pairs(model: Separator, inputs: dict[str, Tensor], separated, masks, pa
     """A row for each pair: the frame, and on the mel grid the mixture, the predicted mask, what it lets
     through, and what it should.
     """
-    pairs, settings = min(DRAWN, len(masks)), model.encoder.inputs
-    figure = Figure(figsize=(11.5, 1.75 * pairs + 0.3), layout="constrained")
-    grid = figure.subplots(pairs, 5, squeeze=False, width_ratios=(1, 1.7, 1.7, 1.7, 1.7))
-    for row, axes in enumerate(grid):
-        axes[0].imshow(rgb(inputs["image"][row, 0].cpu(), settings).numpy())
-        sounds = [inputs["sounds"][row].sum(0), separated[row, 0], inputs["sounds"][row, 0]]
-        loud = torch.stack(
-            [20 * model.mel_stft.magnitude(sound[None])[0].clamp(min=1e-4).log10() for sound in sounds]
-        )
-        low, high = loud[0].max().item() - 70, loud[0].max().item()
-        for axis, place in ((axes[1], 0), (axes[3], 1), (axes[4], 2)):
-            axis.imshow(
-                loud[place].cpu().numpy(), origin="lower", aspect="auto", cmap="magma", vmin=low, vmax=high
-            )
-        axes[2].imshow(
-            masks[row, 0].cpu().numpy(), origin="lower", aspect="auto", cmap="gray", vmin=0, vmax=1
-        )
-        for axis in axes:
-            axis.set_xticks([])
-            axis.set_yticks([])
-    titles = ("wanted: the sound of", "mixture", "mask", "separated", "truth")
-    for axis, title in zip(grid[0], titles, strict=True):
-        axis.set_title(title, fontsize=10)
+    pairs = min(DRAWN, len(masks))
+    sounds = ("mixture", "mask", "separated", "truth")
+    figure, grid = figure_grid(pairs, ("wanted: the sound of",), sounds)
+    for row, (frame, *axes) in enumerate(grid):
+        frame.imshow(rgb(inputs["image"][row, 0].cpu(), model.encoder.inputs).numpy())
+        sounds = torch.stack([inputs["sounds"][row].sum(0), separated[row, 0], inputs["sounds"][row, 0]])
+        loud = 20 * model.mel_stft.magnitude(sounds).clamp(min=1e-4).log10()
+        highest = loud[0].max().item()
+        for axis, decibels in zip((axes[0], axes[2], axes[3]), loud, strict=True):
+            show_sound(axis, decibels, vmin=highest - 70, vmax=highest)
+        show_sound(axes[1], masks[row, 0], cmap="gray", vmin=0, vmax=1)
     save(figure, path)
 
 

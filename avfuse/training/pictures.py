@@ -1,7 +1,9 @@
 """Pictures of a run: masked reconstructions, and where the fusion tokens look and listen."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -13,6 +15,7 @@ from ..inputs import InputSettings
 from ..mae import AVMAE, patchify, unpatchify
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"  # told apart by colour-blind readers (Okabe-Ito)
+STAGES = ("what the model sees", "reconstruction")
 
 
 @torch.no_grad()
@@ -23,22 +26,13 @@ def draw_reconstructions(mae: AVMAE, inputs: dict[str, Tensor], path: Path, clip
     mae.eval()
     clips = min(clips, len(inputs["image"]))
     output = mae(**{name: value[:clips] for name, value in inputs.items()})
-    figure = Figure(figsize=(11.5, 1.75 * clips + 0.3), layout="constrained")
-    grid = figure.subplots(clips, 6, squeeze=False, width_ratios=(1, 1, 1, 1.7, 1.7, 1.7))
-    titles = ("frame", "what the model sees", "reconstruction")
-    for column, name in enumerate(("image", "audio")):
-        stages = restored(mae, name, inputs[name][:clips], output)
-        for row in range(clips):
-            low, high = stages[0][row].min().item(), stages[0][row].max().item()
-            for stage, (title, pixels) in enumerate(zip(titles, stages, strict=True)):
-                axis = grid[row][3 * column + stage]
-                if name == "image":
-                    axis.imshow(rgb(pixels[row], mae.encoder.inputs).numpy())
-                else:
-                    show_sound(axis, pixels[row, 0], cmap="magma", vmin=low, vmax=high)
-                axis.axis("off")
-                if row == 0:
-                    axis.set_title("spectrogram" if stage == 0 and name == "audio" else title, fontsize=10)
+    figure, grid = figure_grid(clips, ("frame", *STAGES), ("spectrogram", *STAGES))
+    images, sounds = (restored(mae, name, inputs[name][:clips], output) for name in ("image", "audio"))
+    for row, axes in enumerate(grid):
+        low, high = sounds[0][row].min().item(), sounds[0][row].max().item()
+        for stage in range(3):
+            axes[stage].imshow(rgb(images[stage][row], mae.encoder.inputs).numpy())
+            show_sound(axes[3 + stage], sounds[stage][row, 0], vmin=low, vmax=high)
     save(figure, path)
 
 
@@ -63,32 +57,39 @@ def draw_attention(encoder: AVEncoder, inputs: dict[str, Tensor], path: Path, cl
     """
     encoder.eval()
     first = {name: value[:clips] for name, value in inputs.items()}
-    image, audio, clips = first["image"], first["audio"], len(first["image"])
+    image, audio = first["image"], first["audio"]
     weights = encoder.fusion_attention(
         image,
         audio,
         image_present=first.get("image_present"),
         audio_present=first.get("audio_present"),
     )
-    figure = Figure(figsize=(9.5, 1.75 * clips + 0.3), layout="constrained")
-    grid = figure.subplots(clips, 4, squeeze=False, width_ratios=(1, 1, 1.7, 1.7))
+    figure, grid = figure_grid(len(image), ("frame", "looked at"), ("spectrogram", "listened to"))
     maps = [
         heat_map(weight.mean((1, 2)), getattr(encoder, name).patch_embed.grid_size, pixels.shape[-2:])
         for name, weight, pixels in zip(("image", "audio"), weights, (image, audio), strict=True)
     ]
-    for row in range(clips):
+    for row, axes in enumerate(grid):
         frame, sound = rgb(image[row].cpu(), encoder.inputs), audio[row, 0].cpu()
-        for axis in grid[row]:
-            axis.axis("off")
-        grid[row][0].imshow(frame.numpy())
-        grid[row][1].imshow(frame.mean(-1).numpy(), cmap="gray", vmin=0, vmax=1)
-        grid[row][1].imshow(maps[0][row].numpy(), cmap="inferno", alpha=0.6)
-        show_sound(grid[row][2], sound, cmap="magma")
-        show_sound(grid[row][3], sound, cmap="gray")
-        show_sound(grid[row][3], maps[1][row], cmap="inferno", alpha=0.6)
-    for axis, title in zip(grid[0], ("frame", "looked at", "spectrogram", "listened to"), strict=True):
-        axis.set_title(title, fontsize=10)
+        axes[0].imshow(frame.numpy())
+        axes[1].imshow(frame.mean(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+        axes[1].imshow(maps[0][row].numpy(), cmap="inferno", alpha=0.6)
+        show_sound(axes[2], sound)
+        show_sound(axes[3], sound, cmap="gray")
+        show_sound(axes[3], maps[1][row], cmap="inferno", alpha=0.6)
     save(figure, path)
+
+
+def figure_grid(rows: int, frames: Sequence[str], sounds: Sequence[str]) -> tuple[Figure, np.ndarray]:
+    """A figure with a row for each clip: frames, then spectrograms, which are wider, below these titles."""
+    widths = [1] * len(frames) + [1.7] * len(sounds)
+    figure = Figure(figsize=(1.55 * sum(widths) + 0.5, 1.75 * rows + 0.4), layout="constrained")
+    grid = figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
+    for axis in grid.flat:
+        axis.axis("off")
+    for axis, title in zip(grid[0], (*frames, *sounds), strict=True):
+        axis.set_title(title, fontsize=10)
+    return figure, grid
 
 
 def heat_map(weights: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
@@ -105,7 +106,7 @@ def rgb(image: Tensor, inputs: InputSettings) -> Tensor:
 
 def show_sound(axis, spectrogram: Tensor, **options) -> None:
     """A (mel, time) picture, low frequencies at the bottom."""
-    axis.imshow(spectrogram.numpy(), origin="lower", aspect="auto", **options)
+    axis.imshow(spectrogram.cpu().numpy(), **dict(cmap="magma", origin="lower", aspect="auto") | options)
 
 
 def save(figure: Figure, path: Path) -> None:

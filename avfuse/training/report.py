@@ -259,13 +259,13 @@ def results(measures: list[dict]) -> str:
         return ""
     first_and_last = spread(measures, 2)
     names = list(first_and_last[-1]["metrics"])
-    cells = [[name, *(told(row["metrics"].get(name)) for row in first_and_last)] for name in names]
+    cells = [[name, *(short(row["metrics"].get(name)) for row in first_and_last)] for name in names]
     steps = [f"step {row['step']}" for row in first_and_last]
     judged = first_and_last[-1].get("judged", "?")
     return paragraph(f"{judged} {first_and_last[-1].get('clips', 'clips')}") + table(cells, ["", *steps])
 
 
-def told(value: object) -> str:
+def short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
@@ -301,20 +301,22 @@ def chance(features: dict[str, dict]) -> float:
 
 def pictures(folder: Path) -> str:
     """A row of moments to choose from for each kind of picture; at first the last one shows."""
-    text = ""
-    others = {
-        path.stem[:-7] for path in folder.glob("*-[0-9][0-9][0-9][0-9][0-9][0-9].png")
-    } - PICTURES.keys()
-    for kind, caption in (PICTURES | {kind: kind.capitalize() for kind in sorted(others)}).items():
-        found = {path.stem.removeprefix(f"{kind}-"): path for path in folder.glob(f"{kind}-*.png")}
-        moments = sorted((int(step), path) for step, path in found.items() if step.isdecimal())
-        images = {step: uri for step, path in spread(moments, MOMENTS) if (uri := embedded(path))}
+    kinds, text = {kind: [] for kind in PICTURES}, ""
+    for path in sorted(folder.glob("*-*.png")):
+        kind, _, step = path.stem.rpartition("-")
+        if step.isdecimal():
+            kinds.setdefault(kind, []).append((int(step), path))
+    for kind, moments in kinds.items():
+        moments = spread(sorted(moments), MOMENTS)
+        images = {step: uri for step, path in moments if (uri := embedded(path))}
+        name = escape(kind)
         items = (
-            f'<input type="radio" name="{kind}" id="{kind}-{step}"{" checked" * (step == max(images))}>'
-            f'<label for="{kind}-{step}">step {step}</label><img alt="{kind}, step {step}" src="{uri}">'
+            f'<input type="radio" name="{name}" id="{name}-{step}"{" checked" * (step == max(images))}>'
+            f'<label for="{name}-{step}">step {step}</label><img alt="{name}, step {step}" src="{uri}">'
             for step, uri in images.items()
         )
-        text += f'{paragraph(caption)}<div class="moments">{"".join(items)}</div>' if images else ""
+        caption = paragraph(PICTURES.get(kind, kind.capitalize()))
+        text += f'{caption}<div class="moments">{"".join(items)}</div>' if images else ""
     return text
 
 
