@@ -43,7 +43,8 @@ DECODER_NAME = re.compile(r"^(image|audio)_decoder_")
 
 class ReleasedFusion(Fusion):
     """What the released fusion blocks share: the residual adds to the *normalised* tokens, which replace the
-    input; the softmax scale comes from the full width, (D / H) ** -0.5, whatever the query width."""
+    input; the softmax scale comes from the full width, (D / H) ** -0.5, whatever the query width.
+    """
 
     def __init__(self, dim, num_heads, *, mlp_ratio=1.0):
         super().__init__()
@@ -85,9 +86,7 @@ class ReleasedDense(ReleasedFusion):
     def __init__(self, dim, num_heads, *, attn_ratio=0.25, mlp_ratio=1.0):
         super().__init__(dim, num_heads, mlp_ratio=mlp_ratio)
         width = int(dim * attn_ratio)
-        self.attn = nn.ModuleDict(
-            dict(q=nn.Linear(dim, width), kv=nn.Linear(2 * dim, 2 * width), proj=nn.Linear(width, dim))
-        )
+        self.attn = linears(q=(dim, width), kv=(2 * dim, 2 * width), proj=(width, dim))
         initialize_linear(self)
 
     def attend(self, fusion, image, audio):
@@ -101,7 +100,8 @@ class ReleasedDense(ReleasedFusion):
 
 class ReleasedFactorized(ReleasedFusion):
     """Released "factorized_mmi": pairs of the raw outputs of the aggregation attentions (no residual, no MLP
-    before); one shared residual and MLP over all fusion and aggregation tokens; full-width values."""
+    before); one shared residual and MLP over all fusion and aggregation tokens; full-width values.
+    """
 
     def __init__(
         self,
@@ -117,24 +117,12 @@ class ReleasedFactorized(ReleasedFusion):
         super().__init__(dim, num_heads, mlp_ratio=mlp_ratio)
         self.split_sizes = [fusion_tokens, image_aggregation_tokens, audio_aggregation_tokens]
         width = int(dim * attn_ratio)
-        self.attn = nn.ModuleDict(
-            dict(
-                attn_v=self.cross_attention(dim),
-                attn_a=self.cross_attention(dim),
-                q=nn.Linear(dim, width),
-                k=nn.Linear(2 * dim, width),
-                v=nn.Linear(2 * dim, dim),
-                proj=nn.Linear(dim, dim),
-            )
-        )
+        self.attn = nn.ModuleDict()
+        for part in "attn_v", "attn_a":
+            self.attn[part] = linears(q=(dim, dim), kv=(dim, 2 * dim), proj=(dim, dim))
+        self.attn.update(linears(q=(dim, width), k=(2 * dim, width), v=(2 * dim, dim), proj=(dim, dim)))
         self.attn["k"].bias.requires_grad_(False)  # it cancels in the softmax: never used, never trained
         initialize_linear(self)
-
-    @staticmethod
-    def cross_attention(dim):
-        return nn.ModuleDict(
-            dict(q=nn.Linear(dim, dim), kv=nn.Linear(dim, 2 * dim), proj=nn.Linear(dim, dim))
-        )
 
     def attend(self, fusion, image, audio):
         fusion, image_aggregate, audio_aggregate = split_state(fusion, self.split_sizes)
@@ -162,21 +150,25 @@ class ReleasedFactorized(ReleasedFusion):
 
 class ReleasedToken(ReleasedFusion):
     """Released "token": one softmax over image and audio tokens, without the fusion tokens; its scale is that
-    of its own query width."""
+    of its own query width.
+    """
 
     def __init__(self, dim, num_heads, *, attn_ratio=0.25, mlp_ratio=1.0):
         super().__init__(dim, num_heads, mlp_ratio=mlp_ratio)
         width = int(dim * attn_ratio)
         self.scale = (width // num_heads) ** -0.5
-        self.attn = nn.ModuleDict(
-            dict(q=nn.Linear(dim, width), kv=nn.Linear(dim, 2 * width), proj=nn.Linear(width, dim))
-        )
+        self.attn = linears(q=(dim, width), kv=(dim, 2 * width), proj=(width, dim))
         initialize_linear(self)
 
     def attend(self, fusion, image, audio):
         key, value = self.attn["kv"](torch.cat([image.tokens, audio.tokens], dim=1)).chunk(2, dim=-1)
         side = self.side(key, value, union_mask(image, audio))
         return self.attn["proj"](self.attend_tokens(self.attn["q"](fusion), side))
+
+
+def linears(**sizes: tuple[int, int]) -> nn.ModuleDict:
+    """Linear layers by name, of widths (in, out)."""
+    return nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()})
 
 
 VARIANTS = {
