@@ -405,9 +405,11 @@ def command() -> str:
 
 
 def commit() -> str:
-    """The commit that ran, marked where tracked files outside of the results differ from it. Where git cannot
-    tell, as in a copy of the files alone, it is what the environment variable AVFUSE_COMMIT says.
+    """The commit that ran, marked where tracked files outside of the results differ from it. The environment
+    variable AVFUSE_COMMIT says it for a copy of the files, whose git does not know.
     """
+    if named := os.environ.get("AVFUSE_COMMIT"):
+        return named
     git = ["git", "-C", str(ROOT)]
     try:
         command = [*git, "rev-parse", "--short=12", "HEAD"]
@@ -415,7 +417,7 @@ def commit() -> str:
         paths = ["avfuse", "kernels", "benchmarks/*.py"]
         changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *paths]).returncode
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("AVFUSE_COMMIT", "unknown")
+        return "unknown"
     return head + (" with changes" if changed else "")
 
 
