@@ -263,7 +263,7 @@ def train(run: Run) -> int:
     with run.lock or nullcontext(), Signals() as signals, memory:
         if run.first_step == 0 < steps:
             measure(run, 0, "before")
-        stopped = take_steps(run, signals)
+        stopped = take_steps(run, signals) if steps else 0
         if not stopped:
             measure(run, steps, "after")
             accelerator.print(run.quarantine.summary())
