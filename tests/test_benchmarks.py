@@ -237,7 +237,7 @@ def test_throughput_keeps_what_it_measured_before_it_was_interrupted(out, monkey
 
 def test_throughput_refuses_a_row_that_disagrees_or_does_not_fit(out, monkeypatch, capsys):
     monkeypatch.setattr(
-        "avfuse.fusion.pair_attention", lambda query, *tokens, **_: query + tokens[1].mean(2, keepdim=True)
+        "avfuse.fusion.attend_pairs", lambda query, image, *_, **__: query + image.value.mean(2, keepdim=True)
     )
     throughput.main(replace(TINY, out=out))
     row = record_of(out)["inference"]["rows"]["dense"]

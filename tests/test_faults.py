@@ -28,7 +28,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(train, "draw", lambda *_: None)
+    monkeypatch.setattr(train.Pretraining, "draw", lambda *_: None)
 
 
 @pytest.fixture
@@ -104,7 +104,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(config, monkeypatch, 
 
     def spoil(batch):
         inputs = prepare(batch)
-        if next(calls) != 4:  # two micro-batches in each of the two steps before
+        # Where it trains, not where it is judged: two micro-batches in each of the two steps before
+        if not run.task.model.training or next(calls) != 4:
             return inputs
         spoilt["clip"] = str(run.found.train[batch["index"][1]].path)
         spoilt["weights"] = {name: tensor.clone() for name, tensor in run.task.model.state_dict().items()}
