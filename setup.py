@@ -45,10 +45,12 @@ setup(
     extras_require={
         "test": [
             "mir_eval>=0.8,<0.9",
+            "peft>=0.17",
             "psutil>=6",
             "pytest>=8",
             "ruff",
             "setuptools>=77",
+            "torchao>=0.14",
         ],
         "xformers": ["xformers"],
     },

@@ -5,8 +5,9 @@ import math
 import numbers
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 FLOATING = "floating point"
 KINDS = {"bool": torch.bool, "long": torch.long}
@@ -104,6 +105,22 @@ def check_indices(name: str, indices: Tensor, batch: int, size: int, device: tor
         lowest, highest = indices.min(), indices.max()
         if lowest < 0 or highest >= size:
             raise ValueError(f"{name} must hold indices in 0..{size - 1}, got {lowest}..{highest}")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling this module does more than its class says: hooks, or a `forward` of its own."""
+    hooks = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
+    return "forward" in vars(module) or any(getattr(module, kind) for kind in hooks)
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a product with parts of the weight is all that calling this layer does.
+
+    Not with hooks or adapters, and not where the weight is quantized or distributed.
+    """
+    return type(linear) is nn.Linear and not (
+        has_hooks(linear) or is_traceable_wrapper_subclass(linear.weight)
+    )
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:

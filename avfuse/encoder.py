@@ -17,6 +17,7 @@ from .checks import (
     check_indices,
     check_mask,
     check_tensor,
+    has_hooks,
 )
 from .fusion import NORM_EPS, STATE, VARIANTS, Fusion, Stream, Variant
 from .inputs import InputSettings
@@ -27,8 +28,8 @@ from .vit import (
     describe_vit,
     input_shape,
     patch_tokens,
-    run_block,
     split_prefix,
+    take_context,
     without_head,
 )
 
@@ -114,6 +115,8 @@ class AVEncoder(nn.Module, Pretrained):
         for name, count in zip(STATE, counts, strict=True):
             check_count(name, count)
         self.image, self.audio = without_head(image), without_head(audio)
+        take_context(image)
+        take_context(audio)
         self.embed_dim, self.depth = image.embed_dim, len(image.blocks)
         self.num_fusion_tokens = fusion_tokens
         self.inputs = default_inputs(image, audio) if inputs is None else inputs
@@ -232,8 +235,8 @@ class AVEncoder(nn.Module, Pretrained):
         if branch is None:
             return None
         key_mask = branch.key_mask(0 if context is None else context.shape[1])
-        run = self.checkpointed(run_block)
-        return branch._replace(tokens=run(branch.vit.blocks[layer], branch.tokens, context, key_mask))
+        block = self.checkpointed(branch.vit.blocks[layer])
+        return branch._replace(tokens=block(branch.tokens, context=context, attn_mask=key_mask))
 
     def run_fusion(self, layer, fusion, image, audio):
         image, audio = streams_of(image, audio)
@@ -305,7 +308,7 @@ class AVEncoder(nn.Module, Pretrained):
         """Optimizer groups by decay and layer, see `avfuse.pretrained.parameter_groups`."""
         return parameter_groups(self, self.depth, weight_decay)
 
-    def config(self) -> dict:
+    def to_config(self) -> dict:
         """What config.json holds."""
         return dict(
             image=describe_vit(self.image),
@@ -388,6 +391,11 @@ def check_branch(name: str, vit: VisionTransformer, pixels: Tensor | None, selec
             if given is not None:
                 raise ValueError(f"{name}_{what} needs {name}, which is None")
         return
+    for part, module in (name, vit), (f"{name}.blocks", vit.blocks):
+        if has_hooks(module):
+            raise ValueError(
+                f"{name} cannot run the hooks of {part}, only those of its parts, such as its blocks"
+            )
     check_tensor(name, pixels, "floating point")
     expected, shape = input_shape(vit), tuple(pixels.shape)
     if len(shape) != 4 or shape[1:] != expected:

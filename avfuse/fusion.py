@@ -158,7 +158,7 @@ class FusionBlock(Fusion):
 
     @property
     def weight(self) -> Tensor:
-        return self.query.weight
+        return self.norm_fusion.weight  # the linear layers may be quantized
 
     def queries(self, fusion: Tensor) -> Tensor:
         """(B, F, D) -> (B, H, F, K)"""
@@ -302,7 +302,8 @@ class FactorizedFusion(Fusion):
 
     def fuse(self, state: Tensor, image: Stream, audio: Stream) -> Tensor:
         fusion, image, audio = self.summarize(state, image, audio)
-        return torch.cat([self.fusion.fuse(fusion, image, audio), image.tokens, audio.tokens], dim=1)
+        fusion = self.fusion(fusion, image.tokens, audio.tokens, image_mask=image.mask, audio_mask=audio.mask)
+        return torch.cat([fusion, image.tokens, audio.tokens], dim=1)
 
     def weights(self, state: Tensor, image: Stream, audio: Stream) -> tuple[Tensor, Tensor]:
         """Each weight goes through the aggregation tokens, so it is the product of two attention maps."""
@@ -314,8 +315,8 @@ class FactorizedFusion(Fusion):
     def summarize(self, state: Tensor, image: Stream, audio: Stream) -> tuple[Tensor, Stream, Stream]:
         """The fusion tokens, and the updated aggregation tokens, of which pairs form."""
         fusion, image_aggregate, audio_aggregate = split_state(state, self.split_sizes)
-        image_aggregate = self.image_aggregation.fuse(image_aggregate, image)
-        audio_aggregate = self.audio_aggregation.fuse(audio_aggregate, audio)
+        image_aggregate = self.image_aggregation(image_aggregate, image.tokens, image.mask)
+        audio_aggregate = self.audio_aggregation(audio_aggregate, audio.tokens, audio.mask)
         return fusion, summary(image_aggregate, image), summary(audio_aggregate, audio)
 
 

@@ -187,9 +187,9 @@ class AVMAE(nn.Module, Pretrained):
         """Optimizer groups by decay and layer, see `avfuse.pretrained.parameter_groups`."""
         return parameter_groups(self, self.encoder.depth, weight_decay)
 
-    def config(self) -> dict:
+    def to_config(self) -> dict:
         """What config.json holds."""
-        return dict(encoder=self.encoder.config(), **self.settings)
+        return dict(encoder=self.encoder.to_config(), **self.settings)
 
     @classmethod
     def from_config(cls, config: dict) -> "AVMAE":

@@ -22,7 +22,7 @@ class Pretrained(
     tags=["audio-visual", "masked-autoencoder"],
 ):
     """`save_pretrained(dir)`, `from_pretrained(dir_or_hub_id)` and `push_to_hub(id)` for a model that can
-    state its `config()` and be made `from_config(...)`. A folder that exists is read without the network.
+    state its `to_config()` and be made `from_config(...)`. A folder that exists is read without the network.
 
     `facts`, a dictionary about the run that the weights come from, is kept in config.json and shown by the
     model card (README.md), see `avfuse.model_card.model_card`.
@@ -34,7 +34,7 @@ class Pretrained(
 
     facts: dict | None = None
     home = "avfuse"  # the module to import the class from
-    mark: str | None = None  # a key that only the config() of this subclass holds: its parent looks for it
+    mark: str | None = None  # a key that only the to_config() of this subclass holds: its parent looks for it
 
     @classmethod
     def kind_of(cls, config: dict) -> type["Pretrained"]:
@@ -59,7 +59,7 @@ class Pretrained(
             raise ValueError(f"{pretrained_model_name_or_path}: {CONFIG} is damaged: {error}") from error
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        config = {"library": "avfuse", "class": _saved_as(type(self)), "model": self.config()}
+        config = {"library": "avfuse", "class": _saved_as(type(self)), "model": self.to_config()}
         config |= {"facts": self.facts} if self.facts else {}
         card = self.generate_model_card()
         licence = licence_of(self.facts or {}, self._origins())

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from .checks import check_choice, check_count, check_flag, check_positive, check_size
+from .checks import check_choice, check_count, check_flag, check_positive, check_size, is_plain
 from .encoder import AVEncoder
 from .files import read_pth, read_safetensors, state_dict
 from .fusion import (
@@ -66,6 +66,16 @@ class ReleasedFusion(Fusion):
         fusion = fusion + self.attend(fusion, image, audio)
         return fusion + self.mlp(self.norm2(fusion))
 
+    def halves(self, name: str) -> tuple[Tensor, Tensor]:
+        """The weight of a released Linear over concatenated pairs, as one map of each token of a pair."""
+        linear = self.attn[name]
+        if not is_plain(linear):
+            raise ValueError(
+                f"attn.{name} of {type(self).__name__} must be a plain Linear without hooks, adapters or "
+                f"quantization: its weight is used in halves, got {type(linear).__name__}"
+            )
+        return linear.weight.chunk(2, dim=1)
+
     def side(self, key: Tensor, value: Tensor, mask: Tensor | None) -> Side:
         """Of projections (B, N, width)."""
         return Side(self.split_heads(key), self.split_heads(value), mask)
@@ -90,7 +100,7 @@ class ReleasedDense(ReleasedFusion):
         initialize_linear(self)
 
     def attend(self, fusion, image, audio):
-        audio_weight, image_weight = self.attn["kv"].weight.chunk(2, dim=1)
+        audio_weight, image_weight = self.halves("kv")
         image_side = self.side(*F.linear(image.tokens, image_weight).chunk(2, dim=-1), image.mask)
         audio_side = self.side(*F.linear(audio.tokens, audio_weight).chunk(2, dim=-1), audio.mask)
         value_bias = self.attn["kv"].bias.chunk(2)[1]  # the key bias cancels in the softmax
@@ -129,8 +139,8 @@ class ReleasedFactorized(ReleasedFusion):
         image_aggregate = self.aggregate(self.attn["attn_v"], image_aggregate, image)
         audio_aggregate = self.aggregate(self.attn["attn_a"], audio_aggregate, audio)
 
-        image_key, audio_key = self.attn["k"].weight.chunk(2, dim=1)
-        image_value, audio_value = self.attn["v"].weight.chunk(2, dim=1)
+        image_key, audio_key = self.halves("k")
+        image_value, audio_value = self.halves("v")
         attended = self.attend_pairs(
             self.attn["q"](fusion),
             self.projected(summary(image_aggregate, image), image_key, image_value),
@@ -197,8 +207,8 @@ class ReleasedEncoder(AVEncoder):
     def visible_fusion(self, state):
         return state
 
-    def config(self):
-        return super().config() | {self.mark: True}
+    def to_config(self):
+        return super().to_config() | {self.mark: True}
 
 
 class ReleasedAutoencoder(AVMAE):

@@ -8,6 +8,8 @@ from timm.layers import GELU, Attention, GELUTanh, LayerNorm, Mlp, PatchEmbed, Q
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from .checks import is_plain
+
 NORMS = {"LayerNorm": (LayerNorm, nn.LayerNorm), "RmsNorm": (RmsNorm,)}
 ACTIVATIONS = {
     "GELU": (nn.GELU, GELU),
@@ -42,39 +44,65 @@ def split_prefix(vit: VisionTransformer, tokens: Tensor) -> tuple[Tensor, Tensor
     return tokens[:, :prefix], tokens[:, prefix:]
 
 
-def run_block(block: Block, tokens: Tensor, context: Tensor | None, key_mask: Tensor | None) -> Tensor:
+class ContextAttention(Attention):
+    """timm's attention, to which `context` tokens can be extra keys and values."""
+
+    def forward(self, tokens: Tensor, attn_mask=None, *, context: Tensor | None = None, **options) -> Tensor:
+        if context is None:
+            return super().forward(tokens, attn_mask, **options)
+        query, key, value = (heads.transpose(1, 2) for heads in self.project(tokens, context))
+        attended = F.scaled_dot_product_attention(
+            self.q_norm(query),  # (B, H, N, K)
+            self.k_norm(key),  # (B, H, F + N, K)
+            value,
+            attn_mask=attn_mask,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
+            **options,
+        )
+        return self.proj_drop(self.proj(self.norm(attended.transpose(1, 2).flatten(2))))
+
+    def project(self, tokens: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, N, H, K) of `tokens`, keys and values (B, F + N, H, K) of `context` and `tokens`."""
+        union = torch.cat([context, tokens], dim=1)
+        if is_plain(self.qkv):  # its rows give each only what is used: no queries of the context
+            weights, biases = self.qkv.weight, self.qkv.bias
+            rows = slice(0, self.attn_dim), slice(self.attn_dim, None)
+            query, key_value = (
+                F.linear(inputs, weights[part], None if biases is None else biases[part])
+                for inputs, part in zip((tokens, union), rows, strict=True)
+            )
+        else:  # adapters, hooks and quantized weights take effect where the module is called
+            query, key_value = self.qkv(union).tensor_split([self.attn_dim], dim=-1)
+            query = query[:, context.shape[1] :]
+        key, value = key_value.unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        return query.unflatten(-1, (self.num_heads, -1)), key, value
+
+
+class ContextBlock(Block):
     """A timm block in which `context` tokens (B, F, D) serve as extra keys and values only (paper Eq. 2-3).
 
-    Running the block on the concatenation and dropping its first F outputs gives the same; this skips their
-    queries and their MLP. `key_mask` (B, 1, 1, F + N) bool, True = attend.
+    Running a block on the concatenation and dropping its first F outputs gives the same; this skips their
+    queries and their MLP. Every part is called as a module, so that hooks and adapters take effect.
     """
-    if context is None:
-        return block(tokens, attn_mask=key_mask)
-    attn = block.attn
-    own = block.norm1(tokens)
-    union = torch.cat([block.norm1(context), own], dim=1)
-    weights, biases = attn.qkv.weight, attn.qkv.bias
-    width = attn.attn_dim
-    query = F.linear(own, weights[:width], None if biases is None else biases[:width])
-    key_value = F.linear(union, weights[width:], None if biases is None else biases[width:])
 
-    query = attn.q_norm(query.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2))  # (B, H, N, K)
-    key, value = key_value.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, F + N, K)
-    attended = F.scaled_dot_product_attention(
-        query,
-        attn.k_norm(key),
-        value,
-        attn_mask=key_mask,
-        dropout_p=attn.attn_drop.p if attn.training else 0.0,
-    )
-    attended = attn.proj_drop(attn.proj(attn.norm(attended.transpose(1, 2).flatten(2))))
-    tokens = tokens + block.drop_path1(block.ls1(attended))
-    return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+    def forward(self, tokens: Tensor, attn_mask=None, *, context: Tensor | None = None, **options) -> Tensor:
+        """Tokens (B, N, D) -> (B, N, D). `attn_mask` (B, 1, 1, F + N) bool, True = attend."""
+        if context is None:
+            return super().forward(tokens, attn_mask, **options)
+        attended = self.attn(self.norm1(tokens), attn_mask, context=self.norm1(context), **options)
+        tokens = tokens + self.drop_path1(self.ls1(attended))
+        return tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))
+
+
+def take_context(vit: VisionTransformer) -> None:
+    """Lets the blocks take context tokens. They stay the modules they are, with their weights and hooks."""
+    for block in vit.blocks:
+        block.__class__, block.attn.__class__ = ContextBlock, ContextAttention
 
 
 def input_shape(vit: VisionTransformer) -> tuple[int, int, int]:
     """What one input must be: (channels, height, width)"""
-    return (vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)
+    return (vit.patch_embed.proj.weight.shape[1], *vit.patch_embed.img_size)
 
 
 def check_vit(name: str, vit: VisionTransformer) -> None:
@@ -82,12 +110,12 @@ def check_vit(name: str, vit: VisionTransformer) -> None:
     if type(vit) is not VisionTransformer:  # a subclass may compute something else
         raise ValueError(f"{name} must be a timm VisionTransformer, got {type(vit).__name__}")
     for index, block in enumerate(vit.blocks):
-        parts = (block, Block), (getattr(block, "attn", None), Attention), (getattr(block, "mlp", None), Mlp)
-        for part, standard in parts:
-            if type(part) is not standard:
+        attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
+        for part, *standard in (block, Block, ContextBlock), (attn, Attention, ContextAttention), (mlp, Mlp):
+            if type(part) not in standard:
                 raise ValueError(
                     f"{name} must have standard timm blocks; blocks[{index}] holds a {type(part).__name__} "
-                    f"where a {standard.__name__} belongs"
+                    f"where a {standard[0].__name__} belongs"
                 )
         if getattr(block.attn, "gate", None) is not None:  # older versions of timm have none
             raise ValueError(f"{name} must have standard attention; that of blocks[{index}] is gated")

@@ -155,7 +155,7 @@ def test_blocks_are_dropped_at_the_rate_of_the_run_not_of_its_checkpoint(tmp_pat
     x = torch.randn(2, 3, 96, 96), torch.randn(2, 1, 64, 128)
     for rate, varies in (0.0, False), (0.2, True):
         encoder = starting_encoder(config, rate).train()
-        assert encoder.config()["drop_path"] == rate
+        assert encoder.to_config()["drop_path"] == rate
         once, again = encoder(*x), encoder(*x)
         assert all(torch.equal(a, b) != varies for a, b in zip(once[:3], again[:3], strict=True))
 

@@ -516,8 +516,8 @@ def test_images_need_not_be_square():
         assert encoder.inputs == inputs and encoder.inputs.image_shape == (48, 80)
         assert encoder(torch.empty(2, 3, 48, 80), torch.empty(2, 1, 64, 128)).image.shape == (2, 15, 192)
         assert AVEncoder(encoder.image, encoder.audio).inputs == inputs  # what its transformers take
-        loaded = AVEncoder.from_config(json.loads(json.dumps(encoder.config())))
-    assert loaded.inputs == inputs and loaded.config() == encoder.config()
+        loaded = AVEncoder.from_config(json.loads(json.dumps(encoder.to_config())))
+    assert loaded.inputs == inputs and loaded.to_config() == encoder.to_config()
     assert InputSettings(96) == InputSettings((96, 96)) == InputSettings([96, 96])
     assert InputSettings(96).image_size == 96 and InputSettings(96).image_shape == (96, 96)
 

@@ -59,7 +59,7 @@ def assert_same(loaded, model):
     assert repr(loaded).replace("GELU(approximate='none')", "GELU()") == repr(model).replace(
         "GELU(approximate='none')", "GELU()"
     )
-    assert loaded.config() == model.config()
+    assert loaded.to_config() == model.to_config()
     weights, saved = loaded.state_dict(), model.state_dict()
     assert weights.keys() == saved.keys()
     assert all(torch.equal(weights[name], saved[name]) for name in saved)

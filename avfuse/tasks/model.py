@@ -13,9 +13,9 @@ class TaskModel(nn.Module):
     encoder: AVEncoder
     settings: dict
 
-    def config(self) -> dict:
+    def to_config(self) -> dict:
         """What config.json holds."""
-        return dict(encoder=self.encoder.config(), **self.settings)
+        return dict(encoder=self.encoder.to_config(), **self.settings)
 
     @classmethod
     def from_config(cls, config: dict) -> "TaskModel":

@@ -70,7 +70,7 @@ def with_drop_path(encoder: AVEncoder, rate: float) -> AVEncoder:
     """The same encoder, in whose training blocks are dropped: up to `rate` of the time in the uni-modal
     branches, rising with depth as in timm, and `rate` in the fusion blocks (released ones drop nothing).
     """
-    config = encoder.config()
+    config = encoder.to_config()
     dropping = config | dict(drop_path=rate)
     for branch in "image", "audio":
         dropping[branch] = config[branch] | dict(drop_path_rate=rate)
