@@ -96,3 +96,18 @@ def test_lists_that_cannot_be_used(root):
         (root / f"annotations/{split}_segments.csv").unlink()
     with pytest.raises(ValueError, match="annotations holds none of unbalanced_train, balanced_train, eval"):
         reader.read(root)
+
+
+@pytest.mark.parametrize("name", ["Y{id}", "{id}", "Y{id}_{times}", "any/{id}_{times}"])
+def test_files_may_have_the_names_that_downloads_give_them(root, name):
+    for path in list((root / "clips").rglob("*.mp4")):
+        new = root / "clips" / (name.format(id=path.stem[:11], times=path.stem[12:]) + ".mp4")
+        new.parent.mkdir(exist_ok=True)
+        path.rename(new)
+    listing = reader.read(root)
+    labels = {c.path.stem: c.labels["class"] for clips in listing.found.values() for c in clips}
+    assert listing.extra == 0 and len(labels) == 4
+    assert {name.rpartition("/")[2]: l for name, (_, l) in IN_AUDIOSET.items()} == {
+        next(p.rpartition("/")[2] for p in IN_AUDIOSET if p.rpartition("/")[2][:11] in stem): label
+        for stem, label in labels.items()
+    }

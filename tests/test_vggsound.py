@@ -4,6 +4,7 @@ import pytest
 import torch
 from trees import IN_VGGSOUND, plant, vggsound, videos, write_list
 
+from avfuse.data.check import check
 from avfuse.data.clips import ClipDataset, ClipLoader
 from avfuse.data.find import find_data
 from avfuse.data.sets import vggsound as reader
@@ -35,6 +36,7 @@ def test_clips_have_the_labels_of_the_list(root):
     assert listing.missing == {"train": ["dog_barking/ggggggggggg_000001_000011.mp4"]}
     assert listing.summary() == [
         "VGGSound: train 3 of 4 clips found (75.0%), test 2 of 2 clips found (100.0%)",
+        "test clips are those of vggsound.csv; papers use the 15446 of test.csv: put it into annotations/",
         "vggsound.csv names 4 classes; the published list has 309",
     ]
     assert not listing.wrong and not listing.extra
@@ -45,7 +47,7 @@ def test_they_are_read_like_any_others(root, sources):
     found = find_data(root, said.append, progress=False, workers=0)
     assert said[0].startswith("VGGSound: train 3 of 4 clips found (75.0%)")
     assert found.coverage == {"train": (3, 4), "test": (2, 2)}
-    assert found.test_name == "held-out clips" and len(found.classes["class"]) == 4
+    assert found.test_name == "clips of vggsound.csv" and len(found.classes["class"]) == 4
     folder = find_data(sources[0].parent, said.append, progress=False, workers=0)
     plain = ClipDataset(folder.train, SETTINGS, train=False)
     with ClipLoader(ClipDataset(found.test, SETTINGS, train=False), workers=1) as loader:
@@ -88,7 +90,7 @@ def test_wrong_rows_are_named_and_the_others_stay(root):
     assert {c.path.relative_to(root / "clips").as_posix() for s in listing.found.values() for c in s} == set(
         IN_VGGSOUND
     )
-    assert "19 wrong rows in the lists, not used: " in listing.summary()[2]
+    assert "19 wrong rows in the lists, not used: " in listing.summary()[3]
     assert "\x1b" not in "".join(listing.summary())
 
 
@@ -109,7 +111,7 @@ def test_nothing_outside_the_folder_is_used(root, sources, tmp_path):
     listing = reader.read(root)
     assert listing.links == [root / "clips/dog_barking", inside]
     assert listing.expected["train"] == 4 and len(listing.found["train"]) == 2
-    assert "2 links that lead out of the folder, not followed" in listing.summary()[2]
+    assert "2 links that lead out of the folder, not followed" in listing.summary()[3]
 
     for part in ("clips", "annotations/vggsound.csv"):
         elsewhere = tmp_path / f"elsewhere/{part}"
@@ -135,3 +137,58 @@ def test_what_is_not_there(tmp_path, sources):
         find_data(tmp_path, data_set="vgg")
     with pytest.raises(ValueError, match="train_split must be one of train, got 'balanced_train'"):
         find_data(tmp_path, train_split="balanced_train")
+
+
+def test_the_official_lists_say_what_is_tested_and_trained_on(root):
+    """The two test sets differ: what only one of them has is in neither, and is named."""
+    write_list(root / "annotations/test.csv", "ddddddddddd_000120.mp4,playing harp\n")
+    listing = reader.read(root)
+    paths = {split: [clip.path.name for clip in clips] for split, clips in listing.found.items()}
+    assert paths["test"] == ["ddddddddddd_000120_000130.mp4"] and len(paths["train"]) == 3
+    assert listing.test_list == "test.csv" and listing.extra == 1
+    assert listing.notes[0] == (
+        "test clips are the 1 of test.csv; vggsound.csv has 2, and 1 differ: eeeeeeeeeee_000000"
+    )
+    # A clip that one list trains on and the other tests on is tested on.
+    write_list(
+        root / "annotations/test.csv",
+        "ddddddddddd_000120.mp4,playing harp\naaaaaaaaaaa_000000.mp4,playing harp\n"
+        'eeeeeeeeeee_000000.mp4,"playing violin, fiddle"\n',
+    )
+    write_list(root / "annotations/train.csv", "_cccccccccc_000007.mp4,police car (siren)\n")
+    listing = reader.read(root)
+    paths = {split: [clip.path.name[:11] for clip in clips] for split, clips in listing.found.items()}
+    assert paths == {"train": ["_cccccccccc"], "test": ["ddddddddddd", "aaaaaaaaaaa", "eeeeeeeeeee"]}
+    assert not listing.wrong
+
+    said = []
+    found = find_data(root, said.append, progress=False, workers=0)
+    assert found.test_name == "clips of test.csv"
+    check(root, workers=0, progress=False)
+    assert find_data(root, said.append, progress=False, workers=0).test_name == "clips of test.csv"
+
+
+def test_flat_copies_are_found_by_id_and_start(root, sources):
+    for path in list((root / "clips").rglob("*.mp4")):
+        path.rename(root / "clips" / f"{path.name[:-11]}.mp4")  # <id>_<start>.mp4
+    listing = reader.read(root)
+    labels = {c.path.name: c.labels["class"] for clips in listing.found.values() for c in clips}
+    assert labels == {
+        path.rpartition("/")[2][:-11] + ".mp4": label for path, (_, label) in IN_VGGSOUND.items()
+    }
+    assert listing.extra == 0
+    # The same name in two folders could be two clips: neither is taken.
+    plant(sources[0], root / "clips/other/aaaaaaaaaaa_000000.mp4")
+    assert "playing_harp/aaaaaaaaaaa_000000_000010.mp4" in reader.read(root).missing["train"]
+
+
+def test_a_hint_says_by_what_pattern_most_names_differ(root):
+    for path in list((root / "clips").rglob("*.mp4")):
+        path.rename(path.with_name(f"{path.name[:11]}-{path.name[12:]}"))
+    listing = reader.read(root)
+    assert not any(listing.found.values()) and listing.extra == 5
+    assert listing.notes[-1].startswith(
+        "most clips have other names than the lists give them:"
+        " playing_harp/aaaaaaaaaaa_000000_000010.mp4 is not there, but"
+        " playing_harp/aaaaaaaaaaa-000000_000010.mp4 is; rename them"
+    )

@@ -84,6 +84,7 @@ def check(
         classes={name: list(names) for name, names in listing.classes.items()},
         expected=dict(listing.expected),
         missing=listing.count_missing(),
+        test_list=listing.test_list,
     )
     out.mkdir(parents=True, exist_ok=True)
     with _journal(out) as (known, note):

@@ -110,6 +110,7 @@ def find_data(
         say(f"{side}: {scanned.summary()}" if len(scans) > 1 else scanned.summary())
     if len(scans) == 1:
         say("no clips to test on: what is measured are the training clips themselves")
+    test_name = f"clips of {listing.test_list}" if listing.test_list else "held-out clips"
     coverage = {}
     for side, scanned in scans.items():
         there_should_be = sum(listing.expected[split] for split in sides if sides[split] == side)
@@ -118,7 +119,7 @@ def find_data(
     return Found(
         train=train,
         test=scans["test"].clips if "test" in scans else train,
-        test_name="held-out clips" if "test" in scans else "training clips",
+        test_name=test_name if "test" in scans else "training clips",
         unreadable=listing.unlisted + [error for scanned in scans.values() for error in scanned.unreadable],
         looked_at=len(listing.unlisted) + sum(scanned.looked_at for scanned in scans.values()),
         classes=train.classes,
@@ -180,7 +181,9 @@ def _changed(root: Path, scans: Iterable["Scan"]) -> Path | None:
     folders = {Path(folder) for scanned in scans for folder in scanned.clips.folders}
     folders |= {above for folder in folders for above in folder.parents if root in above.parents}
     written = (root / manifest.FILE).stat().st_mtime_ns
-    for path in [root / name for name in LISTS.values()] + sorted(folders - {root}):
+    for path in [root / name for name in (*LISTS.values(), *vggsound.OFFICIAL.values())] + sorted(
+        folders - {root}
+    ):
         try:
             if path.lstat().st_mtime_ns > written:
                 return path

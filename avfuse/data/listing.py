@@ -10,10 +10,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from ..files import leads_out, some
+from ..files import leads_out, printable, some
 from .decode import ClipError
 from .table import Clip
 
@@ -41,6 +41,7 @@ class Listing:
     links: list[Path] = field(default_factory=list)  # that lead out of the folder, and were not followed
     unlisted: list[ClipError] = field(default_factory=list)  # folders that cannot be listed
     extra: int = 0  # videos that no row names
+    test_list: str = ""  # the file that names the clips to test on, where a data set has several such
 
     def expect(self, split: str, name: str, labels: dict, paths: Iterable[Path | None]) -> None:
         """Count what a list names, and take its files, those that are not None; with none it is missing, and
@@ -51,6 +52,23 @@ class Listing:
         self.found.setdefault(split, []).extend(clips)
         if not clips:
             self.missing.setdefault(split, []).append(name)
+
+    def count_extra(self, videos: Sequence[str]) -> None:
+        """Videos that no row names; and a hint, where most rows miss files that are there by other names."""
+        self.extra = len(videos)
+        missing = [name for names in self.missing.values() for name in names]
+        if 2 * len(missing) <= sum(self.expected.values()):
+            return
+        sample = missing[:: 1 + len(missing) // 20]
+        ids = [re.sub(r"(_[0-9]+)+$", "", PurePosixPath(name).stem) for name in sample]
+        alike = [next((video for video in videos if id_ in video), None) for id_ in ids]
+        pairs = [pair for pair in zip(sample, alike, strict=True) if pair[1]]
+        if 2 * len(pairs) > len(sample):
+            name, video = map(printable, pairs[0])
+            self.notes.append(
+                f"most clips have other names than the lists give them: {name} is not there, but {video} is;"
+                f" rename them, or look at the layout in the documentation of this data set"
+            )
 
     def clips(self) -> Iterator[tuple[str, Clip | ClipError]]:
         """Every clip with its split; an error for one that is known to be unreadable."""
@@ -150,6 +168,25 @@ def videos(listing: Listing) -> dict[str, Path]:
         raise ValueError(f"{folder} is not there: it should hold the clips of {listing.name}")
     paths, listing.links, listing.unlisted = walk(folder)
     return {path.relative_to(folder).as_posix(): path for path in paths}
+
+
+class Files:
+    """The videos in the folder `clips` of a data set, for rows that name them."""
+
+    def __init__(self, listing: Listing):
+        self.listing, self.there, self.taken = listing, videos(listing), set()
+        stems = Counter(path.stem for path in self.there.values())
+        self.by_stem = {path.stem: path for path in self.there.values() if stems[path.stem] == 1}
+
+    def take(self, path: str, *stems: str) -> Path | None:
+        """The file at `path`, or else the only one anywhere that has the first of these names."""
+        file = self.there.get(path) or next((self.by_stem[s] for s in stems if s in self.by_stem), None)
+        self.taken.add(file)
+        return file
+
+    def count_extra(self) -> None:
+        """Tells the listing what no row has taken."""
+        self.listing.count_extra([name for name, path in self.there.items() if path not in self.taken])
 
 
 def walk(folder: Path) -> tuple[list[Path], list[Path], list[ClipError]]:

@@ -29,6 +29,7 @@ class Header:
     classes: dict = field(default_factory=dict)  # label name -> names of its classes
     expected: dict = field(default_factory=dict)  # split -> clips (MUSIC: videos) that its lists name
     missing: dict = field(default_factory=dict)  # split -> how many of these are not there
+    test_list: str = ""  # the file that names the clips to test on, where a data set has several such
     manifest: int = VERSION
 
     def __post_init__(self):
@@ -113,6 +114,7 @@ class Manifest(Listing):
     def __post_init__(self):
         self.header = read_header(self.root)
         self.name, self.classes, self.expected = self.header.name, self.header.classes, self.header.expected
+        self.test_list = self.header.test_list
 
     def clips(self):
         for entry in read_entries(self.root):

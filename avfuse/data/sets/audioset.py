@@ -1,4 +1,5 @@
-"""AudioSet: ten-second clips, each of several of 527 classes, `clips/<id[:2]>/<id>_<start>_<end>.mp4`.
+"""AudioSet: ten-second clips, each of several of 527 classes, `clips/<id[:2]>/<id>_<start>_<end>.mp4`, or
+`<id>` and what follows in any folder of `clips`, a `Y` before it or not.
 
 `annotations/class_labels_indices.csv` numbers the classes; the lists of segments beside it have id, start and
 end second, and the codes of a clip's classes.
@@ -6,9 +7,9 @@ end second, and the codes of a clip's classes.
 
 import math
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from ..listing import Listing, check_fields, check_video, rows, videos
+from ..listing import Files, Listing, check_fields, check_video, rows
 
 CLASS_LIST = Path("annotations/class_labels_indices.csv")
 CLASSES = 527
@@ -26,15 +27,17 @@ def read(root: str | Path) -> Listing:
     lists = {split: path for split, path in lists.items() if path.exists()}
     if not lists:
         raise ValueError(f"{listing.root}/annotations holds none of {', '.join(SPLITS)} (_segments.csv)")
-    there, listed = videos(listing), set()
+    files, listed = Files(listing), set()
     for split, path in lists.items():
-        for clip, labels in rows(listing, path, partial(_parse, codes)):
+        for clip, video, labels in rows(listing, path, partial(_parse, codes)):
             if clip in listed:  # in another list: a clip to evaluate on must not be one to train on
                 listing.wrong.append(f"{path.name}: {clip} is in another list, too")
                 continue
             listed.add(clip)
-            listing.expect(split, clip, {"class": labels}, [there.get(clip)])
-    listing.extra = len(there.keys() - listed)
+            name = PurePosixPath(clip).stem
+            file = files.take(clip, name, f"Y{name}", video, f"Y{video}")
+            listing.expect(split, clip, {"class": labels}, [file])
+    files.count_extra()
     return listing
 
 
@@ -58,15 +61,16 @@ def _parse_class(fields: list[str]) -> tuple[str, str, str]:
     return tuple(fields)
 
 
-def _parse(codes: dict[str, int], fields: list[str]) -> tuple[str, tuple[int, ...]]:
-    """Path, numbers of classes."""
+def _parse(codes: dict[str, int], fields: list[str]) -> tuple[str, str, tuple[int, ...]]:
+    """Path, id, numbers of classes."""
     check_fields(fields, 4)
     video, start, end = check_video(fields[0]), _seconds(fields[1]), _seconds(fields[2])
     labels = fields[3].split(",")
     unknown = [code for code in labels if code not in codes]
     if unknown:
         raise ValueError(f"{', '.join(map(repr, unknown))} is no class")
-    return f"{video[:2]}/{video}_{start:06d}_{end:06d}.mp4", tuple(sorted({codes[code] for code in labels}))
+    path = f"{video[:2]}/{video}_{start:06d}_{end:06d}.mp4"
+    return path, video, tuple(sorted({codes[code] for code in labels}))
 
 
 def _seconds(text: str) -> int:

@@ -22,19 +22,20 @@ def read(root: str | Path, *, list_: Path = LIST) -> Listing:
     instruments = sorted(set(listed.values()))
     listing.classes = {"class": tuple(instruments)}
     numbers, there = {name: number for number, name in enumerate(instruments)}, videos(listing)
-    clips = defaultdict(list)  # of each video
+    clips, extra = defaultdict(list), []  # of each video, of none
     for inside, path in there.items():
         folder, _, name = inside.partition("/")
         beginnings = (name[:length] for length in range(len(name), 0, -1))
         video = next((v for v in beginnings if listed.get(v, "").replace(" ", "_") == folder), None)
         if video is None or not name.endswith(".mp4"):
-            listing.extra += 1
+            extra.append(inside)
         else:
             clips[video].append(path)
     for is_there in True, False:  # the split is one of what exists, and of what does not
         for number, video in enumerate(v for v in sorted(listed) if (v in clips) == is_there):
             split, labels = "train" if number % TEST_EVERY else "test", {"class": numbers[listed[video]]}
             listing.expect(split, video, labels, clips[video] if is_there else [])
+    listing.count_extra(extra)
     return listing
 
 
