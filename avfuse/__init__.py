@@ -8,6 +8,7 @@ if not Path(__file__).with_name("kernels").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
 from . import loading, pretrained
+from .data.clips import read_clip
 from .encoder import AVEncoder
 from .fusion import DenseFusion, FactorizedFusion, TokenFusion
 from .inputs import InputSettings
@@ -37,4 +38,5 @@ __all__ = [
     "load_image_weights",
     "pair_attention",
     "pair_attention_weights",
+    "read_clip",
 ]

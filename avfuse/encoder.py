@@ -1,7 +1,8 @@
 """The three-branch encoder: image and audio transformers, and fusion tokens that tie them at any depth."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -51,8 +52,9 @@ class AVEncoder(nn.Module, Pretrained):
     values. Layers without fusion run the uni-modal blocks alone.
 
     Args:
-        image, audio: timm VisionTransformers of equal width and depth with standard blocks; they become part
-            of the encoder, and lose their classifier head. Audio is a one-channel image (mel, time).
+        image, audio: timm VisionTransformers with standard blocks; they become part of the encoder, and lose
+            their classifier head. Audio is a one-channel image (mel, time). The fusion tokens have the width
+            of `image`; where `audio` has another, it reads them through a linear map.
         interactions: "dense" (exact, all pairs; the default), "bilinear", "factorized", "token" or "none".
         fusion_layers: "all", "none", or the 0-based layers that fuse.
         fusion_tokens: F; default 16. image_aggregation_tokens, audio_aggregation_tokens: of "factorized";
@@ -61,8 +63,11 @@ class AVEncoder(nn.Module, Pretrained):
         attn_ratio, mlp_ratio, drop, drop_path: of the fusion blocks, see `avfuse.fusion.FusionBlock`.
         pair_bias: a learned bias per head and pair of positions in every fusion block ("dense" and
             "bilinear").
-        inputs: the input transforms, kept in config.json; default: those of the paper at the sizes of the
-            ViTs.
+        block_layers: for transformers of unequal depth, the 0-based layers of the deeper one in which the
+            blocks of the other run, one after the other. In the layers between, its tokens wait.
+        inputs: the input transforms, kept in config.json and needed only where files are read. Default: the
+            paper's at the sizes of the transformers, with the mean and deviation that timm states for
+            `image`; None where spectrograms are not of the paper's 192 steps, whose seconds nobody knows.
 
     A transformer whose parts config.json cannot describe (such as an unknown activation) works, but
     `save_pretrained` refuses it.
@@ -89,20 +94,19 @@ class AVEncoder(nn.Module, Pretrained):
         pair_bias=False,
         drop=0.0,
         drop_path=0.0,
+        block_layers: Sequence[int] | None = None,
         inputs: InputSettings | None = None,
     ):
         super().__init__()
-        check_vit("image", image)
-        check_vit("audio", audio)
-        for quantity, of_image, of_audio in (
-            ("width", image.embed_dim, audio.embed_dim),
-            ("depth", len(image.blocks), len(audio.blocks)),
-        ):
-            if of_image != of_audio:
-                raise ValueError(
-                    f"audio must have the {quantity} of image, {of_image}, got a {quantity} of {of_audio}"
-                )
+        check_vit("image", image, channels=3)
+        check_vit("audio", audio, channels=1)
         check_choice("interactions", interactions, tuple(self.variants))
+        same_width = image.embed_dim == audio.embed_dim
+        if not (same_width or interactions == "none" or "audio_dim" in self.variants[interactions].options):
+            raise ValueError(
+                f"interactions={interactions!r} needs transformers of one width, got {image.embed_dim} for"
+                f" image and {audio.embed_dim} for audio"
+            )
         check_flag("pair_bias", pair_bias)
         if pair_bias and "pair_bias" not in self.variants[interactions].options:
             able = [name for name, variant in self.variants.items() if "pair_bias" in variant.options]
@@ -117,10 +121,11 @@ class AVEncoder(nn.Module, Pretrained):
         self.image, self.audio = without_head(image), without_head(audio)
         take_context(image)
         take_context(audio)
-        self.embed_dim, self.depth = image.embed_dim, len(image.blocks)
+        self.block_layers = layers_of_blocks(len(image.blocks), len(audio.blocks), block_layers)
+        self.embed_dim, self.depth = image.embed_dim, max(len(image.blocks), len(audio.blocks))
         self.num_fusion_tokens = fusion_tokens
-        self.inputs = default_inputs(image, audio) if inputs is None else inputs
-        check_settings(self.inputs, image, audio)
+        self.given_inputs = default_inputs(image, audio) if inputs is None else inputs
+        check_settings(self.given_inputs, image, audio)
         self.grad_checkpointing = False
         fusion_layers = layers_of(fusion_layers, self.depth)
         self.fusion_layers = () if interactions == "none" else fusion_layers
@@ -137,17 +142,37 @@ class AVEncoder(nn.Module, Pretrained):
             pair_bias=pair_bias,
             drop=drop,
             drop_path=drop_path,
+            block_layers=None if block_layers is None else list(block_layers),
         )
         self.fusion_blocks = nn.ModuleDict({str(layer): self.make_block() for layer in self.fusion_layers})
         self.fusion_tokens = nn.Parameter(
             torch.empty(1, self.num_state_tokens, self.embed_dim).normal_(std=0.02)
         )
         self.fusion_norm = nn.LayerNorm(self.embed_dim, eps=NORM_EPS)
+        self.context_to_audio = None
+        if self.fusion_layers and not same_width:
+            self.context_to_audio = nn.Linear(self.embed_dim, audio.embed_dim)
+
+    @property
+    def inputs(self) -> InputSettings:
+        """The input transforms.
+
+        Raises:
+            ValueError: they were not given and cannot be told from the transformers.
+        """
+        if self.given_inputs is None:
+            raise ValueError(ask_for_inputs(self.image, self.audio))
+        return self.given_inputs
 
     @property
     def num_state_tokens(self) -> int:
         """Tokens of the fusion branch: the fusion tokens, with "factorized" also the aggregation tokens."""
         return sum(self.settings[name] for name in self.variant.state)
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Widths of the "image", "audio" and "fusion" tokens."""
+        return dict(image=self.image.embed_dim, audio=self.audio.embed_dim, fusion=self.embed_dim)
 
     @property
     def variant(self) -> Variant:
@@ -157,7 +182,8 @@ class AVEncoder(nn.Module, Pretrained):
     def make_block(self) -> Fusion:
         """One fusion block, as the settings say."""
         patches = self.image.patch_embed.num_patches, self.audio.patch_embed.num_patches
-        return self.variant.make(self.embed_dim, self.settings, patches)
+        dims = dict(image_dim=self.dims["image"], audio_dim=self.dims["audio"])
+        return self.variant.make(self.embed_dim, self.settings | dims, patches)
 
     def forward(
         self,
@@ -216,8 +242,10 @@ class AVEncoder(nn.Module, Pretrained):
             if image.device != audio.device:
                 raise ValueError(f"audio must be on the device of image, {image.device}, got {audio.device}")
         fusion = self.fusion_tokens.repeat((audio if image is None else image).shape[0], 1, 1)
-        image = None if image is None else Branch.embed(self.image, image, image_selection)
-        audio = None if audio is None else Branch.embed(self.audio, audio, audio_selection)
+        if image is not None:
+            image = Branch.embed(self.image, image, image_selection, self.block_layers["image"])
+        if audio is not None:
+            audio = Branch.embed(self.audio, audio, audio_selection, self.block_layers["audio"])
         return image, audio, fusion
 
     def run_layer(self, layer, image, audio, fusion):
@@ -225,21 +253,22 @@ class AVEncoder(nn.Module, Pretrained):
         if str(layer) not in self.fusion_blocks:
             return self.run_unimodal(layer, image), self.run_unimodal(layer, audio), fusion
         context = self.visible_fusion(fusion)
+        heard = context if self.context_to_audio is None else self.context_to_audio(context)
         return (
             self.run_unimodal(layer, image, context),
-            self.run_unimodal(layer, audio, context),
+            self.run_unimodal(layer, audio, heard),
             self.run_fusion(layer, fusion, image, audio),
         )
 
     def run_unimodal(self, layer, branch, context=None):
-        if branch is None:
-            return None
+        if branch is None or layer not in branch.layers:
+            return branch
         key_mask = branch.key_mask(0 if context is None else context.shape[1])
-        block = self.checkpointed(branch.vit.blocks[layer])
+        block = self.checkpointed(branch.vit.blocks[branch.layers.index(layer)])
         return branch._replace(tokens=block(branch.tokens, context=context, attn_mask=key_mask))
 
     def run_fusion(self, layer, fusion, image, audio):
-        image, audio = streams_of(image, audio)
+        image, audio = self.streams(image, audio)
         return self.checkpointed(self.fusion_blocks[str(layer)])(
             fusion,
             image.tokens,
@@ -249,6 +278,12 @@ class AVEncoder(nn.Module, Pretrained):
             image_positions=image.positions,
             audio_positions=audio.positions,
         )
+
+    def streams(self, image: "Branch | None", audio: "Branch | None") -> tuple[Stream, Stream]:
+        """What fusion reads of both."""
+        if image is None:
+            return absent(audio.tokens, self.dims["image"]), audio.stream
+        return image.stream, absent(image.tokens, self.dims["audio"]) if audio is None else audio.stream
 
     def visible_fusion(self, state: Tensor) -> Tensor:
         """The F fusion tokens of the fusion branch's state, which the other branches and the user see."""
@@ -287,7 +322,7 @@ class AVEncoder(nn.Module, Pretrained):
         image, audio, fusion = self.embed(image, audio, image_selection, audio_selection)
         for before in range(layer):
             image, audio, fusion = self.run_layer(before, image, audio, fusion)
-        return block.weights(fusion, *streams_of(image, audio))
+        return block.weights(fusion, *self.streams(image, audio))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every block in the backward instead of storing its activations."""
@@ -306,14 +341,14 @@ class AVEncoder(nn.Module, Pretrained):
 
     def parameter_groups(self, weight_decay: float = 0.05) -> list[dict]:
         """Optimizer groups by decay and layer, see `avfuse.pretrained.parameter_groups`."""
-        return parameter_groups(self, self.depth, weight_decay)
+        return parameter_groups(self, self, weight_decay)
 
     def to_config(self) -> dict:
         """What config.json holds."""
         return dict(
             image=describe_vit(self.image),
             audio=describe_vit(self.audio),
-            inputs=asdict(self.inputs),
+            inputs=None if self.given_inputs is None else asdict(self.given_inputs),
             origins=self.origins,
             **self.settings,
         )
@@ -323,9 +358,9 @@ class AVEncoder(nn.Module, Pretrained):
         config, cls = dict(config), cls.kind_of(config)
         config.pop(cls.mark, None)
         image, audio = build_vit(config.pop("image")), build_vit(config.pop("audio"))
-        origins = config.pop("origins", {})
+        origins, inputs = config.pop("origins", {}), config.pop("inputs")
         image.origin, audio.origin = origins.get("image"), origins.get("audio")
-        return cls(image, audio, inputs=InputSettings(**config.pop("inputs")), **config)
+        return cls(image, audio, inputs=None if inputs is None else InputSettings(**inputs), **config)
 
 
 class Selection(NamedTuple):
@@ -343,16 +378,19 @@ class Branch(NamedTuple):
     tokens: Tensor  # (B, prefix + n, D)
     mask: Tensor | None  # (B, n) over the patch tokens, True = attend
     positions: Tensor | None  # (B, n) which patches they are; None = all, in order
+    layers: Sequence[int]  # in which its blocks run
 
     @classmethod
-    def embed(cls, vit: VisionTransformer, pixels: Tensor, selection: Selection) -> "Branch":
+    def embed(
+        cls, vit: VisionTransformer, pixels: Tensor, selection: Selection, layers: Sequence[int]
+    ) -> "Branch":
         keep, mask, present = selection
         if present is not None:
             present = present[:, None].expand(-1, vit.patch_embed.num_patches)
             mask = present if mask is None else mask & present
         if mask is not None and keep is not None:
             mask = mask.gather(1, keep)
-        return cls(vit, patch_tokens(vit, pixels, keep), mask, keep)
+        return cls(vit, patch_tokens(vit, pixels, keep), mask, keep, layers)
 
     @property
     def stream(self) -> Stream:
@@ -372,17 +410,10 @@ def tokens_of(branch: Branch | None) -> Tensor | None:
     return None if branch is None else branch.tokens
 
 
-def streams_of(image: Branch | None, audio: Branch | None) -> tuple[Stream, Stream]:
-    """What fusion reads of both."""
-    if image is None:
-        return absent(audio.tokens), audio.stream
-    return image.stream, absent(image.tokens) if audio is None else audio.stream
-
-
-def absent(like: Tensor) -> Stream:
-    """A modality that is not there: one token that nobody attends to."""
+def absent(like: Tensor, dim: int) -> Stream:
+    """A modality that is not there: one token of this width that nobody attends to."""
     nothing = torch.zeros(like.shape[0], 1, dtype=torch.bool, device=like.device)
-    return Stream(like.new_zeros(like.shape[0], 1, like.shape[2]), nothing, nothing.long())
+    return Stream(like.new_zeros(like.shape[0], 1, dim), nothing, nothing.long())
 
 
 def check_branch(name: str, vit: VisionTransformer, pixels: Tensor | None, selection: Selection) -> None:
@@ -424,21 +455,55 @@ def layers_of(fusion_layers, depth: int) -> tuple[int, ...]:
     return tuple(sorted(set(fusion_layers)))
 
 
-def default_inputs(image: VisionTransformer, audio: VisionTransformer) -> InputSettings:
-    """The paper's transforms at the sizes of the two transformers: 3 s of sound in all their frames."""
+def layers_of_blocks(
+    image_depth: int, audio_depth: int, given: Sequence[int] | None
+) -> dict[str, Sequence[int]]:
+    """In which layers the blocks of "image" and of "audio" run."""
+    shallow, deep = sorted((image_depth, audio_depth))
+    if shallow == deep:
+        if given is not None:
+            raise ValueError(f"block_layers is for transformers of unequal depth, both have {deep} blocks")
+        return dict(image=range(deep), audio=range(deep))
+    if given is None:
+        evenly = tuple((block + 1) * deep // shallow - 1 for block in range(shallow))
+        raise ValueError(
+            f"image has {image_depth} blocks and audio {audio_depth}: say in which layers of the deeper one"
+            f" the {shallow} blocks of the other run, such as block_layers={evenly}"
+        )
+    is_list = isinstance(given, Sequence) and len(given) == shallow and all(type(at) is int for at in given)
+    if not is_list or not all(a < b for a, b in pairwise((-1, *given, deep))):
+        raise ValueError(f"block_layers must be {shallow} rising integers in 0..{deep - 1}, got {given!r}")
+    layers = tuple(given), range(deep)
+    return dict(zip(("image", "audio"), layers if image_depth == shallow else layers[::-1], strict=True))
+
+
+def default_inputs(image: VisionTransformer, audio: VisionTransformer) -> InputSettings | None:
+    """The paper's transforms at the sizes of the two transformers; None if it had no such spectrograms."""
     mel_bins, frames = audio.patch_embed.img_size
-    paper = InputSettings()
-    hop, rest = divmod(paper.samples, frames)
-    hop = paper.hop if rest else hop
-    return InputSettings(
-        image_size=image.patch_embed.img_size,
-        mel_bins=mel_bins,
-        hop=hop,
-        audio_seconds=frames * hop / paper.sample_rate,
+    if frames != InputSettings().frames:
+        return None
+    timm = (
+        getattr(image, "pretrained_cfg", None) or {}
+    )  # the normalisation that its weights were trained with
+    normalisation = {f"image_{name}": tuple(timm[name]) for name in ("mean", "std") if name in timm}
+    return InputSettings(image_size=image.patch_embed.img_size, mel_bins=mel_bins, **normalisation)
+
+
+def ask_for_inputs(image: VisionTransformer, audio: VisionTransformer) -> str:
+    """What to write where the inputs cannot be told."""
+    (mel_bins, frames), paper = audio.patch_embed.img_size, InputSettings()
+    height, width = image.patch_embed.img_size
+    return (
+        f"this encoder was made without inputs, which say how files become images and spectrograms: its"
+        f" {frames} time steps may be any seconds of sound. At the paper's hop of {paper.hop} samples, write"
+        f" AVEncoder(..., inputs=avfuse.InputSettings(image_size={(height, width)}, mel_bins={mel_bins},"
+        f" hop={paper.hop}, audio_seconds={frames * paper.hop / paper.sample_rate}))"
     )
 
 
-def check_settings(inputs: InputSettings, image: VisionTransformer, audio: VisionTransformer) -> None:
+def check_settings(inputs: InputSettings | None, image: VisionTransformer, audio: VisionTransformer) -> None:
+    if inputs is None:
+        return
     if not isinstance(inputs, InputSettings):
         raise ValueError(f"inputs must be InputSettings, got {type(inputs).__name__}")
     for name, vit, described in (

@@ -58,7 +58,9 @@ class Fusion(nn.Module):
     A block defines `attend` and `update`, or `fuse` as a whole, and `weights` if it can show them.
     """
 
-    dim: int
+    dim: int  # width of the fusion tokens
+    image_dim: int  # and of those it reads
+    audio_dim: int
     num_heads: int
     weight: Tensor  # a parameter, whose dtype is that of all: `check`, paid in every layer, looks no further
 
@@ -102,8 +104,11 @@ class Fusion(nn.Module):
         weight = self.weight
         check_tokens("fusion", fusion, self.dim)
         check_dtype("fusion", fusion, weight)
-        for name, (tokens, mask, _) in ("image", image), ("audio", audio):
-            check_tokens(name, tokens, self.dim, like=fusion)
+        for name, dim, (tokens, mask, _) in (
+            ("image", self.image_dim, image),
+            ("audio", self.audio_dim, audio),
+        ):
+            check_tokens(name, tokens, dim, like=fusion)
             check_mask(f"{name}_mask", mask, tokens.shape[:2], tokens.device)
             check_dtype(name, tokens, weight)
 
@@ -139,6 +144,7 @@ class FusionBlock(Fusion):
         check_positive("attn_ratio", attn_ratio)
         check_positive("mlp_ratio", mlp_ratio)
         self.dim, self.num_heads, self.width = dim, num_heads, int(dim * attn_ratio)
+        self.image_dim = self.audio_dim = dim
         if self.width < 1 or self.width % num_heads:
             raise ValueError(
                 f"attn_ratio={attn_ratio} gives int(dim * attn_ratio) = {self.width} channels, "
@@ -185,6 +191,7 @@ class DenseFusion(FusionBlock):
 
     Args:
         dim, num_heads, attn_ratio, mlp_ratio, drop, drop_path: see `FusionBlock`.
+        image_dim, audio_dim: widths of the image and audio tokens; default `dim`.
         interaction: "additive" (the paper) or "bilinear".
         pair_bias: None, or the numbers of image and audio tokens: a learned table (num_heads, I, A) over
             positions, zero at first, is then added to the logits of the pairs. Where tokens were dropped, its
@@ -194,8 +201,19 @@ class DenseFusion(FusionBlock):
         ValueError: naming the argument that is wrong.
     """
 
-    def __init__(self, dim, num_heads, *, interaction="additive", pair_bias=None, **block_options):
+    def __init__(
+        self,
+        dim,
+        num_heads,
+        *,
+        image_dim=None,
+        audio_dim=None,
+        interaction="additive",
+        pair_bias=None,
+        **block_options,
+    ):
         super().__init__(dim, num_heads, **block_options)
+        self.image_dim, self.audio_dim = token_dims(dim, image_dim, audio_dim)
         check_choice("interaction", interaction, tuple(PAIRS))
         if pair_bias is not None:
             is_pair = isinstance(pair_bias, (tuple, list)) and len(pair_bias) == 2
@@ -205,10 +223,10 @@ class DenseFusion(FusionBlock):
                 )
         self.interaction = interaction
         bilinear = interaction == "bilinear"
-        self.norm_image = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.norm_audio = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.image_key_value = nn.Linear(dim, 2 * self.width, bias=bilinear)
-        self.audio_key_value = nn.Linear(dim, 2 * self.width, bias=bilinear)
+        self.norm_image = nn.LayerNorm(self.image_dim, eps=NORM_EPS)
+        self.norm_audio = nn.LayerNorm(self.audio_dim, eps=NORM_EPS)
+        self.image_key_value = nn.Linear(self.image_dim, 2 * self.width, bias=bilinear)
+        self.audio_key_value = nn.Linear(self.audio_dim, 2 * self.width, bias=bilinear)
         self.value_bias = None if bilinear else nn.Parameter(torch.zeros(self.width))
         self.pair_bias = None if pair_bias is None else nn.Parameter(torch.zeros(num_heads, *pair_bias))
         initialize_linear(self)
@@ -267,6 +285,7 @@ class FactorizedFusion(Fusion):
 
     Args:
         dim, num_heads, attn_ratio, mlp_ratio, drop, drop_path: see `FusionBlock`.
+        image_dim, audio_dim: widths of the image and audio tokens; default `dim`.
         fusion_tokens, image_aggregation_tokens, audio_aggregation_tokens: how the state is divided (default
             16, 8, 8).
 
@@ -282,6 +301,8 @@ class FactorizedFusion(Fusion):
         dim,
         num_heads,
         *,
+        image_dim=None,
+        audio_dim=None,
         fusion_tokens=16,
         image_aggregation_tokens=8,
         audio_aggregation_tokens=8,
@@ -289,11 +310,12 @@ class FactorizedFusion(Fusion):
     ):
         super().__init__()
         self.dim = dim
+        self.image_dim, self.audio_dim = token_dims(dim, image_dim, audio_dim)
         self.split_sizes = [fusion_tokens, image_aggregation_tokens, audio_aggregation_tokens]
         for name, count in zip(STATE, self.split_sizes, strict=True):
             check_count(name, count)
-        self.image_aggregation = Aggregation(dim, num_heads, **block_options)
-        self.audio_aggregation = Aggregation(dim, num_heads, **block_options)
+        self.image_aggregation = Aggregation(dim, num_heads, self.image_dim, **block_options)
+        self.audio_aggregation = Aggregation(dim, num_heads, self.audio_dim, **block_options)
         self.fusion = DenseFusion(dim, num_heads, **block_options)
 
     @property
@@ -323,10 +345,10 @@ class FactorizedFusion(Fusion):
 class Aggregation(FusionBlock):
     """Cross-attention: a few aggregation tokens summarize the tokens of one modality (paper Eq. 9-10)."""
 
-    def __init__(self, dim, num_heads, **block_options):
+    def __init__(self, dim, num_heads, token_dim, **block_options):
         super().__init__(dim, num_heads, **block_options)
-        self.norm_tokens = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.key_value = nn.Linear(dim, 2 * self.width)
+        self.norm_tokens = nn.LayerNorm(token_dim, eps=NORM_EPS)
+        self.key_value = nn.Linear(token_dim, 2 * self.width)
         initialize_linear(self)
 
     def forward(self, aggregate: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -378,6 +400,14 @@ class TokenFusion(FusionBlock):
 
 
 # --- what the blocks share ----------------------------------------------------------------------------------
+
+
+def token_dims(dim: int, *dims: int | None) -> tuple[int, int]:
+    """Widths of image and audio tokens, `dim` where they are None."""
+    for name, given in zip(("image_dim", "audio_dim"), dims, strict=True):
+        if given is not None:
+            check_count(name, given)
+    return tuple(dim if given is None else given for given in dims)
 
 
 def any_pair_left(image_mask, audio_mask):
@@ -436,6 +466,7 @@ def check_positions(name: str, stream: Stream, size: int) -> None:
 # --- the ways to fuse ---------------------------------------------------------------------------------------
 
 SHARED = ("attn_ratio", "mlp_ratio", "drop", "drop_path")
+DIMS = ("image_dim", "audio_dim")
 
 
 class Variant(NamedTuple):
@@ -454,9 +485,9 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
-    "dense": Variant(DenseFusion, (*SHARED, "pair_bias")),
-    "bilinear": Variant(partial(DenseFusion, interaction="bilinear"), (*SHARED, "pair_bias")),
-    "factorized": Variant(FactorizedFusion, (*SHARED, *STATE), STATE),
+    "dense": Variant(DenseFusion, (*SHARED, *DIMS, "pair_bias")),
+    "bilinear": Variant(partial(DenseFusion, interaction="bilinear"), (*SHARED, *DIMS, "pair_bias")),
+    "factorized": Variant(FactorizedFusion, (*SHARED, *DIMS, *STATE), STATE),
     "token": Variant(TokenFusion),
     "none": Variant(None),
 }

@@ -84,8 +84,9 @@ class AVMAE(nn.Module, Pretrained):
             size, patch = input_shape(vit)[1:], vit.patch_embed.patch_size
             if size[0] % patch[0] or size[1] % patch[1]:
                 raise ValueError(f"encoder takes inputs of size {size}: not whole patches of {patch}")
-        self.image_decoder = Decoder(encoder.image.patch_embed, decoder_dim, decoder_depth, decoder_heads)
-        self.audio_decoder = Decoder(encoder.audio.patch_embed, decoder_dim, decoder_depth, decoder_heads)
+        options = encoder.embed_dim, decoder_dim, decoder_depth, decoder_heads
+        self.image_decoder = Decoder(encoder.image.patch_embed, *options)
+        self.audio_decoder = Decoder(encoder.audio.patch_embed, *options)
 
     def forward(
         self,
@@ -185,7 +186,7 @@ class AVMAE(nn.Module, Pretrained):
 
     def parameter_groups(self, weight_decay: float = 0.05) -> list[dict]:
         """Optimizer groups by decay and layer, see `avfuse.pretrained.parameter_groups`."""
-        return parameter_groups(self, self.encoder.depth, weight_decay)
+        return parameter_groups(self, self.encoder, weight_decay)
 
     def to_config(self) -> dict:
         """What config.json holds."""
@@ -204,10 +205,11 @@ class Decoder(nn.Module):
     positions.
     """
 
-    def __init__(self, patch_embed, dim, depth, heads):
+    def __init__(self, patch_embed, fusion_dim, dim, depth, heads):
         super().__init__()
         encoder_dim, channels = patch_embed.proj.out_channels, patch_embed.proj.in_channels
         self.embed = nn.Linear(encoder_dim, dim)
+        self.embed_fusion = None if fusion_dim == encoder_dim else nn.Linear(fusion_dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim).normal_(std=0.02))
         positions = build_sincos2d_pos_embed(patch_embed.grid_size, dim, interleave_sin_cos=False)
         self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
@@ -219,7 +221,7 @@ class Decoder(nn.Module):
 
     def forward(self, fusion: Tensor, visible: Tensor, keep: Tensor) -> Tensor:
         """Fusion tokens (B, F, D), visible patches (B, n, D), their places (B, n) -> (B, N, values)"""
-        fusion, visible = self.embed(fusion), self.embed(visible)
+        fusion, visible = (self.embed_fusion or self.embed)(fusion), self.embed(visible)
         masked = self.mask_token.to(visible.dtype).expand(visible.shape[0], self.pos_embed.shape[1], -1)
         tokens = masked.scatter(1, keep[..., None].expand_as(visible), visible) + self.pos_embed
         tokens = torch.cat([fusion, tokens], dim=1)

@@ -116,8 +116,8 @@ def load_strictly(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     return module.eval()
 
 
-def parameter_groups(model: nn.Module, depth: int, weight_decay: float) -> list[dict]:
-    """Optimizer groups `{"params", "weight_decay", "layer"}`.
+def parameter_groups(model: nn.Module, encoder: nn.Module, weight_decay: float) -> list[dict]:
+    """Optimizer groups `{"params", "weight_decay", "layer"}` of a model that is, or holds, this encoder.
 
     1-D parameters (biases, norms) and tables of pair biases are not decayed. `layer` is 0 for embeddings and
     tokens, 1..depth for the blocks of all three branches, depth + 1 for what follows: a layer-wise decay
@@ -127,18 +127,19 @@ def parameter_groups(model: nn.Module, depth: int, weight_decay: float) -> list[
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer = _layer_of(name, depth)
+        layer = _layer_of(name, encoder)
         decay = weight_decay if parameter.ndim > 1 and not name.endswith("pair_bias") else 0.0
         group = groups.setdefault((layer, decay), {"params": [], "weight_decay": decay, "layer": layer})
         group["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]
 
 
-def _layer_of(name: str, depth: int) -> int:
+def _layer_of(name: str, encoder: nn.Module) -> int:
+    depth = encoder.depth
     if "decoder" in name:
         return depth + 1
-    block = re.search(r"blocks\.(\d+)\.", name)
+    block = re.search(r"(\w+?)[._]blocks\.(\d+)\.", name)
     if block:
-        return int(block[1]) + 1
+        return encoder.block_layers.get(block[1], range(depth))[int(block[2])] + 1
     embedding = re.search(r"patch_embed|pos_embed|cls_token|reg_token|norm_pre|fusion_tokens", name)
     return 0 if embedding else depth + 1

@@ -48,7 +48,8 @@ class ReleasedFusion(Fusion):
 
     def __init__(self, dim, num_heads, *, mlp_ratio=1.0):
         super().__init__()
-        self.dim, self.num_heads, self.scale = dim, num_heads, (dim // num_heads) ** -0.5
+        self.dim = self.image_dim = self.audio_dim = dim
+        self.num_heads, self.scale = num_heads, (dim // num_heads) ** -0.5
         self.norm1_mm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.norm1_img = nn.LayerNorm(dim, eps=NORM_EPS)
         self.norm1_aud = nn.LayerNorm(dim, eps=NORM_EPS)

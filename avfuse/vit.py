@@ -105,10 +105,13 @@ def input_shape(vit: VisionTransformer) -> tuple[int, int, int]:
     return (vit.patch_embed.proj.weight.shape[1], *vit.patch_embed.img_size)
 
 
-def check_vit(name: str, vit: VisionTransformer) -> None:
-    """Raises ValueError unless `vit` is a timm VisionTransformer made of standard pre-norm blocks."""
+def check_vit(name: str, vit: VisionTransformer, channels: int) -> None:
+    """Raises ValueError unless `vit` is a timm VisionTransformer of standard pre-norm blocks."""
     if type(vit) is not VisionTransformer:  # a subclass may compute something else
-        raise ValueError(f"{name} must be a timm VisionTransformer, got {type(vit).__name__}")
+        raise ValueError(
+            f"{name} must be a timm VisionTransformer, got {type(vit).__name__}; tokens of other models can "
+            "be fused by a layer, avfuse.DenseFusion(dim, num_heads, image_dim=..., audio_dim=...)"
+        )
     for index, block in enumerate(vit.blocks):
         attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
         for part, *standard in (block, Block, ContextBlock), (attn, Attention, ContextAttention), (mlp, Mlp):
@@ -121,6 +124,8 @@ def check_vit(name: str, vit: VisionTransformer) -> None:
             raise ValueError(f"{name} must have standard attention; that of blocks[{index}] is gated")
     if type(vit.patch_embed) is not PatchEmbed or vit.dynamic_img_size:
         raise ValueError(f"{name} must embed patches by timm's PatchEmbed with a fixed img_size")
+    if input_shape(vit)[0] != channels:
+        raise ValueError(f"{name} takes inputs of shape {input_shape(vit)}: it must have {channels} channels")
     if not isinstance(vit.patch_drop, nn.Identity):
         raise ValueError(
             f"{name} must not drop patches by itself (patch_drop_rate): pass image_keep or audio_keep"

@@ -2,7 +2,9 @@
 kept patches, missing modalities, fused layers, budgets of arithmetic, and what it refuses.
 """
 
+import ast
 import json
+import re
 
 import pytest
 import timm
@@ -17,6 +19,7 @@ from models import (
     make_encoder,
     make_inputs,
     make_vit,
+    randomized,
     relative_error,
 )
 from timm.models.deit import VisionTransformerDistilled
@@ -25,6 +28,7 @@ from torch import nn
 
 from avfuse import AVMAE, AVEncoder, InputSettings, create_encoder
 from avfuse.fusion import VARIANTS
+from avfuse.inputs import IMAGENET_MEAN
 from avfuse.released import ReleasedEncoder
 
 EXACT = 1e-11  # float64 rounding through a few layers, relative to the largest value
@@ -454,6 +458,120 @@ def test_bfloat16_autocast_is_finite_and_near(interactions):
     assert_equal([part.double() for part in output[:3]], truth[:3], tolerance=0.1)
 
 
+# --- transformers of unequal width and depth ----------------------------------------------------------------
+
+
+def unequal_encoder(interactions="dense", *, swapped=False):
+    """Image 3 blocks of width 32, audio 2 blocks of width 48, which run in layers 0 and 2; or the reverse."""
+    wide, narrow = dict(embed_dim=48, depth=2, num_heads=4), {}
+    image, audio = (
+        make_vit(IMAGE, **wide if swapped else narrow),
+        make_vit(AUDIO, **narrow if swapped else wide),
+    )
+    counts = dict(fusion_tokens=4, image_aggregation_tokens=3, audio_aggregation_tokens=2)
+    return randomized(
+        AVEncoder(image, audio, interactions=interactions, block_layers=(0, 2), num_heads=2, **counts)
+    )
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("interactions", ["dense", "bilinear", "factorized", "none"])
+def test_unequal_transformers(interactions, swapped):
+    """The fusion tokens have the width of the image's; audio blocks read them through one linear map."""
+    encoder, (image, audio) = unequal_encoder(interactions, swapped=swapped), make_inputs()
+    tokens = [
+        vit._pos_embed(vit.patch_embed(x)) for vit, x in ((encoder.image, image), (encoder.audio, audio))
+    ]
+    state, runs = encoder.fusion_tokens.expand(2, -1, -1), [{0: 0, 1: 1, 2: 2}, {0: 0, 2: 1}]
+    runs = runs[::-1] if swapped else runs
+    for layer in range(3):
+        context = state[:, :4]
+        contexts = [context, context]
+        if interactions == "none":
+            contexts = [part[:, :0] for part in tokens]
+        else:
+            heard = encoder.context_to_audio
+            contexts[1] = context @ heard.weight.T + heard.bias
+            state = encoder.fusion_blocks[str(layer)](state, *tokens)
+        for n, vit in enumerate((encoder.image, encoder.audio)):
+            if layer in runs[n]:
+                union = torch.cat([contexts[n], tokens[n]], 1)
+                tokens[n] = vit.blocks[runs[n][layer]](union)[:, contexts[n].shape[1] :]
+    assert_equal(encoder(image, audio)[:3], normed(encoder, *tokens, state[:, :4]))
+    assert encoder.dims == dict(
+        image=48 if swapped else 32, audio=32 if swapped else 48, fusion=encoder.embed_dim
+    )
+    for missing in (dict(image=None, audio=audio), dict(image=image, audio=None)):
+        assert encoder(**missing).fusion.shape == (2, 4, encoder.embed_dim)
+
+
+def test_an_unequal_autoencoder_trains_every_weight_and_is_saved(tmp_path):
+    mae = randomized(AVMAE(unequal_encoder(), decoder_dim=16, decoder_depth=1, decoder_heads=2)).train()
+    grads = gradients(mae, mae(*make_inputs()).loss)
+    trained = {name for name, parameter in mae.named_parameters() if parameter.requires_grad}
+    assert {name for name, grad in grads.items() if grad.abs().max() > 0} == trained
+    mae.save_pretrained(tmp_path)
+    loaded = AVMAE.from_pretrained(tmp_path).double()
+    assert_equal(loaded.encoder(*(inputs := make_inputs()))[:3], mae.eval().encoder(*inputs)[:3], 1e-6)
+    # The second block of audio runs in the third layer, and is trained at the rate of that.
+    weight = mae.encoder.audio.blocks[1].mlp.fc1.weight
+    (layer,) = {g["layer"] for g in mae.parameter_groups() if any(p is weight for p in g["params"])}
+    assert layer == 3
+
+
+@pytest.mark.parametrize(
+    "image, audio, options, message",
+    [
+        (
+            {},
+            dict(embed_dim=48),
+            dict(interactions="token"),
+            "interactions='token' needs transformers of one width",
+        ),
+        ({}, dict(depth=2), {}, "such as block_layers=\\(0, 2\\)"),
+        ({}, {}, dict(block_layers=(0, 1, 2)), "block_layers is for transformers of unequal depth"),
+        ({}, dict(depth=2), dict(block_layers=(0, 3)), "block_layers must be 2 rising integers in 0..2"),
+        ({}, dict(depth=2), dict(block_layers=(1, 1)), "block_layers must be 2 rising integers in 0..2"),
+        ({}, dict(depth=2), dict(block_layers=(1,)), "block_layers must be 2 rising integers in 0..2"),
+        (dict(depth=2), {}, dict(block_layers=7), "block_layers must be 2 rising integers in 0..2"),
+    ],
+)
+def test_what_cannot_be_joined_is_refused(image, audio, options, message):
+    with pytest.raises(ValueError, match=message):
+        AVEncoder(make_vit(IMAGE, **image), make_vit(AUDIO, **audio), **options)
+
+
+# --- inputs are never guessed -------------------------------------------------------------------------------
+
+
+def test_a_spectrogram_of_unknown_seconds_needs_inputs_where_files_are_read():
+    encoder = AVEncoder(make_vit((3, 48, 80)), make_vit((1, 64, 1000)), fusion_tokens=4)
+    encoder(torch.zeros(1, 3, 48, 80), torch.zeros(1, 1, 64, 1000))  # tensors need none
+    with pytest.raises(ValueError, match="made without inputs") as error:
+        encoder.inputs  # noqa: B018
+    line = ast.parse(re.search(r"write (AVEncoder\(.*\))$", str(error.value))[1], mode="eval").body
+    options = {option.arg: ast.literal_eval(option.value) for option in line.keywords[0].value.keywords}
+    assert InputSettings(**options).frames == 1000
+    assert options == dict(image_size=(48, 80), mel_bins=64, hop=250, audio_seconds=15.625)
+    loaded = AVEncoder.from_config(json.loads(json.dumps(encoder.to_config())))
+    with pytest.raises(ValueError, match="made without inputs"):
+        loaded.inputs  # noqa: B018
+
+
+def test_the_normalisation_of_a_timm_model_is_taken():
+    """Models of `augreg` were trained with 0.5, those of MAE with ImageNet's mean."""
+    for name, mean in (
+        ("vit_tiny_patch16_224.augreg_in21k", (0.5,) * 3),
+        ("vit_base_patch16_224.mae", IMAGENET_MEAN),
+    ):
+        with torch.device("meta"):
+            image = timm.create_model(name)
+            audio = make_vit((1, 128, 192), embed_dim=image.embed_dim, depth=12)
+            encoder = AVEncoder(image, audio)
+        assert encoder.inputs.image_mean == mean
+    assert AVEncoder.from_config(encoder.to_config()).inputs == encoder.inputs
+
+
 # --- models that exist --------------------------------------------------------------------------------------
 
 
@@ -468,7 +586,7 @@ def test_real_timm_models_lose_their_heads_and_keep_their_features():
         assert relative_error(output.image, truth[0]) < 1e-5
         assert relative_error(output.audio, truth[1]) < 1e-5
     assert not any("head" in name for name, _ in encoder.named_parameters())
-    assert encoder.inputs == InputSettings()
+    assert encoder.inputs == InputSettings(image_mean=(0.5,) * 3, image_std=(0.5,) * 3)  # what timm states
 
     encoder = AVEncoder(image_vit, audio_vit)  # dense
     output = encoder(*inputs)
@@ -515,7 +633,7 @@ def test_images_need_not_be_square():
         encoder = create_encoder("tiny", inputs=inputs)
         assert encoder.inputs == inputs and encoder.inputs.image_shape == (48, 80)
         assert encoder(torch.empty(2, 3, 48, 80), torch.empty(2, 1, 64, 128)).image.shape == (2, 15, 192)
-        assert AVEncoder(encoder.image, encoder.audio).inputs == inputs  # what its transformers take
+        assert AVEncoder(encoder.image, encoder.audio, inputs=inputs).inputs == inputs
         loaded = AVEncoder.from_config(json.loads(json.dumps(encoder.to_config())))
     assert loaded.inputs == inputs and loaded.to_config() == encoder.to_config()
     assert InputSettings(96) == InputSettings((96, 96)) == InputSettings([96, 96])
@@ -586,8 +704,6 @@ def test_other_architectures_are_refused(name, make_bad, message):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(audio=lambda: make_vit(AUDIO, embed_dim=64)), "audio must have the width of image, 32, .* 64"),
-        (dict(audio=lambda: make_vit(AUDIO, depth=2)), "audio must have the depth of image, 3, .* 2"),
         (dict(interactions="sparse"), "interactions must be one of .* got 'sparse'"),
         (dict(interactions="token", pair_bias=True), "pair_bias needs .* got 'token'"),
         (dict(fusion_tokens=0), "fusion_tokens must be a positive integer, got 0"),

@@ -139,10 +139,8 @@ def make(name, **options):
 
 def make_streams(block, image_tokens=I, audio_tokens=A):
     state = sum(getattr(block, "split_sizes", [F]))
-    return [
-        torch.randn(B, n, D, dtype=torch.float64, requires_grad=True)
-        for n in (state, image_tokens, audio_tokens)
-    ]
+    sizes = (state, block.dim), (image_tokens, block.image_dim), (audio_tokens, block.audio_dim)
+    return [torch.randn(B, *size, dtype=torch.float64, requires_grad=True) for size in sizes]
 
 
 def make_masks():
@@ -178,6 +176,18 @@ def test_masks_drop_tokens(name, masked):
     """Also whole modalities: of one clip the image, of one the sound, of one both."""
     block, masks = make(name), make_masks()
     assert_like_direct(block, make_streams(block), **masks if masked == "both" else {masked: masks[masked]})
+
+
+@pytest.mark.parametrize("name", [name for name in BLOCKS if name != "token"])
+@pytest.mark.parametrize("dims", [dict(image_dim=36), dict(image_dim=8, audio_dim=40)])
+def test_tokens_of_other_widths(name, dims):
+    block = make(name, **dims)
+    assert_like_direct(block, make_streams(block), **make_masks())
+    assert (block.image_dim, block.audio_dim) == (dims["image_dim"], dims.get("audio_dim", D))
+    with pytest.raises(ValueError, match=r"audio must be tokens \(B, N, "):
+        block(*make_streams(block)[:2], torch.zeros(B, A, 7).double())
+    with pytest.raises(ValueError, match="image_dim must be a positive integer, got 0"):
+        make(name, image_dim=0)
 
 
 @every_block

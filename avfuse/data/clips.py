@@ -12,15 +12,19 @@ one that crashes or hangs its decoder takes a worker process with it, and nothin
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice, tee
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from ..checks import is_number
+from ..files import printable
 from ..inputs import InputSettings
 from .decode import ClipError, ClipReader, Streams
 from .table import Clip, ClipTable, check_labels
@@ -133,8 +137,20 @@ class ClipDataset(Dataset):
         self, clip: Clip, reader: ClipReader, generator: torch.Generator, place: float, moment: float = 0.5
     ) -> dict[str, Tensor]:
         """The window of sound at a place in the clip, and the frame at a moment of it, both in 0..1."""
-        settings, streams = self.settings, clip.streams or reader.streams
-        start = place * max(0.0, streams.seconds - settings.audio_seconds)
+        streams = clip.streams or reader.streams
+        start = place * max(0.0, streams.seconds - self.settings.audio_seconds)
+        return self.window_from(start, streams, reader, generator, moment)
+
+    def window_from(
+        self,
+        start: float,
+        streams: Streams,
+        reader: ClipReader,
+        generator: torch.Generator | None,
+        moment: float = 0.5,
+    ) -> dict[str, Tensor]:
+        """The window of sound from `start` on, in seconds, and the frame at a moment of it in 0..1."""
+        settings = self.settings
         image = torch.zeros(3, *settings.image_shape)
         if streams.video:
             frame = reader.frame(start + moment * min(settings.audio_seconds, streams.seconds))
@@ -165,6 +181,50 @@ class ClipDataset(Dataset):
         several = torch.zeros(len(self.classes[name]))
         several[list(label)] = 1.0
         return several
+
+
+class ReadClip(NamedTuple):
+    """A batch of one clip, for `encoder(*clip)`; a modality that the clip lacks is None."""
+
+    image: Tensor | None  # (1, 3, height, width) float32
+    audio: Tensor | None  # (1, 1, mel_bins, frames) float32
+
+
+def read_clip(path: str | Path, inputs: InputSettings, *, start: float | None = None) -> ReadClip:
+    """One frame and one spectrogram of a video or sound file, as a model sees them in evaluation.
+
+    Args:
+        path: the file.
+        inputs: the transforms of the model, `encoder.inputs`.
+        start: where the window of `inputs.audio_seconds` begins, in seconds; None = that in the middle. The
+            frame is that in the middle of the window. Sound that ends early is extended by mirrored copies.
+
+    Raises:
+        ValueError: the file cannot be read, with the reason, or `start` is not within it.
+    """
+    if not isinstance(inputs, InputSettings):
+        raise ValueError(f"inputs must be InputSettings, got {type(inputs).__name__}")
+    with open_window(path, inputs, start) as (reader, start):
+        dataset = ClipDataset([Clip(Path(path))], inputs, train=False)
+        item = dataset.window_from(start, reader.streams, reader, None)
+    return ReadClip(*(item[name][None] if item[f"{name}_present"] else None for name in ("image", "audio")))
+
+
+@contextmanager
+def open_window(
+    path: str | Path, inputs: InputSettings, start: float | None
+) -> Iterator[tuple[ClipReader, float]]:
+    """A file, open for reading, and where its window begins in seconds; see `read_clip`."""
+    try:
+        with Clip(Path(path)).open() as reader:
+            seconds = reader.streams.seconds
+            if start is None:
+                start = max(0.0, seconds - inputs.audio_seconds) / 2
+            if not is_number(start) or not (start == 0 or 0 <= start < seconds):
+                raise ValueError(f"start must be within the {seconds:g} s of {path}, got {start!r}")
+            yield reader, start
+    except ClipError as error:
+        raise ValueError(f"{printable(error.path)} cannot be read: {printable(error.reason)}") from error
 
 
 # --- batching -----------------------------------------------------------------------------------------------

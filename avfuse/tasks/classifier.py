@@ -42,6 +42,7 @@ class Classifier(TaskModel, Pretrained):
             released linear probe does. In training, its statistics are those of the clips given at once.
         frozen: the encoder is not trained, and stays in eval mode: a linear probe.
         class_names: what the classes are called, kept as a tuple with a saved classifier; None = not told.
+        several: a clip may have several classes, each with a probability of its own (a sigmoid).
 
     Raises:
         ValueError: naming the argument that is wrong.
@@ -58,6 +59,7 @@ class Classifier(TaskModel, Pretrained):
         batch_norm: bool = False,
         frozen: bool = False,
         class_names: Sequence[str] | None = None,
+        several: bool = False,
     ):
         super().__init__()
         check_count("classes", classes)
@@ -65,14 +67,18 @@ class Classifier(TaskModel, Pretrained):
         if class_names is not None and len(class_names) != classes:
             raise ValueError(f"class_names must name all {classes} classes, got {len(class_names)} names")
         self.class_names = None if class_names is None else tuple(class_names)
-        self.encoder, self.classes, self.frozen = encoder, classes, frozen
+        self.encoder, self.classes, self.frozen, self.several = encoder, classes, frozen, several
         self.features = tuple(name for name in FEATURES if name in features)
         self.settings = dict(
-            classes=classes, features=self.features, batch_norm=batch_norm, class_names=self.class_names
+            classes=classes,
+            features=self.features,
+            batch_norm=batch_norm,
+            class_names=self.class_names,
+            several=several,
         )
         for name in self.features:
-            norm = nn.BatchNorm1d(encoder.embed_dim, eps=NORM_EPS, affine=False) if batch_norm else None
-            head = nn.Linear(encoder.embed_dim, classes)
+            norm = nn.BatchNorm1d(encoder.dims[name], eps=NORM_EPS, affine=False) if batch_norm else None
+            head = nn.Linear(encoder.dims[name], classes)
             nn.init.trunc_normal_(head.weight, std=0.01)
             nn.init.zeros_(head.bias)
             setattr(self, f"{name}_norm", norm)
@@ -114,6 +120,25 @@ class Classifier(TaskModel, Pretrained):
         weights = torch.stack(list(read.values())).to(next(iter(heads.values())).dtype)  # (heads, B)
         logits = torch.stack(list(heads.values())) * weights[..., None]
         return Classified(logits.sum(0) / weights.sum(0).clamp(min=1)[:, None], heads, read)
+
+    def predicted(self, image: Tensor | None, audio: Tensor | None) -> dict[str, dict[str, float]]:
+        """{"image", "audio", "both"} -> {class: probability}, likeliest first: by what the clip has of them.
+
+        The probabilities of a clip's classes sum to 1, unless it may have `several`.
+        """
+        names, given = self.class_names or range(self.classes), {}
+        if image is not None and {"image", "fusion"} & set(self.features):
+            given["image"] = image, None
+        if audio is not None and {"audio", "fusion"} & set(self.features):
+            given["audio"] = None, audio
+        if image is not None and audio is not None:
+            given["both"] = image, audio
+        answers = {}
+        for what, inputs in given.items():
+            logits = self(*inputs).logits[0].float()
+            odds = (logits.sigmoid() if self.several else logits.softmax(0)).cpu()
+            answers[what] = {names[n]: odds[n].item() for n in odds.argsort(descending=True).tolist()}
+        return answers
 
     def normalised(self, name: str, pooled: Tensor, there: Tensor) -> Tensor:
         """Pooled tokens (B, D) standardised; those of clips without the modality are no part of the

@@ -262,6 +262,7 @@ class Classification(JudgedTask):
             batch_norm=config.batch_norm,
             frozen=config.probe,
             class_names=self.classes,
+            several=self.is_multi_label,
         )
         how = "linear probe" if config.probe else "fine-tuning"
         norm = " with BatchNorm" if config.batch_norm else ""

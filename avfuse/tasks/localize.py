@@ -87,8 +87,8 @@ class Localizer(SceneModel, Pretrained):
     def __init__(self, encoder: AVEncoder, dim: int = 128):
         super().__init__()
         self.encoder, self.settings = encoder, dict(dim=dim)
-        self.image_head = nn.Linear(encoder.embed_dim, dim)
-        self.audio_head = nn.Linear(encoder.embed_dim, dim)
+        self.image_head = nn.Linear(encoder.dims["image"], dim)
+        self.audio_head = nn.Linear(encoder.dims["audio"], dim)
         self.scale = nn.Parameter(torch.tensor(10.0))
         self.offset = nn.Parameter(torch.tensor(-3.0))  # most places are silent
 

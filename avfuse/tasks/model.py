@@ -1,7 +1,12 @@
 """The model of a task: an encoder and a head, saved and loaded as one."""
 
-from torch import nn
+from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from ..data.clips import read_clip
 from ..encoder import AVEncoder
 
 
@@ -12,6 +17,35 @@ class TaskModel(nn.Module):
 
     encoder: AVEncoder
     settings: dict
+
+    @torch.no_grad()
+    def predict(self, path: str | Path, *, start: float | None = None) -> dict[str, Any]:
+        """What the model says of one window of a file, in evaluation mode.
+
+        Args:
+            path: a video or sound file.
+            start: of the window, in seconds; None = the window in the middle.
+
+        Returns:
+            What `predicted` of the class says.
+
+        Raises:
+            ValueError: the file cannot be read, lacks what the model needs, or `start` is not within it.
+        """
+        training, device = self.training, self.encoder.fusion_tokens.device
+        image, audio = read_clip(path, self.encoder.inputs, start=start)
+        try:
+            return self.eval().predicted(
+                None if image is None else image.to(device), None if audio is None else audio.to(device)
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        finally:
+            self.train(training)
+
+    def predicted(self, image: Tensor | None, audio: Tensor | None) -> dict[str, Any]:
+        """The answer for one clip, a batch of one; None is a modality that it lacks."""
+        raise NotImplementedError
 
     def to_config(self) -> dict:
         """What config.json holds."""

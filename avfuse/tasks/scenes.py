@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from ..checks import check_count
 from ..data import sounding_shapes
@@ -60,6 +61,17 @@ class SceneModel(TaskModel):
         tokens = encoder(image, audio, audio_present=audio_present)
         places = split_prefix(encoder.image, tokens.image)[1]
         return places, split_prefix(encoder.audio, tokens.audio)[1].mean(1)
+
+    def predicted(self, image: Tensor | None, audio: Tensor | None) -> dict[str, Tensor]:
+        """{"map": (height, width)}: how likely each pixel of the image is part of what sounds, 0 to 1."""
+        if image is None or audio is None:
+            raise ValueError(f"it has no {'pictures' if image is None else 'sound'}, and both are needed")
+        sounding = self.sounding(self(image, audio).float())
+        return dict(map=interpolate(sounding[:, None], image.shape[-2:], mode="bilinear")[0, 0].cpu())
+
+    def sounding(self, logits: Tensor) -> Tensor:
+        """Outputs of the model -> probabilities (B, rows, columns) of being part of what sounds."""
+        return logits.sigmoid()
 
     def on_grid(self, values: Tensor) -> Tensor:
         """(B, ..., I) -> (B, ..., rows, columns)"""

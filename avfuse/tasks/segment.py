@@ -112,7 +112,7 @@ class Segmenter(SceneModel, Pretrained):
     def __init__(self, encoder: AVEncoder, outputs: int = 1, dim: int = 64):
         super().__init__()
         self.encoder, self.settings = encoder, dict(outputs=outputs, dim=dim)
-        self.join = nn.Linear(2 * encoder.embed_dim, 2 * dim)
+        self.join = nn.Linear(encoder.dims["image"] + encoder.dims["audio"], 2 * dim)
         self.decoder = nn.Sequential(
             up_convolution(2 * dim, dim), up_convolution(dim, dim), up_convolution(dim, dim // 2)
         )
@@ -123,10 +123,13 @@ class Segmenter(SceneModel, Pretrained):
     def forward(self, image: Tensor, audio: Tensor, audio_present: Tensor | None = None) -> Tensor:
         """Logits (B, outputs, height, width); arguments as for `SceneModel.read`."""
         places, sound = self.read(image, audio, audio_present)
-        joined = self.join(torch.cat([places, sound[:, None].expand_as(places)], dim=-1))
+        joined = self.join(torch.cat([places, sound[:, None].expand(-1, places.shape[1], -1)], dim=-1))
         joined = self.on_grid(joined.transpose(1, 2))
         logits = self.predict(self.decoder(joined))  # 8 times as wide and high as the grid
         return interpolate(logits, size=image.shape[-2:], mode="bilinear")
+
+    def sounding(self, logits):
+        return logits[:, 0].sigmoid() if logits.shape[1] == 1 else 1 - logits.softmax(1)[:, 0]
 
 
 def up_convolution(inputs: int, outputs: int) -> nn.Sequential:

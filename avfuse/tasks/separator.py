@@ -1,10 +1,13 @@
 """A model that hears a mixture, sees one of its sources, and masks all else: encoder, audio U-Net, STFT."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from ..checks import check_count
+from ..data.clips import open_window, read_clip
 from ..data.transforms import Spectrogram
 from ..encoder import AVEncoder
 from ..inputs import InputSettings
@@ -62,6 +65,22 @@ class Separator(TaskModel, Pretrained):
         layers = [split_prefix(self.encoder.audio, layer.audio)[1] for layer in (*tokens.layers, tokens)]
         return self.decoder(patches, layers, tokens.fusion, audio).unflatten(0, (-1, sources))
 
+    def predict(self, path: str | Path, *, start: float | None = None) -> dict[str, Tensor | int]:
+        """{"sound": (samples,), "sample_rate"}: what the picture of a window sounds like, out of all that is
+        heard in it. Arguments and errors as for `TaskModel.predict`.
+        """
+        inputs, device = self.encoder.inputs, self.encoder.fusion_tokens.device
+        image, audio = read_clip(path, inputs, start=start)
+        if image is None or audio is None:
+            lacking = "pictures" if image is None else "sound"
+            raise ValueError(f"{path}: it has no {lacking}, and both are needed")
+        with open_window(path, inputs, start) as (reader, start):
+            mixture = torch.from_numpy(reader.audio(start, inputs.audio_seconds, inputs.sample_rate))
+        training = self.training
+        sounds, _ = self.eval().separate(image[None].to(device), audio.to(device), mixture[None].to(device))
+        self.train(training)
+        return dict(sound=sounds[0, 0].cpu(), sample_rate=inputs.sample_rate)
+
     @torch.no_grad()
     def separate(self, image: Tensor, audio: Tensor, mixture: Tensor) -> tuple[Tensor, Tensor]:
         """The sounds (B, S, samples) of the sources that images show, out of a mixture (B, samples), and the
@@ -85,15 +104,15 @@ class AudioUNet(nn.Module):
     def __init__(self, encoder: AVEncoder, dim: int):
         super().__init__()
         check_count("decoder_dim", dim)
-        embed, tokens, depth = encoder.audio.patch_embed, encoder.embed_dim, encoder.depth
+        embed, depth, tokens = encoder.audio.patch_embed, encoder.depth, encoder.dims["audio"]
         stages = doublings(embed.patch_size)
         widths = [max(dim >> stage, NARROWEST) for stage in range(stages)]
         self.grid = embed.grid_size
         # Layers of the skips: evenly spaced, the deepest at the coarsest stage.
         self.layers = [max(depth * (stages - stage) // stages, 1) - 1 for stage in range(1, stages)]
 
-        self.place = nn.Linear(tokens, PLACED)
-        seen = PLACED * encoder.image.patch_embed.num_patches + tokens
+        self.place = nn.Linear(encoder.dims["image"], PLACED)
+        seen = PLACED * encoder.image.patch_embed.num_patches + encoder.dims["fusion"]
         self.query = nn.Sequential(
             nn.Linear(seen, 2 * QUERY), nn.GELU(), nn.Linear(2 * QUERY, QUERY), nn.GELU()
         )

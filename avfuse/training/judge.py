@@ -115,7 +115,7 @@ class JudgedTask(Task):
         return f"{self.name}: {parameters / 1e6:.1f} M parameters, from {weights}"
 
     def parameter_groups(self, weight_decay):
-        return parameter_groups(self.model, self.model.encoder.depth, weight_decay)
+        return parameter_groups(self.model, self.model.encoder, weight_decay)
 
     def describe_metrics(self, metrics: dict) -> str:
         """The metrics for people."""
