@@ -224,23 +224,54 @@ def test_resampling_removes_what_the_new_rate_cannot_hold(tmp_path):
     assert np.abs(read_audio(path, 0.2, 1, 16_000)).max() < 1e-3
 
 
-@pytest.mark.parametrize("channels", [1, 2, 6, 8])
+SIDE, BACK = 0.5**0.5, 0.5  # -3 dB and -6 dB
+
+
+@pytest.mark.parametrize(
+    ("layout", "weights"),
+    [
+        ("mono", [1]),
+        ("stereo", [1 / 2, 1 / 2]),
+        ("quad", [SIDE, SIDE, BACK, BACK]),
+        ("5.0", [SIDE, SIDE, 1, BACK, BACK]),
+        ("5.1", [SIDE, SIDE, 1, 0, BACK, BACK]),
+        ("5.1(side)", [SIDE, SIDE, 1, 0, BACK, BACK]),
+        ("7.1", [SIDE, SIDE, 1, 0, BACK, BACK, BACK, BACK]),
+    ],
+)
 @pytest.mark.parametrize("codec", ["pcm_u8", "pcm_s16le", "pcm_s32le", "pcm_f64le", "flac"])
-def test_mono_is_the_mean_of_the_channels(tmp_path, channels, codec):
-    audio = np.random.default_rng(0).uniform(-1, 1, (channels, 16_000)).astype(np.float32)
+def test_channels_are_mixed_by_their_places(tmp_path, layout, weights, codec):
+    """Two of them alike, more as FFmpeg does: the one in the centre in full, the one for bass not at all."""
+    audio = np.random.default_rng(0).uniform(-1, 1, (len(weights), 16_000)).astype(np.float32)
     path = tmp_path / ("a.flac" if codec == "flac" else "a.wav")
-    write_video(path, audio=audio, video=False, codecs=("", codec))
+    write_video(path, audio=audio, layout=layout, video=False, codecs=("", codec))
     sound = read_audio(path, 0, 1, 16_000)
-    assert np.abs(sound - audio.mean(0)).max() < (1 / 64 if codec == "pcm_u8" else 1e-4)
+    assert np.abs(sound - weights @ audio).max() < sum(weights) * (1 / 64 if codec == "pcm_u8" else 1e-4)
+
+
+@pytest.mark.parametrize("channels", [4, 6, 8])
+def test_channels_without_places_are_taken_for_the_usual_ones(tmp_path, channels):
+    audio = np.random.default_rng(0).uniform(-1, 1, (channels, 16_000)).astype(np.float32)
+    path = write_video(tmp_path / "a.wav", audio=audio, video=False, codecs=("", "pcm_s16le"))
+    data = bytearray(path.read_bytes())
+    mask = data.index(b"fmt ") + 28
+    assert int.from_bytes(data[mask : mask + 4], "little").bit_count() == channels
+    data[mask : mask + 4] = bytes(4)
+    path.write_bytes(data)
+    with av.open(str(path)) as container:
+        assert container.streams.audio[0].layout.name == f"{channels} channels"
+    weights = {4: [SIDE, SIDE, 1, BACK], 6: [SIDE, SIDE, 1, 0, BACK, BACK]}
+    truth = weights.get(channels, [SIDE, SIDE, 1, 0, BACK, BACK, BACK, BACK]) @ audio
+    assert np.abs(read_audio(path, 0, 1, 16_000) - truth).max() < 1e-3
 
 
 def test_eight_planar_channels(tmp_path):
     """PyAV's own conversion to an array reads past the eighth."""
     times = np.arange(96_000) / 48_000
-    audio = np.stack([chirp(times) * (1 if channel in (0, 4, 6) else 0) for channel in range(8)])
+    audio = np.stack([chirp(times) * (0.2 if channel in (2, 4, 6) else 0) for channel in range(8)])
     path = write_video(tmp_path / "a.mp4", 2, audio=audio, sample_rate=48_000)
     sound = read_audio(path, 0.5, 1, 16_000)
-    truth = chirp(0.5 + np.arange(16_000) / 16_000) * 3 / 8
+    truth = chirp(0.5 + np.arange(16_000) / 16_000) * 0.2 * (1 + BACK + BACK)
     assert np.abs(sound - truth).mean() < 0.01
 
 
