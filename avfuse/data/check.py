@@ -237,6 +237,7 @@ def describe(listing: Listing, entries: list[Entry], out: Path) -> str:
             lines.append(f"  -> {advice}")
     if listing.extra:
         lines += ["", f"{listing.extra} videos in the folder are in no list, and not used"]
+    lines += [line for other in listing.others() for line in ("", other)]
     return "\n".join(map(printable, lines)) + "\n"
 
 

@@ -110,7 +110,7 @@ class _Track:
             self.latest = max(self.latest, time)
         for frame in packet.decode():
             if frame.is_corrupt:
-                raise ValueError("the data are damaged")
+                raise ValueError("the data are damaged: fetch it again")
             self._hear(frame) if isinstance(frame, av.AudioFrame) else self._see(frame)
 
     def _see(self, frame: av.VideoFrame) -> None:
@@ -269,7 +269,7 @@ class ClipReader:
             yield
         except (av.FFmpegError, OSError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            reason = "the data are damaged" if isinstance(error, DAMAGED) else reason
+            reason = "the data are damaged: fetch it again" if isinstance(error, DAMAGED) else reason
             raise ClipError(self.path, f"{what}: {reason}") from error
 
     def _prepare(self, kind: str) -> av.stream.Stream | None:
@@ -452,8 +452,8 @@ class ClipReader:
         for frame in frames:
             if frame.is_corrupt:  # what the decoder made up is not what was recorded
                 raise ClipError(self.path, f"its pictures are damaged before {seconds:g} s")
-            if self._matrix is None and Type.DISPLAYMATRIX in frame.side_data:
-                self._matrix = np.frombuffer(frame.side_data[Type.DISPLAYMATRIX], np.int32)
+            if self._matrix is None:
+                self._matrix = _matrix(frame)
             yield frame
 
     def _upright(self, frame: av.VideoFrame) -> np.ndarray:
@@ -465,11 +465,10 @@ class ClipReader:
         if width != frame.width:
             other = dict(width=width, interpolation="BICUBIC")
         pixels = frame.to_ndarray(format="rgb24", threads=1, **other)
-        if self._matrix is not None:
-            (a, b), (c, d) = self._matrix[[0, 1]], self._matrix[[3, 4]]  # right is (a, b) and down is (c, d)
-            if abs(b) > abs(a):
-                pixels, a, d = pixels.swapaxes(0, 1), c, b
-            pixels = pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+        (a, b), (c, d) = self._matrix[:2], self._matrix[3:5]  # right becomes (a, b) and down (c, d)
+        if abs(b) > abs(a):
+            pixels, a, d = pixels.swapaxes(0, 1), c, b
+        pixels = pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
         return np.ascontiguousarray(pixels)
 
     def _decode_audio(self, first: int, wanted: int, sample_rate: int) -> np.ndarray:
@@ -540,6 +539,15 @@ def _open(path: Path, part: Part | None) -> av.container.InputContainer:
         return av.open(url, options=OPTIONS | (OF_A_PART if part else {}) | quick, metadata_errors="replace")
     except (*DAMAGED, av.error.ArgumentError) as error:
         raise OSError(describe(head) or "it is of no kind that is read here, or damaged") from error
+
+
+def _matrix(frame: av.VideoFrame) -> list[int]:
+    """How a frame is to be turned, as FFmpeg's display matrix has it."""
+    small = frame.reformat(2, 2, "gray", interpolation="POINT")  # for to ask for side data keeps it
+    with suppress(ValueError):  # of a kind that PyAV does not know
+        if Type.DISPLAYMATRIX in small.side_data:
+            return np.frombuffer(small.side_data[Type.DISPLAYMATRIX], np.int32).tolist()
+    return [1, 0, 0, 0, 1, 0, 0, 0, 1]
 
 
 def _end_of(packet: av.Packet) -> Fraction | float:
