@@ -45,6 +45,7 @@ DAMAGED = (
 CUT_OFF = "is cut off: fetch it again"
 BACKWARD = 0.5  # seconds by which times may go back without a word
 TIMELESS = ("avi", "asf")  # formats that say when a picture is decoded, not when it is shown
+GAPLESS = ("wav", "flac", "mp3", "aac")  # formats of one sound without gaps, times in which may be estimates
 TIMED = ("mov", "matroska", "avi", "wav", "flac")  # formats that say exactly how long they are
 
 
@@ -507,8 +508,8 @@ class ClipReader:
             if packet.pts is not None and (packet.pts + (packet.duration or 0)) * unit - origin < begin:
                 continue
             for frame in packet.decode():
-                if frame.pts is not None:  # only the first one of a packet has a time
-                    time = frame.pts * unit - origin
+                if frame.pts is not None and (time is None or self._format not in GAPLESS):
+                    time = frame.pts * unit - origin  # which only the first one of a packet has
                 if time is None or not frame.samples:
                     continue
                 if time > end:
