@@ -3,6 +3,7 @@
 import os
 import pickle
 import struct
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -54,6 +55,73 @@ def test_the_frame_shown_at_any_time(tmp_path, suffix, codec, options):
                 assert number_of(frame) == number, (number, moment)
         assert number_of(clip.frame(-1)) == 0
         assert number_of(clip.frame(1e6)) == 29
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("suffix", "codec", "options"),
+    [
+        ("avi", "libx264", {"x264-params": LEADING}),
+        ("avi", "libx264", {"x264-params": OPEN}),
+        ("avi", "mpeg4", {"g": "10", "bf": "1", "qmax": "2", "sc_threshold": "1000000000"}),
+        ("avi", "mpeg4", {"g": "10", "bf": "2", "qmax": "2", "sc_threshold": "1000000000"}),
+        ("avi", "mpeg2video", {"g": "10", "bf": "2", "qmax": "2", "sc_threshold": "1000000000"}),
+    ],
+)
+def test_frames_of_files_that_tell_when_they_are_decoded(tmp_path, suffix, codec, options, packed):
+    """AVI has no times of presentation. Some put a frame into the packet before and leave its own empty."""
+    path = write_video(tmp_path / f"a.{suffix}", 3, codecs=(codec, ""), audio=False, **options)
+    if packed and codec != "mpeg4":
+        pytest.skip("a habit of MPEG-4 alone")
+    if packed:
+        path = pack(path, tmp_path / f"packed.{suffix}")
+    with ClipReader(path) as clip:
+        for number in (*range(30), 29, 3, 17, 16, 0):
+            assert number_of(clip.frame(number / 10 + 0.05)) == number
+        assert number_of(clip.frame(1e6)) == 29
+
+
+def pack(path: Path, packed: Path) -> Path:
+    """MPEG-4 with every B-frame in the packet of the frame before it, as DivX 5 writes it."""
+    start, empty = b"\0\0\1\xb6", b"\0\0\1\xb6\x50\0\x7f"
+    with av.open(str(path)) as source, av.open(str(packed), "w") as output:
+        stream = output.add_stream_from_template(source.streams.video[0])
+        packets = [(bytes(packet), packet.is_keyframe) for packet in source.demux(video=0) if packet.size]
+        contents, _ = map(list, zip(*packets, strict=True))
+        contents[0] = contents[0].replace(start, b"\0\0\1\xb2DivX503b1393p" + start, 1)
+        for n, content in enumerate(contents[1:], start=1):
+            if content[content.index(start) + 4] >> 6 == 2 and contents[n - 1] is not empty:
+                contents[n - 1], contents[n] = contents[n - 1] + content, empty
+        for n, content in enumerate(contents):
+            packet = av.Packet(content)
+            packet.pts = packet.dts = n
+            packet.time_base, packet.stream, packet.is_keyframe = Fraction(1, 10), stream, packets[n][1]
+            output.mux(packet)
+    return packed
+
+
+@pytest.mark.parametrize("suffix", ["mpg", "vob", "ts"])
+def test_frames_of_program_streams(tmp_path, suffix):
+    noise = np.random.default_rng(0).integers(-14, 15, (120, 96, 128, 1))  # so that no packet holds several
+    video = (numbered_frames(120, (128, 96)) + noise).astype(np.uint8)
+    path = tmp_path / f"a.{suffix}"
+    write_video(path, codecs=("mpeg2video", ""), audio=False, video=video, g="12", bf="2", qmax="2")
+    with ClipReader(path) as clip:
+        assert clip.streams.seconds == pytest.approx(12.0, abs=0.2)
+        for number in (*range(0, 120, 7), 119, 60, 3):
+            assert number_of(clip.frame(number / 10 + 0.05)) == number % 32
+
+
+@pytest.mark.parametrize("suffix", ["ts", "mpg"])
+def test_a_stream_that_begins_between_key_frames(tmp_path, suffix):
+    path = write_video(tmp_path / f"a.{suffix}", 3, codecs=("mpeg2video", "mp2"), g="10", bf="2", qmax="2")
+    data = path.read_bytes()
+    piece = {"mpg": 2048, "ts": 188}[suffix]
+    path.write_bytes(data[len(data) * 3 // 8 // piece * piece :])
+    with ClipReader(path) as clip:
+        shown = [number_of(clip.frame(time / 10)) for time in range(20)]
+    assert 5 < shown[0] < 25 and shown[-1] == 29
+    assert all(step in (0, 1) for step in np.diff(shown))
 
 
 def test_a_time_of_a_frame_that_floating_point_rounds_down(tmp_path):
@@ -133,6 +201,67 @@ def test_frames_are_turned_upright(tmp_path):
     assert frame.shape == (64, 32, 3)
     assert frame[:32, 16:].mean() > 240  # top right
     assert frame[32:].mean() < 15 and frame[:32, :16].mean() < 15
+
+
+@pytest.mark.parametrize("turn", [(1, 0, 0, 1), (-1, 0, 0, 1), (1, 0, 0, -1), (-1, 0, 0, -1)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_all_ways_to_turn_and_mirror(tmp_path, turn, transposed):
+    """A display matrix (a, b, c, d) takes a point (x, y) to (a x + c y, b x + d y)."""
+    a, b, c, d = (turn[1], turn[0], turn[3], turn[2]) if transposed else turn
+    source = np.array([[230, 160], [90, 20]], np.uint8)
+    path = write_video(
+        tmp_path / "a.mp4", video=source.repeat(32, 0).repeat(32, 1)[None, ..., None].repeat(3, 3)
+    )
+    data = path.read_bytes()
+    plain = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    turned = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    at = data.index(plain, data.index(b"tkhd"))
+    path.write_bytes(data[:at] + turned + data[at + len(turned) :])
+    truth = np.zeros((2, 2))
+    for x, y in ((-1, -1), (1, -1), (-1, 1), (1, 1)):
+        truth[(b * x + d * y + 1) // 2, (a * x + c * y + 1) // 2] = source[(y + 1) // 2, (x + 1) // 2]
+    assert np.abs(read_frame(path, 0)[16::32, 16::32, 0] - truth).max() < 8
+
+
+def test_an_orientation_in_the_stream_itself_counts_for_all_its_frames(tmp_path):
+    """H.264 has it beside key frames alone."""
+    halves = np.zeros((20, 48, 64, 3), np.uint8)
+    halves[:, :, :32] = 200
+    plain = write_video(tmp_path / "plain.mp4", video=halves, audio=False, g="5", bf="2", sc_threshold="0")
+    bits = "0" + "1" + "0" + 16 * "0" + "010" + "0" + "1"  # mirrored left to right
+    message = bytes([6, 47, 3]) + int(bits, 2).to_bytes(3, "big").replace(b"\0\0\0", b"\0\0\3\0") + b"\x80"
+    path = tmp_path / "a.mp4"
+    with av.open(str(plain)) as source, av.open(str(path), "w") as output:
+        stream = output.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size and packet.is_keyframe:
+                new = av.Packet(len(message).to_bytes(4, "big") + message + bytes(packet))
+                new.pts, new.dts, new.time_base = packet.pts, packet.dts, packet.time_base
+                packet, new.is_keyframe = new, True
+            if packet.size:
+                packet.stream = stream
+                output.mux(packet)
+    for time in (0, 0.25, 0.45, 1.05, 1.95):
+        frame = read_frame(path, time)
+        assert frame[:, 40:].mean() > 190 and frame[:, :24].mean() < 10
+
+
+@pytest.mark.parametrize(
+    ("ratio", "width"), [("2/1", 128), ("4/3", 85), ("16/11", 93), ("8/9", 57), ("1/2", 32)]
+)
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "avi"])
+def test_pixels_are_square(tmp_path, ratio, width, suffix):
+    path = write_video(tmp_path / f"a.{suffix}", audio=False, aspect=ratio)
+    assert read_frame(path, 0.55).shape == (48, width, 3) and number_of(read_frame(path, 0.55)) == 5
+
+
+def test_pixels_that_no_picture_has(tmp_path):
+    path = write_video(tmp_path / "a.mp4", audio=False, aspect="2/1")
+    data = path.read_bytes()
+    at = data.index(b"pasp") + 4
+    path.write_bytes(data[:at] + struct.pack(">2I", 10**9, 1) + data[at + 8 :])
+    with pytest.raises(ClipError, match="its pictures cannot be decoded: .* times as wide as high"):
+        read_frame(path, 0)
 
 
 def test_a_frame_that_the_decoder_would_make_up_in_part(tmp_path):
