@@ -28,7 +28,7 @@ SETTINGS = InputSettings(image_size=32, audio_seconds=1.0, mel_bins=32)
 QUIET = dict(progress=False, workers=0)
 BROKEN = {
     "part.mkv": "is cut off: fetch it again",
-    "moovless.mp4": "cannot be opened: it is cut off before its index, or damaged: fetch it again",
+    "moovless.mp4": "is cut off before its index: fetch it again",
     "damaged.mp4": "its sound cannot be decoded: the data are damaged: fetch it again",
 }
 

@@ -1,5 +1,6 @@
 """Reading video files: exact frames, exact sound, and errors that say what is wrong with a file."""
 
+import base64
 import os
 import pickle
 import struct
@@ -394,6 +395,40 @@ def test_channels_without_places_are_taken_for_the_usual_ones(tmp_path, channels
     assert np.abs(read_audio(path, 0, 1, 16_000) - truth).max() < 1e-3
 
 
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("a.wav", "adpcm_ms"),
+        ("a.wav", "adpcm_ima_wav"),
+        ("a.mov", "adpcm_ima_qt"),
+        ("a.mp3", "libmp3lame"),
+        ("a.opus", "libopus"),
+        ("a.mpg", "mp2"),
+        ("a.ts", "ac3"),
+    ],
+)
+def test_every_piece_of_sound_continues_the_one_before(tmp_path, name, codec):
+    """Although only the first of a packet has a time, or times are estimates."""
+    rate = 48_000
+    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(12 * rate) / rate)[None]
+    path = write_video(tmp_path / name, audio=tone, sample_rate=rate, video=False, codecs=("", codec))
+    for start in (0.1, 1.7):
+        sound = read_audio(path, start, 9, rate)
+        spectrum = np.abs(np.fft.rfft(sound * np.hanning(len(sound)))) ** 2
+        assert spectrum[440 * 9 - 3 : 440 * 9 + 4].sum() > 0.997 * spectrum.sum()
+
+
+def test_sound_to_its_last_packet_where_the_length_is_an_estimate(tmp_path):
+    """As in MPEG-TS, in which it is read off a few packets at the end."""
+    samples = np.zeros((1, 5 * 48_000), np.float32)
+    samples[:, 5 * 48_000 - 9_600 :] = 0.5 * np.sin(0.2 * np.arange(9_600))
+    path = write_video(tmp_path / "a.ts", 5, 25, sample_rate=48_000, audio=samples, codecs=("libx264", "mp2"))
+    seconds = probe(path).seconds
+    assert seconds == pytest.approx(5.0, abs=0.03)
+    sound = read_audio(path, seconds - 0.4, 0.4, 16_000)
+    assert np.abs(sound[:2_000]).max() < 0.01 and np.abs(sound[4_000:6_000]).max() > 0.4
+
+
 def test_eight_planar_channels(tmp_path):
     """PyAV's own conversion to an array reads past the eighth."""
     times = np.arange(96_000) / 48_000
@@ -489,6 +524,57 @@ def test_a_stream_with_nothing_in_it(tmp_path):
     assert probe(path)[:2] == (True, False)
 
 
+DEFAULT, COVER = Disposition.default, Disposition.attached_pic
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "ts"])
+@pytest.mark.parametrize(
+    ("pictures", "sounds"),
+    [
+        (["still", "film"], [(0.5, None)]),
+        (["cover", "film"], [(0.5, None)]),
+        (["film"], [(0.1, Disposition(0)), (0.5, DEFAULT)]),
+    ],
+)
+def test_the_stream_that_is_read(tmp_path, suffix, pictures, sounds):
+    """A film, not a picture beside it, and the sound that is marked as default."""
+    if suffix == "ts" and len(sounds) > 1:
+        pytest.skip("MPEG-TS has no mark of that kind")
+    path = tmp_path / f"a.{suffix}"
+    with av.open(str(path), "w") as output:
+        tracks = []
+        for what in pictures:
+            codec = "mjpeg" if what == "cover" else "libx264"
+            stream = output.add_stream(codec, rate=10)
+            stream.width, stream.height = 64, 48
+            stream.pix_fmt = "yuvj420p" if what == "cover" else "yuv420p"
+            if what == "cover":
+                stream.disposition = COVER
+            content = numbered_frames(20) if what == "film" else np.full((1, 48, 64, 3), 250, np.uint8)
+            tracks.append(
+                (stream, [av.VideoFrame.from_ndarray(frame) for frame in content], Fraction(1, 10), 1)
+            )
+        for peak, disposition in sounds:
+            stream = output.add_stream("aac", rate=16_000, layout="mono")
+            if disposition is not None:
+                stream.disposition = disposition
+            tone = np.float32(peak * np.sin(0.2 * np.arange(32_768)))[None]
+            frames = [
+                av.AudioFrame.from_ndarray(tone[:, n : n + 1024], "flt", "mono")
+                for n in range(0, 32_768, 1024)
+            ]
+            tracks.append((stream, frames, Fraction(1, 16_000), 1024))
+        for stream, frames, unit, length in tracks:
+            for number, frame in enumerate(frames):
+                frame.pts, frame.time_base = number * length, unit
+                if stream.type == "audio":
+                    frame.sample_rate = 16_000
+                output.mux(stream.encode(frame))
+            output.mux(stream.encode(None))
+    assert number_of(read_frame(path, 1.28)) == 12
+    assert np.abs(read_audio(path, 0.5, 1, 16_000)).max() == pytest.approx(0.5, abs=0.1)
+
+
 def test_cover_art_is_no_video(tmp_path):
     path = tmp_path / "a.mp4"
     with av.open(str(path), "w") as output:
@@ -536,6 +622,101 @@ def hostile(folder: Path) -> dict[str, Path]:
         paths[what] = folder / f"{what}.mp4"
         paths[what].write_bytes(content)
     return paths
+
+
+@pytest.mark.parametrize("share", [0.4, 0.75, 0.95])
+@pytest.mark.parametrize(
+    ("name", "codecs"),
+    [
+        ("a.mp4", ("libx264", "aac")),
+        ("a.mkv", ("libx264", "aac")),
+        ("a.webm", ("libvpx-vp9", "libopus")),
+        ("a.avi", ("mpeg4", "libmp3lame")),
+        ("a.ts", ("libx264", "aac")),
+        ("a.m2ts", ("libx264", "ac3")),
+        ("a.flv", ("libx264", "aac")),
+        ("a.wmv", ("wmv2", "mp2")),
+        ("a.opus", ("", "libopus")),
+        ("a.flac", ("", "flac")),
+        ("a.mp3", ("", "libmp3lame")),
+        ("a.wav", ("", "pcm_s16le")),
+    ],
+)
+def test_files_that_are_cut_off(tmp_path, name, codecs, share):
+    path = write_video(tmp_path / name, 3, sample_rate=48_000, video=bool(codecs[0]), codecs=codecs)
+    assert probe(path).audio
+    data = path.read_bytes()
+    size = int(len(data) * share)
+    path.write_bytes(data[: size + (size % 188 == 0) + (size % 192 == 0)])
+    with pytest.raises(ClipError, match="is cut off"):
+        probe(path)
+
+
+def test_sizes_that_say_nothing_are_no_reason(tmp_path):
+    """Those of files that were written to a pipe, and of one to which something was added."""
+    path = write_video(tmp_path / "a.wav", 1, video=False, codecs=("", "pcm_s16le"))
+    data = bytearray(path.read_bytes())
+    for size in (0, 0xFFFFFFFF, 0x7FFFF024, 1_000):
+        data[4:8] = size.to_bytes(4, "little")
+        path.write_bytes(data)
+        assert probe(path).seconds == pytest.approx(1.0)
+    path = write_video(tmp_path / "a.mkv", 1, container={"live": "1"})
+    assert probe(path).video
+    path.write_bytes(path.read_bytes() + b"more")
+    assert probe(path).video
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (
+            b"<!DOCTYPE html>\n<html><body>Not found</body></html>\n",
+            "it is a web page, not video .'<!DOCTYPE html>",
+        ),
+        (b"\n  <?xml version='1.0'?><Error/>", "it is a web page, not video"),
+        (b'{"error": "quota exceeded"}', "it is text, not video .*quota exceeded.*fetch it again"),
+        ("caf\u00e9 ".encode() * 2_000, "it is text, not video"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+            "it is a Git LFS pointer, not the file itself: git lfs pull",
+        ),
+        (b"", "it is empty"),
+        (bytes(3_000), "it is of no kind that is read here, or damaged"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "mp3"])
+def test_files_that_are_no_video(tmp_path, content, reason, suffix):
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ClipError, match=f"cannot be opened: {reason}"):
+        probe(path)
+
+
+def test_pipes_and_devices_are_not_opened(tmp_path):
+    """Opening a pipe would wait for somebody to write to it."""
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "pipe.mp4")
+    (tmp_path / "zero.mp4").symlink_to("/dev/zero")
+    for name in ("pipe", "link", "zero"):
+        with pytest.raises(ClipError, match="cannot be opened: it is not a file"):
+            probe(tmp_path / f"{name}.mp4")
+
+
+def test_a_file_that_names_others_opens_none_of_them(tmp_path, monkeypatch):
+    """Were the formats that do so let in, each by itself would open what is in this one."""
+    clip = write_video(tmp_path / "a.ts", 1)
+    content = base64.b64encode(clip.read_bytes()).decode()
+    path = tmp_path / "list.m3u8"
+    path.write_text(
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\ndata:video/mp2t;base64,{content}\n#EXT-X-ENDLIST\n"
+    )
+    formats = dict(decode.OPTIONS, format_whitelist="hls,mpegts")
+    options = {"extension_picky": "0", "allowed_extensions": "ALL", "allowed_segment_extensions": "ALL"}
+    monkeypatch.setattr(decode, "OPTIONS", {name: formats[name] for name in ("format_whitelist",)} | options)
+    assert number_of(read_frame(path, 0.5)) in (4, 5)  # without a whitelist of protocols
+    monkeypatch.setattr(decode, "OPTIONS", formats | options)
+    with pytest.raises(ClipError):
+        read_frame(path, 0.5)
 
 
 def test_hostile_files_are_errors_that_say_what(tmp_path):

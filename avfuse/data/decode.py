@@ -19,7 +19,7 @@ import numpy as np
 from av.sidedata.sidedata import Type
 from av.stream import Disposition
 
-from .headers import HEAD, cut_off, describe
+from .headers import CUT_OFF, HEAD, cut_off, describe
 
 OPTIONS = {  # FFmpeg also opens playlists, which name other files and hosts
     "format_whitelist": "mov,matroska,avi,flv,mpegts,mpeg,asf,ogg,wav,flac,mp3,aac",
@@ -42,11 +42,10 @@ DAMAGED = (
     av.error.PermissionError,
     av.error.EOFError,
 )  # what decoders say of damage
-CUT_OFF = "is cut off: fetch it again"
 BACKWARD = 0.5  # seconds by which times may go back without a word
 TIMELESS = ("avi", "asf")  # formats that say when a picture is decoded, not when it is shown
 GAPLESS = ("wav", "flac", "mp3", "aac")  # formats of one sound without gaps, times in which may be estimates
-TIMED = ("mov", "matroska", "avi", "wav", "flac")  # formats that say exactly how long they are
+TIMED = ("mov", "matroska", "avi", "wav")  # formats that say exactly how long they are
 
 
 class ClipError(Exception):
@@ -300,13 +299,14 @@ class ClipReader:
         """When a stream ends, in seconds; None if it has nothing in it."""
         if stream is None:
             return None
-        if self._format not in TIMED:
-            return self._last_ends.get(stream.index)
         end = self._declared_end(stream)
+        if self._format not in TIMED:
+            last = self._last_ends.get(stream.index)
+            if self._format == "flac" and end is not None and end > (last or 0) + JITTER:
+                raise ClipError(self.path, CUT_OFF)
+            return last
         if end is None and self._container.duration:
             end = Fraction(self._container.duration, av.time_base)
-        if self._format == "flac" and end is not None and end > self._last_ends.get(stream.index, 0) + JITTER:
-            raise ClipError(self.path, CUT_OFF)
         if end is not None and stream.frames:
             return end
         with _open(self.path, self.part) as container:
@@ -531,8 +531,8 @@ def _open(path: Path, part: Part | None) -> av.container.InputContainer:
             raise OSError(f"it reaches beyond the end of {file.name}")
         if not head:
             raise OSError("it is empty")
-        if cut_off(content, start, size):
-            raise ClipError(path, CUT_OFF)
+        if reason := cut_off(content, start, size):
+            raise ClipError(path, reason)
     # The header of an mp4 says everything; for other formats FFmpeg decodes a little to find out.
     quick = {"probesize": "32"} if head[4:8] == b"ftyp" else {}
     url = f"subfile,,start,{start},end,{start + size},,:file:{file}" if part else f"file:{file}"

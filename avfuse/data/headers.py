@@ -3,7 +3,9 @@
 import struct
 from typing import BinaryIO
 
+CUT_OFF = "is cut off: fetch it again"
 HEAD, TAIL = 4096, 2**16  # bytes looked at; a page of Ogg is no longer than TAIL
+BOXES = 64  # of mp4 that are looked at
 UNKNOWN = 0x7FFFF000  # bytes of a RIFF: what programs write that do not know, or this and above
 EBML, SEGMENT = (
     b"\x1a\x45\xdf\xa3",
@@ -13,10 +15,18 @@ ASF = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # of which object the s
 PACKETS = ((188, 0), (192, 4), (204, 0))  # of MPEG-TS: bytes, and where the first one begins
 
 
-def cut_off(file: BinaryIO, start: int, size: int) -> bool:
-    """Whether `size` bytes of a file from `start` on are fewer than they say that they should be."""
+def cut_off(file: BinaryIO, start: int, size: int) -> str | None:
+    """What there is to say of `size` bytes of a file from `start` on if they are fewer than they should be by
+    what they say of themselves; None if they are not, or say nothing.
+    """
     file.seek(start)
     head = file.read(min(HEAD, size))
+    if head[4:8] == b"ftyp":
+        return _cut_in_a_box(file, start, size)
+    return CUT_OFF if _is_short(file, head, start, size) else None
+
+
+def _is_short(file: BinaryIO, head: bytes, start: int, size: int) -> bool:
     if head[:4] == b"OggS":
         return _ends_within_a_page(file, start, size)
     for length, at in PACKETS:
@@ -68,6 +78,23 @@ def _told_by_mp3(head: bytes) -> int | None:
         return None
     at += 12 if flags & 1 else 8
     return int.from_bytes(head[at : at + 4], "big") or None
+
+
+def _cut_in_a_box(file: BinaryIO, start: int, size: int) -> str | None:
+    """Of mp4, whose boxes each begin with their size and name; its index is called moov."""
+    at, names = 0, []
+    while at < size and len(names) < BOXES:
+        file.seek(start + at)
+        box = file.read(min(16, size - at))
+        length = int.from_bytes(box[:4], "big")
+        length = int.from_bytes(box[8:], "big") if length == 1 else length
+        if length < 8 or not box[4:8].isalnum():  # to the end of the file, or no box at all
+            return None
+        at += length
+        names.append(box[4:8])
+    if at <= size:
+        return None
+    return CUT_OFF if b"moov" in names[:-1] else "is cut off before its index: fetch it again"
 
 
 def _ends_within_a_page(file: BinaryIO, start: int, size: int) -> bool:
