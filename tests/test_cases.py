@@ -4,6 +4,7 @@ In most of them frame n, 25 a second, shows the number n: a grid of 4 x 4 blocks
 n, lowest first, row by row. The sound is a burst of 2 ms at 0.5 s, 1.5 s, 2.5 s, ...
 """
 
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -13,13 +14,14 @@ import av
 import numpy as np
 import pytest
 import torch
-from videos import probe, read_audio, read_frame
+from videos import numbered_frames, probe, read_audio, read_frame, write_video
 
 from avfuse.data.check import check
 from avfuse.data.clips import Clip, ClipDataset, Failure
 from avfuse.data.decode import ClipReader
 from avfuse.data.find import find_data
-from avfuse.data.manifest import read_entries
+from avfuse.data.manifest import Header, read_entries, write
+from avfuse.data.shards import shard
 from avfuse.data.transforms import Spectrogram, evaluation_image
 from avfuse.inputs import InputSettings
 
@@ -168,3 +170,75 @@ def test_check_names_what_a_person_should_know(folder):
     assert entries["late.ts"].seconds == pytest.approx(4.04, abs=0.01)
     found = find_data(folder, lambda line: None, missing="keep", **QUIET)
     assert {error.path.name for error in found.unreadable} == BROKEN.keys()
+
+
+# ------------------------------------------------------------------------------------ other files of a kind
+
+
+def test_check_names_lengths_times_and_channels(tmp_path):
+    """That differ, go back, or cancel; and says nothing of files that are in order."""
+    tone = 0.5 * np.sin(0.2 * np.arange(96_000, dtype=np.float32))
+    write_video(tmp_path / "good.mp4", 2)
+    write_video(
+        tmp_path / "good.mkv", 2, times=[0.2 * number for number in range(10)], video=numbered_frames(10)
+    )
+    write_video(tmp_path / "long_sound.mp4", 2, audio=tone[None])
+    write_video(tmp_path / "long_pictures.mkv", 6, audio=tone[None, :32_000])
+    write_video(
+        tmp_path / "inverted.wav", audio=np.stack([tone, -tone]), video=False, codecs=("", "pcm_s16le")
+    )
+    write_video(
+        tmp_path / "quiet.wav", audio=0 * np.stack([tone, tone]), video=False, codecs=("", "pcm_s16le")
+    )
+    one = write_video(tmp_path / "one.ts", 3)
+    (tmp_path / "joined.ts").write_bytes(2 * one.read_bytes())
+    (tmp_path / "a.txt").write_text("")
+    (tmp_path / "README").write_text("")
+    report = check(tmp_path, **QUIET)
+
+    def named(words: str) -> list[str]:
+        lines = report.splitlines()
+        (at,) = [n for n, line in enumerate(lines) if words in line]
+        return [line.split()[0] for line in lines[at + 1 : at + 1 + int(lines[at].split()[0])]]
+
+    assert named("of unequal length") == ["long_pictures.mkv", "long_sound.mp4"]
+    assert "long_sound.mp4 (pictures end at 2.0 s, sound at 6.0 s)" in report
+    assert named("times that go back") == ["joined.ts"]
+    assert named("channels that cancel") == ["inverted.wav"]
+    assert named("are silent") == ["quiet.wav"]
+    assert report.endswith("\npassed over by suffix: 1 without one, 1 .txt\n")
+
+
+def test_files_of_a_data_set_that_a_suffix_hides_are_counted(tmp_path):
+    shutil.copy(CASES / "mpeg1_program_stream.mpg", tmp_path / "a.MPG")
+    shutil.copy(CASES / "adpcm_ms.wav", tmp_path / "a.wav")
+    shutil.copy(CASES / "adpcm_ms.wav", tmp_path / "a.rm")
+    said = []
+    found = find_data(tmp_path, said.append, missing="keep", **QUIET)
+    assert [clip.path.name for clip in found.train] == ["a.MPG", "a.wav"]
+    assert "passed over by suffix: 1 .rm" in said
+
+
+@pytest.mark.parametrize("to", ["pipe", "link to a pipe"])
+def test_pipes_in_a_folder_are_named_at_once(tmp_path, to):
+    """Nothing waits for somebody to write to them."""
+    write_video(tmp_path / "data/good.mp4", 1)
+    os.mkfifo(tmp_path / "data/pipe.mp4" if to == "pipe" else tmp_path / "data/pipe")
+    if to != "pipe":
+        (tmp_path / "data/pipe.mp4").symlink_to("pipe")
+    check(tmp_path / "data", progress=False, workers=1, timeout=20)
+    entries = {entry.path: entry for entry in read_entries(tmp_path / "data")}
+    assert entries["pipe.mp4"].error == "cannot be opened: it is not a file" and not entries["good.mp4"].error
+    found = find_data(tmp_path / "data", lambda line: None, data_set="folder", **QUIET)
+    assert [error.reason for error in found.unreadable] == ["cannot be opened: it is not a file"]
+    assert shard(tmp_path / "data", tmp_path / "shards", **QUIET).startswith("1 clips in 1 shards")
+
+
+def test_what_an_earlier_reader_found_is_looked_at_again(tmp_path):
+    path = shutil.copy(CASES / "part.mkv", tmp_path)
+    check(tmp_path, **QUIET)
+    (entry,) = read_entries(tmp_path)
+    write(tmp_path, Header(), [replace(entry, error=None, generation=0)])
+    check(tmp_path, **QUIET)
+    (entry,) = read_entries(tmp_path)
+    assert entry.error == BROKEN[Path(path).name]

@@ -83,7 +83,8 @@ class Listing:
 
     def others(self) -> list[str]:
         """For people: 'passed over by suffix: 16 .mpg, 2 .txt'; no line if nothing was."""
-        counts = [f"{count} {suffix or 'without one'}" for suffix, count in self.passed_over.most_common()]
+        order = sorted(self.passed_over.items(), key=lambda item: (-item[1], item[0]))
+        counts = [f"{count} {suffix or 'without one'}" for suffix, count in order]
         return [f"passed over by suffix: {some(counts, most=20)}"] if counts else []
 
     def amiss(self) -> list[tuple[str, Sequence, str]]:
