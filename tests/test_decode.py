@@ -1,8 +1,10 @@
 """Reading video files: exact frames, exact sound, and errors that say what is wrong with a file."""
 
+import base64
 import os
 import pickle
 import struct
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -54,6 +56,73 @@ def test_the_frame_shown_at_any_time(tmp_path, suffix, codec, options):
                 assert number_of(frame) == number, (number, moment)
         assert number_of(clip.frame(-1)) == 0
         assert number_of(clip.frame(1e6)) == 29
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("suffix", "codec", "options"),
+    [
+        ("avi", "libx264", {"x264-params": LEADING}),
+        ("avi", "libx264", {"x264-params": OPEN}),
+        ("avi", "mpeg4", {"g": "10", "bf": "1", "qmax": "2", "sc_threshold": "1000000000"}),
+        ("avi", "mpeg4", {"g": "10", "bf": "2", "qmax": "2", "sc_threshold": "1000000000"}),
+        ("avi", "mpeg2video", {"g": "10", "bf": "2", "qmax": "2", "sc_threshold": "1000000000"}),
+    ],
+)
+def test_frames_of_files_that_tell_when_they_are_decoded(tmp_path, suffix, codec, options, packed):
+    """AVI has no times of presentation. Some put a frame into the packet before and leave its own empty."""
+    path = write_video(tmp_path / f"a.{suffix}", 3, codecs=(codec, ""), audio=False, **options)
+    if packed and codec != "mpeg4":
+        pytest.skip("a habit of MPEG-4 alone")
+    if packed:
+        path = pack(path, tmp_path / f"packed.{suffix}")
+    with ClipReader(path) as clip:
+        for number in (*range(30), 29, 3, 17, 16, 0):
+            assert number_of(clip.frame(number / 10 + 0.05)) == number
+        assert number_of(clip.frame(1e6)) == 29
+
+
+def pack(path: Path, packed: Path) -> Path:
+    """MPEG-4 with every B-frame in the packet of the frame before it, as DivX 5 writes it."""
+    start, empty = b"\0\0\1\xb6", b"\0\0\1\xb6\x50\0\x7f"
+    with av.open(str(path)) as source, av.open(str(packed), "w") as output:
+        stream = output.add_stream_from_template(source.streams.video[0])
+        packets = [(bytes(packet), packet.is_keyframe) for packet in source.demux(video=0) if packet.size]
+        contents, _ = map(list, zip(*packets, strict=True))
+        contents[0] = contents[0].replace(start, b"\0\0\1\xb2DivX503b1393p" + start, 1)
+        for n, content in enumerate(contents[1:], start=1):
+            if content[content.index(start) + 4] >> 6 == 2 and contents[n - 1] is not empty:
+                contents[n - 1], contents[n] = contents[n - 1] + content, empty
+        for n, content in enumerate(contents):
+            packet = av.Packet(content)
+            packet.pts = packet.dts = n
+            packet.time_base, packet.stream, packet.is_keyframe = Fraction(1, 10), stream, packets[n][1]
+            output.mux(packet)
+    return packed
+
+
+@pytest.mark.parametrize("suffix", ["mpg", "vob", "ts"])
+def test_frames_of_program_streams(tmp_path, suffix):
+    noise = np.random.default_rng(0).integers(-14, 15, (120, 96, 128, 1))  # so that no packet holds several
+    video = (numbered_frames(120, (128, 96)) + noise).astype(np.uint8)
+    path = tmp_path / f"a.{suffix}"
+    write_video(path, codecs=("mpeg2video", ""), audio=False, video=video, g="12", bf="2", qmax="2")
+    with ClipReader(path) as clip:
+        assert clip.streams.seconds == pytest.approx(12.0, abs=0.2)
+        for number in (*range(0, 120, 7), 119, 60, 3):
+            assert number_of(clip.frame(number / 10 + 0.05)) == number % 32
+
+
+@pytest.mark.parametrize("suffix", ["ts", "mpg"])
+def test_a_stream_that_begins_between_key_frames(tmp_path, suffix):
+    path = write_video(tmp_path / f"a.{suffix}", 3, codecs=("mpeg2video", "mp2"), g="10", bf="2", qmax="2")
+    data = path.read_bytes()
+    piece = {"mpg": 2048, "ts": 188}[suffix]
+    path.write_bytes(data[len(data) * 3 // 8 // piece * piece :])
+    with ClipReader(path) as clip:
+        shown = [number_of(clip.frame(time / 10)) for time in range(20)]
+    assert 5 < shown[0] < 25 and shown[-1] == 29
+    assert all(step in (0, 1) for step in np.diff(shown))
 
 
 def test_a_time_of_a_frame_that_floating_point_rounds_down(tmp_path):
@@ -133,6 +202,67 @@ def test_frames_are_turned_upright(tmp_path):
     assert frame.shape == (64, 32, 3)
     assert frame[:32, 16:].mean() > 240  # top right
     assert frame[32:].mean() < 15 and frame[:32, :16].mean() < 15
+
+
+@pytest.mark.parametrize("turn", [(1, 0, 0, 1), (-1, 0, 0, 1), (1, 0, 0, -1), (-1, 0, 0, -1)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_all_ways_to_turn_and_mirror(tmp_path, turn, transposed):
+    """A display matrix (a, b, c, d) takes a point (x, y) to (a x + c y, b x + d y)."""
+    a, b, c, d = (turn[1], turn[0], turn[3], turn[2]) if transposed else turn
+    source = np.array([[230, 160], [90, 20]], np.uint8)
+    path = write_video(
+        tmp_path / "a.mp4", video=source.repeat(32, 0).repeat(32, 1)[None, ..., None].repeat(3, 3)
+    )
+    data = path.read_bytes()
+    plain = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    turned = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    at = data.index(plain, data.index(b"tkhd"))
+    path.write_bytes(data[:at] + turned + data[at + len(turned) :])
+    truth = np.zeros((2, 2))
+    for x, y in ((-1, -1), (1, -1), (-1, 1), (1, 1)):
+        truth[(b * x + d * y + 1) // 2, (a * x + c * y + 1) // 2] = source[(y + 1) // 2, (x + 1) // 2]
+    assert np.abs(read_frame(path, 0)[16::32, 16::32, 0] - truth).max() < 8
+
+
+def test_an_orientation_in_the_stream_itself_counts_for_all_its_frames(tmp_path):
+    """H.264 has it beside key frames alone."""
+    halves = np.zeros((20, 48, 64, 3), np.uint8)
+    halves[:, :, :32] = 200
+    plain = write_video(tmp_path / "plain.mp4", video=halves, audio=False, g="5", bf="2", sc_threshold="0")
+    bits = "0" + "1" + "0" + 16 * "0" + "010" + "0" + "1"  # mirrored left to right
+    message = bytes([6, 47, 3]) + int(bits, 2).to_bytes(3, "big").replace(b"\0\0\0", b"\0\0\3\0") + b"\x80"
+    path = tmp_path / "a.mp4"
+    with av.open(str(plain)) as source, av.open(str(path), "w") as output:
+        stream = output.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size and packet.is_keyframe:
+                new = av.Packet(len(message).to_bytes(4, "big") + message + bytes(packet))
+                new.pts, new.dts, new.time_base = packet.pts, packet.dts, packet.time_base
+                packet, new.is_keyframe = new, True
+            if packet.size:
+                packet.stream = stream
+                output.mux(packet)
+    for time in (0, 0.25, 0.45, 1.05, 1.95):
+        frame = read_frame(path, time)
+        assert frame[:, 40:].mean() > 190 and frame[:, :24].mean() < 10
+
+
+@pytest.mark.parametrize(
+    ("ratio", "width"), [("2/1", 128), ("4/3", 85), ("16/11", 93), ("8/9", 57), ("1/2", 32)]
+)
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "avi"])
+def test_pixels_are_square(tmp_path, ratio, width, suffix):
+    path = write_video(tmp_path / f"a.{suffix}", audio=False, aspect=ratio)
+    assert read_frame(path, 0.55).shape == (48, width, 3) and number_of(read_frame(path, 0.55)) == 5
+
+
+def test_pixels_that_no_picture_has(tmp_path):
+    path = write_video(tmp_path / "a.mp4", audio=False, aspect="2/1")
+    data = path.read_bytes()
+    at = data.index(b"pasp") + 4
+    path.write_bytes(data[:at] + struct.pack(">2I", 10**9, 1) + data[at + 8 :])
+    with pytest.raises(ClipError, match="its pictures cannot be decoded: .* times as wide as high"):
+        read_frame(path, 0)
 
 
 def test_a_frame_that_the_decoder_would_make_up_in_part(tmp_path):
@@ -224,23 +354,88 @@ def test_resampling_removes_what_the_new_rate_cannot_hold(tmp_path):
     assert np.abs(read_audio(path, 0.2, 1, 16_000)).max() < 1e-3
 
 
-@pytest.mark.parametrize("channels", [1, 2, 6, 8])
+SIDE, BACK = 0.5**0.5, 0.5  # -3 dB and -6 dB
+
+
+@pytest.mark.parametrize(
+    ("layout", "weights"),
+    [
+        ("mono", [1]),
+        ("stereo", [1 / 2, 1 / 2]),
+        ("quad", [SIDE, SIDE, BACK, BACK]),
+        ("5.0", [SIDE, SIDE, 1, BACK, BACK]),
+        ("5.1", [SIDE, SIDE, 1, 0, BACK, BACK]),
+        ("5.1(side)", [SIDE, SIDE, 1, 0, BACK, BACK]),
+        ("7.1", [SIDE, SIDE, 1, 0, BACK, BACK, BACK, BACK]),
+    ],
+)
 @pytest.mark.parametrize("codec", ["pcm_u8", "pcm_s16le", "pcm_s32le", "pcm_f64le", "flac"])
-def test_mono_is_the_mean_of_the_channels(tmp_path, channels, codec):
-    audio = np.random.default_rng(0).uniform(-1, 1, (channels, 16_000)).astype(np.float32)
+def test_channels_are_mixed_by_their_places(tmp_path, layout, weights, codec):
+    """Two of them alike, more as FFmpeg does: the one in the centre in full, the one for bass not at all."""
+    audio = np.random.default_rng(0).uniform(-1, 1, (len(weights), 16_000)).astype(np.float32)
     path = tmp_path / ("a.flac" if codec == "flac" else "a.wav")
-    write_video(path, audio=audio, video=False, codecs=("", codec))
+    write_video(path, audio=audio, layout=layout, video=False, codecs=("", codec))
     sound = read_audio(path, 0, 1, 16_000)
-    assert np.abs(sound - audio.mean(0)).max() < (1 / 64 if codec == "pcm_u8" else 1e-4)
+    assert np.abs(sound - weights @ audio).max() < sum(weights) * (1 / 64 if codec == "pcm_u8" else 1e-4)
+
+
+@pytest.mark.parametrize("channels", [4, 6, 8])
+def test_channels_without_places_are_taken_for_the_usual_ones(tmp_path, channels):
+    audio = np.random.default_rng(0).uniform(-1, 1, (channels, 16_000)).astype(np.float32)
+    path = write_video(tmp_path / "a.wav", audio=audio, video=False, codecs=("", "pcm_s16le"))
+    data = bytearray(path.read_bytes())
+    mask = data.index(b"fmt ") + 28
+    assert int.from_bytes(data[mask : mask + 4], "little").bit_count() == channels
+    data[mask : mask + 4] = bytes(4)
+    path.write_bytes(data)
+    with av.open(str(path)) as container:
+        assert container.streams.audio[0].layout.name == f"{channels} channels"
+    weights = {4: [SIDE, SIDE, 1, BACK], 6: [SIDE, SIDE, 1, 0, BACK, BACK]}
+    truth = weights.get(channels, [SIDE, SIDE, 1, 0, BACK, BACK, BACK, BACK]) @ audio
+    assert np.abs(read_audio(path, 0, 1, 16_000) - truth).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("a.wav", "adpcm_ms"),
+        ("a.wav", "adpcm_ima_wav"),
+        ("a.mov", "adpcm_ima_qt"),
+        ("a.mp3", "libmp3lame"),
+        ("a.opus", "libopus"),
+        ("a.mpg", "mp2"),
+        ("a.ts", "ac3"),
+    ],
+)
+def test_every_piece_of_sound_continues_the_one_before(tmp_path, name, codec):
+    """Although only the first of a packet has a time, or times are estimates."""
+    rate = 48_000
+    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(12 * rate) / rate)[None]
+    path = write_video(tmp_path / name, audio=tone, sample_rate=rate, video=False, codecs=("", codec))
+    for start in (0.1, 1.7):
+        sound = read_audio(path, start, 9, rate)
+        spectrum = np.abs(np.fft.rfft(sound * np.hanning(len(sound)))) ** 2
+        assert spectrum[440 * 9 - 3 : 440 * 9 + 4].sum() > 0.997 * spectrum.sum()
+
+
+def test_sound_to_its_last_packet_where_the_length_is_an_estimate(tmp_path):
+    """As in MPEG-TS, in which it is read off a few packets at the end."""
+    samples = np.zeros((1, 5 * 48_000), np.float32)
+    samples[:, 5 * 48_000 - 9_600 :] = 0.5 * np.sin(0.2 * np.arange(9_600))
+    path = write_video(tmp_path / "a.ts", 5, 25, sample_rate=48_000, audio=samples, codecs=("libx264", "mp2"))
+    seconds = probe(path).seconds
+    assert seconds == pytest.approx(5.0, abs=0.03)
+    sound = read_audio(path, seconds - 0.4, 0.4, 16_000)
+    assert np.abs(sound[:2_000]).max() < 0.01 and np.abs(sound[4_000:6_000]).max() > 0.4
 
 
 def test_eight_planar_channels(tmp_path):
     """PyAV's own conversion to an array reads past the eighth."""
     times = np.arange(96_000) / 48_000
-    audio = np.stack([chirp(times) * (1 if channel in (0, 4, 6) else 0) for channel in range(8)])
+    audio = np.stack([chirp(times) * (0.2 if channel in (2, 4, 6) else 0) for channel in range(8)])
     path = write_video(tmp_path / "a.mp4", 2, audio=audio, sample_rate=48_000)
     sound = read_audio(path, 0.5, 1, 16_000)
-    truth = chirp(0.5 + np.arange(16_000) / 16_000) * 3 / 8
+    truth = chirp(0.5 + np.arange(16_000) / 16_000) * 0.2 * (1 + BACK + BACK)
     assert np.abs(sound - truth).mean() < 0.01
 
 
@@ -329,6 +524,57 @@ def test_a_stream_with_nothing_in_it(tmp_path):
     assert probe(path)[:2] == (True, False)
 
 
+DEFAULT, COVER = Disposition.default, Disposition.attached_pic
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "ts"])
+@pytest.mark.parametrize(
+    ("pictures", "sounds"),
+    [
+        (["still", "film"], [(0.5, None)]),
+        (["cover", "film"], [(0.5, None)]),
+        (["film"], [(0.1, Disposition(0)), (0.5, DEFAULT)]),
+    ],
+)
+def test_the_stream_that_is_read(tmp_path, suffix, pictures, sounds):
+    """A film, not a picture beside it, and the sound that is marked as default."""
+    if suffix == "ts" and len(sounds) > 1:
+        pytest.skip("MPEG-TS has no mark of that kind")
+    path = tmp_path / f"a.{suffix}"
+    with av.open(str(path), "w") as output:
+        tracks = []
+        for what in pictures:
+            codec = "mjpeg" if what == "cover" else "libx264"
+            stream = output.add_stream(codec, rate=10)
+            stream.width, stream.height = 64, 48
+            stream.pix_fmt = "yuvj420p" if what == "cover" else "yuv420p"
+            if what == "cover":
+                stream.disposition = COVER
+            content = numbered_frames(20) if what == "film" else np.full((1, 48, 64, 3), 250, np.uint8)
+            tracks.append(
+                (stream, [av.VideoFrame.from_ndarray(frame) for frame in content], Fraction(1, 10), 1)
+            )
+        for peak, disposition in sounds:
+            stream = output.add_stream("aac", rate=16_000, layout="mono")
+            if disposition is not None:
+                stream.disposition = disposition
+            tone = np.float32(peak * np.sin(0.2 * np.arange(32_768)))[None]
+            frames = [
+                av.AudioFrame.from_ndarray(tone[:, n : n + 1024], "flt", "mono")
+                for n in range(0, 32_768, 1024)
+            ]
+            tracks.append((stream, frames, Fraction(1, 16_000), 1024))
+        for stream, frames, unit, length in tracks:
+            for number, frame in enumerate(frames):
+                frame.pts, frame.time_base = number * length, unit
+                if stream.type == "audio":
+                    frame.sample_rate = 16_000
+                output.mux(stream.encode(frame))
+            output.mux(stream.encode(None))
+    assert number_of(read_frame(path, 1.28)) == 12
+    assert np.abs(read_audio(path, 0.5, 1, 16_000)).max() == pytest.approx(0.5, abs=0.1)
+
+
 def test_cover_art_is_no_video(tmp_path):
     path = tmp_path / "a.mp4"
     with av.open(str(path), "w") as output:
@@ -376,6 +622,101 @@ def hostile(folder: Path) -> dict[str, Path]:
         paths[what] = folder / f"{what}.mp4"
         paths[what].write_bytes(content)
     return paths
+
+
+@pytest.mark.parametrize("share", [0.4, 0.75, 0.95])
+@pytest.mark.parametrize(
+    ("name", "codecs"),
+    [
+        ("a.mp4", ("libx264", "aac")),
+        ("a.mkv", ("libx264", "aac")),
+        ("a.webm", ("libvpx-vp9", "libopus")),
+        ("a.avi", ("mpeg4", "libmp3lame")),
+        ("a.ts", ("libx264", "aac")),
+        ("a.m2ts", ("libx264", "ac3")),
+        ("a.flv", ("libx264", "aac")),
+        ("a.wmv", ("wmv2", "mp2")),
+        ("a.opus", ("", "libopus")),
+        ("a.flac", ("", "flac")),
+        ("a.mp3", ("", "libmp3lame")),
+        ("a.wav", ("", "pcm_s16le")),
+    ],
+)
+def test_files_that_are_cut_off(tmp_path, name, codecs, share):
+    path = write_video(tmp_path / name, 3, sample_rate=48_000, video=bool(codecs[0]), codecs=codecs)
+    assert probe(path).audio
+    data = path.read_bytes()
+    size = int(len(data) * share)
+    path.write_bytes(data[: size + (size % 188 == 0) + (size % 192 == 0)])
+    with pytest.raises(ClipError, match="is cut off"):
+        probe(path)
+
+
+def test_sizes_that_say_nothing_are_no_reason(tmp_path):
+    """Those of files that were written to a pipe, and of one to which something was added."""
+    path = write_video(tmp_path / "a.wav", 1, video=False, codecs=("", "pcm_s16le"))
+    data = bytearray(path.read_bytes())
+    for size in (0, 0xFFFFFFFF, 0x7FFFF024, 1_000):
+        data[4:8] = size.to_bytes(4, "little")
+        path.write_bytes(data)
+        assert probe(path).seconds == pytest.approx(1.0)
+    path = write_video(tmp_path / "a.mkv", 1, container={"live": "1"})
+    assert probe(path).video
+    path.write_bytes(path.read_bytes() + b"more")
+    assert probe(path).video
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (
+            b"<!DOCTYPE html>\n<html><body>Not found</body></html>\n",
+            "it is a web page, not video .'<!DOCTYPE html>",
+        ),
+        (b"\n  <?xml version='1.0'?><Error/>", "it is a web page, not video"),
+        (b'{"error": "quota exceeded"}', "it is text, not video .*quota exceeded.*fetch it again"),
+        ("caf\u00e9 ".encode() * 2_000, "it is text, not video"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+            "it is a Git LFS pointer, not the file itself: git lfs pull",
+        ),
+        (b"", "it is empty"),
+        (bytes(3_000), "it is of no kind that is read here, or damaged"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "mp3"])
+def test_files_that_are_no_video(tmp_path, content, reason, suffix):
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ClipError, match=f"cannot be opened: {reason}"):
+        probe(path)
+
+
+def test_pipes_and_devices_are_not_opened(tmp_path):
+    """Opening a pipe would wait for somebody to write to it."""
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "pipe.mp4")
+    (tmp_path / "zero.mp4").symlink_to("/dev/zero")
+    for name in ("pipe", "link", "zero"):
+        with pytest.raises(ClipError, match="cannot be opened: it is not a file"):
+            probe(tmp_path / f"{name}.mp4")
+
+
+def test_a_file_that_names_others_opens_none_of_them(tmp_path, monkeypatch):
+    """Were the formats that do so let in, each by itself would open what is in this one."""
+    clip = write_video(tmp_path / "a.ts", 1)
+    content = base64.b64encode(clip.read_bytes()).decode()
+    path = tmp_path / "list.m3u8"
+    path.write_text(
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\ndata:video/mp2t;base64,{content}\n#EXT-X-ENDLIST\n"
+    )
+    formats = dict(decode.OPTIONS, format_whitelist="hls,mpegts")
+    options = {"extension_picky": "0", "allowed_extensions": "ALL", "allowed_segment_extensions": "ALL"}
+    monkeypatch.setattr(decode, "OPTIONS", {name: formats[name] for name in ("format_whitelist",)} | options)
+    assert number_of(read_frame(path, 0.5)) in (4, 5)  # without a whitelist of protocols
+    monkeypatch.setattr(decode, "OPTIONS", formats | options)
+    with pytest.raises(ClipError):
+        read_frame(path, 0.5)
 
 
 def test_hostile_files_are_errors_that_say_what(tmp_path):

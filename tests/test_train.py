@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -232,6 +233,19 @@ def test_clip_that_breaks_after_the_scan_is_left_out(tmp_path, monkeypatch):
         main(tiny(folder, tmp_path / "run", epochs=2))
     (bad,) = map(json.loads, (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines())
     assert bad["path"] == str(paths[1])
+
+
+def test_a_clip_changed_in_place_is_named_on_resume(tmp_path, capsys):
+    """Its name and size are as before, only the time at which it was written tells."""
+    folder = tmp_path / "videos"
+    paths = [write_video(folder / f"{name}.mp4") for name in "abcd"]
+    main(tiny(folder, tmp_path / "run", epochs=2))
+    main(tiny(folder, tmp_path / "run", epochs=2))
+    assert "have been written since" not in capsys.readouterr().out
+    os.utime(paths[2], ns=(0, paths[3].stat().st_mtime_ns + 10**9))
+    main(tiny(folder, tmp_path / "run", epochs=2))
+    out = capsys.readouterr().out
+    assert f"1 files of --data have been written since the run {tmp_path / 'run'} began: {paths[2]}." in out
 
 
 def test_a_hostile_folder_trains_on_what_is_good_and_names_the_rest(tmp_path):

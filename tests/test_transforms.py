@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from avfuse.data import transforms
 from avfuse.data.transforms import (
     Spectrogram,
     evaluation_image,
@@ -94,6 +95,26 @@ def test_evaluation_keeps_the_centre(height, width):
         edges = 0.5 - kept / 2 / length, 0.5 + kept / 2 / length
         centres = edges[0] + (torch.arange(112) + 0.5) / 112 * (edges[1] - edges[0])
         torch.testing.assert_close(line, centres, atol=0.012, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (77, 333), (500, 3), (37, 2011), (224, 224), (360, 640)])
+def test_a_crop_taken_first_has_the_pixels_of_the_resized_frame(shape, monkeypatch):
+    frame = torch.randint(0, 256, (3, *shape), dtype=torch.uint8, generator=generator())
+    settings = InputSettings(**PLAIN)
+    monkeypatch.setattr(transforms, "WASTE", math.inf)
+    truth = evaluation_image(frame, settings)
+    monkeypatch.setattr(transforms, "WASTE", 0)
+    levels = 255 * (evaluation_image(frame, settings) - truth).abs()
+    assert levels.max() < 2.01 and levels.mean() < 0.01  # torchvision rounds its weights too
+
+
+@pytest.mark.parametrize("shape", [(1, 2**22), (2**22, 1), (3, 20_000)])
+def test_no_frame_is_resized_for_what_is_cut_away(shape, monkeypatch):
+    sizes = []
+    real = transforms._product
+    monkeypatch.setattr(transforms, "_product", lambda *a: sizes.append(real(*a).numel()) or real(*a))
+    image = evaluation_image(torch.full((3, *shape), 100, dtype=torch.uint8), InputSettings(**PLAIN))
+    assert torch.allclose(image, torch.tensor(100 / 255)) and max(sizes) == 3 * 224 * 224
 
 
 @pytest.mark.parametrize(("height", "width"), [(256, 512), (512, 256), (90, 120), (60, 100)])

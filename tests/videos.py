@@ -23,6 +23,8 @@ def write_video(
     audio: np.ndarray | list[tuple[float, np.ndarray]] | bool = True,
     codecs: tuple[str, str] = ("libx264", "aac"),
     times: list[float] | None = None,
+    aspect: str = "",
+    layout: str = "",
     title: str = "",
     container: dict[str, str] | None = None,
     **options: str,
@@ -35,6 +37,8 @@ def write_video(
         audio: (channels, samples) float32, or such pieces and when they start; True is a `chirp`, False none.
         codecs: of pictures and sound.
         times: when the frames are shown, in seconds; None is one frame every 1 / fps.
+        layout: of the channels; by default the usual one of so many.
+        aspect: width of a pixel over its height, such as "4/3".
         title: kept in the file if given.
         container: options of the container.
         options: of the picture codec.
@@ -52,10 +56,13 @@ def write_video(
         if video is not False:
             pictures = output.add_stream(codecs[0], rate=fps, options=options)
             pictures.width, pictures.height, pictures.pix_fmt = video.shape[2], video.shape[1], "yuv420p"
+            if aspect:
+                pictures.codec_context.sample_aspect_ratio = Fraction(aspect)
             if times is not None:
                 pictures.codec_context.time_base = Fraction(1, 1000)
         if audio is not False:
-            layout = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}[len(audio[0][1])]
+            usual = {1: "mono", 2: "stereo", 4: "quad", 6: "5.1", 8: "7.1"}
+            layout = layout or usual[len(audio[0][1])]
             sound = output.add_stream(codecs[1], rate=sample_rate, layout=layout)
         if video is not False:
             for number, picture in enumerate(video):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..files import printable, write_text
 from . import manifest
 from .clips import MEMORY
-from .decode import ClipError
+from .decode import GENERATION, ClipError
 from .find import list_data
 from .listing import Listing
 from .manifest import Entry, Header
@@ -28,6 +28,7 @@ from .workers import WorkerFailure, WorkerPool
 REPORT, MISSING, JOURNAL = "avfuse-report.txt", "avfuse-missing.txt", ".avfuse-manifest.journal"
 SILENT = 1e-3  # peak below which a clip counts as silent: -60 dB
 STILL = 0.5  # grey levels of motion below which its pictures count as one
+APART = 1.0  # seconds between the ends of its pictures and its sound that are worth a word
 FAR = 64  # frames between key frames that make a random frame slow to reach
 LARGE = 480  # pixels of the shorter side that are more than training needs
 SHOWN = 5  # clips that the report names of each kind
@@ -38,6 +39,11 @@ COMPARE = "{} names them all; numbers from part of a test set do not compare wit
 LEAKED = "delete those to train on: they would be tested on what they were trained on"
 DROPPED = "training leaves them out, or keeps them with --missing keep"
 USED = "they are used as they are; delete them if that is not meant"
+MONO = "invert one of them: ffmpeg -i IN -af 'pan=stereo|c0=c0|c1=-1*c1' -c:v copy OUT"
+UNEQUAL = (
+    "the last picture stays, or the end of the sound is repeated mirrored; cut them if that is not meant"
+)
+JOINED = "what is read at such a time may be of either part; write them anew: ffmpeg -i IN OUT.mp4"
 SLOW = (  # for the published runs: 360 pixels, a key frame every 16 frames
     "reading them is slow; encode them anew: ffmpeg -i IN -vf scale=-2:360 -c:v libx264 -g 16 -keyint_min 16 "
     "-sc_threshold 0 -c:a aac OUT.mp4"
@@ -115,10 +121,11 @@ def check(
 
 def _look(root: Path, every_picture: bool, clip: Clip) -> Entry:
     """All there is to know of a file."""
-    entry = replace(_failed(root, clip, None), every_picture=every_picture)
+    entry = replace(_failed(root, clip, None), every_picture=every_picture, generation=GENERATION)
     try:
-        with open(clip.path, "rb") as file:
-            entry = replace(entry, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+        if clip.path.is_file():  # reading from a pipe or a device would wait for ever
+            with open(clip.path, "rb") as file:
+                entry = replace(entry, sha256=hashlib.file_digest(file, "sha256").hexdigest())
         with clip.open() as reader:
             entry = replace(entry, **reader.streams._asdict())
             return replace(entry, **reader.survey(every_picture=every_picture)._asdict())
@@ -193,6 +200,8 @@ def _known(known: dict[str, Entry], root: Path, clip: Clip, every_picture: bool)
     entry = known.get(clip.path.relative_to(root).as_posix())
     if entry is None or not entry.sha256 or every_picture > entry.every_picture:
         return None
+    if entry.generation != GENERATION:
+        return None
     now = _failed(root, clip, None)
     return entry if (now.bytes, now.modified) == (entry.bytes, entry.modified) else None
 
@@ -229,6 +238,7 @@ def describe(listing: Listing, entries: list[Entry], out: Path) -> str:
             lines.append(f"  -> {advice}")
     if listing.extra:
         lines += ["", f"{listing.extra} videos in the folder are in no list, and not used"]
+    lines += [line for other in listing.others() for line in ("", other)]
     return "\n".join(map(printable, lines)) + "\n"
 
 
@@ -237,7 +247,19 @@ def _odd(good: list[Entry]) -> Iterator[tuple[str, list[str], str]]:
     heard, seen = ([e for e in good if getattr(e, stream)] for stream in ("audio", "video"))
     yield "have no sound", [e.path for e in good if not e.audio], DROPPED
     yield "have no pictures", [e.path for e in good if not e.video], DROPPED
-    yield f"are silent (peak below {SILENT:g})", [e.path for e in heard if e.peak < SILENT], USED
+    mute = [e for e in heard if e.peak < SILENT]
+    cancelled = [e.path for e in mute if (e.loudest or 0.0) >= SILENT]
+    yield (
+        "have channels that cancel each other: their mean, which is what is read, is silent",
+        cancelled,
+        MONO,
+    )
+    silent = [e.path for e in mute if (e.loudest or 0.0) < SILENT]
+    yield f"are silent (peak below {SILENT:g})", silent, USED
+    apart = [e for e in seen if e.audio and abs(e.picture_end - e.sound_end) > APART]
+    ends = [f"{e.path} (pictures end at {e.picture_end:.1f} s, sound at {e.sound_end:.1f} s)" for e in apart]
+    yield "have pictures and sound of unequal length", ends, UNEQUAL
+    yield "have times that go back, as where files were joined", [e.path for e in good if e.goes_back], JOINED
     still = [e.path for e in seen if e.motion is not None and e.motion < STILL]
     yield "show one still picture", still, USED
     far = [f"{e.path} ({e.key_frame_every})" for e in seen if e.key_frame_every > FAR]

@@ -7,29 +7,45 @@ wrong with it ends as a `ClipError` that says what.
 import math
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import av
 import numpy as np
+from av.sidedata.sidedata import Type
 from av.stream import Disposition
 
+from .headers import CUT_OFF, HEAD, cut_off, describe
+
 OPTIONS = {  # FFmpeg also opens playlists, which name other files and hosts
-    "format_whitelist": "mov,matroska,avi,flv,mpegts,asf,ogg,wav,flac",
+    "format_whitelist": "mov,matroska,avi,flv,mpegts,mpeg,asf,ogg,wav,flac,mp3,aac",
     "protocol_whitelist": "file",
 }
 OF_A_PART = {"protocol_whitelist": "file,subfile"}  # the latter reads a range of bytes of the former
+GENERATION = 1  # of this reader: what an earlier one found in a file may be out of date
 MAX_PIXELS = 2**26  # of a frame: 8192 x 8192
 MAX_RATE = 768_000  # Hz
 WARM_UP = 0.3  # seconds of sound decoded before what is wanted, because codecs and filters look back
 MARGIN = 0.05  # seconds of that which the resampling filter sees, on both sides
 JITTER = 0.04  # seconds: time stamps are rounded, so a piece that starts this near to the last continues it
 EPSILON = 1e-6  # seconds: a time that was meant to be that of a frame may have been rounded to just before it
+LAST = 2.0  # seconds at the end in which the last packets of all streams are looked for
+GUESSED = {3: "2.1", 4: "4.0", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}  # layouts of so many channels
 THUMBNAIL, LOOKED_AT = (32, 32), 4  # pixels of pictures, one in four, to see whether anything moves
 BACK = (0, 1, 4, 16, 64, 256, math.inf)  # seconds to seek further back, where a seek lands too late
+DAMAGED = (
+    av.error.InvalidDataError,
+    av.error.PermissionError,
+    av.error.EOFError,
+)  # what decoders say of damage
+BACKWARD = 0.5  # seconds by which times may go back without a word
+TIMELESS = ("avi", "asf")  # formats that say when a picture is decoded, not when it is shown
+GAPLESS = ("wav", "flac", "mp3", "aac")  # formats of one sound without gaps, times in which may be estimates
+TIMED = ("mov", "matroska", "avi", "wav")  # formats that say exactly how long they are
 
 
 class ClipError(Exception):
@@ -67,14 +83,54 @@ class Survey(NamedTuple):
     height: int
     sample_rate: int  # Hz
     key_frame_every: int  # frames, where key frames are farthest apart
-    peak: float  # of the mean of its channels: 1 is full scale
+    peak: float  # of its sound as it is read: 1 is full scale
+    loudest: float  # peak of the loudest of the channels in that
     motion: float | None  # mean grey levels by which a picture differs most from the first; None: not known
+    picture_end: float  # seconds
+    sound_end: float
+    goes_back: bool  # whether its times start again, as where files were joined
+
+
+class _Track:
+    """What a survey finds in one stream."""
+
+    def __init__(self, every_picture: bool):
+        self.every_picture, self.packets, self.keys, self.frames = every_picture, 0, [], 0
+        self.end, self.latest, self.goes_back = -math.inf, -math.inf, False  # seconds
+        self.first, self.motion, self.peak, self.loudest = None, 0.0, 0.0, 0.0
+
+    def add(self, packet: av.Packet) -> None:
+        if packet.size:
+            self.keys += [self.packets] if packet.is_keyframe else []
+            self.packets += 1
+            self.end = max(self.end, _end_of(packet))
+        if packet.dts is not None:
+            time = packet.dts * packet.time_base
+            self.goes_back |= time < self.latest - BACKWARD
+            self.latest = max(self.latest, time)
+        for frame in packet.decode():
+            if frame.is_corrupt:
+                raise ValueError("the data are damaged: fetch it again")
+            self._hear(frame) if isinstance(frame, av.AudioFrame) else self._see(frame)
+
+    def _see(self, frame: av.VideoFrame) -> None:
+        self.frames += 1
+        if self.frames % LOOKED_AT == 1 or not self.every_picture:
+            grey = frame.reformat(*THUMBNAIL, format="gray").to_ndarray().astype(np.float32)
+            self.first = grey if self.first is None else self.first
+            self.motion = max(self.motion, float(np.abs(grey - self.first).mean()))
+
+    def _hear(self, frame: av.AudioFrame) -> None:
+        channels, mix = _channels(frame), _mix(frame.layout)
+        self.peak = np.maximum(self.peak, np.abs(mix @ channels).max(initial=0.0))  # NaN stays
+        self.loudest = max(self.loudest, float(np.abs(channels[mix > 0]).max(initial=0.0)))
 
 
 class ClipReader:
     """A video or sound file, open for reading in this thread alone; the `with` statement closes it.
 
-    What is read is its first stream of pictures, cover art aside, and its first stream of sound.
+    What is read is the stream of pictures, cover art aside, and the stream of sound that FFmpeg plays: the
+    one marked as default, else the best.
 
     Args:
         path: the file.
@@ -90,9 +146,8 @@ class ClipReader:
             self._container = _open(self.path, part)
         try:
             self._origin = Fraction(self._container.start_time or 0, av.time_base)  # seconds
-            videos, audios = self._container.streams.video, self._container.streams.audio
-            self._video = self._prepare(s for s in videos if not s.disposition & Disposition.attached_pic)
-            self._audio = self._prepare(audios)
+            self._video, self._audio = self._prepare("video"), self._prepare("audio")
+            self._matrix = None  # how its pictures are to be turned
         except BaseException:
             self.close()
             raise
@@ -121,7 +176,7 @@ class ClipReader:
         return Streams(video is not None, audio is not None, float(video if audio is None else audio), fps)
 
     def frame(self, seconds: float) -> np.ndarray:
-        """The frame shown at a time, turned upright: (height, width, 3) uint8 RGB.
+        """The frame shown at a time, turned upright, its pixels square: (height, width, 3) uint8 RGB.
 
         Decoding begins at the key frame before it. Before the first frame that one is shown, after the last
         frame the last one.
@@ -137,13 +192,13 @@ class ClipReader:
             for at_start in self._seek_back(self._video, seconds):
                 frame = self._decode_frame(seconds, at_start)
                 if frame is not None:
-                    pixels = frame.to_ndarray(format="rgb24", threads=1)
-                    return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
+                    return self._upright(frame)
         raise ClipError(self.path, f"shows nothing at {seconds:g} s")
 
     def audio(self, start: float, seconds: float, sample_rate: int) -> np.ndarray:
-        """The mean of its channels from `start` on: (round(seconds * sample_rate),) float32 in about -1..1.
+        """Its sound from `start` on, mixed to mono: (round(seconds * sample_rate),) float32 in about -1..1.
 
+        Of two channels it is the mean; more are mixed by their places, as FFmpeg does.
         The first sample is the one at `start`, to the nearest sample, or as near as the file's time stamps go
         (1 ms in Matroska). Where the file has no sound yet, or a gap, there are zeros. Where its sound ends
         early, the samples until then are extended by mirrored copies.
@@ -178,33 +233,31 @@ class ClipReader:
         streams = [stream for stream in (self._video, self._audio) if stream is not None]
         if self._video is not None and not every_picture:
             self._video.codec_context.skip_frame = "NONKEY"
-        keys, packets, pictures, peak, motion, first = [], 0, 0, 0.0, 0.0, None
+        video, audio = _Track(every_picture), _Track(every_picture)
+        packets = self._container.demux(streams)
         with self._explaining("cannot be decoded to its end"):
-            for packet in self._container.demux(streams):
-                if packet.stream.type == "video" and packet.size:
-                    keys += [packets] if packet.is_keyframe else []
-                    packets += 1
-                for frame in packet.decode():
-                    if frame.is_corrupt:
-                        raise ValueError("damaged")
-                    if packet.stream.type == "audio":
-                        peak = max(peak, float(np.abs(_mono(frame)).max(initial=0.0)))
-                        continue
-                    pictures += 1
-                    if pictures % LOOKED_AT == 1 or not every_picture:
-                        grey = frame.reformat(*THUMBNAIL, format="gray").to_ndarray().astype(np.float32)
-                        first = grey if first is None else first
-                        motion = max(motion, float(np.abs(grey - first).mean()))
-        if not math.isfinite(peak):
+            for packet in packets:
+                try:
+                    (video if packet.stream is self._video else audio).add(packet)
+                except (av.FFmpegError, ValueError) as error:
+                    is_last = not any(p.size and p.stream is packet.stream for p in packets)
+                    if is_last and self._format not in TIMED:
+                        raise ClipError(self.path, CUT_OFF) from error
+                    raise
+        if not math.isfinite(audio.peak):
             raise ClipError(self.path, "its sound is not finite")
-        gaps = np.diff([*keys, packets])
+        gaps = np.diff([*video.keys, video.packets])
         return Survey(
             width=self._video.width if self._video is not None else 0,
             height=self._video.height if self._video is not None else 0,
             sample_rate=self._audio.sample_rate if self._audio is not None else 0,
             key_frame_every=int(gaps.max(initial=0)),
-            peak=round(peak, 4),
-            motion=round(motion, 2) if every_picture or pictures != 1 else None,
+            peak=round(float(audio.peak), 4),
+            loudest=round(audio.loudest, 4),
+            motion=round(video.motion, 2) if every_picture or video.frames != 1 else None,
+            picture_end=round(max(0.0, float(video.end - self._origin)), 3),
+            sound_end=round(max(0.0, float(audio.end - self._origin)), 3),
+            goes_back=video.goes_back or audio.goes_back,
         )
 
     # --- streams --------------------------------------------------------------------------------------------
@@ -216,11 +269,16 @@ class ClipReader:
             yield
         except (av.FFmpegError, OSError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            reason = "the data are damaged: fetch it again" if isinstance(error, DAMAGED) else reason
             raise ClipError(self.path, f"{what}: {reason}") from error
 
-    def _prepare(self, streams: Iterable) -> av.stream.Stream | None:
-        """The first of the streams, ready to be decoded; None if there is none."""
-        stream = next(iter(streams), None)
+    def _prepare(self, kind: str) -> av.stream.Stream | None:
+        """The stream of a kind that is read, ready to be decoded; None if there is none."""
+        streams = [s for s in self._container.streams if s.type == kind]
+        streams = [s for s in streams if not s.disposition & Disposition.attached_pic]
+        films = [s for s in streams if s.frames != 1] or streams  # a single picture may lie beside a film
+        best = self._container.streams.best(kind)
+        stream = best if best in films else next(iter(films), None)
         if stream is None:
             return None
         if stream.codec_context is None:
@@ -233,11 +291,20 @@ class ClipReader:
             stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         return stream
 
+    @cached_property
+    def _format(self) -> str:
+        return self._container.format.name.split(",")[0]
+
     def _end(self, stream) -> Fraction | None:
         """When a stream ends, in seconds; None if it has nothing in it."""
         if stream is None:
             return None
         end = self._declared_end(stream)
+        if self._format not in TIMED:
+            last = self._last_ends.get(stream.index)
+            if self._format == "flac" and end is not None and end > (last or 0) + JITTER:
+                raise ClipError(self.path, CUT_OFF)
+            return last
         if end is None and self._container.duration:
             end = Fraction(self._container.duration, av.time_base)
         if end is not None and stream.frames:
@@ -246,8 +313,26 @@ class ClipReader:
             packets = (packet for packet in container.demux(container.streams[stream.index]) if packet.size)
             if end is not None:
                 return end if next(packets, None) else None
-            last = max(((_pts(packet) or 0) + (packet.duration or 0) for packet in packets), default=None)
-        return None if last is None else max(last * stream.time_base - self._origin, Fraction(0))
+            last = max(map(_end_of, packets), default=None)
+        return None if last is None else max(last - self._origin, Fraction(0))
+
+    @cached_property
+    def _last_ends(self) -> dict[int, Fraction]:
+        """When each stream ends by its last packets, for formats of which FFmpeg estimates the length."""
+        indices = {stream.index for stream in (self._video, self._audio) if stream is not None}
+        with _open(self.path, self.part) as container:
+            end = ((container.start_time or 0) + (container.duration or 0)) / av.time_base
+            for seconds in (LAST, math.inf):
+                with suppress(av.FFmpegError):  # some formats have no way to do so
+                    container.seek(math.floor(max(0, end - seconds) * av.time_base))
+                ends = {}
+                for packet in container.demux():
+                    if packet.size:
+                        last = ends.get(packet.stream_index, Fraction(0))
+                        ends[packet.stream_index] = max(last, _end_of(packet) - self._origin)
+                if ends.keys() >= indices:
+                    break
+        return ends
 
     def _declared_end(self, stream) -> Fraction | None:
         if not stream.duration or stream.duration < 0:
@@ -257,7 +342,8 @@ class ClipReader:
 
     def _seek_back(self, stream, seconds: float) -> Iterator[bool]:
         """Seek to a time or before it; asked again, further back. Yields whether this is the start."""
-        for back in BACK:
+        # In a program stream the first packets after a seek get times of others.
+        for back in BACK if self._format != "mpeg" else BACK[2:]:
             at_start = seconds - back <= 0
             # -1: codecs start with some sound before 0 that they build on
             self._seek(stream, -1 if at_start else seconds - back)
@@ -266,6 +352,8 @@ class ClipReader:
                 return
 
     def _seek(self, stream, seconds: float) -> None:
+        if self._format == "matroska" and self._video is not None:  # its index is often of pictures alone
+            stream = self._video
         start, at = stream.start_time or 0, math.floor((seconds + self._origin) / stream.time_base)
         try:
             self._container.seek(at, stream=stream)
@@ -282,27 +370,37 @@ class ClipReader:
 
         The packets tell which one is wanted, so that only those it may refer to are decoded before it.
         """
-        target = math.floor((seconds + EPSILON + self._origin) / self._video.time_base)
-        target = max(target, self._video.start_time or 0)
-        packets = list(self._packets_until(target))
-        times = [_pts(packet) for packet in packets if not packet.is_discard]
+        target = self._tick(seconds)
+        demuxed = (packet for packet in self._container.demux(self._video) if packet.size)
+        packets = []
+        for packet in demuxed:
+            packets.append(packet)
+            if packet.dts is not None and packet.dts > target:
+                break
+        if self._is_timeless or any(packet.pts is None for packet in packets):
+            return self._decode_in_order(chain(packets, demuxed), seconds, at_start)
+        times = [packet.pts for packet in packets if not packet.is_discard]
         before = [time for time in times if time <= target]
         if not before and not (at_start and times):
             return None
         wanted = max(before) if before else min(times)
         shown = None  # one frame is kept: all of a group would be gigabytes where pictures are large
-        for frame in self._decoded(packets, wanted):
-            if frame.is_corrupt:  # what the decoder made up is not what was recorded
-                raise ClipError(self.path, f"its pictures are damaged before {seconds:g} s")
+        for frame in self._whole(self._decoded(packets, wanted), seconds):
             if frame.pts is not None and frame.pts <= wanted and (shown is None or frame.pts > shown.pts):
                 shown = frame
+        if shown is None and at_start:  # a stream that begins between key frames: the first frame there is
+            self._seek(self._video, -1)
+            packets = (packet for packet in self._container.demux(self._video) if packet.size)
+            return self._decode_in_order(packets, seconds, at_start)
         return shown
 
     def _decoded(self, packets: list[av.Packet], wanted: int) -> Iterator[av.VideoFrame]:
         """The frames of the packets until the wanted one, without those that nothing refers to."""
         context = self._video.codec_context
-        for packet in packets:
-            is_wanted = _pts(packet) == wanted
+        last = next(n for n, packet in enumerate(packets) if packet.pts == wanted)
+        keys = (n for n in range(last, 0, -1) if packets[n].is_keyframe and packets[n].pts <= wanted)
+        for packet in packets[next(keys, 0) :]:
+            is_wanted = packet.pts == wanted
             if context.name in ("h264", "hevc"):  # others look at this only once
                 context.skip_frame = "DEFAULT" if is_wanted else "NONREF"
             yield from packet.decode()
@@ -310,19 +408,75 @@ class ClipReader:
                 break
         yield from context.decode(None)
 
-    def _packets_until(self, target: int) -> Iterator[av.Packet]:
-        """The video packets from here, in decoding order, that may be shown until `target`."""
-        for packet in self._container.demux(self._video):
-            if packet.dts is not None and packet.dts > target:
-                return
-            if packet.size and _pts(packet) is not None:
-                yield packet
+    @cached_property
+    def _is_timeless(self) -> bool:
+        """Whether the times of packets are those of decoding, although pictures are shown in another order.
+
+        FFmpeg guesses times of presentation for them, and is wrong where several pictures are held back.
+        """
+        context = self._video.codec_context
+        from_avi = self._format == "matroska" and context.codec_tag.strip("\0") != ""
+        return bool(context.reorder_depth) and (self._format in TIMELESS or from_avi)
+
+    def _tick(self, seconds: float) -> int:
+        """A time in units of the pictures' times."""
+        tick = math.floor((seconds + EPSILON + self._origin) / self._video.time_base)
+        return max(tick, self._video.start_time or 0)
+
+    def _decode_in_order(
+        self, packets: Iterable[av.Packet], seconds: float, at_start: bool
+    ) -> av.VideoFrame | None:
+        """As `_decode_frame`, by the order in which the decoder gives frames: that of their times."""
+        context, rate, target = self._video.codec_context, self._video.average_rate, self._tick(seconds)
+        step = 1 / (rate * self._video.time_base) if rate else 0
+        context.skip_frame = "DEFAULT"
+        shown, times, last = None, [], None
+        for packet in chain(packets, (None,)):
+            if packet is not None:
+                times.append(packet.dts if packet.dts is not None or not times else times[-1] + step)
+            held_back = context.reorder_depth + (packet is not None)
+            number = max(0, len(times) - held_back)  # of the frame that comes out now
+            for frame in self._whole(context.decode(packet), seconds):
+                time = times[min(number, len(times) - 1)] if self._is_timeless else frame.pts
+                if time is None:
+                    if last is None:
+                        continue
+                    time = last + step
+                number, last = number + 1, time
+                if time > target:
+                    return frame if shown is None and at_start else shown
+                shown = frame
+        return shown
+
+    def _whole(self, frames: Iterable[av.VideoFrame], seconds: float) -> Iterator[av.VideoFrame]:
+        """The frames, of which the first says how all are to be turned."""
+        for frame in frames:
+            if frame.is_corrupt:  # what the decoder made up is not what was recorded
+                raise ClipError(self.path, f"its pictures are damaged before {seconds:g} s")
+            if self._matrix is None:
+                self._matrix = _matrix(frame)
+            yield frame
+
+    def _upright(self, frame: av.VideoFrame) -> np.ndarray:
+        """Its pixels as they are meant to be shown: square, turned and mirrored."""
+        wide = float(self._video.sample_aspect_ratio or 1)
+        width, other = round(frame.width * wide), {}
+        if not 0 < width * frame.height <= MAX_PIXELS:
+            raise ValueError(f"they are {wide:g} times as wide as high")
+        if width != frame.width:
+            other = dict(width=width, interpolation="BICUBIC")
+        pixels = frame.to_ndarray(format="rgb24", threads=1, **other)
+        (a, b), (c, d) = self._matrix[:2], self._matrix[3:5]  # right becomes (a, b) and down (c, d)
+        if abs(b) > abs(a):
+            pixels, a, d = pixels.swapaxes(0, 1), c, b
+        pixels = pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+        return np.ascontiguousarray(pixels)
 
     def _decode_audio(self, first: int, wanted: int, sample_rate: int) -> np.ndarray:
         """At most `wanted` samples of mono sound from sample `first` on, fewer where the sound ends."""
         start, end = first / sample_rate, (first + wanted) / sample_rate
         for at_start in self._seek_back(self._audio, start - WARM_UP):
-            pieces = list(self._pieces(end + MARGIN))
+            pieces = list(self._pieces(start - WARM_UP, end + MARGIN))
             if pieces and (at_start or pieces[0][0] < start - MARGIN):
                 break
         else:
@@ -338,21 +492,31 @@ class ClipReader:
         begin, skip = blocks * block, first - blocks * wanted_block
         sound = _join(pieces, rate, begin, math.ceil((end + MARGIN) * rate))
         declared = self._declared_end(self._audio)
-        if declared is not None:  # the last packet is filled up with what is no sound
+        if (
+            self._format == "mov" and declared is not None
+        ):  # the last packet is filled up with what is no sound
             sound = sound[: max(0, round(declared * rate) - begin)]
         return _resample(sound, rate, sample_rate)[skip : skip + wanted]
 
-    def _pieces(self, end: float) -> Iterator[tuple[float, int, np.ndarray]]:
-        """Decoded sound from here to `end`: time in seconds, sample rate and mono samples of each piece."""
-        unit, origin = float(self._audio.time_base), float(self._origin)
+    def _pieces(self, begin: float, end: float) -> Iterator[tuple[float, int, np.ndarray]]:
+        """Decoded sound until `end`: time in seconds, sample rate and mono samples of each piece.
+
+        Packets before `begin` are passed over: a seek may have ended far before it, at a key frame.
+        """
+        unit, origin, time = float(self._audio.time_base), float(self._origin), None
         for packet in self._container.demux(self._audio):
+            if packet.pts is not None and (packet.pts + (packet.duration or 0)) * unit - origin < begin:
+                continue
             for frame in packet.decode():
-                if frame.pts is None or not frame.samples:
+                if frame.pts is not None and (time is None or self._format not in GAPLESS):
+                    time = frame.pts * unit - origin  # which only the first one of a packet has
+                if time is None or not frame.samples:
                     continue
-                time = frame.pts * unit - origin
                 if time > end:
                     return
-                yield time, frame.sample_rate, _mono(frame)
+                channels = _channels(frame)
+                yield time, frame.sample_rate, _mix(frame.layout) @ channels
+                time += frame.samples / frame.sample_rate
 
 
 def _open(path: Path, part: Part | None) -> av.container.InputContainer:
@@ -360,37 +524,75 @@ def _open(path: Path, part: Part | None) -> av.container.InputContainer:
     if not file.is_file():
         raise OSError("it is not a file" if file.exists() else "there is no such file")
     with open(file, "rb") as content:
+        size = part.size if part else os.fstat(content.fileno()).st_size
         content.seek(start)
-        head = content.read(min(8, part.size) if part else 8)
-        if part and part.start + part.size > os.fstat(content.fileno()).st_size:
+        head = content.read(min(HEAD, size))
+        if start + size > os.fstat(content.fileno()).st_size:
             raise OSError(f"it reaches beyond the end of {file.name}")
-    if not head:
-        raise OSError("it is empty")
+        if not head:
+            raise OSError("it is empty")
+        if reason := cut_off(content, start, size):
+            raise ClipError(path, reason)
     # The header of an mp4 says everything; for other formats FFmpeg decodes a little to find out.
-    quick = {"probesize": "32"} if head[4:] == b"ftyp" else {}
-    if part is None:
-        return av.open(f"file:{file}", options=OPTIONS | quick, metadata_errors="replace")
-    url = f"subfile,,start,{start},end,{start + part.size},,:file:{file}"
-    return av.open(url, options=OPTIONS | OF_A_PART | quick, metadata_errors="replace")
+    quick = {"probesize": "32"} if head[4:8] == b"ftyp" else {}
+    url = f"subfile,,start,{start},end,{start + size},,:file:{file}" if part else f"file:{file}"
+    try:
+        return av.open(url, options=OPTIONS | (OF_A_PART if part else {}) | quick, metadata_errors="replace")
+    except (*DAMAGED, av.error.ArgumentError) as error:
+        raise OSError(describe(head) or "it is of no kind that is read here, or damaged") from error
 
 
-def _pts(packet: av.Packet) -> int | None:
-    """When it is shown, in its stream's time base; AVI tells only when it is decoded."""
-    return packet.dts if packet.pts is None else packet.pts
+def _matrix(frame: av.VideoFrame) -> list[int]:
+    """How a frame is to be turned, as FFmpeg's display matrix has it."""
+    small = frame.reformat(2, 2, "gray", interpolation="POINT")  # for to ask for side data keeps it
+    with suppress(ValueError):  # of a kind that PyAV does not know
+        if Type.DISPLAYMATRIX in small.side_data:
+            return np.frombuffer(small.side_data[Type.DISPLAYMATRIX], np.int32).tolist()
+    return [1, 0, 0, 0, 1, 0, 0, 0, 1]
 
 
-def _mono(frame: av.AudioFrame) -> np.ndarray:
-    """Mean of the channels: (samples,) float32."""
+def _end_of(packet: av.Packet) -> Fraction | float:
+    """When a packet ends, in seconds; -inf if it has no time."""
+    time = packet.dts if packet.pts is None else packet.pts
+    return -math.inf if time is None else (time + (packet.duration or 0)) * packet.time_base
+
+
+def _channels(frame: av.AudioFrame) -> np.ndarray:
+    """(channels, samples) float32 in about -1..1."""
     if frame.format.is_planar and frame.layout.nb_channels >= 8:  # PyAV would look for one more
         resampler = av.AudioResampler(format=frame.format.packed)
         (frame,) = (*resampler.resample(frame), *resampler.resample(None))
     samples = frame.to_ndarray()  # (channels, samples), or (1, samples * channels) if packed
     if not frame.format.is_planar:
         samples = samples.reshape(-1, frame.layout.nb_channels).T
-    mean = samples.mean(0, dtype=np.float32)
     if samples.dtype.kind == "f":
+        return samples.astype(np.float32, copy=False)
+    scale, is_unsigned = 2.0 ** (8 * samples.itemsize - 1), samples.dtype.kind == "u"
+    return samples.astype(np.float32) / np.float32(scale) - np.float32(
+        is_unsigned
+    )  # unsigned: 128 is silence
+
+
+def _mix(layout: av.AudioLayout) -> np.ndarray:
+    """(channels,) how much of each channel is in mono."""
+    return _mix_of(layout.name, layout.nb_channels)
+
+
+@cache
+def _mix_of(layout: str, count: int) -> np.ndarray:
+    mean = np.full(count, 1 / count, np.float32)
+    if count <= 2:
         return mean
-    return mean / 2.0 ** (8 * samples.itemsize - 1) - (samples.dtype.kind == "u")  # unsigned: 128 is silence
+    if layout.endswith("channels"):  # without places: FFmpeg guesses these
+        layout = GUESSED.get(count, layout)
+    try:  # one sample in each channel after the other: what FFmpeg makes of them
+        unit = np.eye(count, dtype=np.float32).reshape(1, -1)
+        frame = av.AudioFrame.from_ndarray(unit, format="flt", layout=layout)
+        frame.sample_rate = 48_000
+        (mono,) = av.AudioResampler(format="flt", layout="mono").resample(frame)
+        return mono.to_ndarray()[0].copy()
+    except (av.FFmpegError, ValueError):  # channels without places
+        return mean
 
 
 def _join(pieces: list[tuple[float, int, np.ndarray]], rate: int, begin: int, end: int) -> np.ndarray:

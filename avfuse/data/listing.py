@@ -17,7 +17,10 @@ from ..files import leads_out, printable, some
 from .decode import ClipError
 from .table import Clip
 
-SUFFIXES = tuple(".mp4 .m4v .mov .mkv .webm .avi .flv .ts .mts .m2ts .wmv .ogv .3gp .3g2".split())
+SUFFIXES = tuple(
+    ".mp4 .m4v .mov .mkv .webm .avi .flv .ts .mts .m2ts .mpg .mpeg .vob .wmv .asf .ogv .3gp .3g2".split()
+)
+SOUNDS = tuple(".wav .flac .mp3 .m4a .aac .ogg .oga .opus .wma .mka".split())
 VIDEO = re.compile(r"[\w-]{1,64}")  # its name, which becomes a part of a path
 HEADINGS = ("index", "id", "yid", "ytid", "vid", "video", "video_id", "youtube_id")  # of the first column
 Row = TypeVar("Row", bound=tuple)  # begins with what no two rows have in common
@@ -42,6 +45,7 @@ class Listing:
     unlisted: list[ClipError] = field(default_factory=list)  # folders that cannot be listed
     extra: int = 0  # videos that no row names
     test_list: str = ""  # the file that names the clips to test on, where a data set has several such
+    passed_over: Counter = field(default_factory=Counter)  # suffix -> files that are not looked at
 
     def expect(self, split: str, name: str, labels: dict, paths: Iterable[Path | None]) -> None:
         """Count what a list names, and take its files, those that are not None; with none it is missing, and
@@ -93,7 +97,13 @@ class Listing:
             lines.append(f"{len(names)} {what}: {some(names, separator='; ')}")
         if self.extra:
             lines.append(f"{self.extra} videos are in no list, and not used")
-        return lines
+        return lines + self.others()
+
+    def others(self) -> list[str]:
+        """For people: 'passed over by suffix: 16 .mpg, 2 .txt'; no line if nothing was."""
+        order = sorted(self.passed_over.items(), key=lambda item: (-item[1], item[0]))
+        counts = [f"{count} {suffix or 'without one'}" for suffix, count in order]
+        return [f"passed over by suffix: {some(counts, most=20)}"] if counts else []
 
     def amiss(self) -> list[tuple[str, Sequence, str]]:
         """What is amiss with lists and folders: what it is, the names, and what to do about it."""
@@ -166,7 +176,7 @@ def videos(listing: Listing) -> dict[str, Path]:
         raise ValueError(f"{folder} leads out of the data folder {listing.root}: it is not followed")
     if not folder.is_dir():
         raise ValueError(f"{folder} is not there: it should hold the clips of {listing.name}")
-    paths, listing.links, listing.unlisted = walk(folder)
+    paths, listing.links, listing.unlisted, listing.passed_over = walk(folder)
     return {path.relative_to(folder).as_posix(): path for path in paths}
 
 
@@ -189,20 +199,25 @@ class Files:
         self.listing.count_extra([name for name, path in self.there.items() if path not in self.taken])
 
 
-def walk(folder: Path) -> tuple[list[Path], list[Path], list[ClipError]]:
+def walk(
+    folder: Path, suffixes: tuple[str, ...] = SUFFIXES
+) -> tuple[list[Path], list[Path], list[ClipError], Counter]:
     """Videos in a folder and its sub-folders, links that lead out of it and are not followed, both sorted;
-    and folders that cannot be listed. Hidden files are passed over.
+    folders that cannot be listed; and how many files have other suffixes, by suffix. Hidden files are passed
+    over, as are those that `check` writes.
     """
-    paths, links, unlisted = [], [], []
+    paths, links, unlisted, others = [], [], [], Counter()
 
     def on_error(error: OSError) -> None:
         unlisted.append(ClipError(Path(error.filename), f"cannot be listed: {error.strerror}"))
 
     for parent, folders, files in os.walk(folder, onerror=on_error):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        videos = [name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+        files = [name for name in files if not name.startswith((".", "avfuse-"))]
+        videos = [name for name in files if name.lower().endswith(suffixes)]
+        others.update(Path(name).suffix.lower() for name in files if not name.lower().endswith(suffixes))
         entries = {name: Path(parent, name) for name in folders + videos}
         away = {name for name, path in entries.items() if path.is_symlink() and leads_out(path, folder)}
         links += [entries[name] for name in away]
         paths += [Path(parent, name) for name in videos if name not in away]
-    return sorted(paths), sorted(links), unlisted
+    return sorted(paths), sorted(links), unlisted, others

@@ -63,9 +63,14 @@ class Entry:
     height: int = 0
     sample_rate: int = 0  # Hz
     key_frame_every: int = 0  # frames, where key frames are farthest apart
-    peak: float = 0.0  # of its sound: 1 is full scale
+    peak: float = 0.0  # of its sound, mixed to mono: 1 is full scale
+    loudest: float | None = None  # peak of its loudest channel; None: not known
     motion: float | None = None  # grey levels by which its pictures change; None: not known
     every_picture: bool = True  # whether all were decoded, or key frames only
+    picture_end: float = 0.0  # seconds
+    sound_end: float = 0.0
+    goes_back: bool = False  # whether its times start again
+    generation: int = 0  # of the reader that looked at it
 
     def __post_init__(self):
         for each in fields(self):

@@ -18,6 +18,7 @@ RATIO = (3 / 4, 4 / 3)  # width / height of a training crop, over that of the im
 GAIN = 6.0  # dB, up and down
 FLOOR = 1e-7  # added to the power, so that silence has a logarithm
 EVALUATION_RESIZE = 256 / 224  # of a frame before the central crop, in crops
+WASTE = 16  # times the pixels of the crop that a resized frame may have, of which the crop is then taken
 RESIZE = {"interpolation": InterpolationMode.BICUBIC, "antialias": True}
 
 
@@ -85,8 +86,32 @@ def evaluation_image(frame: Tensor, settings: InputSettings) -> Tensor:
 
     Shape, mean and deviation are those of `settings`.
     """
-    image = tv.resize(frame, list(evaluation_size(*frame.shape[-2:], settings)), **RESIZE)
-    return _normalise(tv.center_crop(image, list(settings.image_shape)), settings)
+    (height, width), shape = evaluation_size(*frame.shape[-2:], settings), settings.image_shape
+    if height * width <= WASTE * math.prod(shape):
+        image = tv.center_crop(tv.resize(frame, [height, width], **RESIZE), list(shape))
+    else:
+        rows, vertical = _centre(frame.shape[-2], height, shape[0])
+        columns, horizontal = _centre(frame.shape[-1], width, shape[1])
+        image = _product(frame[:, rows, columns], horizontal)
+        image = _product(image.mT, vertical).mT
+    return _normalise(image, settings)
+
+
+def _centre(length: int, resized: int, count: int) -> tuple[slice, Tensor]:
+    """The part of `length` pixels that the `count` central ones of `resized` depend on, and (part, count) by
+    how much: the weights of `RESIZE`, Keys' cubic kernel, wider where the image shrinks.
+    """
+    scale = length / resized
+    reach, first = max(scale, 1.0), round((resized - count) / 2)
+    centres = (torch.arange(first, first + count, dtype=torch.float64) + 0.5) * scale
+    part = slice(max(0, math.floor(centres[0] - 2 * reach)), min(length, math.ceil(centres[-1] + 2 * reach)))
+    x = ((torch.arange(part.start, part.stop) + 0.5)[:, None] - centres).abs() / reach
+    weights = torch.where(x < 1, (1.5 * x - 2.5) * x**2 + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2) * (x < 2)
+    return part, (weights / weights.sum(0)).float()
+
+
+def _product(image: Tensor, weights: Tensor) -> Tensor:
+    return (image.float() @ weights).round().clamp(0, 255).to(torch.uint8)
 
 
 def evaluation_size(height: int, width: int, settings: InputSettings) -> tuple[int, int]:

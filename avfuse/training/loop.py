@@ -39,7 +39,7 @@ from ..data.find import Found, find_data
 from ..files import printable, some
 from .checkpoints import load_checkpoint, save_checkpoint
 from .faults import RunError, Signals, examine, memory_advice, write_fault
-from .run_folder import MetricsFile, Quarantine, TooManyUnreadable, begin_run, check_run, describe_data
+from .run_folder import MetricsFile, Quarantine, TooManyUnreadable, begin_run, check_run
 from .settings import (
     LoopConfig,
     Schedule,
@@ -235,7 +235,7 @@ def open_folder(run: Run) -> None:
     config, accelerator, found = run.config, run.accelerator, run.found
     is_main = accelerator.is_main_process
     if is_main:
-        run.lock = begin_run(config, describe_data(found.train), accelerator.device)
+        run.lock = begin_run(config, found.train, accelerator.device)
     accelerator.wait_for_everyone()
     run.first_step = load_checkpoint(accelerator, config.run, run.average)
     if run.first_step:

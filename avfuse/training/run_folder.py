@@ -3,10 +3,12 @@
 import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -61,14 +63,14 @@ def check_run(config: LoopConfig) -> None:
         )
 
 
-def begin_run(config: LoopConfig, data: dict, device: torch.device) -> IO:
+def begin_run(config: LoopConfig, clips: Sequence[Clip], device: torch.device) -> IO:
     """Makes the run folder this run's own, for as long as the file that is returned stays open. A restart
     deletes what a run writes, and nothing else.
 
     Raises:
         ValueError: another process is at work in it, or the data set is not that of the run it holds.
     """
-    run = config.run
+    run, data, written = config.run, describe_data(clips), when_written(clips)
     run.mkdir(parents=True, exist_ok=True)
     lock = (run / LOCK).open("a")
     try:
@@ -84,6 +86,12 @@ def begin_run(config: LoopConfig, data: dict, device: torch.device) -> IO:
                 f"--data has changed since the run in {run} began ({before['data'].get('clips')} clips then, "
                 f"{data['clips']} now): it would not go on as it was. Choose another --run-dir, or --restart"
             )
+        changed = [path for path, time in written.items() if time > before.get("newest", math.inf)]
+        if changed:  # or copied: only the times tell
+            tqdm.write(
+                f"WARNING: {len(changed)} files of --data have been written since the run {printable(run)} "
+                f"began: {some(changed)}. If they hold something else now, it does not go on as it was"
+            )
     environment = dict(
         python=platform.python_version(),
         torch=torch.__version__,
@@ -91,7 +99,9 @@ def begin_run(config: LoopConfig, data: dict, device: torch.device) -> IO:
         machine=platform.machine(),
     )
     earlier = file_of(run)  # there until all else is deleted: a restart that is cut short can be repeated
-    write_json(run / FILE, dict(settings=settings_of(config), data=data, environment=environment))
+    newest = max(written.values(), default=0)
+    content = dict(settings=settings_of(config), data=data, environment=environment, newest=newest)
+    write_json(run / FILE, content)
     if earlier.name == FILE_BEFORE:  # its name is now that of models alone
         earlier.unlink()
     return lock
@@ -136,6 +146,15 @@ def describe_data(clips: Sequence[Clip]) -> dict:
         streams = (clip.streams.video, clip.streams.audio) if clip.streams else None
         described.update(repr((name, size, streams, sorted(clip.labels.items()))).encode())
     return dict(clips=len(clips), sha256=described.hexdigest())
+
+
+def when_written(clips: Sequence[Clip]) -> dict[Path, int]:
+    """File or shard -> when it was last written, nanoseconds since 1970; none of those that have gone."""
+    times = {}
+    for file in dict.fromkeys(clip.part.file if clip.part else clip.path for clip in clips):
+        with suppress(OSError):
+            times[file] = file.stat().st_mtime_ns
+    return times
 
 
 class MetricsFile:

@@ -1,8 +1,8 @@
-"""Any folder of videos, searched recursively; `train/` and `test/` inside it become the splits."""
+"""Any folder of videos and sound files; `train/` and `test/` inside it become the splits."""
 
 from pathlib import Path
 
-from ..listing import Listing, walk
+from ..listing import SOUNDS, SUFFIXES, Listing, walk
 from ..table import Clip
 
 SPLITS = ("train", "test")
@@ -18,9 +18,10 @@ def read(root: str | Path) -> Listing:
     if not all(folder.is_dir() for folder in folders.values()):
         folders = {"train": root}
     for split, folder in folders.items():
-        paths, links, unlisted = walk(folder)
+        paths, links, unlisted, passed_over = walk(folder, SUFFIXES + SOUNDS)
         listing.found[split] = [Clip(path) for path in paths]
         listing.expected[split] = len(paths)
         listing.links += links
         listing.unlisted += unlisted
+        listing.passed_over += passed_over
     return listing
