@@ -8,6 +8,8 @@ from timm.layers import GELU, Attention, GELUTanh, LayerNorm, Mlp, PatchEmbed, Q
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from .checks import check_count
+
 NORMS = {"LayerNorm": (LayerNorm, nn.LayerNorm), "RmsNorm": (RmsNorm,)}
 ACTIVATIONS = {
     "GELU": (nn.GELU, GELU),
@@ -16,6 +18,7 @@ ACTIVATIONS = {
     "SiLU": (nn.SiLU,),
     "ReLU": (nn.ReLU,),
 }
+LAYERS = 10_000  # of a transformer at most: timm lists a rate for each before it makes the first
 
 
 def plain_vit(channels: int, size: tuple[int, int], **options) -> VisionTransformer:
@@ -156,6 +159,9 @@ def describe_vit(vit: VisionTransformer) -> dict:
 def build_vit(description: dict, device: str | None = None) -> VisionTransformer:
     """A VisionTransformer from the arguments of `describe_vit`."""
     arguments = dict(description)
+    check_count("depth", arguments["depth"])
+    if arguments["depth"] > LAYERS:
+        raise ValueError(f"depth must be at most {LAYERS}, got {arguments['depth']}")
     norm, eps = NORMS[arguments.pop("norm_layer")][0], arguments.pop("norm_eps")
     arguments |= dict(
         norm_layer=lambda dim, **kind: norm(dim, eps=eps, **kind),
