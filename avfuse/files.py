@@ -85,6 +85,7 @@ def append_row(path: Path, row: dict) -> None:
 # --- weights ------------------------------------------------------------------------------------------------
 
 
+ALONE = "is no file of weights alone"
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # beside whole numbers
 PLACES = ("model", "state_dict")  # under which files keep their weights
 AVERAGES = ("model_ema", "state_dict_ema", "ema", "teacher")  # and a running average of them
@@ -99,11 +100,11 @@ def is_regular(path: str | os.PathLike) -> bool:
         return False
 
 
-def check_file(path: str | os.PathLike) -> None:
+def check_file(path: str | os.PathLike, fault: str = "cannot be read") -> None:
     """Raises ValueError unless weights can be read here: a regular file, or a link to one."""
     if not os.path.isfile(path):
-        there = "no regular file" if os.path.lexists(path) else "not there"
-        raise ValueError(f"weights {printable(path)} cannot be read: it is {there}")
+        reason = "it is no regular file" if os.path.lexists(path) else "there is none"
+        raise ValueError(f"weights {printable(path)} {fault} ({reason})")
 
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -140,7 +141,7 @@ def read_pth(path: str | os.PathLike) -> dict:
     Published checkpoints keep their command line as an `argparse.Namespace`. It is let in because it is such
     a container: reading one sets its attributes, to values under the same restriction, and calls nothing.
     """
-    check_file(path)
+    check_file(path, ALONE)
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -150,9 +151,7 @@ def read_pth(path: str | os.PathLike) -> dict:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of bytes that are no checkpoint, it raises whatever they lead to
-        raise ValueError(
-            f"weights {printable(path)} is no file of weights alone ({refusal(error)})"
-        ) from error
+        raise ValueError(f"weights {printable(path)} {ALONE} ({refusal(error)})") from error
 
 
 def refusal(error: Exception) -> str:
@@ -224,8 +223,9 @@ def odd(weight: object) -> str:
     """What keeps an object from being a plain tensor, "" if nothing does."""
     if not isinstance(weight, Tensor):
         return f"no tensor but a {type(weight).__name__}"
+    if weight.is_nested:  # which has no shape
+        return "a nested tensor"
     for is_odd, what in (
-        (weight.is_nested, "a nested tensor"),
         (weight.layout != torch.strided, f"a tensor of layout {weight.layout}"),
         (weight.device.type == "meta", "a tensor without numbers (on the meta device)"),
         (weight.is_quantized, "a quantized tensor"),

@@ -28,7 +28,7 @@ def load_encoder(checkpoint: str | os.PathLike) -> AVEncoder:
         ValueError: it is none of these, or damaged: names it and, of a folder, what it holds.
     """
     path, named = Path(checkpoint), f"checkpoint {printable(checkpoint)}"
-    if path.is_file():
+    if os.path.isfile(path):
         try:
             weights = read_weights(path)
             is_classifier = any(name.endswith("_head.weight") for name in weights)
@@ -39,7 +39,7 @@ def load_encoder(checkpoint: str | os.PathLike) -> AVEncoder:
         if not isinstance(encoder, AVEncoder):
             raise ValueError(f"{named} holds a single {type(encoder).__name__}, no encoder")
         return encoder
-    source = path / "model" if (path / "model").is_dir() else checkpoint
+    source = path / "model" if os.path.isdir(path / "model") else checkpoint
     config = _config_at(source)
     saved = config.get("class")
     if saved in ("AVEncoder", "AVMAE"):

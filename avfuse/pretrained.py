@@ -113,7 +113,9 @@ def _saved_as(cls) -> str:
 def file_at(source: str | os.PathLike, name: str, **options) -> Path:
     """A file of a saved model, in a folder or under a name on the hub."""
     folder = Path(source)
-    return folder / name if folder.is_dir() else Path(hf_hub_download(os.fspath(source), name, **options))
+    return (
+        folder / name if os.path.isdir(folder) else Path(hf_hub_download(os.fspath(source), name, **options))
+    )
 
 
 def read_config(source: str | os.PathLike, **options) -> dict:

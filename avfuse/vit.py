@@ -8,7 +8,7 @@ from timm.layers import GELU, Attention, GELUTanh, LayerNorm, Mlp, PatchEmbed, Q
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from .checks import check_count
+from .checks import check_count, check_positive
 
 NORMS = {"LayerNorm": (LayerNorm, nn.LayerNorm), "RmsNorm": (RmsNorm,)}
 ACTIVATIONS = {
@@ -159,7 +159,9 @@ def describe_vit(vit: VisionTransformer) -> dict:
 def build_vit(description: dict, device: str | None = None) -> VisionTransformer:
     """A VisionTransformer from the arguments of `describe_vit`."""
     arguments = dict(description)
-    check_count("depth", arguments["depth"])
+    for name in "depth", "num_heads":
+        check_count(name, arguments[name])
+    check_positive("norm_eps", arguments["norm_eps"])
     if arguments["depth"] > LAYERS:
         raise ValueError(f"depth must be at most {LAYERS}, got {arguments['depth']}")
     norm, eps = NORMS[arguments.pop("norm_layer")][0], arguments.pop("norm_eps")

@@ -235,9 +235,9 @@ def read(source) -> ReadWeights:
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(f"weights must be a path, a model or a dictionary, got {type(source).__name__}")
     path = Path(source)
-    file = path / WEIGHTS if path.is_dir() else path
+    file = path / WEIGHTS if os.path.isdir(path) else path
     what = f"weights {printable(path)}"
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise ValueError(f"{what}: there is no file {printable(file)}")
     if file.suffix != ".safetensors":
         return ReadWeights(path.name, *tensors_of(read_pth(file), what))
@@ -400,7 +400,8 @@ def find_grid(rows: int, prefix: int, new: tuple, axes, grid) -> tuple[int, tupl
 
 def drop(weights, vit) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Without what the transformer has no place for and can do without, and the reasons for that."""
-    without_place = [name for name in weights if name not in vit.state_dict()]
+    places = vit.state_dict()
+    without_place = [name for name in weights if name not in places]
     dropped = {
         name: reason
         for name in without_place
