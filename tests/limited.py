@@ -2,11 +2,13 @@
 
 import os
 import resource
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 SECONDS, BYTES = 2, 500 * 2**20
+HANGS = 30  # seconds after which a call that waits for something is given up
 UNLIMITED = "UNLIMITED"  # in the environment: to see what a call takes
 
 
@@ -24,6 +26,7 @@ def outcome(call: Callable) -> str:
     if not child:
         try:
             address_space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            signal.alarm(HANGS)
             if UNLIMITED not in os.environ:
                 resource.setrlimit(resource.RLIMIT_AS, (address_space + BYTES,) * 2)
                 resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))

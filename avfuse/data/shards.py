@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from ..files import aside, leads_out, some
+from ..files import aside, is_regular, leads_out, printable, some
 from . import manifest
 from .manifest import Entry
 from .workers import WorkerFailure, WorkerPool
@@ -85,7 +85,7 @@ def shard(
     with WorkerPool(partial(_write, root, out), workers, timeout=PATIENCE) as pool, bar:
         for plan, written in zip(plans, pool.map(plans), strict=True):
             if isinstance(written, WorkerFailure):
-                raise OSError(f"{out / plan.name}: {written.reason}")
+                raise OSError(f"{printable(out / plan.name)}: {printable(written.reason)}")
             sharded += written
             bar.update(len(written))
     manifest.write(out, header, sharded)
@@ -156,19 +156,23 @@ def _describe(entry: Entry) -> bytes:
 
 
 def _index(path: Path, plan: Plan) -> list[int] | None:
-    """Where each clip of a shard begins; None if it does not hold these clips and their descriptions."""
-    wanted = {name: (entry.bytes, None) for name, entry in plan.clips}
+    """Where each clip of a shard begins; None unless it holds them and their descriptions, to the byte."""
+    wanted = {name: (entry.bytes, entry.sha256) for name, entry in plan.clips}
     for name, entry in plan.clips:
         text = _describe(entry)
-        wanted[f"{name.split('.')[0]}.json"] = (len(text), text)
+        wanted[f"{name.split('.')[0]}.json"] = (len(text), hashlib.sha256(text).hexdigest())
     starts = {}
+    if not is_regular(path):
+        return None
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                size, text = wanted.get(member.name, (-1, None))
-                if member.size != size or text is not None and tar.extractfile(member).read() != text:
+                size, sha256 = wanted.get(member.name, (-1, None))
+                if member.size != size or not member.isreg() or member.issparse():
+                    return None
+                if hashlib.file_digest(tar.extractfile(member), "sha256").hexdigest() != sha256:
                     return None
                 starts[member.name] = member.offset_data
-    except (OSError, tarfile.TarError):
+    except (OSError, ValueError, EOFError, tarfile.TarError):
         return None
     return [starts[name] for name, _ in plan.clips] if starts.keys() == wanted.keys() else None

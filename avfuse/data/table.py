@@ -6,6 +6,7 @@ A list of a hundred thousand clips takes some 60 MB in every process that reads 
 import json
 import os
 import struct
+import tarfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,7 +43,28 @@ class Clip:
         """
         if self.root is not None and leads_out(self.part.file if self.part else self.path, self.root):
             raise ClipError(self.path, "leads out of the data folder")
+        if self.part is not None:
+            self.check_part(self.part)
         return ClipReader(self.path, self.part)
+
+    def check_part(self, part: Part) -> None:
+        """Raises ClipError if before the bytes of the clip stands the header of another: shards that were
+        exchanged must not give another clip.
+        """
+        if not part.file.is_file():
+            return
+        try:
+            with open(part.file, "rb") as shard:
+                shard.seek(part.start - tarfile.BLOCKSIZE)
+                header = tarfile.TarInfo.frombuf(
+                    shard.read(tarfile.BLOCKSIZE), tarfile.ENCODING, "surrogateescape"
+                )
+        except (OSError, ValueError, tarfile.TarError):
+            return  # that it has gone or is damaged is for the reader to say
+        if (header.name, header.size) != (self.path.name, part.size):
+            raise ClipError(
+                self.path, f"{part.file.name} holds another clip there: it is not the shard it was"
+            )
 
 
 class ClipTable(Sequence[Clip]):
