@@ -268,7 +268,7 @@ def inside(root: Path, name: str) -> Path:
     """`root / name`, if it lies inside the folder `root` once links are followed, else a ValueError."""
     path = root / name
     if not path.resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"path {name!r} leaves the data folder {root}")
+        raise ValueError(f"path {name!r} leaves the data folder {printable(root)}")
     return path
 
 
@@ -296,7 +296,7 @@ def printable(text: object) -> str:
 
 def in_html(text: object) -> str:
     """For HTML, as text or as an attribute in quotes."""
-    return html.escape(printable(text))
+    return html.escape("\t".join(map(printable, str(text).split("\t"))))
 
 
 def in_markdown(text: object) -> str:

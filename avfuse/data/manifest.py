@@ -152,16 +152,18 @@ def describes_another(shard: Path, entry: Entry) -> bool:
 def read_header(root: Path) -> Header:
     """The first line of the folder's manifest."""
     if leads_out(root / FILE, root):
-        raise ValueError(f"{root / FILE} leads out of the data folder: it is not read")
+        raise ValueError(f"{printable(root / FILE)} leads out of the data folder: it is not read")
     with open(root / FILE, encoding="utf-8", errors="replace") as lines:
         try:
             header = Header(**json.loads(next(lines, "")))
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(
-                f"{root / FILE} is no manifest ({printable(error)}): `check` writes a new one"
+                f"{printable(root / FILE)} is no manifest ({printable(error)}): `check` writes a new one"
             ) from error
     if header.manifest != VERSION:
-        raise ValueError(f"{root / FILE} is of version {header.manifest}, not {VERSION}: check again")
+        raise ValueError(
+            f"{printable(root / FILE)} is of version {header.manifest}, not {VERSION}: check again"
+        )
     return header
 
 
@@ -174,7 +176,7 @@ def read_entries(root: Path) -> Iterator[Entry]:
                 yield parse(line)
             except ValueError as error:
                 raise ValueError(
-                    f"{root / FILE}, line {number}: {printable(error)}: check the folder again"
+                    f"{printable(root / FILE)}, line {number}: {printable(error)}: check the folder again"
                 ) from error
 
 

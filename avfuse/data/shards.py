@@ -65,19 +65,19 @@ def shard(
     if size <= 0:
         raise ValueError(f"size must be a positive number of bytes, got {size}")
     if not manifest.has_manifest(root):
-        raise ValueError(f"{root} has no manifest: python -m avfuse.data check {root}")
+        raise ValueError(f"{printable(root)} has no manifest: python -m avfuse.data check {root}")
     header, entries = manifest.read_header(root), list(manifest.read_entries(root))
     if any(entry.start >= 0 for entry in entries):
-        raise ValueError(f"{root} holds shards already")
+        raise ValueError(f"{printable(root)} holds shards already")
     if manifest.has_manifest(out) and any(entry.start < 0 for entry in manifest.read_entries(out)):
-        raise ValueError(f"{out} holds another data set")
+        raise ValueError(f"{printable(out)} holds another data set")
     broken = [entry for entry in entries if entry.error is not None]
     whole = [entry for entry in entries if entry.error is None]
     gone = [entry for entry in whole if not _is_there(root, entry)]
     left_out = {id(entry) for entry in gone}
     plans = list(_plan([entry for entry in whole if id(entry) not in left_out], size, seed))
     if not plans:
-        raise ValueError(f"{root} has no clip to put into shards")
+        raise ValueError(f"{printable(root)} has no clip to put into shards")
     out.mkdir(parents=True, exist_ok=True)
     (out / manifest.FILE).unlink(missing_ok=True)  # it may be of shards that are about to be replaced
     sharded = []
@@ -89,7 +89,7 @@ def shard(
             sharded += written
             bar.update(len(written))
     manifest.write(out, header, sharded)
-    lines = [f"{len(sharded)} clips in {len(plans)} shards in {out}"]
+    lines = [f"{len(sharded)} clips in {len(plans)} shards in {printable(out)}"]
     for what, entries in (("were broken", broken), ("have gone or changed since the check", gone)):
         if entries:
             names = some([entry.path for entry in entries])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import leads_out
+from ..files import leads_out, printable
 from .decode import ClipError, ClipReader, Part, Streams
 
 KNOWN, VIDEO, AUDIO = 1, 2, 4  # flags of a clip's streams
@@ -119,12 +119,13 @@ class ClipTable(Sequence[Clip]):
         self._records += RECORD.pack(*place, flags, *streams[2:], -1 if size is None else size)
 
     def _check(self, name: str, value: int | tuple[int, ...], path: Path) -> None:
+        label, clip = printable(name), printable(path)
         if isinstance(value, tuple) != self._labels[name]:
-            raise ValueError(f"label {name} must be a number in every clip or a tuple in every clip: {path}")
+            raise ValueError(f"label {label} must be a number in every clip or a tuple in every clip: {clip}")
         count = len(self.classes.get(name, ()))
         for number in value if isinstance(value, tuple) else (value,):
             if count and not 0 <= number < count:
-                raise ValueError(f"label {name} must be in 0..{count - 1}, got {number} for {path}")
+                raise ValueError(f"label {label} must be in 0..{count - 1}, got {number} for {clip}")
 
     def __len__(self) -> int:
         return len(self._records) // RECORD.size
@@ -166,8 +167,8 @@ def check_labels(first: Clip, clip: Clip) -> None:
     """Whether two clips can be in one data set."""
     if clip.labels.keys() != first.labels.keys():
         raise ValueError(
-            f"clips must share their label names, got {sorted(first.labels)} for {first.path}"
-            f" but {sorted(clip.labels)} for {clip.path}"
+            f"clips must share their label names, got {sorted(first.labels)} for {printable(first.path)}"
+            f" but {sorted(clip.labels)} for {printable(clip.path)}"
         )
 
 
