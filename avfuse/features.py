@@ -70,7 +70,7 @@ def main(config: FeaturesConfig) -> None:
     features = features._replace(failures=broken + features.failures)
     save_features(config.out, features, config.folder, config.checkpoint)
     shapes = ", ".join(f"{name} {tuple(features.tensors[name].shape)}" for name in FEATURES)
-    print(f"{config.out}: {shapes}")
+    print(printable(f"{config.out}: {shapes}"))
     if features.failures:
         print(f"{len(features.failures)} could not be read: {name_failures(features.failures)}")
 

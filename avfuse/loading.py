@@ -4,14 +4,13 @@ import json
 import os
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from torch import nn
 
 from .encoder import AVEncoder
-from .files import read_metadata, read_safetensors, some
+from .files import printable, read_metadata, read_safetensors, some
 from .mae import AVMAE
-from .pretrained import CONFIG, WEIGHTS, load_strictly
+from .pretrained import CONFIG, WEIGHTS, file_at, make_for, read_config
 from .released import encoder_weights, from_deepavfusion, read_weights
 
 HEAD = "head.safetensors"  # of the model of a task, which was once saved as its encoder and this
@@ -28,39 +27,30 @@ def load_encoder(checkpoint: str | os.PathLike) -> AVEncoder:
     Raises:
         ValueError: it is none of these, or damaged: names it and, of a folder, what it holds.
     """
-    path = Path(checkpoint)
-    if path.is_file():
+    path, named = Path(checkpoint), f"checkpoint {printable(checkpoint)}"
+    if os.path.isfile(path):
         try:
             weights = read_weights(path)
             is_classifier = any(name.endswith("_head.weight") for name in weights)
             model = from_deepavfusion(encoder_weights(weights) if is_classifier else weights)
-            encoder = getattr(model, "encoder", model)
         except ValueError as error:
-            raise ValueError(f"checkpoint {checkpoint} is no released DeepAVFusion model: {error}") from error
-    else:
-        source = path / "model" if (path / "model").is_dir() else checkpoint
-        config = _config_at(source)
-        saved = config.get("class")
-        if saved in ("AVEncoder", "AVMAE"):
-            model = (AVMAE if saved == "AVMAE" else AVEncoder).from_pretrained(source)
-            return getattr(model, "encoder", model)
-        if not saved or "encoder" not in config.get("model", ()):
-            content = f"a model of class {saved}" if saved else _contents(path)
-            raise ValueError(f"checkpoint {checkpoint} must hold an AVEncoder or AVMAE, but holds {content}")
-        return _encoder_of(source, config)
-    if not isinstance(encoder, AVEncoder):
-        raise ValueError(f"checkpoint {checkpoint} holds a single {type(encoder).__name__}, no encoder")
-    return encoder
-
-
-def _encoder_of(source: str | os.PathLike, config: dict) -> AVEncoder:
-    """The encoder out of the model of a task, of which nothing else is made."""
-    try:
-        encoder = AVEncoder.from_config(config["model"]["encoder"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{source}: {CONFIG} is damaged: {error!r}") from error
-    weights = read_safetensors(_file_at(source, WEIGHTS))
-    return load_strictly(encoder, encoder_weights(weights))
+            raise ValueError(f"{named} is no released DeepAVFusion model: {error}") from error
+        encoder = getattr(model, "encoder", model)
+        if not isinstance(encoder, AVEncoder):
+            raise ValueError(f"{named} holds a single {type(encoder).__name__}, no encoder")
+        return encoder
+    source = path / "model" if os.path.isdir(path / "model") else checkpoint
+    config = _config_at(source)
+    saved = config.get("class")
+    if saved in ("AVEncoder", "AVMAE"):
+        model = (AVMAE if saved == "AVMAE" else AVEncoder).from_pretrained(source)
+        return getattr(model, "encoder", model)
+    if not saved or "encoder" not in config.get("model", ()):
+        content = f"a model of class {printable(saved)}" if saved else _contents(path)
+        raise ValueError(f"{named} must hold an AVEncoder or AVMAE, but holds {content}")
+    # The encoder out of the model of a task, of which nothing else is made.
+    weights = encoder_weights(read_safetensors(file_at(source, WEIGHTS)))
+    return make_for(weights, lambda: AVEncoder.from_config(config["model"]["encoder"]), f"{source}: {CONFIG}")
 
 
 def load_model(kind: type[nn.Module], run: str | os.PathLike) -> nn.Module:
@@ -77,33 +67,27 @@ def load_model(kind: type[nn.Module], run: str | os.PathLike) -> nn.Module:
     folder = Path(run) / "model"
     if _config_at(folder).get("class") != "AVEncoder":
         return kind.from_pretrained(folder)
-    weights, encoder = read_safetensors(folder / HEAD), load_encoder(run)
+    head, encoder = read_safetensors(folder / HEAD), load_encoder(run)
     try:
-        model = kind(encoder, **json.loads(read_metadata(folder / HEAD)["options"]))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder / HEAD} is not that of a {kind.__name__}: {error!r}") from error
-    return load_strictly(model, weights | {f"encoder.{n}": t for n, t in encoder.state_dict().items()})
-
-
-def _file_at(source: str | os.PathLike, name: str) -> Path:
-    """A file of a saved model, in a folder or under a name on the hub."""
-    return Path(source) / name if Path(source).is_dir() else Path(hf_hub_download(os.fspath(source), name))
+        options = json.loads(read_metadata(folder / HEAD)["options"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        fault = printable(repr(error))
+        raise ValueError(f"{folder / HEAD} is not that of a {kind.__name__}: {fault}") from error
+    weights = head | {f"encoder.{name}": weight for name, weight in encoder.state_dict().items()}
+    return make_for(weights, lambda: kind(encoder, **options), f"{folder / HEAD}")
 
 
 def _config_at(source: str | os.PathLike) -> dict:
     """The config.json of a folder or of a name on the hub; {} if it is none of avfuse's."""
     try:
-        file = _file_at(source, CONFIG)
-        config = json.loads(file.read_text()) if file.is_file() else None
+        return read_config(source)
     except HFValidationError as error:
-        raise ValueError(f"checkpoint {source} is no file, no folder and no name on the hub") from error
+        what = f"checkpoint {printable(source)} is no file, no folder and no name on the hub"
+        raise ValueError(what) from error
     except (OSError, EntryNotFoundError) as error:
         raise ValueError(
-            f"checkpoint {source} is no file or folder, nor found on the hub: {error}"
+            f"checkpoint {printable(source)} is no file or folder, nor found on the hub: {printable(error)}"
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"checkpoint {source}: {CONFIG} is damaged: {error}") from error
-    return config if isinstance(config, dict) and config.get("library") == "avfuse" else {}
 
 
 def _contents(path: Path) -> str:

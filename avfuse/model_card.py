@@ -2,6 +2,8 @@
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .files import in_markdown, printable
+
 HEADINGS = {"recipe": "Training", "data": "Data", "metrics": "Measures"}
 KINDS = {"AVMAE": "masked autoencoder", "AVEncoder": "encoder"}
 UNKNOWN = "unknown"
@@ -46,7 +48,7 @@ def model_card(
     licence = licence_of(facts, origins)
     data = ModelCardData(
         library_name="avfuse",
-        license=licence.lower() if licence else None,
+        license=printable(licence).lower() if licence else None,
         tags=["audio-visual", "masked-autoencoder"],
     )
     parts = [f"---\n{data.to_yaml()}\n---", introduction(saved_as, home)]
@@ -106,7 +108,8 @@ encoder = avfuse.load_encoder("FOLDER_OR_NAME")  # an AVEncoder, in eval mode
 def licence_section(licence: str | None, origins: dict) -> str:
     if not origins and not licence:
         return "## Licence\n\nNo pretrained weights went in. A licence has not been stated."
-    lines = [f"## Licence\n\n{licence}" + (", the strictest of what went in:" if origins else "")]
+    rest = ", the strictest of what went in:" if origins else ""
+    lines = [f"## Licence\n\nLicence: {in_markdown(licence)}{rest}"]
     if origins:
         lines += ["", "| transformer | began as | of | licence |", "| --- | --- | --- | --- |"]
     for branch, origin in origins.items():
@@ -138,5 +141,4 @@ def cell(value: object) -> str:
         value = f"{value:.4g}"
     elif isinstance(value, (list, tuple)):
         value = ", ".join(map(str, value))
-    text = " ".join(str(value).replace("_", " ").split())
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    return in_markdown(" ".join(str(value).replace("_", " ").split()))

@@ -3,17 +3,25 @@ decay and layer.
 """
 
 import json
+import os
 import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 
-from .files import read_safetensors, write_json, write_safetensors
+from .files import check_tensors, misfits, printable, read_safetensors, write_json, write_safetensors
 from .model_card import licence_of, model_card
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+STRAYS = 100  # parameters unlike all weights, after which a model is not made any further
+UNSAVED = 2**26  # bytes of buffers that a model may have besides its weights
 
 
 class Pretrained(
@@ -42,21 +50,42 @@ class Pretrained(
         return next((kind for kind in cls.__subclasses__() if config.get(kind.mark)), cls)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **options):
-        """The model saved in a folder or under a name on the Hugging Face hub, in eval mode.
-
-        Options are those of `huggingface_hub.ModelHubMixin.from_pretrained` (revision, token, cache_dir,
-        local_files_only, force_download).
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ):
+        """The model saved in a folder or under a name on the Hugging Face hub, in eval mode. The options are
+        those of `huggingface_hub.hf_hub_download`.
         """
+        options = dict(
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        source = pretrained_model_name_or_path
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, **options)
+            config = read_config(source, **options)
         except HFValidationError as error:
             raise ValueError(
-                f"pretrained_model_name_or_path {str(pretrained_model_name_or_path)!r} is neither a folder "
-                "nor a name on the hub"
+                f"pretrained_model_name_or_path {str(source)!r} is neither a folder nor a name on the hub"
             ) from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{pretrained_model_name_or_path}: {CONFIG} is damaged: {error}") from error
+        if not config:
+            raise ValueError(f"{printable(source)} holds no {CONFIG} of an avfuse model")
+        if config.get("class") != _saved_as(cls):
+            saved = printable(config.get("class"))
+            raise ValueError(f"{printable(source)} holds a model of class {saved}, not {_saved_as(cls)}")
+        weights = read_safetensors(file_at(source, WEIGHTS, **options))
+        model = make_for(weights, lambda: cls.from_config(config["model"]), f"{source}: {CONFIG}")
+        model.facts = config.get("facts")
+        return model
 
     def _save_pretrained(self, save_directory: Path) -> None:
         config = {"library": "avfuse", "class": _saved_as(type(self)), "model": self.to_config()}
@@ -75,44 +104,97 @@ class Pretrained(
     def _origins(self) -> dict[str, dict[str, str]]:
         return getattr(self, "encoder", self).origins
 
-    @classmethod
-    def _from_pretrained(
-        cls, *, model_id, revision, cache_dir, force_download, local_files_only, token, config=None
-    ):
-        if config is None or config.get("library") != "avfuse":
-            raise ValueError(f"{model_id} holds no {CONFIG} of an avfuse model")
-        if config.get("class") != _saved_as(cls):
-            raise ValueError(f"{model_id} holds a model of class {config.get('class')}, not {_saved_as(cls)}")
-        try:
-            model = cls.from_config(config["model"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{model_id}: {CONFIG} is damaged: {error!r}") from error
-        local = Path(model_id) / WEIGHTS
-        if not Path(model_id).is_dir():
-            local = hf_hub_download(
-                model_id,
-                WEIGHTS,
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-                token=token,
-            )
-        model.facts = config.get("facts")
-        return load_strictly(model, read_safetensors(local))
-
 
 def _saved_as(cls) -> str:
     """The public class: a `ReleasedEncoder` is saved, and loaded again, as an `AVEncoder`."""
     return next(base.__name__ for base in cls.__mro__ if Pretrained in base.__bases__)
 
 
+def file_at(source: str | os.PathLike, name: str, **options) -> Path:
+    """A file of a saved model, in a folder or under a name on the hub."""
+    folder = Path(source)
+    return (
+        folder / name if os.path.isdir(folder) else Path(hf_hub_download(os.fspath(source), name, **options))
+    )
+
+
+def read_config(source: str | os.PathLike, **options) -> dict:
+    """The config.json of a folder or of a name on the hub; {} if it is none of avfuse's.
+
+    Raises:
+        ValueError: it is damaged, or `source` no name (HFValidationError).
+    """
+    try:
+        file = file_at(source, CONFIG, **options)
+        config = json.loads(file.read_bytes()) if file.is_file() else None
+    except HFValidationError:
+        raise
+    except HfHubHTTPError as error:
+        raise ValueError(f"{printable(source)} is not found on the hub: {printable(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{printable(source)}: {CONFIG} is damaged: {printable(error)}") from error
+    return config if isinstance(config, dict) and config.get("library") == "avfuse" else {}
+
+
+def make_for(weights: dict[str, Tensor], make: Callable[[], nn.Module], source: str) -> nn.Module:
+    """The module that `make` makes, with exactly these weights, in eval mode.
+
+    It is made on the meta device first, where it takes no memory: a small file may ask for a model of any
+    size, and what does not fit is refused by its names and shapes.
+
+    Args:
+        weights: all of them.
+        make: called twice.
+        source: what told how to make it, for the error.
+    """
+    check_tensors(weights, source)
+    try:
+        with torch.device("meta"), at_most(weights):
+            plan = make()
+    except Exception as error:  # what config.json says may lead to any
+        fault = error if isinstance(error, ValueError) else f"{source} is damaged: {error!r}"
+        raise ValueError(printable(fault)) from error
+    check_fit(plan, weights)
+    unsaved = sum(buffer.nbytes for name, buffer in plan.named_buffers() if name not in weights)
+    if unsaved > UNSAVED:
+        raise ValueError(f"{printable(source)} asks for {unsaved} bytes beside the weights")
+    return load_strictly(make(), weights)
+
+
+@contextmanager
+def at_most(weights: dict[str, Tensor]) -> Iterator[None]:
+    """While this lasts, the making of modules ends once too many parameters have shapes that are not left
+    among the weights: a hundred million layers need not be counted.
+    """
+    left = Counter(tuple(weight.shape) for weight in weights.values())
+    strays, thread = [], threading.get_ident()
+
+    def compare(_module, name, parameter):
+        if parameter is None or threading.get_ident() != thread:
+            return
+        left[tuple(parameter.shape)] -= 1
+        if left[tuple(parameter.shape)] < 0:
+            strays.append(f"{name} {tuple(parameter.shape)}")
+        if len(strays) > STRAYS:
+            raise ValueError(f"the weights do not fit: there is none for {', '.join(strays[:3])}, ...")
+
+    hook = nn.modules.module.register_module_parameter_registration_hook(compare)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def check_fit(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Raises ValueError unless there is exactly one finite tensor for each place."""
+    if faults := misfits(weights, module.state_dict()):
+        raise ValueError(f"the weights do not fit a {type(module).__name__}: {faults}")
+
+
 def load_strictly(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     """The module with exactly these weights, none missing and none left over, in eval mode."""
-    try:
-        module.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"the weights do not fit a {type(module).__name__}: {error}") from error
+    check_fit(module, weights)
+    module.load_state_dict(weights, strict=True)
     return module.eval()
 
 

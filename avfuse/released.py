@@ -33,11 +33,12 @@ from .fusion import (
 from .inputs import InputSettings
 from .mae import AVMAE
 from .ops.pair_attention import Side, attend_pairs, masked_attention
-from .pretrained import load_strictly
+from .pretrained import make_for
 from .vit import plain_vit, ratio_of
 
 INTERACTIONS = {"dense_mmi": "dense", "factorized_mmi": "factorized", "token": "token", "none": "none"}
 RATIOS = ("attn_ratio", "mlp_ratio")
+SOURCE = "state_dict_or_path"  # as errors call the weights
 DECODER_NAME = re.compile(r"^(image|audio)_decoder_")
 
 
@@ -251,14 +252,12 @@ def from_deepavfusion(state_dict_or_path, *, config: dict | None = None) -> nn.M
         variant = VARIANTS[INTERACTIONS[settings["interactions"]]]
         if variant.block is None:
             raise ValueError("config: interactions is 'none', but the weights are those of a fusion block")
-        return load_strictly(variant.make(dim, settings), weights)
-    model = make_released_encoder(settings)
-    if any(name.startswith("encoder.") for name in weights):
-        names = "decoder_dim", "decoder_depth", "decoder_heads", "image_mask_ratio", "audio_mask_ratio"
-        options = {name: settings[name] for name in names}
-        model = ReleasedAutoencoder(model, norm_target=settings["norm_loss"], **options)
+        return make_for(weights, lambda: variant.make(dim, settings), SOURCE)
+    is_autoencoder = any(name.startswith("encoder.") for name in weights)
+    if is_autoencoder:
         weights = {DECODER_NAME.sub(r"\1_decoder.", name): weight for name, weight in weights.items()}
-    return load_strictly(model, exchange_token_norms(weights, settings))
+    make = make_released_autoencoder if is_autoencoder else make_released_encoder
+    return make_for(exchange_token_norms(weights, settings), lambda: make(settings), SOURCE)
 
 
 def read_weights(source: str | os.PathLike | dict) -> dict[str, Tensor]:
@@ -266,8 +265,8 @@ def read_weights(source: str | os.PathLike | dict) -> dict[str, Tensor]:
     if isinstance(source, (str, os.PathLike)):
         source = read_safetensors(source) if os.fspath(source).endswith(".safetensors") else read_pth(source)
     if not isinstance(source, dict):
-        raise ValueError(f"state_dict_or_path must be a path or a dictionary, got {type(source).__name__}")
-    return state_dict(source, "state_dict_or_path")[0]
+        raise ValueError(f"{SOURCE} must be a path or a dictionary, got {type(source).__name__}")
+    return state_dict(source, SOURCE, kept=("encoder",)).weights  # of which an autoencoder is known
 
 
 def encoder_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -287,7 +286,7 @@ def infer_settings(weights: dict[str, Tensor]) -> dict:
         dim = size_of(encoder, "fusion_tokens", 2)
     else:
         raise ValueError(
-            "state_dict_or_path holds no DeepAVFusion autoencoder, encoder or fusion block; "
+            f"{SOURCE} holds no DeepAVFusion autoencoder, encoder or fusion block; "
             f"its names begin with {sorted(weights)[:3]}"
         )
     settings = dict(
@@ -344,7 +343,7 @@ def infer_encoder(encoder: dict[str, Tensor], interactions: str) -> dict:
 def size_of(weights: dict[str, Tensor], name: str, dim: int) -> int:
     """The size of a weight along `dim`, from which settings are inferred."""
     if name not in weights or weights[name].ndim <= dim:
-        raise ValueError(f"state_dict_or_path holds no {name}, or one without dimension {dim}")
+        raise ValueError(f"{SOURCE} holds no {name}, or one without dimension {dim}")
     return weights[name].shape[dim]
 
 
@@ -352,8 +351,10 @@ def count_blocks(weights: dict[str, Tensor], blocks: str) -> int:
     pattern = re.escape(blocks) + r"\.(\d+)\."
     numbers = {int(match[1]) for name in weights if (match := re.match(pattern, name))}
     if not numbers:
-        raise ValueError(f"state_dict_or_path holds no {blocks}")
-    return 1 + max(numbers)
+        raise ValueError(f"{SOURCE} holds no {blocks}")
+    if max(numbers) >= len(numbers):
+        raise ValueError(f"{SOURCE} holds {blocks}.{max(numbers)} but only {len(numbers)} of {blocks}")
+    return len(numbers)
 
 
 def check_layers(name: str, layers: object) -> None:
@@ -401,6 +402,13 @@ def make_released_encoder(settings: dict) -> ReleasedEncoder:
         inputs=released_inputs(settings),
         **{name: settings[name] for name in ("num_heads", *STATE, *RATIOS)},
     )
+
+
+def make_released_autoencoder(settings: dict) -> ReleasedAutoencoder:
+    names = "decoder_dim", "decoder_depth", "decoder_heads", "image_mask_ratio", "audio_mask_ratio"
+    options = {name: settings[name] for name in names}
+    encoder = make_released_encoder(settings)
+    return ReleasedAutoencoder(encoder, norm_target=settings["norm_loss"], **options)
 
 
 def released_inputs(settings: dict) -> InputSettings | None:

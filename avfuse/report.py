@@ -19,7 +19,7 @@ def main(run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]
     Args:
         run: Run folder, as given to `python -m avfuse.train --run-dir`.
     """
-    print(write_report(run))
+    print(printable(write_report(run)))
 
 
 if __name__ == "__main__":

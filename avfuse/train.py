@@ -124,7 +124,7 @@ class Pretraining(JudgedTask):
         for label, probes in metrics["probes"].items():
             cells = [f"{f} {p['accuracy']:.3f} ± {p['standard_error']:.3f}" for f, p in probes.items()]
             chance = probes["image"]["chance"]
-            lines.append(f"  nearest neighbour, {label}: {', '.join(cells)} (chance {chance:.3f})")
+            lines.append(f"  nearest neighbour, {printable(label)}: {', '.join(cells)} (chance {chance:.3f})")
         return "\n".join(lines)
 
     def numbers(self, metrics):

@@ -8,7 +8,7 @@ from timm.layers import GELU, Attention, GELUTanh, LayerNorm, Mlp, PatchEmbed, Q
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from .checks import is_plain
+from .checks import check_count, check_positive, is_plain
 
 NORMS = {"LayerNorm": (LayerNorm, nn.LayerNorm), "RmsNorm": (RmsNorm,)}
 ACTIVATIONS = {
@@ -18,6 +18,7 @@ ACTIVATIONS = {
     "SiLU": (nn.SiLU,),
     "ReLU": (nn.ReLU,),
 }
+LAYERS = 10_000  # of a transformer at most: timm lists a rate for each before it makes the first
 
 
 def plain_vit(channels: int, size: tuple[int, int], **options) -> VisionTransformer:
@@ -189,6 +190,11 @@ def describe_vit(vit: VisionTransformer) -> dict:
 def build_vit(description: dict, device: str | None = None) -> VisionTransformer:
     """A VisionTransformer from the arguments of `describe_vit`."""
     arguments = dict(description)
+    for name in "depth", "num_heads":
+        check_count(name, arguments[name])
+    check_positive("norm_eps", arguments["norm_eps"])
+    if arguments["depth"] > LAYERS:
+        raise ValueError(f"depth must be at most {LAYERS}, got {arguments['depth']}")
     norm, eps = NORMS[arguments.pop("norm_layer")][0], arguments.pop("norm_eps")
     arguments |= dict(
         norm_layer=lambda dim, **kind: norm(dim, eps=eps, **kind),

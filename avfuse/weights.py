@@ -1,5 +1,5 @@
-"""Weights that others trained, as the start of an encoder's transformers: MAE, AudioMAE, any timm ViT, and
-the branches of whole audio-visual models.
+"""Weights that others trained, as the start of an encoder's transformers: MAE, AudioMAE, AST, any ViT by the
+names of timm or transformers, and the branches of whole audio-visual models.
 
 Nothing is lost silently: a table names every tensor as used, converted (and how) or dropped (and why).
 """
@@ -20,7 +20,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .checks import check_choice, check_size
-from .files import read_metadata, read_pth, read_safetensors, some, state_dict
+from .files import (
+    StateDict,
+    misfits,
+    printable,
+    read_metadata,
+    read_pth,
+    read_safetensors,
+    state_dict,
+)
 from .model_card import UNKNOWN, strictest
 from .pretrained import CONFIG, WEIGHTS
 
@@ -28,22 +36,49 @@ AXES = ("frequency-time", "time-frequency")
 LICENCES = {  # of what their authors published; DeepAVFusion's weights began as MAE's and AudioMAE's
     "MAE": "CC-BY-NC-4.0",
     "AudioMAE": "CC-BY-NC-4.0",
+    "AST": "BSD-3-Clause",
     "DeepAVFusion": "CC-BY-NC-4.0",
 }
 AUDIOMAE_GRID = (64, 8)  # patches of 1024 frames x 128 mel bins
+AST_GRID = (12, 101)  # patches of 128 mel bins x 1024 frames, which overlap
 
 KERNEL, POSITIONS = "patch_embed.proj.weight", "pos_embed"
-PREFIXES = ("cls_token", "reg_token")  # in the order of their tokens and positions
+PREFIXES = ("cls_token", "dist_token", "reg_token")  # in the order of their tokens and positions
 BRANCH = re.compile(r"(?:encoder\.)?(image|audio)\.")  # of a whole audio-visual model
 DECODER = re.compile(r"decoder.*|mask_token")
 DISPENSABLE = {  # what a transformer that has no place for it can do without
     DECODER: "decoder of the masked autoencoder",
     re.compile(r"(head|head_dist|pre_logits)\..*"): "classifier",
-    re.compile(r"(fc_norm|attn_pool)\..*"): "pooling",
+    re.compile(r"(fc_norm|attn_pool|pooler)\..*"): "pooling",
     re.compile(r"cls_token"): "the transformer has no class token",
+    re.compile(r"dist_token"): "the transformer has no distillation token, to which the others attended",
     re.compile(r"reg_token"): "the transformer has no register tokens",
 }
-NAMED = 4  # tensors of one kind that an error names
+TRANSFORMERS = {  # names of the library transformers -> timm's
+    "embeddings.cls_token": "cls_token",
+    "embeddings.distillation_token": "dist_token",
+    "embeddings.mask_token": "mask_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
+    "embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
+    "layernorm.weight": "norm.weight",
+    "layernorm.bias": "norm.bias",
+}
+TRANSFORMERS_LAYER = {  # the same of a layer; those of version 5 in memory follow those in files
+    "attention.attention.query": "attn.query",
+    "attention.attention.key": "attn.key",
+    "attention.attention.value": "attn.value",
+    "attention.output.dense": "attn.proj",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+    "attention.q_proj": "attn.query",
+    "attention.k_proj": "attn.key",
+    "attention.v_proj": "attn.value",
+    "attention.o_proj": "attn.proj",
+}
+TRANSFORMERS_ROOT = re.compile(r"(vit|deit|audio_spectrogram_transformer)\.")
 
 
 @dataclass(frozen=True)
@@ -65,15 +100,18 @@ class LoadedWeights:
     used: tuple[str, ...]
     converted: dict[str, str]  # name -> what was done to it
     dropped: dict[str, str]  # name -> why
+    names: tuple[str, ...] = ()  # how the names above came from those in the file, if they differ
 
     def __str__(self) -> str:
         origin = self.origin
         trained = f" on {self.axes.replace('-', ' x ')}" if self.axes else ""
-        lines = [
-            f"{self.branch} weights {origin.weights}: {origin.family}{trained}, licence {origin.licence}"
-        ]
+        told = f"{origin.weights}: {origin.family}{trained}, licence {origin.licence}"
+        lines = [f"{self.branch} weights {printable(told)}"]
+        lines += [f"  names      {', '.join(self.names)}"] if self.names else []
         lines += [f"  used       {parts(self.used)}"]
-        lines += [f"  converted  {name}: {what}" for name, what in self.converted.items()]
+        for what in dict.fromkeys(self.converted.values()):
+            names = [name for name, done in self.converted.items() if done == what]
+            lines.append(f"  converted  {parts(names) if names[1:] else printable(names[0])}: {what}")
         for reason in dict.fromkeys(self.dropped.values()):
             names = [name for name, why in self.dropped.items() if why == reason]
             lines.append(f"  dropped    {parts(names)}: {reason}")
@@ -140,10 +178,12 @@ def load(model, branch, source, *, axes, grid, say) -> LoadedWeights:
         check_size("grid", grid, "(rows, columns)")
     content = read(source)
     weights, dropped = branch_of(content.weights, branch)
+    weights, joined = from_transformers(weights)
     family = family_of(content, weights, branch, is_whole=bool(dropped))
     if branch == "audio" and axes is None:
         axes = "time-frequency" if family == "AudioMAE" else "frequency-time"
     weights, converted = convert(weights, vit, axes, grid)
+    converted = joined | converted
     weights, without_place = drop(weights, vit)
     check_fit(weights, vit, content.name)
     with torch.no_grad():
@@ -155,7 +195,8 @@ def load(model, branch, source, *, axes, grid, say) -> LoadedWeights:
     vit.origin = asdict(origin)
     used = tuple(name for name in weights if name not in converted)
     dropped = content.dropped | dropped | without_place
-    loaded = LoadedWeights(branch, axes, origin, used, converted, dropped)
+    names = (*content.steps, "those of transformers turned into timm's") if joined else content.steps
+    loaded = LoadedWeights(branch, axes, origin, used, converted, dropped, names)
     say(str(loaded))
     return loaded
 
@@ -178,6 +219,7 @@ class ReadWeights(NamedTuple):
     name: str
     weights: dict[str, Tensor]
     dropped: dict[str, str]  # what lies beside the weights
+    steps: tuple[str, ...] = ()  # how the names came from those in the file
     licence: str | None = None  # if it is stated
     family: str = "ViT"
 
@@ -187,31 +229,37 @@ def read(source) -> ReadWeights:
     if isinstance(source, nn.Module):
         config = getattr(source, "pretrained_cfg", None)
         name, licence, family = timm_origin(config, type(source).__name__)
-        return ReadWeights(name, dict(source.state_dict()), {}, licence, family)
+        return ReadWeights(name, *tensors_of(source.state_dict(), "weights"), licence, family)
     if isinstance(source, dict):
-        return ReadWeights("a state dict", *state_dict(source, "weights"))
+        return ReadWeights("a state dict", *tensors_of(source, "weights"))
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(f"weights must be a path, a model or a dictionary, got {type(source).__name__}")
     path = Path(source)
-    file = path / WEIGHTS if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"weights {path}: there is no file {file}")
+    file = path / WEIGHTS if os.path.isdir(path) else path
+    what = f"weights {printable(path)}"
+    if not os.path.isfile(file):
+        raise ValueError(f"{what}: there is no file {printable(file)}")
     if file.suffix != ".safetensors":
-        return ReadWeights(path.name, *state_dict(read_pth(file), f"weights {path}"))
-    weights = read_safetensors(file)
+        return ReadWeights(path.name, *tensors_of(read_pth(file), what))
+    tensors = tensors_of(read_safetensors(file), what)
     licence = read_metadata(file).get("licence")
     name, family = path.name, "ViT"
     if file.name == WEIGHTS and not licence:
         name, licence, family = timm_origin(config_beside(file), name)
-    return ReadWeights(name, weights, {}, licence, family)
+    return ReadWeights(name, *tensors, licence, family)
+
+
+def tensors_of(content: object, what: str) -> StateDict:
+    return state_dict(content, what, kept=("blocks", "patch_embed"))
 
 
 def config_beside(file: Path) -> dict:
     """The `pretrained_cfg` in the config.json of a model that timm saved."""
     try:
-        config = json.loads((file.parent / CONFIG).read_text())
+        beside = file.parent / CONFIG
+        config = json.loads(beside.read_bytes()) if beside.is_file() else {}
         return {"architecture": config.get("architecture")} | config["pretrained_cfg"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}  # timm did not save it: nothing is known about the weights
 
 
@@ -238,6 +286,27 @@ def branch_of(weights: dict[str, Tensor], branch: str) -> tuple[dict[str, Tensor
     return chosen, dropped
 
 
+def from_transformers(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Weights by timm's names, and what was done to which, if their names are those of transformers."""
+    renamed, joined = {}, {}
+    for old, weight in weights.items():
+        name = TRANSFORMERS_ROOT.sub("", old, count=1) if TRANSFORMERS_ROOT.match(old) else old
+        layer = re.fullmatch(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)", name)
+        if layer:
+            name = f"blocks.{layer[1]}.{TRANSFORMERS_LAYER.get(layer[2], layer[2])}.{layer[3]}"
+        name = re.sub(r"^classifier\.", "head.", TRANSFORMERS.get(name, name))
+        renamed[name] = weight
+    if KERNEL not in renamed or KERNEL in weights or len(renamed) < len(weights):
+        return weights, {}
+    for query in [name for name in renamed if ".attn.query." in name]:
+        thirds = [query.replace(".query.", f".{third}.") for third in ("query", "key", "value")]
+        if all(name in renamed and renamed[name].shape == renamed[query].shape for name in thirds):
+            name = query.replace(".query.", ".qkv.")
+            renamed[name] = torch.cat([renamed.pop(third) for third in thirds])
+            joined[name] = "query, key and value joined"
+    return renamed, joined
+
+
 def family_of(content: ReadWeights, weights: dict[str, Tensor], branch: str, is_whole: bool) -> str:
     """Whose weights these are, by their names and shapes; of MAE's, by the name of the file too."""
     if is_whole:
@@ -247,6 +316,8 @@ def family_of(content: ReadWeights, weights: dict[str, Tensor], branch: str, is_
         rows = 1 + math.prod(AUDIOMAE_GRID)
         is_one_channel = kernel is not None and kernel.ndim == 4 and kernel.shape[1] == 1
         fits = is_one_channel and positions is not None and positions.ndim == 3 and positions.shape[1] == rows
+        if is_one_channel and "dist_token" in weights:
+            return "AST"
         return "AudioMAE" if fits and "cls_token" in weights else content.family
     is_mae = any(DECODER.fullmatch(name) for name in weights) or has_fixed_positions(weights)
     return "MAE" if is_mae or re.search(r"(?<![a-z])mae(?![a-z])", content.name.lower()) else content.family
@@ -289,6 +360,8 @@ def fit_positions(weights, vit, axes, grid) -> tuple[Tensor, list[str]]:
     tokens = {
         name: weights[name].shape[1] for name in PREFIXES if name in weights and weights[name].ndim == 3
     }
+    if axes and "dist_token" in tokens and table.shape[1] == sum(tokens.values()) + math.prod(AST_GRID):
+        grid = grid or AST_GRID
     prefix, old = find_grid(table.shape[1], sum(tokens.values()), new, axes, grid)
     kept, patches = table[:, :prefix], table[:, prefix:]
     if prefix:
@@ -327,7 +400,8 @@ def find_grid(rows: int, prefix: int, new: tuple, axes, grid) -> tuple[int, tupl
 
 def drop(weights, vit) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Without what the transformer has no place for and can do without, and the reasons for that."""
-    without_place = [name for name in weights if name not in vit.state_dict()]
+    places = vit.state_dict()
+    without_place = [name for name in weights if name not in places]
     dropped = {
         name: reason
         for name in without_place
@@ -339,21 +413,9 @@ def drop(weights, vit) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def check_fit(weights: dict[str, Tensor], vit: VisionTransformer, source: str) -> None:
     """Raises ValueError unless there is exactly one finite tensor for each place."""
-    places = vit.state_dict()
-    faults = {
-        "missing": [name for name in places if name not in weights],
-        "without a place": [name for name in weights if name not in places],
-        "of another shape": [
-            f"{name} is {tuple(weights[name].shape)}, not {tuple(place.shape)}"
-            for name, place in places.items()
-            if name in weights and weights[name].shape != place.shape
-        ],
-        "not finite": [name for name, weight in weights.items() if not weight.isfinite().all()],
-    }
-    wrong = [f"{fault}: {some(names, NAMED)}" for fault, names in faults.items() if names]
-    if wrong:
+    if faults := misfits(weights, vit.state_dict()):
         transformer = f"a transformer of {len(vit.blocks)} layers and width {vit.embed_dim}"
-        raise ValueError(f"{source} does not fit {transformer}: {'; '.join(wrong)}")
+        raise ValueError(f"{printable(source)} does not fit {transformer}: {faults}")
 
 
 # --- saying -------------------------------------------------------------------------------------------------
@@ -362,4 +424,5 @@ def check_fit(weights: dict[str, Tensor], vit: VisionTransformer, source: str) -
 def parts(names: Iterable[str]) -> str:
     """ "blocks (144 tensors), norm (2 tensors), pos_embed" of their names"""
     counts = Counter(name.split(".")[0] for name in names)
-    return ", ".join(f"{part} ({count} tensors)" if count > 1 else part for part, count in counts.items())
+    parts = ((printable(part), count) for part, count in counts.items())
+    return ", ".join(f"{part} ({count} tensors)" if count > 1 else part for part, count in parts)

@@ -1,6 +1,9 @@
 """Checkpoints: whole or not there, verified, rotated, and never code."""
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -168,3 +171,134 @@ def test_a_full_disk_leaves_the_one_before(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.stdout.endswith("as before\n"), result.stderr
+
+
+@pytest.mark.parametrize("strange", ["zeros", "pipe", "link", "folder linked", "itself", "manifest", "extra"])
+def test_only_regular_files_of_its_own_are_read(state, tmp_path, capsys, strange):
+    """A manifest that vouches for a device, a pipe or a link; none of them is opened."""
+    save_checkpoint(state[0], tmp_path, 1, keep=2)
+    truth = snapshot(state)
+    spoil(state)
+    folder = save_checkpoint(state[0], tmp_path, 2, keep=2)
+    path = folder / {"manifest": "manifest.json", "extra": "extra.bin"}.get(strange, "model.safetensors")
+    if strange == "folder linked":
+        os.rename(folder, tmp_path / "elsewhere")
+        folder.symlink_to(tmp_path / "elsewhere")
+    elif strange == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+    else:
+        path.unlink(missing_ok=True)
+        targets = {"zeros": "/dev/zero", "itself": path, "manifest": "/dev/zero", "extra": "/dev/zero"}
+        path.symlink_to(targets.get(strange, tmp_path / "checkpoints/step-00000001/model.safetensors"))
+    assert load_checkpoint(state[0], tmp_path) == 1
+    assert "is neither a file nor a folder): passing it over" in capsys.readouterr().out
+    assert_equal(snapshot(state), truth)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/dev/zero", "../step-00000001/model.safetensors", "./model.safetensors", "a\0b", "", ".", "x\x1b[2J"],
+)
+def test_a_manifest_names_files_beside_it(state, tmp_path, capsys, name):
+    save_checkpoint(state[0], tmp_path, 1, keep=2)
+    folder = save_checkpoint(state[0], tmp_path, 2, keep=2)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"] = {name: manifest["files"]["model.safetensors"]} | manifest["files"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert load_checkpoint(state[0], tmp_path) == 1
+    (said,) = capsys.readouterr().out.splitlines()
+    assert "there is no file" in said and said.isprintable()
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "pipe", "folder"])
+def test_whatever_is_called_partial_is_cleared_away(state, tmp_path, kind):
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").touch()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+
+    def put(path):
+        make = {
+            "file": Path.touch,
+            "link": lambda path: path.symlink_to(precious),
+            "pipe": os.mkfifo,
+            "folder": Path.mkdir,
+        }
+        make[kind](path)
+
+    put(checkpoints / "x.partial")
+    assert load_checkpoint(state[0], tmp_path / "run") == 0
+    assert not list(checkpoints.iterdir())
+    for name in "step-00000003.partial", "step-00000003", "damaged-step-00000002":
+        put(checkpoints / name)
+    save_checkpoint(state[0], tmp_path / "run", 3, keep=2)
+    assert load_checkpoint(state[0], tmp_path / "run") == 3
+    assert list(precious.iterdir()) == [precious / "file"]
+
+
+@pytest.mark.parametrize("which", ["weights", "average"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_named(state, tmp_path, which, value):
+    average = torch.optim.swa_utils.AveragedModel(torch.nn.Linear(5, 3))
+    save_checkpoint(state[0], tmp_path, 1, keep=2, average=average)
+    with torch.no_grad():
+        (state[1] if which == "weights" else average.module).bias[1] = value
+    save_checkpoint(state[0], tmp_path, 2, keep=2, average=average)
+    name = "bias" if which == "weights" else "module.bias"
+    with pytest.raises(
+        CheckpointError, match=rf"step-00000002 holds weights .* not finite: {name}\. Delete it"
+    ):
+        load_checkpoint(state[0], tmp_path, average)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000002")
+    assert load_checkpoint(state[0], tmp_path, average) == 1
+
+
+@pytest.mark.parametrize(
+    "fails", ["model.safetensors", "optimizer.bin", "average.safetensors", "manifest.json"]
+)
+def test_a_full_disk_is_called_full_whatever_failed(tmp_path, fails):
+    """The files before the one that fails fit below the limit of this process, which stands for the disk."""
+    program = """
+        import resource, sys, torch
+        from accelerate import Accelerator
+        from pathlib import Path
+        from avfuse.training import checkpoints
+
+        run, fails, accelerator = Path(sys.argv[1]), sys.argv[2], Accelerator(cpu=True)
+        model = torch.nn.Linear(100, 100)
+        average = torch.optim.swa_utils.AveragedModel(torch.nn.Linear(100, 100))
+        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+        accelerator.backward(model(torch.ones(1, 100)).sum())
+        optimizer.step()
+        (run / "checkpoints").mkdir()
+        most = 100 if fails == "manifest.json" else 4096
+        limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        if fails == "optimizer.bin":
+            accelerator.register_save_state_pre_hook(lambda _, weights, __: weights.clear() or limit())
+        elif fails == "model.safetensors":
+            limit()
+        else:
+            name = "save_file" if fails == "average.safetensors" else "seal"
+            real = getattr(checkpoints, name)
+            setattr(checkpoints, name, lambda *a: limit() or real(*a))
+        try:
+            checkpoints.save_checkpoint(accelerator, run, 2, 1, average)
+        except checkpoints.CheckpointError as error:
+            print(error)
+        assert not list((run / "checkpoints").iterdir())
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path), fails]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    # Weights, two moments, an average: 4 x 10,100 numbers of 4 bytes.
+    reason = r"the disk is full \(File too large\): a checkpoint needs 0\.2 MB, and [\d.]+ MB are free\."
+    assert re.search(reason + " There is none before it", result.stdout), (result.stdout, result.stderr)
+
+
+def test_other_faults_are_no_full_disk(state, tmp_path):
+    """The folder that should hold them is a file."""
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(CheckpointError, match="could not be written: .*checkpoints") as failed:
+        save_checkpoint(state[0], tmp_path, 2, keep=1)
+    assert "disk is full" not in str(failed.value)

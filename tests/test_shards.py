@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -124,6 +125,69 @@ def test_whole_shards_are_kept_and_others_written_anew(folder, sharded, tmp_path
     shard(folder, out, size=SMALL, **QUIET)
     assert sorted(written) == [first, second, third] and tars(out) == whole
     assert sorted(path.name for path in out.iterdir()) == sorted([*whole, manifest.FILE])
+
+
+@pytest.mark.parametrize(
+    "kind", ["bytes", "hard link", "symbolic link", "sparse", "twice", "pipe", "device", "link"]
+)
+def test_a_shard_that_only_looks_right_is_written_anew(folder, sharded, tmp_path, kind):
+    """Right names, sizes and descriptions; but other bytes, or members and shards that are no plain files."""
+    out, whole = tmp_path / "out", tars(sharded)
+    shutil.copytree(sharded, out)
+    name = min(whole)
+    path = out / name
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind in ("device", "link"):
+        path.symlink_to("/dev/zero" if kind == "device" else sharded / name)
+    else:
+        with tarfile.open(fileobj=io.BytesIO(whole[name])) as right, tarfile.open(path, "w") as tar:
+            for member in right:
+                content = right.extractfile(member).read()
+                changed = member.name.endswith(".mp4")
+                if changed and kind in ("hard link", "symbolic link"):
+                    member.type = tarfile.LNKTYPE if kind == "hard link" else tarfile.SYMTYPE
+                    member.linkname = "nowhere"
+                if changed and kind == "sparse":
+                    member.pax_headers = {"GNU.sparse.size": str(member.size), "GNU.sparse.map": "0,0"}
+                if changed and kind in ("bytes", "twice"):
+                    content = content[:-1] + bytes([content[-1] ^ 1])
+                tar.addfile(member, io.BytesIO(content))
+                if changed and kind == "twice":
+                    tar.addfile(member, io.BytesIO(content))
+    shard(folder, out, size=SMALL, **QUIET)
+    assert tars(out) == whole and not path.is_symlink()
+
+
+def test_exchanged_shards_give_no_other_clip(tmp_path):
+    """Two clips of the same size, at the same place of shards of two splits."""
+    root, out = tmp_path / "videos", tmp_path / "out"
+    sources = videos(tmp_path / "sources", 4)
+    size = max(source.stat().st_size for source in sources)
+    for n, source in enumerate(sources):
+        path = root / ("test" if n % 2 else "train") / f"{n // 2}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(source.read_bytes().ljust(size, b"\0"))
+    check(root, **QUIET)
+    shard(root, out, size=2 * size, **QUIET)
+    starts = [entry.start for entry in manifest.read_entries(out)]
+    assert starts[:2] == starts[2:]
+    clips = list(find(out).train)
+    right = [clip.open().frame(0.0) for clip in clips]
+    train, test = out / "train-000000.tar", out / "test-000000.tar"
+    os.rename(train, out / "aside")
+    os.rename(test, train)
+    os.rename(out / "aside", test)
+    found = find(out)
+    assert len(found.train) == len(found.test) == 0 and len(found.unreadable) == 4
+    assert all("-000000.tar is not the shard that it was" in error.reason for error in found.unreadable)
+    shard(root, out, size=2 * size, **QUIET)  # writes them anew
+    assert all(
+        (clip.open().frame(0.0) == frame).all() for clip, frame in zip(find(out).train, right, strict=True)
+    )
+    with pytest.raises(ClipError, match="train-000000.tar holds another clip there"):
+        replace(clips[0], path=clips[1].path).open()
 
 
 def test_interrupted_it_leaves_no_manifest_and_goes_on(folder, sharded, tmp_path, monkeypatch):

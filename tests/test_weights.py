@@ -350,6 +350,146 @@ def test_branches_of_released_models_carry_their_licence(tmp_path):
     assert loaded.origin.family == "DeepAVFusion" and loaded.origin.licence == "CC-BY-NC-4.0"
 
 
+# --- names --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "model.", "backbone.", "encoder.", "a.b-c.model."]
+)
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_prefix_of_all_names_is_taken_off_and_announced(prefix, suffix, tmp_path):
+    weights, said = published(9), []
+    path = tmp_path / f"weights.{suffix}"
+    prefixed = {prefix + name: weight for name, weight in weights.items()}
+    save_file(prefixed, path) if suffix == "safetensors" else torch.save({"model": prefixed}, path)
+    for source in path, prefixed:
+        vit = make_vit(class_token=True)
+        loaded = load_image_weights(vit, source, say=said.append)
+        assert all(torch.equal(vit.state_dict()[name], weight) for name, weight in weights.items())
+        assert loaded.used and loaded.names == (f"without the prefix '{prefix}'",)
+        assert said[-1].splitlines()[1] == f"  names      without the prefix '{prefix}'"
+
+
+def test_a_prefix_of_some_names_is_not_taken_off():
+    weights = {f"module.{name}" if "norm" in name else name: w for name, w in published(9).items()}
+    with pytest.raises(ValueError, match="missing: .*norm.*without a place: module.blocks.0.norm1"):
+        load_image_weights(make_vit(class_token=True), weights)
+    blocks = {name: w for name, w in published(9).items() if name.startswith("blocks.0.")}
+    with pytest.raises(ValueError, match="missing: cls_token, pos_embed"):  # which is told of "blocks."
+        load_image_weights(make_vit(class_token=True), blocks)
+
+
+def test_averages_are_found_under_their_keys(tmp_path):
+    weights, other = published(9), published(9)
+    averaged = {"n_averaged": torch.tensor(3)} | {f"module.{name}": w for name, w in weights.items()}
+    for content, told, beside in (
+        ({"model": weights, "model_ema": other}, (), {"model_ema": "weights beside those of 'model'"}),
+        ({"model_ema": weights, "epoch": 3}, ("of 'model_ema'",), {"epoch": "not a weight"}),
+        ({"state_dict_ema": weights}, ("of 'state_dict_ema'",), {}),
+        ({"ema": {"state_dict": weights}, "step": 1}, ("of 'ema'",), {"step": "not a weight"}),
+        ({"ema": averaged}, ("of 'ema'", "without the prefix 'module.'"), {"n_averaged": "not a weight"}),
+        (
+            {"teacher": {f"module.backbone.{n}": w for n, w in weights.items()}, "student": other},
+            ("of 'teacher'", "without the prefix 'module.backbone.'"),
+            {"student": "not a weight"},
+        ),
+    ):
+        torch.save(content, tmp_path / "a.pth")
+        vit = make_vit(class_token=True)
+        loaded = load_image_weights(vit, tmp_path / "a.pth", say=silent)
+        assert all(torch.equal(vit.state_dict()[name], weight) for name, weight in weights.items())
+        assert loaded.names == told and loaded.dropped == beside
+
+
+def of_transformers(weights, root="", version=4):
+    """The same weights by the names of the library transformers, as `save_pretrained` writes them (version 5
+    calls them otherwise in memory). Compared with ViTMAEForPreTraining, ViTMAEModel, ViTModel,
+    ViTForImageClassification and ASTForAudioClassification of version 5.24: equal outputs.
+    """
+    layer = "encoder.layer.{}" if version == 4 else "layers.{}"
+    names = dict(norm1="layernorm_before", norm2="layernorm_after")
+    names |= (
+        {"attn.proj": "attention.output.dense", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+        if version == 4
+        else {"attn.proj": "attention.o_proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+    )
+    thirds = "attention.attention.{}" if version == 4 else "attention.{}_proj"
+    thirds = [thirds.format(x if version == 4 else x[0]) for x in ("query", "key", "value")]
+    top = {"pos_embed": "embeddings.position_embeddings", "norm": "layernorm"}
+    top |= {"cls_token": "embeddings.cls_token", "patch_embed.proj": "embeddings.patch_embeddings.projection"}
+    renamed = {}
+    for name, weight in weights.items():
+        path, _, kind = name.rpartition(".") if name.endswith(("weight", "bias")) else (name, "", "")
+        if path.startswith("blocks."):
+            _, number, part = path.split(".", 2)
+            new = [names[part]] if part != "attn.qkv" else thirds
+            new = [f"{layer.format(number)}.{x}" for x in new]
+        else:
+            new = [top[path]]
+        for x, tensor in zip(new, weight.chunk(len(new)), strict=True):
+            renamed[".".join(filter(None, (root, x, kind)))] = tensor.clone()
+    return renamed
+
+
+@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize("root", ["vit", "", "deit"])
+def test_transformers_vits_give_their_outputs(root, version, tmp_path):
+    weights = published(9)
+    theirs = of_transformers(weights, root, version)
+    theirs |= {f"decoder.{name}": tensor for name, tensor in decoder(9, 192).items()} if root == "vit" else {}
+    theirs |= {"classifier.weight": torch.ones(5, D), "pooler.dense.bias": torch.ones(D)} if root else {}
+    save_file(theirs, tmp_path / "model.safetensors")
+    encoder = make_encoder(vit=dict(class_token=True))
+    loaded = load_image_weights(encoder, tmp_path, say=silent)
+    pixels = torch.randn(2, *IMAGE)
+    torch.testing.assert_close(outputs(encoder.image, pixels), forward(weights, pixels), rtol=1e-9, atol=1e-9)
+    assert loaded.names == ("those of transformers turned into timm's",)
+    assert loaded.converted == {
+        f"blocks.{i}.attn.qkv.{kind}": "query, key and value joined"
+        for i in range(DEPTH)
+        for kind in ("weight", "bias")
+    }
+    assert "  converted  blocks (6 tensors): query, key and value joined" in str(loaded).splitlines()
+    assert loaded.origin.family == ("MAE" if root == "vit" else "ViT")
+
+
+def test_a_layer_of_transformers_that_lacks_its_key_is_named():
+    theirs = of_transformers(published(9), "vit")
+    with pytest.raises(ValueError, match="missing: blocks.1.attn.qkv.weight; without a place: .*attn.query"):
+        load_image_weights(
+            make_vit(class_token=True),
+            without(theirs, "vit.encoder.layer.1.attention.attention.key.weight"),
+        )
+
+
+def test_ast_of_transformers_loses_its_second_token_and_says_so():
+    """12 x 101 patches (frequency x time) of 16 x 16, 10 apart, behind a class and a distillation token."""
+    root = "audio_spectrogram_transformer"
+    weights = published(1212, (16, 16), channels=1)
+    theirs = of_transformers(weights, root)
+    table, distilled = weights["pos_embed"], torch.randn(1, 1, D)
+    theirs[f"{root}.embeddings.position_embeddings"] = torch.cat(
+        [table[:, :1], distilled, table[:, 1:]], dim=1
+    )
+    theirs |= {f"{root}.embeddings.distillation_token": torch.randn(1, 1, D)}
+    theirs |= {"classifier.layernorm.weight": torch.ones(D), "classifier.dense.bias": torch.ones(527)}
+    vit = make_vit((1, 128, 192), patch_size=16)
+    loaded = load_audio_weights(vit, theirs, say=silent)
+    patches = interpolated(table[0, 1:], (12, 101), (8, 12))
+    torch.testing.assert_close(vit.pos_embed[0], patches)
+    moved = weights | {"pos_embed": torch.cat([table[:, :1], patches[None]], dim=1)}
+    spectrogram = torch.randn(1, 1, 128, 192)
+    truth = forward(moved, spectrogram, class_token=False)
+    torch.testing.assert_close(outputs(vit, spectrogram), truth, rtol=1e-9, atol=1e-9)
+    assert loaded.origin.family == "AST" and loaded.origin.licence == "BSD-3-Clause"
+    assert "dist_token: the transformer has no distillation token, to which the others attended" in str(
+        loaded
+    )
+    assert loaded.converted["pos_embed"] == (
+        "row of cls_token dropped, row of dist_token dropped, interpolated from 12 x 101 to 8 x 12 patches"
+    )
+
+
 # --- what is said, and kept ---------------------------------------------------------------------------------
 
 

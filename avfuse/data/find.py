@@ -100,14 +100,14 @@ def find_data(
         _check_folder(listing, scans)
     changed = _changed(root, scans.values()) if is_checked else None
     for line in listing.summary():
-        say(line)
+        say(printable(line))
     if changed is not None:  # a run may go on with the clips that it began with: it is not refused
         say(
             f"WARNING: {printable(str(changed))} has changed since {manifest.FILE} was written, which is"
             f" used as it is: python -m avfuse.data check {printable(str(root))} brings it up to date"
         )
     for side, scanned in scans.items():
-        say(f"{side}: {scanned.summary()}" if len(scans) > 1 else scanned.summary())
+        say(printable(f"{side}: {scanned.summary()}" if len(scans) > 1 else scanned.summary()))
     if len(scans) == 1:
         say("no clips to test on: what is measured are the training clips themselves")
     test_name = f"clips of {listing.test_list}" if listing.test_list else "held-out clips"
@@ -148,15 +148,14 @@ def recognise(root: Path) -> str:
 def _sides(root: Path, splits: Iterable[str], train_split: str) -> dict[str, str]:
     """Split -> "train" or "test", of those that are wanted."""
     splits = list(splits)
+    named = some(splits, most=9) or "none"
     train = [split for split in splits if split.endswith("train")]
     if train_split:
         if train_split not in splits:
-            raise ValueError(f"train_split must be one of {', '.join(splits)}, got {train_split!r}")
+            raise ValueError(f"train_split must be one of {named}, got {train_split!r}")
         train = [train_split]
     if not train:
-        raise ValueError(
-            f"folder {root} has no clip to train on: its splits are {', '.join(splits) or 'none'}"
-        )
+        raise ValueError(f"folder {printable(root)} has no clip to train on: its splits are {named}")
     return dict.fromkeys(train, "train") | {
         split: "test" for split in splits if split in ("test", "eval") and split not in train
     }

@@ -8,11 +8,14 @@ import json
 import math
 import os
 import re
+import tarfile
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
-from ..files import aside, leads_out
+from ..files import aside, is_regular, leads_out, printable
 from .decode import ClipError, Part, Streams
 from .listing import Listing
 from .table import Clip
@@ -93,7 +96,7 @@ class Entry:
         for name, label in self.labels.items():
             several = label if isinstance(label, (list, tuple)) else [label]
             if not all(type(number) is int and 0 <= number < 2**31 for number in several):
-                raise ValueError(f"label {name} is {label!r}")
+                raise ValueError(f"label {printable(name)} is {label!r}")
 
     def clip(self, root: Path) -> Clip:
         """The clip, for a manifest in the folder `root`."""
@@ -122,9 +125,15 @@ class Manifest(Listing):
         self.test_list = self.header.test_list
 
     def clips(self):
+        exchanged: dict[Path, bool] = {}
         for entry in read_entries(self.root):
-            clip = entry.clip(self.root)
-            yield entry.split, ClipError(clip.path, entry.error) if entry.error else clip
+            clip, error = entry.clip(self.root), entry.error
+            if clip.part is not None and not error:
+                shard = clip.part.file
+                if shard not in exchanged:
+                    exchanged[shard] = describes_another(shard, entry)
+                error = f"{shard.name} is not the shard that it was" if exchanged[shard] else None
+            yield entry.split, ClipError(clip.path, error) if error else clip
 
     def count_missing(self):
         return self.header.missing
@@ -133,17 +142,35 @@ class Manifest(Listing):
         return f"{super().coverage()}, as {FILE} has it"
 
 
+def describes_another(shard: Path, entry: Entry) -> bool:
+    """Whether a shard, where it describes its first clip, which `entry` is, tells of another: shards may have
+    been exchanged. One that has gone or is damaged tells nothing.
+    """
+    try:
+        with tarfile.open(shard, "r:") if is_regular(shard) else nullcontext(()) as members:
+            for member in islice(members, 2):  # the clip and its description
+                if member.name == f"{PurePosixPath(entry.path).stem}.json" and member.isreg():
+                    return json.load(members.extractfile(member))["sha256"] != entry.sha256
+    except (OSError, ValueError, EOFError, KeyError, TypeError, RecursionError, tarfile.TarError):
+        pass
+    return False
+
+
 def read_header(root: Path) -> Header:
     """The first line of the folder's manifest."""
     if leads_out(root / FILE, root):
-        raise ValueError(f"{root / FILE} leads out of the data folder: it is not read")
+        raise ValueError(f"{printable(root / FILE)} leads out of the data folder: it is not read")
     with open(root / FILE, encoding="utf-8", errors="replace") as lines:
         try:
             header = Header(**json.loads(next(lines, "")))
         except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{root / FILE} is no manifest ({error}): `check` writes a new one") from error
+            raise ValueError(
+                f"{printable(root / FILE)} is no manifest ({printable(error)}): `check` writes a new one"
+            ) from error
     if header.manifest != VERSION:
-        raise ValueError(f"{root / FILE} is of version {header.manifest}, not {VERSION}: check again")
+        raise ValueError(
+            f"{printable(root / FILE)} is of version {header.manifest}, not {VERSION}: check again"
+        )
     return header
 
 
@@ -155,7 +182,9 @@ def read_entries(root: Path) -> Iterator[Entry]:
             try:
                 yield parse(line)
             except ValueError as error:
-                raise ValueError(f"{root / FILE}, line {number}: {error}: check the folder again") from error
+                raise ValueError(
+                    f"{printable(root / FILE)}, line {number}: {printable(error)}: check the folder again"
+                ) from error
 
 
 def parse(line: str) -> Entry:
@@ -163,7 +192,7 @@ def parse(line: str) -> Entry:
     try:
         return Entry(**json.loads(line))
     except (TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"it is no entry ({error})") from error
+        raise ValueError(f"it is no entry ({printable(error)})") from error
 
 
 def write(root: Path, header: Header, entries: Iterable[Entry]) -> Path:

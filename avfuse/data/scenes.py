@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checks import check_choice, check_count
-from ..files import inside
+from ..files import inside, printable
 from ..inputs import InputSettings
 from .clips import Clip, ClipDataset
 from .decode import MAX_PIXELS, ClipError, ClipReader
@@ -127,7 +127,7 @@ def as_found(train: Scenes, test: Scenes, test_name: str, say: Callable[[str], o
         classes: names of the values of each label.
     """
     for name, split in (("train", train), (test_name, test)):
-        say(f"{name}: {split.summary()}")
+        say(printable(f"{name}: {split.summary()}"))
     return Found(
         train=train.scenes,
         test=moment_by_moment(test.scenes),

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from ..files import aside, leads_out, some
+from ..files import aside, is_regular, leads_out, printable, some
 from . import manifest
 from .manifest import Entry
 from .workers import WorkerFailure, WorkerPool
@@ -65,19 +65,19 @@ def shard(
     if size <= 0:
         raise ValueError(f"size must be a positive number of bytes, got {size}")
     if not manifest.has_manifest(root):
-        raise ValueError(f"{root} has no manifest: python -m avfuse.data check {root}")
+        raise ValueError(f"{printable(root)} has no manifest: python -m avfuse.data check {root}")
     header, entries = manifest.read_header(root), list(manifest.read_entries(root))
     if any(entry.start >= 0 for entry in entries):
-        raise ValueError(f"{root} holds shards already")
+        raise ValueError(f"{printable(root)} holds shards already")
     if manifest.has_manifest(out) and any(entry.start < 0 for entry in manifest.read_entries(out)):
-        raise ValueError(f"{out} holds another data set")
+        raise ValueError(f"{printable(out)} holds another data set")
     broken = [entry for entry in entries if entry.error is not None]
     whole = [entry for entry in entries if entry.error is None]
     gone = [entry for entry in whole if not _is_there(root, entry)]
     left_out = {id(entry) for entry in gone}
     plans = list(_plan([entry for entry in whole if id(entry) not in left_out], size, seed))
     if not plans:
-        raise ValueError(f"{root} has no clip to put into shards")
+        raise ValueError(f"{printable(root)} has no clip to put into shards")
     out.mkdir(parents=True, exist_ok=True)
     (out / manifest.FILE).unlink(missing_ok=True)  # it may be of shards that are about to be replaced
     sharded = []
@@ -85,11 +85,11 @@ def shard(
     with WorkerPool(partial(_write, root, out), workers, timeout=PATIENCE) as pool, bar:
         for plan, written in zip(plans, pool.map(plans), strict=True):
             if isinstance(written, WorkerFailure):
-                raise OSError(f"{out / plan.name}: {written.reason}")
+                raise OSError(f"{printable(out / plan.name)}: {printable(written.reason)}")
             sharded += written
             bar.update(len(written))
     manifest.write(out, header, sharded)
-    lines = [f"{len(sharded)} clips in {len(plans)} shards in {out}"]
+    lines = [f"{len(sharded)} clips in {len(plans)} shards in {printable(out)}"]
     for what, entries in (("were broken", broken), ("have gone or changed since the check", gone)):
         if entries:
             names = some([entry.path for entry in entries])
@@ -156,19 +156,23 @@ def _describe(entry: Entry) -> bytes:
 
 
 def _index(path: Path, plan: Plan) -> list[int] | None:
-    """Where each clip of a shard begins; None if it does not hold these clips and their descriptions."""
-    wanted = {name: (entry.bytes, None) for name, entry in plan.clips}
+    """Where each clip of a shard begins; None unless it holds them and their descriptions, to the byte."""
+    wanted = {name: (entry.bytes, entry.sha256) for name, entry in plan.clips}
     for name, entry in plan.clips:
         text = _describe(entry)
-        wanted[f"{name.split('.')[0]}.json"] = (len(text), text)
+        wanted[f"{name.split('.')[0]}.json"] = (len(text), hashlib.sha256(text).hexdigest())
     starts = {}
+    if not is_regular(path):
+        return None
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                size, text = wanted.get(member.name, (-1, None))
-                if member.size != size or text is not None and tar.extractfile(member).read() != text:
+                size, sha256 = wanted.get(member.name, (-1, None))
+                if member.size != size or not member.isreg() or member.issparse():
+                    return None
+                if hashlib.file_digest(tar.extractfile(member), "sha256").hexdigest() != sha256:
                     return None
                 starts[member.name] = member.offset_data
-    except (OSError, tarfile.TarError):
+    except (OSError, ValueError, EOFError, tarfile.TarError):
         return None
     return [starts[name] for name, _ in plan.clips] if starts.keys() == wanted.keys() else None

@@ -6,6 +6,7 @@ A list of a hundred thousand clips takes some 60 MB in every process that reads 
 import json
 import os
 import struct
+import tarfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import leads_out
+from ..files import leads_out, printable
 from .decode import ClipError, ClipReader, Part, Streams
 
 KNOWN, VIDEO, AUDIO = 1, 2, 4  # flags of a clip's streams
@@ -42,7 +43,28 @@ class Clip:
         """
         if self.root is not None and leads_out(self.part.file if self.part else self.path, self.root):
             raise ClipError(self.path, "leads out of the data folder")
+        if self.part is not None:
+            self.check_part(self.part)
         return ClipReader(self.path, self.part)
+
+    def check_part(self, part: Part) -> None:
+        """Raises ClipError if before the bytes of the clip stands the header of another: shards that were
+        exchanged must not give another clip.
+        """
+        if not part.file.is_file():
+            return
+        try:
+            with open(part.file, "rb") as shard:
+                shard.seek(part.start - tarfile.BLOCKSIZE)
+                header = tarfile.TarInfo.frombuf(
+                    shard.read(tarfile.BLOCKSIZE), tarfile.ENCODING, "surrogateescape"
+                )
+        except (OSError, ValueError, tarfile.TarError):
+            return  # that it has gone or is damaged is for the reader to say
+        if (header.name, header.size) != (self.path.name, part.size):
+            raise ClipError(
+                self.path, f"{part.file.name} holds another clip there: it is not the shard it was"
+            )
 
 
 class ClipTable(Sequence[Clip]):
@@ -97,12 +119,13 @@ class ClipTable(Sequence[Clip]):
         self._records += RECORD.pack(*place, flags, *streams[2:], -1 if size is None else size)
 
     def _check(self, name: str, value: int | tuple[int, ...], path: Path) -> None:
+        label, clip = printable(name), printable(path)
         if isinstance(value, tuple) != self._labels[name]:
-            raise ValueError(f"label {name} must be a number in every clip or a tuple in every clip: {path}")
+            raise ValueError(f"label {label} must be a number in every clip or a tuple in every clip: {clip}")
         count = len(self.classes.get(name, ()))
         for number in value if isinstance(value, tuple) else (value,):
             if count and not 0 <= number < count:
-                raise ValueError(f"label {name} must be in 0..{count - 1}, got {number} for {path}")
+                raise ValueError(f"label {label} must be in 0..{count - 1}, got {number} for {clip}")
 
     def __len__(self) -> int:
         return len(self._records) // RECORD.size
@@ -144,8 +167,8 @@ def check_labels(first: Clip, clip: Clip) -> None:
     """Whether two clips can be in one data set."""
     if clip.labels.keys() != first.labels.keys():
         raise ValueError(
-            f"clips must share their label names, got {sorted(first.labels)} for {first.path}"
-            f" but {sorted(clip.labels)} for {clip.path}"
+            f"clips must share their label names, got {sorted(first.labels)} for {printable(first.path)}"
+            f" but {sorted(clip.labels)} for {printable(clip.path)}"
         )
 
 

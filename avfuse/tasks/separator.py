@@ -18,6 +18,7 @@ from .model import TaskModel
 QUERY = 128  # numbers in which the decoder is told what to look for
 PLACED = 16  # numbers in it from each image patch: its place counts
 NARROWEST = 8  # channels of the U-Net
+LARGEST = 2**24  # samples of a window times mel bins
 
 
 class Separator(TaskModel, Pretrained):
@@ -178,13 +179,18 @@ class MelSTFT(nn.Module):
     def __init__(self, settings: InputSettings):
         super().__init__()
         self.settings = settings
-        mel = Spectrogram(settings).mel
-        filters = mel.mel_scale.fb.T  # (mel, bins)
-        nearest = torch.zeros_like(filters)  # for the bins outside all filters, at both ends
-        centres = filters.argmax(1)
-        bins = torch.arange(filters.shape[1])
-        nearest[(bins - centres[:, None]).abs().argmin(0), bins] = 1
-        spread = torch.where(filters.sum(0) > 0, filters, nearest)
+        if settings.window * settings.mel_bins > LARGEST:
+            raise ValueError(
+                f"inputs: a window of {settings.window} with {settings.mel_bins} mel bins is too much"
+            )
+        with torch.device("cpu"):  # the filters are made by their numbers, also of a model on the meta device
+            mel = Spectrogram(settings).mel
+            filters = mel.mel_scale.fb.T  # (mel, bins)
+            nearest = torch.zeros_like(filters)  # for the bins outside all filters, at both ends
+            centres = filters.argmax(1)
+            bins = torch.arange(filters.shape[1])
+            nearest[(bins - centres[:, None]).abs().argmin(0), bins] = 1
+            spread = torch.where(filters.sum(0) > 0, filters, nearest)
         self.register_buffer("window", mel.spectrogram.window, persistent=False)
         self.register_buffer("to_mel", filters, persistent=False)
         self.register_buffer("to_bins", (spread / spread.sum(0)).T.contiguous(), persistent=False)

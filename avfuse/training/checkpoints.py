@@ -7,20 +7,23 @@ The manifest is written last, everything is synced, and only then does the folde
 are safetensors; the rest is read with `weights_only=True`, so that no code in a checkpoint is ever run.
 """
 
+import errno
 import hashlib
 import json
 import os
 import pickle
 import shutil
+import tempfile
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..files import is_regular, printable, refusal, some
 from .faults import RunError
 
 MANIFEST, AVERAGE = "manifest.json", "average.safetensors"
@@ -43,7 +46,7 @@ def save_checkpoint(
     partial = final.with_suffix(".partial")
     try:
         if accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
         accelerator.wait_for_everyone()
         accelerator.save_state(partial)
         accelerator.wait_for_everyone()
@@ -51,16 +54,17 @@ def save_checkpoint(
             if average is not None:  # by hand: what Accelerate stores for others it would unpickle unsafely
                 save_file(average.state_dict(), partial / AVERAGE)
             seal(partial, step)
-            shutil.rmtree(final, ignore_errors=True)  # a damaged one, else the run would have begun after it
+            remove(final)  # a damaged one, else the run would have begun after it
             os.replace(partial, final)
             sync(final.parent)
             for old in list_checkpoints(run)[keep:]:
-                shutil.rmtree(old)
+                remove(old)
     except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)  # before it is told how much is free
         rest = list_checkpoints(run)
+        need = size_of([accelerator._models, accelerator._optimizers, average])
         raise CheckpointError(
-            f"checkpoint {final} could not be written: {error}. "
+            f"checkpoint {printable(final)} could not be written: {lack(run, need) or printable(error)}. "
             + (f"The last whole one is {rest[0].name}." if rest else "There is none before it.")
         ) from error
     accelerator.wait_for_everyone()
@@ -82,25 +86,64 @@ def load_checkpoint(accelerator: Accelerator, run: Path, average: nn.Module | No
         if average is not None:
             average.load_state_dict(load_file(checkpoint / AVERAGE))
     except (OSError, pickle.UnpicklingError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
-        reason = str(error).split("\n")[0]  # torch goes on to advise reading it unsafely
-        raise CheckpointError(f"checkpoint {checkpoint} does not fit this run: {reason}") from error
+        reason = refusal(error) if isinstance(error, pickle.UnpicklingError) else printable(error)
+        raise CheckpointError(
+            f"checkpoint {printable(checkpoint)} does not fit this run: {reason}"
+        ) from error
+    for model in (*accelerator._models, *([average] if average is not None else [])):
+        if broken := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
+            raise CheckpointError(
+                f"checkpoint {printable(checkpoint)} holds weights that are not finite: {some(broken)}. "
+                "Delete it to go on from the one before, or --restart"
+            )
     return step_of(checkpoint)
+
+
+def size_of(state: object) -> int:
+    """Bytes of all tensors in modules, optimizers and nested containers."""
+    if isinstance(state, Tensor):
+        return state.nbytes
+    if hasattr(state, "state_dict"):
+        state = state.state_dict()
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return sum(map(size_of, parts))
+
+
+def lack(folder: Path, need: int) -> str:
+    """Whether as many bytes would find no room, "" if they would. torch and safetensors do not tell a full
+    disk from other faults; the system does.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, max(need, 1))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = shutil.disk_usage(folder).free
+            return (
+                f"the disk is full ({error.strerror}): a checkpoint needs {need / 1e6:.1f} MB, and "
+                f"{free / 1e6:.1f} MB are free"
+            )
+    return ""
 
 
 def latest_whole(run: Path) -> Path | None:
     """The latest checkpoint that is as it was written, None if there is no checkpoint at all."""
     for partial in (run / "checkpoints").glob("*.partial"):  # of a process that was killed
-        shutil.rmtree(partial)
+        remove(partial)
     found = list_checkpoints(run)
     for count, checkpoint in enumerate(found):
         fault = damage(checkpoint)
         if not fault:
             for passed_over in found[:count]:  # so that they are not counted among those to keep
-                os.replace(passed_over, passed_over.with_name(f"damaged-{passed_over.name}"))
+                aside = passed_over.with_name(f"damaged-{passed_over.name}")
+                remove(aside)
+                os.replace(passed_over, aside)
             return checkpoint
-        tqdm.write(f"checkpoint {checkpoint} is damaged ({fault}): passing it over")
+        tqdm.write(printable(f"checkpoint {checkpoint} is damaged ({fault}): passing it over"))
     if found:
-        raise CheckpointError(f"no checkpoint in {run / 'checkpoints'} can be read; --restart begins anew")
+        raise CheckpointError(
+            f"no checkpoint in {printable(run / 'checkpoints')} can be read; --restart begins anew"
+        )
     return None
 
 
@@ -130,18 +173,36 @@ def seal(folder: Path, step: int) -> None:
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with a checkpoint, "" if nothing is."""
+    """What is wrong with a checkpoint, "" if nothing is. It may hold regular files and folders alone: no link
+    leads out of it, no pipe or device is read.
+    """
     try:
+        there = [folder, *folder.rglob("*")]
+        if strange := [path for path in there if not is_regular(path) and not is_folder(path)]:
+            return f"{strange[0].name} is neither a file nor a folder"
+        names = {path.relative_to(folder).as_posix() for path in there if is_regular(path)}
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["step"] != step_of(folder):
             return f"it is of step {manifest['step']}"
         for name, file in manifest["files"].items():
             path = folder / name
+            if name not in names:
+                return f"there is no file {name}"
             if path.stat().st_size != file["bytes"] or digest(path) != file["sha256"]:
                 return f"{name} has changed since it was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def is_folder(path: Path) -> bool:
+    """Whether this is a folder, itself no link."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def remove(path: Path) -> None:
+    """Deletes a folder or file, and of a link the link, if there is one."""
+    shutil.rmtree(path) if is_folder(path) else path.unlink(missing_ok=True)
 
 
 def digest(path: Path) -> str:

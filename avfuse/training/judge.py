@@ -149,7 +149,8 @@ class JudgedTask(Task):
         folder, clips = run.config.run, run.found.test_name
         metrics = self.summarize(rows) if rows else {}
         if rows:
-            tqdm.write(f"{when} training, {len(rows)} {clips}: {self.describe_metrics(metrics)}")
+            described = f"{when} training, {len(rows)} {clips}: {self.describe_metrics(metrics)}"
+            tqdm.write("\n".join(map(printable, described.split("\n"))))
             run.metrics.write(step=step, when=when, clips=clips, **self.record(len(rows), metrics))
             run.accelerator.log(self.numbers(metrics), step=step)
             model.facts = self.facts(step, metrics)
@@ -163,7 +164,7 @@ class JudgedTask(Task):
             self.show(run, model, step, rows)
             write_report(folder)
         except OSError as error:  # a full disk: no picture is worth a run
-            tqdm.write(f"pictures could not be drawn: {error}")
+            tqdm.write(printable(f"pictures could not be drawn: {error}"))
 
     @torch.no_grad()
     def show(self, run: Run, model: nn.Module, step: int, rows: list[dict]) -> None:

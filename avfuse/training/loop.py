@@ -150,6 +150,11 @@ def program(config: LoopConfig, kind: type[Task]) -> int | str:
         return f"error: {printable(error)}"
 
 
+def tell(accelerator: Accelerator, line: object) -> None:
+    """One process prints a line, whatever names are in it."""
+    accelerator.print(printable(line))
+
+
 def set_up(config: LoopConfig, kind: type[Task]) -> Run:
     """Checks everything, and only then begins the run folder, or resumes what is in it.
 
@@ -193,7 +198,7 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
 
 def look_for_clips(config: LoopConfig, accelerator: Accelerator, kind: type[Task]) -> Found:
     """The data: one process looks, and tells all."""
-    found = kind.find(config, accelerator.print) if accelerator.is_main_process else None
+    found = kind.find(config, partial(tell, accelerator)) if accelerator.is_main_process else None
     (found,) = broadcast_object_list([found])
     for clips, purpose in (found.train, "train"), (found.test, "measure"):
         if not clips:
@@ -210,10 +215,9 @@ def build(config: LoopConfig, accelerator: Accelerator, found: Found, task: Task
     """Schedule, model, optimizer and learning rates."""
     schedule = schedule_of(config, len(found.train), accelerator.process_index, accelerator.num_processes)
     if schedule.batch_size < config.batch_size:
-        accelerator.print(
-            f"batch size {schedule.batch_size}: the data set is smaller than --batch-size {config.batch_size}"
-        )
-    accelerator.print(f"{task.describe()}, on {accelerator.device}")
+        wanted = f"the data set is smaller than --batch-size {config.batch_size}"
+        tell(accelerator, f"batch size {schedule.batch_size}: {wanted}")
+    tell(accelerator, f"{task.describe()}, on {accelerator.device}")
     average = None
     if config.ema:
         average = AveragedModel(task.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
@@ -239,7 +243,7 @@ def open_folder(run: Run) -> None:
     accelerator.wait_for_everyone()
     run.first_step = load_checkpoint(accelerator, config.run, run.average)
     if run.first_step:
-        accelerator.print(f"resuming after step {run.first_step} of {run.schedule.steps}")
+        tell(accelerator, f"resuming after step {run.first_step} of {run.schedule.steps}")
     quarantine = config.run / "quarantine.jsonl"
     run.quarantine = Quarantine(quarantine, is_main, found.looked_at, config.max_unreadable)
     run.quarantine.add("scan", found.unreadable)
@@ -266,10 +270,10 @@ def train(run: Run) -> int:
         stopped = take_steps(run, signals) if steps else 0
         if not stopped:
             measure(run, steps, "after")
-            accelerator.print(run.quarantine.summary())
-            accelerator.print(f"done: look at {run.config.run}/index.html")
+            tell(accelerator, run.quarantine.summary())
+            tell(accelerator, f"done: look at {run.config.run}/index.html")
             if steps:
-                accelerator.print(f"the model is in {run.config.run}/model")
+                tell(accelerator, f"the model is in {run.config.run}/model")
     # First the wrapped model, then what it communicates through: the other way round, the wrapper takes the
     # last reference down with it, and may wait for ever for a thread that waits for Python (torch 2.11).
     run.model = None
@@ -303,7 +307,7 @@ def take_steps(run: Run, signals: Signals) -> int:
             if any(asked) or step % config.checkpoint_every == 0 or step == steps:
                 save_checkpoint(accelerator, config.run, step, config.keep_checkpoints, run.average)
             if asked.stop:
-                accelerator.print(f"stopped after step {step} of {steps}: the same command resumes")
+                tell(accelerator, f"stopped after step {step} of {steps}: the same command resumes")
                 return asked.stop
     return 0
 
@@ -443,12 +447,12 @@ def stop_at_fault(
     try:
         write_fault(folder, model, inputs, report)
     except (OSError, SafetensorError) as error:  # a full disk must not hide what happened
-        tqdm.write(f"{folder} could not be written: {error}")
+        tqdm.write(printable(f"{folder} could not be written: {error}"))
     blamed, everyone = gather_object(report["clips"]), gather_object(everyone)
     largest = ", ".join(f"{name} {value}" for name, value in report["largest"][:3])
     raise RunError(
         f"step {step}: the loss is {loss:g}, the gradient norm {norm:g}; nothing was updated. "
-        f"Clips whose own loss is not finite: {', '.join(blamed) or 'none alone'} "
+        f"Clips whose own loss is not finite: {some(blamed, most=8) or 'none alone'} "
         f"(the batch: {some(everyone, most=8)}). "
         f"Largest activations: {largest}. Weights and batch are in {folder.parent}"
     )

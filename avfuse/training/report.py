@@ -6,7 +6,6 @@ import json
 import re
 import time
 from collections.abc import Iterable
-from html import escape
 from pathlib import Path
 from string import Template
 
@@ -16,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..files import read_rows, write_text
+from ..files import in_html, read_rows, write_text
 from .pictures import BLUE, GREY, ORANGE
 from .run_folder import FILE, read_run
 
@@ -120,7 +119,7 @@ def page(run: Path, config: dict) -> str:
         section("Environment", lambda: table(config.get("environment", {}).items())),
     )
     return PAGE.substitute(
-        name=escape(run.resolve().name), sections="\n".join(sections), time=clock(time.time())
+        name=in_html(run.resolve().name), sections="\n".join(sections), time=clock(time.time())
     )
 
 
@@ -309,7 +308,7 @@ def pictures(folder: Path) -> str:
     for kind, moments in kinds.items():
         moments = spread(sorted(moments), MOMENTS)
         images = {step: uri for step, path in moments if (uri := embedded(path))}
-        name = escape(kind)
+        name = in_html(kind)
         items = (
             f'<input type="radio" name="{name}" id="{name}-{step}"{" checked" * (step == max(images))}>'
             f'<label for="{name}-{step}">step {step}</label><img alt="{name}, step {step}" src="{uri}">'
@@ -348,7 +347,7 @@ def figure(axis: Axes, caption: str) -> str:
     svg = re.sub(r'(?<=<g) id="[^"]*"| xmlns(:\w+)?="[^"]*"| (width|height)="[\d.]+pt"', "", svg)
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour.lower(), f"var(--{variable})")
-    return f"<figure><figcaption>{escape(caption)}</figcaption>{svg}</figure>"
+    return f"<figure><figcaption>{in_html(caption)}</figcaption>{svg}</figure>"
 
 
 def charts(figures: list[str]) -> str:
@@ -371,12 +370,12 @@ def embedded(path: Path) -> str:
 def table(rows: Iterable, header: Iterable[str] = ()) -> str:
     """Each cell is escaped, and kept from turning its neighbours' direction: names come from files."""
     lines = "".join(f"<tr>{''.join(map(td, row))}</tr>" for row in rows)
-    top = f"<tr>{''.join(f'<th>{name}</th>' for name in header)}</tr>" if header else ""
+    top = f"<tr>{''.join(f'<th>{in_html(name)}</th>' for name in header)}</tr>" if header else ""
     return f"<table>{top}{lines}</table>" if lines else ""
 
 
 def td(value: object) -> str:
-    return f"<td><bdi>{escape(value if isinstance(value, str) else json.dumps(value))}</bdi></td>"
+    return f"<td><bdi>{in_html(value if isinstance(value, str) else json.dumps(value))}</bdi></td>"
 
 
 def clock(seconds: float) -> str:
@@ -384,4 +383,4 @@ def clock(seconds: float) -> str:
 
 
 def paragraph(text: str) -> str:
-    return f"<p>{escape(text)}</p>"
+    return f"<p>{in_html(text)}</p>"

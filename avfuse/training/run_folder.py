@@ -37,28 +37,28 @@ def check_run(config: LoopConfig) -> None:
     """
     run = config.run
     if run.exists() and not run.is_dir():
-        raise ValueError(f"--run-dir {run} is not a folder")
+        raise ValueError(f"--run-dir {printable(run)} is not a folder")
     before = read_run(run)
     if not before:
         others = [path.name for path in run.iterdir() if path.name != LOCK] if run.exists() else []
         if others and config.restart:
-            raise ValueError(f"--run-dir {run} is not a run folder (no {FILE}): not deleting it")
+            raise ValueError(f"--run-dir {printable(run)} is not a run folder (no {FILE}): not deleting it")
         if "checkpoints" in others:
-            raise ValueError(f"--run-dir {run} holds checkpoints of a run whose {FILE} is gone")
+            raise ValueError(f"--run-dir {printable(run)} holds checkpoints of a run whose {FILE} is gone")
         return
     if config.restart:
         for name in (*CONTENTS, file_of(run).name):
             if (run / name).is_symlink():
-                raise ValueError(f"--restart does not delete links: {run / name} is one")
+                raise ValueError(f"--restart does not delete links: {printable(run / name)} is one")
         return
     differences = ", ".join(
-        f"{option(name)} {before['settings'].get(name)} -> {value}"
+        printable(f"{option(name)} {before['settings'].get(name)} -> {value}")
         for name, value in sorted(settings_of(config, fixed=True).items())
         if before["settings"].get(name) != value
     )
     if differences:
         raise ValueError(
-            f"--run-dir {run} holds a run with other settings ({differences}): "
+            f"--run-dir {printable(run)} holds a run with other settings ({differences}): "
             "choose another --run-dir, or --restart to delete it"
         )
 
@@ -76,15 +76,16 @@ def begin_run(config: LoopConfig, clips: Sequence[Clip], device: torch.device) -
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which the system releases however a process ends
     except BlockingIOError:
-        raise ValueError(f"--run-dir {run} is in use by another process") from None
+        raise ValueError(f"--run-dir {printable(run)} is in use by another process") from None
     if config.restart:
         for path in (run / name for name in CONTENTS):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     elif before := read_run(run):
         if before["data"] != data:
+            then, now = printable(before["data"].get("clips")), data["clips"]
             raise ValueError(
-                f"--data has changed since the run in {run} began ({before['data'].get('clips')} clips then, "
-                f"{data['clips']} now): it would not go on as it was. Choose another --run-dir, or --restart"
+                f"--data has changed since the run in {printable(run)} began ({then} clips then, {now} now): "
+                "it would not go on as it was. Choose another --run-dir, or --restart"
             )
         changed = [path for path, time in written.items() if time > before.get("newest", math.inf)]
         if changed:  # or copied: only the times tell
@@ -130,7 +131,7 @@ def read_run(run: Path) -> dict:
             return content
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
-    raise ValueError(f"{path} is damaged, or not that of a run")
+    raise ValueError(f"{printable(path)} is damaged, or not that of a run")
 
 
 def describe_data(clips: Sequence[Clip]) -> dict:
@@ -220,10 +221,10 @@ class Quarantine:
     def say(self, failure: Failure | ClipError) -> None:
         if len(self.reasons) <= SAID:
             more = f" (all others are named in {self.path})" if len(self.reasons) == SAID else ""
-            tqdm.write(f"cannot read {printable(failure.path)}: {printable(failure.reason)}{more}")
+            tqdm.write(printable(f"cannot read {failure.path}: {failure.reason}{more}"))
 
     def summary(self) -> str:
         if not self.reasons:
             return "every clip could be read"
         names = some(sorted(self.reasons), most=10)
-        return f"{len(self.reasons)} clips could not be read, see {self.path}: {names}"
+        return f"{len(self.reasons)} clips could not be read, see {printable(self.path)}: {names}"

@@ -32,7 +32,7 @@ ONCE = "is an order to one start of a run, and no part of what the run is"
 class LoopConfig:
     """Settings of a training loop."""
 
-    data: Path | None = None
+    data: Annotated[Path | None, FREE] = None  # which clips it holds may not differ, see `describe_data`
     """Folder of videos (searched recursively; train/ and test/ inside it are the splits). Default: Sounding
     Shapes, built once."""
     data_set: DataSet = "auto"

@@ -14,7 +14,7 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-from ...files import aside, write_text
+from ...files import aside, printable, write_text
 from .read import CLASSES, NAME, SPLITS, Entry
 from .synthesis import ShapeScene, draw, play, sample_scene
 
@@ -96,7 +96,7 @@ def generate(root: str | Path, *, workers: int | None = None, progress: bool = T
     numbers = [(split, number) for split in SPLITS for number in range(getattr(settings, split))]
     if not _begin(root, description, settings, numbers):
         if progress:
-            print(f"{root}: already built")
+            print(printable(f"{root}: already built"))
         return root
     missing = [clip for clip in numbers if not (root / _name(*clip, ".mp4")).exists()]
     with _mapping(min(workers, len(missing))) as mapping:

@@ -1,0 +1,61 @@
+"""Files that ask for models of any size, or hold something else than weights, are refused by a ValueError
+before they take 2 s of the processor or 500 MB; each in a process of its own, see hostile_models.py.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import make_encoder
+
+from avfuse import AVMAE, AVEncoder
+from avfuse.files import read_pth
+
+TESTS = Path(__file__).parent
+ADVICE = ("weights_only", "safe_globals", "trust", "allowlist")  # torch's, to read a file unsafely
+
+
+@pytest.mark.parametrize("share", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_what_asks_for_everything_is_refused_at_once(tmp_path, share):
+    program = [sys.executable, "-W", "ignore", str(TESTS / "hostile_models.py"), str(tmp_path), str(share)]
+    paths = os.pathsep.join(map(str, (TESTS.parent, TESTS)))
+    environment = os.environ | {"PYTHONPATH": paths}
+    result = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr[-3000:]
+    ends = json.loads(result.stdout)
+    assert len(ends) > 800 // share
+    assert {name: end for name, end in ends.items() if not end.startswith("ValueError: ")} == {}
+    assert not [end for end in ends.values() if not end.replace("\n", "").isprintable()]
+    assert not [end for end in ends.values() if any(advice in end for advice in ADVICE)]
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch 'it ran'",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_blocked_pickle_is_named_in_our_own_words(tmp_path, monkeypatch, zipped):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": Malicious()}, "a.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError) as refused:
+        read_pth("a.pth")
+    reason = "it holds posix.system, which is no tensor and might run code"
+    assert str(refused.value) == f"weights a.pth is no file of weights alone ({reason})"
+    assert not Path("it ran").exists()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_named(tmp_path, value):
+    mae = AVMAE(make_encoder().float(), decoder_dim=16, decoder_depth=1, decoder_heads=2)
+    with torch.no_grad():
+        mae.encoder.image.blocks[1].norm1.bias[3] = value
+    mae.save_pretrained(tmp_path / "mae")
+    mae.encoder.save_pretrained(tmp_path / "encoder")
+    for kind, name in (AVMAE, "mae"), (AVEncoder, "encoder"):
+        with pytest.raises(ValueError, match=r"not finite: (encoder\.)?image\.blocks\.1\.norm1\.bias$"):
+            kind.from_pretrained(tmp_path / name)
