@@ -27,6 +27,8 @@ MAX_RATE = 768_000  # Hz
 WARM_UP = 0.3  # seconds of sound decoded before what is wanted, because codecs and filters look back
 MARGIN = 0.05  # seconds of that which the resampling filter sees, on both sides
 JITTER = 0.04  # seconds: time stamps are rounded, so a piece that starts this near to the last continues it
+# Before PyAV 19, which does so by itself, bytes of metadata that are no text stop the opening of a file.
+TEXT = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 EPSILON = 1e-6  # seconds: a time that was meant to be that of a frame may have been rounded to just before it
 THUMBNAIL, LOOKED_AT = (32, 32), 4  # pixels of pictures, one in four, to see whether anything moves
 BACK = (0, 1, 4, 16, 64, 256, math.inf)  # seconds to seek further back, where a seek lands too late
@@ -369,9 +371,9 @@ def _open(path: Path, part: Part | None) -> av.container.InputContainer:
     # The header of an mp4 says everything; for other formats FFmpeg decodes a little to find out.
     quick = {"probesize": "32"} if head[4:] == b"ftyp" else {}
     if part is None:
-        return av.open(f"file:{file}", options=OPTIONS | quick, metadata_errors="replace")
+        return av.open(f"file:{file}", options=OPTIONS | quick, **TEXT)
     url = f"subfile,,start,{start},end,{start + part.size},,:file:{file}"
-    return av.open(url, options=OPTIONS | OF_A_PART | quick, metadata_errors="replace")
+    return av.open(url, options=OPTIONS | OF_A_PART | quick, **TEXT)
 
 
 def _pts(packet: av.Packet) -> int | None:
