@@ -1,7 +1,10 @@
-# One verb each; `make` lists them. Everything runs in .venv, which is made once, from constraints.txt.
+# One verb each; `make` lists them. Everything runs in .venv, which is made once, from constraints.txt, and anew for
+# others: make test CONSTRAINTS=constraints-newest.txt PYTHON=python3.13
 
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 VENV := .venv
+MADE_FROM := $(shell cat $(VENV)/complete 2>/dev/null)
 RUN := $(VENV)/bin/python -m
 ARGS ?=
 
@@ -28,15 +31,19 @@ clean:  ## remove caches and build products (not .venv, data or runs)
 	find avfuse kernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
 
 # While it is being made, .venv holds a file `incomplete`. A .venv found with that file was interrupted: pip cannot
-# tell a half-unpacked package from a whole one, so it is made anew.
-$(VENV)/complete: constraints.txt setup.py pyproject.toml
+# tell a half-unpacked package from a whole one, so it is made anew. So is one of other constraints, which its file
+# `complete` names.
+ifneq ($(or $(MADE_FROM),constraints.txt),$(CONSTRAINTS))
+.PHONY: $(VENV)/complete
+endif
+$(VENV)/complete: $(CONSTRAINTS) setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "avfuse needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
 	    "Name another: make PYTHON=python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || { \
 	  echo "$(PYTHON) lacks its venv module. On Debian: apt install python3-venv" >&2; exit 1; }
-	@if [ -e $(VENV)/incomplete ]; then rm -rf $(VENV); fi
+	@if [ -e $(VENV)/incomplete ] || [ "$(or $(MADE_FROM),constraints.txt)" != "$(CONSTRAINTS)" ]; then rm -rf $(VENV); fi
 	@mkdir -p $(VENV) && touch $(VENV)/incomplete
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
-	@mv $(VENV)/incomplete $@
+	$(RUN) pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test]'
+	@echo $(CONSTRAINTS) > $(VENV)/incomplete && mv $(VENV)/incomplete $@

@@ -24,19 +24,18 @@ setup(
     package_data={"avfuse": ["py.typed"], "avfuse.kernels": ["README.md"]},
     python_requires=">=3.11",
     install_requires=[
-        "torch>=2.11,<2.15",  # the last torchaudio, 2.11, refuses the CUDA of torch 2.15
-        "torchvision",
-        "torchaudio",
-        "timm>=1.0.24",
+        "torch>=2.11",
+        "torchvision>=0.26",
+        "timm>=1.0.31",  # mixes targets of several classes
         "numpy>=2.0",
-        "av>=17,<19",  # 17 brought what the reader uses, 19 drops some of it
-        "accelerate>=1.0",
+        "av>=17.1,<20",  # 17.0 crashes on FLV; each major version drops some of what the reader uses
+        "accelerate>=1.1",  # restores the state of the random generators
         "tyro>=1.0",
         "safetensors>=0.4.5",
-        "huggingface_hub>=0.30",
+        "huggingface_hub>=1.0",
         "tensorboard>=2.18",
         "matplotlib>=3.9",
-        "pillow",
+        "pillow>=10.0",
         "tqdm>=4.66",
         "torchmetrics>=1.4",  # tasks: average precision, ROC
         "scikit-learn>=1.5",  # tasks: the NMF baseline
@@ -48,10 +47,11 @@ setup(
             "peft>=0.17",
             "psutil>=6",
             "pytest>=8",
-            "ruff",
+            "ruff>=0.17",
             "setuptools>=77",
+            "torchaudio>=2.11",  # what spectrograms are compared with, where it imports
             "torchao>=0.14",
         ],
-        "xformers": ["xformers"],
+        "xformers": ["xformers>=0.0.35"],  # operators for CUDA alone, built for torch 2.10: none beside 2.15
     },
 )

@@ -267,7 +267,7 @@ def misfits(weights: dict[str, Tensor], places: dict[str, Tensor]) -> str:
 def inside(root: Path, name: str) -> Path:
     """`root / name`, if it lies inside the folder `root` once links are followed, else a ValueError."""
     path = root / name
-    if not path.resolve().is_relative_to(root.resolve()):
+    if leads_out(path, root):
         raise ValueError(f"path {name!r} leaves the data folder {printable(root)}")
     return path
 
@@ -275,9 +275,10 @@ def inside(root: Path, name: str) -> Path:
 def leads_out(path: Path, root: Path) -> bool:
     """Whether a path lies outside the folder `root` once links are followed, or leads nowhere."""
     try:
-        return not path.resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError, ValueError):  # a link that leads to itself, or no name for a file
-        return True
+        target = path.resolve()
+        return target.is_symlink() or not target.is_relative_to(root.resolve())
+    except (OSError, RuntimeError, ValueError):  # no name for a file
+        return True  # or, before Python 3.13, a link that leads to itself, which is its own target since then
 
 
 def some(names: Sequence[object], most: int = NAMED, *, separator: str = ", ") -> str:

@@ -1,6 +1,7 @@
 """Compile every kernel variant of pair_attention for a GPU that need not be there, and print what it takes.
 
     python benchmarks/kernel_resources.py 80 90           # compute capability 8.0 (A100) and 9.0 (H100)
+    python benchmarks/kernel_resources.py 100 120         # and 10.0 (B200) and 12.0 (RTX 50)
     python benchmarks/kernel_resources.py 80 90 --few     # a few of them, in a minute
 
 Kernels are launched as usual, on tensors without memory, at ViT-B's shapes; only, the launch stops once the
@@ -21,7 +22,9 @@ from triton.runtime.jit import JITFunction
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 DTYPES = (torch.bfloat16, torch.float32)
-SIZES = ((16, 16, 16), (32, 64, 64), (16, 64, 64), (32, 16, 16), (16, 16, 64))  # F, K, V
+SIZES = (  # F, K, V
+    (16, 16, 16), (32, 64, 64), (16, 64, 64), (32, 16, 16), (16, 16, 64), (32, 32, 32), (16, 32, 32),
+)  # fmt: skip
 COLUMNS = "sm dtype B F K V options kernel REG STACK SHARED"
 
 
@@ -92,13 +95,15 @@ def variants(few):
     which the paper knows nothing: in float32 at widths of 64 its backward spills 8 bytes on 9.0).
     """
     for dtype in DTYPES:
-        yield dict(dtype=dtype, B=64, F=16, N=196, K=16, V=16), "-"
         for F, K, V in SIZES[: 2 if few else None]:
             yield dict(dtype=dtype, B=64, F=F, N=196, K=K, V=V, masks=True), "masks"
         yield dict(dtype=dtype, B=1, F=16, N=4096, K=16, V=16), "split"
         for width in (16,) if few or dtype == torch.float32 else (16, 64):
             yield dict(dtype=dtype, B=64, F=16, N=196, K=width, V=width, masks=True, bias=1), "bias+masks"
-        yield dict(dtype=dtype, B=64, F=16, N=196, K=16, V=16, bias=1), "bias"
+        if not few:
+            yield dict(dtype=dtype, B=64, F=16, N=196, K=32, V=32), "-"
+            yield dict(dtype=dtype, B=64, F=16, N=196, K=16, V=16), "-"
+            yield dict(dtype=dtype, B=64, F=16, N=196, K=16, V=16, bias=1), "bias"
 
 
 def main():

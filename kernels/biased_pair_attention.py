@@ -454,7 +454,8 @@ def load_bias(bias, own, other, i, j, BLOCK_N: tl.constexpr):
     """A tile of the bias in float32; 0 where a modality is dead."""
     pointer, row_stride, column_stride = bias
     rows, columns = i + tl.arange(0, BLOCK_N), j + tl.arange(0, BLOCK_N)
-    inside = (rows < own[TOKENS])[:, None] & (columns < other[TOKENS])[None, :] & (own[ALIVE] & other[ALIVE])
+    present = tl.where(own[ALIVE] & other[ALIVE], own[TOKENS], 0)
+    inside = (rows < present)[:, None] & (columns < other[TOKENS])[None, :]
     offsets = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
     return tl.load(pointer + offsets, mask=inside, other=0.0).to(tl.float32)
 
@@ -518,6 +519,7 @@ def settings(dtype, K, V, *, backward=False):
         BLOCK_N=16,
         num_warps=8 if single else few_warps if max(K, V) <= 32 else 4,
         num_stages=1,
+        enable_fp_fusion=True,
         maxnreg=255,
     )
 

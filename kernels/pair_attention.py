@@ -321,8 +321,9 @@ def forward(query, image_key, image_value, audio_key, audio_value, image_mask, a
         )  # fmt: skip
         if splits > 1:
             merge_kernel[B * H, tiles](
-                statistics, partial, output, H, F, V=V, SPLITS=splits, BLOCK_F=options["BLOCK_F"]
-            )
+                statistics, partial, output, H, F, V=V, SPLITS=splits, BLOCK_F=options["BLOCK_F"],
+                enable_fp_fusion=options["enable_fp_fusion"],
+            )  # fmt: skip
     return output.transpose(1, 2)
 
 
@@ -362,7 +363,7 @@ def settings(dtype, B, H, F, I, A, K, V, *, backward=False):
     if single:
         block_n, warps = 16, 8
     elif narrow:
-        block_n, warps = 64, 2 if backward else block_f // 16
+        block_n, warps = 64 if max(K, V) <= 16 else 32, 2 if backward else block_f // 16
     else:
         block_n, warps = 32, 8 if wide else block_f // 8
     return dict(
@@ -373,6 +374,7 @@ def settings(dtype, B, H, F, I, A, K, V, *, backward=False):
         BLOCK_F=block_f,
         BLOCK_N=block_n,
         num_warps=warps,
-        num_stages=2,
+        num_stages=1 if single and backward and not narrow else 2,
+        enable_fp_fusion=True,  # Triton's default until 3.10
         maxnreg=255,  # else ptxas spills a little here and there, to fit one program more on a multiprocessor
     )

@@ -291,9 +291,9 @@ COMPILING = {
 
 
 def assert_no_register_is_spilled(*arguments):
-    """Runs benchmarks/kernel_resources.py for 8.0 and 9.0 at once and prints what it prints."""
+    """Runs benchmarks/kernel_resources.py for 8.0 to 12.0 at once and prints what it prints."""
     options = dict(env=COMPILING, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    commands = [[sys.executable, SCRIPT, arch, *arguments] for arch in ("80", "90")]
+    commands = [[sys.executable, SCRIPT, arch, *arguments] for arch in ("80", "90", "100", "120")]
     for process in [subprocess.Popen(command, **options) for command in commands]:
         printed, errors = process.communicate(timeout=1800)
         assert process.returncode == 0, errors
@@ -329,6 +329,21 @@ for F, N in (16, 64), (7, 2), (1, 33):  # image tokens; audio tokens are half as
     assert printed.returncode == 0, printed.stderr
     hashes = [line.split() for line in printed.stdout.splitlines()]
     assert len(hashes) == 3 and len(set(hashes[0])) == 2 and hashes[0] == hashes[1] == hashes[2]
+
+
+def test_fusion_of_products_and_sums_is_not_left_to_the_default():
+    code = """
+import torch
+from kernel_resources import attend, compiled
+
+for B, N, bias in (1, 4096, None), (2, 64, 1):
+    for name, kernel in compiled(80, lambda: attend(torch.float32, B, 16, N, 16, 16, bias=bias)):
+        print(name, kernel.metadata.enable_fp_fusion)
+"""
+    command, env = [sys.executable, "-c", code], {**COMPILING, "TRITON_DEFAULT_FP_FUSION": "0"}
+    printed = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert printed.returncode == 0, printed.stderr
+    assert set(printed.stdout.splitlines()) == {f"{kernel} True" for kernel in KERNELS}
 
 
 # --- the operator in PyTorch --------------------------------------------------------------------------------

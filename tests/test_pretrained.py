@@ -146,6 +146,7 @@ def test_config_holds_the_input_transforms(tmp_path):
     inputs = InputSettings(
         image_size=24, image_mean=(0.1, 0.2, 0.3), image_std=(0.4, 0.5, 0.6), sample_rate=8000,
         audio_seconds=1.0, window=300, hop=200, mel_bins=16, max_frequency=3500.0,
+        front_end="kaldi", audio_mean=-4.0, audio_std=9.0, padded_frames=40,
     )  # fmt: skip
     encoder = AVEncoder(make_vit(IMAGE), make_vit(AUDIO), inputs=inputs, fusion_tokens=4)
     for model, place in (encoder, ("model",)), (AVMAE(encoder), ("model", "encoder")):
@@ -157,6 +158,7 @@ def test_config_holds_the_input_transforms(tmp_path):
         assert config["inputs"] == dict(
             image_size=24, image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6], sample_rate=8000,
             audio_seconds=1.0, window=300, hop=200, mel_bins=16, max_frequency=3500.0,
+            front_end="kaldi", audio_mean=-4.0, audio_std=9.0, padded_frames=40,
         )  # fmt: skip
         loaded = type(model).from_pretrained(tmp_path / place[-1])
         assert getattr(loaded, "encoder", loaded).inputs == inputs

@@ -299,3 +299,8 @@ def test_a_single_pair_is_refused():
 
 def test_settings_of_the_paper_fit_too():
     assert MelSTFT(InputSettings()).to_mel.shape == (128, 401)
+
+
+def test_filter_banks_without_an_stft_are_refused():
+    with pytest.raises(ValueError, match="separation needs the STFT of log-mel spectrograms, not 'kaldi'"):
+        MelSTFT(InputSettings.audiomae())

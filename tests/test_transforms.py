@@ -16,6 +16,7 @@ from avfuse.data.transforms import (
     training_image,
 )
 from avfuse.inputs import InputSettings
+from avfuse.presets import SIZES
 
 PLAIN = {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}  # images stay in 0..1
 
@@ -58,6 +59,108 @@ def test_spectrogram(settings):
     assert np.abs(ours[0].numpy() - log_mel(waveform, settings)).max() < 2e-3  # of float32 at the quietest
 
 
+def kaldi_banks(waveform: np.ndarray, settings: InputSettings) -> np.ndarray:
+    """(samples,) -> (mel_bins, windows): Kaldi's filter banks, by the definition, in float64."""
+    window, hop, rate = settings.window, settings.hop, settings.sample_rate
+    size = 2 ** math.ceil(math.log2(window))
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / (window - 1))
+    rows = []
+    for start in range(0, len(waveform) - window + 1, hop):
+        frame = waveform[start : start + window].astype(np.float64)
+        frame -= frame.mean()
+        frame -= 0.97 * np.concatenate([frame[:1], frame[:-1]])
+        rows.append(np.abs(np.fft.rfft(hann * frame, size)) ** 2)
+    lowest, highest = (1127 * math.log(1 + f / 700) for f in (20, settings.max_frequency))
+    corners = np.linspace(lowest, highest, settings.mel_bins + 2)
+    mels = 1127 * np.log(1 + np.arange(size // 2 + 1) * rate / size / 700)
+    banks = np.empty((settings.mel_bins, len(rows)))
+    for n, (low, middle, high) in enumerate(zip(corners, corners[1:], corners[2:], strict=False)):
+        triangle = np.minimum((mels - low) / (middle - low), (high - mels) / (high - middle))
+        banks[n] = np.stack(rows) @ np.maximum(triangle, 0)
+    return np.log(np.maximum(banks, 2.0**-23))
+
+
+def sounds(settings: InputSettings) -> dict[str, torch.Tensor]:
+    """Noise, silence, a chirp from 100 Hz to half the sample rate, and a click."""
+    samples, rate = settings.samples, settings.sample_rate
+    times = torch.arange(samples, dtype=torch.float64) / rate
+    rise = (rate / 2 - 100) / settings.audio_seconds / 2
+    click = torch.zeros(samples)
+    click[samples // 3] = 1.0
+    return {
+        "noise": torch.rand(samples, generator=generator()) * 2 - 1,
+        "silence": torch.zeros(samples),
+        "chirp": (0.5 * torch.sin(2 * math.pi * (100 * times + rise * times**2))).float(),
+        "click": click,
+    }
+
+
+AUDIOMAE = InputSettings.audiomae()
+OF_PRESETS = list({inputs: None for *_, inputs in SIZES.values()})
+
+
+def test_audiomae_inputs():
+    """10 s are 998 windows of 25 ms, padded with zeros to 1,024 before they are normalised."""
+    assert (AUDIOMAE.mel_bins, AUDIOMAE.frames, AUDIOMAE.samples) == (128, 1024, 160_000)
+    sound = sounds(AUDIOMAE)["chirp"] + 0.01 * sounds(AUDIOMAE)["noise"] + 0.25
+    ours = Spectrogram(AUDIOMAE)(sound)
+    assert ours.shape == (1, 128, 1024)
+    banks = np.pad(kaldi_banks(sound.numpy(), AUDIOMAE), ((0, 0), (0, 26)))
+    expected = (banks + 4.2677393) / (2 * 4.5689974)
+    assert np.abs(ours[0].numpy() - expected).max() < 2e-3  # of float32 at the quietest
+    short = InputSettings.audiomae(audio_seconds=3.2, padded_frames=None)
+    assert Spectrogram(short)(sound[: short.samples]).shape == (1, 128, 320)
+
+
+@pytest.fixture
+def torchaudio():
+    try:
+        import torchaudio
+    except Exception as error:  # the last one, 2.11, raises beside a torch for another CUDA
+        pytest.skip(f"torchaudio does not import: {error}")
+    return torchaudio
+
+
+@pytest.mark.parametrize("settings", OF_PRESETS)
+def test_log_mel_is_that_of_torchaudio(torchaudio, settings):
+    mel = torchaudio.transforms.MelSpectrogram(
+        sample_rate=settings.sample_rate,
+        n_fft=settings.window,
+        hop_length=settings.hop,
+        n_mels=settings.mel_bins,
+        f_max=settings.max_frequency,
+    )
+    for name, sound in sounds(settings).items():
+        theirs = torch.log10(mel(sound)[..., :-1] + 1e-7)
+        torch.testing.assert_close(Spectrogram(settings)(sound)[0], theirs, rtol=1e-5, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("settings", [AUDIOMAE, InputSettings.audiomae(mel_bins=40, padded_frames=None)])
+def test_kaldi_filter_banks_are_those_of_torchaudio(torchaudio, settings):
+    """The call, the padding and the numbers are those of AudioMAE's dataset.py."""
+    for name, sound in sounds(settings).items():
+        banks = torchaudio.compliance.kaldi.fbank(
+            (sound - sound.mean())[None],
+            htk_compat=True,
+            sample_frequency=16_000,
+            use_energy=False,
+            window_type="hanning",
+            num_mel_bins=settings.mel_bins,
+            dither=0.0,
+            frame_shift=10,
+        )
+        banks = torch.nn.ZeroPad2d((0, 0, 0, settings.frames - len(banks)))(banks)
+        theirs = (banks - -4.2677393) / (4.5689974 * 2)
+        torch.testing.assert_close(Spectrogram(settings)(sound)[0].T, theirs, rtol=1e-5, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("settings", [*OF_PRESETS, AUDIOMAE])
+def test_spectrogram_exports(settings):
+    spectrogram, batch = Spectrogram(settings), torch.stack(list(sounds(settings).values()))
+    exported = torch.export.export(spectrogram, (batch[:2],), dynamic_shapes=({0: torch.export.Dim("B")},))
+    torch.testing.assert_close(exported.module()(batch), spectrogram(batch))
+
+
 def test_spectrogram_of_a_batch_and_of_silence():
     settings = InputSettings(audio_seconds=1.0)
     spectrogram = Spectrogram(settings)
@@ -71,6 +174,8 @@ def test_spectrogram_of_a_batch_and_of_silence():
 def test_spectrogram_of_too_little():
     with pytest.raises(ValueError, match="waveform .* 800 samples, got 400"):
         Spectrogram(InputSettings())(torch.zeros(400))
+    with pytest.raises(ValueError, match="waveform .* 400 samples or more, got 399"):
+        Spectrogram(AUDIOMAE)(torch.zeros(399))
 
 
 # ---------------------------------------------------------------------------------------------------- images
@@ -243,6 +348,14 @@ def test_only_the_generator_decides():
         (dict(audio_seconds=2.99), "audio_seconds=2.99 is not a whole number of hops"),
         (dict(audio_seconds=1 / 64), "audio_seconds=0.015625 is less than half a window"),
         (dict(max_frequency=8001), "max_frequency=8001 is above half the sample_rate of 16000"),
+        (dict(front_end="mfcc"), "front_end must be one of 'log-mel', 'kaldi', got 'mfcc'"),
+        (dict(audio_mean=float("nan")), "audio_mean must be a number, got nan"),
+        (dict(audio_std=0.0), "audio_std must be a positive number, got 0.0"),
+        (dict(front_end="kaldi", audio_seconds=1 / 32), "audio_seconds=0.03125 is less than a window"),
+        (dict(front_end="kaldi", max_frequency=20.0), "max_frequency=20.0 is not above 20.0 Hz"),
+        (dict(padded_frames=256), "padded_frames=256 pads Kaldi filter banks"),
+        (dict(front_end="kaldi", padded_frames=191), "more frames than the 192 hops of audio_seconds=3.0"),
+        (dict(front_end="kaldi", padded_frames=200.5), "padded_frames must be a positive integer, got 200.5"),
         (dict(image_mean="abc"), "image_mean needs three numbers .* got 'abc'"),
         (dict(image_std=(1.0, 1.0)), "image_std needs three numbers"),
         (dict(image_std=(1.0, 0.0, 1.0)), "image_std must be positive"),

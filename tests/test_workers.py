@@ -78,7 +78,7 @@ def test_unexpected_exceptions_do_not_end_a_worker(workers):
         good, raised, unsent = pool.map(["good", "raise", unsendable])
     assert good.startswith("good") and raised == WorkerFailure("raise", "KeyError: 'a bug'")
     if workers:
-        assert unsent.key == unsendable and "Can't pickle local object" in unsent.reason
+        assert unsent.key == unsendable and "local object 'misbehave.<locals>" in unsent.reason
 
 
 def test_a_crash_is_tried_again(tmp_path):

@@ -63,7 +63,7 @@ def write_video(
         if audio is not False:
             usual = {1: "mono", 2: "stereo", 4: "quad", 6: "5.1", 8: "7.1"}
             layout = layout or usual[len(audio[0][1])]
-            sound = output.add_stream(codecs[1], rate=sample_rate, layout=layout)
+            sound = output.add_stream(codecs[1], rate=sample_rate, layout=layout, bit_rate=256_000)
         if video is not False:
             for number, picture in enumerate(video):
                 frame = av.VideoFrame.from_ndarray(picture, format="rgb24")

@@ -32,6 +32,8 @@ MAX_RATE = 768_000  # Hz
 WARM_UP = 0.3  # seconds of sound decoded before what is wanted, because codecs and filters look back
 MARGIN = 0.05  # seconds of that which the resampling filter sees, on both sides
 JITTER = 0.04  # seconds: time stamps are rounded, so a piece that starts this near to the last continues it
+# Before PyAV 19, which does so by itself, bytes of metadata that are no text stop the opening of a file.
+TEXT = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 EPSILON = 1e-6  # seconds: a time that was meant to be that of a frame may have been rounded to just before it
 LAST = 2.0  # seconds at the end in which the last packets of all streams are looked for
 GUESSED = {3: "2.1", 4: "4.0", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}  # layouts of so many channels
@@ -537,7 +539,7 @@ def _open(path: Path, part: Part | None) -> av.container.InputContainer:
     quick = {"probesize": "32"} if head[4:8] == b"ftyp" else {}
     url = f"subfile,,start,{start},end,{start + size},,:file:{file}" if part else f"file:{file}"
     try:
-        return av.open(url, options=OPTIONS | (OF_A_PART if part else {}) | quick, metadata_errors="replace")
+        return av.open(url, options=OPTIONS | (OF_A_PART if part else {}) | quick, **TEXT)
     except (*DAMAGED, av.error.ArgumentError) as error:
         raise OSError(describe(head) or "it is of no kind that is read here, or damaged") from error
 

@@ -6,47 +6,100 @@ Everything random is drawn from the generator that is passed in, never from the 
 import math
 
 import torch
-import torchaudio
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from ..inputs import InputSettings
+from ..inputs import KALDI_LOWEST, InputSettings
 
 AREA = (0.5, 1.0)  # share of the frame that a training crop keeps
 RATIO = (3 / 4, 4 / 3)  # width / height of a training crop, over that of the image it is squeezed into
 GAIN = 6.0  # dB, up and down
 FLOOR = 1e-7  # added to the power, so that silence has a logarithm
+KALDI_FLOOR = torch.finfo(torch.float32).eps  # of the power
+PREEMPHASIS = 0.97  # of the sample before, which Kaldi subtracts
 EVALUATION_RESIZE = 256 / 224  # of a frame before the central crop, in crops
 WASTE = 16  # times the pixels of the crop that a resized frame may have, of which the crop is then taken
 RESIZE = {"interpolation": InterpolationMode.BICUBIC, "antialias": True}
 
 
 class Spectrogram(nn.Module):
-    """Log-mel spectrogram, log10(mel power + 1e-7), as `InputSettings` describes it."""
+    """Log-mel spectrogram or Kaldi filter banks, as `InputSettings` describes them.
+
+    To the last bit torchaudio's `MelSpectrogram` and `compliance.kaldi.fbank`: the operations and their order
+    are the same.
+    """
 
     def __init__(self, settings: InputSettings):
         super().__init__()
         self.settings = settings
-        self.mel = torchaudio.transforms.MelSpectrogram(
-            sample_rate=settings.sample_rate,
-            n_fft=settings.window,
-            hop_length=settings.hop,
-            n_mels=settings.mel_bins,
-            f_max=settings.max_frequency,
-        )  # the rest is torchaudio's default: Hann window, centred, reflecting, power 2, HTK mels, no norm
+        kaldi = settings.front_end == "kaldi"
+        filters = kaldi_filters(settings) if kaldi else htk_filters(settings)
+        window = torch.hann_window(settings.window, periodic=not kaldi)
+        self.register_buffer("window", window, persistent=False)
+        self.register_buffer("filters", filters, persistent=False)
 
     def forward(self, waveform: Tensor) -> Tensor:
-        """(..., samples) in -1..1 -> (..., 1, mel_bins, samples // hop); low frequencies first.
+        """(..., samples) in -1..1 -> (..., 1, mel_bins, frames); low frequencies first.
 
         Raises:
-            ValueError: there are fewer samples than the reflected half windows need.
+            ValueError: there are fewer samples than a window needs, or its reflected half.
         """
+        features = self.kaldi if self.settings.front_end == "kaldi" else self.log_mel
+        normalised = (features(waveform) - self.settings.audio_mean) / self.settings.audio_std
+        return normalised.transpose(-1, -2).unsqueeze(-3)
+
+    def log_mel(self, waveform: Tensor) -> Tensor:
+        """(..., samples) -> (..., samples // hop, mel_bins)"""
         samples, hop, window = waveform.shape[-1], self.settings.hop, self.settings.window
         if samples < hop or samples <= window // 2:
             raise ValueError(f"waveform must be longer than half a window of {window} samples, got {samples}")
-        power = self.mel(waveform)[..., : samples // hop]  # the last centred frame is dropped
-        return torch.log10(power + FLOOR).unsqueeze(-3)
+        flat = waveform.reshape(-1, samples)
+        spectra = torch.stft(flat, window, hop, window=self.window, return_complex=True).transpose(-1, -2)
+        mel = spectra.abs().square() @ self.filters
+        log_mel = torch.log10(mel[:, : samples // hop] + FLOOR)  # the last centred frame is dropped
+        return log_mel.reshape(*waveform.shape[:-1], *log_mel.shape[1:])
+
+    def kaldi(self, waveform: Tensor) -> Tensor:
+        """(..., samples) -> (..., frames, mel_bins), zeros after the last whole window"""
+        samples, hop, window = waveform.shape[-1], self.settings.hop, self.settings.window
+        if samples < window:
+            raise ValueError(f"waveform must have a window of {window} samples or more, got {samples}")
+        frames = (waveform - waveform.mean(-1, keepdim=True)).unfold(-1, window, hop)
+        frames = frames - frames.mean(-1, keepdim=True)
+        before = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
+        spectra = torch.fft.rfft((frames - PREEMPHASIS * before) * self.window, fft_size(window))
+        banks = (spectra.abs().square() @ self.filters).clamp(min=KALDI_FLOOR).log()
+        return pad(banks, (0, 0, 0, self.settings.frames - banks.shape[-2]))
+
+
+def htk_filters(settings: InputSettings) -> Tensor:
+    """Triangles over frequencies: (bins of the spectrum, mel_bins)"""
+    highest = 2595 * math.log10(1 + settings.max_frequency / 700)
+    corners = 700 * (10 ** (torch.linspace(0, highest, settings.mel_bins + 2) / 2595) - 1)
+    return triangles(torch.linspace(0, settings.sample_rate // 2, settings.window // 2 + 1), corners)
+
+
+def kaldi_filters(settings: InputSettings) -> Tensor:
+    """Triangles over mels: (bins of the spectrum, mel_bins); half the sample rate is in none."""
+    lowest, highest = (1127 * math.log(1 + hertz / 700) for hertz in (KALDI_LOWEST, settings.max_frequency))
+    step = (highest - lowest) / (settings.mel_bins + 1)
+    size = fft_size(settings.window)
+    mels = 1127 * (1 + settings.sample_rate / size * torch.arange(size / 2) / 700).log()
+    return pad(triangles(mels, lowest + torch.arange(settings.mel_bins + 2) * step), (0, 0, 0, 1))
+
+
+def triangles(points: Tensor, corners: Tensor) -> Tensor:
+    """(P,) and (N + 2,) -> (P, N): triangle n rises from corner n to the next and falls to the one after."""
+    rising = (points[:, None] - corners[:-2]) / corners.diff()[:-1]
+    falling = (corners[2:] - points[:, None]) / corners.diff()[1:]
+    return torch.minimum(rising, falling).clamp(min=0)
+
+
+def fft_size(window: int) -> int:
+    """Samples of Kaldi's transform: the next power of 2, filled with zeros."""
+    return 1 << (window - 1).bit_length()
 
 
 def random_gain(waveform: Tensor, generator: torch.Generator) -> Tensor:

@@ -99,7 +99,7 @@ def pair_attention(
         scale: of the logits; default K**-0.5.
         interaction: "additive" (k_i + k_j, v_i + v_j) or "bilinear" (k_i * k_j, v_i * v_j).
         backend: None picks "triton" on CUDA where it can, else "torch" (see `select_backend`); "xformers" has
-            no pair bias; "reference" materializes every pair.
+            no pair bias and needs CUDA and torch 2.11 or older; "reference" materializes every pair.
 
     Returns:
         (B, H, F, V), in the dtype of `query`. Second derivatives need backend="reference".

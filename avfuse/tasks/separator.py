@@ -34,7 +34,7 @@ class Separator(TaskModel, Pretrained):
 
     Raises:
         ValueError: `decoder_dim` is no positive integer, or the audio patches of the encoder are not squares
-            with a power of 2 as their side.
+            with a power of 2 as their side, or its inputs are Kaldi filter banks, which cannot be inverted.
     """
 
     home = "avfuse.tasks.separator"
@@ -179,19 +179,21 @@ class MelSTFT(nn.Module):
     def __init__(self, settings: InputSettings):
         super().__init__()
         self.settings = settings
+        if settings.front_end != "log-mel":
+            raise ValueError(f"separation needs the STFT of log-mel spectrograms, not {settings.front_end!r}")
         if settings.window * settings.mel_bins > LARGEST:
             raise ValueError(
                 f"inputs: a window of {settings.window} with {settings.mel_bins} mel bins is too much"
             )
         with torch.device("cpu"):  # the filters are made by their numbers, also of a model on the meta device
-            mel = Spectrogram(settings).mel
-            filters = mel.mel_scale.fb.T  # (mel, bins)
+            spectrogram = Spectrogram(settings)
+            filters = spectrogram.filters.T  # (mel, bins)
             nearest = torch.zeros_like(filters)  # for the bins outside all filters, at both ends
             centres = filters.argmax(1)
             bins = torch.arange(filters.shape[1])
             nearest[(bins - centres[:, None]).abs().argmin(0), bins] = 1
             spread = torch.where(filters.sum(0) > 0, filters, nearest)
-        self.register_buffer("window", mel.spectrogram.window, persistent=False)
+        self.register_buffer("window", spectrogram.window, persistent=False)
         self.register_buffer("to_mel", filters, persistent=False)
         self.register_buffer("to_bins", (spread / spread.sum(0)).T.contiguous(), persistent=False)
 
