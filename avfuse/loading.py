@@ -74,7 +74,17 @@ def load_model(kind: type[nn.Module], run: str | os.PathLike) -> nn.Module:
         fault = printable(repr(error))
         raise ValueError(f"{folder / HEAD} is not that of a {kind.__name__}: {fault}") from error
     weights = head | {f"encoder.{name}": weight for name, weight in encoder.state_dict().items()}
-    return make_for(weights, lambda: kind(encoder, **options), f"{folder / HEAD}")
+    return make_for(kind.current(weights), lambda: kind(encoder, **options), f"{folder / HEAD}")
+
+
+def saved_at(path: str | os.PathLike) -> tuple[str | os.PathLike, str | None]:
+    """Where a run or a saved model has its config.json, and the name of its class; None is none of avfuse's.
+
+    Raises:
+        ValueError: there is no file, no folder and nothing on the hub of that name, or it is damaged.
+    """
+    source = Path(path, "model") if os.path.isdir(Path(path, "model")) else path
+    return source, _config_at(source).get("class")
 
 
 def _config_at(source: str | os.PathLike) -> dict:

@@ -44,6 +44,14 @@ class Pretrained(
     home = "avfuse"  # the module to import the class from
     mark: str | None = None  # a key that only the to_config() of this subclass holds: its parent looks for it
 
+    former: dict[str, str] = {}  # names that parts had in models saved before -> those of today
+
+    @classmethod
+    def current(cls, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights by the names of today."""
+        parts = ((name.partition("."), weight) for name, weight in weights.items())
+        return {cls.former.get(part, part) + dot + rest: weight for (part, dot, rest), weight in parts}
+
     @classmethod
     def kind_of(cls, config: dict) -> type["Pretrained"]:
         """The class that a config is of: this one, or the subclass of it whose mark the config bears."""
@@ -82,7 +90,7 @@ class Pretrained(
         if config.get("class") != _saved_as(cls):
             saved = printable(config.get("class"))
             raise ValueError(f"{printable(source)} holds a model of class {saved}, not {_saved_as(cls)}")
-        weights = read_safetensors(file_at(source, WEIGHTS, **options))
+        weights = cls.current(read_safetensors(file_at(source, WEIGHTS, **options)))
         model = make_for(weights, lambda: cls.from_config(config["model"]), f"{source}: {CONFIG}")
         model.facts = config.get("facts")
         return model

@@ -21,7 +21,7 @@ ROOMS = {
     "data": "data",
     "training": "training",
     "tasks": "tasks",
-    "commands": "train features report",
+    "commands": "train features predict report",
 }
 LEVELS = {name: level for level, names in enumerate(ROOMS.values()) for name in names.split()}
 

@@ -18,7 +18,7 @@ from ..data.sets.folders import SPLITS
 from ..data.sounding_shapes.truths import SHAPE_CLASSES, sounding_shapes_scenes
 from ..inputs import InputSettings
 from ..training.judge import JudgedTask, TaskConfig
-from ..training.pictures import rgb, show_sound
+from ..training.pictures import figure_grid, rgb, save, show_sound
 from ..vit import split_prefix
 from .model import TaskModel
 
@@ -146,6 +146,16 @@ def show_scene(
         show_map(axis, frame.mean(-1), frame, cmap="gray", vmin=0, vmax=1.3)
     show_sound(axes[-1], inputs["audio"][row, 0])
     return frame
+
+
+def draw_map(image: Tensor, map_: Tensor, settings: InputSettings, path: Path) -> None:
+    """A frame (3, height, width) as a model reads it, and a map (height, width) laid over it."""
+    figure, grid = figure_grid(1, ("frame", "what sounds"), ())
+    frame = rgb(image, settings).numpy()
+    show_map(grid[0, 0], frame, frame)
+    show_map(grid[0, 1], frame.mean(-1), frame, cmap="gray", vmin=0, vmax=1.3)
+    show_map(grid[0, 1], map_, frame, cmap="inferno", alpha=0.6, vmin=0, vmax=1)
+    save(figure, path)
 
 
 def show_map(axis: Axes, pixels: np.ndarray | Tensor, frame: np.ndarray, **options) -> None:

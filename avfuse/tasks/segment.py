@@ -108,6 +108,7 @@ class Segmenter(SceneModel, Pretrained):
     """
 
     home = "avfuse.tasks.segment"
+    former = {"predict": "last"}
 
     def __init__(self, encoder: AVEncoder, outputs: int = 1, dim: int = 64):
         super().__init__()
@@ -116,17 +117,24 @@ class Segmenter(SceneModel, Pretrained):
         self.decoder = nn.Sequential(
             up_convolution(2 * dim, dim), up_convolution(dim, dim), up_convolution(dim, dim // 2)
         )
-        self.predict = nn.Conv2d(dim // 2, outputs, kernel_size=1)
-        nn.init.zeros_(self.predict.bias)
-        nn.init.constant_(self.predict.bias[:1], SILENCE if outputs > 1 else -SILENCE)
+        self.last = nn.Conv2d(dim // 2, outputs, kernel_size=1)
+        nn.init.zeros_(self.last.bias)
+        nn.init.constant_(self.last.bias[:1], SILENCE if outputs > 1 else -SILENCE)
 
     def forward(self, image: Tensor, audio: Tensor, audio_present: Tensor | None = None) -> Tensor:
         """Logits (B, outputs, height, width); arguments as for `SceneModel.read`."""
         places, sound = self.read(image, audio, audio_present)
         joined = self.join(torch.cat([places, sound[:, None].expand(-1, places.shape[1], -1)], dim=-1))
         joined = self.on_grid(joined.transpose(1, 2))
-        logits = self.predict(self.decoder(joined))  # 8 times as wide and high as the grid
+        logits = self.last(self.decoder(joined))  # 8 times as wide and high as the grid
         return interpolate(logits, size=image.shape[-2:], mode="bilinear")
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name in [
+            name for name in state_dict if name.startswith(f"{prefix}predict.")
+        ]:  # of old checkpoints
+            state_dict[name.replace("predict", "last")] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def sounding(self, logits):
         return logits[:, 0].sigmoid() if logits.shape[1] == 1 else 1 - logits.softmax(1)[:, 0]

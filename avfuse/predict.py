@@ -1,0 +1,184 @@
+"""What a trained model says of videos: `python -m avfuse.predict RUN VIDEO...`."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from torch import nn
+from tqdm import tqdm
+
+from .checks import check_count, check_positive
+from .data.clips import open_window, read_clip
+from .encoder import AVEncoder
+from .files import aside, printable
+from .tasks.saved import load
+from .tasks.scenes import draw_map
+from .tasks.separate import write_wav
+from .tasks.separator import Separator
+from .training.features import pool
+from .training.pictures import draw_attention
+
+SUFFIXES = (".json", ".csv", ".parquet")
+
+
+@dataclass
+class PredictConfig:
+    """What a model says of your videos, whatever training has left: classes with their probabilities by
+    image, by sound and by both; a map of what sounds; the sound of what is seen; or features.
+
+    A window is one frame and the seconds of sound that the model takes (3 s by default): the middle of each
+    video, or one every few seconds.
+    """
+
+    model: tyro.conf.Positional[str]
+    """A run folder, a saved model, or the name of one on the Hugging Face hub."""
+    videos: tyro.conf.Positional[tuple[Path, ...]]
+    """Video or sound files."""
+    every: float | None = None
+    """Seconds between windows; without it, there is the one in the middle."""
+    top: int = 3
+    """Classes that are shown on the screen; a file gets all."""
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """File for all answers: .json, .csv or .parquet (which needs pyarrow). It is written at the end, whole or
+    not at all."""
+    pictures: Path | None = None
+    """Folder for pictures: where the model looks and listens, maps of what sounds; of a separator, the
+    sounds."""
+
+    def __post_init__(self):
+        if not self.videos:
+            raise ValueError("VIDEO... must name at least one file")
+        if self.every is not None:
+            check_positive("--every", self.every)
+        check_count("--top", self.top)
+        if self.out is not None and self.out.suffix not in SUFFIXES:
+            raise ValueError(f"--out must end in {', '.join(SUFFIXES)}, got {self.out}")
+
+
+def main(config: PredictConfig) -> int:
+    """Returns how many videos could not be read.
+
+    Raises:
+        ValueError: a setting is wrong, or the model is none that can say something of a video.
+    """
+    model = load(config.model)
+    if not isinstance(model, AVEncoder) and not hasattr(model, "predict"):
+        raise ValueError(f"{config.model} holds a {type(model).__name__}: predict with its encoder or a task")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    model, answers, failed = model.to(device), [], 0
+    encoder = getattr(model, "encoder", model)
+    for path in tqdm(
+        config.videos, desc="predict", unit="video", disable=None if len(config.videos) > 1 else True
+    ):
+        try:
+            for start in starts(path, encoder, config.every):
+                answer = dict(video=str(path), start=round(start, 3)) | say(model, path, start)
+                tqdm.write(describe(answer, config.top))
+                if config.pictures is not None:
+                    draw(answer, model, path, start, config.pictures)
+                answers.append(answer)
+        except ValueError as error:
+            failed += 1
+            tqdm.write(f"error: {printable(error)}", file=sys.stderr)
+    if config.out is not None and answers:
+        write(config.out, answers)
+    return failed
+
+
+def starts(path: Path, encoder: AVEncoder, every: float | None) -> list[float]:
+    """Where the windows of a video begin, in seconds."""
+    with open_window(path, encoder.inputs, None) as (reader, middle):
+        if every is None:
+            return [middle]
+        last = max(0.0, reader.streams.seconds - encoder.inputs.audio_seconds)
+    return [n * every for n in range(int(last / every + 1e-9) + 1)]
+
+
+@torch.no_grad()
+def say(model: nn.Module, path: Path, start: float) -> dict:
+    """The answer for one window: that of the model of a task, or the features of an encoder."""
+    if not isinstance(model, AVEncoder):
+        return model.predict(path, start=start)
+    device = model.fusion_tokens.device
+    clip = (None if x is None else x.to(device) for x in read_clip(path, model.inputs, start=start))
+    return {name: tokens[0].float().cpu() for name, tokens in pool(model(*clip)).items()}
+
+
+def describe(answer: dict, top: int) -> str:
+    """Lines for the screen."""
+    lines = [f"{printable(answer['video'])} at {answer['start']:g} s"]
+    for name, value in answer.items():
+        if isinstance(value, dict):
+            best = ", ".join(f"{printable(c)} {p:.3f}" for c, p in list(value.items())[:top])
+            lines.append(f"  {'by ' + name:<9} {best}")
+        elif isinstance(value, torch.Tensor):
+            lines.append(f"  {name:<9} {tuple(value.shape)}, {value.min():.3f} to {value.max():.3f}")
+    return "\n".join(lines)
+
+
+def draw(answer: dict, model: nn.Module, path: Path, start: float, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{path.stem}-{start:g}s.png"
+    encoder = getattr(model, "encoder", model)
+    if isinstance(model, Separator):
+        write_wav(target.with_suffix(".wav"), answer["sound"], answer["sample_rate"])
+        return
+    image, audio = read_clip(path, encoder.inputs, start=start)
+    if "map" in answer:
+        draw_map(image[0], answer["map"], encoder.inputs, target)
+    elif encoder.fusion_layers and image is not None and audio is not None:
+        device = encoder.fusion_tokens.device
+        draw_attention(encoder, dict(image=image.to(device), audio=audio.to(device)), target)
+
+
+def rows(answers: list[dict]) -> Iterator[dict]:
+    """Flat rows: of a classifier one for each class, else one for each window, numbers in columns."""
+    for answer in answers:
+        where = {name: answer[name] for name in ("video", "start")}
+        said = {name: value for name, value in answer.items() if name not in where}
+        if all(isinstance(value, dict) for value in said.values()):
+            for by, classes in said.items():
+                yield from (where | {"by": by, "class": c, "probability": p} for c, p in classes.items())
+        else:
+            columns = {}
+            for name, value in said.items():
+                flat = value.flatten().tolist() if isinstance(value, torch.Tensor) else value
+                columns |= (
+                    {f"{name}_{n}": x for n, x in enumerate(flat)} if isinstance(flat, list) else {name: flat}
+                )
+            yield where | columns
+
+
+def write(path: Path, answers: list[dict]) -> None:
+    """All answers in one file, written whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with aside(path) as partial:
+        if path.suffix == ".json":
+            partial.write_text(json.dumps(answers, default=torch.Tensor.tolist, indent=1) + "\n")
+            return
+        table = list(rows(answers))
+        names = list(dict.fromkeys(name for row in table for name in row))
+        if path.suffix == ".csv":
+            with open(partial, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, names)
+                writer.writeheader()
+                writer.writerows(table)
+            return
+        try:
+            from pyarrow import Table, parquet
+        except ImportError as error:
+            raise ValueError("--out .parquet needs pyarrow: pip install pyarrow, or write .csv") from error
+        parquet.write_table(Table.from_pylist(table), partial)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(min(main(tyro.cli(PredictConfig, prog="python -m avfuse.predict")), 1))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {printable(error)}")

@@ -1,0 +1,41 @@
+"""Whatever avfuse has saved, as the model that it is: `avfuse.load(path)`."""
+
+import os
+from pathlib import Path
+
+from torch import nn
+
+from ..encoder import AVEncoder
+from ..files import printable
+from ..loading import HEAD, load_encoder, saved_at
+from ..mae import AVMAE
+from .classifier import Classifier
+from .localize import Localizer
+from .segment import Segmenter
+from .separator import Separator
+
+MODELS = {kind.__name__: kind for kind in (AVEncoder, AVMAE, Classifier, Localizer, Segmenter, Separator)}
+
+
+def load(path: str | os.PathLike) -> nn.Module:
+    """The model that training has left, or that was saved or published, in eval mode: an `AVEncoder`, an
+    `AVMAE`, or the model of a task.
+
+    Args:
+        path: a run folder, a folder that `save_pretrained` wrote, the name of a model on the Hugging Face
+            hub, or a file of released DeepAVFusion weights, which gives their encoder.
+
+    Raises:
+        ValueError: it is none of these, or damaged.
+    """
+    if os.path.isfile(path):
+        return load_encoder(path)
+    source, kind = saved_at(path)
+    if kind not in MODELS:
+        return load_encoder(path)  # which says what there is
+    if Path(source, HEAD).is_file():
+        raise ValueError(
+            f"{printable(path)} was saved as an encoder and a head: load it by the class of its task,"
+            " such as avfuse.loading.load_model(avfuse.tasks.classifier.Classifier, path)"
+        )
+    return MODELS[kind].from_pretrained(source)

@@ -1,0 +1,244 @@
+"""What a trained model says of files: `read_clip`, `load`, `model.predict` and `python -m avfuse.predict`."""
+
+import csv
+import json
+import wave
+
+import numpy as np
+import pytest
+import torch
+from models import make_vit, randomized, relative_error
+from videos import number_of, write_video
+
+import avfuse
+from avfuse import AVEncoder, InputSettings, read_clip
+from avfuse.data.clips import Clip, ClipDataset
+from avfuse.predict import PredictConfig, main
+from avfuse.tasks.classifier import Classifier
+from avfuse.tasks.localize import Localizer
+from avfuse.tasks.segment import Segmenter
+from avfuse.tasks.separator import Separator
+from avfuse.training.features import pool
+from avfuse.training.pictures import rgb
+
+INPUTS = InputSettings(image_size=32, mel_bins=32, audio_seconds=1.0, hop=500)
+NAMES = ("dog", "harp", "rain")
+
+
+def make_encoder():
+    return AVEncoder(make_vit((3, 32, 32)), make_vit((1, 32, 32)), inputs=INPUTS, fusion_tokens=4)
+
+
+def make(kind):
+    torch.manual_seed(0)
+    options = {Classifier: dict(classes=3, class_names=NAMES), Separator: dict(decoder_dim=16)}.get(kind, {})
+    return (
+        make_encoder().eval()
+        if kind is AVEncoder
+        else randomized(kind(make_encoder(), **options), 0.05).float()
+    )
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    return dict(
+        both=write_video(folder / "both.mp4", 4),
+        silent=write_video(folder / "silent.mp4", 4, audio=False),
+        dark=write_video(folder / "dark.mp4", 4, video=False),
+        broken=(folder / "broken.mp4", (folder / "broken.mp4").write_bytes(b"no video"))[0],
+    )
+
+
+# --- one clip -----------------------------------------------------------------------------------------------
+
+
+def test_read_clip_reads_what_evaluation_reads(files):
+    clip = read_clip(files["both"], INPUTS)
+    item = ClipDataset([Clip(files["both"])], INPUTS, train=False)[0]
+    assert torch.equal(clip.image[0], item["image"]) and torch.equal(clip.audio[0], item["audio"])
+    assert make_encoder()(*clip).image.shape == (1, 16, 32)
+
+
+def test_a_window_begins_where_it_is_asked_to(files):
+    """Ten frames a second: the middle of a second from 2.3 s on is frame 28."""
+    for start, frame in ((0, 5), (2.3, 28), (2.6, 31)):
+        clip = read_clip(str(files["both"]), INPUTS, start=start)
+        assert number_of(255 * rgb(clip.image[0], INPUTS).numpy()) == frame
+    later, sooner = (read_clip(files["both"], INPUTS, start=start).audio for start in (2.5, 2.0))
+    steps = round(0.5 * INPUTS.sample_rate / INPUTS.hop)
+    torch.testing.assert_close(later[..., 2 : 32 - steps], sooner[..., steps + 2 :], atol=0.05, rtol=0)
+
+
+def test_a_modality_that_is_not_there_is_none(files):
+    assert read_clip(files["silent"], INPUTS).audio is None and read_clip(files["dark"], INPUTS).image is None
+    assert make_encoder()(*read_clip(files["silent"], INPUTS)).audio is None
+
+
+@pytest.mark.parametrize("start", [-0.1, 4.1, float("nan"), "1", True])
+def test_a_start_outside_of_the_file_is_refused(files, start):
+    with pytest.raises(ValueError, match="start must be within the 4.* s of"):
+        read_clip(files["both"], INPUTS, start=start)
+
+
+def test_a_file_that_cannot_be_read_is_named(files, tmp_path):
+    with pytest.raises(ValueError, match=r"broken.mp4 cannot be read: "):
+        read_clip(files["broken"], INPUTS)
+    with pytest.raises(ValueError, match=r"gone.mp4 cannot be read: .*no such file"):
+        read_clip(tmp_path / "gone.mp4", INPUTS)
+    with pytest.raises(ValueError, match="inputs must be InputSettings, got dict"):
+        read_clip(files["both"], {})
+
+
+# --- models -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [AVEncoder, Classifier, Localizer, Segmenter, Separator])
+def test_load_gives_what_was_saved(kind, tmp_path):
+    model = make(kind)
+    model.save_pretrained(tmp_path / "run/model")
+    for path in (tmp_path / "run", tmp_path / "run/model"):
+        loaded = avfuse.load(path)
+        assert type(loaded) is kind and not loaded.training
+        assert all(torch.equal(ours, loaded.state_dict()[name]) for name, ours in model.state_dict().items())
+
+
+def test_load_names_what_there_is(tmp_path):
+    with pytest.raises(ValueError, match="checkpoint .* must hold an AVEncoder or AVMAE, but holds"):
+        avfuse.load(tmp_path)
+
+
+def test_a_classifier_answers_by_image_by_sound_and_by_both(files):
+    model = make(Classifier).train()
+    image, audio = read_clip(files["both"], INPUTS, start=1.0)
+    answer = model.predict(files["both"], start=1.0)
+    assert model.training
+    model.eval()
+    for what, inputs in (("image", (image, None)), ("audio", (None, audio)), ("both", (image, audio))):
+        odds = model(*inputs).logits[0].softmax(0).tolist()
+        assert answer[what] == pytest.approx(dict(zip(NAMES, odds, strict=True)))
+        assert list(answer[what].values()) == sorted(odds, reverse=True)
+    assert model.predict(files["silent"]).keys() == {"image"} and model.predict(files["dark"]).keys() == {
+        "audio"
+    }
+
+
+def test_probabilities_of_several_classes_are_each_their_own(files):
+    model = Classifier(make_encoder(), 3, several=True).eval()
+    answer = model.predict(files["both"])["both"]
+    logits = model(*read_clip(files["both"], INPUTS)).logits[0]
+    assert answer == pytest.approx({n: p for n, p in enumerate(logits.sigmoid().tolist())})
+
+
+@pytest.mark.parametrize("kind", [Localizer, Segmenter])
+def test_a_map_tells_what_sounds(kind, files):
+    model = make(kind)
+    sounding = model.predict(files["both"])["map"]
+    logits = model(*read_clip(files["both"], INPUTS)).float()
+    assert sounding.shape == (32, 32) and 0 <= sounding.min() and sounding.max() <= 1
+    if kind is Segmenter:
+        assert relative_error(sounding, logits[0, 0].sigmoid()) < 1e-6
+    with pytest.raises(ValueError, match=r"silent.mp4: it has no sound, and both are needed"):
+        model.predict(files["silent"])
+
+
+def test_old_weights_of_a_segmenter_are_read_by_their_old_names(tmp_path):
+    model = make(Segmenter)
+    old = {name.replace("last.", "predict."): weight for name, weight in model.state_dict().items()}
+    fresh = Segmenter(make_encoder())
+    fresh.load_state_dict(old)
+    assert torch.equal(fresh.last.weight, model.last.weight)
+    assert Segmenter.current(old).keys() == model.state_dict().keys()
+
+
+def test_a_separator_gives_the_sound_of_what_is_seen(files):
+    model = make(Separator)
+    answer = model.predict(files["both"], start=1.5)
+    assert answer["sound"].shape == (16_000,) and answer["sample_rate"] == 16_000
+    image, audio = read_clip(files["both"], INPUTS, start=1.5)
+    with Clip(files["both"]).open() as reader:
+        mixture = torch.from_numpy(reader.audio(1.5, 1.0, 16_000))
+    assert torch.equal(answer["sound"], model.separate(image[None], audio, mixture[None])[0][0, 0])
+
+
+# --- the program --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    make(Classifier).save_pretrained(tmp_path / "run/model")
+    return str(tmp_path / "run")
+
+
+@pytest.mark.parametrize("suffix", ["json", "csv"])
+def test_windows_of_several_videos_in_one_file(classifier, files, tmp_path, suffix, capsys):
+    videos, out = (files["both"], files["broken"], files["silent"]), tmp_path / f"new/answers.{suffix}"
+    assert main(PredictConfig(classifier, videos, every=1.5, top=2, out=out)) == 1
+    said = capsys.readouterr()
+    assert "both.mp4 at 1.5 s\n  by image" in said.out and "broken.mp4 cannot be read" in said.err
+    model = make(Classifier)
+    truth = [
+        (video, start, model.predict(video, start=start)) for video in videos[::2] for start in (0, 1.5, 3.0)
+    ]
+    if suffix == "json":
+        rows = json.loads(out.read_text())
+        assert [(row["video"], row["start"]) for row in rows] == [(str(v), s) for v, s, _ in truth]
+        assert [{k: row[k] for k in answer} for row, (*_, answer) in zip(rows, truth, strict=True)] == [
+            {k: pytest.approx(v) for k, v in answer.items()} for *_, answer in truth
+        ]
+    else:
+        rows = list(csv.DictReader(out.open()))
+        flat = [
+            (str(v), s, by, name, p)
+            for v, s, a in truth
+            for by, odds in a.items()
+            for name, p in odds.items()
+        ]
+        assert [tuple(row.values())[:4] for row in rows] == [
+            (v, str(float(s)), by, n) for v, s, by, n, _ in flat
+        ]
+        assert [float(row["probability"]) for row in rows] == pytest.approx([p for *_, p in flat])
+
+
+@pytest.mark.parametrize("kind", [AVEncoder, Classifier, Localizer, Separator])
+def test_pictures_and_sounds(kind, files, tmp_path):
+    make(kind).save_pretrained(tmp_path / "model")
+    config = PredictConfig(str(tmp_path / "model"), (files["both"],), pictures=tmp_path / "pictures")
+    assert main(config) == 0
+    (file,) = (tmp_path / "pictures").iterdir()
+    if kind is not Separator:
+        assert file.name == "both-1.5s.png" and file.read_bytes()[:4] == b"\x89PNG"
+        return
+    with wave.open(str(file)) as sound:
+        samples = np.frombuffer(sound.readframes(16_000), "<i2")
+    expected = make(kind).predict(files["both"], start=1.5)["sound"]
+    np.testing.assert_allclose(samples / 32767, expected.clamp(-1, 1), atol=1e-4)
+
+
+def test_features_of_an_encoder(files, tmp_path):
+    encoder = make(AVEncoder)
+    encoder.save_pretrained(tmp_path / "model")
+    assert main(PredictConfig(str(tmp_path / "model"), (files["both"],), out=tmp_path / "f.csv")) == 0
+    (row,) = csv.DictReader((tmp_path / "f.csv").open())
+    truth = pool(encoder(*read_clip(files["both"], INPUTS)))
+    for name in "image", "audio", "fusion":
+        assert [float(row[f"{name}_{n}"]) for n in range(32)] == pytest.approx(
+            truth[name][0].tolist(), rel=1e-4, abs=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(videos=()), "VIDEO... must name at least one file"),
+        (dict(every=0.0), "--every must be a positive number"),
+        (dict(top=0), "--top must be a positive integer"),
+        (dict(out="answers.txt"), "--out must end in .json, .csv, .parquet"),
+    ],
+)
+def test_bad_settings_are_named(options, message, tmp_path):
+    options = dict(model="run", videos=(tmp_path,)) | options
+    if "out" in options:
+        options["out"] = tmp_path / options["out"]
+    with pytest.raises(ValueError, match=message):
+        PredictConfig(**options)
