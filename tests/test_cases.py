@@ -16,7 +16,7 @@ import pytest
 import torch
 from videos import numbered_frames, probe, read_audio, read_frame, write_video
 
-from avfuse.data.check import check
+from avfuse.data.check import JOURNAL, check
 from avfuse.data.clips import Clip, ClipDataset, Failure
 from avfuse.data.decode import ClipReader
 from avfuse.data.find import find_data
@@ -242,3 +242,14 @@ def test_what_an_earlier_reader_found_is_looked_at_again(tmp_path):
     check(tmp_path, **QUIET)
     (entry,) = read_entries(tmp_path)
     assert entry.error == BROKEN[Path(path).name]
+
+
+def test_lists_and_journals_that_are_pipes_are_not_read(tmp_path):
+    write_video(tmp_path / "a.mp4", 1)
+    os.mkfifo(tmp_path / JOURNAL)
+    with pytest.raises(ValueError, match="journal is not a file"):
+        check(tmp_path, **QUIET)
+    (tmp_path / "annotations").mkdir()
+    os.mkfifo(tmp_path / "annotations/vggsound.csv")
+    with pytest.raises(ValueError, match="vggsound.csv is not a file"):
+        find_data(tmp_path, **QUIET)

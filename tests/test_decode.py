@@ -248,12 +248,18 @@ def test_an_orientation_in_the_stream_itself_counts_for_all_its_frames(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("ratio", "width"), [("2/1", 128), ("4/3", 85), ("16/11", 93), ("8/9", 57), ("1/2", 32)]
+    ("ratio", "width"), [("2/1", 128), ("4/3", 85), ("16/11", 93), ("8/9", 57), ("1/2", 32), ("230/229", 64)]
 )
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "avi"])
 def test_pixels_are_square(tmp_path, ratio, width, suffix):
     path = write_video(tmp_path / f"a.{suffix}", audio=False, aspect=ratio)
     assert read_frame(path, 0.55).shape == (48, width, 3) and number_of(read_frame(path, 0.55)) == 5
+
+
+def test_pixels_whose_shape_the_pictures_alone_tell(tmp_path):
+    path = write_video(tmp_path / "a.mp4", audio=False, aspect="4/3")
+    path.write_bytes(path.read_bytes().replace(b"pasp", b"free"))
+    assert read_frame(path, 0.55).shape == (48, 85, 3)
 
 
 def test_pixels_that_no_picture_has(tmp_path):

@@ -162,6 +162,8 @@ def _journal(out: Path) -> Iterator[tuple[dict[str, Entry], Callable[[Entry], No
     path = out / JOURNAL
     if path.is_symlink():
         raise ValueError(f"{path} is a link: it is not written to")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a file: it is not written to")
     with open(path, "a+", encoding="utf-8", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which the system releases however it ends

@@ -44,6 +44,7 @@ DAMAGED = (
     av.error.PermissionError,
     av.error.EOFError,
 )  # what decoders say of damage
+SQUARE = 0.01  # by which a pixel may be wider than high: what scaling to whole pixels leaves behind
 BACKWARD = 0.5  # seconds by which times may go back without a word
 TIMELESS = ("avi", "asf")  # formats that say when a picture is decoded, not when it is shown
 GAPLESS = ("wav", "flac", "mp3", "aac")  # formats of one sound without gaps, times in which may be estimates
@@ -461,7 +462,8 @@ class ClipReader:
 
     def _upright(self, frame: av.VideoFrame) -> np.ndarray:
         """Its pixels as they are meant to be shown: square, turned and mirrored."""
-        wide = float(self._video.sample_aspect_ratio or 1)
+        wide = float(self._video.sample_aspect_ratio or self._video.codec_context.sample_aspect_ratio or 1)
+        wide = wide if abs(wide - 1) > SQUARE else 1.0
         width, other = round(frame.width * wide), {}
         if not 0 < width * frame.height <= MAX_PIXELS:
             raise ValueError(f"they are {wide:g} times as wide as high")

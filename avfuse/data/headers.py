@@ -6,11 +6,8 @@ from typing import BinaryIO
 CUT_OFF = "is cut off: fetch it again"
 HEAD, TAIL = 4096, 2**16  # bytes looked at; a page of Ogg is no longer than TAIL
 BOXES = 64  # of mp4 that are looked at
-UNKNOWN = 0x7FFFF000  # bytes of a RIFF: what programs write that do not know, or this and above
-EBML, SEGMENT = (
-    b"\x1a\x45\xdf\xa3",
-    b"\x18\x53\x80\x67",
-)  # how Matroska begins, and its part with all the rest
+UNKNOWN = 0x7FFFF000  # bytes of a RIFF: this or more stands in those that were written to a pipe
+EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # Matroska: its first element, and the main one
 ASF = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # of which object the size of the file is part
 PACKETS = ((188, 0), (192, 4), (204, 0))  # of MPEG-TS: bytes, and where the first one begins
 

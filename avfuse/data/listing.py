@@ -129,6 +129,8 @@ def rows(listing: Listing, path: Path, parse: Callable[[list[str]], Row]) -> Ite
     """
     if leads_out(path, listing.root):
         raise ValueError(f"{path} leads out of the data folder {listing.root}: it is not read")
+    if path.exists() and not path.is_file():  # reading from a pipe would wait for ever
+        raise ValueError(f"{path} is not a file")
     before = {}
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
