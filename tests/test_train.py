@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -474,6 +475,27 @@ def test_a_run_folder_serves_one_process(data, tmp_path):
         main(tiny(data, tmp_path / "run", restart=True))
     assert loop.train(run) == 0
     assert main(tiny(data, tmp_path / "run")) == 0
+
+
+def test_a_run_goes_on_when_it_and_its_data_were_moved_and_the_clock_went_back(
+    finished, tmp_path, monkeypatch
+):
+    run, data = tmp_path / "moved run", tmp_path / "moved data"
+    shutil.copytree(finished.run, run)
+    shutil.copytree(finished.data, data)
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    for path in run.rglob("*"):
+        os.utime(path, (2**32, 2**32))  # the year 2106
+    monkeypatch.setattr(time, "time", lambda: 2.0**30)  # 2004
+    config = replace(finished, data=data, run=run)
+    clip = next(data.rglob("train/*.mp4"))
+    content = clip.read_bytes()
+    clip.write_bytes(content + b"\0" * 8)  # another size: it is no longer the same data
+    with pytest.raises(ValueError, match=r"--data has changed since .*\(10 clips then, 10 now\)"):
+        main(config)
+    clip.write_bytes(content)
+    assert main(config) == 0
+    assert losses(run) == losses(finished.run)
 
 
 def test_warmup_cosine_by_hand():
