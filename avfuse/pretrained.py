@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .files import check_tensors, misfits, printable, read_safetensors, write_json, write_safetensors
 from .model_card import licence_of, model_card
 
+SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")  # of files with weights
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 STRAYS = 100  # parameters unlike all weights, after which a model is not made any further
 UNSAVED = 2**26  # bytes of buffers that a model may have besides its weights
@@ -119,11 +120,15 @@ def _saved_as(cls) -> str:
 
 
 def file_at(source: str | os.PathLike, name: str, **options) -> Path:
-    """A file of a saved model, in a folder or under a name on the hub."""
+    """A file of a saved model, in a folder or under a name on the hub, which is asked only for what cannot be
+    meant as a path: its answer may take half a minute.
+    """
     folder = Path(source)
-    return (
-        folder / name if os.path.isdir(folder) else Path(hf_hub_download(os.fspath(source), name, **options))
-    )
+    if os.path.isdir(folder):
+        return folder / name
+    if folder.suffix in SUFFIXES or (len(folder.parts) == 2 and folder.parent.is_dir()):
+        raise ValueError(f"{printable(source)} is no file or folder")
+    return Path(hf_hub_download(os.fspath(source), name, **options))
 
 
 def read_config(source: str | os.PathLike, **options) -> dict:

@@ -418,3 +418,13 @@ def test_parameter_groups_hold_everything_once_by_decay_and_layer(interactions, 
 def test_default_weight_decay_is_the_papers():
     assert {group["weight_decay"] for group in make_encoder().parameter_groups()} == {0.0, 0.05}
     assert {group["weight_decay"] for group in make_mae().parameter_groups()} == {0.0, 0.05}
+
+
+@pytest.mark.parametrize("name", ["runs/gone", "encoder.pth", "someone/encoder.safetensors"])
+def test_what_is_meant_as_a_path_is_not_looked_for_on_the_hub(name, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("avfuse.pretrained.hf_hub_download", lambda *_, **__: pytest.fail("asked the hub"))
+    for load in load_encoder, AVEncoder.from_pretrained:
+        with pytest.raises(ValueError, match=f"{name} is no file or folder"):
+            load(name)
