@@ -101,12 +101,18 @@ def pack(path: Path, packed: Path) -> Path:
     return packed
 
 
+def noisy_frames(count: int) -> np.ndarray:
+    """Frames so large that no packet of a stream holds several."""
+    noise = np.random.default_rng(0).integers(-14, 15, (count, 96, 128, 1))
+    return (numbered_frames(count, (128, 96)) + noise).astype(np.uint8)
+
+
 @pytest.mark.parametrize("suffix", ["mpg", "vob", "ts"])
 def test_frames_of_program_streams(tmp_path, suffix):
-    noise = np.random.default_rng(0).integers(-14, 15, (120, 96, 128, 1))  # so that no packet holds several
-    video = (numbered_frames(120, (128, 96)) + noise).astype(np.uint8)
     path = tmp_path / f"a.{suffix}"
-    write_video(path, codecs=("mpeg2video", ""), audio=False, video=video, g="12", bf="2", qmax="2")
+    write_video(
+        path, codecs=("mpeg2video", ""), audio=False, video=noisy_frames(120), g="12", bf="2", qmax="2"
+    )
     with ClipReader(path) as clip:
         assert clip.streams.seconds == pytest.approx(12.0, abs=0.2)
         for number in (*range(0, 120, 7), 119, 60, 3):
@@ -115,7 +121,10 @@ def test_frames_of_program_streams(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", ["ts", "mpg"])
 def test_a_stream_that_begins_between_key_frames(tmp_path, suffix):
-    path = write_video(tmp_path / f"a.{suffix}", 3, codecs=("mpeg2video", "mp2"), g="10", bf="2", qmax="2")
+    path = tmp_path / f"a.{suffix}"
+    write_video(
+        path, video=noisy_frames(30), audio=False, codecs=("mpeg2video", ""), g="10", bf="2", qmax="2"
+    )
     data = path.read_bytes()
     piece = {"mpg": 2048, "ts": 188}[suffix]
     path.write_bytes(data[len(data) * 3 // 8 // piece * piece :])
