@@ -497,6 +497,34 @@ def test_pictures_and_sound_share_a_clock(tmp_path, suffix):
         assert read_frame(path, click + 0.002).mean() > 220
 
 
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts what the system reads")
+@pytest.mark.parametrize("order", [("frame", "audio"), ("audio", "frame")])
+def test_a_window_is_read_without_what_lies_before_it(tmp_path, order):
+    """In Matroska, whose index is of pictures alone."""
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as output:
+        pictures = output.add_stream("libx264", rate=5, options={"g": "10"})
+        pictures.width, pictures.height, pictures.pix_fmt = 64, 48, "yuv420p"
+        sound = output.add_stream("pcm_s16le", rate=48_000, layout="mono")
+        for number, picture in enumerate(numbered_frames(450)):
+            frame = av.VideoFrame.from_ndarray(picture)
+            frame.pts, frame.time_base = number, Fraction(1, 5)
+            output.mux(pictures.encode(frame))
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 9_600), np.int16), "s16", "mono")
+            frame.sample_rate, frame.pts, frame.time_base = 48_000, number * 9_600, Fraction(1, 48_000)
+            output.mux(sound.encode(frame))
+        output.mux(pictures.encode(None))
+
+    def bytes_read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    with ClipReader(path) as clip:
+        before = bytes_read()
+        for what in order:
+            clip.frame(80) if what == "frame" else clip.audio(80, 3, 16_000)
+        assert bytes_read() - before < path.stat().st_size / 4
+
+
 def test_no_sound_from_there_on(tmp_path):
     path = write_video(tmp_path / "a.mp4", 2)
     with pytest.raises(ClipError, match="has no sound from 2.5 s on"):
