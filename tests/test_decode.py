@@ -101,12 +101,18 @@ def pack(path: Path, packed: Path) -> Path:
     return packed
 
 
+def noisy_frames(count: int) -> np.ndarray:
+    """Frames so large that no packet of a stream holds several."""
+    noise = np.random.default_rng(0).integers(-14, 15, (count, 96, 128, 1))
+    return (numbered_frames(count, (128, 96)) + noise).astype(np.uint8)
+
+
 @pytest.mark.parametrize("suffix", ["mpg", "vob", "ts"])
 def test_frames_of_program_streams(tmp_path, suffix):
-    noise = np.random.default_rng(0).integers(-14, 15, (120, 96, 128, 1))  # so that no packet holds several
-    video = (numbered_frames(120, (128, 96)) + noise).astype(np.uint8)
     path = tmp_path / f"a.{suffix}"
-    write_video(path, codecs=("mpeg2video", ""), audio=False, video=video, g="12", bf="2", qmax="2")
+    write_video(
+        path, codecs=("mpeg2video", ""), audio=False, video=noisy_frames(120), g="12", bf="2", qmax="2"
+    )
     with ClipReader(path) as clip:
         assert clip.streams.seconds == pytest.approx(12.0, abs=0.2)
         for number in (*range(0, 120, 7), 119, 60, 3):
@@ -115,7 +121,10 @@ def test_frames_of_program_streams(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", ["ts", "mpg"])
 def test_a_stream_that_begins_between_key_frames(tmp_path, suffix):
-    path = write_video(tmp_path / f"a.{suffix}", 3, codecs=("mpeg2video", "mp2"), g="10", bf="2", qmax="2")
+    path = tmp_path / f"a.{suffix}"
+    write_video(
+        path, video=noisy_frames(30), audio=False, codecs=("mpeg2video", ""), g="10", bf="2", qmax="2"
+    )
     data = path.read_bytes()
     piece = {"mpg": 2048, "ts": 188}[suffix]
     path.write_bytes(data[len(data) * 3 // 8 // piece * piece :])
@@ -486,6 +495,34 @@ def test_pictures_and_sound_share_a_clock(tmp_path, suffix):
         click = start + np.flatnonzero(np.abs(sound) > 0.3)[0] / 16_000
         assert read_frame(path, click - 0.002).mean() < 30
         assert read_frame(path, click + 0.002).mean() > 220
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts what the system reads")
+@pytest.mark.parametrize("order", [("frame", "audio"), ("audio", "frame")])
+def test_a_window_is_read_without_what_lies_before_it(tmp_path, order):
+    """In Matroska, whose index is of pictures alone."""
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as output:
+        pictures = output.add_stream("libx264", rate=5, options={"g": "10"})
+        pictures.width, pictures.height, pictures.pix_fmt = 64, 48, "yuv420p"
+        sound = output.add_stream("pcm_s16le", rate=48_000, layout="mono")
+        for number, picture in enumerate(numbered_frames(450)):
+            frame = av.VideoFrame.from_ndarray(picture)
+            frame.pts, frame.time_base = number, Fraction(1, 5)
+            output.mux(pictures.encode(frame))
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 9_600), np.int16), "s16", "mono")
+            frame.sample_rate, frame.pts, frame.time_base = 48_000, number * 9_600, Fraction(1, 48_000)
+            output.mux(sound.encode(frame))
+        output.mux(pictures.encode(None))
+
+    def bytes_read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    with ClipReader(path) as clip:
+        before = bytes_read()
+        for what in order:
+            clip.frame(80) if what == "frame" else clip.audio(80, 3, 16_000)
+        assert bytes_read() - before < path.stat().st_size / 4
 
 
 def test_no_sound_from_there_on(tmp_path):

@@ -548,7 +548,8 @@ def _open(path: Path, part: Part | None) -> av.container.InputContainer:
 
 def _matrix(frame: av.VideoFrame) -> list[int]:
     """How a frame is to be turned, as FFmpeg's display matrix has it."""
-    small = frame.reformat(2, 2, "gray", interpolation="POINT")  # for to ask for side data keeps it
+    # Not of the frame itself: one that was asked for its side data holds on to its pixels.
+    small = frame.reformat(2, 2, "gray", interpolation="POINT", threads=1)
     with suppress(ValueError):  # of a kind that PyAV does not know
         if Type.DISPLAYMATRIX in small.side_data:
             return np.frombuffer(small.side_data[Type.DISPLAYMATRIX], np.int32).tolist()
