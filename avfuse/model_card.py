@@ -61,11 +61,20 @@ def model_card(
 
 
 def check_facts(facts: dict) -> None:
+    if not isinstance(facts, dict):
+        raise ValueError(f"facts must be a dictionary, got {type(facts).__name__}")
     for name, fact in facts.items():
         if name not in (*HEADINGS, "licence"):
             raise ValueError(f"facts must be of {', '.join(HEADINGS)} and licence, got {name!r}")
         if not isinstance(fact, str if name == "licence" else dict):
             raise ValueError(f"facts: {name} cannot be a {type(fact).__name__}")
+
+
+def check_origins(origins: dict) -> None:
+    for branch, origin in origins.items():
+        names = ("weights", "family", "licence")
+        if not isinstance(origin, dict) or not all(isinstance(origin.get(name), str) for name in names):
+            raise ValueError(f"origins: that of {branch} must tell weights, family and licence by text")
 
 
 def licence_of(facts: dict, origins: dict) -> str | None:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 
 from .files import check_tensors, misfits, printable, read_safetensors, write_json, write_safetensors
-from .model_card import licence_of, model_card
+from .model_card import check_facts, check_origins, licence_of, model_card
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")  # of files with weights
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -94,6 +94,8 @@ class Pretrained(
         weights = cls.current(read_safetensors(file_at(source, WEIGHTS, **options)))
         model = make_for(weights, lambda: cls.from_config(config["model"]), f"{source}: {CONFIG}")
         model.facts = config.get("facts")
+        check_facts(model.facts or {})
+        check_origins(model._origins())
         return model
 
     def _save_pretrained(self, save_directory: Path) -> None:

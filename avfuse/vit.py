@@ -24,7 +24,14 @@ LAYERS = 10_000  # of a transformer at most: timm lists a rate for each before i
 def plain_vit(channels: int, size: tuple[int, int], **options) -> VisionTransformer:
     """A transformer of patch tokens alone, without class token and head, for inputs (channels, *size)."""
     options = dict(class_token=False, global_pool="", num_classes=0) | options
+    check_depth(options.get("depth", 1))
     return VisionTransformer(img_size=tuple(size), in_chans=channels, **options)
+
+
+def check_depth(depth: int) -> None:
+    check_count("depth", depth)
+    if depth > LAYERS:
+        raise ValueError(f"depth must be at most {LAYERS}, got {depth}")
 
 
 def patch_tokens(vit: VisionTransformer, pixels: Tensor, keep: Tensor | None) -> Tensor:
@@ -190,11 +197,9 @@ def describe_vit(vit: VisionTransformer) -> dict:
 def build_vit(description: dict, device: str | None = None) -> VisionTransformer:
     """A VisionTransformer from the arguments of `describe_vit`."""
     arguments = dict(description)
-    for name in "depth", "num_heads":
-        check_count(name, arguments[name])
+    check_depth(arguments["depth"])
+    check_count("num_heads", arguments["num_heads"])
     check_positive("norm_eps", arguments["norm_eps"])
-    if arguments["depth"] > LAYERS:
-        raise ValueError(f"depth must be at most {LAYERS}, got {arguments['depth']}")
     norm, eps = NORMS[arguments.pop("norm_layer")][0], arguments.pop("norm_eps")
     arguments |= dict(
         norm_layer=lambda dim, **kind: norm(dim, eps=eps, **kind),

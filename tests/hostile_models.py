@@ -65,7 +65,7 @@ ENCODER = {  # path in the config of an encoder -> values
     "inputs.audio_seconds": (1e300, -1),
     "inputs.image_std": ([0, 0, 0], [1] * 10**5),
     "inputs": (None, [], {}),
-    "origins": ([1], "a", 3),
+    "origins": ([1], "a", 3, {"image": "a"}, {"audio": {"weights": "a", "family": "b", "licence": 3}}),
     "image": (None, [], 3),
 }
 NOTHING = {"inputs.window": 10**9}  # that a model may ask for: it takes memory where clips are read only

@@ -27,6 +27,7 @@ from avfuse.training.checkpoints import list_checkpoints
 from avfuse.training.faults import RunError
 from avfuse.training.judge import weights_hash
 from avfuse.training.recipes import TrainConfig, make_model
+from avfuse.training.run_folder import check_run
 from avfuse.training.settings import raised_warmup_cosine, warmup_cosine
 
 
@@ -496,6 +497,20 @@ def test_a_run_goes_on_when_it_and_its_data_were_moved_and_the_clock_went_back(
     clip.write_bytes(content)
     assert main(config) == 0
     assert losses(run) == losses(finished.run)
+
+
+@pytest.mark.parametrize("name", [".lock", "run.json", "config.json", "metrics.jsonl", "quarantine.jsonl"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "link to nothing"])
+def test_pipes_and_devices_in_a_run_folder_are_not_opened(data, tmp_path, name, kind):
+    path = tmp_path / name
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else "nowhere")
+    with pytest.raises(ValueError, match=rf"--run-dir .*: {name} is no regular file"):
+        check_run(tiny(data, tmp_path))
 
 
 def test_warmup_cosine_by_hand():

@@ -38,6 +38,9 @@ def check_run(config: LoopConfig) -> None:
     run = config.run
     if run.exists() and not run.is_dir():
         raise ValueError(f"--run-dir {printable(run)} is not a folder")
+    for name in (LOCK, FILE, FILE_BEFORE, "metrics.jsonl", "quarantine.jsonl"):
+        if os.path.lexists(run / name) and not (run / name).is_file():  # a pipe would be waited for
+            raise ValueError(f"--run-dir {printable(run)}: {name} is no regular file")
     before = read_run(run)
     if not before:
         others = [path.name for path in run.iterdir() if path.name != LOCK] if run.exists() else []
