@@ -35,7 +35,7 @@ setup(
         "huggingface_hub>=1.0",
         "tensorboard>=2.18",
         "matplotlib>=3.9",
-        "pillow>=10.0",
+        "pillow>=10.4",  # tells pictures of 16 bits
         "tqdm>=4.66",
         "torchmetrics>=1.4",  # tasks: average precision, ROC
         "scikit-learn>=1.5",  # tasks: the NMF baseline
