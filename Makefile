@@ -7,6 +7,8 @@ VENV := .venv
 MADE_FROM := $(shell cat $(VENV)/complete 2>/dev/null)
 RUN := $(VENV)/bin/python -m
 ARGS ?=
+WORKERS ?= 2
+EXTRAS = test$(if $(findstring oldest,$(CONSTRAINTS)),,,adapters)
 
 .DEFAULT_GOAL := help
 .PHONY: help train test bench lint clean
@@ -17,8 +19,8 @@ help:  ## list the verbs
 train: $(VENV)/complete  ## train; with no ARGS, the demo: make train ARGS="--help"
 	$(RUN) avfuse.train $(ARGS)
 
-test: $(VENV)/complete  ## run the tests: make test ARGS="-k pair_attention"
-	$(RUN) pytest $(ARGS)
+test: $(VENV)/complete  ## run the tests: make test ARGS="-k pair_attention" WORKERS=4
+	$(RUN) pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 bench: $(VENV)/complete  ## time the attention over pairs: make bench ARGS="--variants bias"
 	$(VENV)/bin/python benchmarks/pair_attention.py $(ARGS)
@@ -45,5 +47,5 @@ $(VENV)/complete: $(CONSTRAINTS) setup.py pyproject.toml
 	@if [ -e $(VENV)/incomplete ] || [ "$(or $(MADE_FROM),constraints.txt)" != "$(CONSTRAINTS)" ]; then rm -rf $(VENV); fi
 	@mkdir -p $(VENV) && touch $(VENV)/incomplete
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test]'
+	$(RUN) pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	@echo $(CONSTRAINTS) > $(VENV)/incomplete && mv $(VENV)/incomplete $@

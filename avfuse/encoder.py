@@ -423,7 +423,7 @@ def check_branch(name: str, vit: VisionTransformer, pixels: Tensor | None, selec
                 raise ValueError(f"{name}_{what} needs {name}, which is None")
         return
     for part, module in (name, vit), (f"{name}.blocks", vit.blocks):
-        if has_hooks(module):
+        if has_hooks(module) and not has_hooks(vit.blocks[0]):  # where all modules have some, those run
             raise ValueError(
                 f"{name} cannot run the hooks of {part}, only those of its parts, such as its blocks"
             )

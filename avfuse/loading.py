@@ -74,7 +74,14 @@ def load_model(kind: type[nn.Module], run: str | os.PathLike) -> nn.Module:
         fault = printable(repr(error))
         raise ValueError(f"{folder / HEAD} is not that of a {kind.__name__}: {fault}") from error
     weights = head | {f"encoder.{name}": weight for name, weight in encoder.state_dict().items()}
-    return make_for(kind.current(weights), lambda: kind(encoder, **options), f"{folder / HEAD}")
+
+    def make() -> nn.Module:
+        try:
+            return kind(encoder, **options)
+        except TypeError as error:
+            raise ValueError(f"{folder / HEAD} is not that of a {kind.__name__}: {error}") from error
+
+    return make_for(kind.current(weights), make, f"{folder / HEAD}")
 
 
 def saved_at(path: str | os.PathLike) -> tuple[str | os.PathLike, str | None]:

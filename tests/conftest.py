@@ -4,6 +4,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 os.environ["MPLBACKEND"] = "Agg"
+# The models of tests are so small that threads wait for each other longer than they compute, above all where
+# several workers and the programs that they start share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

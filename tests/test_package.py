@@ -94,6 +94,13 @@ def test_wheel_holds_the_whole_package_and_nothing_else(wheels):
     assert wheels["wheel"].getinfo(f"avfuse-{avfuse.__version__}.dist-info/licenses/LICENSE")
 
 
+UNTESTED = {  # xformers is built for torch 2.10; adapters need a newer huggingface_hub than the lowest
+    "": (),
+    "-oldest": ("xformers", "peft", "torchao"),
+    "-newest": ("xformers",),
+}
+
+
 def test_every_dependency_has_tested_versions_in_its_range(wheels):
     """Those of constraints-oldest.txt are the lower bounds."""
     metadata = wheels["wheel"].read(f"avfuse-{avfuse.__version__}.dist-info/METADATA").decode().splitlines()
@@ -103,7 +110,7 @@ def test_every_dependency_has_tested_versions_in_its_range(wheels):
         lines = (ROOT / f"constraints{kind}.txt").read_text().splitlines()
         tested = dict(line.split()[0].split("==") for line in lines if re.match("[^#]*==", line))
         for requirement in required:
-            if requirement.name == "xformers" and kind:  # for which torch 2.11 is too new already
+            if requirement.name in UNTESTED[kind]:
                 continue
             assert requirement.specifier.contains(tested[requirement.name]), str(requirement)
             if kind == "-oldest":

@@ -1,5 +1,6 @@
 """What the bytes of a file tell without FFmpeg: that it has been cut off, or is no video at all."""
 
+import re
 import struct
 from typing import BinaryIO
 
@@ -7,6 +8,7 @@ CUT_OFF = "is cut off: fetch it again"
 HEAD, TAIL = 4096, 2**16  # bytes looked at; a page of Ogg is no longer than TAIL
 BOXES = 64  # of mp4 that are looked at
 UNKNOWN = 0x7FFFF000  # bytes of a RIFF: this or more stands in those that were written to a pipe
+CONTROL = re.compile(r"[\0-\b\x0e-\x1f\x7f]")  # characters that no text has
 EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # Matroska: its first element, and the main one
 ASF = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # of which object the size of the file is part
 PACKETS = ((188, 0), (192, 4), (204, 0))  # of MPEG-TS: bytes, and where the first one begins
@@ -115,7 +117,7 @@ def describe(head: bytes) -> str | None:
         text = head.decode("utf-8-sig", errors="strict" if len(head) < HEAD else "ignore")
     except UnicodeDecodeError:
         return None
-    if not all(c.isprintable() or c.isspace() for c in text):
+    if CONTROL.search(text):
         return None
     kind = "a web page" if text.lstrip()[:1] == "<" else "text"
     return f"it is {kind}, not video ({' '.join(text.split())[:40]!r}): {again}"
