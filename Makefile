@@ -20,7 +20,7 @@ train: $(VENV)/complete  ## train; with no ARGS, the demo: make train ARGS="--he
 	$(RUN) avfuse.train $(ARGS)
 
 test: $(VENV)/complete  ## run the tests: make test ARGS="-k pair_attention" WORKERS=4
-	$(RUN) pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(RUN) pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 bench: $(VENV)/complete  ## time the attention over pairs: make bench ARGS="--variants bias"
 	$(VENV)/bin/python benchmarks/pair_attention.py $(ARGS)
