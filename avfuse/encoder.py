@@ -207,7 +207,7 @@ class AVEncoder(nn.Module, Pretrained):
             image_mask, audio_mask: (B, N) bool over all patch tokens, True = attend: tokens nobody attends
                 to.
             image_present, audio_present: (B,) bool, the clips that have it; in the others it is masked
-                everywhere.
+                everywhere, and what stands in its place is not looked at.
             return_layers: also return the tokens after every layer.
 
         Raises:
@@ -386,6 +386,7 @@ class Branch(NamedTuple):
     ) -> "Branch":
         keep, mask, present = selection
         if present is not None:
+            pixels = pixels.masked_fill(~present[:, None, None, None], 0.0)  # whatever stands there, even NaN
             present = present[:, None].expand(-1, vit.patch_embed.num_patches)
             mask = present if mask is None else mask & present
         if mask is not None and keep is not None:

@@ -256,7 +256,9 @@ def misfits(weights: dict[str, Tensor], places: dict[str, Tensor]) -> str:
             for name in both
             if weights[name].is_floating_point() != places[name].is_floating_point()
         ],
-        "not finite": [name for name in both if not weights[name].isfinite().all()],
+        "not finite": [  # as what they become: a float64 may be too large for a float32
+            name for name in both if not weights[name].to(places[name].dtype).isfinite().all()
+        ],
     }
     return "; ".join(f"{fault}: {some(names, MISFITS)}" for fault, names in faults.items() if names)
 

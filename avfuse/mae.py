@@ -167,6 +167,8 @@ class AVMAE(nn.Module, Pretrained):
     def loss(self, name, pixels, pred, removed, present):
         """Mean squared error over the hidden patches of the clips that have this modality (Eq. 14)."""
         target = self.target(name, pixels)
+        if present is not None:
+            target = target.masked_fill(~present[:, None, None], 0.0)  # whatever stands there, even NaN
         error = (pred.float() - target).square().mean(-1)  # (B, N)
         counted = removed if present is None else removed & present[:, None]
         return (error * counted).sum() / counted.sum().clamp(min=1)

@@ -41,7 +41,8 @@ class PredictConfig:
     videos: tyro.conf.Positional[tuple[Path, ...]]
     """Video or sound files."""
     every: float | None = None
-    """Seconds between windows; without it, there is the one in the middle."""
+    """Seconds between the beginnings of windows, as long as a whole one is left; without it, there is the one
+    in the middle."""
     top: int = 3
     """Classes that are shown on the screen; a file gets all."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None

@@ -8,7 +8,7 @@ from timm.layers import GELU, Attention, GELUTanh, LayerNorm, Mlp, PatchEmbed, Q
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from .checks import check_count, check_positive, is_plain
+from .checks import check_count, check_flag, check_positive, check_rate, is_plain
 
 NORMS = {"LayerNorm": (LayerNorm, nn.LayerNorm), "RmsNorm": (RmsNorm,)}
 ACTIVATIONS = {
@@ -19,6 +19,10 @@ ACTIVATIONS = {
     "ReLU": (nn.ReLU,),
 }
 LAYERS = 10_000  # of a transformer at most: timm lists a rate for each before it makes the first
+FLAGS = tuple(  # of a description
+    "qkv_bias qk_norm scale_attn_norm scale_mlp_norm proj_bias class_token no_embed_class pre_norm"
+    " final_norm".split()
+)
 
 
 def plain_vit(channels: int, size: tuple[int, int], **options) -> VisionTransformer:
@@ -200,6 +204,11 @@ def build_vit(description: dict, device: str | None = None) -> VisionTransformer
     check_depth(arguments["depth"])
     check_count("num_heads", arguments["num_heads"])
     check_positive("norm_eps", arguments["norm_eps"])
+    for name, value in arguments.items():
+        if name.endswith("_rate"):
+            check_rate(name, value)
+        elif name in FLAGS:
+            check_flag(name, value)
     norm, eps = NORMS[arguments.pop("norm_layer")][0], arguments.pop("norm_eps")
     arguments |= dict(
         norm_layer=lambda dim, **kind: norm(dim, eps=eps, **kind),

@@ -285,7 +285,8 @@ def test_an_absent_modality_is_masked_everywhere_and_leaves_its_loss(interaction
     present = torch.tensor([True, False, True])
     output = mae(*inputs, **removed, **{f"{absent}_present": present})
 
-    # What encoder and decoders make of it is what they make of an explicit mask.
+    # What encoder and decoders make of it is what they make of an explicit mask over nothing.
+    inputs[absent == "audio"][1] = 0.0
     keep = {f"{key}_keep": keep_of(removed[f"{key}_removed"]) for key in TOKENS}
     mask = {f"{absent}_mask": present[:, None].expand(3, TOKENS[absent])}
     latent = mae.encoder(*inputs, **keep, **mask)
@@ -317,6 +318,10 @@ def test_what_stands_in_for_an_absent_modality_changes_nothing(interactions, abs
     other = "audio" if absent == "image" else "image"
     assert torch.equal(getattr(after, f"{other}_pred"), getattr(before, f"{other}_pred"))
     assert torch.equal(after.loss, before.loss)
+    inputs[absent][1] = torch.nan
+    spoilt = mae(**inputs, **removed, **present)
+    assert torch.equal(spoilt.loss, before.loss)
+    assert all(grad.isfinite().all() for grad in gradients(mae, spoilt.loss).values())
 
 
 @every_interaction

@@ -428,3 +428,34 @@ def test_what_is_meant_as_a_path_is_not_looked_for_on_the_hub(name, tmp_path, mo
     for load in load_encoder, AVEncoder.from_pretrained:
         with pytest.raises(ValueError, match=f"{name} is no file or folder"):
             load(name)
+
+
+def test_finite_weights_that_overflow_are_refused(tmp_path):
+    """As float32, 1e300 is infinite."""
+    encoder = make_encoder().float()
+    encoder.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["fusion_norm.weight"] = torch.full((32,), 1e300, dtype=torch.float64)
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="not finite: fusion_norm.weight"):
+        AVEncoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("drop_path_rate", 1e9, "drop_path_rate must be a number in"),
+        ("attn_drop_rate", -3, "attn_drop_rate must be a number in"),
+        ("pos_drop_rate", float("nan"), "pos_drop_rate must be a number in"),
+        ("proj_drop_rate", "x", "proj_drop_rate must be a number in"),
+        ("qkv_bias", "yes", "qkv_bias must be True or False, got 'yes'"),
+        ("class_token", -3, "class_token must be True or False, got -3"),
+    ],
+)
+def test_a_description_with_an_absurd_part_is_refused(tmp_path, key, value, message):
+    make_encoder().float().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model"]["image"][key] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        AVEncoder.from_pretrained(tmp_path)

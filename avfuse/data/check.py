@@ -6,6 +6,7 @@ it was, and a later one opens only what is new or has changed.
 
 import fcntl
 import hashlib
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -72,7 +73,7 @@ def check(
         progress: show a progress bar.
 
     Returns:
-        The report, for people.
+        The report, for people, with a few names of each kind; the file has all of them.
 
     Raises:
         ValueError: the folder is not laid out as its data set should be, holds shards or no clip, or another
@@ -108,11 +109,11 @@ def check(
             replace(entry, split=split, labels=dict(clip.labels))
             for (split, clip), entry in zip(clips, ready, strict=True)
         ]
-        report = describe(listing, entries, out)
+        report, whole = (describe(listing, entries, out, most) for most in (SHOWN, sys.maxsize))
         manifest.write(out, header, entries)
         missing = "".join(f"{split}\t{name}\n" for split, name in _missing(listing))
         write_text(out / MISSING, missing, errors="surrogateescape", synced=True)
-        write_text(out / REPORT, report, errors="surrogateescape", synced=True)
+        write_text(out / REPORT, whole, errors="surrogateescape", synced=True)
     return report
 
 
@@ -215,8 +216,10 @@ def _missing(listing: Listing) -> Iterator[tuple[str, str]]:
 # --- the report ---------------------------------------------------------------------------------------------
 
 
-def describe(listing: Listing, entries: list[Entry], out: Path) -> str:
-    """The report: what is there, and what is amiss with what to do about it, the gravest first."""
+def describe(listing: Listing, entries: list[Entry], out: Path, most: int) -> str:
+    """The report: what is there, and what is amiss with what to do about it, the gravest first, with `most`
+    names each.
+    """
     good = [entry for entry in entries if entry.error is None]
     lines = [
         listing.coverage(),
@@ -235,8 +238,8 @@ def describe(listing: Listing, entries: list[Entry], out: Path) -> str:
         *_odd(good),
     ):
         if names:
-            lines += ["", f"{len(names)} {what}", *(f"    {printable(name)}" for name in names[:SHOWN])]
-            lines += [f"    and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
+            lines += ["", f"{len(names)} {what}", *(f"    {printable(name)}" for name in names[:most])]
+            lines += [f"    and {len(names) - most} more"] if len(names) > most else []
             lines.append(f"  -> {advice}")
     if listing.extra:
         lines += ["", f"{listing.extra} videos in the folder are in no list, and not used"]

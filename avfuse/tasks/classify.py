@@ -20,6 +20,7 @@ from ..checks import check_count, check_rate
 from ..data.class_folders import read_class_list, with_classes
 from ..data.clips import Clip, ClipDataset
 from ..data.find import Found
+from ..files import printable
 from ..training.features import FEATURES
 from ..training.judge import JudgedTask, TaskConfig, main, starting_encoder, to_columns, to_rows
 from ..training.loop import Task
@@ -416,11 +417,14 @@ def draw_odds(axis, classes: Sequence[str], right: set[int], odds: dict[str, Ten
             what = "picture" if name == "image" else "sound"
             values = odds[f"{name}_input"][order].tolist()
             axis.plot(values, places, mark, color=colour, ms=5, mew=0, ls="", label=f"given the {what} alone")
-    axis.set(xlim=(0, 1), yticks=places, yticklabels=[classes[n] for n in order], xticks=(0, 0.5, 1))
+    axis.set(
+        xlim=(0, 1), yticks=places, yticklabels=[printable(classes[n]) for n in order], xticks=(0, 0.5, 1)
+    )
     axis.invert_yaxis()
     axis.tick_params(labelsize=8, length=0)
     axis.spines[["top", "right", "left"]].set_visible(False)
     for n, text in zip(order, axis.get_yticklabels(), strict=True):
+        text.set_parse_math(False)  # a name with $ is no formula
         if n in right:
             text.set(fontweight="bold", color=BLUE)
 
