@@ -8,7 +8,8 @@ MADE_FROM := $(shell cat $(VENV)/complete 2>/dev/null)
 RUN := $(VENV)/bin/python -m
 ARGS ?=
 WORKERS ?= 2
-EXTRAS = test$(if $(findstring oldest,$(CONSTRAINTS)),,,adapters)
+# Extras that the versions allow, see setup.py.
+EXTRAS = test$(if $(findstring oldest,$(CONSTRAINTS)),,,adapters)$(if $(findstring newest,$(CONSTRAINTS)),,,torchaudio)
 
 .DEFAULT_GOAL := help
 .PHONY: help train test bench lint clean

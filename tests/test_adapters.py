@@ -83,7 +83,7 @@ def test_a_forward_that_was_replaced_is_called():
 
 @pytest.mark.parametrize("interactions", WAYS)
 def test_lora_trains_and_merges(interactions):
-    peft = pytest.importorskip("peft", reason="peft is in the test extra")
+    peft = pytest.importorskip("peft", reason="peft is in the adapters extra")
     encoder, inputs = make_encoder(interactions), make_inputs()
     expected = outputs(encoder, *inputs)
     config = peft.LoraConfig(r=2, target_modules=sorted(LINEAR[interactions]), init_lora_weights=False)
@@ -119,7 +119,7 @@ def test_dynamic_quantization(interactions):
 
 @pytest.mark.parametrize("interactions", WAYS)
 def test_torchao_quantization(interactions):
-    quantization = pytest.importorskip("torchao.quantization", reason="torchao is in the test extra")
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is in the adapters extra")
     encoder = make_encoder(interactions).float()
     inputs = make_inputs(dtype=torch.float32)
     expected = outputs(encoder, *inputs)
