@@ -5,7 +5,9 @@ made fit for a terminal, Markdown or HTML.
 import argparse
 import html
 import json
+import mmap
 import os
+import pickle
 import re
 import stat
 import zipfile
@@ -135,6 +137,9 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
         partial.chmod(mode)
 
 
+BYTES = re.compile(rb"c(?:builtins|__builtin__)\nbytearray\n")  # torch makes as many as a pickle asks for
+
+
 def read_pth(path: str | os.PathLike) -> dict:
     """What torch.save wrote, of which only tensors and plain containers are accepted: no code runs.
 
@@ -145,9 +150,16 @@ def read_pth(path: str | os.PathLike) -> dict:
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                unpacked = sum(member.file_size for member in archive.infolist())
-            if unpacked > os.path.getsize(path):  # torch.save compresses nothing
-                raise zipfile.BadZipFile("its parts are larger than itself")
+                members = archive.infolist()
+                unpacked = sum(member.file_size for member in members)
+                if unpacked > os.path.getsize(path) or any(member.compress_type for member in members):
+                    raise zipfile.BadZipFile("torch.save compresses nothing")
+                pickles = [archive.read(member) for member in members if member.filename.endswith(".pkl")]
+        else:
+            with open(path, "rb") as file:
+                pickles = [mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)]
+        if any(map(BYTES.search, pickles)):
+            raise pickle.UnpicklingError("GLOBAL builtins.bytearray")
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of bytes that are no checkpoint, it raises whatever they lead to

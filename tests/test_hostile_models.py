@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,18 @@ def test_a_blocked_pickle_is_named_in_our_own_words(tmp_path, monkeypatch, zippe
     reason = "it holds posix.system, which is no tensor and might run code"
     assert str(refused.value) == f"weights a.pth is no file of weights alone ({reason})"
     assert not Path("it ran").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_asks_for_memory_is_refused_before_it_gets_any(tmp_path, monkeypatch, zipped):
+    asking = b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\x00\xe4\x0b\x54\x02\x85R."  # for 10 GB
+    (tmp_path / "a.pth").write_bytes(asking)
+    if zipped:
+        with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
+            archive.writestr("a/data.pkl", asking)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was read"))
+    with pytest.raises(ValueError, match="it holds builtins.bytearray"):
+        read_pth(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
