@@ -21,7 +21,7 @@ from .checks import (
     has_hooks,
 )
 from .fusion import NORM_EPS, STATE, VARIANTS, Fusion, Stream, Variant
-from .inputs import InputSettings
+from .inputs import InputSettings, ask_for_inputs, check_inputs, default_inputs
 from .pretrained import Pretrained, parameter_groups
 from .vit import (
     build_vit,
@@ -125,7 +125,7 @@ class AVEncoder(nn.Module, Pretrained):
         self.embed_dim, self.depth = image.embed_dim, max(len(image.blocks), len(audio.blocks))
         self.num_fusion_tokens = fusion_tokens
         self.given_inputs = default_inputs(image, audio) if inputs is None else inputs
-        check_settings(self.given_inputs, image, audio)
+        check_inputs(self.given_inputs, image, audio)
         self.grad_checkpointing = False
         fusion_layers = layers_of(fusion_layers, self.depth)
         self.fusion_layers = () if interactions == "none" else fusion_layers
@@ -476,41 +476,3 @@ def layers_of_blocks(
         raise ValueError(f"block_layers must be {shallow} rising integers in 0..{deep - 1}, got {given!r}")
     layers = tuple(given), range(deep)
     return dict(zip(("image", "audio"), layers if image_depth == shallow else layers[::-1], strict=True))
-
-
-def default_inputs(image: VisionTransformer, audio: VisionTransformer) -> InputSettings | None:
-    """The paper's transforms at the sizes of the two transformers; None if it had no such spectrograms."""
-    mel_bins, frames = audio.patch_embed.img_size
-    if frames != InputSettings().frames:
-        return None
-    timm = (
-        getattr(image, "pretrained_cfg", None) or {}
-    )  # the normalisation that its weights were trained with
-    normalisation = {f"image_{name}": tuple(timm[name]) for name in ("mean", "std") if name in timm}
-    return InputSettings(image_size=image.patch_embed.img_size, mel_bins=mel_bins, **normalisation)
-
-
-def ask_for_inputs(image: VisionTransformer, audio: VisionTransformer) -> str:
-    """What to write where the inputs cannot be told."""
-    (mel_bins, frames), paper = audio.patch_embed.img_size, InputSettings()
-    height, width = image.patch_embed.img_size
-    return (
-        f"this encoder was made without inputs, which say how files become images and spectrograms: its"
-        f" {frames} time steps may be any seconds of sound. At the paper's hop of {paper.hop} samples, write"
-        f" AVEncoder(..., inputs=avfuse.InputSettings(image_size={(height, width)}, mel_bins={mel_bins},"
-        f" hop={paper.hop}, audio_seconds={frames * paper.hop / paper.sample_rate}))"
-    )
-
-
-def check_settings(inputs: InputSettings | None, image: VisionTransformer, audio: VisionTransformer) -> None:
-    if inputs is None:
-        return
-    if not isinstance(inputs, InputSettings):
-        raise ValueError(f"inputs must be InputSettings, got {type(inputs).__name__}")
-    for name, vit, described in (
-        ("image", image, (3, *inputs.image_shape)),
-        ("audio", audio, (1, inputs.mel_bins, inputs.frames)),
-    ):
-        taken = input_shape(vit)
-        if taken != described:
-            raise ValueError(f"{name} takes inputs of shape {taken}, while inputs describes {described}")

@@ -108,25 +108,33 @@ def test_lora_trains_and_merges(interactions):
 
 @pytest.mark.parametrize("interactions", WAYS)
 def test_dynamic_quantization(interactions):
+    """It computes what the encoder does when each linear layer does what its quantized one does."""
     encoder = make_encoder(interactions).float()
     inputs = make_inputs(dtype=torch.float32)
-    expected = outputs(encoder, *inputs)
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
         quantized = torch.ao.quantization.quantize_dynamic(encoder, {nn.Linear}, torch.qint8)
     assert not linear_layers(quantized)
-    assert 1e-6 < relative_error(outputs(quantized, *inputs), expected) < 0.2  # 8 bits, random weights
+    ours, plain = outputs(quantized, *inputs), outputs(encoder, *inputs)
+    for name, layer in linear_layers(encoder).items():
+        layer.forward = quantized.get_submodule(name).forward
+    assert relative_error(ours, outputs(encoder, *inputs)) < 1e-6
+    assert relative_error(ours, plain) > 1e-6
 
 
 @pytest.mark.parametrize("interactions", WAYS)
 def test_torchao_quantization(interactions):
+    """Its weights are used, which differ from those before."""
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is in the adapters extra")
     encoder = make_encoder(interactions).float()
-    inputs = make_inputs(dtype=torch.float32)
-    expected = outputs(encoder, *inputs)
+    inputs, truth = make_inputs(dtype=torch.float32), copy.deepcopy(encoder)
+    plain = outputs(encoder, *inputs)
     quantization.quantize_(encoder, quantization.Int8WeightOnlyConfig())
-    weights = [type(layer.weight) for layer in linear_layers(encoder).values()]
-    assert all(kind is not nn.Parameter for kind in weights)
-    assert 1e-6 < relative_error(outputs(encoder, *inputs), expected) < 0.2  # 8 bits, random weights
+    for name, layer in linear_layers(encoder).items():
+        assert type(layer.weight) is not nn.Parameter
+        truth.get_submodule(name).weight = nn.Parameter(layer.weight.dequantize())
+    ours = outputs(encoder, *inputs)
+    assert relative_error(ours, outputs(truth, *inputs)) < 1e-4
+    assert relative_error(ours, plain) > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from av.sidedata.sidedata import Type
 from av.stream import Disposition
 
 from .headers import CUT_OFF, HEAD, cut_off, describe
+from .sound import JITTER, channels_of, join, mix_of, resample
 
 OPTIONS = {  # FFmpeg also opens playlists, which name other files and hosts
     "format_whitelist": "mov,matroska,avi,flv,mpegts,mpeg,asf,ogg,wav,flac,mp3,aac",
@@ -31,19 +32,14 @@ MAX_PIXELS = 2**26  # of a frame: 8192 x 8192
 MAX_RATE = 768_000  # Hz
 WARM_UP = 0.3  # seconds of sound decoded before what is wanted, because codecs and filters look back
 MARGIN = 0.05  # seconds of that which the resampling filter sees, on both sides
-JITTER = 0.04  # seconds: time stamps are rounded, so a piece that starts this near to the last continues it
 # Before PyAV 19, which does so by itself, bytes of metadata that are no text stop the opening of a file.
 TEXT = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 EPSILON = 1e-6  # seconds: a time that was meant to be that of a frame may have been rounded to just before it
 LAST = 2.0  # seconds at the end in which the last packets of all streams are looked for
-GUESSED = {3: "2.1", 4: "4.0", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}  # layouts of so many channels
 THUMBNAIL, LOOKED_AT = (32, 32), 4  # pixels of pictures, one in four, to see whether anything moves
 BACK = (0, 1, 4, 16, 64, 256, math.inf)  # seconds to seek further back, where a seek lands too late
-DAMAGED = (
-    av.error.InvalidDataError,
-    av.error.PermissionError,
-    av.error.EOFError,
-)  # what decoders say of damage
+# What decoders say of damage.
+DAMAGED = (av.error.InvalidDataError, av.error.PermissionError, av.error.EOFError)
 SQUARE = 0.01  # by which a pixel may be wider than high: what scaling to whole pixels leaves behind
 BACKWARD = 0.5  # seconds by which times may go back without a word
 TIMELESS = ("avi", "asf")  # formats that say when a picture is decoded, not when it is shown
@@ -124,7 +120,7 @@ class _Track:
             self.motion = max(self.motion, float(np.abs(grey - self.first).mean()))
 
     def _hear(self, frame: av.AudioFrame) -> None:
-        channels, mix = _channels(frame), _mix(frame.layout)
+        channels, mix = channels_of(frame), mix_of(frame.layout)
         self.peak = np.maximum(self.peak, np.abs(mix @ channels).max(initial=0.0))  # NaN stays
         self.loudest = max(self.loudest, float(np.abs(channels[mix > 0]).max(initial=0.0)))
 
@@ -494,13 +490,13 @@ class ClipReader:
         block, wanted_block = rate // common, sample_rate // common
         blocks = (first - math.ceil(MARGIN * sample_rate)) // wanted_block
         begin, skip = blocks * block, first - blocks * wanted_block
-        sound = _join(pieces, rate, begin, math.ceil((end + MARGIN) * rate))
+        sound = join(pieces, rate, begin, math.ceil((end + MARGIN) * rate))
         declared = self._declared_end(self._audio)
         if (
             self._format == "mov" and declared is not None
         ):  # the last packet is filled up with what is no sound
             sound = sound[: max(0, round(declared * rate) - begin)]
-        return _resample(sound, rate, sample_rate)[skip : skip + wanted]
+        return resample(sound, rate, sample_rate)[skip : skip + wanted]
 
     def _pieces(self, begin: float, end: float) -> Iterator[tuple[float, int, np.ndarray]]:
         """Decoded sound until `end`: time in seconds, sample rate and mono samples of each piece.
@@ -518,8 +514,7 @@ class ClipReader:
                     continue
                 if time > end:
                     return
-                channels = _channels(frame)
-                yield time, frame.sample_rate, _mix(frame.layout) @ channels
+                yield time, frame.sample_rate, mix_of(frame.layout) @ channels_of(frame)
                 time += frame.samples / frame.sample_rate
 
 
@@ -560,68 +555,6 @@ def _end_of(packet: av.Packet) -> Fraction | float:
     """When a packet ends, in seconds; -inf if it has no time."""
     time = packet.dts if packet.pts is None else packet.pts
     return -math.inf if time is None else (time + (packet.duration or 0)) * packet.time_base
-
-
-def _channels(frame: av.AudioFrame) -> np.ndarray:
-    """(channels, samples) float32 in about -1..1."""
-    if frame.format.is_planar and frame.layout.nb_channels >= 8:  # PyAV would look for one more
-        resampler = av.AudioResampler(format=frame.format.packed)
-        (frame,) = (*resampler.resample(frame), *resampler.resample(None))
-    samples = frame.to_ndarray()  # (channels, samples), or (1, samples * channels) if packed
-    if not frame.format.is_planar:
-        samples = samples.reshape(-1, frame.layout.nb_channels).T
-    if samples.dtype.kind == "f":
-        return samples.astype(np.float32, copy=False)
-    scale, is_unsigned = 2.0 ** (8 * samples.itemsize - 1), samples.dtype.kind == "u"
-    return samples.astype(np.float32) / np.float32(scale) - np.float32(
-        is_unsigned
-    )  # unsigned: 128 is silence
-
-
-def _mix(layout: av.AudioLayout) -> np.ndarray:
-    """(channels,) how much of each channel is in mono."""
-    return _mix_of(layout.name, layout.nb_channels)
-
-
-@cache
-def _mix_of(layout: str, count: int) -> np.ndarray:
-    mean = np.full(count, 1 / count, np.float32)
-    if count <= 2:
-        return mean
-    if layout.endswith("channels"):  # without places: FFmpeg guesses these
-        layout = GUESSED.get(count, layout)
-    try:  # one sample in each channel after the other: what FFmpeg makes of them
-        unit = np.eye(count, dtype=np.float32).reshape(1, -1)
-        frame = av.AudioFrame.from_ndarray(unit, format="flt", layout=layout)
-        frame.sample_rate = 48_000
-        (mono,) = av.AudioResampler(format="flt", layout="mono").resample(frame)
-        return mono.to_ndarray()[0].copy()
-    except (av.FFmpegError, ValueError):  # channels without places
-        return mean
-
-
-def _join(pieces: list[tuple[float, int, np.ndarray]], rate: int, begin: int, end: int) -> np.ndarray:
-    """Samples `begin` to `end`, each piece in its place, zeros between; shorter where the last ends early."""
-    sound, last = np.zeros(end - begin, np.float32), -math.inf
-    for time, _, samples in pieces:
-        at = round(time * rate)
-        at = last if abs(at - last) < JITTER * rate else at
-        last = at + len(samples)
-        kept = samples[max(0, begin - at) : max(0, end - at)]
-        place = max(at - begin, 0)
-        sound[place : place + len(kept)] = kept
-    return sound[: max(0, last - begin)]
-
-
-def _resample(sound: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
-    """(samples,) at `rate` to (samples,) at `sample_rate`, the first samples coinciding."""
-    if rate == sample_rate or not len(sound):
-        return sound
-    frame = av.AudioFrame.from_ndarray(sound[None], format="fltp", layout="mono")
-    frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), 0
-    resampler = av.AudioResampler(format="fltp", layout="mono", rate=sample_rate)
-    frames = (*resampler.resample(frame), *resampler.resample(None))  # None gets what the filter still holds
-    return np.concatenate([np.empty(0, np.float32), *(frame.to_ndarray()[0] for frame in frames)])
 
 
 def _check_finite(name: str, value: float, *, above: float = -math.inf) -> None:

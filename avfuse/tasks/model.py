@@ -47,6 +47,12 @@ class TaskModel(nn.Module):
         """The answer for one clip, a batch of one; None is a modality that it lacks."""
         raise NotImplementedError
 
+    @staticmethod
+    def check_both(image: Tensor | None, audio: Tensor | None) -> None:
+        """Raises ValueError for a clip that lacks a modality."""
+        if image is None or audio is None:
+            raise ValueError(f"it has no {'pictures' if image is None else 'sound'}, and both are needed")
+
     def to_config(self) -> dict:
         """What config.json holds."""
         return dict(encoder=self.encoder.to_config(), **self.settings)

@@ -64,8 +64,7 @@ class SceneModel(TaskModel):
 
     def predicted(self, image: Tensor | None, audio: Tensor | None) -> dict[str, Tensor]:
         """{"map": (height, width)}: how likely each pixel of the image is part of what sounds, 0 to 1."""
-        if image is None or audio is None:
-            raise ValueError(f"it has no {'pictures' if image is None else 'sound'}, and both are needed")
+        self.check_both(image, audio)
         sounding = self.sounding(self(image, audio).float())
         return dict(map=interpolate(sounding[:, None], image.shape[-2:], mode="bilinear")[0, 0].cpu())
 

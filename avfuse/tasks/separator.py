@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from ..checks import check_count
-from ..data.clips import open_window, read_clip
+from ..data.clips import open_window
 from ..data.transforms import Spectrogram
 from ..encoder import AVEncoder
 from ..inputs import InputSettings
@@ -70,24 +70,27 @@ class Separator(TaskModel, Pretrained):
         """{"sound": (samples,), "sample_rate"}: what the picture of a window sounds like, out of all that is
         heard in it. Arguments and errors as for `TaskModel.predict`.
         """
-        inputs, device = self.encoder.inputs, self.encoder.fusion_tokens.device
-        image, audio = read_clip(path, inputs, start=start)
-        if image is None or audio is None:
-            lacking = "pictures" if image is None else "sound"
-            raise ValueError(f"{path}: it has no {lacking}, and both are needed")
+        masks, inputs = super().predict(path, start=start)["masks"], self.encoder.inputs
         with open_window(path, inputs, start) as (reader, start):
             mixture = torch.from_numpy(reader.audio(start, inputs.audio_seconds, inputs.sample_rate))
-        training = self.training
-        sounds, _ = self.eval().separate(image[None].to(device), audio.to(device), mixture[None].to(device))
-        self.train(training)
-        return dict(sound=sounds[0, 0].cpu(), sample_rate=inputs.sample_rate)
+        sound = self.mel_stft.apply_masks(masks, mixture[None].to(masks.device))[0, 0]
+        return dict(sound=sound.cpu(), sample_rate=inputs.sample_rate)
+
+    def predicted(self, image: Tensor | None, audio: Tensor | None) -> dict[str, Tensor]:
+        """{"masks": (1, 1, mel, time)}"""
+        self.check_both(image, audio)
+        return dict(masks=self.masks(image[None], audio))
+
+    def masks(self, image: Tensor, audio: Tensor) -> Tensor:
+        """The probability of each bin to be the source's, (B, S, mel, time); arguments as for `forward`."""
+        return self(image, audio).float().sigmoid()
 
     @torch.no_grad()
     def separate(self, image: Tensor, audio: Tensor, mixture: Tensor) -> tuple[Tensor, Tensor]:
         """The sounds (B, S, samples) of the sources that images show, out of a mixture (B, samples), and the
         masks (B, S, mel, time) that let them through: each bin's probability of being the source's.
         """
-        masks = self(image, audio).float().sigmoid()
+        masks = self.masks(image, audio)
         return self.mel_stft.apply_masks(masks, mixture), masks
 
 

@@ -110,8 +110,8 @@ def size_of(state: object) -> int:
 
 
 def lack(folder: Path, need: int) -> str:
-    """Whether as many bytes would find no room, "" if they would. torch and safetensors do not tell a full
-    disk from other faults; the system does.
+    """That the disk is full, if `need` more bytes do not fit into a folder; "" if they do. torch and
+    safetensors do not tell a full disk from other faults; the system does.
     """
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -135,9 +135,9 @@ def latest_whole(run: Path) -> Path | None:
         fault = damage(checkpoint)
         if not fault:
             for passed_over in found[:count]:  # so that they are not counted among those to keep
-                aside = passed_over.with_name(f"damaged-{passed_over.name}")
-                remove(aside)
-                os.replace(passed_over, aside)
+                damaged = passed_over.with_name(f"damaged-{passed_over.name}")
+                remove(damaged)
+                os.replace(passed_over, damaged)
             return checkpoint
         tqdm.write(printable(f"checkpoint {checkpoint} is damaged ({fault}): passing it over"))
     if found:
