@@ -17,6 +17,7 @@ from .checks import check_count, check_positive
 from .data.clips import open_window, read_clip
 from .encoder import AVEncoder
 from .files import aside, printable
+from .mae import AVMAE
 from .tasks.saved import load
 from .tasks.scenes import draw_map
 from .tasks.separate import write_wav
@@ -66,11 +67,10 @@ def main(config: PredictConfig) -> int:
     """Returns how many videos could not be read.
 
     Raises:
-        ValueError: a setting is wrong, or the model is none that can say something of a video.
+        ValueError: a setting is wrong, or there is no model.
     """
     model = load(config.model)
-    if not isinstance(model, AVEncoder) and not hasattr(model, "predict"):
-        raise ValueError(f"{config.model} holds a {type(model).__name__}: predict with its encoder or a task")
+    model = model.encoder if isinstance(model, AVMAE) else model
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model, answers, failed = model.to(device), [], 0
     encoder = getattr(model, "encoder", model)

@@ -11,7 +11,7 @@ from models import make_vit, randomized, relative_error
 from videos import number_of, write_video
 
 import avfuse
-from avfuse import AVEncoder, InputSettings, read_clip
+from avfuse import AVMAE, AVEncoder, InputSettings, read_clip
 from avfuse.data.clips import Clip, ClipDataset
 from avfuse.predict import PredictConfig, main
 from avfuse.tasks.classifier import Classifier
@@ -215,9 +215,11 @@ def test_pictures_and_sounds(kind, files, tmp_path):
     np.testing.assert_allclose(samples / 32767, expected.clamp(-1, 1), atol=1e-4)
 
 
-def test_features_of_an_encoder(files, tmp_path):
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_features_of_an_encoder(files, tmp_path, pretrained):
     encoder = make(AVEncoder)
-    encoder.save_pretrained(tmp_path / "model")
+    saved = AVMAE(encoder, decoder_dim=16, decoder_depth=1, decoder_heads=2) if pretrained else encoder
+    saved.save_pretrained(tmp_path / "model")
     assert main(PredictConfig(str(tmp_path / "model"), (files["both"],), out=tmp_path / "f.csv")) == 0
     (row,) = csv.DictReader((tmp_path / "f.csv").open())
     truth = pool(encoder(*read_clip(files["both"], INPUTS)))
