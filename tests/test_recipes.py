@@ -4,12 +4,25 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from avfuse.tasks.classify import ClassifyConfig
+from avfuse.tasks.classify import parse as parse_classify
+from avfuse.tasks.retrieve import RetrieveConfig
+from avfuse.tasks.segment import SegmentConfig
 from avfuse.training import recipes
-from avfuse.training.recipes import PRESETS, PUBLISHED_CLIPS, demo, make_model, parse, plan
+from avfuse.training.recipes import (
+    PRESETS,
+    PUBLISHED_CLIPS,
+    TrainConfig,
+    demo,
+    make_model,
+    parse,
+    plan,
+)
 from avfuse.training.settings import Schedule, learning_rate, schedule_of
 
 
@@ -129,3 +142,24 @@ def test_a_small_data_set_shrinks_the_batch_but_every_process_needs_a_clip():
     with pytest.raises(ValueError, match="--batch-size 3 leaves some of the 4 processes without a clip"):
         schedule_of(demo(), 3, processes=4)
     assert Schedule(clips=8, epochs=1, batch_size=4, micro_batch=4, processes=4).steps == 2
+
+
+@pytest.mark.parametrize(
+    "config, run",
+    [
+        (TrainConfig(), "runs/demo"),
+        (parse(["--preset", "audioset"]), "runs/audioset"),
+        (TrainConfig(data=Path("/videos/holiday/")), "runs/holiday"),
+        (parse(["--data", "/videos/vgg", "--preset", "audioset"]), "runs/vgg"),
+        (TrainConfig(data=Path("/videos/demo")), "runs/demo-data"),  # that of the demo is its own
+        (TrainConfig(data=Path("/")), "runs/demo-data"),
+        (TrainConfig(data=Path("/videos"), run=Path("elsewhere")), "elsewhere"),
+        (ClassifyConfig(), "runs/classify"),
+        (ClassifyConfig(data=Path("/videos/birds")), "runs/birds-classify"),
+        (parse_classify(["--probe", "--data", "birds"]), "runs/birds-classify-probe"),
+        (SegmentConfig(data=Path("avs")), "runs/avs-segment"),
+        (RetrieveConfig(data=Path("birds")), "runs/birds-retrieve"),
+    ],
+)
+def test_a_run_folder_has_the_name_of_the_data(config, run):
+    assert str(config.run) == run

@@ -162,6 +162,26 @@ def test_other_settings_need_another_folder(finished):
         main(replace(finished, epochs=4))
 
 
+def test_a_run_on_other_data_is_not_offered_for_deletion(finished, tmp_path):
+    """Above all not that of the demo, for somebody's own data."""
+    for name in "ab":
+        write_video(tmp_path / "videos" / f"{name}.mp4")
+    mine = replace(finished, data=tmp_path / "videos", workers=0)
+    for changed, said in (mine, "--data has changed"), (replace(mine, seed=1), "holds a run with other"):
+        with pytest.raises(ValueError, match=said) as refused:
+            main(changed)
+        assert "choose another --run-dir" in str(refused.value) and "--restart" not in str(refused.value)
+
+
+def test_data_are_looked_for_before_all_else(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "make_accelerator", None)
+    with pytest.raises(ValueError, match="--data .*nowhere does not exist"):
+        main(replace(finished, seed=1, data=tmp_path / "nowhere"))  # in a run folder with other settings
+    (tmp_path / "a.mp4").touch()
+    with pytest.raises(ValueError, match="--data .*a.mp4 is not a folder"):
+        main(replace(finished, data=tmp_path / "a.mp4"))
+
+
 def test_restart_deletes_only_run_folders(finished, tmp_path):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.tex").write_text("")

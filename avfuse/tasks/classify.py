@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -168,8 +168,6 @@ class ClassifyConfig(TaskConfig):
     same, and the classifier when it only gets the picture or only the sound (NAME_input).
     """
 
-    run: Annotated[Path, tyro.conf.arg(name="run-dir")] = Path("runs/classify")
-    """Run folder: config, metrics, checkpoints, pictures, results.json, report, final model."""
     probe: bool = False
     """Linear probe: the encoder is frozen."""
     label: str = ""
@@ -213,6 +211,10 @@ class ClassifyConfig(TaskConfig):
     checkpoint_every: int = 80
     """Steps between checkpoints; there always is one at the end."""
 
+    @property
+    def kind(self):
+        return "classify-probe" if self.probe else "classify"
+
     def __post_init__(self):
         super().__post_init__()
         check_features(self.features)
@@ -234,7 +236,6 @@ class ClassifyConfig(TaskConfig):
 def linear_probe() -> ClassifyConfig:
     """Defaults of the linear probe."""
     return ClassifyConfig(
-        run=Path("runs/classify-probe"),
         probe=True,
         batch_norm=True,
         mixup=0.0,
@@ -436,6 +437,7 @@ def parse(arguments: Sequence[str] | None = None) -> ClassifyConfig:
     """The command line; --probe has defaults of its own."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     default = linear_probe() if "--probe" in arguments else ClassifyConfig()
+    default.run = None  # which depends on the other options
     return tyro.cli(ClassifyConfig, prog=PROGRAM, args=arguments, default=default)
 
 

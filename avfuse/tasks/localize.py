@@ -4,7 +4,6 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import tyro
@@ -46,10 +45,10 @@ class LocalizeConfig(SceneConfig):
     clips and the encoder of a segmenter it does learn it: docs/tasks.md.
     """
 
+    kind = "localize"
+
     data: Path | None = None
     """Flickr-SoundNet or Sounding Shapes. Default: the latter, built once."""
-    run: Annotated[Path, tyro.conf.arg(name="run-dir")] = Path("runs/localize")
-    """Run folder: config, metrics, checkpoints, pictures, results.json, report, final model."""
     test_share: float = 0.5
     """Share of the pictures of Flickr-SoundNet to test on; the names decide which."""
     dim: int = 128

@@ -38,8 +38,11 @@ class RetrieveConfig(TaskConfig):
     sub-folders name the classes.
     """
 
-    run: Annotated[Path, tyro.conf.arg(name="run-dir")] = Path("runs/retrieve")
-    """Folder for results.json, the picture and index.html; what it has of these is replaced."""
+    kind = "retrieve"
+
+    run: Annotated[Path | None, tyro.conf.arg(name="run-dir")] = None
+    """Folder for results.json, the picture and index.html; what it has of these is replaced. Default: under
+    runs/, by the name of --data and of the task."""
     k: tuple[int, ...] = (1, 5, 10)
     """How many neighbours recall looks at."""
     batch_size: int = 32

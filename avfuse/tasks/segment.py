@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import tyro
@@ -63,10 +63,10 @@ class SegmentConfig(SceneConfig):
     `class_scores` in avfuse/tasks/segment.py for the definitions.
     """
 
+    kind = "segment"
+
     data: Path | None = None
     """AVSBench or Sounding Shapes. Default: the latter, built once."""
-    run: Annotated[Path, tyro.conf.arg(name="run-dir")] = Path("runs/segment")
-    """Run folder: config, metrics, checkpoints, pictures, results.json, report, final model."""
     target: Literal["binary", "semantic"] = "semantic"
     """Sounding or not (S4, MS3), or its class (AVSS)."""
     protocol: Literal["avsbench", "deepavfusion"] = "avsbench"

@@ -51,8 +51,8 @@ class SeparateConfig(TaskConfig):
     of 3e-4, batch 512, 300 epochs of which 40 warm up, layer decay 0.75 (released code).
     """
 
-    run: Annotated[Path, tyro.conf.arg(name="run-dir")] = Path("runs/separate")
-    """Run folder: config, metrics, results, pictures, sounds, report, final model."""
+    kind = "separate"
+
     epochs: int = 40
     """Passes over the data, each clip mixed with another one every time; the paper's are 20, the released
     code's 300."""

@@ -26,9 +26,8 @@ from ..pretrained import load_strictly, parameter_groups
 from .loop import Run, Task, evaluation_batches, program
 from .recipes import count_parameters
 from .report import write_report
-from .settings import LoopConfig
+from .settings import DEMO_RUN, LoopConfig
 
-DEMO_RUN = Path("runs/demo")
 FRESH = "none"
 DRAWN = 6  # test clips of which there are pictures
 
@@ -47,6 +46,7 @@ class TaskConfig(LoopConfig):
     """How fusion tokens read image and audio tokens, if weights are fresh."""
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.checkpoint:  # found out once: a run that is resumed must find the same
             self.checkpoint = str(DEMO_RUN) if (DEMO_RUN / "model").is_dir() else FRESH
 

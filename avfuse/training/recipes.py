@@ -48,9 +48,6 @@ class TrainConfig(LoopConfig):
     plan: Annotated[bool, ONCE] = False
     """Print batch, learning rate, steps, parameters, tokens and estimated memory, and stop."""
 
-    run: Annotated[Path, tyro.conf.arg(name="run-dir")] = Path("runs/demo")
-    """Run folder: config, metrics, checkpoints, pictures, report, final model."""
-
     model: Literal["tiny", "small", "base", "large"] = "tiny"
     """Size of both transformers; the paper's is base."""
     interactions: Interactions = "dense"
@@ -99,6 +96,10 @@ class TrainConfig(LoopConfig):
     measure_every: int = 80
     """Steps between measures and pictures on the way; before and after there always are. 0 = none."""
 
+    @property
+    def kind(self):
+        return "" if self.data else self.preset
+
 
 # --- the paper's runs (Sec. 4.1; released code where the paper is silent) -----------------------------------
 
@@ -119,7 +120,6 @@ def vggsound_ablation() -> TrainConfig:
     """
     return TrainConfig(
         preset="vggsound-ablation",
-        run=Path("runs/vggsound-ablation"),
         model="base",
         interactions="factorized",
         decoder_dim=512,
@@ -143,8 +143,8 @@ def vggsound_large() -> TrainConfig:
     """The paper's large VGGSound run: 800 epochs, batch 1024 as 8 GPUs x 64 clips x 2."""
     return replace(
         vggsound_ablation(),
+        run=None,
         preset="vggsound-large",
-        run=Path("runs/vggsound-large"),
         epochs=800,
         batch_size=1024,
         measure_every=140 * 40,
@@ -158,8 +158,8 @@ def audioset() -> TrainConfig:
     """
     return replace(
         vggsound_ablation(),
+        run=None,
         preset="audioset",
-        run=Path("runs/audioset"),
         attn_ratio=1.0,
         mlp_ratio=4.0,
         batch_size=4096,
@@ -185,6 +185,7 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
     first.add_argument("--preset", default="demo")
     preset = first.parse_known_args(arguments)[0].preset
     default = PRESETS.get(preset, demo)()  # of an unknown one tyro will say what there is
+    default.run = None  # which depends on the other options
     return tyro.cli(TrainConfig, prog=PROGRAM, args=arguments, default=default)
 
 

@@ -62,8 +62,14 @@ def check_run(config: LoopConfig) -> None:
     if differences:
         raise ValueError(
             f"--run-dir {printable(run)} holds a run with other settings ({differences}): "
-            "choose another --run-dir, or --restart to delete it"
+            f"{instead(config, before)}"
         )
+
+
+def instead(config: LoopConfig, before: dict) -> str:
+    """What to do where a folder holds another run; one on other data is not offered for deletion."""
+    is_same = before["settings"].get("data") == settings_of(config)["data"]
+    return "choose another --run-dir" + (", or --restart to delete it" if is_same else "")
 
 
 def begin_run(config: LoopConfig, clips: Sequence[Clip], device: torch.device) -> IO:
@@ -88,7 +94,7 @@ def begin_run(config: LoopConfig, clips: Sequence[Clip], device: torch.device) -
             then, now = printable(before["data"].get("clips")), data["clips"]
             raise ValueError(
                 f"--data has changed since the run in {printable(run)} began ({then} clips then, {now} now): "
-                "it would not go on as it was. Choose another --run-dir, or --restart"
+                f"it would not go on as it was; {instead(config, before)}"
             )
         changed = [path for path, time in written.items() if time > before.get("newest", math.inf)]
         if changed:  # or copied: only the times tell

@@ -24,6 +24,7 @@ class Rule:
 COUNT = Rule("must be positive", lambda value: value >= 1)
 NOT_NEGATIVE = Rule("must not be negative", lambda value: 0 <= value < math.inf)
 SECONDS = Rule("must be a positive number of seconds", lambda value: 0 < value < math.inf)
+DEMO_RUN = Path("runs/demo")
 FREE = "changes how a run is carried out, not what comes out: may differ when the run is resumed"
 ONCE = "is an order to one start of a run, and no part of what the run is"
 
@@ -32,6 +33,8 @@ ONCE = "is an order to one start of a run, and no part of what the run is"
 class LoopConfig:
     """Settings of a training loop."""
 
+    kind = ""  # of run, in the name of its folder
+
     data: Annotated[Path | None, FREE] = None  # which clips it holds may not differ, see `describe_data`
     """Folder of videos (searched recursively; train/ and test/ inside it are the splits). Default: Sounding
     Shapes, built once."""
@@ -39,8 +42,9 @@ class LoopConfig:
     """How that folder is laid out; auto tells by its manifest (`python -m avfuse.data check`) or files."""
     train_split: str = ""
     """The split to train on where there are several, such as balanced_train of AudioSet. Default: all."""
-    run: Annotated[Path, tyro.conf.arg(name="run-dir"), FREE] = Path("runs/run")
-    """Run folder: config, metrics, checkpoints, pictures, report, final model."""
+    run: Annotated[Path | None, tyro.conf.arg(name="run-dir"), FREE] = None
+    """Run folder: settings, metrics, checkpoints, pictures, results, report, final model. Default: under
+    runs/, by the name of --data and of the task."""
     restart: Annotated[bool, ONCE] = False
     """Delete what the run folder holds and begin anew; not for commands that a scheduler repeats."""
 
@@ -89,6 +93,17 @@ class LoopConfig:
     keep_checkpoints: Annotated[int, COUNT, FREE] = 2
     """How many of the latest checkpoints stay."""
 
+    def __post_init__(self):
+        if self.run is None:
+            self.run = self.default_run()
+
+    def default_run(self) -> Path:
+        """Of the demo's data runs/KIND, else runs/DATA-KIND; never the folder of the demo for other data."""
+        if self.data is None:
+            return Path("runs", self.kind)
+        run = Path("runs", "-".join(name for name in (self.data.resolve().name, self.kind) if name))
+        return Path("runs/demo-data") if run in (DEMO_RUN, Path("runs")) else run
+
 
 # --- what is declared beside a setting ----------------------------------------------------------------------
 
@@ -104,7 +119,10 @@ def marks(kind: type) -> Iterator[tuple[str, object]]:
 
 
 def check_config(config: LoopConfig) -> None:
-    """Raises ValueError naming the option that makes no sense."""
+    """Raises ValueError naming the option that makes no sense; --data first, which is most often mistaken."""
+    if config.data is not None and not config.data.is_dir():
+        what = "is not a folder" if config.data.exists() else "does not exist"
+        raise ValueError(f"--data {config.data} {what}")
     rules = {name: mark for name, mark in marks(type(config)) if isinstance(mark, Rule)}
     for name, rule in rules.items():
         if not rule.holds(getattr(config, name)):
