@@ -8,10 +8,11 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from torch import nn
 
 from .encoder import AVEncoder
-from .files import printable, read_metadata, read_safetensors, some
+from .files import printable, some
 from .mae import AVMAE
 from .pretrained import CONFIG, WEIGHTS, file_at, make_for, read_config
 from .released import encoder_weights, from_deepavfusion, read_weights
+from .weight_files import read_metadata, read_safetensors
 
 HEAD = "head.safetensors"  # of the model of a task, which was once saved as its encoder and this
 

@@ -16,8 +16,9 @@ from huggingface_hub import ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 
-from .files import check_tensors, misfits, printable, read_safetensors, write_json, write_safetensors
+from .files import printable, write_json
 from .model_card import check_facts, check_origins, licence_of, model_card
+from .weight_files import check_tensors, misfits, read_safetensors, write_safetensors
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")  # of files with weights
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from .checks import check_choice, check_count, check_flag, check_positive, check_size, is_plain
 from .encoder import AVEncoder
-from .files import read_pth, read_safetensors, state_dict
 from .fusion import (
     NORM_EPS,
     STATE,
@@ -35,6 +34,7 @@ from .mae import AVMAE
 from .ops.pair_attention import Side, attend_pairs, masked_attention
 from .pretrained import make_for
 from .vit import plain_vit, ratio_of
+from .weight_files import read_pth, read_safetensors, state_dict
 
 INTERACTIONS = {"dense_mmi": "dense", "factorized_mmi": "factorized", "token": "token", "none": "none"}
 RATIOS = ("attn_ratio", "mlp_ratio")

@@ -20,17 +20,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .checks import check_choice, check_size
-from .files import (
-    StateDict,
-    misfits,
-    printable,
-    read_metadata,
-    read_pth,
-    read_safetensors,
-    state_dict,
-)
+from .files import printable
 from .model_card import UNKNOWN, strictest
 from .pretrained import CONFIG, WEIGHTS
+from .weight_files import StateDict, misfits, read_metadata, read_pth, read_safetensors, state_dict
 
 AXES = ("frequency-time", "time-frequency")
 LICENCES = {  # of what their authors published; DeepAVFusion's weights began as MAE's and AudioMAE's

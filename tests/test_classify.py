@@ -19,7 +19,6 @@ from avfuse.data.decode import Part
 from avfuse.data.find import Found
 from avfuse.data.table import ClipTable
 from avfuse.features import FEATURES
-from avfuse.files import write_safetensors
 from avfuse.loading import load_model
 from avfuse.tasks.classifier import Classifier, load_classifier
 from avfuse.tasks.classify import (
@@ -38,6 +37,7 @@ from avfuse.tasks.segment import Segmenter
 from avfuse.tasks.separator import Separator
 from avfuse.training.judge import starting_encoder, weights_hash, with_drop_path
 from avfuse.training.loop import program, set_up, train
+from avfuse.weight_files import write_safetensors
 
 GOLDEN = Path(__file__).parent / "golden" / "classifier.safetensors"
 

@@ -103,7 +103,7 @@ def test_nothing_is_left_of_a_file_that_could_not_be_written(folder, saved, tmp_
     def full_disk(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("avfuse.files.save_file", full_disk)
+    monkeypatch.setattr("avfuse.weight_files.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         main(FeaturesConfig(folder=folder, out=out, checkpoint=str(saved), workers=0))
     assert [path.name for path in tmp_path.iterdir()] == [out.name] and out.read_bytes() == b"from before"

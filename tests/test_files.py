@@ -12,14 +12,12 @@ from avfuse.files import (
     inside,
     leads_out,
     printable,
-    read_metadata,
     read_rows,
-    read_safetensors,
     some,
     write_rows,
-    write_safetensors,
     write_text,
 )
+from avfuse.weight_files import read_metadata, read_safetensors, write_safetensors
 
 
 def names_in(folder: Path) -> set[str]:

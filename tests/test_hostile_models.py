@@ -14,7 +14,7 @@ import torch
 from models import make_encoder
 
 from avfuse import AVMAE, AVEncoder
-from avfuse.files import read_pth
+from avfuse.weight_files import read_pth
 
 TESTS = Path(__file__).parent
 ADVICE = ("weights_only", "safe_globals", "trust", "allowlist")  # torch's, to read a file unsafely

@@ -187,7 +187,7 @@ def test_a_failed_save_leaves_the_old_weights(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("avfuse.files.save_file", interrupted)
+    monkeypatch.setattr("avfuse.weight_files.save_file", interrupted)
     with pytest.raises(OSError, match="no space"):
         randomized(encoder).float().save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before

@@ -21,13 +21,14 @@ from avfuse.data import manifest
 from avfuse.data.check import check
 from avfuse.data.find import find_data
 from avfuse.data.shards import shard
-from avfuse.files import in_html, in_markdown, printable, read_pth
+from avfuse.files import in_html, in_markdown, printable
 from avfuse.model_card import model_card
 from avfuse.train import Pretraining
 from avfuse.training.loop import program
 from avfuse.training.recipes import TrainConfig
 from avfuse.training.report import write_report
 from avfuse.training.run_folder import Quarantine, check_run
+from avfuse.weight_files import read_pth
 
 EVIL = "\x1b[2J\r\n# A\n![i](http://e.vil/a.png)[l](http://e.vil)<img src=x onerror=y>\"'&amp;|`c`*d*_e_$f$"
 EVIL += "\u202eg\x9b1m"

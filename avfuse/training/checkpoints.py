@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..files import is_regular, printable, refusal, some
+from ..files import is_regular, printable, some
+from ..weight_files import refusal
 from .faults import RunError
 
 MANIFEST, AVERAGE = "manifest.json", "average.safetensors"

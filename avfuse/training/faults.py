@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..files import write_json, write_safetensors
+from ..files import write_json
+from ..weight_files import write_safetensors
 
 LARGEST = 10  # modules that a report names
 

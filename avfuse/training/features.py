@@ -13,7 +13,8 @@ from tqdm import tqdm
 from ..checks import check_count
 from ..data.clips import Clip, ClipDataset, ClipLoader, Failure
 from ..encoder import AVEncoder, EncoderOutput
-from ..files import printable, read_metadata, read_safetensors, some, write_safetensors
+from ..files import printable, some
+from ..weight_files import read_metadata, read_safetensors, write_safetensors
 
 FEATURES = ("image", "audio", "fusion")
 

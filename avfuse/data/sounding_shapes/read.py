@@ -8,7 +8,6 @@ from pathlib import Path
 import av
 import numpy as np
 
-from ...checks import check_choice
 from ...files import inside
 from ..listing import Listing
 from ..table import Clip
@@ -50,7 +49,8 @@ def is_built(root: str | Path) -> bool:
 def read_manifest(root: str | Path, split: str) -> list[Entry]:
     """The clips of a split, "train" or "test", in order."""
     root = Path(root)
-    check_choice("split", split, SPLITS)
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     if not is_built(root):
         raise FileNotFoundError(f"{root} holds no finished {NAME} data set: `generate` makes one")
     entries = []
