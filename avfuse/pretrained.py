@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -24,6 +25,13 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")  # of files with wei
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 STRAYS = 100  # parameters unlike all weights, after which a model is not made any further
 UNSAVED = 2**26  # bytes of buffers that a model may have besides its weights
+
+
+def __getattr__(name: str):
+    """Where `load_encoder` and `load_model` were before avfuse.loading, which builds on this module."""
+    if name in ("load_encoder", "load_model"):
+        return getattr(import_module("avfuse.loading"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class Pretrained(

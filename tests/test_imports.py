@@ -17,11 +17,11 @@ ROOMS = {
     "ground": "checks files weight_files",
     "ops": "ops",
     "model": "inputs vit fusion encoder mae presets model_card pretrained released loading weights",
-    "package": "__init__",
     "data": "data",
     "training": "training",
     "tasks": "tasks",
     "commands": "train features predict report",
+    "front door": "__init__",
 }
 LEVELS = {name: level for level, names in enumerate(ROOMS.values()) for name in names.split()}
 
