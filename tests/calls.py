@@ -13,6 +13,15 @@ def square(number: int) -> int:
     return number * number
 
 
+def blocked_signals(_) -> list[set]:
+    """The signals that do not reach this process, nor the one it was forked from."""
+    masks = [
+        Path(f"/proc/{pid}/status").read_text().split("SigBlk:")[1].split()[0]
+        for pid in (os.getpid(), os.getppid())
+    ]
+    return [{n for n in range(1, 65) if int(mask, 16) >> (n - 1) & 1} for mask in masks]
+
+
 def whereabouts(key) -> tuple:
     """The key, this process, and the one it was forked from."""
     return key, os.getpid(), os.getppid()

@@ -10,7 +10,7 @@ from pathlib import Path
 import calls
 import pytest
 
-from avfuse.data.workers import WorkerFailure, WorkerPool
+from avfuse.data.workers import FOR_THE_PARENT, WorkerFailure, WorkerPool
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
 
@@ -46,6 +46,16 @@ def test_maps_may_be_interleaved():
         one, two = pool.map(range(30)), pool.map(range(30, 60))
         pairs = list(zip(one, two, strict=True))
     assert pairs == [(number**2, (number + 30) ** 2) for number in range(30)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+def test_what_a_terminal_sends_to_all_processes_reaches_this_one_alone():
+    """From the first moment on: also while the process that workers are forked from imports torch."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with WorkerPool(calls.blocked_signals, 1) as pool:
+        (masks,) = pool.map([0])
+    assert all(mask >= {*FOR_THE_PARENT} for mask in masks)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 
 # -------------------------------------------------------------------------------------------------- failures

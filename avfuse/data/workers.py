@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.util import Finalize
 from pathlib import Path
 from types import ModuleType
@@ -208,6 +209,8 @@ class _Worker:
         self.socket, theirs = socket.socketpair()
         process = context.Process(target=_work, args=(theirs, *arguments), daemon=True)
         main = sys.modules["__main__"]
+        resource_tracker.ensure_running()  # which lets signals through again when it starts
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_PARENT)  # inherited, from the first moment on
         try:
             if not imports_main:  # else each would import the training program, or run a script without guard
                 sys.modules["__main__"] = ModuleType("__main__")
@@ -216,6 +219,7 @@ class _Worker:
         except (OSError, EOFError) as error:  # the process that they are forked from was killed
             raise _Lost(f"could not be forked: {error}") from error
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             sys.modules["__main__"] = main
             theirs.close()
 

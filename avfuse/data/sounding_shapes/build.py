@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -146,8 +147,13 @@ def _mapping(workers: int):
     if workers <= 1:
         yield map
         return
-    with ProcessPoolExecutor(workers) as pool:
-        yield partial(pool.map, chunksize=4)
+    ignore = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is for us
+    with ProcessPoolExecutor(workers, **ignore) as pool:
+        try:
+            yield partial(pool.map, chunksize=4)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 # --- writing ------------------------------------------------------------------------------------------------
