@@ -22,6 +22,7 @@ setup(
     packages=find_packages(include=["avfuse", "avfuse.*"]) + ["avfuse.kernels"],
     package_dir={"avfuse.kernels": "kernels"},
     package_data={"avfuse": ["py.typed"], "avfuse.kernels": ["README.md"]},
+    entry_points={"console_scripts": ["avfuse = avfuse.__main__:main"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",

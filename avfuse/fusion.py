@@ -10,7 +10,7 @@ pre-norm residual blocks: z = x + proj(attention(norm x, norm image, norm audio)
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from timm.layers import DropPath, Mlp
@@ -491,4 +491,3 @@ VARIANTS = {
     "token": Variant(TokenFusion),
     "none": Variant(None),
 }
-Interactions = Literal[tuple(VARIANTS)]  # as programs take them for an option

@@ -1,19 +1,21 @@
 """What a trained model says of videos: `python -m avfuse.predict RUN VIDEO...`."""
 
+from .command import begin, read
+from .options import PredictConfig
+
+if __name__ == "__main__":
+    begin("avfuse.predict", read(PredictConfig), "cli")
+
 import csv
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import tyro
 from torch import nn
 from tqdm import tqdm
 
-from .checks import check_count, check_positive
 from .data.clips import open_window, read_clip
 from .encoder import AVEncoder
 from .files import aside, printable
@@ -24,43 +26,6 @@ from .tasks.separate import write_wav
 from .tasks.separator import Separator
 from .training.features import pool
 from .training.pictures import draw_attention
-
-SUFFIXES = (".json", ".csv", ".parquet")
-
-
-@dataclass
-class PredictConfig:
-    """What a model says of your videos, whatever training has left: classes with their probabilities by
-    image, by sound and by both; a map of what sounds; the sound of what is seen; or features.
-
-    A window is one frame and the seconds of sound that the model takes (3 s by default): the middle of each
-    video, or one every few seconds.
-    """
-
-    model: tyro.conf.Positional[str]
-    """A run folder, a saved model, or the name of one on the Hugging Face hub."""
-    videos: tyro.conf.Positional[tuple[Path, ...]]
-    """Video or sound files."""
-    every: float | None = None
-    """Seconds between the beginnings of windows, as long as a whole one is left; without it, there is the one
-    in the middle."""
-    top: int = 3
-    """Classes that are shown on the screen; a file gets all."""
-    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """File for all answers: .json, .csv or .parquet (which needs pyarrow). It is written at the end, whole or
-    not at all."""
-    pictures: Path | None = None
-    """Folder for pictures: where the model looks and listens, maps of what sounds; of a separator, the
-    sounds."""
-
-    def __post_init__(self):
-        if not self.videos:
-            raise ValueError("VIDEO... must name at least one file")
-        if self.every is not None:
-            check_positive("--every", self.every)
-        check_count("--top", self.top)
-        if self.out is not None and self.out.suffix not in SUFFIXES:
-            raise ValueError(f"--out must end in {', '.join(SUFFIXES)}, got {self.out}")
 
 
 def main(config: PredictConfig) -> int:
@@ -90,6 +55,11 @@ def main(config: PredictConfig) -> int:
     if config.out is not None and answers:
         write(config.out, answers)
     return failed
+
+
+def cli(config: PredictConfig) -> int:
+    """The work of a command line: what to exit with."""
+    return min(main(config), 1)
 
 
 def starts(path: Path, encoder: AVEncoder, every: float | None) -> list[float]:
@@ -176,10 +146,3 @@ def write(path: Path, answers: list[dict]) -> None:
         except ImportError as error:
             raise ValueError("--out .parquet needs pyarrow: pip install pyarrow, or write .csv") from error
         parquet.write_table(Table.from_pylist(table), partial)
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(min(main(tyro.cli(PredictConfig, prog="python -m avfuse.predict")), 1))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {printable(error)}")

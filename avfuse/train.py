@@ -1,7 +1,13 @@
 """Pretrain an audio-visual masked autoencoder: `python -m avfuse.train`."""
 
+from .command import begin
+from .training.recipes import TrainConfig, parse
+from .training.settings import checked
+
+if __name__ == "__main__":
+    begin("avfuse.train", checked(parse), "cli", explained=())
+
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,9 +23,8 @@ from .training.judge import JudgedTask, first_clips, to_columns, to_rows
 from .training.loop import Task, program, set_up, train
 from .training.neighbours import nearest_neighbour_probes
 from .training.pictures import draw_attention, draw_reconstructions
-from .training.recipes import TrainConfig, count_parameters, make_model, parse, plan
+from .training.plan import count_parameters, make_model, plan
 from .training.report import describe_losses
-from .training.settings import check_config
 from .weights import load_audio_weights, load_image_weights
 
 PRESENT = ("image_present", "audio_present")
@@ -159,19 +164,13 @@ def load_branch(option: str, load: Callable, mae: AVMAE, path: Path | None) -> N
         raise ValueError(f"{option} {path}: {error}") from error
 
 
-def cli() -> int | str:
-    """The command line: what to exit with."""
-    config = parse()
+def cli(config: TrainConfig) -> int | str:
+    """The work of a command line: what to exit with."""
+    if not config.plan:
+        return program(config, Pretraining)
     try:
-        check_config(config)
-        if config.plan:
-            if os.environ.get("RANK", "0") == "0":
-                print(plan(config, processes=int(os.environ.get("WORLD_SIZE", 1))))
-            return 0
+        if os.environ.get("RANK", "0") == "0":
+            print(plan(config, processes=int(os.environ.get("WORLD_SIZE", 1))))
     except (ValueError, OSError) as error:
         return f"error: {printable(error)}"
-    return program(config, Pretraining)
-
-
-if __name__ == "__main__":
-    sys.exit(cli())
+    return 0

@@ -14,13 +14,13 @@ ROOT = Path(__file__).parents[1]
 # for a module, and for all that is in it if it is a folder.
 ROOMS = {
     "kernels": "kernels",
-    "ground": "checks files weight_files",
+    "ground": "checks choices command files weight_files",
     "ops": "ops",
     "model": "inputs vit fusion encoder mae presets model_card pretrained released loading weights",
     "data": "data",
     "training": "training",
     "tasks": "tasks",
-    "commands": "train features predict report",
+    "commands": "options train features predict report __main__",
     "front door": "__init__",
 }
 LEVELS = {name: level for level, names in enumerate(ROOMS.values()) for name in names.split()}

@@ -94,6 +94,11 @@ def test_wheel_holds_the_whole_package_and_nothing_else(wheels):
     assert wheels["wheel"].getinfo(f"avfuse-{avfuse.__version__}.dist-info/licenses/LICENSE")
 
 
+def test_the_wheel_brings_the_command(wheels):
+    entries = wheels["wheel"].read(f"avfuse-{avfuse.__version__}.dist-info/entry_points.txt").decode()
+    assert "[console_scripts]\navfuse = avfuse.__main__:main\n" in entries
+
+
 UNTESTED = {  # see setup.py
     "": (),
     "-oldest": ("xformers", "peft", "torchao"),

@@ -13,16 +13,9 @@ from avfuse.tasks.classify import ClassifyConfig
 from avfuse.tasks.classify import parse as parse_classify
 from avfuse.tasks.retrieve import RetrieveConfig
 from avfuse.tasks.segment import SegmentConfig
-from avfuse.training import recipes
-from avfuse.training.recipes import (
-    PRESETS,
-    PUBLISHED_CLIPS,
-    TrainConfig,
-    demo,
-    make_model,
-    parse,
-    plan,
-)
+from avfuse.training import plan as plans
+from avfuse.training.plan import PUBLISHED_CLIPS, make_model, plan
+from avfuse.training.recipes import PRESETS, TrainConfig, demo, parse
 from avfuse.training.settings import Schedule, learning_rate, schedule_of
 
 
@@ -84,9 +77,9 @@ def test_activations_are_those_that_a_real_forward_keeps():
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         output = mae(torch.randn(3, 3, 96, 96), torch.randn(3, 1, 64, 128))
-    assert recipes.activation_bytes(mae, "no", 3) == pytest.approx(sum(kept.values()), rel=0.05)
+    assert plans.activation_bytes(mae, "no", 3) == pytest.approx(sum(kept.values()), rel=0.05)
     del output
-    assert recipes.activation_bytes(mae, "bf16", 8) < recipes.activation_bytes(mae, "no", 8)
+    assert plans.activation_bytes(mae, "bf16", 8) < plans.activation_bytes(mae, "no", 8)
 
 
 def test_plan_counts_the_files_there_are(tmp_path):

@@ -26,7 +26,8 @@ from avfuse.training import loop
 from avfuse.training.checkpoints import list_checkpoints
 from avfuse.training.faults import RunError
 from avfuse.training.judge import weights_hash
-from avfuse.training.recipes import TrainConfig, make_model
+from avfuse.training.plan import make_model
+from avfuse.training.recipes import TrainConfig
 from avfuse.training.run_folder import check_run
 from avfuse.training.settings import raised_warmup_cosine, warmup_cosine
 

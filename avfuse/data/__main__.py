@@ -1,15 +1,14 @@
 """Prepare a data folder: `python -m avfuse.data check PATH`, `python -m avfuse.data shard PATH OUT`."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from ..files import printable
-from .check import check
-from .find import DataSet
-from .shards import shard
+from ..choices import DataSet
+from ..command import begin, read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +53,10 @@ class Shard:
     """Processes that write."""
 
 
-def main() -> None:
-    command = tyro.cli(
-        Annotated[Check, tyro.conf.subcommand("check")] | Annotated[Shard, tyro.conf.subcommand("shard")],
-        prog="python -m avfuse.data",
-        description=__doc__,
-    )
+def main(command: Check | Shard) -> None:
+    from .check import check  # these bring torch
+    from .shards import shard
+
     try:
         if isinstance(command, Check):
             options = dict(out=command.out, data_set=command.data_set, timeout=command.timeout)
@@ -68,11 +65,11 @@ def main() -> None:
         else:
             size = command.megabytes * 10**6
             print(shard(command.path, command.out, size=size, seed=command.seed, workers=command.workers))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {printable(error)}") from error
     except KeyboardInterrupt:
-        raise SystemExit("interrupted: the same command goes on from here") from None
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":
-    main()
+    kinds = Annotated[Check, tyro.conf.subcommand("check")] | Annotated[Shard, tyro.conf.subcommand("shard")]
+    begin("avfuse.data", read(kinds, description=__doc__), main)

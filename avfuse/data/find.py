@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 from tqdm import tqdm
 
 from ..checks import check_choice
+from ..choices import DataSet
 from ..files import printable, some
 from . import manifest, sounding_shapes
 from .clips import MEMORY
@@ -26,7 +27,6 @@ from .table import Clip, ClipTable
 from .workers import WorkerFailure, WorkerPool
 
 DEMO = Path("data/sounding-shapes")
-DataSet = Literal["auto", "vggsound", "audioset", "music", "music21", "sounding-shapes", "folder"]
 DATA_SETS = get_args(DataSet)
 READERS = {
     "vggsound": vggsound.read,

@@ -1,33 +1,36 @@
 """What is it? `python -m avfuse.tasks.classify`: linear probe and fine-tuning (paper Table 3)."""
 
-import sys
+from ..command import begin
+from ..training.settings import checked
+from .options import ClassifyConfig, parse
+from .options import linear_probe as linear_probe
+
+if __name__ == "__main__":
+    begin("avfuse.tasks.classify", checked(parse), explained=())
+
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-import tyro
 from matplotlib.figure import Figure
 from timm.data.mixup import mixup_target
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
-from ..checks import check_count, check_rate
+from ..checks import check_count
 from ..data.class_folders import read_class_list, with_classes
 from ..data.clips import Clip, ClipDataset
 from ..data.find import Found
 from ..files import printable
-from ..training.features import FEATURES
-from ..training.judge import JudgedTask, TaskConfig, main, starting_encoder, to_columns, to_rows
-from ..training.loop import Task
+from ..training.judge import JudgedTask, starting_encoder, to_columns, to_rows
+from ..training.loop import Task, program
 from ..training.pictures import BLUE, GREY, ORANGE, rgb, save, show_sound
-from .classifier import Classifier, check_features, presence
+from .classifier import Classifier, presence
 
-PROGRAM = "python -m avfuse.tasks.classify"
 LIGHT = "#C9CED3"
 SHOWN = 6  # classes of a clip in the picture
 
@@ -154,97 +157,6 @@ class WindowDataset(ClipDataset):
 
 
 # --- task ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(kw_only=True)
-class ClassifyConfig(TaskConfig):
-    """Classify clips by linear heads over the pooled image, audio and fusion tokens, their logits averaged.
-
-    Without arguments it fine-tunes on Sounding Shapes, the embedded data set; with --probe only the heads are
-    trained (other defaults). With --data it takes any folder whose sub-folders name the classes.
-
-    Where a clip has one class the metric is accuracy, where it may have several, mAP, AUC and d'. Beside the
-    average of all heads stands each head alone (NAME_head), whose tokens have met the other modality all the
-    same, and the classifier when it only gets the picture or only the sound (NAME_input).
-    """
-
-    probe: bool = False
-    """Linear probe: the encoder is frozen."""
-    label: str = ""
-    """Which label of the data set to learn: shape or colour (of what sounds) of Sounding Shapes, class of a
-    plain folder. Default: the first."""
-    class_list: Path | None = None
-    """Text file with the names of the classes of a plain folder, one a line. Default: its sub-folders."""
-    features: tuple[Literal["image", "audio", "fusion"], ...] = FEATURES
-    """Tokens that have a head (released: all three)."""
-    modalities: Literal["both", "image", "audio"] = "both"
-    """What the model gets at all; one of them alone is the uni-modal control."""
-    batch_norm: bool = False
-    """Standardise the pooled features by a BatchNorm without parameters (released: in the linear probe). Its
-    statistics are those of a micro-batch of one process, on which the losses then depend."""
-    mixup: float = 0.8
-    """Alpha of mixup, 0 = none (released: 1.0 in fine-tuning, none in the probe). Partners are of the same
-    micro-batch of one process, on which the losses then depend; a clip by itself is not mixed."""
-    smoothing: float = 0.1
-    """Label smoothing (released: 0.1 in fine-tuning, none in the probe)."""
-    drop_path: float = 0.1
-    """Rate at which blocks are dropped in training (released: 0.2 in fine-tuning). Which ones depends on
-    --micro-batch, too."""
-    test_windows: int = 1
-    """Windows of each test clip, evenly spaced in time, whose logits are averaged; 1 = the middle (released:
-    10 over 10 s)."""
-
-    epochs: int = 40
-    """Passes over the clips (released: 100 fine-tuning, 60 probe; paper: 50)."""
-    warmup_epochs: int = 4
-    """Epochs of linear warm-up before the cosine decay (released: 20 fine-tuning, 10 probe)."""
-    batch_size: int = 32
-    """Clips per step (released: 512 fine-tuning, 1024 probe; paper: 128)."""
-    base_lr: float = 8e-3
-    """Learning rate per 256 clips: lr = base_lr * batch / 256 (released: AdamW 3e-4 fine-tuning, LARS 0.3
-    probe; paper: Adam 1e-4 for its batch of 128, which is 2e-4 here). A tiny model on a small set wants a
-    larger one."""
-    weight_decay: float = 0.05
-    """AdamW weight decay; biases and norms are left out (released: 0.05 fine-tuning, none in the probe)."""
-    layer_decay: float = 0.75
-    """Factor of the learning rate from each layer to the one below it (released: 0.75 fine-tuning)."""
-    checkpoint_every: int = 80
-    """Steps between checkpoints; there always is one at the end."""
-
-    @property
-    def kind(self):
-        return "classify-probe" if self.probe else "classify"
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_features(self.features)
-        check_rate("--drop-path", self.drop_path)
-        check_rate("--smoothing", self.smoothing)
-        if not 0 <= self.mixup < float("inf"):
-            raise ValueError(f"--mixup must not be negative, got {self.mixup}")
-        check_count("--test-windows", self.test_windows)
-        if self.probe and self.drop_path:
-            raise ValueError(f"--drop-path {self.drop_path} has no effect on the frozen encoder of a probe")
-        if self.batch_norm and 1 in (self.micro_batch, self.batch_size):
-            raise ValueError(
-                "--batch-norm needs more than one clip at once, and --micro-batch or --batch-size is 1"
-            )
-        if self.modalities != "both" and not {self.modalities, "fusion"} & {*self.features}:
-            raise ValueError(f"--features {self.features} cannot be read from --modalities {self.modalities}")
-
-
-def linear_probe() -> ClassifyConfig:
-    """Defaults of the linear probe."""
-    return ClassifyConfig(
-        probe=True,
-        batch_norm=True,
-        mixup=0.0,
-        smoothing=0.0,
-        drop_path=0.0,
-        base_lr=8e-3,
-        weight_decay=0.0,
-        layer_decay=1.0,
-    )
 
 
 class Classification(JudgedTask):
@@ -430,16 +342,4 @@ def draw_odds(axis, classes: Sequence[str], right: set[int], odds: dict[str, Ten
             text.set(fontweight="bold", color=BLUE)
 
 
-# --- command line -------------------------------------------------------------------------------------------
-
-
-def parse(arguments: Sequence[str] | None = None) -> ClassifyConfig:
-    """The command line; --probe has defaults of its own."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    default = linear_probe() if "--probe" in arguments else ClassifyConfig()
-    default.run = None  # which depends on the other options
-    return tyro.cli(ClassifyConfig, prog=PROGRAM, args=arguments, default=default)
-
-
-if __name__ == "__main__":
-    sys.exit(main(parse, Classification))
+main = partial(program, kind=Classification)

@@ -1,12 +1,16 @@
 """Where does the sound come from? `python -m avfuse.tasks.localize` (paper App. A.2)."""
 
-import sys
-from dataclasses import dataclass
+from ..command import begin, read
+from ..training.settings import checked
+from .options import LocalizeConfig
+
+if __name__ == "__main__":
+    begin("avfuse.tasks.localize", checked(read(LocalizeConfig)), explained=())
+
 from functools import partial
 from pathlib import Path
 
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, interpolate, normalize
 
@@ -18,54 +22,13 @@ from ..data.sounding_shapes.truths import ShapeBoxes
 from ..encoder import AVEncoder
 from ..inputs import InputSettings
 from ..pretrained import Pretrained
-from ..training.judge import main, starting_encoder, to_columns, to_rows
+from ..training.judge import starting_encoder, to_columns, to_rows
+from ..training.loop import program
 from ..training.pictures import figure_grid, save
-from .scenes import SIZE, SceneConfig, SceneModel, SceneTask, model_inputs, outline, show_map, show_scene
+from .scenes import SIZE, SceneModel, SceneTask, model_inputs, outline, show_map, show_scene
 
-PROGRAM = "python -m avfuse.tasks.localize"
 THRESHOLDS = 21  # from 0 to 1, of the curve under which the area is
 SUCCESS = 0.5  # a picture counts as localized at this consensus IoU
-
-
-@dataclass(kw_only=True)
-class LocalizeConfig(SceneConfig):
-    """Localize sound sources: a map of cosines between the sound and each place of the picture.
-
-    Without arguments it trains on Sounding Shapes, the embedded data set, in which one of three objects
-    sounds. With --data it takes Flickr-SoundNet (folders frames, audio, Annotations). --modalities image
-    trains the control, which never hears the sound: what is above it, the sound has told.
-
-    `ciou` and `auc` follow the protocol of Flickr-SoundNet, see `consensus_iou`. It calls half of every
-    picture sounding, which no box of Sounding Shapes comes near: there, look at `pointing`, the share of
-    pictures whose highest point lies in a box, which a guess among the three objects brings to a third.
-    Those that begin with `attention` are of the map that needs no labels: where the fusion tokens look.
-
-    Known limit: from the 256 clips of the demo the tiny model learns where objects are, but not which of them
-    sounds. It fits them better than the control does, and stays at the control on held-out ones. From 2,048
-    clips and the encoder of a segmenter it does learn it: docs/tasks.md.
-    """
-
-    kind = "localize"
-
-    data: Path | None = None
-    """Flickr-SoundNet or Sounding Shapes. Default: the latter, built once."""
-    test_share: float = 0.5
-    """Share of the pictures of Flickr-SoundNet to test on; the names decide which."""
-    dim: int = 128
-    """Width of the space in which sound and places are compared."""
-
-    epochs: int = 32
-    """Passes over the clips; the paper's are 30."""
-    warmup_epochs: int = 3
-    """Epochs of linear warm-up before the cosine decay; the paper names none."""
-    base_lr: float = 1.6e-2
-    """Learning rate per 256 clips: lr = base_lr * batch / 256. The paper's is 1e-4 for its batch of 128,
-    which is 2e-4 here; a tiny model on a small set wants a larger one."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 < self.test_share < 1:
-            raise ValueError(f"--test-share must be between 0 and 1, got {self.test_share}")
 
 
 # --- model --------------------------------------------------------------------------------------------------
@@ -264,5 +227,4 @@ def draw_maps(
     save(figure, path)
 
 
-if __name__ == "__main__":
-    sys.exit(main(partial(tyro.cli, LocalizeConfig, prog=PROGRAM), Localization))
+main = partial(program, kind=Localization)

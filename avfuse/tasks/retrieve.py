@@ -1,14 +1,17 @@
 """What is like what? `python -m avfuse.tasks.retrieve`: neighbours by frozen features (paper Fig. 3)."""
 
-import sys
+from ..command import begin, read
+from ..training.settings import checked
+from .options import RetrieveConfig
+
+if __name__ == "__main__":
+    begin("avfuse.tasks.retrieve", checked(read(RetrieveConfig)), explained=())
+
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import tyro
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -17,59 +20,13 @@ from ..data.clips import Clip, ClipDataset
 from ..data.find import Found
 from ..inputs import InputSettings
 from ..training.features import encode, pool
-from ..training.judge import JudgedTask, TaskConfig, main, starting_encoder, to_columns, to_rows
-from ..training.loop import Task, evaluation_batches
+from ..training.judge import JudgedTask, starting_encoder, to_columns, to_rows
+from ..training.loop import Task, evaluation_batches, program
 from ..training.neighbours import chance_at, neighbours, recall_at, related
 from ..training.pictures import BLUE, rgb, save, show_sound
-from ..training.run_folder import file_of
-from ..training.settings import NOT_NEGATIVE
 
-PROGRAM = "python -m avfuse.tasks.retrieve"
 QUERIES, SHOWN = 3, 5  # in the picture: clips, and neighbours of each
 INPUTS = ("image", "audio", "image_present", "audio_present")
-
-
-@dataclass(kw_only=True)
-class RetrieveConfig(TaskConfig):
-    """Nearest neighbours among the test clips by image, audio, fusion tokens and their sum (paper Fig. 3).
-
-    It trains nothing. Without arguments it takes the encoder of runs/demo, if `python -m avfuse.train` has
-    left one there, and the embedded data set, Sounding Shapes. With --data it takes any folder whose
-    sub-folders name the classes.
-    """
-
-    kind = "retrieve"
-
-    run: Annotated[Path | None, tyro.conf.arg(name="run-dir")] = None
-    """Folder for results.json, the picture and index.html; what it has of these is replaced. Default: under
-    runs/, by the name of --data and of the task."""
-    k: tuple[int, ...] = (1, 5, 10)
-    """How many neighbours recall looks at."""
-    batch_size: int = 32
-    """Clips that are encoded at once; changes speed and memory, not the results."""
-    max_unreadable: float = 1.0
-    """Share of the clips that may turn out unreadable before the run stops."""
-
-    # There is nothing to train, and nothing to resume.
-    restart: tyro.conf.Suppress[bool] = False
-    epochs: Annotated[int, tyro.conf.Suppress, NOT_NEGATIVE] = 0
-    warmup_epochs: tyro.conf.Suppress[int] = 0
-    base_lr: tyro.conf.Suppress[float] = 0.0
-    weight_decay: tyro.conf.Suppress[float] = 0.0
-    layer_decay: tyro.conf.Suppress[float] = 1.0
-    clip_grad: tyro.conf.Suppress[float] = 0.0
-    ema: tyro.conf.Suppress[float] = 0.0
-    micro_batch: tyro.conf.Suppress[int] = 0
-    grad_checkpointing: tyro.conf.Suppress[bool] = False
-    measure_every: tyro.conf.Suppress[int] = 0
-    checkpoint_every: tyro.conf.Suppress[int] = 1
-    keep_checkpoints: tyro.conf.Suppress[int] = 1
-
-    def __post_init__(self):
-        super().__post_init__()
-        if any((self.run / name).exists() for name in ("checkpoints", "model")):
-            raise ValueError(f"--run-dir {self.run} is that of a training run")
-        self.restart = file_of(self.run).exists()
 
 
 # --- metric -------------------------------------------------------------------------------------------------
@@ -222,5 +179,4 @@ def show_clip(axes, item: tuple[Tensor, Tensor] | None, settings: InputSettings,
         axis.spines[:].set(visible=True, color=BLUE, linewidth=3.5)
 
 
-if __name__ == "__main__":
-    sys.exit(main(partial(tyro.cli, RetrieveConfig, prog=PROGRAM), Retrieval))
+main = partial(program, kind=Retrieval)

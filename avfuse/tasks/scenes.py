@@ -1,8 +1,6 @@
 """What segmentation and localization share: annotated pictures, a model of places and sound, and figures."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -10,41 +8,19 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ..checks import check_count
 from ..data import sounding_shapes
 from ..data.find import DEMO, Found
 from ..data.scenes import SceneDataset, as_found, middle_moments
 from ..data.sets.folders import SPLITS
 from ..data.sounding_shapes.truths import SHAPE_CLASSES, sounding_shapes_scenes
 from ..inputs import InputSettings
-from ..training.judge import JudgedTask, TaskConfig
+from ..training.judge import JudgedTask
 from ..training.pictures import figure_grid, rgb, save, show_sound
 from ..vit import split_prefix
 from .model import TaskModel
+from .options import SceneConfig
 
 SIZE = 224  # pixels, in both directions, at which the protocols compare
-
-
-@dataclass(kw_only=True)
-class SceneConfig(TaskConfig):
-    """Settings of both; `dim` is the subclass's."""
-
-    modalities: Literal["both", "image"] = "both"
-    """What the model gets: "image" is the control, to which every sound is silence."""
-    batch_size: int = 8
-    """Clips per step; the paper's are 128."""
-    checkpoint_every: int = 320
-    """Steps between checkpoints; there always is one at the end."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_count("dim", self.dim)
-        if self.missing != "drop":
-            raise ValueError(f"--missing {self.missing}: each annotated picture needs its sound")
-        if self.train_split not in ("", "train"):
-            raise ValueError(f"--train-split must be train with annotated pictures, got {self.train_split!r}")
-        if self.data_set not in ("auto", "sounding-shapes"):
-            raise ValueError(f"--data-set {self.data_set} has no annotated pictures: leave it at auto")
 
 
 # --- model --------------------------------------------------------------------------------------------------

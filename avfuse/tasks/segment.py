@@ -1,14 +1,17 @@
 """Which pixels make the sound, and what they show: `python -m avfuse.tasks.segment` (paper App. A.2)."""
 
-import sys
+from ..command import begin, read
+from ..training.settings import checked
+from .options import SegmentConfig
+
+if __name__ == "__main__":
+    begin("avfuse.tasks.segment", checked(read(SegmentConfig)), explained=())
+
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
-import tyro
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 from torch import Tensor, nn
@@ -22,11 +25,11 @@ from ..data.sounding_shapes.truths import ShapeMasks
 from ..encoder import AVEncoder
 from ..inputs import InputSettings
 from ..pretrained import Pretrained
-from ..training.judge import main, starting_encoder, to_columns, to_rows
+from ..training.judge import starting_encoder, to_columns, to_rows
+from ..training.loop import program
 from ..training.pictures import figure_grid, save
-from .scenes import SIZE, SceneConfig, SceneModel, SceneTask, model_inputs, outline, show_map, show_scene
+from .scenes import SIZE, SceneModel, SceneTask, model_inputs, outline, show_map, show_scene
 
-PROGRAM = "python -m avfuse.tasks.segment"
 BETA_SQUARED = 0.3  # of the F score: precision counts for more than recall
 THRESHOLDS = 255  # of the F curve, from 0 to 1
 SILENCE = 3.0  # logit from which the background starts: most pixels are silent
@@ -45,54 +48,6 @@ METRICS = {
         "mean over {classes} classes with background"
     ),
 }
-
-
-@dataclass(kw_only=True)
-class SegmentConfig(SceneConfig):
-    """Segment what sounds: its class at every pixel, or with --target binary just a mask of it.
-
-    Without arguments it trains on Sounding Shapes, the embedded data set, in which one of three objects
-    sounds, and the classes are their shapes. With --data it takes AVSBench (metadata.csv, label2idx.json):
-    --target binary --subset S4 and --target semantic --subset AVSS are the paper's two tasks.
-
-    --modalities image trains the control, which never hears the sound: what is above it, the sound has told.
-    The demo's target is semantic, because classes teach a fresh model in minutes what each sound looks like;
-    masks alone have not been seen to.
-
-    Papers disagree about the metrics, so --protocol names them: see `avsbench_iou`, `f_curve`, `both_iou` and
-    `class_scores` in avfuse/tasks/segment.py for the definitions.
-    """
-
-    kind = "segment"
-
-    data: Path | None = None
-    """AVSBench or Sounding Shapes. Default: the latter, built once."""
-    target: Literal["binary", "semantic"] = "semantic"
-    """Sounding or not (S4, MS3), or its class (AVSS)."""
-    protocol: Literal["avsbench", "deepavfusion"] = "avsbench"
-    """Definition of the metrics: that of the data set, or the other one (binary only), of which the paper's
-    89.94 probably is."""
-    subset: Literal["S4", "MS3", "AVSS"] = "S4"
-    """Part of AVSBench: single sources, several, or all (with --target semantic)."""
-    dim: int = 64
-    """Width of the decoder after its first block; twice that before, half after the last."""
-
-    epochs: int = 64
-    """Passes over the clips; the paper's are 20, the released code's 100."""
-    warmup_epochs: int = 6
-    """Epochs of linear warm-up before the cosine decay; the paper names none."""
-    batch_size: int = 8
-    """Clips per step; the paper's are 128, the released code's 512."""
-    base_lr: float = 2.2e-2
-    """Learning rate per 256 clips: lr = base_lr * batch / 256. The paper's is 1e-4 for its batch of 128, the
-    released code's 2e-4 here; a tiny model on a small set wants a larger one."""
-    layer_decay: float = 1.0
-    """Factor of the learning rate from each layer to the one below it; the released code's is 0.75."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.target == "semantic" and self.protocol != "avsbench":
-            raise ValueError(f"--protocol {self.protocol} does not define --target semantic; avsbench does")
 
 
 # --- model --------------------------------------------------------------------------------------------------
@@ -371,5 +326,4 @@ def colour(label: int) -> str:
     return COLOURS[(label - 1) % len(COLOURS)]
 
 
-if __name__ == "__main__":
-    sys.exit(main(partial(tyro.cli, SegmentConfig, prog=PROGRAM), Segmentation))
+main = partial(program, kind=Segmentation)

@@ -4,17 +4,20 @@ Mix and separate (Zhao et al. 2018; paper Sec. 4 and App. A.3): the sounds of tw
 model finds each of them again, given the mixture and one frame of the clip that it belongs to.
 """
 
-import sys
+from ..command import begin, read
+from ..training.settings import checked
+from .options import SeparateConfig
+
+if __name__ == "__main__":
+    begin("avfuse.tasks.separate", checked(read(SeparateConfig)), explained=())
+
 import wave
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -22,61 +25,15 @@ from ..data.clips import Clip, ClipDataset, Failure
 from ..data.find import Found
 from ..data.transforms import evaluation_image, random_gain
 from ..inputs import InputSettings
-from ..training.judge import JudgedTask, TaskConfig, first_clips, main, starting_encoder
-from ..training.loop import Task
+from ..training.judge import JudgedTask, first_clips, starting_encoder
+from ..training.loop import Task, program
 from ..training.pictures import figure_grid, rgb, save, show_sound
-from ..training.settings import COUNT
 from .separation_metrics import BSSEval, bss_eval, is_silent, nmf_masks, rpca_masks
 from .separator import Separator
 
-PROGRAM = "python -m avfuse.tasks.separate"
 DRAWN = 4  # pairs in a picture
 SAME = 30.0  # dB: a mixture as close as that to both of its sources has one sound in it, twice
 LIGHTEST, HEAVIEST = 1e-3, 10.0  # weights of a bin in the loss (Zhao et al. 2018, released code)
-
-
-@dataclass(kw_only=True)
-class SeparateConfig(TaskConfig):
-    """Separate what an image shows from a mixture of sounds (DeepAVFusion, Sec. 4 and App. A.3).
-
-    Without arguments it mixes clips of the embedded data set, Sounding Shapes, and fine-tunes the encoder
-    that `python -m avfuse.train` has left in runs/demo, or a fresh one. It leaves a run folder with pictures,
-    sounds to listen to, results.json and an index.html.
-
-    Known limit: from the 256 clips of the demo it is not learned, and where an image shows several objects it
-    does not always tell which of their sounds is meant. From 4,096 clips of one object (--objects 1 of
-    `python -m avfuse.data.sounding_shapes`) and the encoder of a segmenter it is: docs/tasks.md.
-
-    Published settings: 20 epochs of Adam at a learning rate of 1e-4, batch 128 (paper); AdamW at a base rate
-    of 3e-4, batch 512, 300 epochs of which 40 warm up, layer decay 0.75 (released code).
-    """
-
-    kind = "separate"
-
-    epochs: int = 40
-    """Passes over the data, each clip mixed with another one every time; the paper's are 20, the released
-    code's 300."""
-    warmup_epochs: int = 2
-    """Epochs of linear warm-up before the cosine decay; the released code's are 40 of 300."""
-    batch_size: int = 16
-    """Mixtures per step, over all processes; the paper's is 128, the released code's 512."""
-    base_lr: float = 2.4e-2
-    """Learning rate per 256 mixtures: lr = base_lr * batch / 256. The paper's lr is 1e-4 whatever the batch,
-    the released code's base 3e-4; a tiny model on a small set wants a larger one."""
-    checkpoint_every: int = 80
-    """Steps between checkpoints; there always is one at the end."""
-    decoder_dim: Annotated[int, COUNT] = 64
-    """Channels of the audio U-Net where it is coarsest; 256 suits a base model."""
-    mask: Literal["binary", "ratio"] = "binary"
-    """What masks are trained towards: 1 where the source is the louder one (the paper's), or its share of the
-    magnitudes."""
-    pairs: int = 64
-    """Test clips that are mixed with another and judged."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.pairs < 2:
-            raise ValueError(f"--pairs must be 2 or more, got {self.pairs}")
 
 
 class MixtureDataset(ClipDataset):
@@ -320,5 +277,4 @@ def write_wav(path: Path, sound: Tensor, rate: int) -> None:
         file.writeframes((32767 * sound.cpu().clamp(-1, 1)).round().short().numpy().tobytes())
 
 
-if __name__ == "__main__":
-    sys.exit(main(partial(tyro.cli, SeparateConfig, prog=PROGRAM), Separation))
+main = partial(program, kind=Separation)

@@ -4,10 +4,7 @@ tasks start from.
 
 import datetime
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -19,36 +16,15 @@ from ..data.clips import Failure
 from ..data.find import Found
 from ..encoder import AVEncoder
 from ..files import printable, write_json
-from ..fusion import Interactions
 from ..loading import load_encoder
 from ..presets import create_encoder
 from ..pretrained import load_strictly, parameter_groups
-from .loop import Run, Task, evaluation_batches, program
-from .recipes import count_parameters
+from .loop import Run, Task, evaluation_batches
+from .plan import count_parameters
 from .report import write_report
-from .settings import DEMO_RUN, LoopConfig
+from .settings import FRESH, TaskConfig
 
-FRESH = "none"
 DRAWN = 6  # test clips of which there are pictures
-
-
-@dataclass(kw_only=True)
-class TaskConfig(LoopConfig):
-    """Settings that all tasks have."""
-
-    checkpoint: str = ""
-    """Whose encoder to start from: a run folder, a saved model, a name on the Hugging Face hub, a released
-    DeepAVFusion file, or "none" for fresh weights. Default: runs/demo, if `python -m avfuse.train` has left
-    one there, else none."""
-    model: Literal["tiny", "small", "base", "large"] = "tiny"
-    """Size of both transformers, if weights are fresh."""
-    interactions: Interactions = "dense"
-    """How fusion tokens read image and audio tokens, if weights are fresh."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.checkpoint:  # found out once: a run that is resumed must find the same
-            self.checkpoint = str(DEMO_RUN) if (DEMO_RUN / "model").is_dir() else FRESH
 
 
 def starting_encoder(config: TaskConfig, drop_path: float = 0.0) -> AVEncoder:
@@ -245,15 +221,6 @@ def first_clips(found: Found, count: int) -> Found:
     expected = min(count, found.coverage.get("test", (0, count))[1])
     test = found.test[:count]
     return found._replace(test=test, coverage=found.coverage | dict(test=(len(test), expected)))
-
-
-def main(parse: Callable[[], LoopConfig], task: type[Task]) -> int | str:
-    """The command of a task: what to exit with. Mistakes on the command line need no traceback."""
-    try:
-        config = parse()
-    except (ValueError, OSError) as error:
-        return f"error: {printable(error)}"
-    return program(config, task)
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -19,9 +19,9 @@ from ..data.clips import Clip, Failure
 from ..data.decode import ClipError
 from ..files import append_row, printable, read_rows, some, write_json, write_rows
 from .faults import RunError
-from .settings import LoopConfig, option, settings_of
+from .settings import RUN_FILES, LoopConfig, option, settings_of
 
-FILE, FILE_BEFORE, LOCK = "run.json", "config.json", ".lock"  # the second: what older runs call the first
+(FILE, FILE_BEFORE), LOCK = RUN_FILES, ".lock"
 SAID = 20  # unreadable clips that are named on the terminal
 CONTENTS = (  # of the folder, beside that file
     "index.html metrics.jsonl quarantine.jsonl results.json checkpoints faults model pictures sounds "

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ..data.find import DataSet
+from ..choices import DataSet, Interactions, Size
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,11 @@ class Rule:
 
 COUNT = Rule("must be positive", lambda value: value >= 1)
 NOT_NEGATIVE = Rule("must not be negative", lambda value: 0 <= value < math.inf)
+RATE = Rule("must be in [0, 1)", lambda value: 0 <= value < 1)
 SECONDS = Rule("must be a positive number of seconds", lambda value: 0 < value < math.inf)
 DEMO_RUN = Path("runs/demo")
+FRESH = "none"  # in place of a checkpoint
+RUN_FILES = "run.json", "config.json"  # of a run folder, its settings; older runs have the second
 FREE = "changes how a run is carried out, not what comes out: may differ when the run is resumed"
 ONCE = "is an order to one start of a run, and no part of what the run is"
 
@@ -65,7 +68,7 @@ class LoopConfig:
     """Factor of the learning rate from each layer to the one below it; 1 = none."""
     clip_grad: Annotated[float, NOT_NEGATIVE] = 1.0
     """Largest gradient norm; 0 = no clipping."""
-    ema: Annotated[float, Rule("must be in [0, 1)", lambda value: 0 <= value < 1)] = 0.0
+    ema: Annotated[float, RATE] = 0.0
     """Decay of an exponential moving average of the weights, such as 0.9999, which is then what is measured
     and saved; 0 = none."""
     precision: Literal["no", "fp16", "bf16"] = "no"
@@ -105,6 +108,40 @@ class LoopConfig:
         return Path("runs/demo-data") if run in (DEMO_RUN, Path("runs")) else run
 
 
+@dataclass(kw_only=True)
+class TaskConfig(LoopConfig):
+    """Settings that all tasks have."""
+
+    checkpoint: str = ""
+    """Whose encoder to start from: a run folder, a saved model, a name on the Hugging Face hub, a released
+    DeepAVFusion file, or "none" for fresh weights. Default: runs/demo, if `python -m avfuse.train` has left
+    one there, else none."""
+    model: Size = "tiny"
+    """Size of both transformers, if weights are fresh."""
+    interactions: Interactions = "dense"
+    """How fusion tokens read image and audio tokens, if weights are fresh."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.checkpoint:  # found out once: a run that is resumed must find the same
+            self.checkpoint = str(DEMO_RUN) if (DEMO_RUN / "model").is_dir() else FRESH
+
+
+def checked(parse: Callable[..., LoopConfig]) -> Callable[..., LoopConfig]:
+    """The same reader of a command line, for options that make sense together: else it raises ValueError. The
+    warm-up follows where epochs alone are given.
+    """
+
+    def parse_and_check(args: Sequence[str], prog: str | None = None) -> LoopConfig:
+        config = parse(args=args, prog=prog)
+        if not any(arg.replace("_", "-").startswith("--warmup-epochs") for arg in args):
+            config.warmup_epochs = min(config.warmup_epochs, config.epochs // 2)
+        check_config(config)
+        return config
+
+    return parse_and_check
+
+
 # --- what is declared beside a setting ----------------------------------------------------------------------
 
 
@@ -123,12 +160,17 @@ def check_config(config: LoopConfig) -> None:
     if config.data is not None and not config.data.is_dir():
         what = "is not a folder" if config.data.exists() else "does not exist"
         raise ValueError(f"--data {config.data} {what}")
+    check_rules(config)
+    if config.warmup_epochs > config.epochs:
+        raise ValueError(f"--warmup-epochs {config.warmup_epochs} are more than --epochs {config.epochs}")
+
+
+def check_rules(config: LoopConfig) -> None:
+    """Raises ValueError naming the option whose value is none that it may have."""
     rules = {name: mark for name, mark in marks(type(config)) if isinstance(mark, Rule)}
     for name, rule in rules.items():
         if not rule.holds(getattr(config, name)):
             raise ValueError(f"{option(name)} {rule.wish}, got {getattr(config, name)}")
-    if config.warmup_epochs > config.epochs:
-        raise ValueError(f"--warmup-epochs {config.warmup_epochs} are more than --epochs {config.epochs}")
 
 
 def settings_of(config: LoopConfig, *, fixed: bool = False) -> dict:

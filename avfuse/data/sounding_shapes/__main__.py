@@ -5,8 +5,8 @@ from pathlib import Path
 
 import tyro
 
+from ...command import begin, read
 from .build import Settings, generate
-from .sheet import contact_sheet
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,14 @@ class Command:
     """Draw some clips with their sounds into contact_sheet.png in that folder."""
 
 
-def main() -> None:
-    try:
-        config = (tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes)
-        command = tyro.cli(Command, prog="python -m avfuse.data.sounding_shapes", config=config)
-        generate(command.root, workers=command.workers, **asdict(command.settings))
-        if command.contact_sheet:
-            print(contact_sheet(command.root, command.root / "contact_sheet.png"))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+def main(command: Command) -> None:
+    from .sheet import contact_sheet  # brings matplotlib
+
+    generate(command.root, workers=command.workers, **asdict(command.settings))
+    if command.contact_sheet:
+        print(contact_sheet(command.root, command.root / "contact_sheet.png"))
 
 
 if __name__ == "__main__":
-    main()
+    config = (tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes)
+    begin("avfuse.data.sounding_shapes", read(Command, config=config), main)

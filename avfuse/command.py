@@ -1,0 +1,69 @@
+"""How every command begins: options are read before anything heavy is imported, mistakes need no traceback,
+and Ctrl-C ends it at any moment.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import NoReturn
+
+import tyro
+from safetensors import SafetensorError
+
+from .files import printable
+
+EXPLAINED = (ValueError, OSError, SafetensorError)  # faults whose message says what to do
+INTERRUPTED = 128 + signal.SIGINT
+
+
+def begin(
+    module: str,
+    parse: Callable,
+    work: str | Callable = "main",
+    explained: tuple[type[Exception], ...] = EXPLAINED,
+) -> NoReturn:
+    """Runs the command of a module, which calls this before its own imports.
+
+    Args:
+        module: its name.
+        parse: the options, called with `args`, and with `prog` for the help.
+        work: called with the options, it returns what to exit with. A function, or the name of one in that
+            module, which is imported only then.
+        explained: of the faults that end the work, those that need no traceback.
+    """
+    called = sys.argv[0] if sys.argv[0].startswith("avfuse ") else f"python -m {module}"
+    is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not ignored, as under nohup
+    if is_ours:
+        signal.signal(signal.SIGINT, leave)
+    try:
+        options = parse(args=sys.argv[1:], prog=called)
+    except EXPLAINED as error:
+        sys.exit(f"error: {printable(error)}")
+    if isinstance(work, str):
+        work = getattr(import_module(module), work)
+    try:
+        if is_ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # work has things to put in order
+        code = work(options)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except explained as error:
+        code = f"error: {printable(error)}"
+    if is_ours:
+        signal.signal(signal.SIGINT, leave)
+    sys.exit(code)
+
+
+def read(kind: Callable, **settings) -> Callable:
+    """The reader of a command line for a class of options, or a function whose arguments they are."""
+    return partial(tyro.cli, kind, **settings)
+
+
+def leave(*_) -> NoReturn:
+    """Ends this process at once. Python's own KeyboardInterrupt is lost, or turned into another fault, where
+    it meets the middle of an import.
+    """
+    os._exit(INTERRUPTED)

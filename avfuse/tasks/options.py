@@ -1,0 +1,303 @@
+"""What each task can be told. Nothing here brings torch, so that a command can say its options at once."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ..training.settings import COUNT, NOT_NEGATIVE, RATE, RUN_FILES, TaskConfig, check_rules
+
+
+@dataclass(kw_only=True)
+class ClassifyConfig(TaskConfig):
+    """Classify clips by linear heads over the pooled image, audio and fusion tokens, their logits averaged.
+
+    Without arguments it fine-tunes on Sounding Shapes, the embedded data set; with --probe only the heads are
+    trained (other defaults). With --data it takes any folder whose sub-folders name the classes.
+
+    Where a clip has one class the metric is accuracy, where it may have several, mAP, AUC and d'. Beside the
+    average of all heads stands each head alone (NAME_head), whose tokens have met the other modality all the
+    same, and the classifier when it only gets the picture or only the sound (NAME_input).
+    """
+
+    probe: bool = False
+    """Linear probe: the encoder is frozen."""
+    label: str = ""
+    """Which label of the data set to learn: shape or colour (of what sounds) of Sounding Shapes, class of a
+    plain folder. Default: the first."""
+    class_list: Path | None = None
+    """Text file with the names of the classes of a plain folder, one a line. Default: its sub-folders."""
+    features: tuple[Literal["image", "audio", "fusion"], ...] = ("image", "audio", "fusion")
+    """Tokens that have a head (released: all three)."""
+    modalities: Literal["both", "image", "audio"] = "both"
+    """What the model gets at all; one of them alone is the uni-modal control."""
+    batch_norm: bool = False
+    """Standardise the pooled features by a BatchNorm without parameters (released: in the linear probe). Its
+    statistics are those of a micro-batch of one process, on which the losses then depend."""
+    mixup: Annotated[float, NOT_NEGATIVE] = 0.8
+    """Alpha of mixup, 0 = none (released: 1.0 in fine-tuning, none in the probe). Partners are of the same
+    micro-batch of one process, on which the losses then depend; a clip by itself is not mixed."""
+    smoothing: Annotated[float, RATE] = 0.1
+    """Label smoothing (released: 0.1 in fine-tuning, none in the probe)."""
+    drop_path: Annotated[float, RATE] = 0.1
+    """Rate at which blocks are dropped in training (released: 0.2 in fine-tuning). Which ones depends on
+    --micro-batch, too."""
+    test_windows: Annotated[int, COUNT] = 1
+    """Windows of each test clip, evenly spaced in time, whose logits are averaged; 1 = the middle (released:
+    10 over 10 s)."""
+
+    epochs: int = 40
+    """Passes over the clips (released: 100 fine-tuning, 60 probe; paper: 50)."""
+    warmup_epochs: int = 4
+    """Epochs of linear warm-up before the cosine decay (released: 20 fine-tuning, 10 probe)."""
+    batch_size: int = 32
+    """Clips per step (released: 512 fine-tuning, 1024 probe; paper: 128)."""
+    base_lr: float = 8e-3
+    """Learning rate per 256 clips: lr = base_lr * batch / 256 (released: AdamW 3e-4 fine-tuning, LARS 0.3
+    probe; paper: Adam 1e-4 for its batch of 128, which is 2e-4 here). A tiny model on a small set wants a
+    larger one."""
+    weight_decay: float = 0.05
+    """AdamW weight decay; biases and norms are left out (released: 0.05 fine-tuning, none in the probe)."""
+    layer_decay: float = 0.75
+    """Factor of the learning rate from each layer to the one below it (released: 0.75 fine-tuning)."""
+    checkpoint_every: int = 80
+    """Steps between checkpoints; there always is one at the end."""
+
+    @property
+    def kind(self):
+        return "classify-probe" if self.probe else "classify"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_rules(self)
+        if self.probe and self.drop_path:
+            raise ValueError(f"--drop-path {self.drop_path} has no effect on the frozen encoder of a probe")
+        if self.batch_norm and 1 in (self.micro_batch, self.batch_size):
+            raise ValueError(
+                "--batch-norm needs more than one clip at once, and --micro-batch or --batch-size is 1"
+            )
+        if self.modalities != "both" and not {self.modalities, "fusion"} & {*self.features}:
+            raise ValueError(f"--features {self.features} cannot be read from --modalities {self.modalities}")
+
+
+def linear_probe() -> ClassifyConfig:
+    """Defaults of the linear probe."""
+    return ClassifyConfig(
+        probe=True,
+        batch_norm=True,
+        mixup=0.0,
+        smoothing=0.0,
+        drop_path=0.0,
+        base_lr=8e-3,
+        weight_decay=0.0,
+        layer_decay=1.0,
+    )
+
+
+def parse(args: Sequence[str] | None = None, prog: str | None = None) -> ClassifyConfig:
+    """The command line of classification; --probe has defaults of its own."""
+    args = sys.argv[1:] if args is None else args
+    default = linear_probe() if "--probe" in args else ClassifyConfig()
+    default.run = None  # which depends on the other options
+    return tyro.cli(ClassifyConfig, args=args, prog=prog, default=default)
+
+
+@dataclass(kw_only=True)
+class RetrieveConfig(TaskConfig):
+    """Nearest neighbours among the test clips by image, audio, fusion tokens and their sum (paper Fig. 3).
+
+    It trains nothing. Without arguments it takes the encoder of runs/demo, if `python -m avfuse.train` has
+    left one there, and the embedded data set, Sounding Shapes. With --data it takes any folder whose
+    sub-folders name the classes.
+    """
+
+    kind = "retrieve"
+
+    run: Annotated[Path | None, tyro.conf.arg(name="run-dir")] = None
+    """Folder for results.json, the picture and index.html; what it has of these is replaced. Default: under
+    runs/, by the name of --data and of the task."""
+    k: tuple[int, ...] = (1, 5, 10)
+    """How many neighbours recall looks at."""
+    batch_size: int = 32
+    """Clips that are encoded at once; changes speed and memory, not the results."""
+    max_unreadable: float = 1.0
+    """Share of the clips that may turn out unreadable before the run stops."""
+
+    # There is nothing to train, and nothing to resume.
+    restart: tyro.conf.Suppress[bool] = False
+    epochs: Annotated[int, tyro.conf.Suppress, NOT_NEGATIVE] = 0
+    warmup_epochs: tyro.conf.Suppress[int] = 0
+    base_lr: tyro.conf.Suppress[float] = 0.0
+    weight_decay: tyro.conf.Suppress[float] = 0.0
+    layer_decay: tyro.conf.Suppress[float] = 1.0
+    clip_grad: tyro.conf.Suppress[float] = 0.0
+    ema: tyro.conf.Suppress[float] = 0.0
+    micro_batch: tyro.conf.Suppress[int] = 0
+    grad_checkpointing: tyro.conf.Suppress[bool] = False
+    measure_every: tyro.conf.Suppress[int] = 0
+    checkpoint_every: tyro.conf.Suppress[int] = 1
+    keep_checkpoints: tyro.conf.Suppress[int] = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        if any((self.run / name).exists() for name in ("checkpoints", "model")):
+            raise ValueError(f"--run-dir {self.run} is that of a training run")
+        self.restart = any((self.run / name).exists() for name in RUN_FILES)
+
+
+@dataclass(kw_only=True)
+class SeparateConfig(TaskConfig):
+    """Separate what an image shows from a mixture of sounds (DeepAVFusion, Sec. 4 and App. A.3).
+
+    Without arguments it mixes clips of the embedded data set, Sounding Shapes, and fine-tunes the encoder
+    that `python -m avfuse.train` has left in runs/demo, or a fresh one. It leaves a run folder with pictures,
+    sounds to listen to, results.json and an index.html.
+
+    Known limit: from the 256 clips of the demo it is not learned, and where an image shows several objects it
+    does not always tell which of their sounds is meant. From 4,096 clips of one object (--objects 1 of
+    `python -m avfuse.data.sounding_shapes`) and the encoder of a segmenter it is: docs/tasks.md.
+
+    Published settings: 20 epochs of Adam at a learning rate of 1e-4, batch 128 (paper); AdamW at a base rate
+    of 3e-4, batch 512, 300 epochs of which 40 warm up, layer decay 0.75 (released code).
+    """
+
+    kind = "separate"
+
+    epochs: int = 40
+    """Passes over the data, each clip mixed with another one every time; the paper's are 20, the released
+    code's 300."""
+    warmup_epochs: int = 2
+    """Epochs of linear warm-up before the cosine decay; the released code's are 40 of 300."""
+    batch_size: int = 16
+    """Mixtures per step, over all processes; the paper's is 128, the released code's 512."""
+    base_lr: float = 2.4e-2
+    """Learning rate per 256 mixtures: lr = base_lr * batch / 256. The paper's lr is 1e-4 whatever the batch,
+    the released code's base 3e-4; a tiny model on a small set wants a larger one."""
+    checkpoint_every: int = 80
+    """Steps between checkpoints; there always is one at the end."""
+    decoder_dim: Annotated[int, COUNT] = 64
+    """Channels of the audio U-Net where it is coarsest; 256 suits a base model."""
+    mask: Literal["binary", "ratio"] = "binary"
+    """What masks are trained towards: 1 where the source is the louder one (the paper's), or its share of the
+    magnitudes."""
+    pairs: int = 64
+    """Test clips that are mixed with another and judged."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.pairs < 2:
+            raise ValueError(f"--pairs must be 2 or more, got {self.pairs}")
+
+
+@dataclass(kw_only=True)
+class SceneConfig(TaskConfig):
+    """Settings of both; `dim` is the subclass's."""
+
+    modalities: Literal["both", "image"] = "both"
+    """What the model gets: "image" is the control, to which every sound is silence."""
+    batch_size: int = 8
+    """Clips per step; the paper's are 128."""
+    checkpoint_every: int = 320
+    """Steps between checkpoints; there always is one at the end."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_rules(self)
+        if self.missing != "drop":
+            raise ValueError(f"--missing {self.missing}: each annotated picture needs its sound")
+        if self.train_split not in ("", "train"):
+            raise ValueError(f"--train-split must be train with annotated pictures, got {self.train_split!r}")
+        if self.data_set not in ("auto", "sounding-shapes"):
+            raise ValueError(f"--data-set {self.data_set} has no annotated pictures: leave it at auto")
+
+
+@dataclass(kw_only=True)
+class LocalizeConfig(SceneConfig):
+    """Localize sound sources: a map of cosines between the sound and each place of the picture.
+
+    Without arguments it trains on Sounding Shapes, the embedded data set, in which one of three objects
+    sounds. With --data it takes Flickr-SoundNet (folders frames, audio, Annotations). --modalities image
+    trains the control, which never hears the sound: what is above it, the sound has told.
+
+    `ciou` and `auc` follow the protocol of Flickr-SoundNet, see `consensus_iou`. It calls half of every
+    picture sounding, which no box of Sounding Shapes comes near: there, look at `pointing`, the share of
+    pictures whose highest point lies in a box, which a guess among the three objects brings to a third.
+    Those that begin with `attention` are of the map that needs no labels: where the fusion tokens look.
+
+    Known limit: from the 256 clips of the demo the tiny model learns where objects are, but not which of them
+    sounds. It fits them better than the control does, and stays at the control on held-out ones. From 2,048
+    clips and the encoder of a segmenter it does learn it: docs/tasks.md.
+    """
+
+    kind = "localize"
+
+    data: Path | None = None
+    """Flickr-SoundNet or Sounding Shapes. Default: the latter, built once."""
+    test_share: float = 0.5
+    """Share of the pictures of Flickr-SoundNet to test on; the names decide which."""
+    dim: Annotated[int, COUNT] = 128
+    """Width of the space in which sound and places are compared."""
+
+    epochs: int = 32
+    """Passes over the clips; the paper's are 30."""
+    warmup_epochs: int = 3
+    """Epochs of linear warm-up before the cosine decay; the paper names none."""
+    base_lr: float = 1.6e-2
+    """Learning rate per 256 clips: lr = base_lr * batch / 256. The paper's is 1e-4 for its batch of 128,
+    which is 2e-4 here; a tiny model on a small set wants a larger one."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.test_share < 1:
+            raise ValueError(f"--test-share must be between 0 and 1, got {self.test_share}")
+
+
+@dataclass(kw_only=True)
+class SegmentConfig(SceneConfig):
+    """Segment what sounds: its class at every pixel, or with --target binary just a mask of it.
+
+    Without arguments it trains on Sounding Shapes, the embedded data set, in which one of three objects
+    sounds, and the classes are their shapes. With --data it takes AVSBench (metadata.csv, label2idx.json):
+    --target binary --subset S4 and --target semantic --subset AVSS are the paper's two tasks.
+
+    --modalities image trains the control, which never hears the sound: what is above it, the sound has told.
+    The demo's target is semantic, because classes teach a fresh model in minutes what each sound looks like;
+    masks alone have not been seen to.
+
+    Papers disagree about the metrics, so --protocol names them: see `avsbench_iou`, `f_curve`, `both_iou` and
+    `class_scores` in avfuse/tasks/segment.py for the definitions.
+    """
+
+    kind = "segment"
+
+    data: Path | None = None
+    """AVSBench or Sounding Shapes. Default: the latter, built once."""
+    target: Literal["binary", "semantic"] = "semantic"
+    """Sounding or not (S4, MS3), or its class (AVSS)."""
+    protocol: Literal["avsbench", "deepavfusion"] = "avsbench"
+    """Definition of the metrics: that of the data set, or the other one (binary only), of which the paper's
+    89.94 probably is."""
+    subset: Literal["S4", "MS3", "AVSS"] = "S4"
+    """Part of AVSBench: single sources, several, or all (with --target semantic)."""
+    dim: Annotated[int, COUNT] = 64
+    """Width of the decoder after its first block; twice that before, half after the last."""
+
+    epochs: int = 64
+    """Passes over the clips; the paper's are 20, the released code's 100."""
+    warmup_epochs: int = 6
+    """Epochs of linear warm-up before the cosine decay; the paper names none."""
+    batch_size: int = 8
+    """Clips per step; the paper's are 128, the released code's 512."""
+    base_lr: float = 2.2e-2
+    """Learning rate per 256 clips: lr = base_lr * batch / 256. The paper's is 1e-4 for its batch of 128, the
+    released code's 2e-4 here; a tiny model on a small set wants a larger one."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from each layer to the one below it; the released code's is 0.75."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.target == "semantic" and self.protocol != "avsbench":
+            raise ValueError(f"--protocol {self.protocol} does not define --target semantic; avsbench does")

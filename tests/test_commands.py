@@ -1,0 +1,158 @@
+"""The command lines as users meet them: one family, quick to answer, and ended by Ctrl-C at any moment."""
+
+import os
+import signal
+import subprocess
+import sys
+from typing import get_args
+
+import pytest
+
+from avfuse.__main__ import COMMANDS
+from avfuse.choices import Interactions, Size
+from avfuse.fusion import VARIANTS
+from avfuse.presets import SIZES
+from avfuse.training.recipes import parse
+from avfuse.training.settings import checked
+
+HEAVY = {"torch", "timm", "matplotlib", "accelerate", "torchvision", "huggingface_hub", "sklearn"}
+MODULES = [module for module, _ in COMMANDS.values()]
+
+
+def run(*arguments, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | dict(COLUMNS="120") | environment,
+    )
+
+
+def imported(done: subprocess.CompletedProcess) -> set[str]:
+    """The packages that a process under `-X importtime` has imported."""
+    lines = (line for line in done.stderr.splitlines() if line.startswith("import time:"))
+    return {line.rsplit("|", 1)[1].strip().partition(".")[0] for line in lines}
+
+
+def test_one_command_lists_all():
+    done = run("-X", "importtime", "-m", "avfuse", "--help")
+    assert done.returncode == 0 and not imported(done) & HEAVY
+    listed = {line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")}
+    names = "train predict features classify retrieve segment localize separate data demo report"
+    assert listed == set(names.split())
+    assert run("-m", "avfuse").stdout == done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [*(["avfuse", name] for name in COMMANDS), *([module] for module in MODULES)]
+    + [[*command, sub] for command in (["avfuse", "data"], ["avfuse.data"]) for sub in ("check", "shard")],
+    ids=" ".join,
+)
+def test_help_needs_nothing_heavy(arguments):
+    done = run("-X", "importtime", "-m", *arguments, "--help")
+    called = "avfuse " if arguments[0] == "avfuse" else "python -m avfuse."
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: {called}")
+    assert "avfuse" in imported(done) and not imported(done) & HEAVY
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train", "--epoch", "3"], "--epochs INT"),
+        (["train", "--epochs", "0"], "error: --epochs must be positive, got 0"),
+        (["train", "--data", "nowhere"], "error: --data nowhere does not exist"),
+        (["classify", "--drop-path", "1"], "--drop-path must be in [0, 1), got 1.0"),
+        (["segment", "--missing", "keep"], "--missing keep: each annotated picture needs its sound"),
+        (["predict", "run"], "VIDEO... must name at least one file"),
+        (["data", "chekc"], "check"),
+        (["fetures"], "error: no command 'fetures': did you mean features?"),
+        (["x"], "error: no command 'x': there are train, classify"),
+    ],
+)
+def test_mistakes_are_told_as_soon(arguments, message):
+    done = run("-X", "importtime", "-m", "avfuse", *arguments)
+    assert done.returncode != 0 and message in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr and not imported(done) & HEAVY
+
+
+def test_choices_are_those_of_the_models():
+    assert get_args(Interactions) == tuple(VARIANTS) and set(get_args(Size)) == set(SIZES)
+
+
+def test_shortening_a_run_takes_one_option():
+    def warmup(*args):
+        return checked(parse)(args=args).warmup_epochs
+
+    assert [warmup(*options.split()) for options in ("", "--epochs 12", "--epochs 3", "--epochs 1")] == [
+        6,
+        6,
+        1,
+        0,
+    ]
+    assert warmup("--preset", "vggsound-ablation", "--epochs", "10") == 5
+    assert warmup("--epochs", "3", "--warmup-epochs", "2") == warmup("--epochs=3", "--warmup_epochs=2") == 2
+    with pytest.raises(ValueError, match="--warmup-epochs 4 are more than --epochs 3"):
+        warmup("--epochs", "3", "--warmup-epochs", "4")
+
+
+# --- Ctrl-C -------------------------------------------------------------------------------------------------
+
+# Stands in the place of a library that is being imported when Ctrl-C is pressed.
+INTERRUPTED = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except BaseException as error:
+    raise ImportError("no traceback, please") from error
+"""
+WORK = """
+import atexit, os, signal, sys
+from avfuse.command import begin
+
+def press():
+    os.kill(os.getpid(), signal.SIGINT)
+
+def work(options):
+    try:
+        press()
+    finally:
+        print("in order again", flush=True)
+
+def read(args, prog):
+    if args == ["reading"]:
+        press()
+    return args
+
+atexit.register(press)
+sys.exit(begin("avfuse.x", read, (lambda _: print("done")) if sys.argv[1] == "leaving" else work))
+"""
+
+
+@pytest.mark.parametrize("module", MODULES[:1] + MODULES[5:8])
+def test_ctrl_c_while_libraries_are_imported(module, tmp_path):
+    (tmp_path / "torch.py").write_text(INTERRUPTED)
+    arguments = {"avfuse.predict": ["run", "a.mp4"], "avfuse.features": ["a", "b", "--checkpoint", "c"]}
+    done = run("-m", module, *arguments.get(module, []), PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize(
+    "moment, said", [("reading", ""), ("working", "in order again\n"), ("leaving", "done\n")]
+)
+def test_ctrl_c_at_other_moments(moment, said):
+    done = run("-c", WORK, moment)
+    assert (done.returncode, done.stdout, done.stderr) == (130, said, "")
+
+
+def test_ctrl_c_is_ignored_where_it_was_ignored():
+    """As in the background of a shell, or under nohup."""
+    done = subprocess.run(
+        [sys.executable, "-c", WORK, "working"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    assert (done.returncode, done.stdout) == (0, "in order again\n")
