@@ -4,6 +4,8 @@ import runpy
 import sys
 from difflib import get_close_matches
 
+from . import command
+
 COMMANDS = {  # the module that `python -m` runs, too
     "train": ("avfuse.train", "pretrain a masked autoencoder on any folder of videos"),
     "classify": ("avfuse.tasks.classify", "fine-tune or probe a classifier of clips"),
@@ -23,8 +25,9 @@ def main() -> int | str:
     """Runs the command that is named, or says which there are."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
-        sys.argv[:2] = [f"avfuse {name}"]
-        runpy.run_module(COMMANDS[name][0], run_name="__main__")
+        command.called = f"avfuse {name}"
+        del sys.argv[1]
+        runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=True)
     if name in ("-h", "--help"):
         lines = [f"  {name:<10}{summary}" for name, (_, summary) in COMMANDS.items()]
         print("usage: avfuse COMMAND [OPTIONS]\n", *lines, "\navfuse COMMAND --help says more.", sep="\n")

@@ -15,8 +15,11 @@ from safetensors import SafetensorError
 
 from .files import printable
 
+SAID = tyro.conf.arg(help_behavior_hint="")  # marks an option whose text says what holds by default
 EXPLAINED = (ValueError, OSError, SafetensorError)  # faults whose message says what to do
 INTERRUPTED = 128 + signal.SIGINT
+
+called = ""  # what a user has called this command, if not the module of its name
 
 
 def begin(
@@ -34,12 +37,11 @@ def begin(
             module, which is imported only then.
         explained: of the faults that end the work, those that need no traceback.
     """
-    called = sys.argv[0] if sys.argv[0].startswith("avfuse ") else f"python -m {module}"
     is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not ignored, as under nohup
     if is_ours:
         signal.signal(signal.SIGINT, leave)
     try:
-        options = parse(args=sys.argv[1:], prog=called)
+        options = parse(args=sys.argv[1:], prog=called or f"python -m {module}")
     except EXPLAINED as error:
         sys.exit(f"error: {printable(error)}")
     if isinstance(work, str):
@@ -57,9 +59,9 @@ def begin(
     sys.exit(code)
 
 
-def read(kind: Callable, **settings) -> Callable:
+def read(kind: Callable, *markers, **settings) -> Callable:
     """The reader of a command line for a class of options, or a function whose arguments they are."""
-    return partial(tyro.cli, kind, **settings)
+    return partial(tyro.cli, kind, config=(tyro.conf.DisallowNone, *markers), **settings)
 
 
 def leave(*_) -> NoReturn:

@@ -12,6 +12,7 @@ import torch
 from .data.clips import Failure
 from .data.find import find_data
 from .data.table import ClipTable
+from .data.workers import share_cores
 from .files import printable
 from .loading import load_encoder
 from .training.features import FEATURES, extract, name_failures, read_features, save_features
@@ -23,20 +24,18 @@ def main(config: FeaturesConfig) -> None:
     """Raises:
     ValueError: a setting is wrong, or there is no clip that can be read.
     """
-    if config.out.suffix != ".safetensors" or config.out.is_dir():
-        raise ValueError(f"out must be a .safetensors file, got {config.out}")
     config.out.parent.mkdir(parents=True, exist_ok=True)  # if that fails, then before the work
-    if not config.folder.is_dir():
-        what = "is a file" if config.folder.exists() else "does not exist"
-        raise ValueError(f"folder {config.folder} {what}")
+    share_cores(config.threads, config.workers)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     encoder = load_encoder(config.checkpoint).to(device)
-    options = dict(workers=config.workers, timeout=config.clip_timeout)
-    found = find_data(config.folder, missing=config.missing, **options)
+    options = dict(workers=config.workers, timeout=config.clip_timeout, progress=not config.quiet)
+    found = find_data(config.folder, data_set=config.data_set, missing=config.missing, **options)
     clips = found.train
     if found.test is not clips:
         clips = ClipTable((*clips, *found.test), classes=found.classes, root=clips.root)
-    features = extract(encoder, clips, tokens=config.tokens, batch_size=config.batch_size, **options)
+    features = extract(
+        encoder, clips, every=config.every, tokens=config.tokens, batch_size=config.batch_size, **options
+    )
     broken = [Failure(-1, error.path, error.reason) for error in found.unreadable]
     features = features._replace(failures=broken + features.failures)
     save_features(config.out, features, config.folder, config.checkpoint)

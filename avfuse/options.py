@@ -7,28 +7,44 @@ from typing import Annotated, Literal
 
 import tyro
 
+from .choices import DataSet
+from .command import SAID
+from .training.settings import check_folder
+
 SUFFIXES = (".json", ".csv", ".parquet")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FeaturesConfig:
     """Pooled image, audio and fusion features of every clip of a data set, or of a folder of videos.
+
+    Of a clip, the model sees one frame and the seconds of sound that it takes (3 s by default): those in the
+    middle, or with --every as many windows as there are.
 
     What comes out is one safetensors file: image, audio, fusion (clips, width), and image_present and
     audio_present, which are False where a clip lacks that modality (its row is zeros), and label_NAME for
     each label of a data set. The paths of the rows are in the file's metadata, and so are the clips that
-    cannot be read, with the reason; these have no row.
+    cannot be read, with the reason; these have no row. Windows have a start, in seconds.
     `avfuse.features.read_features` reads it back. It is written at the end, whole or not at all.
     """
 
-    folder: tyro.conf.Positional[Path]
+    paths: tyro.conf.Positional[
+        Annotated[tuple[Path, ...], tyro.conf.arg(metavar="[FOLDER OUT]", help_behavior_hint="")]
+    ] = ()
+    """The same as --data FOLDER --out OUT."""
+    folder: Annotated[Path | None, tyro.conf.arg(name="data", help_behavior_hint="(required)")] = None
     """Any folder that can be trained on: of videos, searched recursively, of a data set, or of shards; clips
     to train on come first, then those to test on."""
-    out: tyro.conf.Positional[Path]
+    data_set: DataSet = "auto"
+    """How that folder is laid out; auto tells by its manifest (`python -m avfuse.data check`) or files."""
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], help_behavior_hint="(required)")] = None
     """File to write, such as features.safetensors; one that is there is replaced."""
     checkpoint: str
     """Whose encoder: a run folder, a saved model, a name on the Hugging Face hub, or a released DeepAVFusion
     file."""
+    every: Annotated[float | None, SAID] = None
+    """Seconds between the beginnings of windows, as long as a whole one is left. Default: the one in the
+    middle of each clip."""
     tokens: bool = False
     """Add all tokens: image_tokens, audio_tokens, fusion_tokens (clips, tokens, width). Everything is held in
     memory until it is written."""
@@ -40,6 +56,27 @@ class FeaturesConfig:
     """Seconds a worker may take over one clip before it is given up as unreadable."""
     workers: Annotated[int, tyro.conf.arg(aliases=["-j"])] = 2
     """Processes that read clips."""
+    threads: int = 0
+    """Threads of torch on the CPU. 0 = the cores that the workers leave, at least one; OMP_NUM_THREADS goes
+    before that."""
+    quiet: Annotated[bool, tyro.conf.arg(aliases=["-q"])] = False
+    """Show no progress, only what came out, and faults."""
+
+    def __post_init__(self):
+        if self.paths:
+            if len(self.paths) != 2 or self.folder or self.out:
+                raise ValueError(
+                    f"give FOLDER OUT, or --data and --out, got {' '.join(map(str, self.paths))}"
+                )
+            self.folder, self.out = self.paths
+        if self.folder is None or self.out is None:
+            raise ValueError("--data and --out are both needed")
+        check_folder(self.folder)
+        check_every(self.every)
+        if self.threads < 0:
+            raise ValueError(f"--threads must not be negative, got {self.threads}")
+        if self.out.suffix != ".safetensors" or self.out.is_dir():
+            raise ValueError(f"--out must be a .safetensors file, got {self.out}")
 
 
 @dataclass
@@ -51,31 +88,44 @@ class PredictConfig:
     video, or one every few seconds.
     """
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """A run folder, a saved model, or the name of one on the Hugging Face hub."""
-    videos: tyro.conf.Positional[tuple[Path, ...]]
+    videos: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(metavar="VIDEO...", help_behavior_hint="(required)"),
+    ]
     """Video or sound files."""
-    every: float | None = None
-    """Seconds between the beginnings of windows, as long as a whole one is left; without it, there is the one
-    in the middle."""
+    every: Annotated[float | None, SAID] = None
+    """Seconds between the beginnings of windows, as long as a whole one is left. Default: the one in the
+    middle."""
     top: int = 3
     """Classes that are shown on the screen; a file gets all."""
-    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], help_behavior_hint="")] = None
     """File for all answers: .json, .csv or .parquet (which needs pyarrow). It is written at the end, whole or
     not at all."""
-    pictures: Path | None = None
+    pictures: Annotated[Path | None, SAID] = None
     """Folder for pictures: where the model looks and listens, maps of what sounds; of a separator, the
     sounds."""
+    threads: int = 0
+    """Threads of torch on the CPU. 0 = one for each core; OMP_NUM_THREADS goes before that."""
+    quiet: Annotated[bool, tyro.conf.arg(aliases=["-q"])] = False
+    """Show no progress, only what came out, and faults."""
 
     def __post_init__(self):
         if not self.videos:
             raise ValueError("VIDEO... must name at least one file")
-        if self.every is not None and not 0 < self.every < math.inf:
-            raise ValueError(f"--every must be a positive number of seconds, got {self.every}")
+        check_every(self.every)
+        if self.threads < 0:
+            raise ValueError(f"--threads must not be negative, got {self.threads}")
         if self.top < 1:
             raise ValueError(f"--top must be a positive integer, got {self.top}")
         if self.out is not None and self.out.suffix not in SUFFIXES:
             raise ValueError(f"--out must end in {', '.join(SUFFIXES)}, got {self.out}")
+
+
+def check_every(seconds: float | None) -> None:
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise ValueError(f"--every must be a positive number of seconds, got {seconds}")
 
 
 def run_folder(run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]) -> Path:

@@ -16,10 +16,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .data.clips import open_window, read_clip
+from .data.clips import open_window, read_clip, window_starts
+from .data.workers import share_cores
 from .encoder import AVEncoder
 from .files import aside, printable
 from .mae import AVMAE
+from .progress import progress_bar
 from .tasks.saved import load
 from .tasks.scenes import draw_map
 from .tasks.separate import write_wav
@@ -34,14 +36,14 @@ def main(config: PredictConfig) -> int:
     Raises:
         ValueError: a setting is wrong, or there is no model.
     """
+    share_cores(config.threads, workers=0)
     model = load(config.model)
     model = model.encoder if isinstance(model, AVMAE) else model
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model, answers, failed = model.to(device), [], 0
     encoder = getattr(model, "encoder", model)
-    for path in tqdm(
-        config.videos, desc="predict", unit="video", disable=None if len(config.videos) > 1 else True
-    ):
+    shown = len(config.videos) > 1 and not config.quiet
+    for path in progress_bar(config.videos, desc="predict", unit="video", shown=shown):
         try:
             for start in starts(path, encoder, config.every):
                 answer = dict(video=str(path), start=round(start, 3)) | say(model, path, start)
@@ -67,8 +69,7 @@ def starts(path: Path, encoder: AVEncoder, every: float | None) -> list[float]:
     with open_window(path, encoder.inputs, None) as (reader, middle):
         if every is None:
             return [middle]
-        last = max(0.0, reader.streams.seconds - encoder.inputs.audio_seconds)
-    return [n * every for n in range(int(last / every + 1e-9) + 1)]
+        return window_starts(reader.streams.seconds, encoder.inputs.audio_seconds, every)
 
 
 @torch.no_grad()

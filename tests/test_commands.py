@@ -1,6 +1,7 @@
 """The command lines as users meet them: one family, quick to answer, and ended by Ctrl-C at any moment."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -55,6 +56,7 @@ def test_help_needs_nothing_heavy(arguments):
     called = "avfuse " if arguments[0] == "avfuse" else "python -m avfuse."
     assert done.returncode == 0 and done.stdout.startswith(f"usage: {called}")
     assert "avfuse" in imported(done) and not imported(done) & HEAVY
+    assert not re.search(r"default: (None|''|)\)|\{None\}", done.stdout)  # the text says what holds instead
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,10 @@ sys.exit(begin("avfuse.x", read, (lambda _: print("done")) if sys.argv[1] == "le
 @pytest.mark.parametrize("module", MODULES[:1] + MODULES[5:8])
 def test_ctrl_c_while_libraries_are_imported(module, tmp_path):
     (tmp_path / "torch.py").write_text(INTERRUPTED)
-    arguments = {"avfuse.predict": ["run", "a.mp4"], "avfuse.features": ["a", "b", "--checkpoint", "c"]}
+    arguments = {
+        "avfuse.predict": ["run", "a.mp4"],
+        "avfuse.features": [str(tmp_path), "b.safetensors", "--checkpoint", "c"],
+    }
     done = run("-m", module, *arguments.get(module, []), PYTHONPATH=str(tmp_path))
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 

@@ -9,7 +9,7 @@ import torch
 from models import relative_error
 from videos import write_video
 
-from avfuse import create_encoder
+from avfuse import AVEncoder, create_encoder, read_clip
 from avfuse.data.check import check
 from avfuse.data.clips import ClipDataset
 from avfuse.data.find import find_data
@@ -36,8 +36,6 @@ def saved(tmp_path_factory):
 
 
 def test_a_file_holds_the_features_of_every_clip_that_can_be_read(folder, saved, tmp_path, capsys):
-    from avfuse import AVEncoder
-
     config = dict(folder=folder, checkpoint=str(saved), tokens=True, workers=0)
     for batch_size in 1, 3:
         out = tmp_path / f"{batch_size}.safetensors"
@@ -66,6 +64,35 @@ def test_a_file_holds_the_features_of_every_clip_that_can_be_read(folder, saved,
             assert relative_error(tensors[name][row], tokens[0].mean(0)) < 1e-5, (path, name)
     others = read_features(tmp_path / "3.safetensors")[0]
     assert all(torch.allclose(others[name].float(), t.float(), atol=1e-5) for name, t in tensors.items())
+
+
+def test_windows_of_every_clip(saved, tmp_path, capsys):
+    """Each row against the encoder on that window of that file; a clip that breaks later is named once."""
+    folder, out = tmp_path / "clips", tmp_path / "out.safetensors"
+    for name, seconds in ("a/long.mp4", 5.2), ("b/deaf.mp4", 4.0), ("short.mp4", 1.0):
+        write_video(folder / name, seconds, audio="deaf" not in name)
+    whole = (folder / "a/long.mp4").read_bytes()
+    (folder / "hollow.mp4").write_bytes(hollow(whole))
+    main(FeaturesConfig(folder=folder, out=out, checkpoint=str(saved), every=0.7, batch_size=2, workers=1))
+    assert "1 could not be read: " in capsys.readouterr().out
+    tensors, paths = read_features(out)
+    encoder = AVEncoder.from_pretrained(saved)
+    starts = [round(0.7 * n, 4) for n in range(4)]  # 3 s fit into 5.2 s up to 2.2 s
+    assert paths == ["a/long.mp4"] * 4 + ["b/deaf.mp4"] * 2 + ["short.mp4"]
+    assert tensors["start"].tolist() == pytest.approx([*starts, *starts[:2], 0.0])
+    for row, (path, start) in enumerate(zip(paths, tensors["start"].tolist(), strict=True)):
+        with torch.no_grad():
+            truth = encoder(*read_clip(folder / path, encoder.inputs, start=start))
+        for name in FEATURES:
+            expected = torch.zeros(1) if getattr(truth, name) is None else getattr(truth, name)[0].mean(0)
+            assert torch.allclose(tensors[name][row], expected, atol=1e-4), (path, start, name)
+
+
+def hollow(video: bytes) -> bytes:
+    """Headers as they were, zeros where the pictures and the sound were."""
+    start = video.index(b"mdat") + 4
+    size = int.from_bytes(video[start - 8 : start - 4], "big") - 8
+    return video[:start] + bytes(size) + video[start + size :]
 
 
 def test_checked_folders_and_shards_are_read_too(folder, saved, tmp_path, capsys):
@@ -122,12 +149,20 @@ def test_where_nothing_can_be_written_nothing_is_computed(folder, saved, tmp_pat
     (tmp_path / "file").touch()
     for out, error in ("a.safetensors", ValueError), ("file/a.safetensors", OSError):
         with pytest.raises(error, match=out.split("/")[0]):
-            main(FeaturesConfig(folder=tmp_path / "none", out=tmp_path / out, checkpoint=str(saved)))
+            main(FeaturesConfig(folder=tmp_path, out=tmp_path / out, checkpoint=str(saved)))
 
 
 def test_mistakes_are_explained(folder, saved, tmp_path):
-    with pytest.raises(ValueError, match="out must be a .safetensors file"):
-        main(FeaturesConfig(folder=folder, out=tmp_path / "out.pt", checkpoint=str(saved)))
+    for wrong, message in (
+        (dict(out=tmp_path / "out.pt"), "out must be a .safetensors file"),
+        (dict(every=0.0), "--every must be a positive number of seconds, got 0.0"),
+        (dict(folder=tmp_path / "none"), "--data .*none does not exist"),
+        (dict(out=None), "--data and --out are both needed"),
+        (dict(paths=(folder, tmp_path)), "give FOLDER OUT, or --data and --out, got "),
+    ):
+        options = dict(folder=folder, out=tmp_path / "out.safetensors", checkpoint=str(saved)) | wrong
+        with pytest.raises(ValueError, match=message):
+            FeaturesConfig(**options)
     with pytest.raises(ValueError, match="cannot be read"):
         read_features(folder / "broken.mp4")
     with pytest.raises(ValueError, match="batch_size"):

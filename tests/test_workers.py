@@ -10,7 +10,7 @@ from pathlib import Path
 import calls
 import pytest
 
-from avfuse.data.workers import FOR_THE_PARENT, WorkerFailure, WorkerPool
+from avfuse.data.workers import FOR_THE_PARENT, WorkerFailure, WorkerPool, share_cores
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
 
@@ -46,6 +46,21 @@ def test_maps_may_be_interleaved():
         one, two = pool.map(range(30)), pool.map(range(30, 60))
         pairs = list(zip(one, two, strict=True))
     assert pairs == [(number**2, (number + 30) ** 2) for number in range(30)]
+
+
+@pytest.mark.parametrize(
+    "threads, workers, environment, used",
+    [(3, 1, "", 3), (0, 2, "", 6), (0, 9, "", 1), (0, 0, "", 8), (0, 2, "4", None), (3, 2, "4", 3)],
+)
+def test_threads_take_the_cores_that_workers_leave(monkeypatch, threads, workers, environment, used):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if environment:
+        monkeypatch.setenv("OMP_NUM_THREADS", environment)
+    taken = []
+    monkeypatch.setattr("avfuse.data.workers.cores", lambda: 8)
+    monkeypatch.setattr("torch.set_num_threads", taken.append)
+    share_cores(threads, workers)
+    assert taken == ([] if used is None else [used])
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")

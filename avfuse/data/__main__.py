@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ..choices import DataSet
-from ..command import begin, read
+from ..command import SAID, begin, read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,16 +21,18 @@ class Check:
 
     path: tyro.conf.Positional[Path]
     """The data folder."""
-    out: Path | None = None
-    """Where to write; by default into the folder, where training looks for the manifest."""
+    out: Annotated[Path | None, SAID] = None
+    """Where to write. Default: into the folder, where training looks for the manifest."""
     data_set: DataSet = "auto"
     """How the folder is laid out; auto tells by its files."""
-    pictures: Literal["all", "key-frames"] = "all"
-    """Which to decode: key frames alone take a fraction of the time, and miss damage in between."""
-    workers: int = 8
+    decode: Annotated[Literal["all", "key-frames"], tyro.conf.arg(aliases=["--pictures"])] = "all"
+    """Which pictures: key frames alone take a fraction of the time, and miss damage in between."""
+    workers: Annotated[int, tyro.conf.arg(aliases=["-j"])] = 8
     """Processes that decode."""
-    timeout: float = 600.0
+    clip_timeout: Annotated[float, tyro.conf.arg(aliases=["--timeout"])] = 600.0
     """Seconds that a clip may take."""
+    quiet: Annotated[bool, tyro.conf.arg(aliases=["-q"])] = False
+    """Show no progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,22 +51,24 @@ class Shard:
     """Size of a shard, about."""
     seed: int = 0
     """Of the order in which clips are dealt to shards."""
-    workers: int = 4
+    workers: Annotated[int, tyro.conf.arg(aliases=["-j"])] = 4
     """Processes that write."""
+    quiet: Annotated[bool, tyro.conf.arg(aliases=["-q"])] = False
+    """Show no progress."""
 
 
 def main(command: Check | Shard) -> None:
     from .check import check  # these bring torch
     from .shards import shard
 
+    options = dict(workers=command.workers, progress=not command.quiet)
     try:
         if isinstance(command, Check):
-            options = dict(out=command.out, data_set=command.data_set, timeout=command.timeout)
-            every = command.pictures == "all"
-            print(check(command.path, every_picture=every, workers=command.workers, **options))
+            options |= dict(out=command.out, data_set=command.data_set, timeout=command.clip_timeout)
+            print(check(command.path, every_picture=command.decode == "all", **options))
         else:
-            size = command.megabytes * 10**6
-            print(shard(command.path, command.out, size=size, seed=command.seed, workers=command.workers))
+            options |= dict(size=command.megabytes * 10**6, seed=command.seed)
+            print(shard(command.path, command.out, **options))
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         raise

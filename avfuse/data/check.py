@@ -14,9 +14,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..files import printable, write_text
+from ..progress import progress_bar
 from . import manifest
 from .clips import MEMORY
 from .decode import GENERATION, ClipError
@@ -101,7 +100,7 @@ def check(
         bar = dict(total=len(ready), initial=len(ready) - len(todo), desc="Checking", unit="clip")
         with WorkerPool(look, workers, timeout=timeout, memory=MEMORY) as pool:
             looked = pool.map(clips[at][1] for at in todo)
-            for at, entry in zip(todo, tqdm(looked, disable=not progress, **bar), strict=True):
+            for at, entry in zip(todo, progress_bar(looked, shown=progress, **bar), strict=True):
                 is_lost = isinstance(entry, WorkerFailure)
                 ready[at] = _failed(root, clips[at][1], entry.reason) if is_lost else entry
                 note(ready[at])

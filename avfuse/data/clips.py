@@ -227,6 +227,35 @@ def open_window(
         raise ValueError(f"{printable(error.path)} cannot be read: {printable(error.reason)}") from error
 
 
+def window_starts(seconds: float, length: float, every: float) -> list[float]:
+    """Where windows of `length` begin in a clip, one every so many seconds as long as a whole one is left. A
+    clip that is shorter has one.
+    """
+    return [n * every for n in range(int(max(0.0, seconds - length) / every + 1e-9) + 1)]
+
+
+class WindowsDataset(ClipDataset):
+    """Windows of clips for evaluation, one every so many seconds, in the place of clips: `clips` names the
+    clip of each, and an item tells its `start` in seconds.
+    """
+
+    start = 0.0
+
+    def __init__(self, clips: Sequence[Clip], settings: InputSettings, *, every: float):
+        super().__init__(clips, settings, train=False)
+        length = settings.audio_seconds
+        windows = [(c, start) for c in clips for start in window_starts(c.streams.seconds, length, every)]
+        self.clips, self.starts = zip(*windows, strict=True)
+
+    def __getitem__(self, key):
+        self.start = self.starts[key[1] if isinstance(key, tuple) else key]
+        return super().__getitem__(key)
+
+    def item(self, clip, reader, generator):
+        window = self.window_from(self.start, clip.streams, reader, generator)
+        return window | {"start": torch.tensor(self.start)}
+
+
 # --- batching -----------------------------------------------------------------------------------------------
 
 

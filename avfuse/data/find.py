@@ -12,11 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, get_args
 
-from tqdm import tqdm
-
 from ..checks import check_choice
 from ..choices import DataSet
 from ..files import printable, some
+from ..progress import progress_bar
 from . import manifest, sounding_shapes
 from .clips import MEMORY
 from .decode import ClipError, Streams
@@ -90,7 +89,7 @@ def find_data(
     """
     check_choice("missing", missing, ("drop", "keep"))
     check_choice("data_set", data_set, DATA_SETS)
-    root = sounding_shapes.generate(DEMO) if folder is None else Path(folder)
+    root = sounding_shapes.generate(DEMO, progress=progress) if folder is None else Path(folder)
     is_checked = data_set == "auto" and manifest.has_manifest(root)
     data_set = recognise(root) if data_set == "auto" else data_set
     listing = Manifest("", root) if is_checked else READERS[data_set](root)
@@ -263,7 +262,7 @@ def scan(
     unknown = (clip for _, clip in wanted() if isinstance(clip, Clip) and clip.streams is None)
     with WorkerPool(_probe, workers, timeout=timeout, memory=MEMORY) as pool:
         probed = pool.map(unknown)
-        for split, clip in tqdm(wanted(), total=there, desc="Scanning", unit="clip", disable=not progress):
+        for split, clip in progress_bar(wanted(), total=there, desc="Scanning", unit="clip", shown=progress):
             streams = clip.streams if isinstance(clip, Clip) else clip
             if streams is None:
                 streams = next(probed)

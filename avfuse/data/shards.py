@@ -15,9 +15,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from ..files import aside, is_regular, leads_out, printable, some
+from ..progress import progress_bar
 from . import manifest
 from .manifest import Entry
 from .workers import WorkerFailure, WorkerPool
@@ -81,7 +80,7 @@ def shard(
     out.mkdir(parents=True, exist_ok=True)
     (out / manifest.FILE).unlink(missing_ok=True)  # it may be of shards that are about to be replaced
     sharded = []
-    bar = tqdm(total=len(whole) - len(gone), desc="Sharding", unit="clip", disable=not progress)
+    bar = progress_bar(total=len(whole) - len(gone), desc="Sharding", unit="clip", shown=progress)
     with WorkerPool(partial(_write, root, out), workers, timeout=PATIENCE) as pool, bar:
         for plan, written in zip(plans, pool.map(plans), strict=True):
             if isinstance(written, WorkerFailure):

@@ -8,6 +8,7 @@ is killed at any moment, in the middle of an answer too, leaves nothing behind t
 import itertools
 import math
 import multiprocessing
+import os
 import pickle
 import signal
 import socket
@@ -255,6 +256,21 @@ class _Worker:
                 self.process = None
             if self.socket is not None:
                 self.socket.close()
+
+
+def share_cores(threads: int, workers: int) -> None:
+    """Has torch use so many threads in this process. With 0 it takes the cores that the workers leave, at
+    least one: threads that wait for each other on cores with other work take several times as long as one.
+    """
+    if not threads and "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, cores() - workers)
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def cores() -> int:
+    """How many of them this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _kill(workers: set[_Worker]) -> None:

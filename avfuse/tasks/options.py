@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ..command import SAID, read
 from ..training.settings import COUNT, NOT_NEGATIVE, RATE, RUN_FILES, TaskConfig, check_rules
 
 
@@ -25,10 +26,10 @@ class ClassifyConfig(TaskConfig):
 
     probe: bool = False
     """Linear probe: the encoder is frozen."""
-    label: str = ""
+    label: Annotated[str, SAID] = ""
     """Which label of the data set to learn: shape or colour (of what sounds) of Sounding Shapes, class of a
     plain folder. Default: the first."""
-    class_list: Path | None = None
+    class_list: Annotated[Path | None, SAID] = None
     """Text file with the names of the classes of a plain folder, one a line. Default: its sub-folders."""
     features: tuple[Literal["image", "audio", "fusion"], ...] = ("image", "audio", "fusion")
     """Tokens that have a head (released: all three)."""
@@ -102,7 +103,7 @@ def parse(args: Sequence[str] | None = None, prog: str | None = None) -> Classif
     args = sys.argv[1:] if args is None else args
     default = linear_probe() if "--probe" in args else ClassifyConfig()
     default.run = None  # which depends on the other options
-    return tyro.cli(ClassifyConfig, args=args, prog=prog, default=default)
+    return read(ClassifyConfig)(args=args, prog=prog, default=default)
 
 
 @dataclass(kw_only=True)
@@ -116,7 +117,7 @@ class RetrieveConfig(TaskConfig):
 
     kind = "retrieve"
 
-    run: Annotated[Path | None, tyro.conf.arg(name="run-dir")] = None
+    run: Annotated[Path | None, tyro.conf.arg(name="run-dir", help_behavior_hint="")] = None
     """Folder for results.json, the picture and index.html; what it has of these is replaced. Default: under
     runs/, by the name of --data and of the task."""
     k: tuple[int, ...] = (1, 5, 10)
@@ -234,7 +235,7 @@ class LocalizeConfig(SceneConfig):
 
     kind = "localize"
 
-    data: Path | None = None
+    data: Annotated[Path | None, SAID] = None
     """Flickr-SoundNet or Sounding Shapes. Default: the latter, built once."""
     test_share: float = 0.5
     """Share of the pictures of Flickr-SoundNet to test on; the names decide which."""
@@ -273,7 +274,7 @@ class SegmentConfig(SceneConfig):
 
     kind = "segment"
 
-    data: Path | None = None
+    data: Annotated[Path | None, SAID] = None
     """AVSBench or Sounding Shapes. Default: the latter, built once."""
     target: Literal["binary", "semantic"] = "semantic"
     """Sounding or not (S4, MS3), or its class (AVSS)."""

@@ -68,7 +68,9 @@ class SceneTask(JudgedTask):
     @classmethod
     def find(cls, config, say):
         """Sounding Shapes, which is built first where no folder is given, or what else the task knows."""
-        root = sounding_shapes.generate(DEMO) if config.data is None else config.data
+        root = config.data
+        if root is None:
+            root = sounding_shapes.generate(DEMO, progress=not config.quiet)
         if sounding_shapes.is_built(root):
             train, test = (sounding_shapes_scenes(root, split, cls.shape_truth) for split in SPLITS)
             return as_found(train, middle_moments(test), "held-out clips", say, shape=SHAPE_CLASSES)

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..checks import check_count
-from ..data.clips import Clip, ClipDataset, ClipLoader, Failure
+from ..data.clips import Clip, ClipDataset, ClipLoader, Failure, WindowsDataset
 from ..encoder import AVEncoder, EncoderOutput
 from ..files import printable, some
+from ..progress import progress_bar
 from ..weight_files import read_metadata, read_safetensors, write_safetensors
 
 FEATURES = ("image", "audio", "fusion")
@@ -49,11 +49,11 @@ def pool(tokens: EncoderOutput) -> dict[str, Tensor]:
 
 
 class Features(NamedTuple):
-    """One row for each clip that could be read, in the order of the clips.
+    """One row for each clip, or window of a clip, that could be read, in the order of the clips.
 
     `tensors` holds image, audio, fusion (N, D), the means of the tokens; image_present, audio_present (N,)
-    bool, where False means a row of zeros; what the clips' labels are; and, if asked for, image_tokens,
-    audio_tokens, fusion_tokens (N, n, D).
+    bool, where False means a row of zeros; what the clips' labels are; of windows, their start in seconds;
+    if asked for, image_tokens, audio_tokens, fusion_tokens (N, n, D).
     """
 
     tensors: dict[str, Tensor]
@@ -66,13 +66,15 @@ def extract(
     encoder: AVEncoder,
     clips: Sequence[Clip],
     *,
+    every: float | None = None,
     tokens: bool = False,
     batch_size: int = 32,
     workers: int = 2,
     timeout: float = 60.0,
     progress: bool = True,
 ) -> Features:
-    """Features of the middle of each clip, as `ClipDataset` reads it for evaluation, on the encoder's device.
+    """Features of the middle of each clip, as `ClipDataset` reads it for evaluation, on the encoder's device;
+    or of windows, one every so many seconds, as `WindowsDataset` does.
 
     The batch size changes speed and memory, not what comes out, beyond rounding.
 
@@ -83,11 +85,14 @@ def extract(
     encoder.eval()
     device = encoder.fusion_tokens.device
     parts, failures = [], []
-    keys = [(0, index) for index in range(len(clips))]
-    dataset = ClipDataset(clips, encoder.inputs, train=False)
+    if every is None:
+        dataset = ClipDataset(clips, encoder.inputs, train=False)
+    else:
+        dataset = WindowsDataset(clips, encoder.inputs, every=every)
+    keys = [(0, index) for index in range(len(dataset))]
     with (
         ClipLoader(dataset, workers=workers, timeout=timeout) as loader,
-        tqdm(total=len(clips), desc="features", unit="clip", disable=not progress) as bar,
+        progress_bar(total=len(keys), desc="features", unit="window", shown=progress) as bar,
     ):
         for batch in loader.batches([keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]):
             failed = batch.pop("failures")
@@ -98,7 +103,8 @@ def extract(
     if not parts:
         raise ValueError(f"none of the {len(clips)} clips can be read: {name_failures(failures)}")
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return Features(tensors, [clips[i] for i in tensors.pop("index").tolist()], failures)
+    failures = list({failure.path: failure for failure in failures}.values())
+    return Features(tensors, [dataset.clips[i] for i in tensors.pop("index").tolist()], failures)
 
 
 def _features(encoder, batch, tokens, device) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from ..files import printable, write_json
 from ..loading import load_encoder
 from ..presets import create_encoder
 from ..pretrained import load_strictly, parameter_groups
+from ..progress import progress_bar
 from .loop import Run, Task, evaluation_batches
 from .plan import count_parameters
 from .report import write_report
@@ -193,7 +194,8 @@ def judge_all(run: Run, model: nn.Module) -> tuple[list[dict], list[Failure]]:
     model.eval()
     indices = range(accelerator.process_index, len(run.found.test), accelerator.num_processes)
     batches = evaluation_batches(run, indices)
-    for batch in tqdm(batches, desc="judging", leave=False, disable=not accelerator.is_main_process):
+    shown = accelerator.is_main_process and not run.config.quiet
+    for batch in progress_bar(batches, desc="judging", leave=False, shown=shown):
         failures += batch["failures"]
         if len(batch["index"]):
             judged = task.judge(model, to_device(task.inputs(batch), accelerator.device), batch)

@@ -36,7 +36,9 @@ from tqdm import tqdm
 
 from ..data.clips import Clip, ClipLoader, ClipSampler, Failure
 from ..data.find import Found, find_data
+from ..data.workers import share_cores
 from ..files import printable, some
+from ..progress import progress_bar
 from .checkpoints import load_checkpoint, save_checkpoint
 from .faults import RunError, Signals, examine, memory_advice, write_fault
 from .run_folder import MetricsFile, Quarantine, TooManyUnreadable, begin_run, check_run
@@ -70,6 +72,7 @@ class Task:
             data_set=config.data_set,
             train_split=config.train_split,
             missing=config.missing,
+            progress=not config.quiet,
             workers=config.workers,
             timeout=config.clip_timeout,
         )
@@ -166,6 +169,7 @@ def set_up(config: LoopConfig, kind: type[Task]) -> Run:
         ValueError: a setting or folder is wrong; nothing was written or deleted.
     """
     check_config(config)
+    share_cores(config.threads, config.workers)
     accelerator = make_accelerator(config)
     check_run(config)
     set_seed(config.seed)
@@ -285,13 +289,9 @@ def train(run: Run) -> int:
 def take_steps(run: Run, signals: Signals) -> int:
     """All steps that are left, with checkpoints and measures on the way; the signal that cut them short."""
     config, accelerator, steps = run.config, run.accelerator, run.schedule.steps
-    progress = tqdm(
-        total=steps,
-        initial=run.first_step,
-        desc="training",
-        unit="step",
-        disable=not accelerator.is_main_process,
-    )
+    shown = accelerator.is_main_process and not config.quiet
+    way = dict(total=steps, initial=run.first_step, desc="training", unit="step")
+    progress = progress_bar(shown=shown, **way)
     with make_loader(run.task, config, run.found.train, train=True) as loader, progress:
         batches = steps_of(run, loader)
         for step in range(run.first_step + 1, steps + 1):

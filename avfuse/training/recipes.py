@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
 from ..choices import Interactions, Size
+from ..command import SAID, read
 from .settings import COUNT, FREE, ONCE, LoopConfig
 
 
@@ -41,8 +40,8 @@ class TrainConfig(LoopConfig):
     interactions: Interactions = "dense"
     """How fusion tokens read image and audio tokens; dense is exact over all pairs, factorized the paper's
     approximation."""
-    fusion_layers: tuple[int, ...] = ()
-    """0-based layers that fuse; default: all (early fusion)."""
+    fusion_layers: Annotated[tuple[int, ...], SAID] = ()
+    """0-based layers that fuse. Default: all (early fusion)."""
     fusion_tokens: int = 16
     """Number of fusion tokens (the paper's)."""
     image_aggregation_tokens: int = 8
@@ -63,12 +62,13 @@ class TrainConfig(LoopConfig):
     """Share of the image patches that are hidden (the paper's)."""
     audio_mask_ratio: float = 0.8
     """Share of the audio patches that are hidden (the paper's)."""
-    image_weights: Path | None = None
-    """Weights that the image transformer starts from: a file with MAE's or timm's names."""
-    audio_weights: Path | None = None
-    """Weights that the audio transformer starts from, such as AudioMAE's. Transformers that start from
-    weights have their learning rate raised from 0 by half a cosine over the first half of training (released
-    code)."""
+    image_weights: Annotated[Path | None, SAID] = None
+    """Weights that the image transformer starts from: a file with MAE's or timm's names. Default:
+    fresh ones."""
+    audio_weights: Annotated[Path | None, SAID] = None
+    """Weights that the audio transformer starts from, such as AudioMAE's. Default: fresh ones.
+    Transformers that start from weights have their learning rate raised from 0 by half a cosine over the
+    first half of training (released code)."""
 
     epochs: int = 60
     """Passes over the data; the paper's are 200 (VGGSound ablation)."""
@@ -172,4 +172,4 @@ def parse(args: Sequence[str] | None = None, prog: str | None = None) -> TrainCo
     preset = first.parse_known_args(args)[0].preset
     default = PRESETS.get(preset, demo)()  # of an unknown one tyro will say what there is
     default.run = None  # which depends on the other options
-    return tyro.cli(TrainConfig, args=args, prog=prog, default=default)
+    return read(TrainConfig)(args=args, prog=prog, default=default)

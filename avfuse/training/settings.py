@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ..choices import DataSet, Interactions, Size
+from ..command import SAID
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,16 @@ class LoopConfig:
 
     kind = ""  # of run, in the name of its folder
 
-    data: Annotated[Path | None, FREE] = None  # which clips it holds may not differ, see `describe_data`
+    data: Annotated[Path | None, SAID, FREE] = (
+        None  # which clips it holds may not differ, see `describe_data`
+    )
     """Folder of videos (searched recursively; train/ and test/ inside it are the splits). Default: Sounding
     Shapes, built once."""
     data_set: DataSet = "auto"
     """How that folder is laid out; auto tells by its manifest (`python -m avfuse.data check`) or files."""
-    train_split: str = ""
+    train_split: Annotated[str, SAID] = ""
     """The split to train on where there are several, such as balanced_train of AudioSet. Default: all."""
-    run: Annotated[Path | None, tyro.conf.arg(name="run-dir"), FREE] = None
+    run: Annotated[Path | None, tyro.conf.arg(name="run-dir", help_behavior_hint=""), FREE] = None
     """Run folder: settings, metrics, checkpoints, pictures, results, report, final model. Default: under
     runs/, by the name of --data and of the task."""
     restart: Annotated[bool, ONCE] = False
@@ -87,6 +90,10 @@ class LoopConfig:
     workers: Annotated[int, tyro.conf.arg(aliases=["-j"]), NOT_NEGATIVE, FREE] = 2
     """Worker processes that read clips, for each process that trains; 0 reads in the training process, where
     a decoder that hangs or crashes takes the run with it."""
+    threads: Annotated[int, NOT_NEGATIVE, FREE] = 0
+    """Threads of torch on the CPU, for each process that trains. 0 = the cores that the workers leave, at
+    least one; OMP_NUM_THREADS goes before that. Threads that share cores with others' work can be three
+    times as slow as one alone. Changes speed, and losses by rounding."""
     seed: Annotated[int, Rule("must be 0 or more, and below 2**32", lambda value: 0 <= value < 2**32)] = 0
     """Seed of weights, masks, crops and order."""
     measure_every: Annotated[int, NOT_NEGATIVE, FREE] = 0
@@ -95,6 +102,8 @@ class LoopConfig:
     """Steps between checkpoints; there always is one at the end."""
     keep_checkpoints: Annotated[int, COUNT, FREE] = 2
     """How many of the latest checkpoints stay."""
+    quiet: Annotated[bool, tyro.conf.arg(aliases=["-q"]), ONCE] = False
+    """Show no progress, only what was found, results and faults."""
 
     def __post_init__(self):
         if self.run is None:
@@ -112,7 +121,7 @@ class LoopConfig:
 class TaskConfig(LoopConfig):
     """Settings that all tasks have."""
 
-    checkpoint: str = ""
+    checkpoint: Annotated[str, SAID] = ""
     """Whose encoder to start from: a run folder, a saved model, a name on the Hugging Face hub, a released
     DeepAVFusion file, or "none" for fresh weights. Default: runs/demo, if `python -m avfuse.train` has left
     one there, else none."""
@@ -157,12 +166,18 @@ def marks(kind: type) -> Iterator[tuple[str, object]]:
 
 def check_config(config: LoopConfig) -> None:
     """Raises ValueError naming the option that makes no sense; --data first, which is most often mistaken."""
-    if config.data is not None and not config.data.is_dir():
-        what = "is not a folder" if config.data.exists() else "does not exist"
-        raise ValueError(f"--data {config.data} {what}")
+    if config.data is not None:
+        check_folder(config.data)
     check_rules(config)
     if config.warmup_epochs > config.epochs:
         raise ValueError(f"--warmup-epochs {config.warmup_epochs} are more than --epochs {config.epochs}")
+
+
+def check_folder(data: Path) -> None:
+    """Raises ValueError unless --data is a folder."""
+    if not data.is_dir():
+        what = "is not a folder" if data.exists() else "does not exist"
+        raise ValueError(f"--data {data} {what}")
 
 
 def check_rules(config: LoopConfig) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -19,8 +20,10 @@ class Command:
     root: Path
     """Folder for the data set; made if need be."""
     settings: Settings
-    workers: int | None = None
-    """Processes; one per core by default."""
+    workers: Annotated[int | None, tyro.conf.arg(aliases=["-j"], help_behavior_hint="")] = None
+    """Processes. Default: one per core."""
+    quiet: Annotated[bool, tyro.conf.arg(aliases=["-q"])] = False
+    """Show no progress."""
     contact_sheet: bool = True
     """Draw some clips with their sounds into contact_sheet.png in that folder."""
 
@@ -28,11 +31,12 @@ class Command:
 def main(command: Command) -> None:
     from .sheet import contact_sheet  # brings matplotlib
 
-    generate(command.root, workers=command.workers, **asdict(command.settings))
+    options = dict(workers=command.workers, progress=not command.quiet)
+    generate(command.root, **options, **asdict(command.settings))
     if command.contact_sheet:
         print(contact_sheet(command.root, command.root / "contact_sheet.png"))
 
 
 if __name__ == "__main__":
-    config = (tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes)
-    begin("avfuse.data.sounding_shapes", read(Command, config=config), main)
+    markers = (tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes)
+    begin("avfuse.data.sounding_shapes", read(Command, *markers), main)

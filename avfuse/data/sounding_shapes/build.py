@@ -13,9 +13,9 @@ from pathlib import Path
 
 import av
 import numpy as np
-from tqdm import tqdm
 
 from ...files import aside, printable, write_text
+from ...progress import progress_bar
 from .read import CLASSES, NAME, SPLITS, Entry
 from .synthesis import ShapeScene, draw, play, sample_scene
 
@@ -103,7 +103,7 @@ def generate(root: str | Path, *, workers: int | None = None, progress: bool = T
     with _mapping(min(workers, len(missing))) as mapping:
         done = mapping(partial(_write_clip, root, settings), missing)
         bar = {"initial": len(numbers) - len(missing), "total": len(numbers), "unit": "clip", "desc": NAME}
-        for _ in tqdm(done, disable=not progress, **bar):
+        for _ in progress_bar(done, shown=progress, **bar):
             pass
     write_text(root / "dataset.json", description)
     return root
