@@ -67,6 +67,7 @@ def tiny(data, run, **changes) -> TrainConfig:
         decoder_depth=1,
         decoder_heads=2,
         fusion_layers=(1, 3),
+        test_share=0.0,
     )
     return replace(config, **changes)
 

@@ -51,6 +51,7 @@ class RetrieveConfig(TaskConfig):
     """Share of the clips that may turn out unreadable before the run stops."""
 
     # There is nothing to train, and nothing to resume.
+    test_share: tyro.conf.Suppress[float] = 0.0
     restart: tyro.conf.Suppress[bool] = False
     epochs: Annotated[int, tyro.conf.Suppress, NOT_NEGATIVE] = 0
     warmup_epochs: tyro.conf.Suppress[int] = 0

@@ -67,6 +67,7 @@ class SegmentConfig(SceneConfig):
 
     data: Path | None = None
     """AVSBench or Sounding Shapes. Default: the latter, built once."""
+    test_share: tyro.conf.Suppress[float] = 0.0  # AVSBench has a split of its own
     target: Literal["binary", "semantic"] = "semantic"
     """Sounding or not (S4, MS3), or its class (AVSS)."""
     protocol: Literal["avsbench", "deepavfusion"] = "avsbench"

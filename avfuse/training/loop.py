@@ -36,10 +36,10 @@ from tqdm import tqdm
 
 from ..data.clips import Clip, ClipLoader, ClipSampler, Failure
 from ..data.find import Found, find_data
-from ..files import printable, some
+from ..files import printable, some, write_text
 from .checkpoints import load_checkpoint, save_checkpoint
 from .faults import RunError, Signals, examine, memory_advice, write_fault
-from .run_folder import MetricsFile, Quarantine, TooManyUnreadable, begin_run, check_run
+from .run_folder import HELD_OUT, MetricsFile, Quarantine, TooManyUnreadable, begin_run, check_run
 from .settings import (
     LoopConfig,
     Schedule,
@@ -70,6 +70,8 @@ class Task:
             data_set=config.data_set,
             train_split=config.train_split,
             missing=config.missing,
+            test_share=config.test_share,
+            seed=config.seed,
             workers=config.workers,
             timeout=config.clip_timeout,
         )
@@ -167,7 +169,7 @@ def set_up(config: LoopConfig, kind: type[Task]) -> Run:
     """
     check_config(config)
     accelerator = make_accelerator(config)
-    check_run(config)
+    config = check_run(config)
     set_seed(config.seed)
     found = look_for_clips(config, accelerator, kind)
     run = build(config, accelerator, found, kind(config, found))
@@ -241,6 +243,9 @@ def open_folder(run: Run) -> None:
     if is_main:
         run.lock = begin_run(config, found.train, accelerator.device)
     accelerator.wait_for_everyone()
+    if is_main and found.held_out:
+        names = "".join(f"{clip.path}\n" for clip in found.test)
+        write_text(config.run / HELD_OUT, names, errors="surrogateescape")
     run.first_step = load_checkpoint(accelerator, config.run, run.average)
     if run.first_step:
         tell(accelerator, f"resuming after step {run.first_step} of {run.schedule.steps}")

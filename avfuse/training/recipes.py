@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..data import sounding_shapes
 from ..data.listing import SUFFIXES
+from ..data.sets.folders import split_folders
 from ..fusion import Interactions
 from ..mae import AVMAE, count_removed
 from ..presets import create_encoder
@@ -257,9 +258,13 @@ def count_clips(config: TrainConfig) -> tuple[int, str]:
         return sounding_shapes.Settings().train, "the demo's"
     if not config.data.is_dir():
         raise ValueError(f"--data {config.data} is not a folder")
-    root = config.data / "train" if (config.data / "train").is_dir() else config.data
-    files = (name for _, _, names in os.walk(root) for name in names)
-    return sum(name.lower().endswith(SUFFIXES) for name in files), "files that may be videos"
+    splits = split_folders(config.data)
+    files = (name for _, _, names in os.walk(splits["train"]) for name in names)
+    count = sum(name.lower().endswith(SUFFIXES) for name in files)
+    if "test" in splits or not config.test_share:
+        return count, "files that may be videos"
+    held = f"{config.test_share:g} of {count:,} files that may be videos are held out"
+    return round(count * (1 - config.test_share)), held
 
 
 def activation_bytes(mae: AVMAE, precision: str, clips: int) -> int:

@@ -21,11 +21,19 @@ class Rule:
     holds: Callable[[float], bool]
 
 
+@dataclass(frozen=True)
+class Formerly:
+    """What a run does that began before there was this setting."""
+
+    value: object
+
+
 COUNT = Rule("must be positive", lambda value: value >= 1)
 NOT_NEGATIVE = Rule("must not be negative", lambda value: 0 <= value < math.inf)
 SECONDS = Rule("must be a positive number of seconds", lambda value: 0 < value < math.inf)
 DEMO_RUN = Path("runs/demo")
 FREE = "changes how a run is carried out, not what comes out: may differ when the run is resumed"
+
 ONCE = "is an order to one start of a run, and no part of what the run is"
 
 
@@ -42,6 +50,10 @@ class LoopConfig:
     """How that folder is laid out; auto tells by its manifest (`python -m avfuse.data check`) or files."""
     train_split: str = ""
     """The split to train on where there are several, such as balanced_train of AudioSet. Default: all."""
+    test_share: Annotated[float, Rule("must be in [0, 1)", lambda value: 0 <= value < 1), Formerly(0.0)] = 0.2
+    """Share of the clips to hold out and test on, where the data name none. Names and --seed decide, so that
+    files that are added leave the others on their side; pieces of one recording (talk_001, talk_002) stay
+    together, and each class has clips on both sides. 0 = measure on the training clips."""
     run: Annotated[Path | None, tyro.conf.arg(name="run-dir"), FREE] = None
     """Run folder: settings, metrics, checkpoints, pictures, results, report, final model. Default: under
     runs/, by the name of --data and of the task."""
