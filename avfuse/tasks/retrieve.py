@@ -54,8 +54,10 @@ class RetrieveConfig(TaskConfig):
     test_share: tyro.conf.Suppress[float] = 0.0
     restart: tyro.conf.Suppress[bool] = False
     epochs: Annotated[int, tyro.conf.Suppress, NOT_NEGATIVE] = 0
+    min_steps: tyro.conf.Suppress[int] = 0
     warmup_epochs: tyro.conf.Suppress[int] = 0
     base_lr: tyro.conf.Suppress[float] = 0.0
+    lr_scaling: tyro.conf.Suppress[str] = "linear"
     weight_decay: tyro.conf.Suppress[float] = 0.0
     layer_decay: tyro.conf.Suppress[float] = 1.0
     clip_grad: tyro.conf.Suppress[float] = 0.0

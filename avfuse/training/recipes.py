@@ -20,6 +20,7 @@ from ..fusion import Interactions
 from ..mae import AVMAE, count_removed
 from ..presets import create_encoder
 from ..vit import input_shape
+from .length import with_enough_steps
 from .settings import COUNT, FREE, ONCE, LoopConfig, learning_rate, schedule_of
 
 PROGRAM = "python -m avfuse.train"
@@ -221,9 +222,13 @@ def plan(config: TrainConfig, processes: int = 1) -> str:
     with torch.device("meta"):
         mae = make_model(config)
     clips, counted = count_clips(config)
+    config = with_enough_steps(config, clips)
     schedule = schedule_of(config, clips, processes=processes)
     accumulated = len(schedule.micro_batches(range(clips), 0))
     lr, of_all = learning_rate(config, schedule.batch_size), count_parameters(mae)
+    usual = type(config).batch_size
+    is_root = config.lr_scaling == "root" and schedule.batch_size < usual
+    scaled = f"sqrt({schedule.batch_size} x {usual})" if is_root else schedule.batch_size
     kept = {
         name: (patches := getattr(mae.encoder, name).patch_embed.num_patches)
         and f"{patches} tokens, {patches - count_removed('ratio', patches, ratio)} seen"
@@ -236,7 +241,7 @@ def plan(config: TrainConfig, processes: int = 1) -> str:
         "run": f"{config.preset}: {config.model} model, {config.interactions} interactions, in {config.run}",
         "batch": f"{schedule.batch_size} clips = {processes} process{'es' * (processes != 1)} "
         f"x {accumulated} accumulated x {schedule.micro_batch}",
-        "learning rate": f"{lr:.3g} = {config.base_lr:.3g} x {schedule.batch_size} / 256, "
+        "learning rate": f"{lr:.3g} = {config.base_lr:.3g} x {scaled} / 256, "
         f"{config.warmup_epochs} epochs of warm-up, then cosine",
         "steps": f"{schedule.steps:,} = {config.epochs} epochs x {schedule.steps_per_epoch}, "
         f"at {clips:,} clips ({counted})",

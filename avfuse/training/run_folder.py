@@ -84,9 +84,9 @@ def instead(config: LoopConfig, before: dict) -> str:
     return "choose another --run-dir" + (", or --restart to delete it" if is_same else "")
 
 
-def begin_run(config: LoopConfig, clips: Sequence[Clip], device: torch.device) -> IO:
+def begin_run(config: LoopConfig, clips: Sequence[Clip], device: torch.device, extended_at: int = 0) -> IO:
     """Makes the run folder this run's own, for as long as the file that is returned stays open. A restart
-    deletes what a run writes, and nothing else.
+    deletes what a run writes, and nothing else. `extended_at` is as for `warmup_cosine`.
 
     Raises:
         ValueError: another process is at work in it, or the data set is not that of the run it holds.
@@ -126,6 +126,8 @@ def begin_run(config: LoopConfig, clips: Sequence[Clip], device: torch.device) -
     former = former_settings(config, before) if before else {}  # which stay unsaid, for the next start
     settings = {name: value for name, value in settings_of(config).items() if name not in former}
     content = dict(settings=settings, data=data, environment=environment, newest=newest)
+    if extended_at:
+        content |= dict(extended_at=extended_at)
     write_json(run / FILE, content)
     if earlier.name == FILE_BEFORE:  # its name is now that of models alone
         earlier.unlink()
@@ -139,8 +141,8 @@ def file_of(run: Path) -> Path:
 
 
 def read_run(run: Path) -> dict:
-    """The "settings" and "data" of the run in a folder, dictionaries both, and its "environment"; {} if there
-    is none.
+    """The "settings" and "data" of the run in a folder, dictionaries both, its "environment", and at which
+    step it was extended, a number; {} if there is none.
 
     Raises:
         ValueError: the file that should hold them is damaged, or something else.
@@ -150,8 +152,9 @@ def read_run(run: Path) -> dict:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        content = dict(data={}, environment={}) | content
-        if all(isinstance(content[name], dict) for name in ("settings", "data")):
+        content = dict(data={}, environment={}, extended_at=0) | content
+        kinds = dict(settings=dict, data=dict, extended_at=int)
+        if all(isinstance(content[name], kind) for name, kind in kinds.items()):
             return content
     except (ValueError, KeyError, TypeError, RecursionError):
         pass

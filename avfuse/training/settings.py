@@ -34,6 +34,7 @@ SECONDS = Rule("must be a positive number of seconds", lambda value: 0 < value <
 DEMO_RUN = Path("runs/demo")
 FREE = "changes how a run is carried out, not what comes out: may differ when the run is resumed"
 
+LENGTH = "may grow when the run is resumed at its end, see `settle_length`"
 ONCE = "is an order to one start of a run, and no part of what the run is"
 
 
@@ -60,9 +61,12 @@ class LoopConfig:
     restart: Annotated[bool, ONCE] = False
     """Delete what the run folder holds and begin anew; not for commands that a scheduler repeats."""
 
-    epochs: Annotated[int, COUNT] = 60
-    """Passes over the data."""
-    warmup_epochs: Annotated[int, NOT_NEGATIVE] = 6
+    epochs: Annotated[int, COUNT, LENGTH] = 60
+    """Passes over the data. A run that came to its end goes on when it is given more."""
+    min_steps: Annotated[int, NOT_NEGATIVE, Formerly(0)] = 240
+    """Fewest steps of a run whose --epochs are left at their default: a small data set gets more epochs, and
+    warm-up in proportion. 0 = no such floor."""
+    warmup_epochs: Annotated[int, NOT_NEGATIVE, LENGTH] = 6
     """Epochs of linear warm-up before the cosine decay."""
     batch_size: Annotated[int, COUNT] = 64
     """Clips per step, over all processes; a smaller data set shrinks it."""
@@ -71,6 +75,9 @@ class LoopConfig:
     0 = its whole share. Changes memory and speed, not the losses."""
     base_lr: Annotated[float, NOT_NEGATIVE] = 1e-3
     """Learning rate per 256 clips: lr = base_lr * batch / 256."""
+    lr_scaling: Annotated[Literal["root", "linear"], Formerly("linear")] = "root"
+    """How the learning rate falls with batches below the default, for which --base-lr was chosen: with the
+    square root of the batch, as suits AdamW (Malladi et al. 2022), or in proportion, as it is above."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.05
     """AdamW weight decay; biases and norms are left out."""
     layer_decay: Annotated[float, Rule("must be in (0, 1]", lambda value: 0 < value <= 1)] = 1.0
@@ -145,7 +152,7 @@ def check_config(config: LoopConfig) -> None:
 
 def settings_of(config: LoopConfig, *, fixed: bool = False) -> dict:
     """The settings that describe a run, ready for JSON; or only those that are fixed from its first start."""
-    names = {name for name, mark in marks(type(config)) if mark is ONCE or fixed and mark is FREE}
+    names = {name for name, mark in marks(type(config)) if mark is ONCE or fixed and mark in (FREE, LENGTH)}
     settings = {name: value for name, value in asdict(config).items() if name not in names}
     paths = {name: str(value.resolve()) for name, value in settings.items() if isinstance(value, Path)}
     return json.loads(json.dumps(settings | paths))
@@ -205,23 +212,35 @@ def schedule_of(config: LoopConfig, clips: int, process: int = 0, processes: int
 
 
 def learning_rate(config: LoopConfig, batch_size: int) -> float:
-    """The linear scaling rule, lr = base_lr * batch / 256."""
+    """The linear scaling rule, lr = base_lr * batch / 256; for batches below the default one that of the
+    square root, by which AdamW takes steps as large for their noise.
+    """
+    usual = type(config).batch_size
+    if config.lr_scaling == "root" and batch_size < usual:
+        return config.base_lr * math.sqrt(batch_size * usual) / 256
     return config.base_lr * batch_size / 256
 
 
 # --- learning rates -----------------------------------------------------------------------------------------
 
 
-def warmup_cosine(step: int, warmup: int, total: int) -> float:
-    """Share of the peak learning rate: up to it in `warmup` equal steps, then down to 0 by half a cosine."""
+def warmup_cosine(step: int, warmup: int, total: int, extended_at: int = 0) -> float:
+    """Share of the peak learning rate: up to it in `warmup` equal steps, then down to 0 by half a cosine.
+
+    Of a run that had come to its end at step `extended_at` (0: none) and was given more steps, it rises from
+    there, in as many steps, to what it is in a run that had `total` from the start, and goes down with that.
+    """
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    if step < extended_at:
+        total = extended_at
+    risen = min(1.0, (step - extended_at) / max(1, warmup)) if 0 < extended_at <= step else 1.0
+    return risen * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def raised_warmup_cosine(step: int, warmup: int, total: int) -> float:
+def raised_warmup_cosine(step: int, warmup: int, total: int, extended_at: int = 0) -> float:
     """The same for weights that were pretrained: raised from 0 by half a cosine over the first half of
     training, so that fresh fusion blocks do not undo them (released code).
     """
     raised = 0.5 * (1 - math.cos(math.pi * min(1.0, step / max(1, total / 2))))
-    return raised * warmup_cosine(step, warmup, total)
+    return raised * warmup_cosine(step, warmup, total, extended_at)
