@@ -20,6 +20,7 @@ from .training.pictures import draw_attention, draw_reconstructions
 from .training.recipes import TrainConfig, count_parameters, make_model, parse, plan
 from .training.report import describe_losses
 from .training.settings import check_config
+from .training.starts import FRESH
 from .weights import load_audio_weights, load_image_weights
 
 PRESENT = ("image_present", "audio_present")
@@ -51,6 +52,8 @@ class Pretraining(JudgedTask):
     def __init__(self, config: TrainConfig, found: Found):
         super().__init__(config, found)
         self.model = make_model(config)
+        if config.checkpoint != FRESH:
+            self.recipe = ("checkpoint", *JudgedTask.recipe[1:], "preset")
         load_branch("--image-weights", load_image_weights, self.model, config.image_weights)
         load_branch("--audio-weights", load_audio_weights, self.model, config.audio_weights)
 
@@ -60,10 +63,10 @@ class Pretraining(JudgedTask):
 
     def describe(self) -> str:
         sizes = [f"{count_parameters(module) / 1e6:.1f} M" for module in (self.model.encoder, self.model)]
-        return (
-            f"{self.config.model} model, {self.config.interactions}: {sizes[0]} parameters in the encoder, "
-            f"{sizes[1]} with decoders"
-        )
+        config, encoder = self.config, self.model.encoder
+        size = f"{config.model} model" if config.checkpoint == FRESH else f"model of {config.checkpoint}"
+        interactions = encoder.settings["interactions"]
+        return f"{size}, {interactions}: {sizes[0]} parameters in the encoder, {sizes[1]} with decoders"
 
     def dataset(self, clips, *, train):
         """Clips with masks, which are drawn from (seed, epoch, clip)."""

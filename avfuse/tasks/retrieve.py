@@ -122,6 +122,9 @@ class Retrieval(JudgedTask):
     def find(config, say):
         return with_classes(Task.find(config, say), config.data)
 
+    def begin(self, say):
+        """The encoder alone is there to begin with."""
+
     def dataset(self, clips, *, train):
         return ClipDataset(clips, self.model.inputs, train=train, seed=self.config.seed)
 

@@ -27,8 +27,8 @@ from .loop import Run, Task, evaluation_batches, program
 from .recipes import count_parameters
 from .report import write_report
 from .settings import DEMO_RUN, LoopConfig
+from .starts import FRESH, begin_from
 
-FRESH = "none"
 DRAWN = 6  # test clips of which there are pictures
 
 
@@ -37,8 +37,9 @@ class TaskConfig(LoopConfig):
     """Settings that all tasks have."""
 
     checkpoint: str = ""
-    """Whose encoder to start from: a run folder, a saved model, a name on the Hugging Face hub, a released
-    DeepAVFusion file, or "none" for fresh weights. Default: runs/demo, if `python -m avfuse.train` has left
+    """Whose weights to start from: a run folder, a saved model, a name on the Hugging Face hub, a released
+    DeepAVFusion file, or "none" for fresh weights. Its encoder is taken, and of a model of the same task
+    whatever fits; what is new is said. Default: runs/demo, if `python -m avfuse.train` has left
     one there, else none."""
     model: Literal["tiny", "small", "base", "large"] = "tiny"
     """Size of both transformers, if weights are fresh."""
@@ -113,6 +114,10 @@ class JudgedTask(Task):
         config, parameters = self.config, count_parameters(self.model)
         weights = "fresh weights" if config.checkpoint == FRESH else f"the encoder of {config.checkpoint}"
         return f"{self.name}: {parameters / 1e6:.1f} M parameters, from {weights}"
+
+    def begin(self, say):
+        if self.config.checkpoint != FRESH:
+            begin_from(self.model, self.config.checkpoint, say)
 
     def parameter_groups(self, weight_decay):
         return parameter_groups(self.model, self.model.encoder, weight_decay)

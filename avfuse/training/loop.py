@@ -84,6 +84,9 @@ class Task:
         """One line for people about the model."""
         raise NotImplementedError
 
+    def begin(self, say: Callable[[str], object]) -> None:
+        """Gives the model the weights that it begins with, beyond those of its encoder, and tells of them."""
+
     def dataset(self, clips: Sequence[Clip], *, train: bool) -> Dataset:
         """Items by (epoch, index): dictionaries of tensors, among them "index", or a `Failure`; see
         `avfuse.data.clips.ClipDataset`.
@@ -178,7 +181,9 @@ def set_up(config: LoopConfig, kind: type[Task]) -> Run:
     if config.epochs != asked.epochs:
         enough = f"so that there are --min-steps {config.min_steps}"
         tell(accelerator, f"{config.epochs} epochs instead of {asked.epochs}, {enough}")
-    run = build(config, accelerator, found, kind(config, found), extended_at)
+    task = kind(config, found)
+    task.begin(partial(tell, accelerator))
+    run = build(config, accelerator, found, task, extended_at)
     open_folder(run)
     return run
 

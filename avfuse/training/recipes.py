@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,14 +17,22 @@ from torch.autograd.graph import saved_tensors_hooks
 from ..data import sounding_shapes
 from ..data.listing import SUFFIXES
 from ..data.sets.folders import split_folders
+from ..encoder import AVEncoder
+from ..files import printable
 from ..fusion import Interactions
+from ..loading import load_encoder
 from ..mae import AVMAE, count_removed
 from ..presets import create_encoder
 from ..vit import input_shape
 from .length import with_enough_steps
-from .settings import COUNT, FREE, ONCE, LoopConfig, learning_rate, schedule_of
+from .settings import COUNT, FREE, ONCE, Formerly, LoopConfig, learning_rate, option, schedule_of
+from .starts import FRESH, saved_settings
 
 PROGRAM = "python -m avfuse.train"
+OF_ENCODER = (  # settings that a checkpoint decides
+    "model interactions fusion_layers fusion_tokens image_aggregation_tokens audio_aggregation_tokens "
+    "attn_ratio mlp_ratio"
+).split()
 ADAMW_BYTES = 16  # per parameter in float32: weight, gradient, two moments
 
 
@@ -50,6 +59,10 @@ class TrainConfig(LoopConfig):
     plan: Annotated[bool, ONCE] = False
     """Print batch, learning rate, steps, parameters, tokens and estimated memory, and stop."""
 
+    checkpoint: Annotated[str, Formerly(FRESH)] = FRESH
+    """Model to begin from, with all its weights, whatever settings and data are new: a run folder, a saved
+    model, a name on the Hugging Face hub, or a released DeepAVFusion file. The encoder is as it is there, and
+    so are the decoders, unless other ones are asked for; which weights are new is said."""
     model: Literal["tiny", "small", "base", "large"] = "tiny"
     """Size of both transformers; the paper's is base."""
     interactions: Interactions = "dense"
@@ -101,6 +114,14 @@ class TrainConfig(LoopConfig):
     @property
     def kind(self):
         return "" if self.data else self.preset
+
+    def __post_init__(self):
+        super().__post_init__()
+        branches = [name for name in ("image_weights", "audio_weights") if getattr(self, name)]
+        if branches and self.checkpoint != FRESH:
+            raise ValueError(
+                f"{option(branches[0])} would take the place of weights of --checkpoint: give one"
+            )
 
 
 # --- the paper's runs (Sec. 4.1; released code where the paper is silent) -----------------------------------
@@ -192,8 +213,45 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
 
 
 def make_model(config: TrainConfig) -> AVMAE:
-    """The masked autoencoder that the settings describe."""
-    encoder = create_encoder(
+    """The masked autoencoder that the settings describe; of a checkpoint it has the encoder."""
+    decoders = {name: getattr(config, name) for name in ("decoder_dim", "decoder_depth", "decoder_heads")}
+    if config.checkpoint == FRESH:
+        encoder = make_encoder(config)
+    else:
+        encoder = load_encoder(config.checkpoint)
+        check_encoder(config, encoder)
+        saved = saved_settings(config.checkpoint).get("model", {})
+        asked = {name for name, value in decoders.items() if value != getattr(TrainConfig, name)}
+        decoders |= {name: saved[name] for name in decoders.keys() & saved.keys() if not asked}
+    encoder.set_grad_checkpointing(config.grad_checkpointing)
+    return AVMAE(
+        encoder,
+        **decoders,
+        image_mask_ratio=config.image_mask_ratio,
+        audio_mask_ratio=config.audio_mask_ratio,
+    )
+
+
+def check_encoder(config: TrainConfig, encoder: AVEncoder) -> None:
+    """Raises ValueError if settings ask for another encoder than that of the checkpoint."""
+    asked = [name for name in OF_ENCODER if getattr(config, name) != getattr(TrainConfig, name)]
+    if not asked:
+        return
+    with torch.device("meta"):
+        wanted = make_encoder(config)
+    kinds = [
+        (e.dims, e.depth, [e.settings[name] for name in OF_ENCODER if name in e.settings])
+        for e in (wanted, encoder)
+    ]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"--checkpoint {printable(config.checkpoint)} has another encoder than "
+            f"{', '.join(f'{option(name)} {getattr(config, name)}' for name in asked)}: leave these out"
+        )
+
+
+def make_encoder(config: TrainConfig) -> AVEncoder:
+    return create_encoder(
         config.model,
         config.interactions,
         fusion_layers=config.fusion_layers or "all",
@@ -203,15 +261,6 @@ def make_model(config: TrainConfig) -> AVMAE:
         attn_ratio=config.attn_ratio,
         mlp_ratio=config.mlp_ratio,
     )
-    encoder.set_grad_checkpointing(config.grad_checkpointing)
-    return AVMAE(
-        encoder,
-        decoder_dim=config.decoder_dim,
-        decoder_depth=config.decoder_depth,
-        decoder_heads=config.decoder_heads,
-        image_mask_ratio=config.image_mask_ratio,
-        audio_mask_ratio=config.audio_mask_ratio,
-    )
 
 
 # --- what a run will cost -----------------------------------------------------------------------------------
@@ -219,13 +268,15 @@ def make_model(config: TrainConfig) -> AVMAE:
 
 def plan(config: TrainConfig, processes: int = 1) -> str:
     """What a run with these settings amounts to, for people. Opens no clip and allocates no weights."""
-    with torch.device("meta"):
+    with torch.device("meta") if config.checkpoint == FRESH else nullcontext():
         mae = make_model(config)
     clips, counted = count_clips(config)
     config = with_enough_steps(config, clips)
     schedule = schedule_of(config, clips, processes=processes)
     accumulated = len(schedule.micro_batches(range(clips), 0))
     lr, of_all = learning_rate(config, schedule.batch_size), count_parameters(mae)
+    interactions = mae.encoder.settings["interactions"]
+    size = config.model if config.checkpoint == FRESH else "the checkpoint's"
     usual = type(config).batch_size
     is_root = config.lr_scaling == "root" and schedule.batch_size < usual
     scaled = f"sqrt({schedule.batch_size} x {usual})" if is_root else schedule.batch_size
@@ -238,7 +289,7 @@ def plan(config: TrainConfig, processes: int = 1) -> str:
     kept_bytes = ADAMW_BYTES + (4 if config.ema else 0)
     activations = two + (schedule.micro_batch - 2) * (three - two)  # weights cast to bf16 do not grow
     rows = {
-        "run": f"{config.preset}: {config.model} model, {config.interactions} interactions, in {config.run}",
+        "run": f"{config.preset}: {size} model, {interactions} interactions, in {config.run}",
         "batch": f"{schedule.batch_size} clips = {processes} process{'es' * (processes != 1)} "
         f"x {accumulated} accumulated x {schedule.micro_batch}",
         "learning rate": f"{lr:.3g} = {config.base_lr:.3g} x {scaled} / 256, "
