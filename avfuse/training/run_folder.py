@@ -26,8 +26,8 @@ HELD_OUT = "held-out.txt"  # the clips that were, where the data name none to te
 FILE, FILE_BEFORE, LOCK = "run.json", "config.json", ".lock"  # the second: what older runs call the first
 SAID = 20  # unreadable clips that are named on the terminal
 CONTENTS = (  # of the folder, beside that file
-    "index.html metrics.jsonl quarantine.jsonl results.json held-out.txt checkpoints faults model pictures "
-    "sounds tensorboard"
+    "index.html metrics.jsonl neighbours.jsonl quarantine.jsonl results.json held-out.txt checkpoints faults "
+    "model pictures sounds tensorboard"
 ).split()
 
 
