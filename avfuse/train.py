@@ -23,6 +23,7 @@ from .training.settings import check_config
 from .training.starts import FRESH
 from .weights import load_audio_weights, load_image_weights
 
+NO_BETTER = 0.99  # of the loss of predicting zero
 PRESENT = ("image_present", "audio_present")
 INPUTS = ("image", "audio", "image_removed", "audio_removed", *PRESENT)
 
@@ -129,6 +130,14 @@ class Pretraining(JudgedTask):
             chance = probes["image"]["chance"]
             lines.append(f"  nearest neighbour, {printable(label)}: {', '.join(cells)} (chance {chance:.3f})")
         return "\n".join(lines)
+
+    def doubt(self, metrics):
+        losses = {name: metrics[f"held_out_{name}_loss"] for name in ("image", "audio")}
+        zeros = {name: metrics[f"held_out_{name}_zero"] for name in losses}
+        useless = [
+            f"{name} {losses[name]:.3f}" for name in losses if losses[name] > NO_BETTER * zeros[name] > 0
+        ]
+        return f"no better than predicting zero: the loss of {' and '.join(useless)}" if useless else ""
 
     def numbers(self, metrics):
         numbers = {name: value for name, value in metrics.items() if name != "probes"}

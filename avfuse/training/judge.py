@@ -129,6 +129,10 @@ class JudgedTask(Task):
             for name, value in metrics.items()
         )
 
+    def doubt(self, metrics: dict) -> str:
+        """In what the trained model is no better than one that has learned nothing; "" if it is."""
+        return ""
+
     def numbers(self, metrics: dict) -> dict[str, float | int]:
         """The metrics for trackers and model cards, which take numbers by name."""
         return {name: value for name, value in metrics.items() if value is not None}
@@ -161,6 +165,9 @@ class JudgedTask(Task):
             model.facts = self.facts(step, metrics)
         else:
             tqdm.write(f"{when} training: none of the {clips} to measure on could be read")
+        if when == "after" and rows and (doubt := self.doubt(metrics)):
+            more = "" if not step else ": more clips, more --epochs or another --base-lr may help"
+            tqdm.write(printable(f"WARNING: {doubt}{more}"))
         if when == "after":
             self.save(folder, model)
         if when == "after" and rows:
