@@ -161,7 +161,7 @@ class Retrieval(JudgedTask):
         """The encoder stays where it came from."""
 
     def show(self, run, model, step, rows):
-        """A file with the neighbours of all clips; and a picture of queries, the first clips of labels or else
+        """A file with the neighbours of all clips; and a picture of queries, the first of each label or else
         of all, and their nearest clips by each feature.
         """
         if len(rows) < 2:
