@@ -1,9 +1,11 @@
 """Settings of runs: the paper's presets against its text, how batches are dealt out, and what a plan says."""
 
+import math
 import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,10 @@ from avfuse.tasks.classify import parse as parse_classify
 from avfuse.tasks.retrieve import RetrieveConfig
 from avfuse.tasks.segment import SegmentConfig
 from avfuse.training import plan as plans
+from avfuse.training.length import with_enough_steps
 from avfuse.training.plan import PUBLISHED_CLIPS, make_model, plan
 from avfuse.training.recipes import PRESETS, TrainConfig, demo, parse
-from avfuse.training.settings import Schedule, learning_rate, schedule_of
+from avfuse.training.settings import Schedule, learning_rate, schedule_of, warmup_cosine
 
 
 @pytest.mark.parametrize(
@@ -86,7 +89,12 @@ def test_plan_counts_the_files_there_are(tmp_path):
     for name in ("train/a.mp4", "train/b/c.MKV", "train/notes.txt", "test/d.mp4"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert "60 = 60 epochs x 1, at 2 clips (files that may be videos)" in plan(replace(demo(), data=tmp_path))
+    said = plan(replace(demo(), data=tmp_path))
+    assert "240 = 240 epochs x 1, at 2 clips (files that may be videos)" in said  # --min-steps
+    assert "0.000265 = 0.006 x sqrt(2 x 64) / 256, 24 epochs of warm-up" in said
+    (tmp_path / "test").rename(tmp_path / "train/test")
+    said = plan(replace(demo(), data=tmp_path, epochs=3, warmup_epochs=1))
+    assert "3 = 3 epochs x 1, at 2 clips (0.2 of 3 files that may be videos are held out)" in said
     with pytest.raises(ValueError, match="--data .*nowhere is not a folder"):
         plan(replace(demo(), data=tmp_path / "nowhere"))
 
@@ -128,6 +136,34 @@ def test_every_clip_of_a_batch_is_dealt_out_once(processes, micro_batch):
             assert parts and all(0 < len(part) <= (micro_batch or 10) for part in parts)
             dealt += [clip for part in parts for clip in part]
         assert sorted(dealt) == batch
+
+
+def test_the_learning_rate_does_not_vanish_with_the_batch():
+    rate = partial(learning_rate, demo())
+    assert rate(3) == pytest.approx(6e-3 * math.sqrt(3 * 64) / 256)  # 3.2e-4; in proportion it was 7e-5
+    assert rate(64) == pytest.approx(1.5e-3) and rate(256) == pytest.approx(6e-3)  # the linear rule
+    assert learning_rate(replace(demo(), lr_scaling="linear"), 3) == pytest.approx(7e-5, rel=0.01)
+    assert learning_rate(ClassifyConfig(), 8) == pytest.approx(
+        8e-3 * 16 / 256
+    )  # half of that of the usual 32
+
+
+def test_a_small_data_set_gets_more_epochs():
+    small = with_enough_steps(demo(), 3)
+    assert (small.epochs, small.warmup_epochs) == (240, 24)
+    assert (with_enough_steps(demo(), 130).epochs, with_enough_steps(demo(), 256)) == (120, demo())
+    for asked in replace(demo(), epochs=10), replace(demo(), min_steps=0):  # as they were ordered
+        assert with_enough_steps(asked, 3) == asked
+
+
+def test_the_rate_of_an_extended_run_rises_to_that_of_a_longer_one():
+    rates = [warmup_cosine(step, 10, 200, extended_at=100) for step in range(200)]
+    assert rates[:100] == [warmup_cosine(step, 10, 100) for step in range(100)]
+    assert rates[110:] == [warmup_cosine(step, 10, 200) for step in range(110, 200)]
+    assert rates[100] == 0 and all(
+        0 < b - a < 0.06 for a, b in zip(rates[100:110], rates[101:111], strict=True)
+    )
+    assert warmup_cosine(101, 0, 200, extended_at=100) == warmup_cosine(101, 0, 200)  # no warm-up, no rise
 
 
 def test_a_small_data_set_shrinks_the_batch_but_every_process_needs_a_clip():

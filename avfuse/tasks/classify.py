@@ -285,6 +285,17 @@ class Classification(JudgedTask):
             chance=chance,  # of always naming the most frequent class
         )
 
+    def doubt(self, metrics):
+        if self.is_multi_label:
+            area = metrics["AUC"]
+            is_useless = area is not None and area <= 0.5
+            return f"no better than chance, an AUC of 0.5: {area:.3f}" if is_useless else ""
+        hits, chance, error = (metrics[name] for name in ("accuracy", "chance", "standard_error"))
+        if hits - error > chance:
+            return ""
+        frequent = f"naming the most frequent class, {chance:.3f}"
+        return f"accuracy {hits:.3f} ± {error:.3f} is no better than {frequent}"
+
     def draw(self, folder, model, inputs, batch, step):
         scores = {name: s.float().cpu() for name, s in self.scores(model, inputs).items()}
         odds = {name: s.sigmoid() if self.is_multi_label else s.softmax(1) for name, s in scores.items()}

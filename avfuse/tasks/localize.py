@@ -176,7 +176,7 @@ class Localization(SceneTask):
 
     def judge(self, model, inputs, batch):
         truth = inputs["sounding"]
-        columns = dict(best=consensus_iou(best_map(truth), truth))
+        columns = dict(best=consensus_iou(best_map(truth), truth), area=(truth > 0).double().mean((1, 2)))
         for prefix, maps in self.maps(model, inputs).items():
             columns[f"{prefix}ciou"] = consensus_iou(maps, truth)
             columns[f"{prefix}pointing"] = pointing(maps, truth)
@@ -195,7 +195,14 @@ class Localization(SceneTask):
                 metrics[f"{prefix}pointing"] = columns[f"{prefix}pointing"].double().mean().item()
                 metrics[f"{prefix}ciou"] = success_rate(ciou)
                 metrics[f"{prefix}auc"] = success_area(ciou)
-        return metrics | dict(best_possible_auc=success_area(columns["best"].double()))
+        return metrics | dict(
+            pointing_chance=columns["area"].mean().item(),  # of a place drawn at random
+            best_possible_auc=success_area(columns["best"].double()),
+        )
+
+    def doubt(self, metrics):
+        hits, chance = metrics["pointing"], metrics["pointing_chance"]
+        return f"pointing {hits:.3f} is no better than a random place, {chance:.3f}" if hits <= chance else ""
 
     def draw(self, folder, model, inputs, batch, step):
         maps = self.maps(model, inputs)

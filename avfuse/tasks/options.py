@@ -111,8 +111,8 @@ class RetrieveConfig(TaskConfig):
     """Nearest neighbours among the test clips by image, audio, fusion tokens and their sum (paper Fig. 3).
 
     It trains nothing. Without arguments it takes the encoder of runs/demo, if `python -m avfuse.train` has
-    left one there, and the embedded data set, Sounding Shapes. With --data it takes any folder whose
-    sub-folders name the classes.
+    left one there, and the embedded data set, Sounding Shapes. With --data it takes any folder. Where
+    sub-folders name the classes, recall is measured; neighbours.jsonl names those of every clip in any case.
     """
 
     kind = "retrieve"
@@ -128,10 +128,13 @@ class RetrieveConfig(TaskConfig):
     """Share of the clips that may turn out unreadable before the run stops."""
 
     # There is nothing to train, and nothing to resume.
+    test_share: tyro.conf.Suppress[float] = 0.0
     restart: tyro.conf.Suppress[bool] = False
     epochs: Annotated[int, tyro.conf.Suppress, NOT_NEGATIVE] = 0
+    min_steps: tyro.conf.Suppress[int] = 0
     warmup_epochs: tyro.conf.Suppress[int] = 0
     base_lr: tyro.conf.Suppress[float] = 0.0
+    lr_scaling: tyro.conf.Suppress[str] = "linear"
     weight_decay: tyro.conf.Suppress[float] = 0.0
     layer_decay: tyro.conf.Suppress[float] = 1.0
     clip_grad: tyro.conf.Suppress[float] = 0.0
@@ -276,6 +279,7 @@ class SegmentConfig(SceneConfig):
 
     data: Annotated[Path | None, SAID] = None
     """AVSBench or Sounding Shapes. Default: the latter, built once."""
+    test_share: tyro.conf.Suppress[float] = 0.0  # AVSBench has a split of its own
     target: Literal["binary", "semantic"] = "semantic"
     """Sounding or not (S4, MS3), or its class (AVSS)."""
     protocol: Literal["avsbench", "deepavfusion"] = "avsbench"

@@ -221,6 +221,13 @@ class Separation(JudgedTask):
                     metrics[f"{name}_pairs"] = len(values)
         return metrics
 
+    def doubt(self, metrics):
+        sdr, mixture = metrics.get("sdr"), metrics.get("mixture_sdr")
+        if mixture is None or sdr is not None and sdr > mixture:
+            return ""
+        said = "no sound at all" if sdr is None else f"SDR {sdr:.1f} dB"
+        return f"{said} is no better than the mixture as it is, {mixture:.1f} dB"
+
     def draw(self, folder, model, inputs, batch, step):
         """Mixtures, masks and what they let through; and the sounds of the same pairs, to listen to."""
         mixture = inputs["sounds"].sum(1)

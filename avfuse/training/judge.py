@@ -24,6 +24,7 @@ from .loop import Run, Task, evaluation_batches
 from .plan import count_parameters
 from .report import write_report
 from .settings import FRESH, TaskConfig
+from .starts import begin_from
 
 DRAWN = 6  # test clips of which there are pictures
 
@@ -91,6 +92,10 @@ class JudgedTask(Task):
         weights = "fresh weights" if config.checkpoint == FRESH else f"the encoder of {config.checkpoint}"
         return f"{self.name}: {parameters / 1e6:.1f} M parameters, from {weights}"
 
+    def begin(self, say):
+        if self.config.checkpoint != FRESH:
+            begin_from(self.model, self.config.checkpoint, say)
+
     def parameter_groups(self, weight_decay):
         return parameter_groups(self.model, self.model.encoder, weight_decay)
 
@@ -100,6 +105,10 @@ class JudgedTask(Task):
             f"{name.replace('_', ' ')} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
             for name, value in metrics.items()
         )
+
+    def doubt(self, metrics: dict) -> str:
+        """In what the trained model is no better than one that has learned nothing; "" if it is."""
+        return ""
 
     def numbers(self, metrics: dict) -> dict[str, float | int]:
         """The metrics for trackers and model cards, which take numbers by name."""
@@ -133,6 +142,9 @@ class JudgedTask(Task):
             model.facts = self.facts(step, metrics)
         else:
             tqdm.write(f"{when} training: none of the {clips} to measure on could be read")
+        if when == "after" and rows and (doubt := self.doubt(metrics)):
+            more = "" if not step else ": more clips, more --epochs or another --base-lr may help"
+            tqdm.write(printable(f"WARNING: {doubt}{more}"))
         if when == "after":
             self.save(folder, model)
         if when == "after" and rows:

@@ -1,6 +1,7 @@
 """The model that the settings of pretraining describe, and what a run with them will cost: `--plan`."""
 
 import os
+from contextlib import nullcontext
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -8,20 +9,67 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..data import sounding_shapes
 from ..data.listing import SUFFIXES
+from ..data.sets.folders import split_folders
+from ..encoder import AVEncoder
+from ..files import printable
+from ..loading import load_encoder
 from ..mae import AVMAE, count_removed
 from ..presets import create_encoder
 from ..vit import input_shape
+from .length import with_enough_steps
 from .recipes import TrainConfig
-from .settings import learning_rate, schedule_of
+from .settings import FRESH, learning_rate, option, schedule_of
+from .starts import saved_settings
 
+OF_ENCODER = (  # settings that a checkpoint decides
+    "model interactions fusion_layers fusion_tokens image_aggregation_tokens audio_aggregation_tokens "
+    "attn_ratio mlp_ratio"
+).split()
 ADAMW_BYTES = 16  # per parameter in float32: weight, gradient, two moments
 # Sizes of their training sets.
 PUBLISHED_CLIPS = {"vggsound-ablation": 144_000, "vggsound-large": 144_000, "audioset": 1_730_000}
 
 
 def make_model(config: TrainConfig) -> AVMAE:
-    """The masked autoencoder that the settings describe."""
-    encoder = create_encoder(
+    """The masked autoencoder that the settings describe; of a checkpoint it has the encoder."""
+    decoders = {name: getattr(config, name) for name in ("decoder_dim", "decoder_depth", "decoder_heads")}
+    if config.checkpoint == FRESH:
+        encoder = make_encoder(config)
+    else:
+        encoder = load_encoder(config.checkpoint)
+        check_encoder(config, encoder)
+        saved = saved_settings(config.checkpoint).get("model", {})
+        asked = {name for name, value in decoders.items() if value != getattr(TrainConfig, name)}
+        decoders |= {name: saved[name] for name in decoders.keys() & saved.keys() if not asked}
+    encoder.set_grad_checkpointing(config.grad_checkpointing)
+    return AVMAE(
+        encoder,
+        **decoders,
+        image_mask_ratio=config.image_mask_ratio,
+        audio_mask_ratio=config.audio_mask_ratio,
+    )
+
+
+def check_encoder(config: TrainConfig, encoder: AVEncoder) -> None:
+    """Raises ValueError if settings ask for another encoder than that of the checkpoint."""
+    asked = [name for name in OF_ENCODER if getattr(config, name) != getattr(TrainConfig, name)]
+    if not asked:
+        return
+    with torch.device("meta"):
+        wanted = make_encoder(config)
+    kinds = [
+        (e.dims, e.depth, [e.settings[name] for name in OF_ENCODER if name in e.settings])
+        for e in (wanted, encoder)
+    ]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"--checkpoint {printable(config.checkpoint)} has another encoder than "
+            f"{', '.join(f'{option(name)} {getattr(config, name)}' for name in asked)}: leave these out"
+        )
+
+
+def make_encoder(config: TrainConfig) -> AVEncoder:
+    return create_encoder(
         config.model,
         config.interactions,
         fusion_layers=config.fusion_layers or "all",
@@ -31,25 +79,22 @@ def make_model(config: TrainConfig) -> AVMAE:
         attn_ratio=config.attn_ratio,
         mlp_ratio=config.mlp_ratio,
     )
-    encoder.set_grad_checkpointing(config.grad_checkpointing)
-    return AVMAE(
-        encoder,
-        decoder_dim=config.decoder_dim,
-        decoder_depth=config.decoder_depth,
-        decoder_heads=config.decoder_heads,
-        image_mask_ratio=config.image_mask_ratio,
-        audio_mask_ratio=config.audio_mask_ratio,
-    )
 
 
 def plan(config: TrainConfig, processes: int = 1) -> str:
     """What a run with these settings amounts to, for people. Opens no clip and allocates no weights."""
-    with torch.device("meta"):
+    with torch.device("meta") if config.checkpoint == FRESH else nullcontext():
         mae = make_model(config)
     clips, counted = count_clips(config)
+    config = with_enough_steps(config, clips)
     schedule = schedule_of(config, clips, processes=processes)
     accumulated = len(schedule.micro_batches(range(clips), 0))
     lr, of_all = learning_rate(config, schedule.batch_size), count_parameters(mae)
+    interactions = mae.encoder.settings["interactions"]
+    size = config.model if config.checkpoint == FRESH else "the checkpoint's"
+    usual = type(config).batch_size
+    is_root = config.lr_scaling == "root" and schedule.batch_size < usual
+    scaled = f"sqrt({schedule.batch_size} x {usual})" if is_root else schedule.batch_size
     kept = {
         name: (patches := getattr(mae.encoder, name).patch_embed.num_patches)
         and f"{patches} tokens, {patches - count_removed('ratio', patches, ratio)} seen"
@@ -59,10 +104,10 @@ def plan(config: TrainConfig, processes: int = 1) -> str:
     kept_bytes = ADAMW_BYTES + (4 if config.ema else 0)
     activations = two + (schedule.micro_batch - 2) * (three - two)  # weights cast to bf16 do not grow
     rows = {
-        "run": f"{config.preset}: {config.model} model, {config.interactions} interactions, in {config.run}",
+        "run": f"{config.preset}: {size} model, {interactions} interactions, in {config.run}",
         "batch": f"{schedule.batch_size} clips = {processes} process{'es' * (processes != 1)} "
         f"x {accumulated} accumulated x {schedule.micro_batch}",
-        "learning rate": f"{lr:.3g} = {config.base_lr:.3g} x {schedule.batch_size} / 256, "
+        "learning rate": f"{lr:.3g} = {config.base_lr:.3g} x {scaled} / 256, "
         f"{config.warmup_epochs} epochs of warm-up, then cosine",
         "steps": f"{schedule.steps:,} = {config.epochs} epochs x {schedule.steps_per_epoch}, "
         f"at {clips:,} clips ({counted})",
@@ -84,9 +129,13 @@ def count_clips(config: TrainConfig) -> tuple[int, str]:
         return sounding_shapes.Settings().train, "the demo's"
     if not config.data.is_dir():
         raise ValueError(f"--data {config.data} is not a folder")
-    root = config.data / "train" if (config.data / "train").is_dir() else config.data
-    files = (name for _, _, names in os.walk(root) for name in names)
-    return sum(name.lower().endswith(SUFFIXES) for name in files), "files that may be videos"
+    splits = split_folders(config.data)
+    files = (name for _, _, names in os.walk(splits["train"]) for name in names)
+    count = sum(name.lower().endswith(SUFFIXES) for name in files)
+    if "test" in splits or not config.test_share:
+        return count, "files that may be videos"
+    held = f"{config.test_share:g} of {count:,} files that may be videos are held out"
+    return round(count * (1 - config.test_share)), held
 
 
 def activation_bytes(mae: AVMAE, precision: str, clips: int) -> int:

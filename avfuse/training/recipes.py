@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from ..choices import Interactions, Size
 from ..command import SAID, read
-from .settings import COUNT, FREE, ONCE, LoopConfig
+from .settings import COUNT, FREE, FRESH, ONCE, Formerly, LoopConfig, option
 
 
 @dataclass(kw_only=True)
@@ -35,6 +35,10 @@ class TrainConfig(LoopConfig):
     plan: Annotated[bool, ONCE] = False
     """Print batch, learning rate, steps, parameters, tokens and estimated memory, and stop."""
 
+    checkpoint: Annotated[str, Formerly(FRESH)] = FRESH
+    """Model to begin from, with all its weights, whatever settings and data are new: a run folder, a saved
+    model, a name on the Hugging Face hub, or a released DeepAVFusion file. The encoder is as it is there, and
+    so are the decoders, unless other ones are asked for; which weights are new is said."""
     model: Size = "tiny"
     """Size of both transformers; the paper's is base."""
     interactions: Interactions = "dense"
@@ -87,6 +91,14 @@ class TrainConfig(LoopConfig):
     @property
     def kind(self):
         return "" if self.data else self.preset
+
+    def __post_init__(self):
+        super().__post_init__()
+        branches = [name for name in ("image_weights", "audio_weights") if getattr(self, name)]
+        if branches and self.checkpoint != FRESH:
+            raise ValueError(
+                f"{option(branches[0])} would take the place of weights of --checkpoint: give one"
+            )
 
 
 # --- the paper's runs (Sec. 4.1; released code where the paper is silent) -----------------------------------
