@@ -24,7 +24,6 @@ from .training.loop import Task, program, set_up, train
 from .training.neighbours import nearest_neighbour_probes
 from .training.pictures import draw_attention, draw_reconstructions
 from .training.plan import count_parameters, make_model, plan
-from .training.report import describe_losses
 from .training.settings import FRESH
 from .weights import load_audio_weights, load_image_weights
 
@@ -128,13 +127,15 @@ class Pretraining(JudgedTask):
                 metrics[f"held_out_{name}_{kind}"] = (losses.sum() / present.sum().clamp(min=1)).item()
         return metrics | dict(probes=nearest_neighbour_probes(columns))
 
-    def describe_metrics(self, metrics):
-        lines = [describe_losses(metrics)]
-        for label, probes in metrics["probes"].items():
-            cells = [f"{f} {p['accuracy']:.3f} ± {p['standard_error']:.3f}" for f, p in probes.items()]
-            chance = probes["image"]["chance"]
-            lines.append(f"  nearest neighbour, {printable(label)}: {', '.join(cells)} (chance {chance:.3f})")
-        return "\n".join(lines)
+    def tables(self, metrics):
+        losses = [("held-out loss", "loss", "predicting zero", "share")]
+        losses += [(name, *of) for name, of in held_out(metrics).items()]
+        probes = []
+        for label, by_feature in metrics["probes"].items():
+            rows = [(f"nearest clip, {label}", "accuracy", "standard error")]
+            rows += [(name, p["accuracy"], p["standard_error"]) for name, p in by_feature.items()]
+            probes.append([*rows, ("random clip", by_feature["image"]["chance"], None)])
+        return [losses, *probes]
 
     def doubt(self, metrics):
         losses = {name: metrics[f"held_out_{name}_loss"] for name in ("image", "audio")}
@@ -158,6 +159,14 @@ class Pretraining(JudgedTask):
         draw_reconstructions(model, inputs, folder / f"reconstructions-{step:06d}.png")
         if model.encoder.fusion_layers:
             draw_attention(model.encoder, inputs, folder / f"attention-{step:06d}.png")
+
+
+def held_out(metrics: dict) -> dict[str, tuple[float, float, float | None]]:
+    """The held-out losses of image, audio and both, with that of predicting zero, and the share of that."""
+    kinds = ("loss", "zero")
+    pairs = {name: [metrics[f"held_out_{name}_{kind}"] for kind in kinds] for name in ("image", "audio")}
+    pairs["both"] = [sum(values) for values in zip(*pairs.values(), strict=True)]
+    return {name: (loss, zero, loss / zero if zero else None) for name, (loss, zero) in pairs.items()}
 
 
 def count_hidden(inputs: dict[str, Tensor], name: str) -> int:

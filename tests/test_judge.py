@@ -14,7 +14,7 @@ from avfuse.tasks.retrieve import Retrieval
 from avfuse.tasks.segment import Segmentation
 from avfuse.tasks.separate import Separation
 from avfuse.train import INPUTS, Pretraining
-from avfuse.training.judge import first_clips, to_columns, to_rows
+from avfuse.training.judge import aligned, first_clips, to_columns, to_rows
 from avfuse.training.recipes import TrainConfig
 
 
@@ -175,3 +175,83 @@ def test_tasks_doubt_what_is_no_better_than_chance():
     assert doubt(Localization, dict(pointing=0.1, pointing_chance=0.1))
     assert doubt(Segmentation, dict(miou_without_background=0.0), semantic=True)
     assert not doubt(Segmentation, dict(miou=0.3, miou_everywhere=0.2), semantic=False)
+
+
+# --- what people read ---------------------------------------------------------------------------------------
+
+
+def table(task, metrics, **config) -> list[list[str]]:
+    """The words of each line that a task prints of its metrics, columns parted by two spaces or more."""
+    made = object.__new__(task)
+    made.is_multi_label, made.semantic = "mAP" in metrics, "miou_without_background" in metrics
+    made.config = SimpleNamespace(modalities="both", **config)
+    lines = "\n".join(map(aligned, made.tables(metrics))).splitlines()
+    return [[cell.strip() for cell in line.split("  ") if cell] for line in lines]
+
+
+def test_columns_are_aligned():
+    rows = [("", "accuracy", "clips"), ("all \x1b heads", 0.5, "12"), ("chance", None, "")]
+    assert aligned(rows) == "                  accuracy  clips\n  all \\x1b heads     0.500     12\n  chance"
+
+
+def test_metrics_stand_beside_what_they_compare_with(task):
+    hits = dict(
+        accuracy=0.98, accuracy_image_head=0.5, accuracy_audio_input=0.9, standard_error=0.01, chance=0.2
+    )
+    assert table(Classification, hits) == [
+        ["accuracy", "standard error"],
+        ["all heads", "0.980", "0.010"],
+        ["image head", "0.500"],
+        ["given the audio alone", "0.900"],
+        ["most frequent class", "0.200"],
+    ]
+    several = dict(mAP=0.5, AUC=None, d_prime=None, classes_without_positives=0, mAP_fusion_head=0.25)
+    assert table(Classification, several) == [
+        ["mAP", "AUC", "d'"],
+        ["all heads", "0.500"],
+        ["fusion head", "0.250"],
+        ["chance", "0.500", "0.000"],
+    ]
+    recall = {
+        f"shape_recall@1_{n}": v
+        for n, v in zip(("image", "audio", "fusion", "sum", "chance"), (0.1, 0.2, 0.3, 0.4, 0.5), strict=True)
+    }
+    assert table(Retrieval, dict(clips=9) | recall) == [
+        ["image", "audio", "fusion", "sum", "chance"],
+        ["shape recall@1", "0.100", "0.200", "0.300", "0.400", "0.500"],
+    ]
+    assert table(Retrieval, dict(clips=9)) == []
+    assert table(Segmentation, dict(miou=0.5, f_score=0.6, miou_everywhere=0.1)) == [
+        ["control: --modalities image", "mIoU", "F"],
+        ["model", "0.500", "0.600"],
+        ["all called sounding", "0.100"],
+    ]
+    pointed = dict(pointing=0.6, ciou=0.5, auc=0.4, pointing_chance=0.1, best_possible_auc=0.9)
+    assert table(Localization, pointed)[1:] == [
+        ["cosine map", "0.600", "0.500", "0.400"],
+        ["a random place", "0.100"],
+        ["best possible", "0.900"],
+    ]
+    ratios = dict(pairs=2, skipped=1, sdr=7.2, sir=10.0, sar=17.0, mixture_sdr=0.1, nmf_sdr=None)
+    assert table(Separation, ratios)[:4] == [
+        ["dB, 2 pairs, 1 skipped", "SDR", "SIR", "SAR"],
+        ["model", "7.200", "10.000", "17.000"],
+        ["mixture as it is", "0.100"],
+        ["NMF"],
+    ]
+
+
+def test_losses_stand_beside_those_of_predicting_zero(task):
+    losses = dict(
+        held_out_image_loss=0.5, held_out_image_zero=1.0, held_out_audio_loss=0.7, held_out_audio_zero=0.0
+    )
+    probe = dict(image=dict(accuracy=0.5, standard_error=0.1, chance=0.25))
+    assert table(Pretraining, losses | dict(probes=dict(kind=probe))) == [
+        ["held-out loss", "loss", "predicting zero", "share"],
+        ["image", "0.500", "1.000", "0.500"],
+        ["audio", "0.700", "0.000"],
+        ["both", "1.200", "1.000", "1.200"],
+        ["nearest clip, kind", "accuracy", "standard error"],
+        ["image", "0.500", "0.100"],
+        ["random clip", "0.250"],
+    ]

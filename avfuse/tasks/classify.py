@@ -285,6 +285,21 @@ class Classification(JudgedTask):
             chance=chance,  # of always naming the most frequent class
         )
 
+    def tables(self, metrics):
+        """All heads, each head alone, and what the picture or the sound alone would do."""
+        kind, error, chance = "accuracy", metrics.get("standard_error"), metrics.get("chance")
+        if self.is_multi_label:
+            kind = "mAP"
+        said = {"head": "{} head", "input": "given the {} alone"}
+        others = [name.split("_") for name in metrics if name.startswith(f"{kind}_")]
+        alone = [(said[end].format(name), metrics[f"{kind}_{name}_{end}"]) for _, name, end in others]
+        if self.is_multi_label:
+            more = [metrics[name] for name in ("AUC", "d_prime")]
+            rows = [("", kind, "AUC", "d'"), ("all heads", metrics[kind], *more)]
+            return [[*rows, *((*row, None, None) for row in alone), ("chance", None, 0.5, 0.0)]]
+        rows = [("", kind, "standard error"), ("all heads", metrics[kind], error)]
+        return [[*rows, *((*row, None) for row in alone), ("most frequent class", chance, None)]]
+
     def doubt(self, metrics):
         if self.is_multi_label:
             area = metrics["AUC"]

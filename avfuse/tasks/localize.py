@@ -200,6 +200,14 @@ class Localization(SceneTask):
             best_possible_auc=success_area(columns["best"].double()),
         )
 
+    def tables(self, metrics):
+        names = ("pointing", "ciou", "auc")
+        prefixes = [prefix for prefix in TITLES if f"{prefix}ciou" in metrics]
+        rows = [(TITLES[prefix], *(metrics[f"{prefix}{name}"] for name in names)) for prefix in prefixes]
+        random = ("a random place", metrics["pointing_chance"], None, None)
+        best = ("best possible", None, None, metrics["best_possible_auc"])
+        return [[(self.heading, *names), *rows, random, best]]
+
     def doubt(self, metrics):
         hits, chance = metrics["pointing"], metrics["pointing_chance"]
         return f"pointing {hits:.3f} is no better than a random place, {chance:.3f}" if hits <= chance else ""

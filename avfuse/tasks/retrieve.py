@@ -20,7 +20,7 @@ from ..data.clips import Clip, ClipDataset
 from ..data.find import Found
 from ..files import printable, write_rows
 from ..inputs import InputSettings
-from ..training.features import encode, pool
+from ..training.features import FEATURES, encode, pool
 from ..training.judge import JudgedTask, starting_encoder, to_columns, to_rows
 from ..training.loop import Task, evaluation_batches, program
 from ..training.neighbours import chance_at, neighbours, recall_at, related
@@ -105,6 +105,14 @@ class Retrieval(JudgedTask):
 
     def summarize(self, rows):
         return dict(clips=len(rows)) | recalls(to_columns(rows), self.config.k)
+
+    def tables(self, metrics):
+        names = (*FEATURES, "sum", "chance")
+        ends = [name.removesuffix("_chance") for name in metrics if name.endswith("_chance")]
+        if not ends:
+            return []
+        rows = [(end.replace("_", " "), *(metrics[f"{end}_{name}"] for name in names)) for end in ends]
+        return [[("", *names), *rows]]
 
     def doubt(self, metrics):
         ends = [name.removesuffix("_sum") for name in metrics if name.endswith("_sum")]

@@ -87,6 +87,12 @@ class SceneTask(JudgedTask):
         """
         raise NotImplementedError
 
+    @property
+    def heading(self) -> str:
+        """Of a table: what its numbers are of, and beside what to hold them."""
+        given = self.config.modalities
+        return "image alone" if given == "image" else "control: --modalities image"
+
     def dataset(self, clips, *, train):
         size, frame = (None, "whole") if train else (SIZE, self.frame)
         settings = self.model.encoder.inputs

@@ -279,6 +279,14 @@ class Segmentation(SceneTask):
             miou_without_background=class_mean(iou[:, 1:], seen[:, 1:]),
         )
 
+    def tables(self, metrics):
+        rows = [(self.heading, "mIoU", "F"), ("model", metrics["miou"], metrics["f_score"])]
+        if self.semantic:
+            rows += [("without background", metrics["miou_without_background"], None)]
+        else:
+            rows += [("all called sounding", metrics["miou_everywhere"], None)]
+        return [rows]
+
     def doubt(self, metrics):
         if self.semantic:
             iou = metrics["miou_without_background"]

@@ -221,6 +221,14 @@ class Separation(JudgedTask):
                     metrics[f"{name}_pairs"] = len(values)
         return metrics
 
+    def tables(self, metrics):
+        ratios = ("sdr", "sir", "sar")
+        names = {"": "model", "mixture_": "mixture as it is", "nmf_": "NMF", "rpca_": "RPCA"}
+        names["oracle_"] = "ideal mask"
+        rows = [(name, *(metrics.get(f"{kind}{ratio}") for ratio in ratios)) for kind, name in names.items()]
+        judged = f"dB, {metrics['pairs']} pairs, {metrics['skipped']} skipped"
+        return [[(judged, *(ratio.upper() for ratio in ratios)), *rows]]
+
     def doubt(self, metrics):
         sdr, mixture = metrics.get("sdr"), metrics.get("mixture_sdr")
         if mixture is None or sdr is not None and sdr > mixture:

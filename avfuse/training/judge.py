@@ -99,12 +99,11 @@ class JudgedTask(Task):
     def parameter_groups(self, weight_decay):
         return parameter_groups(self.model, self.model.encoder, weight_decay)
 
-    def describe_metrics(self, metrics: dict) -> str:
-        """The metrics for people."""
-        return ", ".join(
-            f"{name.replace('_', ' ')} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
-            for name, value in metrics.items()
-        )
+    def tables(self, metrics: dict) -> list[list[tuple]]:
+        """The metrics for people, beside what they compare with: tables of rows, of which the first names the
+        columns.
+        """
+        raise NotImplementedError
 
     def doubt(self, metrics: dict) -> str:
         """In what the trained model is no better than one that has learned nothing; "" if it is."""
@@ -135,8 +134,9 @@ class JudgedTask(Task):
         folder, clips = run.config.run, run.found.test_name
         metrics = self.summarize(rows) if rows else {}
         if rows:
-            described = f"{when} training, {len(rows)} {clips}: {self.describe_metrics(metrics)}"
-            tqdm.write("\n".join(map(printable, described.split("\n"))))
+            tqdm.write(f"{when} training, {len(rows)} {printable(clips)}:")
+            for table in self.tables(metrics):
+                tqdm.write(aligned(table) + "\n")
             run.metrics.write(step=step, when=when, clips=clips, **self.record(len(rows), metrics))
             run.accelerator.log(self.numbers(metrics), step=step)
             model.facts = self.facts(step, metrics)
@@ -235,6 +235,17 @@ def first_clips(found: Found, count: int) -> Found:
     expected = min(count, found.coverage.get("test", (0, count))[1])
     test = found.test[:count]
     return found._replace(test=test, coverage=found.coverage | dict(test=(len(test), expected)))
+
+
+def aligned(rows: list[tuple]) -> str:
+    """Rows of texts, numbers and None as columns, the first to the left and the others to the right."""
+    cells = [[f"{c:.3f}" if isinstance(c, float) else printable(c or "") for c in row] for row in rows]
+    first, *others = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = (
+        "  ".join([name.ljust(first), *(c.rjust(w) for c, w in zip(row, others, strict=True))])
+        for name, *row in cells
+    )
+    return "\n".join(f"  {line.rstrip()}" for line in lines)
 
 
 def weights_hash(model: nn.Module) -> str:
