@@ -24,6 +24,7 @@ from ..loading import load_encoder
 from ..mae import AVMAE, count_removed
 from ..presets import create_encoder
 from ..vit import input_shape
+from .costs import CARDS, LAUNCHES, SHARE, step_flops, step_seconds
 from .length import with_enough_steps
 from .settings import COUNT, FREE, ONCE, Formerly, LoopConfig, learning_rate, option, schedule_of
 from .starts import FRESH, saved_settings
@@ -57,7 +58,8 @@ class TrainConfig(LoopConfig):
     preset: Annotated[Literal["demo", "vggsound-ablation", "vggsound-large", "audioset"], FREE] = "demo"
     """Whose defaults: the demo's or one of the paper's runs (Sec. 4.1)."""
     plan: Annotated[bool, ONCE] = False
-    """Print batch, learning rate, steps, parameters, tokens and estimated memory, and stop."""
+    """Print batch, learning rate, steps, parameters, tokens, arithmetic, estimated memory, disk and time on
+    several cards, with the clips that must be read per second, and stop."""
 
     checkpoint: Annotated[str, Formerly(FRESH)] = FRESH
     """Model to begin from, with all its weights, whatever settings and data are new: a run folder, a saved
@@ -67,7 +69,7 @@ class TrainConfig(LoopConfig):
     """Size of both transformers; the paper's is base."""
     interactions: Interactions = "dense"
     """How fusion tokens read image and audio tokens; dense is exact over all pairs, factorized the paper's
-    approximation."""
+    approximation, by which its own runs were made."""
     fusion_layers: tuple[int, ...] = ()
     """0-based layers that fuse; default: all (early fusion)."""
     fusion_tokens: int = 16
@@ -139,12 +141,11 @@ def vggsound_ablation() -> TrainConfig:
     released (the paper says Adam); MLP ratio 1, as in the paper and the released command line (the released
     file of defaults says 4); 192 spectrogram frames, as released (the paper says 196); precision, workers and
     clipping are our choice. The paper starts from MAE and AudioMAE weights: give --image-weights and
-    --audio-weights. Interactions are its own, factorized; --interactions dense is exact and costs less.
+    --audio-weights. Its own interactions are --interactions factorized; dense ones are exact and cost less.
     """
     return TrainConfig(
         preset="vggsound-ablation",
         model="base",
-        interactions="factorized",
         decoder_dim=512,
         decoder_depth=8,
         decoder_heads=16,
@@ -303,6 +304,22 @@ def plan(config: TrainConfig, processes: int = 1) -> str:
         f"{of_all * kept_bytes / 2**30:.1f} weights, gradients and AdamW, {activations / 2**30:.1f} "
         f"activations of {schedule.micro_batch} clips (computed; buffers of libraries come on top)",
     }
+    flops, share = step_flops(mae), -(-schedule.batch_size // processes)
+    checkpoint = of_all * (ADAMW_BYTES - 4 + (4 if config.ema else 0))
+    rows |= {
+        "arithmetic": f"{flops / 1e9:.1f} GFLOP for each clip, forward and backward; "
+        f"{schedule.steps * schedule.batch_size * flops:.3g} FLOP for the run",
+        "disk": f"{(checkpoint * (config.keep_checkpoints + 1) + 4 * of_all) / 1e9:.1f} GB: "
+        f"{config.keep_checkpoints} checkpoints of {checkpoint / 1e9:.2f}, one being written, the model",
+    }
+    for card in CARDS:
+        seconds = step_seconds(mae, flops, card, config.precision, share, accumulated)
+        hours, speed = schedule.steps * seconds / 3600, schedule.batch_size / seconds
+        rows[card] = f"{hours * processes:,.2f} GPU hours ({hours:,.2f} h); to read: {speed:,.0f} clips/s"
+    rows["by"] = (
+        f"a simple model, without judging: a micro-batch takes {1e3 * LAUNCHES:g} ms a block to launch, or "
+        f"its arithmetic at {SHARE[config.precision]:.0%} of the card's peak, as measured on H100 and H200"
+    )
     return "\n".join(f"{name:>14}  {row}" for name, row in rows.items())
 
 
