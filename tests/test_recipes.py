@@ -15,6 +15,7 @@ from avfuse.tasks.classify import ClassifyConfig
 from avfuse.tasks.classify import parse as parse_classify
 from avfuse.tasks.retrieve import RetrieveConfig
 from avfuse.tasks.segment import SegmentConfig
+from avfuse.training import costs
 from avfuse.training import plan as plans
 from avfuse.training.length import with_enough_steps
 from avfuse.training.plan import PUBLISHED_CLIPS, make_model, plan
@@ -55,9 +56,53 @@ def test_presets_are_the_papers_runs(preset, clips, epochs, batch, lr, steps_per
         f"{batch} clips = 8 processes x {accumulated} accumulated x 64",
         f"{lr:.3g} = 0.00015 x {batch} / 256",
         f"{epochs * steps_per_epoch:,} = {epochs} epochs x {steps_per_epoch}",
-        "image 196 tokens, 49 seen; audio 96 tokens, 19 seen; 32 fusion",
+        "image 196 tokens, 49 seen; audio 96 tokens, 19 seen; 16 fusion",
+        "dense interactions",
     ):
         assert fact in said
+    said = plan(replace(config, interactions="factorized"), processes=8)  # the paper's
+    assert "audio 96 tokens, 19 seen; 32 fusion" in said and "factorized interactions" in said
+
+
+def test_plan_counts_the_arithmetic_of_a_step():
+    """By hand: the products with weights are most of it, and a backward has twice those of its forward."""
+    config = parse(["--preset", "vggsound-ablation"])
+    with torch.device("meta"):
+        mae = make_model(config)
+    flops = costs.step_flops(mae)
+    assert flops == pytest.approx(94.6e9, rel=0.01)  # as counted of a real step on a GPU
+    vits = 12 * (2 * 12 * 768**2) * (50 + 20)  # a token meets 12 D^2 weights in each block
+    decoders = 8 * (2 * 12 * 512**2) * (196 + 16 + 96 + 16)
+    assert 3 * (vits + decoders) < flops < 1.2 * 3 * (vits + decoders)  # the rest is attention and fusion
+    assert costs.count_blocks(mae) == 12 + 12 + 12 + 8 + 8
+    plain, again = (
+        costs.step_flops(make_model(replace(demo(), grad_checkpointing=on))) for on in (False, True)
+    )
+    assert 1.05 * plain < again < 4 / 3 * plain  # the encoder's forward once more
+
+
+@pytest.mark.parametrize(
+    "precision, clips, milliseconds", [("bf16", 64, 202), ("no", 64, 207), ("no", 128, 344), ("no", 256, 643)]
+)
+def test_planned_times_are_near_those_of_an_h200(precision, clips, milliseconds):
+    """Measured with PyTorch 2.11 and the preset's model, 94.6 GFLOP a clip."""
+    with torch.device("meta"):
+        mae = make_model(parse(["--preset", "vggsound-ablation"]))
+    seconds = costs.step_seconds(mae, 94.6e9, "H100 or H200", precision, clips, 1)
+    assert 1e3 * seconds == pytest.approx(milliseconds, rel=0.1)
+
+
+def test_plan_says_hours_disk_and_reading_speed():
+    said = plan(parse(["--preset", "vggsound-ablation"]), processes=2)
+    hours, wall, speed = re.search(
+        r"A100 +(\S+) GPU hours \((\S+) h\); to read: (\S+) clips/s", said
+    ).groups()
+    assert float(hours) == pytest.approx(2 * float(wall), rel=0.01)
+    assert float(speed.replace(",", "")) * 3600 * float(wall) == pytest.approx(200 * 281 * 512, rel=0.02)
+    parameters = float(re.search(r"(\S+) M with decoders", said)[1])
+    disk = float(re.search(r"disk +(\S+) GB: 2 checkpoints", said)[1])
+    assert disk == pytest.approx(parameters * 1e6 * (3 * 12 + 4) / 1e9, abs=0.06)
+    assert "at 35% of the card's peak, as measured" in said
 
 
 def test_plan_counts_the_parameters_of_the_model():

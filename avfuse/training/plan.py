@@ -16,6 +16,7 @@ from ..loading import load_encoder
 from ..mae import AVMAE, count_removed
 from ..presets import create_encoder
 from ..vit import input_shape
+from .costs import CARDS, LAUNCHES, SHARE, step_flops, step_seconds
 from .length import with_enough_steps
 from .recipes import TrainConfig
 from .settings import FRESH, learning_rate, option, schedule_of
@@ -118,6 +119,22 @@ def plan(config: TrainConfig, processes: int = 1) -> str:
         f"{of_all * kept_bytes / 2**30:.1f} weights, gradients and AdamW, {activations / 2**30:.1f} "
         f"activations of {schedule.micro_batch} clips (computed; buffers of libraries come on top)",
     }
+    flops, share = step_flops(mae), -(-schedule.batch_size // processes)
+    checkpoint = of_all * (ADAMW_BYTES - 4 + (4 if config.ema else 0))
+    rows |= {
+        "arithmetic": f"{flops / 1e9:.1f} GFLOP for each clip, forward and backward; "
+        f"{schedule.steps * schedule.batch_size * flops:.3g} FLOP for the run",
+        "disk": f"{(checkpoint * (config.keep_checkpoints + 1) + 4 * of_all) / 1e9:.1f} GB: "
+        f"{config.keep_checkpoints} checkpoints of {checkpoint / 1e9:.2f}, one being written, the model",
+    }
+    for card in CARDS:
+        seconds = step_seconds(mae, flops, card, config.precision, share, accumulated)
+        hours, speed = schedule.steps * seconds / 3600, schedule.batch_size / seconds
+        rows[card] = f"{hours * processes:,.2f} GPU hours ({hours:,.2f} h); to read: {speed:,.0f} clips/s"
+    rows["by"] = (
+        f"a simple model, without judging: a micro-batch takes {1e3 * LAUNCHES:g} ms a block to launch, or "
+        f"its arithmetic at {SHARE[config.precision]:.0%} of the card's peak, as measured on H100 and H200"
+    )
     return "\n".join(f"{name:>14}  {row}" for name, row in rows.items())
 
 

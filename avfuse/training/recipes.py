@@ -33,7 +33,8 @@ class TrainConfig(LoopConfig):
     preset: Annotated[Literal["demo", "vggsound-ablation", "vggsound-large", "audioset"], FREE] = "demo"
     """Whose defaults: the demo's or one of the paper's runs (Sec. 4.1)."""
     plan: Annotated[bool, ONCE] = False
-    """Print batch, learning rate, steps, parameters, tokens and estimated memory, and stop."""
+    """Print batch, learning rate, steps, parameters, tokens, arithmetic, estimated memory, disk and time on
+    several cards, with the clips that must be read per second, and stop."""
 
     checkpoint: Annotated[str, Formerly(FRESH)] = FRESH
     """Model to begin from, with all its weights, whatever settings and data are new: a run folder, a saved
@@ -43,7 +44,7 @@ class TrainConfig(LoopConfig):
     """Size of both transformers; the paper's is base."""
     interactions: Interactions = "dense"
     """How fusion tokens read image and audio tokens; dense is exact over all pairs, factorized the paper's
-    approximation."""
+    approximation, by which its own runs were made."""
     fusion_layers: Annotated[tuple[int, ...], SAID] = ()
     """0-based layers that fuse. Default: all (early fusion)."""
     fusion_tokens: int = 16
@@ -116,12 +117,11 @@ def vggsound_ablation() -> TrainConfig:
     released (the paper says Adam); MLP ratio 1, as in the paper and the released command line (the released
     file of defaults says 4); 192 spectrogram frames, as released (the paper says 196); precision, workers and
     clipping are our choice. The paper starts from MAE and AudioMAE weights: give --image-weights and
-    --audio-weights. Interactions are its own, factorized; --interactions dense is exact and costs less.
+    --audio-weights. Its own interactions are --interactions factorized; dense ones are exact and cost less.
     """
     return TrainConfig(
         preset="vggsound-ablation",
         model="base",
-        interactions="factorized",
         decoder_dim=512,
         decoder_depth=8,
         decoder_heads=16,

@@ -66,8 +66,8 @@ def check_run(config: LoopConfig) -> LoopConfig:
     )
     if differences:
         raise ValueError(
-            f"--run-dir {printable(run)} holds a run with other settings ({differences}): "
-            f"{instead(config, before)}"
+            f"--run-dir {printable(run)} holds a run with other settings ({differences}): give it its own to "
+            f"go on, or {instead(config, before)}"
         )
     return config
 
