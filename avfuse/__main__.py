@@ -4,7 +4,7 @@ import runpy
 import sys
 from difflib import get_close_matches
 
-from . import command
+from . import process
 
 COMMANDS = {  # the module that `python -m` runs, too
     "train": ("avfuse.train", "pretrain a masked autoencoder on any folder of videos"),
@@ -23,9 +23,10 @@ COMMANDS = {  # the module that `python -m` runs, too
 
 def main() -> int | str:
     """Runs the command that is named, or says which there are."""
+    process.end_at_once()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
-        command.called = f"avfuse {name}"
+        process.called = f"avfuse {name}"
         del sys.argv[1]
         runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=True)
     if name in ("-h", "--help"):

@@ -2,7 +2,6 @@
 and Ctrl-C ends it at any moment.
 """
 
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -13,13 +12,11 @@ from typing import NoReturn
 import tyro
 from safetensors import SafetensorError
 
+from . import process
 from .files import printable
 
 SAID = tyro.conf.arg(help_behavior_hint="")  # marks an option whose text says what holds by default
 EXPLAINED = (ValueError, OSError, SafetensorError)  # faults whose message says what to do
-INTERRUPTED = 128 + signal.SIGINT
-
-called = ""  # what a user has called this command, if not the module of its name
 
 
 def begin(
@@ -37,35 +34,26 @@ def begin(
             module, which is imported only then.
         explained: of the faults that end the work, those that need no traceback.
     """
-    is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not ignored, as under nohup
-    if is_ours:
-        signal.signal(signal.SIGINT, leave)
+    is_heard = process.end_at_once()
     try:
-        options = parse(args=sys.argv[1:], prog=called or f"python -m {module}")
+        options = parse(args=sys.argv[1:], prog=process.called or f"python -m {module}")
     except EXPLAINED as error:
         sys.exit(f"error: {printable(error)}")
     if isinstance(work, str):
         work = getattr(import_module(module), work)
     try:
-        if is_ours:
+        if is_heard:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # work has things to put in order
         code = work(options)
     except KeyboardInterrupt:
-        code = INTERRUPTED
+        code = process.INTERRUPTED
     except explained as error:
         code = f"error: {printable(error)}"
-    if is_ours:
-        signal.signal(signal.SIGINT, leave)
+    if is_heard:
+        process.end_at_once()
     sys.exit(code)
 
 
 def read(kind: Callable, *markers, **settings) -> Callable:
     """The reader of a command line for a class of options, or a function whose arguments they are."""
     return partial(tyro.cli, kind, config=(tyro.conf.DisallowNone, *markers), **settings)
-
-
-def leave(*_) -> NoReturn:
-    """Ends this process at once. Python's own KeyboardInterrupt is lost, or turned into another fault, where
-    it meets the middle of an import.
-    """
-    os._exit(INTERRUPTED)

@@ -143,6 +143,12 @@ def test_ctrl_c_while_libraries_are_imported(module, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
+def test_ctrl_c_while_a_package_of_avfuse_is_imported(tmp_path):
+    (tmp_path / "av.py").write_text(INTERRUPTED)
+    done = run("-m", "avfuse", "demo", str(tmp_path / "out"), PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 @pytest.mark.parametrize(
     "moment, said", [("reading", ""), ("working", "in order again\n"), ("leaving", "done\n")]
 )

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # for a module, and for all that is in it if it is a folder.
 ROOMS = {
     "kernels": "kernels",
-    "ground": "checks choices command files progress weight_files",
+    "ground": "checks choices command files process progress weight_files",
     "ops": "ops",
     "model": "inputs vit fusion encoder mae presets model_card pretrained released loading weights",
     "data": "data",

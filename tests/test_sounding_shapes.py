@@ -1,6 +1,7 @@
 """Sounding Shapes: what is seen and heard in the files, chance levels, and builds that are interrupted."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -19,7 +20,6 @@ from avfuse.data.sounding_shapes import (
     read_manifest,
     read_sound,
 )
-from avfuse.data.sounding_shapes.__main__ import main
 from avfuse.data.sounding_shapes.synthesis import (
     COLOURS,
     SHAPES,
@@ -387,13 +387,15 @@ def test_unknown_splits_and_broken_lines_are_named(small):
 # ----------------------------------------------------------------------------------------------- command line
 
 
-def test_command_line(tmp_path, monkeypatch, capsys):
+def test_command_line(tmp_path):
+    def run(*options):
+        command = [sys.executable, "-m", "avfuse.data.sounding_shapes", str(root), *options]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
     root = tmp_path / "out"
     options = ["--train", "2", "--test", "1", "--seconds", "1", "--size", "64", "--workers", "1"]
-    monkeypatch.setattr(sys, "argv", ["sounding_shapes", str(root), *options])
-    main()
+    assert run(*options).returncode == 0
     assert len(read_manifest(root, "train")) == 2
     assert (root / "contact_sheet.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr(sys, "argv", ["sounding_shapes", str(root), "--no-contact-sheet", "--seed", "3"])
-    with pytest.raises(SystemExit, match="seed=0, not 3"):
-        main()
+    done = run("--no-contact-sheet", "--seed", "3")
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "seed=0, not 3" in done.stderr

@@ -1,0 +1,23 @@
+"""This process: what its user called it, and how Ctrl-C ends it."""
+
+import os
+import signal
+from typing import NoReturn
+
+INTERRUPTED = 128 + signal.SIGINT
+
+called = ""  # such as "avfuse train", if not by `python -m`
+
+
+def end_at_once() -> bool:
+    """From now on Ctrl-C ends this process at once: Python's own KeyboardInterrupt is lost, or turned into
+    another fault, where it meets the middle of an import. False where Ctrl-C is ignored, as under nohup.
+    """
+    is_heard = signal.getsignal(signal.SIGINT) in (signal.default_int_handler, leave)
+    if is_heard:
+        signal.signal(signal.SIGINT, leave)
+    return is_heard
+
+
+def leave(*_) -> NoReturn:
+    os._exit(INTERRUPTED)
