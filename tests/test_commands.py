@@ -11,6 +11,7 @@ import pytest
 
 from avfuse.__main__ import COMMANDS
 from avfuse.choices import Interactions, Size
+from avfuse.data.__main__ import parse as parse_data
 from avfuse.fusion import VARIANTS
 from avfuse.presets import SIZES
 from avfuse.training.recipes import parse
@@ -77,6 +78,11 @@ def test_mistakes_are_told_as_soon(arguments, message):
     done = run("-X", "importtime", "-m", "avfuse", *arguments)
     assert done.returncode != 0 and message in done.stdout + done.stderr
     assert "Traceback" not in done.stderr and not imported(done) & HEAVY
+
+
+def test_former_names_of_options_are_taken():
+    former = parse_data(["check", "a", "--timeout", "5", "--pictures=key-frames"], "x")
+    assert former == parse_data(["check", "a", "--clip-timeout", "5", "--decode", "key-frames"], "x")
 
 
 def test_choices_are_those_of_the_models():

@@ -1,6 +1,7 @@
 """Prepare a data folder: `python -m avfuse.data check PATH`, `python -m avfuse.data shard PATH OUT`."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,6 +10,8 @@ import tyro
 
 from ..choices import DataSet
 from ..command import SAID, begin, read
+
+FORMER = {"--timeout": "--clip-timeout", "--pictures": "--decode"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +28,11 @@ class Check:
     """Where to write. Default: into the folder, where training looks for the manifest."""
     data_set: DataSet = "auto"
     """How the folder is laid out; auto tells by its files."""
-    decode: Annotated[Literal["all", "key-frames"], tyro.conf.arg(aliases=["--pictures"])] = "all"
+    decode: Literal["all", "key-frames"] = "all"
     """Which pictures: key frames alone take a fraction of the time, and miss damage in between."""
     workers: Annotated[int, tyro.conf.arg(aliases=["-j"])] = 8
     """Processes that decode."""
-    clip_timeout: Annotated[float, tyro.conf.arg(aliases=["--timeout"])] = 600.0
+    clip_timeout: float = 600.0
     """Seconds that a clip may take."""
     quiet: Annotated[bool, tyro.conf.arg(aliases=["-q"])] = False
     """Show no progress."""
@@ -57,6 +60,13 @@ class Shard:
     """Show no progress."""
 
 
+def parse(args: Sequence[str], prog: str) -> Check | Shard:
+    """The command line, in which the names that options had before are taken, too."""
+    args = [FORMER.get(name, name) + sign + value for name, sign, value in (a.partition("=") for a in args)]
+    kinds = Annotated[Check, tyro.conf.subcommand("check")] | Annotated[Shard, tyro.conf.subcommand("shard")]
+    return read(kinds, description=__doc__)(args=args, prog=prog)
+
+
 def main(command: Check | Shard) -> None:
     from .check import check  # these bring torch
     from .shards import shard
@@ -75,5 +85,4 @@ def main(command: Check | Shard) -> None:
 
 
 if __name__ == "__main__":
-    kinds = Annotated[Check, tyro.conf.subcommand("check")] | Annotated[Shard, tyro.conf.subcommand("shard")]
-    begin("avfuse.data", read(kinds, description=__doc__), main)
+    begin("avfuse.data", parse, main)
