@@ -24,6 +24,7 @@ PLACES = {  # how the name of a file ends, and how its tables are introduced
     "cpu-compiled": "CPU, torch.compile",
     "cuda": "GPU",
     "cuda-compiled": "GPU, torch.compile",
+    "cuda-graph": "GPU, each row a CUDA graph",
 }
 # Downstream tasks: what, the clips to train on, the file of results/tasks, what of its metrics is shown, and
 # what it is compared with. A file is the results.json of a run of the commands in docs/tasks.md; `image` is
@@ -79,6 +80,10 @@ BUDGETS = {
         ("GPU: speed of dense over no fusion", "at least 0.92", "inference dense speed"),
         ("GPU: memory of dense over no fusion", "at most 1.1", "inference dense memory"),
         ("GPU: training step of dense over no fusion", "at least 0.85", "training dense speed"),
+    ),
+    (throughput, "cuda-graph"): (
+        ("GPU: the same, each a CUDA graph", "at least 0.92", "inference dense speed"),
+        ("GPU: the same, dense as encoder.fused()", "at least 0.92", "inference dense-fused speed"),
     ),
     (pair_attention, "cuda"): (
         (f"{OP} over two SDPA calls, 196 + 96, GPU time", "at most 1", "paper GPU, warm over SDPA"),
