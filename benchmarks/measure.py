@@ -390,7 +390,9 @@ def write_record(path: Path, record: dict) -> dict:
     """Writes what is measured so far, and returns it as a reader of the file finds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     record["load_at_end"] = round(os.getloadavg()[0], 2)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    part = path.with_name(f"{path.name}.part")  # so that an interrupted run leaves no half of a file
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    part.replace(path)
     return json.loads(path.read_text())
 
 
