@@ -81,12 +81,26 @@ PARTS = {
             "scaling-{device}.json",
         ),
     ),
+    3: (  # where the time goes
+        Step(
+            "kernel_times", 240, "{python} benchmarks/kernel_times.py", "",
+            "--preset tiny --batch 1 --seconds 0",
+            "kernel_times-{device}.json",
+        ),
+    ),
+    4: (  # which settings of the kernels are fastest
+        Step(
+            "kernel_sweep", 530, "{python} benchmarks/kernel_sweep.py", "", "--small",
+            "kernel_sweep-{device}.json",
+        ),
+    ),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Options:
-    """Whether the kernels are right on this GPU (part 1) and how fast everything is (2).
+    """Are the kernels right on this GPU (part 1), how fast is everything (2), where does the time go (3), with
+    which settings would the kernels be faster (4)?
 
     A part takes at most nine minutes and is a list of steps, each with a limit of its own. Interrupted, it
     goes on where it stopped when it is called again: steps that came to a good end, at this commit and on

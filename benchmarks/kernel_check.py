@@ -6,7 +6,6 @@ What it finds is gross, as from a kernel that was miscompiled; how precise the k
 
 import itertools
 import math
-import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -49,10 +48,9 @@ class Case(NamedTuple):
 
 def main(options: Options) -> None:
     cases = [Case(*case) for case in itertools.product(options.shapes, options.dtypes, *[(False, True)] * 2)]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "avfuse", "__main__"])
+    workers = min(len(cases), len(os.sched_getaffinity(0)))
     worst, off = dict.fromkeys(options.dtypes, 0.0), 0
-    with ProcessPoolExecutor(min(len(cases), len(os.sched_getaffinity(0))), mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, mp_context=measure.fork_server()) as pool:
         for case, future in [(case, pool.submit(errors_of_case, case)) for case in cases]:
             try:
                 errors = future.result()

@@ -1,4 +1,4 @@
-"""`make gpu`, rehearsed on the CPU with every step at its smallest: no slip of a pen may cost a GPU's time."""
+"""`make gpu`, rehearsed on the CPU with every step at its smallest: no slip may cost the time of a GPU."""
 
 import json
 import os
