@@ -29,68 +29,62 @@ class Step(NamedTuple):
     name: str
     limit: int
     command: str
-    options: str
-    small: str  # the options with which it is at its smallest
+    small: str  # more options, with which it is at its smallest
     file: str = ""  # of its results; its log is NAME.log
+    bad: str | None = None  # what its log does not hold if it came to a good end
 
 
 PYTEST = "{python} -m pytest -q -n {workers} --dist worksteal -p no:cacheprovider -rfE"
 KERNEL_TESTS = "tests/test_pair_attention_kernels.py"
 # Those of them that compile for GPUs which are not there, and need none.
 COMPILING = "spilling or compiled_once or left_to_the_default"
-CHECK = "{python} benchmarks/kernel_check.py"
 # torch keeps memory that is freed, and a read beside a tensor would be one of memory that there is.
-SANITIZED = "env PYTORCH_NO_CUDA_MEMORY_CACHING=1 {sanitizer} --target-processes all --print-limit 5 "
-SANITIZED += "--error-exitcode 9 --tool"
-FEW = "--shapes kept split --dtypes bfloat16 float32"
-THROUGHPUT = "{python} benchmarks/throughput.py"
+SANITIZED = "env PYTORCH_NO_CUDA_MEMORY_CACHING=1 {sanitizer} --target-processes all --print-limit 5"
+FEW = "{python} benchmarks/kernel_check.py --shapes kept split --dtypes bfloat16 float32"
+THROUGHPUT = "{python} benchmarks/throughput.py --seconds 5 --batch 128"
+TINY = "--preset tiny --batch 1 --seconds 0"
 
 # In order of value. The limits of a part add up to less than nine minutes.
 PARTS = {
     1: (  # is it right
-        Step("tests", 170, PYTEST, "-m gpu tests", f"-k flop {KERNEL_TESTS}"),
+        Step("tests", 170, f"{PYTEST} -m gpu", f'-m "not slow" -k flop {KERNEL_TESTS}'),
         Step(
-            "kernel-tests", 130, f"{PYTEST} {KERNEL_TESTS}",
-            f'-m "not gpu and not slow" -k "not ({COMPILING})"', "-k second_derivatives",
+            "kernel-tests", 130, f'{PYTEST} {KERNEL_TESTS} -m "not gpu and not slow" -k "not ({COMPILING})"',
+            "-k second_derivatives",
         ),
-        Step("check", 100, CHECK, "", "--shapes tiny --dtypes float32"),
-        Step("memcheck", 65, f"{SANITIZED} memcheck {CHECK}", FEW, FEW),
-        Step("racecheck", 65, f"{SANITIZED} racecheck {CHECK}", FEW, FEW),
+        Step("check", 100, "{python} benchmarks/kernel_check.py", "--shapes tiny --dtypes float32"),
+        Step("memcheck", 65, f"{SANITIZED} --tool memcheck {FEW}", "", bad="SUMMARY: [1-9]"),
+        Step("racecheck", 65, f"{SANITIZED} --tool racecheck {FEW}", "", bad="SUMMARY: [1-9]"),
     ),
     2: (  # how fast is it
         Step(
-            "pair_attention", 130, "{python} benchmarks/pair_attention.py", "--seconds 2",
+            "pair_attention", 130, "{python} benchmarks/pair_attention.py --seconds 2",
             "--rows avfuse --shapes pretraining --variants plain --batch 1 --heads 1 --seconds 0",
             "pair_attention-{device}.json",
         ),
         Step(
-            "throughput", 130, THROUGHPUT,
-            "--rows none token materialized factorized dense --batch 128 --seconds 5",
-            "--rows none dense --preset tiny --batch 1 --seconds 0",
-            "throughput-{device}.json",
+            "throughput", 130, f"{THROUGHPUT} --rows none token materialized factorized dense",
+            f"{TINY} --rows none dense", "throughput-{device}.json",
         ),
         Step(
-            "compiled", 130, f"{THROUGHPUT} --modes inference --compile default",
-            "--rows none dense --batch 128 --seconds 5",
-            "--rows none --preset tiny --batch 1 --seconds 0",
-            "throughput-{device}-compiled.json",
+            "compiled", 130, f"{THROUGHPUT} --modes inference --rows none dense --compile default",
+            f"{TINY} --rows none", "throughput-{device}-compiled.json",
         ),
         Step(
-            "scaling", 140, "{python} benchmarks/scaling.py", "--seconds 3",
-            "--rows dense --tokens 64 512 1024 --modes forward --dim 16 --heads 1 --seconds 0",
+            "scaling", 140, "{python} benchmarks/scaling.py --seconds 3",
+            "--rows dense --tokens 512 1024 --modes forward --dim 16 --heads 1 --seconds 0",
             "scaling-{device}.json",
         ),
     ),
     3: (  # where the time goes
         Step(
-            "kernel_times", 240, "{python} benchmarks/kernel_times.py", "",
-            "--preset tiny --batch 1 --seconds 0",
+            "kernel_times", 240, "{python} benchmarks/kernel_times.py", TINY,
             "kernel_times-{device}.json",
         ),
     ),
     4: (  # which settings of the kernels are fastest
         Step(
-            "kernel_sweep", 530, "{python} benchmarks/kernel_sweep.py", "", "--small",
+            "kernel_sweep", 530, "{python} benchmarks/kernel_sweep.py", "--small",
             "kernel_sweep-{device}.json",
         ),
     ),
@@ -99,8 +93,8 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Options:
-    """Are the kernels right on this GPU (part 1), how fast is everything (2), where does the time go (3), with
-    which settings would the kernels be faster (4)?
+    """Are the kernels right on this GPU (part 1), how fast is everything (2), where does the time go (3), and
+    with which settings would the kernels be faster (4)?
 
     A part takes at most nine minutes and is a list of steps, each with a limit of its own. Interrupted, it
     goes on where it stopped when it is called again: steps that came to a good end, at this commit and on
@@ -112,7 +106,7 @@ class Options:
     device: Literal["cuda", "cpu"] = "cuda"
     """With cpu, a rehearsal: kernels run in Triton's interpreter, nothing is compiled; needs --small."""
     small: bool = False
-    """Every step at its smallest."""
+    """Every step at its smallest: options that are parsed, then overridden."""
     again: bool = False
     """Also run the steps that are done. Files that differ from their commit always do."""
     out: Path = measure.ROOT / "runs/gpu"
@@ -158,7 +152,7 @@ def run(step: Step, options: Options, folder: Path, commit: str) -> dict:
     if "{sanitizer}" in step.command and (SANITIZER is None or options.device == "cpu"):
         return dict(state="left out", seconds=0, said=["there is no compute-sanitizer, or no GPU"])
     to_file = f"--out {shlex.quote(str(folder))}/{step.file}" if step.file else ""
-    command = f"{step.command} {step.small if options.small else step.options} {to_file}".format(
+    command = f"{step.command} {step.small if options.small else ''} {to_file}".format(
         python=shlex.quote(sys.executable),
         sanitizer=SANITIZER,
         device=options.device,
@@ -168,16 +162,14 @@ def run(step: Step, options: Options, folder: Path, commit: str) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
         status = status_of(shlex.split(command), step.limit, environment(options, commit), file)
+    text = log.read_text(errors="replace")
+    wrong = step.bad and re.search(step.bad, text)
     return dict(
-        state={0: "done", None: "stopped"}.get(status, "failed"),
+        state="failed" if wrong else {0: "done", None: "stopped"}.get(status, "failed"),
         status=status,
         seconds=round(time.monotonic() - began),
-        said=[line for line in log.read_text(errors="replace").splitlines() if told(line)][-SAID:],
+        said=[line for line in text.splitlines() if line.strip() and MISSING not in line][-SAID:],
     )
-
-
-def told(line: str) -> bool:
-    return bool(line.strip()) and MISSING not in line
 
 
 def status_of(words: list[str], limit: int, environment: dict, output) -> int | None:

@@ -6,6 +6,7 @@ What it finds is gross, as from a kernel that was miscompiled; how precise the k
 
 import itertools
 import math
+import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -50,7 +51,8 @@ def main(options: Options) -> None:
     cases = [Case(*case) for case in itertools.product(options.shapes, options.dtypes, *[(False, True)] * 2)]
     workers = min(len(cases), len(os.sched_getaffinity(0)))
     worst, off = dict.fromkeys(options.dtypes, 0.0), 0
-    with ProcessPoolExecutor(workers, mp_context=measure.fork_server()) as pool:
+    spawn = multiprocessing.get_context("spawn")  # compute-sanitizer loses sight of what is forked
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
         for case, future in [(case, pool.submit(errors_of_case, case)) for case in cases]:
             try:
                 errors = future.result()

@@ -51,11 +51,12 @@ sys.path.insert(0, "benchmarks")
 import gpu
 
 def step(name, code, limit=60):
-    return gpu.Step(name, limit, f"{{python}} -c 'from step import *; {code}'", "", "")
+    return gpu.Step(name, limit, f"{{python}} -c 'from step import *; {code}'", "", bad="SUMMARY: [1-9]")
 
 gpu.PARTS = {1: [
     step("first", "count(1)"), step("second", "count(2); interrupt()"),
-    step("failing", "count(3); sys.exit(5)"), step("endless", "count(4); signal.pause()", limit=LIMIT),
+    step("failing", "count(3); sys.exit(5)"), step("telling", "tell()"),
+    step("endless", "signal.pause()", limit=LIMIT),
 ]}
 gpu.main(gpu.Options(part=(1,), device="cpu", small=True, out=Path(sys.argv[1]) / "out"))
 """
@@ -68,6 +69,9 @@ here = Path(__file__).parent
 def count(step):
     with open(here / f"{step}.pids", "a") as file:
         print(os.getpid(), file=file)
+
+def tell():
+    print("ERROR SUMMARY: 1 error")
 
 def interrupt():
     if not (here / "interrupted").exists():
@@ -97,12 +101,12 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
     assert [len(pids(step)) for step in (1, 2, 3)] == [1, 1, 0]
     with pytest.raises(ProcessLookupError):  # the step under way has ended, too
         os.kill(int(pids(2)[0]), 0)
-    assert run().returncode == 1 and states() == ["done", "done", "failed", "stopped"]
+    assert run().returncode == 1 and states() == ["done", "done", "failed", "failed", "stopped"]
     assert [len(pids(step)) for step in (1, 2, 3)] == [1, 2, 1]
     run()
     assert [len(pids(step)) for step in (1, 2, 3)] == [1, 2, 2], "what failed runs again"
     run(AVFUSE_COMMIT="ba9876543210")
-    assert [len(pids(step)) for step in (1, 2, 3)] == [2, 3, 3] and len(states()) == 4
+    assert [len(pids(step)) for step in (1, 2, 3)] == [2, 3, 3] and len(states()) == 5
     for _ in range(2):
         run(AVFUSE_COMMIT="ba9876543210 with changes")
     assert [len(pids(step)) for step in (1, 2, 3)] == [4, 5, 5]
