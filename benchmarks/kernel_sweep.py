@@ -7,6 +7,8 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -123,9 +125,10 @@ def candidates(case: Case) -> list[dict]:
 
 def measured(case: Case, candidates: list[dict]) -> list[dict]:
     """Each with its error and times, or why it has none. All cores compile, then one process measures."""
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=measure.fork_server()) as pool:
-        for future in [pool.submit(compile_for, case, own) for own in candidates]:
-            future.exception()  # what fails here fails again, and is told, where it is timed
+    workers = len(os.sched_getaffinity(0))
+    with suppress(BrokenProcessPool), ProcessPoolExecutor(workers, mp_context=measure.fork_server()) as pool:
+        for own in candidates:  # what fails here fails again, and is told, where it is timed
+            pool.submit(compile_for, case, own)
     try:
         return measure.in_fresh_process(measure_all, case, candidates)
     except MemoryError as error:  # the process is gone

@@ -49,17 +49,23 @@ def main(options: Options) -> dict:
                 continue
             call = call_of(way, encoder, inputs)
             clocks[row, way] = measure.WallClock(call, device, turn=0.3)
-            kernels = kernels_of(call, device, f"{row}, {way}")
-            record["rows"][row][way] = dict(kernels=kernels)
+            record["rows"][row][way] = kernels_of(call, device, f"{row}, {way}")
             measure.write_record(options.out, record)
     for (row, way), seconds in measure.time_rounds(clocks, seconds=options.seconds).items():
         record["rows"][row][way]["seconds"] = measure.quantiles(seconds)
-    rows = measure.write_record(options.out, record)["rows"]
-    print(f"\nbatch {options.batch}, {options.preset}, {options.dtype}, milliseconds (quartiles)")
-    ways = list(next(iter(rows.values())))
-    times = [(row, *(spread(rows[row][way]["seconds"], ".2f", 1e3) for way in ways)) for row in rows]
-    print(terminal([[("", *ways), *times]]))
+    measure.write_record(options.out, record)
+    print(f"\nbatch {options.batch}, {options.preset}, {options.dtype}")
+    print(terminal([times(record["rows"])]))
     return record
+
+
+def times(rows: dict) -> list[tuple]:
+    table = [("a call", "milliseconds (quartiles)", "in kernels", "kernels")]
+    for row, ways in rows.items():
+        for way, found in ways.items():
+            wall = spread(found["seconds"], ".2f", 1e3)
+            table.append((f"{row}, {way}", wall, f"{found['milliseconds']:.2f}", f"{found['count']:.0f}"))
+    return table
 
 
 def call_of(way: Way, encoder: torch.nn.Module, inputs: list[torch.Tensor]) -> Callable:
@@ -77,8 +83,8 @@ def call_of(way: Way, encoder: torch.nn.Module, inputs: list[torch.Tensor]) -> C
     return graph.replay
 
 
-def kernels_of(call: Callable, device: str, title: str) -> list[dict]:
-    """Kernels (on a CPU, operators) by the time that one call spends in them."""
+def kernels_of(call: Callable, device: str, title: str) -> dict:
+    """What one call spends in kernels (on a CPU, in operators): all, their number, and the longest."""
     call()
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
     with profile(activities=activities) as trace:
@@ -89,11 +95,17 @@ def kernels_of(call: Callable, device: str, title: str) -> list[dict]:
     events = trace.key_averages()
     print(f"\n{title}: {CALLS} calls")
     print(events.table(sort_by=time, row_limit=SHOWN, max_name_column_width=80), flush=True)
-    kernels = [event for event in events if event.device_type == getattr(DeviceType, kind)]
-    return [
+    found = [
         dict(name=event.key, calls=event.count / CALLS, microseconds=round(getattr(event, time) / CALLS, 2))
-        for event in sorted(kernels, key=lambda event: -getattr(event, time))[:SHOWN]
+        for event in events
+        if event.device_type == getattr(DeviceType, kind)
     ]
+    found.sort(key=lambda kernel: -kernel["microseconds"])
+    return dict(
+        milliseconds=sum(kernel["microseconds"] for kernel in found) / 1e3,
+        count=sum(kernel["calls"] for kernel in found),
+        kernels=found[:SHOWN],
+    )
 
 
 if __name__ == "__main__":
