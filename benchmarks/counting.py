@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from avfuse import AVEncoder
+from avfuse.folding import FoldedDense
 
 WITHOUT_LAUNCH = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 OVERWRITE = {"copy_", "fill_", "zero_"}  # their first argument, without reading it
@@ -41,15 +42,22 @@ class Operator(NamedTuple):
 
 def operators_of(call: Callable[[], object]) -> list[Operator]:
     """The operators of a call."""
-    run_fusion, traffic = AVEncoder.run_fusion, Traffic()
+    traffic = Traffic()
 
-    def run_aside(*args):
-        traffic.aside = True
-        tokens = run_fusion(*args)
-        traffic.aside = False
-        return tokens
+    def aside(run_fusion):
+        def run(*args):
+            traffic.aside = True
+            tokens = run_fusion(*args)
+            traffic.aside = False
+            return tokens
 
-    with mock.patch.object(AVEncoder, "run_fusion", run_aside), traffic:
+        return run
+
+    with (
+        mock.patch.object(AVEncoder, "run_fusion", aside(AVEncoder.run_fusion)),
+        mock.patch.object(FoldedDense, "forward", aside(FoldedDense.forward)),
+        traffic,
+    ):
         call()
     return traffic.operators
 

@@ -88,7 +88,11 @@ BUDGETS = {
         ("GPU: the same, dense as encoder.fused()", "at least 0.92", "inference dense-fused speed"),
     ),
     (traffic, "meta"): (
-        (f"{COUNTED}bytes of dense, fused(), over no fusion", "at most 1.12", "inference dense-fused bytes over none"),
+        (
+            f"{COUNTED}bytes of dense, fused(), over no fusion",
+            "at most 1.12",
+            "inference dense-fused bytes over none",
+        ),
         (f"{COUNTED}its launches over no fusion", "at most 1.6", "inference dense-fused launches over none"),
         (f"{COUNTED}its speed over no fusion", "at least 0.88", "inference dense-fused speed over none"),
         (
