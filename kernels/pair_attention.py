@@ -14,6 +14,8 @@ Each program then leaves partial results in a float32 slot of its own, and slots
 no atomics, and equal inputs give equal bits.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -356,6 +358,11 @@ def settings(dtype, B, H, F, I, A, K, V, *, backward=False, device=None):
     """Tile sizes and launch options, some of which a card may have of its own (`cards.OWN`).
     kernels/README.md says where they come from.
     """
+    return _settings(precision_of(dtype), dtype, B, H, F, I, A, K, V, backward, device)
+
+
+@functools.lru_cache(1024)  # worked out anew, they would cost as much as an operator of PyTorch
+def _settings(precision, dtype, B, H, F, I, A, K, V, backward, device):
     single, wide, narrow = dtype == torch.float32, max(K, V) > 64, max(K, V) <= 32
     block_f = min(padded(F), 16 if wide else 32)
     splits, programs = 1, B * H * triton.cdiv(F, block_f)
@@ -373,7 +380,7 @@ def settings(dtype, B, H, F, I, A, K, V, *, backward=False, device=None):
         K=K,
         V=V,
         SPLITS=splits,
-        PRECISION=precision_of(dtype),
+        PRECISION=precision,
         BLOCK_F=block_f,
         BLOCK_N=block_n,
         num_warps=warps,
