@@ -151,9 +151,10 @@ def run(step: Step, options: Options, folder: Path, commit: str) -> dict:
     """How a step ended, after how long, and what it said last."""
     if "{sanitizer}" in step.command and (SANITIZER is None or options.device == "cpu"):
         return dict(state="left out", seconds=0, said=["there is no compute-sanitizer, or no GPU"])
-    to_file = f"--out {shlex.quote(str(folder))}/{step.file}" if step.file else ""
+    to_file = f"--out {{out}}/{step.file}" if step.file else ""
     command = f"{step.command} {step.small if options.small else ''} {to_file}".format(
         python=shlex.quote(sys.executable),
+        out=shlex.quote(str(folder)),
         sanitizer=SANITIZER,
         device=options.device,
         workers=0 if options.small else max(1, len(os.sched_getaffinity(0)) - 2),

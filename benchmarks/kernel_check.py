@@ -49,7 +49,7 @@ class Case(NamedTuple):
 
 def main(options: Options) -> None:
     cases = [Case(*case) for case in itertools.product(options.shapes, options.dtypes, *[(False, True)] * 2)]
-    workers = min(len(cases), len(os.sched_getaffinity(0)))
+    workers = min(math.ceil(len(cases) / 4), len(os.sched_getaffinity(0)))  # fewer cases are not worth one
     worst, off = dict.fromkeys(options.dtypes, 0.0), 0
     spawn = multiprocessing.get_context("spawn")  # compute-sanitizer loses sight of what is forked
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:

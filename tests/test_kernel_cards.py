@@ -19,9 +19,12 @@ TABLE = dict(card=NAMES[CARD], triton=triton.__version__, settings={FORWARD: OWN
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(cards, "FOLDER", tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", NAMES.get)
-    cards.table_of.cache_clear()
+    known = cards.table_of, pair_attention._settings
+    for function in known:
+        function.cache_clear()
     yield tmp_path
-    cards.table_of.cache_clear()
+    for function in known:
+        function.cache_clear()
 
 
 def sizes(F=16, K=16):
