@@ -42,6 +42,7 @@ COMPILING = "spilling or compiled_once or left_to_the_default"
 SANITIZED = "env PYTORCH_NO_CUDA_MEMORY_CACHING=1 {sanitizer} --target-processes all --print-limit 5"
 FEW = "{python} benchmarks/kernel_check.py --shapes kept split --dtypes bfloat16 float32"
 THROUGHPUT = "{python} benchmarks/throughput.py --seconds 5 --batch 128"
+GRAPHED = "none token factorized dense none-fused dense-fused"
 TINY = "--preset tiny --batch 1 --seconds 0"
 
 # In order of value. The limits of a part add up to less than nine minutes.
@@ -67,8 +68,8 @@ PARTS = {
             f"{TINY} --rows none dense", "throughput-{device}.json",
         ),
         Step(
-            "compiled", 130, f"{THROUGHPUT} --modes inference --rows none dense --compile default",
-            f"{TINY} --rows none", "throughput-{device}-compiled.json",
+            "graphs", 90, f"{THROUGHPUT} --modes inference --compile cuda-graph --rows {GRAPHED}",
+            f"{TINY} --rows none-fused --compile no", "throughput-{device}-graph.json",
         ),
         Step(
             "scaling", 140, "{python} benchmarks/scaling.py --seconds 3",
@@ -80,6 +81,10 @@ PARTS = {
         Step(
             "kernel_times", 240, "{python} benchmarks/kernel_times.py", TINY,
             "kernel_times-{device}.json",
+        ),
+        Step(
+            "compiled", 130, f"{THROUGHPUT} --modes inference --rows none dense --compile default",
+            f"{TINY} --rows none", "throughput-{device}-compiled.json",
         ),
     ),
     4: (  # which settings of the kernels are fastest
