@@ -417,7 +417,10 @@ class FusedEncoder(AVEncoder):
     """
 
     graphs: CudaGraphs | None  # of `forward`
-    side: torch.cuda.Stream | None  # while it is recorded: where fusion blocks run, for which no block waits
+    recording: bool = False  # now
+    side: torch.cuda.Stream | None = (
+        None  # of the recording, where fusion blocks run: no block waits for them
+    )
 
     @classmethod
     def of(cls, encoder: AVEncoder, cuda_graphs: bool) -> "FusedEncoder":
@@ -435,7 +438,7 @@ class FusedEncoder(AVEncoder):
             fused.audio.blocks[layer] = FoldedBlock(audio, dense, "audio")
             if dense is not None:
                 fused.fusion_blocks[str(layer)] = FoldedDense(dense)
-        fused.graphs, fused.side = CudaGraphs(fused.recorded_forward) if cuda_graphs else None, None
+        fused.graphs = CudaGraphs(fused.recorded_forward) if cuda_graphs else None
         return fused
 
     def forward(self, image, audio, **options) -> EncoderOutput:
@@ -446,12 +449,11 @@ class FusedEncoder(AVEncoder):
         return self.graphs(image=image, audio=audio, **options)
 
     def recorded_forward(self, **inputs) -> EncoderOutput:
-        if torch.cuda.is_current_stream_capturing():
-            self.side = torch.cuda.Stream()
+        self.recording = torch.cuda.is_current_stream_capturing()
         try:
             return super().forward(**inputs)
         finally:
-            self.side = None
+            self.recording, self.side = False, None
 
     def _apply(self, *args, **options):
         if self.graphs is not None:  # their weights are moving
@@ -464,10 +466,11 @@ class FusedEncoder(AVEncoder):
 
     @contextmanager
     def beside(self):
-        """Where a graph is recorded: what happens here need not wait for what follows, until `join`."""
-        if self.side is None:
+        """Where a graph is recorded: what follows need not wait for what happens here, until `join`."""
+        if not self.recording:
             yield
             return
+        self.side = self.side or torch.cuda.Stream()
         self.side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.side):
             yield
@@ -478,8 +481,7 @@ class FusedEncoder(AVEncoder):
             torch.cuda.current_stream().wait_stream(self.side)
 
     def run_layer(self, layer, image, audio, fusion):
-        if layer > 0:
-            self.join()
+        self.join()
         block = self.block(layer)
         if isinstance(block, FoldedDense):
             tokens, norm = residual_norm(*fusion, eps=block.eps)
