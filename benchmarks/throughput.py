@@ -326,7 +326,8 @@ def make_models(options: Options, preset: str, mode: Mode) -> tuple[dict, dict]:
             encoder.load_state_dict(state if row.block is PairTokenFusion else folded(state))
         else:
             sharpened(encoder)
-        models[name] = placed(model.fused() if row.fused else model, options, mode)
+        model = placed(model, options, mode)
+        models[name] = model.fused() if row.fused else model
     return models, stored
 
 
