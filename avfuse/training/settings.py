@@ -52,9 +52,9 @@ class LoopConfig:
     train_split: str = ""
     """The split to train on where there are several, such as balanced_train of AudioSet. Default: all."""
     test_share: Annotated[float, Rule("must be in [0, 1)", lambda value: 0 <= value < 1), Formerly(0.0)] = 0.2
-    """Share of the clips to hold out and test on, where the data name none. Names and --seed decide, so that
-    files that are added leave the others on their side; pieces of one recording (talk_001, talk_002) stay
-    together, and each class has clips on both sides. 0 = measure on the training clips."""
+    """About which share of the clips to hold out and test on, where the data name none. Names and --seed
+    decide: files that are added leave the others on their side; pieces of one recording (talk_001, talk_002)
+    stay together, and each class has clips on both sides. 0 = measure on the training clips."""
     run: Annotated[Path | None, tyro.conf.arg(name="run-dir"), FREE] = None
     """Run folder: settings, metrics, checkpoints, pictures, results, report, final model. Default: under
     runs/, by the name of --data and of the task."""
