@@ -58,6 +58,9 @@ def main(config: FeaturesConfig) -> None:
     if config.out.suffix != ".safetensors" or config.out.is_dir():
         raise ValueError(f"out must be a .safetensors file, got {config.out}")
     config.out.parent.mkdir(parents=True, exist_ok=True)  # if that fails, then before the work
+    if not config.folder.is_dir():
+        what = "is a file" if config.folder.exists() else "does not exist"
+        raise ValueError(f"folder {config.folder} {what}")
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     encoder = load_encoder(config.checkpoint).to(device)
     options = dict(workers=config.workers, timeout=config.clip_timeout)

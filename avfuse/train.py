@@ -20,8 +20,10 @@ from .training.pictures import draw_attention, draw_reconstructions
 from .training.recipes import TrainConfig, count_parameters, make_model, parse, plan
 from .training.report import describe_losses
 from .training.settings import check_config
+from .training.starts import FRESH
 from .weights import load_audio_weights, load_image_weights
 
+NO_BETTER = 0.99  # of the loss of predicting zero
 PRESENT = ("image_present", "audio_present")
 INPUTS = ("image", "audio", "image_removed", "audio_removed", *PRESENT)
 
@@ -51,6 +53,8 @@ class Pretraining(JudgedTask):
     def __init__(self, config: TrainConfig, found: Found):
         super().__init__(config, found)
         self.model = make_model(config)
+        if config.checkpoint != FRESH:
+            self.recipe = ("checkpoint", *JudgedTask.recipe[1:], "preset")
         load_branch("--image-weights", load_image_weights, self.model, config.image_weights)
         load_branch("--audio-weights", load_audio_weights, self.model, config.audio_weights)
 
@@ -60,10 +64,10 @@ class Pretraining(JudgedTask):
 
     def describe(self) -> str:
         sizes = [f"{count_parameters(module) / 1e6:.1f} M" for module in (self.model.encoder, self.model)]
-        return (
-            f"{self.config.model} model, {self.config.interactions}: {sizes[0]} parameters in the encoder, "
-            f"{sizes[1]} with decoders"
-        )
+        config, encoder = self.config, self.model.encoder
+        size = f"{config.model} model" if config.checkpoint == FRESH else f"model of {config.checkpoint}"
+        interactions = encoder.settings["interactions"]
+        return f"{size}, {interactions}: {sizes[0]} parameters in the encoder, {sizes[1]} with decoders"
 
     def dataset(self, clips, *, train):
         """Clips with masks, which are drawn from (seed, epoch, clip)."""
@@ -126,6 +130,14 @@ class Pretraining(JudgedTask):
             chance = probes["image"]["chance"]
             lines.append(f"  nearest neighbour, {printable(label)}: {', '.join(cells)} (chance {chance:.3f})")
         return "\n".join(lines)
+
+    def doubt(self, metrics):
+        losses = {name: metrics[f"held_out_{name}_loss"] for name in ("image", "audio")}
+        zeros = {name: metrics[f"held_out_{name}_zero"] for name in losses}
+        useless = [
+            f"{name} {losses[name]:.3f}" for name in losses if losses[name] > NO_BETTER * zeros[name] > 0
+        ]
+        return f"no better than predicting zero: the loss of {' and '.join(useless)}" if useless else ""
 
     def numbers(self, metrics):
         numbers = {name: value for name, value in metrics.items() if name != "probes"}

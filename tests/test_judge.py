@@ -8,6 +8,11 @@ import torch
 
 from avfuse.data.find import Found
 from avfuse.mae import patchify
+from avfuse.tasks.classify import Classification
+from avfuse.tasks.localize import Localization
+from avfuse.tasks.retrieve import Retrieval
+from avfuse.tasks.segment import Segmentation
+from avfuse.tasks.separate import Separation
 from avfuse.train import INPUTS, Pretraining
 from avfuse.training.judge import first_clips, to_columns, to_rows
 from avfuse.training.recipes import TrainConfig
@@ -122,3 +127,51 @@ def test_first_clips_are_those_that_count():
     assert first_clips(found, 3).coverage == dict(train=(4, 5), test=(3, 3))
     assert first_clips(found, 6).coverage["test"] == (5, 6)  # one of the first six is not there
     assert first_clips(found, 9).coverage == found.coverage
+
+
+@pytest.mark.parametrize(
+    "image, audio, said", [(0.5, 0.9, ""), (1.02, 0.9, "image 1.020"), (1.0, 0.995, "both")]
+)
+def test_a_model_no_better_than_predicting_zero_is_doubted(task, image, audio, said):
+    losses = dict(held_out_image_loss=image, held_out_audio_loss=audio)
+    doubt = task.doubt(losses | dict(held_out_image_zero=1.0, held_out_audio_zero=1.0))
+    named = "image 1.000 and audio 0.995" if said == "both" else said
+    assert doubt == (named and f"no better than predicting zero: the loss of {named}")
+    absent = dict(held_out_audio_loss=0.0, held_out_audio_zero=0.0)  # no clip has sound
+    assert "audio" not in task.doubt(losses | dict(held_out_image_zero=2.0) | absent)
+
+
+def test_doubt_is_told_at_the_end_alone(task, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Pretraining, "show", lambda *_: None)
+    monkeypatch.setattr(Pretraining, "doubt", lambda *_: "useless")
+    run = SimpleNamespace(config=SimpleNamespace(run=tmp_path), found=task.found)
+    run.accelerator, run.metrics = (
+        SimpleNamespace(log=lambda *_, **__: 0),
+        SimpleNamespace(write=lambda **_: 0),
+    )
+    (tmp_path / "metrics.jsonl").touch()
+    rows = judged(task, batch_of(task, 2))
+    task.conclude(run, task.model, 3, "during", rows)
+    assert "WARNING" not in capsys.readouterr().out
+    task.conclude(run, task.model, 3, "after", rows)
+    assert "WARNING: useless: more clips, more --epochs" in capsys.readouterr().out
+
+
+def test_tasks_doubt_what_is_no_better_than_chance():
+    def doubt(kind, metrics, **attributes):
+        return kind.doubt(SimpleNamespace(**attributes), metrics)
+
+    named = dict(chance=0.5, standard_error=0.1)
+    for hits, said in (0.7, False), (0.58, True), (0.3, True):
+        assert bool(doubt(Classification, named | dict(accuracy=hits), is_multi_label=False)) == said
+    for area, said in (0.51, False), (0.5, True), (None, False):
+        assert bool(doubt(Classification, dict(AUC=area), is_multi_label=True)) == said
+    found = {"kind_recall@1_sum": 0.5, "kind_recall@1_chance": 0.4, "kind_recall@5_sum": 0.7}
+    assert doubt(Retrieval, found | {"kind_recall@5_chance": 0.6}) == ""
+    assert doubt(Retrieval, found | {"kind_recall@5_chance": 0.8}) == "no better than chance: kind_recall@5"
+    assert doubt(Separation, dict(sdr=0.1, mixture_sdr=0.2)) and not doubt(Separation, dict(pairs=0))
+    assert not doubt(Separation, dict(sdr=0.3, mixture_sdr=0.2))
+    assert doubt(Separation, dict(sdr=None, mixture_sdr=0.2)).startswith("no sound at all")
+    assert doubt(Localization, dict(pointing=0.1, pointing_chance=0.1))
+    assert doubt(Segmentation, dict(miou_without_background=0.0), semantic=True)
+    assert not doubt(Segmentation, dict(miou=0.3, miou_everywhere=0.2), semantic=False)

@@ -220,6 +220,7 @@ def test_batches_do_not_change_the_rows(batch):
 
 def test_summary_by_hand():
     columns = dict(best=np.ones(4), ciou=np.array([0.5, 0.4, 0.0, 1.0]), pointing=np.array([1, 1, 0, 0]) > 0)
+    columns |= dict(area=np.array([0.1, 0.1, 0.2, 0.2]))
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     summary = task_of().summarize(rows)
     assert (
@@ -227,7 +228,7 @@ def test_summary_by_hand():
         and summary["pointing"] == 0.5
         and summary["best_possible_auc"] == pytest.approx(1)
     )
-    assert "attention_ciou" not in summary
+    assert "attention_ciou" not in summary and summary["pointing_chance"] == pytest.approx(0.15)
 
 
 def test_the_control_hears_nothing(batch):
@@ -272,7 +273,7 @@ def test_a_run_from_end_to_end(shapes, tmp_path):
     assert weights_hash(load_model(Localizer, tmp_path / "run")) == results["weights_sha256"]
     metrics = results["metrics"]
     names = {f"{prefix}{name}" for prefix in ("", "attention_") for name in ("pointing", "ciou", "auc")}
-    assert metrics.keys() == names | {"best_possible_auc"}
+    assert metrics.keys() == names | {"best_possible_auc", "pointing_chance"}
     assert all(0 <= value <= 1 for value in metrics.values())
     pictures = sorted(path.name for path in (tmp_path / "run/pictures").glob("*.png"))
     assert pictures == ["localization-000000.png", "localization-000001.png"]

@@ -1,16 +1,32 @@
 """Settings of runs: the paper's presets against its text, how batches are dealt out, and what a plan says."""
 
+import math
 import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from avfuse.training import recipes
-from avfuse.training.recipes import PRESETS, PUBLISHED_CLIPS, demo, make_model, parse, plan
-from avfuse.training.settings import Schedule, learning_rate, schedule_of
+from avfuse.tasks.classify import ClassifyConfig
+from avfuse.tasks.classify import parse as parse_classify
+from avfuse.tasks.retrieve import RetrieveConfig
+from avfuse.tasks.segment import SegmentConfig
+from avfuse.training import costs, recipes
+from avfuse.training.length import with_enough_steps
+from avfuse.training.recipes import (
+    PRESETS,
+    PUBLISHED_CLIPS,
+    TrainConfig,
+    demo,
+    make_model,
+    parse,
+    plan,
+)
+from avfuse.training.settings import Schedule, learning_rate, schedule_of, warmup_cosine
 
 
 @pytest.mark.parametrize(
@@ -46,9 +62,53 @@ def test_presets_are_the_papers_runs(preset, clips, epochs, batch, lr, steps_per
         f"{batch} clips = 8 processes x {accumulated} accumulated x 64",
         f"{lr:.3g} = 0.00015 x {batch} / 256",
         f"{epochs * steps_per_epoch:,} = {epochs} epochs x {steps_per_epoch}",
-        "image 196 tokens, 49 seen; audio 96 tokens, 19 seen; 32 fusion",
+        "image 196 tokens, 49 seen; audio 96 tokens, 19 seen; 16 fusion",
+        "dense interactions",
     ):
         assert fact in said
+    said = plan(replace(config, interactions="factorized"), processes=8)  # the paper's
+    assert "audio 96 tokens, 19 seen; 32 fusion" in said and "factorized interactions" in said
+
+
+def test_plan_counts_the_arithmetic_of_a_step():
+    """By hand: the products with weights are most of it, and a backward has twice those of its forward."""
+    config = parse(["--preset", "vggsound-ablation"])
+    with torch.device("meta"):
+        mae = make_model(config)
+    flops = costs.step_flops(mae)
+    assert flops == pytest.approx(94.6e9, rel=0.01)  # as counted of a real step on a GPU
+    vits = 12 * (2 * 12 * 768**2) * (50 + 20)  # a token meets 12 D^2 weights in each block
+    decoders = 8 * (2 * 12 * 512**2) * (196 + 16 + 96 + 16)
+    assert 3 * (vits + decoders) < flops < 1.2 * 3 * (vits + decoders)  # the rest is attention and fusion
+    assert costs.count_blocks(mae) == 12 + 12 + 12 + 8 + 8
+    plain, again = (
+        costs.step_flops(make_model(replace(demo(), grad_checkpointing=on))) for on in (False, True)
+    )
+    assert 1.05 * plain < again < 4 / 3 * plain  # the encoder's forward once more
+
+
+@pytest.mark.parametrize(
+    "precision, clips, milliseconds", [("bf16", 64, 202), ("no", 64, 207), ("no", 128, 344), ("no", 256, 643)]
+)
+def test_planned_times_are_near_those_of_an_h200(precision, clips, milliseconds):
+    """Measured with PyTorch 2.11 and the preset's model, 94.6 GFLOP a clip."""
+    with torch.device("meta"):
+        mae = make_model(parse(["--preset", "vggsound-ablation"]))
+    seconds = costs.step_seconds(mae, 94.6e9, "H100 or H200", precision, clips, 1)
+    assert 1e3 * seconds == pytest.approx(milliseconds, rel=0.1)
+
+
+def test_plan_says_hours_disk_and_reading_speed():
+    said = plan(parse(["--preset", "vggsound-ablation"]), processes=2)
+    hours, wall, speed = re.search(
+        r"A100 +(\S+) GPU hours \((\S+) h\); to read: (\S+) clips/s", said
+    ).groups()
+    assert float(hours) == pytest.approx(2 * float(wall), rel=0.01)
+    assert float(speed.replace(",", "")) * 3600 * float(wall) == pytest.approx(200 * 281 * 512, rel=0.02)
+    parameters = float(re.search(r"(\S+) M with decoders", said)[1])
+    disk = float(re.search(r"disk +(\S+) GB: 2 checkpoints", said)[1])
+    assert disk == pytest.approx(parameters * 1e6 * (3 * 12 + 4) / 1e9, abs=0.06)
+    assert "at 35% of the card's peak, as measured" in said
 
 
 def test_plan_counts_the_parameters_of_the_model():
@@ -80,7 +140,12 @@ def test_plan_counts_the_files_there_are(tmp_path):
     for name in ("train/a.mp4", "train/b/c.MKV", "train/notes.txt", "test/d.mp4"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert "60 = 60 epochs x 1, at 2 clips (files that may be videos)" in plan(replace(demo(), data=tmp_path))
+    said = plan(replace(demo(), data=tmp_path))
+    assert "240 = 240 epochs x 1, at 2 clips (files that may be videos)" in said  # --min-steps
+    assert "0.000265 = 0.006 x sqrt(2 x 64) / 256, 24 epochs of warm-up" in said
+    (tmp_path / "test").rename(tmp_path / "train/test")
+    said = plan(replace(demo(), data=tmp_path, epochs=3, warmup_epochs=1))
+    assert "3 = 3 epochs x 1, at 2 clips (0.2 of 3 files that may be videos are held out)" in said
     with pytest.raises(ValueError, match="--data .*nowhere is not a folder"):
         plan(replace(demo(), data=tmp_path / "nowhere"))
 
@@ -124,8 +189,57 @@ def test_every_clip_of_a_batch_is_dealt_out_once(processes, micro_batch):
         assert sorted(dealt) == batch
 
 
+def test_the_learning_rate_does_not_vanish_with_the_batch():
+    rate = partial(learning_rate, demo())
+    assert rate(3) == pytest.approx(6e-3 * math.sqrt(3 * 64) / 256)  # 3.2e-4; in proportion it was 7e-5
+    assert rate(64) == pytest.approx(1.5e-3) and rate(256) == pytest.approx(6e-3)  # the linear rule
+    assert learning_rate(replace(demo(), lr_scaling="linear"), 3) == pytest.approx(7e-5, rel=0.01)
+    assert learning_rate(ClassifyConfig(), 8) == pytest.approx(
+        8e-3 * 16 / 256
+    )  # half of that of the usual 32
+
+
+def test_a_small_data_set_gets_more_epochs():
+    small = with_enough_steps(demo(), 3)
+    assert (small.epochs, small.warmup_epochs) == (240, 24)
+    assert (with_enough_steps(demo(), 130).epochs, with_enough_steps(demo(), 256)) == (120, demo())
+    for asked in replace(demo(), epochs=10), replace(demo(), min_steps=0):  # as they were ordered
+        assert with_enough_steps(asked, 3) == asked
+
+
+def test_the_rate_of_an_extended_run_rises_to_that_of_a_longer_one():
+    rates = [warmup_cosine(step, 10, 200, extended_at=100) for step in range(200)]
+    assert rates[:100] == [warmup_cosine(step, 10, 100) for step in range(100)]
+    assert rates[110:] == [warmup_cosine(step, 10, 200) for step in range(110, 200)]
+    assert rates[100] == 0 and all(
+        0 < b - a < 0.06 for a, b in zip(rates[100:110], rates[101:111], strict=True)
+    )
+    assert warmup_cosine(101, 0, 200, extended_at=100) == warmup_cosine(101, 0, 200)  # no warm-up, no rise
+
+
 def test_a_small_data_set_shrinks_the_batch_but_every_process_needs_a_clip():
     assert schedule_of(replace(demo(), batch_size=64), 5).batch_size == 5
     with pytest.raises(ValueError, match="--batch-size 3 leaves some of the 4 processes without a clip"):
         schedule_of(demo(), 3, processes=4)
     assert Schedule(clips=8, epochs=1, batch_size=4, micro_batch=4, processes=4).steps == 2
+
+
+@pytest.mark.parametrize(
+    "config, run",
+    [
+        (TrainConfig(), "runs/demo"),
+        (parse(["--preset", "audioset"]), "runs/audioset"),
+        (TrainConfig(data=Path("/videos/holiday/")), "runs/holiday"),
+        (parse(["--data", "/videos/vgg", "--preset", "audioset"]), "runs/vgg"),
+        (TrainConfig(data=Path("/videos/demo")), "runs/demo-data"),  # that of the demo is its own
+        (TrainConfig(data=Path("/")), "runs/demo-data"),
+        (TrainConfig(data=Path("/videos"), run=Path("elsewhere")), "elsewhere"),
+        (ClassifyConfig(), "runs/classify"),
+        (ClassifyConfig(data=Path("/videos/birds")), "runs/birds-classify"),
+        (parse_classify(["--probe", "--data", "birds"]), "runs/birds-classify-probe"),
+        (SegmentConfig(data=Path("avs")), "runs/avs-segment"),
+        (RetrieveConfig(data=Path("birds")), "runs/birds-retrieve"),
+    ],
+)
+def test_a_run_folder_has_the_name_of_the_data(config, run):
+    assert str(config.run) == run

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -124,3 +125,20 @@ def test_the_folder_of_a_training_run_is_left_alone(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(ValueError, match="is that of a training run"):
         RetrieveConfig(checkpoint="none", run=tmp_path)
+
+
+def test_a_folder_without_labels_shows_neighbours(folder, tmp_path, capsys):
+    for path in folder.rglob("?.mp4"):
+        (tmp_path / "clips" / path.name).parent.mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / "clips" / f"$x$-{path.name}")  # no formula
+    options = dict(checkpoint="none", data=tmp_path / "clips", k=(1, 2), workers=0)
+    found = results(RetrieveConfig(**options, run=tmp_path / "run"))
+    assert found["metrics"] == dict(clips=4)
+    assert "neighbours without recall, as there are no classes: --data" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "run" / "neighbours.jsonl").read_text().splitlines()]
+    clips = [row["clip"] for row in rows]
+    assert clips == sorted(str(path) for path in (tmp_path / "clips").iterdir())
+    for row in rows:
+        for feature in "image", "audio", "fusion", "sum":
+            assert len(set(row[feature])) == 2 and {*row[feature]} < {*clips} - {row["clip"]}
+    assert (tmp_path / "run" / "pictures" / "neighbours-000000.png").exists()

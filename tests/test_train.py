@@ -67,6 +67,7 @@ def tiny(data, run, **changes) -> TrainConfig:
         decoder_depth=1,
         decoder_heads=2,
         fusion_layers=(1, 3),
+        test_share=0.0,
     )
     return replace(config, **changes)
 
@@ -158,8 +159,79 @@ def test_finished_run_is_left_as_it_is(finished):
 
 
 def test_other_settings_need_another_folder(finished):
-    with pytest.raises(ValueError, match="--epochs 3 -> 4.*--restart"):
-        main(replace(finished, epochs=4))
+    with pytest.raises(ValueError, match="--seed 0 -> 4.*--restart"):
+        main(replace(finished, seed=4))
+    with pytest.raises(ValueError, match="--warmup-epochs 1 -> 2.*--restart"):
+        main(replace(finished, warmup_epochs=2))
+
+
+def test_a_finished_run_can_be_given_more_epochs(finished, tmp_path, capsys, monkeypatch):
+    config = replace(finished, run=tmp_path / "run", epochs=5)
+    shutil.copytree(finished.run, config.run)
+    save = loop.save_checkpoint
+
+    def save_then_die(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_checkpoint", save_then_die)
+    with pytest.raises(KeyboardInterrupt):  # after step 8 of 10
+        main(config)
+    assert "the learning rate rises from 0 in 1 epochs to what it is in a run of 5" in capsys.readouterr().out
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    assert main(config) == 0
+    assert "the learning rate rises" not in capsys.readouterr().out
+    steps = [row for row in rows(config.run) if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 11))
+    assert {row["step"]: row["loss"] for row in steps[:6]} == losses(finished.run)
+    rates = [row["lr"] / 1.5e-3 * 4 for row in steps]  # base_lr 6e-3, sqrt(4 x 64) / 256
+    assert rates == pytest.approx([warmup_cosine(step, 2, 10, extended_at=6) for step in range(10)])
+    assert rates[6] == 0 and rates[8] == pytest.approx(warmup_cosine(8, 2, 10))
+    assert [row["step"] for row in rows(config.run) if row.get("when") == "after"] == [10]
+    assert main(config) == 0 and len(losses(config.run)) == 10
+    with pytest.raises(ValueError, match="holds a run of 5 epochs, more than --epochs 3: it may get more"):
+        main(replace(config, epochs=3))
+
+
+def test_a_run_that_has_not_ended_is_not_extended(finished, tmp_path):
+    config = replace(finished, run=tmp_path / "run", epochs=5)
+    shutil.copytree(finished.run, config.run)
+    shutil.rmtree(config.run / "checkpoints" / "step-00000006")
+    with pytest.raises(ValueError, match="has not come to the end of its 3 epochs.*--epochs 3 goes on"):
+        main(config)
+
+
+def test_three_clips_are_gone_through_often_enough(tmp_path, capsys):
+    for name in "abc":
+        write_video(tmp_path / "videos" / f"{name}.mp4")
+    config = replace(tiny(tmp_path / "videos", tmp_path / "run"), epochs=60, warmup_epochs=6, min_steps=70)
+    run = loop.set_up(replace(config, batch_size=64), Pretraining)
+    said = capsys.readouterr().out
+    assert "70 epochs instead of 60, so that there are --min-steps 70" in said and run.schedule.steps == 70
+    assert "learning rate 0.00032: with batches below 64 it falls by the square root" in said
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["epochs"] == 70
+    run.lock.close()
+    assert loop.set_up(replace(config, batch_size=64), Pretraining).schedule.steps == 70  # the same command
+
+
+def test_a_run_on_other_data_is_not_offered_for_deletion(finished, tmp_path):
+    """Above all not that of the demo, for somebody's own data."""
+    for name in "ab":
+        write_video(tmp_path / "videos" / f"{name}.mp4")
+    mine = replace(finished, data=tmp_path / "videos", workers=0)
+    for changed, said in (mine, "--data has changed"), (replace(mine, seed=1), "holds a run with other"):
+        with pytest.raises(ValueError, match=said) as refused:
+            main(changed)
+        assert "choose another --run-dir" in str(refused.value) and "--restart" not in str(refused.value)
+
+
+def test_data_are_looked_for_before_all_else(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "make_accelerator", None)
+    with pytest.raises(ValueError, match="--data .*nowhere does not exist"):
+        main(replace(finished, seed=1, data=tmp_path / "nowhere"))  # in a run folder with other settings
+    (tmp_path / "a.mp4").touch()
+    with pytest.raises(ValueError, match="--data .*a.mp4 is not a folder"):
+        main(replace(finished, data=tmp_path / "a.mp4"))
 
 
 def test_restart_deletes_only_run_folders(finished, tmp_path):

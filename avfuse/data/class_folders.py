@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..files import some
 from .find import Found
-from .sets.folders import SPLITS
+from .sets.folders import split_folders
 from .table import Clip
 
 
@@ -23,8 +23,8 @@ def with_classes(found: Found, folder: Path | None, names: tuple[str, ...] | Non
         if names is not None and names not in found.classes.values():
             raise ValueError("--class-list is that of no label of this data set")
         return found
-    splits = [folder / split for split in SPLITS]
-    roots = splits if all(root.is_dir() for root in splits) else [folder, folder]
+    splits = split_folders(folder)
+    roots = splits["train"], splits.get("test", splits["train"])
     if names is None:
         names = tuple(sorted(p.name for p in roots[0].iterdir() if p.is_dir() and p.name[0] != "."))
     train, test = (

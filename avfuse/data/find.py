@@ -19,6 +19,7 @@ from ..files import printable, some
 from . import manifest, sounding_shapes
 from .clips import MEMORY
 from .decode import ClipError, Streams
+from .hold_out import hold_out
 from .listing import SUFFIXES, Listing
 from .manifest import Manifest
 from .sets import audioset, folders, music, vggsound
@@ -54,6 +55,7 @@ class Found(NamedTuple):
     looked_at: int  # files
     classes: dict[str, tuple[str, ...]]  # the names of the values of each label
     coverage: dict[str, tuple[int, int]] = {}  # "train", "test": clips used, and that there should be
+    held_out: bool = False  # whether the clips to test on are out of those to train on, see `hold_out`
 
 
 def find_data(
@@ -63,6 +65,8 @@ def find_data(
     data_set: str = "auto",
     train_split: str = "",
     missing: str = "drop",
+    test_share: float = 0.0,
+    seed: int = 0,
     progress: bool = True,
     workers: int = 8,
     timeout: float = 60.0,
@@ -80,6 +84,8 @@ def find_data(
             "auto" tells by its files.
         train_split: the one split to train on where there are several, such as "balanced_train" of AudioSet.
         missing: what becomes of clips without sound or without pictures, "drop" or "keep".
+        test_share: of the clips where there are none to test on: so many are held out, see `hold_out`.
+        seed: another one, others are held out.
         progress: show a progress bar.
         workers: processes that open the files, which may crash or hang them; 0 opens them in this process.
         timeout: seconds after which a file that is still being opened is given up as unreadable.
@@ -99,6 +105,9 @@ def find_data(
     if data_set == "folder" and not is_checked:
         _check_folder(listing, scans)
     changed = _changed(root, scans.values()) if is_checked else None
+    tables = {side: scanned.clips for side, scanned in scans.items()}
+    if test_share and "test" not in tables:
+        tables |= _hold_out(root, tables["train"], test_share, seed, say)
     for line in listing.summary():
         say(printable(line))
     if changed is not None:  # a run may go on with the clips that it began with: it is not refused
@@ -108,23 +117,44 @@ def find_data(
         )
     for side, scanned in scans.items():
         say(printable(f"{side}: {scanned.summary()}" if len(scans) > 1 else scanned.summary()))
-    if len(scans) == 1:
+    if "test" not in tables:
         say("no clips to test on: what is measured are the training clips themselves")
     test_name = f"clips of {listing.test_list}" if listing.test_list else "held-out clips"
     coverage = {}
     for side, scanned in scans.items():
         there_should_be = sum(listing.expected[split] for split in sides if sides[split] == side)
         coverage[side] = len(scanned.clips), there_should_be or scanned.looked_at
-    train = scans["train"].clips
+    if is_held_out := "test" in tables.keys() - scans.keys():
+        there, expected = coverage["train"]
+        held = len(tables["test"])
+        coverage = dict(train=(there - held, expected - held), test=(held, held))
+        test_name = f"held-out clips (a share of {test_share:g}, seed {seed})"
     return Found(
-        train=train,
-        test=scans["test"].clips if "test" in scans else train,
-        test_name=test_name if "test" in scans else "training clips",
+        train=tables["train"],
+        test=tables.get("test", tables["train"]),
+        test_name=test_name if "test" in tables else "training clips",
         unreadable=listing.unlisted + [error for scanned in scans.values() for error in scanned.unreadable],
         looked_at=len(listing.unlisted) + sum(scanned.looked_at for scanned in scans.values()),
-        classes=train.classes,
+        classes=tables["train"].classes,
         coverage={"test": coverage["train"]} | coverage,
+        held_out=is_held_out,
     )
+
+
+def _hold_out(
+    root: Path, clips: ClipTable, share: float, seed: int, say: Callable[[str], object]
+) -> dict[str, ClipTable]:
+    """Both sides of clips that no list and no folder parts, which is told; {} of a single recording."""
+    train, test = hold_out(clips, folders.split_folders(root)["train"], share=share, seed=seed)
+    if not test:
+        return {}
+    say(
+        printable(
+            f"{root} names no clips to test on: {len(test)} of {len(clips)} are held out (--test-share "
+            f"{share:g} of the recordings, by their names and --seed {seed})"
+        )
+    )
+    return dict(train=train, test=test)
 
 
 # --- how a folder is laid out -------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -168,8 +168,6 @@ class ClassifyConfig(TaskConfig):
     same, and the classifier when it only gets the picture or only the sound (NAME_input).
     """
 
-    run: Annotated[Path, tyro.conf.arg(name="run-dir")] = Path("runs/classify")
-    """Run folder: config, metrics, checkpoints, pictures, results.json, report, final model."""
     probe: bool = False
     """Linear probe: the encoder is frozen."""
     label: str = ""
@@ -213,6 +211,10 @@ class ClassifyConfig(TaskConfig):
     checkpoint_every: int = 80
     """Steps between checkpoints; there always is one at the end."""
 
+    @property
+    def kind(self):
+        return "classify-probe" if self.probe else "classify"
+
     def __post_init__(self):
         super().__post_init__()
         check_features(self.features)
@@ -234,7 +236,6 @@ class ClassifyConfig(TaskConfig):
 def linear_probe() -> ClassifyConfig:
     """Defaults of the linear probe."""
     return ClassifyConfig(
-        run=Path("runs/classify-probe"),
         probe=True,
         batch_norm=True,
         mixup=0.0,
@@ -372,6 +373,17 @@ class Classification(JudgedTask):
             chance=chance,  # of always naming the most frequent class
         )
 
+    def doubt(self, metrics):
+        if self.is_multi_label:
+            area = metrics["AUC"]
+            is_useless = area is not None and area <= 0.5
+            return f"no better than chance, an AUC of 0.5: {area:.3f}" if is_useless else ""
+        hits, chance, error = (metrics[name] for name in ("accuracy", "chance", "standard_error"))
+        if hits - error > chance:
+            return ""
+        frequent = f"naming the most frequent class, {chance:.3f}"
+        return f"accuracy {hits:.3f} ± {error:.3f} is not clearly better than {frequent}"
+
     def draw(self, folder, model, inputs, batch, step):
         scores = {name: s.float().cpu() for name, s in self.scores(model, inputs).items()}
         odds = {name: s.sigmoid() if self.is_multi_label else s.softmax(1) for name, s in scores.items()}
@@ -436,6 +448,7 @@ def parse(arguments: Sequence[str] | None = None) -> ClassifyConfig:
     """The command line; --probe has defaults of its own."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     default = linear_probe() if "--probe" in arguments else ClassifyConfig()
+    default.run = None  # which depends on the other options
     return tyro.cli(ClassifyConfig, prog=PROGRAM, args=arguments, default=default)
 
 

@@ -4,7 +4,6 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import tyro
@@ -46,10 +45,10 @@ class LocalizeConfig(SceneConfig):
     clips and the encoder of a segmenter it does learn it: docs/tasks.md.
     """
 
+    kind = "localize"
+
     data: Path | None = None
     """Flickr-SoundNet or Sounding Shapes. Default: the latter, built once."""
-    run: Annotated[Path, tyro.conf.arg(name="run-dir")] = Path("runs/localize")
-    """Run folder: config, metrics, checkpoints, pictures, results.json, report, final model."""
     test_share: float = 0.5
     """Share of the pictures of Flickr-SoundNet to test on; the names decide which."""
     dim: int = 128
@@ -214,7 +213,7 @@ class Localization(SceneTask):
 
     def judge(self, model, inputs, batch):
         truth = inputs["sounding"]
-        columns = dict(best=consensus_iou(best_map(truth), truth))
+        columns = dict(best=consensus_iou(best_map(truth), truth), area=(truth > 0).double().mean((1, 2)))
         for prefix, maps in self.maps(model, inputs).items():
             columns[f"{prefix}ciou"] = consensus_iou(maps, truth)
             columns[f"{prefix}pointing"] = pointing(maps, truth)
@@ -233,7 +232,14 @@ class Localization(SceneTask):
                 metrics[f"{prefix}pointing"] = columns[f"{prefix}pointing"].double().mean().item()
                 metrics[f"{prefix}ciou"] = success_rate(ciou)
                 metrics[f"{prefix}auc"] = success_area(ciou)
-        return metrics | dict(best_possible_auc=success_area(columns["best"].double()))
+        return metrics | dict(
+            pointing_chance=columns["area"].mean().item(),  # of a place drawn at random
+            best_possible_auc=success_area(columns["best"].double()),
+        )
+
+    def doubt(self, metrics):
+        hits, chance = metrics["pointing"], metrics["pointing_chance"]
+        return f"pointing {hits:.3f} is no better than a random place, {chance:.3f}" if hits <= chance else ""
 
     def draw(self, folder, model, inputs, batch, step):
         maps = self.maps(model, inputs)

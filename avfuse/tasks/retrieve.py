@@ -15,6 +15,7 @@ from torch import Tensor
 from ..data.class_folders import with_classes
 from ..data.clips import Clip, ClipDataset
 from ..data.find import Found
+from ..files import printable, write_rows
 from ..inputs import InputSettings
 from ..training.features import encode, pool
 from ..training.judge import JudgedTask, TaskConfig, main, starting_encoder, to_columns, to_rows
@@ -34,12 +35,15 @@ class RetrieveConfig(TaskConfig):
     """Nearest neighbours among the test clips by image, audio, fusion tokens and their sum (paper Fig. 3).
 
     It trains nothing. Without arguments it takes the encoder of runs/demo, if `python -m avfuse.train` has
-    left one there, and the embedded data set, Sounding Shapes. With --data it takes any folder whose
-    sub-folders name the classes.
+    left one there, and the embedded data set, Sounding Shapes. With --data it takes any folder. Where
+    sub-folders name the classes, recall is measured; neighbours.jsonl names those of every clip in any case.
     """
 
-    run: Annotated[Path, tyro.conf.arg(name="run-dir")] = Path("runs/retrieve")
-    """Folder for results.json, the picture and index.html; what it has of these is replaced."""
+    kind = "retrieve"
+
+    run: Annotated[Path | None, tyro.conf.arg(name="run-dir")] = None
+    """Folder for results.json, the picture and index.html; what it has of these is replaced. Default: under
+    runs/, by the name of --data and of the task."""
     k: tuple[int, ...] = (1, 5, 10)
     """How many neighbours recall looks at."""
     batch_size: int = 32
@@ -48,10 +52,13 @@ class RetrieveConfig(TaskConfig):
     """Share of the clips that may turn out unreadable before the run stops."""
 
     # There is nothing to train, and nothing to resume.
+    test_share: tyro.conf.Suppress[float] = 0.0
     restart: tyro.conf.Suppress[bool] = False
     epochs: Annotated[int, tyro.conf.Suppress, NOT_NEGATIVE] = 0
+    min_steps: tyro.conf.Suppress[int] = 0
     warmup_epochs: tyro.conf.Suppress[int] = 0
     base_lr: tyro.conf.Suppress[float] = 0.0
+    lr_scaling: tyro.conf.Suppress[str] = "linear"
     weight_decay: tyro.conf.Suppress[float] = 0.0
     layer_decay: tyro.conf.Suppress[float] = 1.0
     clip_grad: tyro.conf.Suppress[float] = 0.0
@@ -73,7 +80,7 @@ class RetrieveConfig(TaskConfig):
 
 
 def recalls(features: dict[str, Tensor], ks: Sequence[int]) -> dict[str, float]:
-    """Recall by label, k and feature, each with its chance.
+    """Recall by label, k and feature, each with its chance; nothing where there are no labels.
 
     Raises:
         ValueError: there are not as many others.
@@ -114,7 +121,16 @@ class Retrieval(JudgedTask):
 
     @staticmethod
     def find(config, say):
-        return with_classes(Task.find(config, say), config.data)
+        """The data with its labels; without, if not all clips lie in folders that name classes."""
+        found = Task.find(config, say)
+        try:
+            return with_classes(found, config.data)
+        except ValueError as error:
+            say(printable(f"neighbours without recall, as there are no classes: {error}"))
+            return found
+
+    def begin(self, say):
+        """The encoder alone is there to begin with."""
 
     def dataset(self, clips, *, train):
         return ClipDataset(clips, self.model.inputs, train=train, seed=self.config.seed)
@@ -134,21 +150,33 @@ class Retrieval(JudgedTask):
         return to_rows(features | labels)
 
     def summarize(self, rows):
-        return recalls(to_columns(rows), self.config.k)
+        return dict(clips=len(rows)) | recalls(to_columns(rows), self.config.k)
+
+    def doubt(self, metrics):
+        ends = [name.removesuffix("_sum") for name in metrics if name.endswith("_sum")]
+        useless = [name for name in ends if metrics[f"{name}_sum"] <= metrics[f"{name}_chance"]]
+        return f"no better than chance: {', '.join(useless)}" if useless else ""
 
     def save(self, folder, model):
         """The encoder stays where it came from."""
 
     def show(self, run, model, step, rows):
-        """Queries, which are the first clips of labels, and their nearest clips by each feature."""
+        """A file with the neighbours of all clips; and a picture of queries, the first of each label or else
+        of all, and their nearest clips by each feature.
+        """
         if len(rows) < 2:
             return
         features = to_columns(rows)
-        name = next(name for name in features if name.startswith("label_"))
-        same, label = related(features[name]), name.removeprefix("label_")
-        queries = same.long().argmax(1).unique()[:QUERIES]
-        nearest = neighbours(features, min(SHOWN, len(rows) - 1), queries)
         indices = features["index"].tolist()
+        paths = [str(run.found.test[index].path) for index in indices]
+        of_all = neighbours(features, min(max(self.config.k), len(rows) - 1))
+        write_rows(run.config.run / "neighbours.jsonl", named_neighbours(paths, of_all))
+        name = next((name for name in features if name.startswith("label_")), None)
+        label = name and name.removeprefix("label_")
+        same = torch.zeros(len(rows), len(rows)).bool() if name is None else related(features[name])
+        queries = torch.arange(len(rows)) if name is None else same.long().argmax(1).unique()
+        queries = queries[:QUERIES]
+        nearest = neighbours(features, min(SHOWN, len(rows) - 1), queries)
         shown = torch.cat([queries[:, None], *nearest.values()], dim=1).unique().tolist()
         items = {}
         for batch in evaluation_batches(run, [indices[row] for row in shown]):
@@ -159,9 +187,21 @@ class Retrieval(JudgedTask):
         path = run.config.run / "pictures" / f"neighbours-{step:06d}.png"
         draw_neighbours(path, titles, nearest, same, items, label, model.inputs)
 
-    def title(self, clip: Clip, label: str) -> str:
+    def title(self, clip: Clip, label: str | None) -> str:
+        if label is None:
+            return printable(clip.path.name)
         numbers, names = clip.labels[label], self.found.classes[label]
-        return ", ".join(names[n] for n in (numbers if isinstance(numbers, tuple) else (numbers,)))
+        kinds = (names[n] for n in (numbers if isinstance(numbers, tuple) else (numbers,)))
+        return f"{label}: {', '.join(kinds)}"
+
+
+def named_neighbours(paths: Sequence[str], nearest: dict[str, Tensor]) -> list[dict]:
+    """A row for each clip: its path, and by feature the paths of its neighbours, nearest first."""
+    lists = {feature: indices.tolist() for feature, indices in nearest.items()}
+    return [
+        dict(clip=path) | {feature: [paths[n] for n in of[row]] for feature, of in lists.items()}
+        for row, path in enumerate(paths)
+    ]
 
 
 # --- picture ------------------------------------------------------------------------------------------------
@@ -173,7 +213,7 @@ def draw_neighbours(
     nearest: dict[str, Tensor],
     same: Tensor,
     items: dict[int, tuple[Tensor, Tensor] | None],
-    label: str,
+    label: str | None,
     settings: InputSettings,
 ) -> None:
     """Queries and their nearest clips by each feature; those of the query's label in blue frames.
@@ -183,7 +223,7 @@ def draw_neighbours(
         nearest: by feature, the numbers of their neighbours (Q, k), nearest first.
         same: (N, N) bool, which clips have the label in common.
         items: image and spectrogram of all these clips, or None if one cannot be read again.
-        label: what it is called.
+        label: what it is called, None if there is none.
         settings: the transforms of the images.
     """
     rows, columns = len(titles) * len(nearest), 1 + len(next(iter(nearest.values()))[0])
@@ -199,11 +239,11 @@ def draw_neighbours(
             line[2].set_ylabel(feature, fontsize=10)
             if n == 0:
                 show_clip(line[:2], items[query], settings, is_right=False)
-                line[0].set_title(f"{label}: {title}", loc="left", fontsize=9, weight="bold")
+                line[0].set_title(title, loc="left", fontsize=9, weight="bold").set_parse_math(False)
             for place, near in enumerate(numbers[block].tolist(), start=1):
                 axes = line[2 * place : 2 * place + 2]
                 show_clip(axes, items[near], settings, is_right=bool(same[query, near]))
-    heading = f"Nearest clips by each feature; framed: the same {label}"
+    heading = "Nearest clips by each feature" + (f"; framed: the same {label}" if label else "")
     figure.suptitle(heading, x=0.01, ha="left", fontsize=11)
     save(figure, path)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import tyro
@@ -28,6 +28,7 @@ from .scenes import SIZE, SceneConfig, SceneModel, SceneTask, model_inputs, outl
 
 PROGRAM = "python -m avfuse.tasks.segment"
 BETA_SQUARED = 0.3  # of the F score: precision counts for more than recall
+LEAST = 0.01  # IoU that is worth a word
 THRESHOLDS = 255  # of the F curve, from 0 to 1
 SILENCE = 3.0  # logit from which the background starts: most pixels are silent
 FRAME = {"avsbench": "whole", "deepavfusion": "central"}  # what the protocols show of a picture
@@ -63,10 +64,11 @@ class SegmentConfig(SceneConfig):
     `class_scores` in avfuse/tasks/segment.py for the definitions.
     """
 
+    kind = "segment"
+
     data: Path | None = None
     """AVSBench or Sounding Shapes. Default: the latter, built once."""
-    run: Annotated[Path, tyro.conf.arg(name="run-dir")] = Path("runs/segment")
-    """Run folder: config, metrics, checkpoints, pictures, results.json, report, final model."""
+    test_share: tyro.conf.Suppress[float] = 0.0  # AVSBench has a split of its own
     target: Literal["binary", "semantic"] = "semantic"
     """Sounding or not (S4, MS3), or its class (AVSS)."""
     protocol: Literal["avsbench", "deepavfusion"] = "avsbench"
@@ -304,19 +306,32 @@ class Segmentation(SceneTask):
         else:
             iou = avsbench_iou if self.config.protocol == "avsbench" else both_iou
             columns = dict(iou=iou(prob, classes > 0), f=f_curve(prob, classes > 0))
+            columns |= dict(everywhere=iou(torch.ones_like(prob), classes > 0))
         return to_rows(columns)
 
     def summarize(self, rows):
         columns = to_columns(rows)
         if not self.semantic:
             f = highest_of_mean if self.config.protocol == "avsbench" else mean_of_highest
-            return dict(miou=columns["iou"].double().mean().item(), f_score=f(columns["f"]))
+            return dict(
+                miou=columns["iou"].double().mean().item(),
+                f_score=f(columns["f"]),
+                miou_everywhere=columns["everywhere"].double().mean().item(),  # of calling all sounding
+            )
         iou, f, seen = columns["iou"], columns["f"], columns["seen"]
         return dict(
             miou=class_mean(iou, seen),
             f_score=class_mean(f, seen),
             miou_without_background=class_mean(iou[:, 1:], seen[:, 1:]),
         )
+
+    def doubt(self, metrics):
+        if self.semantic:
+            iou = metrics["miou_without_background"]
+            return "" if iou > LEAST else f"mIoU {iou:.3f} without background: hardly any class is found"
+        iou, everywhere = metrics["miou"], metrics["miou_everywhere"]
+        said = f"mIoU {iou:.3f} is no better than to call all of a picture sounding, {everywhere:.3f}"
+        return said if iou <= everywhere else ""
 
     def draw(self, folder, model, inputs, batch, step):
         prob = self.predictions(model, inputs).cpu()

@@ -51,8 +51,8 @@ class SeparateConfig(TaskConfig):
     of 3e-4, batch 512, 300 epochs of which 40 warm up, layer decay 0.75 (released code).
     """
 
-    run: Annotated[Path, tyro.conf.arg(name="run-dir")] = Path("runs/separate")
-    """Run folder: config, metrics, results, pictures, sounds, report, final model."""
+    kind = "separate"
+
     epochs: int = 40
     """Passes over the data, each clip mixed with another one every time; the paper's are 20, the released
     code's 300."""
@@ -263,6 +263,13 @@ class Separation(JudgedTask):
                 if len(values) < len(judged):
                     metrics[f"{name}_pairs"] = len(values)
         return metrics
+
+    def doubt(self, metrics):
+        sdr, mixture = metrics.get("sdr"), metrics.get("mixture_sdr")
+        if mixture is None or sdr is not None and sdr > mixture:
+            return ""
+        said = "no sound at all" if sdr is None else f"SDR {sdr:.1f} dB"
+        return f"{said} is no better than the mixture as it is, {mixture:.1f} dB"
 
     def draw(self, folder, model, inputs, batch, step):
         """Mixtures, masks and what they let through; and the sounds of the same pairs, to listen to."""

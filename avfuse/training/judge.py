@@ -26,10 +26,9 @@ from ..pretrained import load_strictly, parameter_groups
 from .loop import Run, Task, evaluation_batches, program
 from .recipes import count_parameters
 from .report import write_report
-from .settings import LoopConfig
+from .settings import DEMO_RUN, LoopConfig
+from .starts import FRESH, begin_from
 
-DEMO_RUN = Path("runs/demo")
-FRESH = "none"
 DRAWN = 6  # test clips of which there are pictures
 
 
@@ -38,8 +37,9 @@ class TaskConfig(LoopConfig):
     """Settings that all tasks have."""
 
     checkpoint: str = ""
-    """Whose encoder to start from: a run folder, a saved model, a name on the Hugging Face hub, a released
-    DeepAVFusion file, or "none" for fresh weights. Default: runs/demo, if `python -m avfuse.train` has left
+    """Whose weights to start from: a run folder, a saved model, a name on the Hugging Face hub, a released
+    DeepAVFusion file, or "none" for fresh weights. Its encoder is taken, and of a model of the same task
+    whatever fits; what is new is said. Default: runs/demo, if `python -m avfuse.train` has left
     one there, else none."""
     model: Literal["tiny", "small", "base", "large"] = "tiny"
     """Size of both transformers, if weights are fresh."""
@@ -47,6 +47,7 @@ class TaskConfig(LoopConfig):
     """How fusion tokens read image and audio tokens, if weights are fresh."""
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.checkpoint:  # found out once: a run that is resumed must find the same
             self.checkpoint = str(DEMO_RUN) if (DEMO_RUN / "model").is_dir() else FRESH
 
@@ -114,6 +115,10 @@ class JudgedTask(Task):
         weights = "fresh weights" if config.checkpoint == FRESH else f"the encoder of {config.checkpoint}"
         return f"{self.name}: {parameters / 1e6:.1f} M parameters, from {weights}"
 
+    def begin(self, say):
+        if self.config.checkpoint != FRESH:
+            begin_from(self.model, self.config.checkpoint, say)
+
     def parameter_groups(self, weight_decay):
         return parameter_groups(self.model, self.model.encoder, weight_decay)
 
@@ -123,6 +128,10 @@ class JudgedTask(Task):
             f"{name.replace('_', ' ')} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
             for name, value in metrics.items()
         )
+
+    def doubt(self, metrics: dict) -> str:
+        """In what the trained model is no better than one that has learned nothing; "" if it is."""
+        return ""
 
     def numbers(self, metrics: dict) -> dict[str, float | int]:
         """The metrics for trackers and model cards, which take numbers by name."""
@@ -156,6 +165,9 @@ class JudgedTask(Task):
             model.facts = self.facts(step, metrics)
         else:
             tqdm.write(f"{when} training: none of the {clips} to measure on could be read")
+        if when == "after" and rows and (doubt := self.doubt(metrics)):
+            more = "" if not step else ": more clips, more --epochs or another --base-lr may help"
+            tqdm.write(printable(f"WARNING: {doubt}{more}"))
         if when == "after":
             self.save(folder, model)
         if when == "after" and rows:

@@ -36,10 +36,11 @@ from tqdm import tqdm
 
 from ..data.clips import Clip, ClipLoader, ClipSampler, Failure
 from ..data.find import Found, find_data
-from ..files import printable, some
+from ..files import printable, some, write_text
 from .checkpoints import load_checkpoint, save_checkpoint
 from .faults import RunError, Signals, examine, memory_advice, write_fault
-from .run_folder import MetricsFile, Quarantine, TooManyUnreadable, begin_run, check_run
+from .length import settle_length
+from .run_folder import HELD_OUT, MetricsFile, Quarantine, TooManyUnreadable, begin_run, check_run
 from .settings import (
     LoopConfig,
     Schedule,
@@ -70,6 +71,8 @@ class Task:
             data_set=config.data_set,
             train_split=config.train_split,
             missing=config.missing,
+            test_share=config.test_share,
+            seed=config.seed,
             workers=config.workers,
             timeout=config.clip_timeout,
         )
@@ -80,6 +83,9 @@ class Task:
     def describe(self) -> str:
         """One line for people about the model."""
         raise NotImplementedError
+
+    def begin(self, say: Callable[[str], object]) -> None:
+        """Gives the model the weights that it begins with, beyond those of its encoder, and tells of them."""
 
     def dataset(self, clips: Sequence[Clip], *, train: bool) -> Dataset:
         """Items by (epoch, index): dictionaries of tensors, among them "index", or a `Failure`; see
@@ -128,6 +134,7 @@ class Run:
     average: AveragedModel | None  # of its weights
     optimizer: torch.optim.Optimizer
     rates: torch.optim.lr_scheduler.LRScheduler
+    extended_at: int = 0  # the step at which it had come to its end when it was given more
     metrics: MetricsFile = field(init=False)
     quarantine: Quarantine = field(init=False)
     first_step: int = 0  # after which it goes on
@@ -167,10 +174,16 @@ def set_up(config: LoopConfig, kind: type[Task]) -> Run:
     """
     check_config(config)
     accelerator = make_accelerator(config)
-    check_run(config)
+    config = check_run(config)
     set_seed(config.seed)
     found = look_for_clips(config, accelerator, kind)
-    run = build(config, accelerator, found, kind(config, found))
+    asked, (config, extended_at) = config, settle_length(config, len(found.train))
+    if config.epochs != asked.epochs:
+        enough = f"so that there are --min-steps {config.min_steps}"
+        tell(accelerator, f"{config.epochs} epochs instead of {asked.epochs}, {enough}")
+    task = kind(config, found)
+    task.begin(partial(tell, accelerator))
+    run = build(config, accelerator, found, task, extended_at)
     open_folder(run)
     return run
 
@@ -211,27 +224,34 @@ def look_for_clips(config: LoopConfig, accelerator: Accelerator, kind: type[Task
     return found
 
 
-def build(config: LoopConfig, accelerator: Accelerator, found: Found, task: Task) -> Run:
-    """Schedule, model, optimizer and learning rates."""
+def build(
+    config: LoopConfig, accelerator: Accelerator, found: Found, task: Task, extended_at: int = 0
+) -> Run:
+    """Schedule, model, optimizer and learning rates; `extended_at` as for `warmup_cosine`."""
     schedule = schedule_of(config, len(found.train), accelerator.process_index, accelerator.num_processes)
     if schedule.batch_size < config.batch_size:
         wanted = f"the data set is smaller than --batch-size {config.batch_size}"
         tell(accelerator, f"batch size {schedule.batch_size}: {wanted}")
+    lr = learning_rate(config, schedule.batch_size)
+    if config.lr_scaling == "root" and schedule.batch_size < type(config).batch_size:
+        why = f"with batches below {type(config).batch_size} it falls by the square root (--lr-scaling)"
+        tell(accelerator, f"learning rate {lr:.2g}: {why}")
     tell(accelerator, f"{task.describe()}, on {accelerator.device}")
     average = None
     if config.ema:
         average = AveragedModel(task.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
         average = average.to(accelerator.device)
-    groups = optimizer_groups(task, config, learning_rate(config, schedule.batch_size))
+    groups = optimizer_groups(task, config, lr)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     if task.has_unused_parameters:
         accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     model, optimizer = accelerator.prepare(task.model, optimizer)
-    shape = dict(warmup=config.warmup_epochs * schedule.steps_per_epoch, total=schedule.steps)
+    warmup = config.warmup_epochs * schedule.steps_per_epoch
+    shape = dict(warmup=warmup, total=schedule.steps, extended_at=extended_at)
     rate, raised_rate = partial(warmup_cosine, **shape), partial(raised_warmup_cosine, **shape)
     rates = [raised_rate if group["ramp"] else rate for group in groups]
     rates = accelerator.prepare(torch.optim.lr_scheduler.LambdaLR(optimizer, rates))
-    return Run(config, accelerator, schedule, found, task, model, average, optimizer, rates)
+    return Run(config, accelerator, schedule, found, task, model, average, optimizer, rates, extended_at)
 
 
 def open_folder(run: Run) -> None:
@@ -239,11 +259,17 @@ def open_folder(run: Run) -> None:
     config, accelerator, found = run.config, run.accelerator, run.found
     is_main = accelerator.is_main_process
     if is_main:
-        run.lock = begin_run(config, found.train, accelerator.device)
+        run.lock = begin_run(config, found.train, accelerator.device, run.extended_at)
     accelerator.wait_for_everyone()
+    if is_main and found.held_out:
+        names = "".join(f"{clip.path}\n" for clip in found.test)
+        write_text(config.run / HELD_OUT, names, errors="surrogateescape")
     run.first_step = load_checkpoint(accelerator, config.run, run.average)
     if run.first_step:
         tell(accelerator, f"resuming after step {run.first_step} of {run.schedule.steps}")
+    if run.extended_at and run.first_step == run.extended_at:
+        rise = f"in {config.warmup_epochs} epochs to what it is in a run of {config.epochs}"
+        tell(accelerator, f"the learning rate rises from 0 {rise}, and goes down to 0 with that")
     quarantine = config.run / "quarantine.jsonl"
     run.quarantine = Quarantine(quarantine, is_main, found.looked_at, config.max_unreadable)
     run.quarantine.add("scan", found.unreadable)

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,13 +16,24 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..data import sounding_shapes
 from ..data.listing import SUFFIXES
+from ..data.sets.folders import split_folders
+from ..encoder import AVEncoder
+from ..files import printable
 from ..fusion import Interactions
+from ..loading import load_encoder
 from ..mae import AVMAE, count_removed
 from ..presets import create_encoder
 from ..vit import input_shape
-from .settings import COUNT, FREE, ONCE, LoopConfig, learning_rate, schedule_of
+from .costs import CARDS, LAUNCHES, SHARE, step_flops, step_seconds
+from .length import with_enough_steps
+from .settings import COUNT, FREE, ONCE, Formerly, LoopConfig, learning_rate, option, schedule_of
+from .starts import FRESH, saved_settings
 
 PROGRAM = "python -m avfuse.train"
+OF_ENCODER = (  # settings that a checkpoint decides
+    "model interactions fusion_layers fusion_tokens image_aggregation_tokens audio_aggregation_tokens "
+    "attn_ratio mlp_ratio"
+).split()
 ADAMW_BYTES = 16  # per parameter in float32: weight, gradient, two moments
 
 
@@ -46,16 +58,18 @@ class TrainConfig(LoopConfig):
     preset: Annotated[Literal["demo", "vggsound-ablation", "vggsound-large", "audioset"], FREE] = "demo"
     """Whose defaults: the demo's or one of the paper's runs (Sec. 4.1)."""
     plan: Annotated[bool, ONCE] = False
-    """Print batch, learning rate, steps, parameters, tokens and estimated memory, and stop."""
+    """Print batch, learning rate, steps, parameters, tokens, arithmetic, estimated memory, disk and time on
+    several cards, with the clips that must be read per second, and stop."""
 
-    run: Annotated[Path, tyro.conf.arg(name="run-dir")] = Path("runs/demo")
-    """Run folder: config, metrics, checkpoints, pictures, report, final model."""
-
+    checkpoint: Annotated[str, Formerly(FRESH)] = FRESH
+    """Model to begin from, with all its weights, whatever settings and data are new: a run folder, a saved
+    model, a name on the Hugging Face hub, or a released DeepAVFusion file. The encoder is as it is there, and
+    so are the decoders, unless other ones are asked for; which weights are new is said."""
     model: Literal["tiny", "small", "base", "large"] = "tiny"
     """Size of both transformers; the paper's is base."""
     interactions: Interactions = "dense"
     """How fusion tokens read image and audio tokens; dense is exact over all pairs, factorized the paper's
-    approximation."""
+    approximation, by which its own runs were made."""
     fusion_layers: tuple[int, ...] = ()
     """0-based layers that fuse; default: all (early fusion)."""
     fusion_tokens: int = 16
@@ -99,6 +113,18 @@ class TrainConfig(LoopConfig):
     measure_every: int = 80
     """Steps between measures and pictures on the way; before and after there always are. 0 = none."""
 
+    @property
+    def kind(self):
+        return "" if self.data else self.preset
+
+    def __post_init__(self):
+        super().__post_init__()
+        branches = [name for name in ("image_weights", "audio_weights") if getattr(self, name)]
+        if branches and self.checkpoint != FRESH:
+            raise ValueError(
+                f"{option(branches[0])} would take the place of weights of --checkpoint: give one"
+            )
+
 
 # --- the paper's runs (Sec. 4.1; released code where the paper is silent) -----------------------------------
 
@@ -115,13 +141,11 @@ def vggsound_ablation() -> TrainConfig:
     released (the paper says Adam); MLP ratio 1, as in the paper and the released command line (the released
     file of defaults says 4); 192 spectrogram frames, as released (the paper says 196); precision, workers and
     clipping are our choice. The paper starts from MAE and AudioMAE weights: give --image-weights and
-    --audio-weights. Interactions are its own, factorized; --interactions dense is exact and costs less.
+    --audio-weights. Its own interactions are --interactions factorized; dense ones are exact and cost less.
     """
     return TrainConfig(
         preset="vggsound-ablation",
-        run=Path("runs/vggsound-ablation"),
         model="base",
-        interactions="factorized",
         decoder_dim=512,
         decoder_depth=8,
         decoder_heads=16,
@@ -143,8 +167,8 @@ def vggsound_large() -> TrainConfig:
     """The paper's large VGGSound run: 800 epochs, batch 1024 as 8 GPUs x 64 clips x 2."""
     return replace(
         vggsound_ablation(),
+        run=None,
         preset="vggsound-large",
-        run=Path("runs/vggsound-large"),
         epochs=800,
         batch_size=1024,
         measure_every=140 * 40,
@@ -158,8 +182,8 @@ def audioset() -> TrainConfig:
     """
     return replace(
         vggsound_ablation(),
+        run=None,
         preset="audioset",
-        run=Path("runs/audioset"),
         attn_ratio=1.0,
         mlp_ratio=4.0,
         batch_size=4096,
@@ -185,12 +209,50 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
     first.add_argument("--preset", default="demo")
     preset = first.parse_known_args(arguments)[0].preset
     default = PRESETS.get(preset, demo)()  # of an unknown one tyro will say what there is
+    default.run = None  # which depends on the other options
     return tyro.cli(TrainConfig, prog=PROGRAM, args=arguments, default=default)
 
 
 def make_model(config: TrainConfig) -> AVMAE:
-    """The masked autoencoder that the settings describe."""
-    encoder = create_encoder(
+    """The masked autoencoder that the settings describe; of a checkpoint it has the encoder."""
+    decoders = {name: getattr(config, name) for name in ("decoder_dim", "decoder_depth", "decoder_heads")}
+    if config.checkpoint == FRESH:
+        encoder = make_encoder(config)
+    else:
+        encoder = load_encoder(config.checkpoint)
+        check_encoder(config, encoder)
+        saved = saved_settings(config.checkpoint).get("model", {})
+        asked = {name for name, value in decoders.items() if value != getattr(TrainConfig, name)}
+        decoders |= {name: saved[name] for name in decoders.keys() & saved.keys() if not asked}
+    encoder.set_grad_checkpointing(config.grad_checkpointing)
+    return AVMAE(
+        encoder,
+        **decoders,
+        image_mask_ratio=config.image_mask_ratio,
+        audio_mask_ratio=config.audio_mask_ratio,
+    )
+
+
+def check_encoder(config: TrainConfig, encoder: AVEncoder) -> None:
+    """Raises ValueError if settings ask for another encoder than that of the checkpoint."""
+    asked = [name for name in OF_ENCODER if getattr(config, name) != getattr(TrainConfig, name)]
+    if not asked:
+        return
+    with torch.device("meta"):
+        wanted = make_encoder(config)
+    kinds = [
+        (e.dims, e.depth, [e.settings[name] for name in OF_ENCODER if name in e.settings])
+        for e in (wanted, encoder)
+    ]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"--checkpoint {printable(config.checkpoint)} has another encoder than "
+            f"{', '.join(f'{option(name)} {getattr(config, name)}' for name in asked)}: leave these out"
+        )
+
+
+def make_encoder(config: TrainConfig) -> AVEncoder:
+    return create_encoder(
         config.model,
         config.interactions,
         fusion_layers=config.fusion_layers or "all",
@@ -200,15 +262,6 @@ def make_model(config: TrainConfig) -> AVMAE:
         attn_ratio=config.attn_ratio,
         mlp_ratio=config.mlp_ratio,
     )
-    encoder.set_grad_checkpointing(config.grad_checkpointing)
-    return AVMAE(
-        encoder,
-        decoder_dim=config.decoder_dim,
-        decoder_depth=config.decoder_depth,
-        decoder_heads=config.decoder_heads,
-        image_mask_ratio=config.image_mask_ratio,
-        audio_mask_ratio=config.audio_mask_ratio,
-    )
 
 
 # --- what a run will cost -----------------------------------------------------------------------------------
@@ -216,12 +269,18 @@ def make_model(config: TrainConfig) -> AVMAE:
 
 def plan(config: TrainConfig, processes: int = 1) -> str:
     """What a run with these settings amounts to, for people. Opens no clip and allocates no weights."""
-    with torch.device("meta"):
+    with torch.device("meta") if config.checkpoint == FRESH else nullcontext():
         mae = make_model(config)
     clips, counted = count_clips(config)
+    config = with_enough_steps(config, clips)
     schedule = schedule_of(config, clips, processes=processes)
     accumulated = len(schedule.micro_batches(range(clips), 0))
     lr, of_all = learning_rate(config, schedule.batch_size), count_parameters(mae)
+    interactions = mae.encoder.settings["interactions"]
+    size = config.model if config.checkpoint == FRESH else "the checkpoint's"
+    usual = type(config).batch_size
+    is_root = config.lr_scaling == "root" and schedule.batch_size < usual
+    scaled = f"sqrt({schedule.batch_size} x {usual})" if is_root else schedule.batch_size
     kept = {
         name: (patches := getattr(mae.encoder, name).patch_embed.num_patches)
         and f"{patches} tokens, {patches - count_removed('ratio', patches, ratio)} seen"
@@ -231,10 +290,10 @@ def plan(config: TrainConfig, processes: int = 1) -> str:
     kept_bytes = ADAMW_BYTES + (4 if config.ema else 0)
     activations = two + (schedule.micro_batch - 2) * (three - two)  # weights cast to bf16 do not grow
     rows = {
-        "run": f"{config.preset}: {config.model} model, {config.interactions} interactions, in {config.run}",
+        "run": f"{config.preset}: {size} model, {interactions} interactions, in {config.run}",
         "batch": f"{schedule.batch_size} clips = {processes} process{'es' * (processes != 1)} "
         f"x {accumulated} accumulated x {schedule.micro_batch}",
-        "learning rate": f"{lr:.3g} = {config.base_lr:.3g} x {schedule.batch_size} / 256, "
+        "learning rate": f"{lr:.3g} = {config.base_lr:.3g} x {scaled} / 256, "
         f"{config.warmup_epochs} epochs of warm-up, then cosine",
         "steps": f"{schedule.steps:,} = {config.epochs} epochs x {schedule.steps_per_epoch}, "
         f"at {clips:,} clips ({counted})",
@@ -245,6 +304,22 @@ def plan(config: TrainConfig, processes: int = 1) -> str:
         f"{of_all * kept_bytes / 2**30:.1f} weights, gradients and AdamW, {activations / 2**30:.1f} "
         f"activations of {schedule.micro_batch} clips (computed; buffers of libraries come on top)",
     }
+    flops, share = step_flops(mae), -(-schedule.batch_size // processes)
+    checkpoint = of_all * (ADAMW_BYTES - 4 + (4 if config.ema else 0))
+    rows |= {
+        "arithmetic": f"{flops / 1e9:.1f} GFLOP for each clip, forward and backward; "
+        f"{schedule.steps * schedule.batch_size * flops:.3g} FLOP for the run",
+        "disk": f"{(checkpoint * (config.keep_checkpoints + 1) + 4 * of_all) / 1e9:.1f} GB: "
+        f"{config.keep_checkpoints} checkpoints of {checkpoint / 1e9:.2f}, one being written, the model",
+    }
+    for card in CARDS:
+        seconds = step_seconds(mae, flops, card, config.precision, share, accumulated)
+        hours, speed = schedule.steps * seconds / 3600, schedule.batch_size / seconds
+        rows[card] = f"{hours * processes:,.2f} GPU hours ({hours:,.2f} h); to read: {speed:,.0f} clips/s"
+    rows["by"] = (
+        f"a simple model, without judging: a micro-batch takes {1e3 * LAUNCHES:g} ms a block to launch, or "
+        f"its arithmetic at {SHARE[config.precision]:.0%} of the card's peak, as measured on H100 and H200"
+    )
     return "\n".join(f"{name:>14}  {row}" for name, row in rows.items())
 
 
@@ -256,9 +331,13 @@ def count_clips(config: TrainConfig) -> tuple[int, str]:
         return sounding_shapes.Settings().train, "the demo's"
     if not config.data.is_dir():
         raise ValueError(f"--data {config.data} is not a folder")
-    root = config.data / "train" if (config.data / "train").is_dir() else config.data
-    files = (name for _, _, names in os.walk(root) for name in names)
-    return sum(name.lower().endswith(SUFFIXES) for name in files), "files that may be videos"
+    splits = split_folders(config.data)
+    files = (name for _, _, names in os.walk(splits["train"]) for name in names)
+    count = sum(name.lower().endswith(SUFFIXES) for name in files)
+    if "test" in splits or not config.test_share:
+        return count, "files that may be videos"
+    held = f"{config.test_share:g} of {count:,} files that may be videos are held out"
+    return round(count * (1 - config.test_share)), held
 
 
 def activation_bytes(mae: AVMAE, precision: str, clips: int) -> int:

@@ -9,6 +9,7 @@ import platform
 import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -19,18 +20,20 @@ from ..data.clips import Clip, Failure
 from ..data.decode import ClipError
 from ..files import append_row, printable, read_rows, some, write_json, write_rows
 from .faults import RunError
-from .settings import LoopConfig, option, settings_of
+from .settings import Formerly, LoopConfig, marks, option, settings_of
 
+HELD_OUT = "held-out.txt"  # the clips that were, where the data name none to test on
 FILE, FILE_BEFORE, LOCK = "run.json", "config.json", ".lock"  # the second: what older runs call the first
 SAID = 20  # unreadable clips that are named on the terminal
 CONTENTS = (  # of the folder, beside that file
-    "index.html metrics.jsonl quarantine.jsonl results.json checkpoints faults model pictures sounds "
-    "tensorboard"
+    "index.html metrics.jsonl neighbours.jsonl quarantine.jsonl results.json held-out.txt checkpoints faults "
+    "model pictures sounds tensorboard"
 ).split()
 
 
-def check_run(config: LoopConfig) -> None:
-    """Whether a run with these settings may use its folder; nothing is written or deleted.
+def check_run(config: LoopConfig) -> LoopConfig:
+    """Whether a run with these settings may use its folder; nothing is written or deleted. Returns them, as
+    those of an older run that goes on.
 
     Raises:
         ValueError: it is no folder, belongs to something else, or holds a run with other settings.
@@ -48,27 +51,42 @@ def check_run(config: LoopConfig) -> None:
             raise ValueError(f"--run-dir {printable(run)} is not a run folder (no {FILE}): not deleting it")
         if "checkpoints" in others:
             raise ValueError(f"--run-dir {printable(run)} holds checkpoints of a run whose {FILE} is gone")
-        return
+        return config
     if config.restart:
         for name in (*CONTENTS, file_of(run).name):
             if (run / name).is_symlink():
                 raise ValueError(f"--restart does not delete links: {printable(run / name)} is one")
-        return
+        return config
+    former = former_settings(config, before)
+    config = replace(config, **former)
     differences = ", ".join(
         printable(f"{option(name)} {before['settings'].get(name)} -> {value}")
         for name, value in sorted(settings_of(config, fixed=True).items())
-        if before["settings"].get(name) != value
+        if before["settings"].get(name, former.get(name)) != value
     )
     if differences:
         raise ValueError(
-            f"--run-dir {printable(run)} holds a run with other settings ({differences}): "
-            "choose another --run-dir, or --restart to delete it"
+            f"--run-dir {printable(run)} holds a run with other settings ({differences}): give it its own to "
+            f"go on, or {instead(config, before)}"
         )
+    return config
 
 
-def begin_run(config: LoopConfig, clips: Sequence[Clip], device: torch.device) -> IO:
+def former_settings(config: LoopConfig, before: dict) -> dict:
+    """The settings that there were not yet when a run began, with what it does instead."""
+    former = {name: mark.value for name, mark in marks(type(config)) if isinstance(mark, Formerly)}
+    return {name: value for name, value in former.items() if name not in before["settings"]}
+
+
+def instead(config: LoopConfig, before: dict) -> str:
+    """What to do where a folder holds another run; one on other data is not offered for deletion."""
+    is_same = before["settings"].get("data") == settings_of(config)["data"]
+    return "choose another --run-dir" + (", or --restart to delete it" if is_same else "")
+
+
+def begin_run(config: LoopConfig, clips: Sequence[Clip], device: torch.device, extended_at: int = 0) -> IO:
     """Makes the run folder this run's own, for as long as the file that is returned stays open. A restart
-    deletes what a run writes, and nothing else.
+    deletes what a run writes, and nothing else. `extended_at` is as for `warmup_cosine`.
 
     Raises:
         ValueError: another process is at work in it, or the data set is not that of the run it holds.
@@ -80,15 +98,16 @@ def begin_run(config: LoopConfig, clips: Sequence[Clip], device: torch.device) -
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which the system releases however a process ends
     except BlockingIOError:
         raise ValueError(f"--run-dir {printable(run)} is in use by another process") from None
+    before = {} if config.restart else read_run(run)
     if config.restart:
         for path in (run / name for name in CONTENTS):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    elif before := read_run(run):
+    elif before:
         if before["data"] != data:
             then, now = printable(before["data"].get("clips")), data["clips"]
             raise ValueError(
                 f"--data has changed since the run in {printable(run)} began ({then} clips then, {now} now): "
-                "it would not go on as it was. Choose another --run-dir, or --restart"
+                f"it would not go on as it was; {instead(config, before)}"
             )
         changed = [path for path, time in written.items() if time > before.get("newest", math.inf)]
         if changed:  # or copied: only the times tell
@@ -104,7 +123,11 @@ def begin_run(config: LoopConfig, clips: Sequence[Clip], device: torch.device) -
     )
     earlier = file_of(run)  # there until all else is deleted: a restart that is cut short can be repeated
     newest = max(written.values(), default=0)
-    content = dict(settings=settings_of(config), data=data, environment=environment, newest=newest)
+    former = former_settings(config, before) if before else {}  # which stay unsaid, for the next start
+    settings = {name: value for name, value in settings_of(config).items() if name not in former}
+    content = dict(settings=settings, data=data, environment=environment, newest=newest)
+    if extended_at:
+        content |= dict(extended_at=extended_at)
     write_json(run / FILE, content)
     if earlier.name == FILE_BEFORE:  # its name is now that of models alone
         earlier.unlink()
@@ -118,8 +141,8 @@ def file_of(run: Path) -> Path:
 
 
 def read_run(run: Path) -> dict:
-    """The "settings" and "data" of the run in a folder, dictionaries both, and its "environment"; {} if there
-    is none.
+    """The "settings" and "data" of the run in a folder, dictionaries both, its "environment", and at which
+    step it was extended, a number; {} if there is none.
 
     Raises:
         ValueError: the file that should hold them is damaged, or something else.
@@ -129,8 +152,9 @@ def read_run(run: Path) -> dict:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        content = dict(data={}, environment={}) | content
-        if all(isinstance(content[name], dict) for name in ("settings", "data")):
+        content = dict(data={}, environment={}, extended_at=0) | content
+        kinds = dict(settings=dict, data=dict, extended_at=int)
+        if all(isinstance(content[name], kind) for name, kind in kinds.items()):
             return content
     except (ValueError, KeyError, TypeError, RecursionError):
         pass

@@ -21,16 +21,28 @@ class Rule:
     holds: Callable[[float], bool]
 
 
+@dataclass(frozen=True)
+class Formerly:
+    """What a run does that began before there was this setting."""
+
+    value: object
+
+
 COUNT = Rule("must be positive", lambda value: value >= 1)
 NOT_NEGATIVE = Rule("must not be negative", lambda value: 0 <= value < math.inf)
 SECONDS = Rule("must be a positive number of seconds", lambda value: 0 < value < math.inf)
+DEMO_RUN = Path("runs/demo")
 FREE = "changes how a run is carried out, not what comes out: may differ when the run is resumed"
+
+LENGTH = "may grow when the run is resumed at its end, see `settle_length`"
 ONCE = "is an order to one start of a run, and no part of what the run is"
 
 
 @dataclass(kw_only=True)
 class LoopConfig:
     """Settings of a training loop."""
+
+    kind = ""  # of run, in the name of its folder
 
     data: Annotated[Path | None, FREE] = None  # which clips it holds may not differ, see `describe_data`
     """Folder of videos (searched recursively; train/ and test/ inside it are the splits). Default: Sounding
@@ -39,14 +51,22 @@ class LoopConfig:
     """How that folder is laid out; auto tells by its manifest (`python -m avfuse.data check`) or files."""
     train_split: str = ""
     """The split to train on where there are several, such as balanced_train of AudioSet. Default: all."""
-    run: Annotated[Path, tyro.conf.arg(name="run-dir"), FREE] = Path("runs/run")
-    """Run folder: config, metrics, checkpoints, pictures, report, final model."""
+    test_share: Annotated[float, Rule("must be in [0, 1)", lambda value: 0 <= value < 1), Formerly(0.0)] = 0.2
+    """About which share of the clips to hold out and test on, where the data name none. Names and --seed
+    decide: files that are added leave the others on their side; pieces of one recording (talk_001, talk_002)
+    stay together, and each class has clips on both sides. 0 = measure on the training clips."""
+    run: Annotated[Path | None, tyro.conf.arg(name="run-dir"), FREE] = None
+    """Run folder: settings, metrics, checkpoints, pictures, results, report, final model. Default: under
+    runs/, by the name of --data and of the task."""
     restart: Annotated[bool, ONCE] = False
     """Delete what the run folder holds and begin anew; not for commands that a scheduler repeats."""
 
-    epochs: Annotated[int, COUNT] = 60
-    """Passes over the data."""
-    warmup_epochs: Annotated[int, NOT_NEGATIVE] = 6
+    epochs: Annotated[int, COUNT, LENGTH] = 60
+    """Passes over the data. A run that came to its end goes on when it is given more."""
+    min_steps: Annotated[int, NOT_NEGATIVE, Formerly(0)] = 240
+    """Fewest steps of a run whose --epochs are left at their default: a small data set gets more epochs, and
+    warm-up in proportion. 0 = no such floor."""
+    warmup_epochs: Annotated[int, NOT_NEGATIVE, LENGTH] = 6
     """Epochs of linear warm-up before the cosine decay."""
     batch_size: Annotated[int, COUNT] = 64
     """Clips per step, over all processes; a smaller data set shrinks it."""
@@ -55,6 +75,9 @@ class LoopConfig:
     0 = its whole share. Changes memory and speed, not the losses."""
     base_lr: Annotated[float, NOT_NEGATIVE] = 1e-3
     """Learning rate per 256 clips: lr = base_lr * batch / 256."""
+    lr_scaling: Annotated[Literal["root", "linear"], Formerly("linear")] = "root"
+    """How the learning rate falls with batches below the default, for which --base-lr was chosen: with the
+    square root of the batch, as suits AdamW (Malladi et al. 2022), or in proportion, as it is above."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.05
     """AdamW weight decay; biases and norms are left out."""
     layer_decay: Annotated[float, Rule("must be in (0, 1]", lambda value: 0 < value <= 1)] = 1.0
@@ -89,6 +112,17 @@ class LoopConfig:
     keep_checkpoints: Annotated[int, COUNT, FREE] = 2
     """How many of the latest checkpoints stay."""
 
+    def __post_init__(self):
+        if self.run is None:
+            self.run = self.default_run()
+
+    def default_run(self) -> Path:
+        """Of the demo's data runs/KIND, else runs/DATA-KIND; never the folder of the demo for other data."""
+        if self.data is None:
+            return Path("runs", self.kind)
+        run = Path("runs", "-".join(name for name in (self.data.resolve().name, self.kind) if name))
+        return Path("runs/demo-data") if run in (DEMO_RUN, Path("runs")) else run
+
 
 # --- what is declared beside a setting ----------------------------------------------------------------------
 
@@ -104,7 +138,10 @@ def marks(kind: type) -> Iterator[tuple[str, object]]:
 
 
 def check_config(config: LoopConfig) -> None:
-    """Raises ValueError naming the option that makes no sense."""
+    """Raises ValueError naming the option that makes no sense; --data first, which is most often mistaken."""
+    if config.data is not None and not config.data.is_dir():
+        what = "is not a folder" if config.data.exists() else "does not exist"
+        raise ValueError(f"--data {config.data} {what}")
     rules = {name: mark for name, mark in marks(type(config)) if isinstance(mark, Rule)}
     for name, rule in rules.items():
         if not rule.holds(getattr(config, name)):
@@ -115,7 +152,7 @@ def check_config(config: LoopConfig) -> None:
 
 def settings_of(config: LoopConfig, *, fixed: bool = False) -> dict:
     """The settings that describe a run, ready for JSON; or only those that are fixed from its first start."""
-    names = {name for name, mark in marks(type(config)) if mark is ONCE or fixed and mark is FREE}
+    names = {name for name, mark in marks(type(config)) if mark is ONCE or fixed and mark in (FREE, LENGTH)}
     settings = {name: value for name, value in asdict(config).items() if name not in names}
     paths = {name: str(value.resolve()) for name, value in settings.items() if isinstance(value, Path)}
     return json.loads(json.dumps(settings | paths))
@@ -175,23 +212,35 @@ def schedule_of(config: LoopConfig, clips: int, process: int = 0, processes: int
 
 
 def learning_rate(config: LoopConfig, batch_size: int) -> float:
-    """The linear scaling rule, lr = base_lr * batch / 256."""
+    """The linear scaling rule, lr = base_lr * batch / 256; for batches below the default one that of the
+    square root, by which AdamW takes steps as large for their noise.
+    """
+    usual = type(config).batch_size
+    if config.lr_scaling == "root" and batch_size < usual:
+        return config.base_lr * math.sqrt(batch_size * usual) / 256
     return config.base_lr * batch_size / 256
 
 
 # --- learning rates -----------------------------------------------------------------------------------------
 
 
-def warmup_cosine(step: int, warmup: int, total: int) -> float:
-    """Share of the peak learning rate: up to it in `warmup` equal steps, then down to 0 by half a cosine."""
+def warmup_cosine(step: int, warmup: int, total: int, extended_at: int = 0) -> float:
+    """Share of the peak learning rate: up to it in `warmup` equal steps, then down to 0 by half a cosine.
+
+    Of a run that had come to its end at step `extended_at` (0: none) and was given more steps, it rises from
+    there, in as many steps, to what it is in a run that had `total` from the start, and goes down with that.
+    """
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    if step < extended_at:
+        total = extended_at
+    risen = min(1.0, (step - extended_at) / max(1, warmup)) if 0 < extended_at <= step else 1.0
+    return risen * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def raised_warmup_cosine(step: int, warmup: int, total: int) -> float:
+def raised_warmup_cosine(step: int, warmup: int, total: int, extended_at: int = 0) -> float:
     """The same for weights that were pretrained: raised from 0 by half a cosine over the first half of
     training, so that fresh fusion blocks do not undo them (released code).
     """
     raised = 0.5 * (1 - math.cos(math.pi * min(1.0, step / max(1, total / 2))))
-    return raised * warmup_cosine(step, warmup, total)
+    return raised * warmup_cosine(step, warmup, total, extended_at)

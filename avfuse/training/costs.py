@@ -1,0 +1,54 @@
+"""What a run will cost: arithmetic, counted on tensors without numbers, and time on named cards."""
+
+from copy import deepcopy
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..mae import AVMAE
+from ..vit import input_shape
+
+CARDS = {  # dense peak of matrix products in TFLOP/s, by their makers: in 16 bits, in float32
+    "H100 or H200": (989, 67),
+    "A100": (312, 19.5),
+    "RTX 4090": (165, 82.6),
+    "L4": (121, 30.3),
+}
+# What launching the kernels of a block takes in a step, whatever its width and the clips: 3.3 to 3.9 ms in
+# models of four sizes on an H200 (torch 2.11, 2026-11-26). And the share of the peak at which products run:
+# in float32 measured there, in 16 bits by inference on an H100 (benchmarks/README.md).
+LAUNCHES = 3.8e-3
+SHARE = {"bf16": 0.35, "fp16": 0.35, "no": 0.56}
+
+
+def step_flops(mae: AVMAE) -> float:
+    """Floating-point operations of one clip, forward and backward. A multiply-add is 2; attention counts as
+    matrix products, whatever kernel runs it.
+    """
+    mae = deepcopy(mae).to("meta").train()
+    inputs = [input_shape(getattr(mae.encoder, name)) for name in ("image", "audio")]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        mae(*(torch.empty(2, *shape, device="meta") for shape in inputs)).loss.backward()
+    return counter.get_total_flops() / 2
+
+
+def step_seconds(
+    mae: AVMAE, flops: float, card: str, precision: str, clips: int, micro_batches: int
+) -> float:
+    """Time of a step of one process on a card: that of its launches, or of its products if they take longer.
+
+    Args:
+        flops: of a clip, see `step_flops`.
+        clips: of the process, in so many micro-batches.
+    """
+    half, single = CARDS[card]
+    peak = 1e12 * (single if precision == "no" else half)
+    return max(LAUNCHES * count_blocks(mae) * micro_batches, clips * flops / (SHARE[precision] * peak))
+
+
+def count_blocks(mae: AVMAE) -> int:
+    """Blocks of both transformers, of the fusion branch and of both decoders."""
+    encoder = mae.encoder
+    parts = encoder.image, encoder.audio, mae.image_decoder, mae.audio_decoder
+    return sum(len(part.blocks) for part in parts) + len(encoder.fusion_blocks)

@@ -1,0 +1,51 @@
+"""How long a run is: enough steps for a small data set, and more epochs for one that came to its end."""
+
+from dataclasses import replace
+
+from ..files import printable
+from .checkpoints import list_checkpoints, step_of
+from .run_folder import instead, read_run
+from .settings import LoopConfig, schedule_of
+
+
+def with_enough_steps(config: LoopConfig, clips: int) -> LoopConfig:
+    """The settings with so many epochs that --min-steps are taken, and warm-up in proportion; as they are if
+    their epochs are not the default.
+    """
+    per_epoch = schedule_of(config, clips).steps_per_epoch
+    epochs = -(-config.min_steps // per_epoch)
+    if config.epochs != type(config).epochs or epochs <= config.epochs:
+        return config
+    return replace(config, epochs=epochs, warmup_epochs=round(config.warmup_epochs * epochs / config.epochs))
+
+
+def settle_length(config: LoopConfig, clips: int) -> tuple[LoopConfig, int]:
+    """The settings with the epochs that the run has; and the step at which it had come to its end when it was
+    given more of them, 0 if it never was.
+
+    Raises:
+        ValueError: the folder holds a run of more epochs, or one that has not come to its end.
+    """
+    config = with_enough_steps(config, clips)
+    before = {} if config.restart else read_run(config.run)
+    if not before or before["data"].get("clips") != clips:  # other data, which are refused
+        return config, 0
+    per_epoch = schedule_of(config, clips).steps_per_epoch
+    epochs, warmup = (before["settings"].get(name) for name in ("epochs", "warmup_epochs"))
+    folder = f"--run-dir {printable(config.run)}"
+    if config.epochs == epochs and config.warmup_epochs == warmup:
+        return config, before.get("extended_at", 0)
+    if config.epochs == epochs or type(epochs) is not int or type(warmup) is not int:
+        wanted = f"--warmup-epochs {printable(warmup)} -> {config.warmup_epochs}"
+        raise ValueError(f"{folder} holds a run with other settings ({wanted}): {instead(config, before)}")
+    if config.epochs < epochs:
+        raise ValueError(
+            f"{folder} holds a run of {epochs} epochs, more than --epochs {config.epochs}: it may get "
+            f"more, not fewer; {instead(config, before)}"
+        )
+    if step_of(next(iter(list_checkpoints(config.run)), config.run / "step-0")) < epochs * per_epoch:
+        raise ValueError(
+            f"{folder} holds a run that has not come to the end of its {epochs} epochs: only then it can be "
+            f"given more; --epochs {epochs} goes on with it"
+        )
+    return replace(config, warmup_epochs=warmup), epochs * per_epoch

@@ -1,0 +1,178 @@
+"""Clips that are held out of a folder without test/: how many, which, and that they stay the same."""
+
+import json
+from pathlib import Path
+
+import pytest
+from videos import write_video
+
+from avfuse.data.clips import Clip
+from avfuse.data.find import find_data
+from avfuse.data.hold_out import hold_out
+from avfuse.data.table import ClipTable
+from avfuse.tasks.classify import Classification, ClassifyConfig
+from avfuse.tasks.retrieve import Retrieval, RetrieveConfig
+from avfuse.train import Pretraining
+from avfuse.training.loop import program
+from avfuse.training.recipes import TrainConfig
+
+ROOT = Path("/videos")
+
+
+def split(names, *, share=0.2, seed=0, labels=None) -> tuple[list[str], list[str]]:
+    clips = ClipTable([Clip(ROOT / name, labels(name) if labels else {}) for name in names])
+    sides = hold_out(clips, ROOT, share=share, seed=seed)
+    return tuple([clip.path.relative_to(ROOT).as_posix() for clip in side] for side in sides)
+
+
+MANY = [f"{kind}/{kind}_{number:03d}.mp4" for kind in ("cat", "dog") for number in range(500)]
+
+
+def test_about_the_share_is_held_out_of_every_class_and_in_order():
+    train, test = split(MANY)
+    assert sorted(train + test) == MANY and train == sorted(train) and test == sorted(test)
+    for kind in "cat", "dog":
+        assert 0.15 < sum(name.startswith(kind) for name in test) / 500 < 0.25
+    assert 0.45 < len(split(MANY, share=0.5)[1]) / 1000 < 0.55
+
+
+def test_the_seed_and_the_name_decide():
+    test = split(MANY)[1]
+    assert split(MANY)[1] == test != split(MANY, seed=1)[1]
+    assert set(split(MANY[::2])[1]) == {name for name in MANY[::2] if name in test}  # others come and go
+    assert split([f"birds/{n}.mp4" for n in range(99)] + MANY)[1][-len(test) :] == test
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+@pytest.mark.parametrize("seed", range(20))
+def test_every_class_is_on_both_sides(count, seed):
+    names = [f"{kind}/{n}.mp4" for kind in "abc" for n in range(count)]
+    for side in split(names, seed=seed):
+        assert {name[0] for name in side} == set("abc")
+    several = split(
+        [f"{n}.mp4" for n in range(4 * count)], seed=seed, labels=lambda name: {"kind": int(name[:-4]) % 4}
+    )
+    for side in several:
+        assert {int(name[:-4]) % 4 for name in side} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["{}_{:03d}", "{}{:03d}", "{}-Scene-{:03d}", "{} part {}", "{}.{}", "{}_{:06d}_000500", "{}_CLIP{}"],
+)
+@pytest.mark.parametrize("seed", range(5))
+def test_pieces_of_a_recording_stay_together(pattern, seed):
+    recordings = ["talk", "visit-b", "HARBOUR", "x7_aaaaaaa", "interview with J"]
+    names = [f"{c}/{pattern.format(r, n)}.mp4" for c in "ab" for r in recordings for n in range(6)]
+    train, test = split(names, seed=seed)
+    assert train and test
+    for recording in recordings:  # in both classes: what is said and what is played are cut out of one film
+        assert len({name in test for name in names if f"/{recording}" in name}) == 1, recording
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"dog_{n:02d}" for n in range(30)],
+        [f"dog_{n:02d}" for n in range(29)] + ["poodle"],
+        [f"IMG_{n}" for n in range(2000, 2015)] + [f"MVI_{n}" for n in range(3000, 3015)],
+        [f"VID_20260{n}01_1200{n}0" for n in range(1, 10)] + [f"PXL_20260{n}01_110000123" for n in range(9)],
+        [f"{n:04d}" for n in range(30)],
+    ],
+    ids=lambda names: names[0],
+)
+def test_numbers_and_names_by_cameras_are_no_pieces(names):
+    held = [
+        len(split([f"dog/{name}.mp4" for name in names], seed=seed)[1]) / len(names) for seed in range(40)
+    ]
+    assert 0 < min(held) and max(held) < 0.6 and 0.15 < sum(held) / 40 < 0.25
+
+
+def test_a_single_recording_cannot_be_parted():
+    assert split(["a.mp4"]) == (["a.mp4"], [])
+
+
+def test_long_names_take_no_time():
+    for name in "1" * 250 + "x", "-part" * 50, "1-" * 120 + "x", " _.-" * 60 + "1x":
+        assert len(split([f"{name}.mp4", "b.mp4"])[1]) == 1
+
+
+# --- in a run -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("own")
+    for number in range(10):
+        write_video(root / ("bird", "cat")[number % 2] / f"{number}.mp4", 3.0)
+    return root
+
+
+def find(folder, **options) -> tuple[list, list[str], list]:
+    said = []
+    found = find_data(folder, said.append, workers=0, progress=False, **options)
+    return found, said
+
+
+def test_what_is_held_out_is_said_first(folder):
+    found, said = find(folder, test_share=0.2)
+    held = len(found.test)
+    assert said[0] == (
+        f"{folder} names no clips to test on: {held} of 10 are held out (--test-share 0.2 of the recordings, "
+        "by their names and --seed 0)"
+    )
+    assert not {clip.path for clip in found.train} & {clip.path for clip in found.test} and found.held_out
+    assert found.coverage == dict(train=(10 - held, 10 - held), test=(held, held))
+    whole, said = find(folder)
+    assert len(whole.train) == len(whole.test) == 10 and "training clips themselves" in said[-1]
+
+
+@pytest.mark.parametrize("name", ["test", "val", "validation", "eval"])
+def test_a_folder_that_names_them_is_taken_at_its_word(folder, tmp_path, name):
+    (tmp_path / "train").symlink_to(folder)
+    (tmp_path / name).symlink_to(folder / "cat")
+    found, said = find(tmp_path, test_share=0.2)
+    assert (len(found.train), len(found.test)) == (10, 5) and not found.held_out
+
+
+def test_train_alone_holds_the_classes(folder, tmp_path):
+    (tmp_path / "train").symlink_to(folder)
+    config = ClassifyConfig(checkpoint="none", data=tmp_path, workers=0)
+    found = Classification.find(config, lambda _: None)
+    assert found.classes == {"class": ("bird", "cat")} and found.held_out
+    assert {clip.labels["class"] for clip in found.test} == {0, 1}
+    assert [c.path.name for c in found.test] == [c.path.name for c in find(folder, test_share=0.2)[0].test]
+
+
+def test_pretraining_and_tasks_hold_out_the_same_and_keep_it(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(Pretraining, "draw", lambda *_: None)
+    monkeypatch.setattr(Classification, "draw", lambda *_: None)
+    options = dict(data=folder, epochs=1, warmup_epochs=0, batch_size=4, workers=0)
+    pretraining = TrainConfig(run=tmp_path / "pretrain", **options)
+    classify = ClassifyConfig(run=tmp_path / "classify", checkpoint="none", **options)
+    held = []
+    for config, task in (pretraining, Pretraining), (classify, Classification):
+        assert program(config, task) == 0
+        held.append((config.run / "held-out.txt").read_text())
+        results = json.loads((config.run / "results.json").read_text())
+        assert results["split"] == "held-out clips (a share of 0.2, seed 0)"
+        assert results["coverage"]["judged"] == len(held[-1].splitlines()) == results["coverage"]["expected"]
+    assert held[0] == held[1]
+
+
+def test_a_run_of_before_goes_on_without(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(Pretraining, "draw", lambda *_: None)
+    options = dict(data=folder, epochs=1, warmup_epochs=0, batch_size=4, workers=0, run=tmp_path / "run")
+    assert program(TrainConfig(test_share=0.0, **options), Pretraining) == 0
+    path = tmp_path / "run" / "run.json"
+    content = json.loads(path.read_text())
+    del content["settings"]["test_share"]
+    path.write_text(json.dumps(content))
+    for _ in range(2):
+        assert program(TrainConfig(**options), Pretraining) == 0  # no clip has been taken away
+    assert not (tmp_path / "run" / "held-out.txt").exists()
+
+
+def test_retrieval_looks_at_all_clips(folder, tmp_path):
+    config = RetrieveConfig(data=folder, checkpoint="none", run=tmp_path / "run", workers=0, k=(1,))
+    assert len(Retrieval.find(config, lambda _: None).test) == 10

@@ -1,0 +1,87 @@
+"""What a run begins with: all weights of a model, told by name, and what is new beside them."""
+
+import pytest
+import torch
+from videos import write_video
+
+from avfuse import AVMAE, create_encoder
+from avfuse.tasks.classifier import Classifier
+from avfuse.tasks.classify import Classification, ClassifyConfig
+from avfuse.train import Pretraining
+from avfuse.training import loop
+from avfuse.training.recipes import TrainConfig, parse, plan
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("own")
+    for number in range(4):
+        write_video(root / ("bird", "cat")[number % 2] / f"{number}.mp4", 1.0)
+    return root
+
+
+def noisy(model):
+    """Weights that no fresh model has."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def begun(config, task, capsys):
+    run = loop.set_up(config, task)
+    run.lock.close()
+    return run.task.model.state_dict(), capsys.readouterr().out
+
+
+def same(weights, others, part):
+    names = [name for name in weights if name.startswith(part)]
+    return bool(names) and all(torch.equal(weights[name], others[name]) for name in names)
+
+
+def test_pretraining_begins_from_all_weights_of_a_model(folder, tmp_path, capsys):
+    mae = noisy(AVMAE(create_encoder("tiny", "token"), decoder_dim=32, decoder_depth=1, decoder_heads=2))
+    mae.save_pretrained(tmp_path / "before" / "model")
+    settings = dict(data=folder, workers=0, checkpoint=str(tmp_path / "before"), image_mask_ratio=0.5)
+    weights, said = begun(TrainConfig(run=tmp_path / "run", **settings), Pretraining, capsys)
+    assert same(weights, mae.state_dict(), "")
+    assert f"weights of {tmp_path / 'before'}: encoder, image_decoder, audio_decoder, which is all" in said
+    assert f"model of {tmp_path / 'before'}, token: " in said
+    changed = TrainConfig(run=tmp_path / "other", decoder_dim=64, **settings)
+    weights, said = begun(changed, Pretraining, capsys)
+    assert "before: encoder; new: image_decoder, audio_decoder" in said
+    assert same(weights, mae.state_dict(), "encoder.")
+    with pytest.raises(
+        ValueError, match="has another encoder than --interactions factorized: leave these out"
+    ):
+        loop.set_up(TrainConfig(run=tmp_path / "third", interactions="factorized", **settings), Pretraining)
+    assert "token interactions" in plan(TrainConfig(**settings))
+
+
+def test_of_the_model_of_a_task_pretraining_takes_the_encoder(folder, tmp_path, capsys):
+    classifier = noisy(Classifier(create_encoder("tiny"), 3))
+    classifier.save_pretrained(tmp_path / "named")
+    config = parse(["--checkpoint", str(tmp_path / "named"), "--run-dir", str(tmp_path / "run"), "-j", "0"])
+    config.data = folder
+    weights, said = begun(config, Pretraining, capsys)
+    assert same(weights, classifier.state_dict(), "encoder.")
+    assert "named: encoder; new: image_decoder, audio_decoder" in said
+
+
+@pytest.mark.parametrize(
+    "names, fits", [(("bird", "cat"), True), (("cat", "bird"), False), (("a", "b", "c"), False)]
+)
+def test_a_task_takes_the_heads_of_the_same_classes(folder, tmp_path, capsys, names, fits):
+    classifier = noisy(Classifier(create_encoder("tiny"), len(names), class_names=names))
+    classifier.save_pretrained(tmp_path / "named")
+    config = ClassifyConfig(data=folder, checkpoint=str(tmp_path / "named"), run=tmp_path / "run", workers=0)
+    weights, said = begun(config, Classification, capsys)
+    assert same(weights, classifier.state_dict(), "encoder.")
+    heads = "image_head, audio_head, fusion_head"
+    assert (f"encoder, {heads}, which is all" if fits else f"encoder; new: {heads}") in said
+    assert fits == (names[:2] == ("bird", "cat") and same(weights, classifier.state_dict(), "image_head"))
+
+
+def test_weights_of_a_branch_and_of_a_whole_model_are_not_both_taken(tmp_path):
+    with pytest.raises(ValueError, match="--image-weights would take the place of weights of --checkpoint"):
+        TrainConfig(checkpoint="runs/x", image_weights=tmp_path / "a.pth")
