@@ -217,7 +217,8 @@ def sentence(results: dict, benchmark) -> str:
 
 
 def speed(results: dict) -> str:
-    records = {"CPU": results.get("throughput-cpu"), "GPU": results.get("throughput-cuda")}
+    files = {"CPU": "throughput-cpu", "GPU": "throughput-cuda", "CUDA graphs": "throughput-cuda-graph"}
+    records = {place: results.get(file) for place, file in files.items()}
     parts = throughput.summary(records, "inference")
     return markdown([*parts, *(f"{place}: {origin(record)}" for place, record in records.items())])
 

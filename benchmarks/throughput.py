@@ -452,6 +452,8 @@ def summary(records: dict[str, dict | None], mode: Mode) -> list:
         header += ["paper speed", "paper memory"]
     rows = [tuple(header)]
     for name, row in ROWS.items():
+        if row.fused and mode == "training":
+            continue
         places = [against_none(record, mode, name) for record in records.values()]
         cells = [row.label, *places[0][:2], *(cell for place in places for cell in place[2:])]
         if mode == "inference":
