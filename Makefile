@@ -12,7 +12,7 @@ WORKERS ?= 2
 EXTRAS = test$(if $(findstring oldest,$(CONSTRAINTS)),,,adapters)$(if $(findstring newest,$(CONSTRAINTS)),,,torchaudio)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench lint clean
+.PHONY: help train test bench gpu lint clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,11 @@ test: $(VENV)/complete  ## run the tests: make test ARGS="-k pair_attention" WOR
 
 bench: $(VENV)/complete  ## time the attention over pairs: make bench ARGS="--variants bias"
 	$(VENV)/bin/python benchmarks/pair_attention.py $(ARGS)
+
+# A machine with a GPU may have no network to make .venv from: where there is none, PYTHON does it.
+gpu:  ## measure all that only a GPU can tell: make gpu PART=1; rehearse: make gpu DEVICE=cpu SMALL=1
+	$(if $(wildcard $(VENV)/complete),$(VENV)/bin/python,$(PYTHON)) benchmarks/gpu.py $(if $(PART),--part $(PART)) \
+	  $(if $(DEVICE),--device $(DEVICE)) $(if $(SMALL),--small) $(ARGS)
 
 lint: $(VENV)/complete  ## check the style
 	$(RUN) ruff check .

@@ -21,7 +21,7 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["avfuse", "avfuse.*"]) + ["avfuse.kernels"],
     package_dir={"avfuse.kernels": "kernels"},
-    package_data={"avfuse": ["py.typed"], "avfuse.kernels": ["README.md"]},
+    package_data={"avfuse": ["py.typed"], "avfuse.kernels": ["README.md", "settings/*.json"]},
     entry_points={"console_scripts": ["avfuse = avfuse.__main__:main"]},
     python_requires=">=3.11",
     install_requires=[

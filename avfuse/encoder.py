@@ -1,8 +1,9 @@
 """The three-branch encoder: image and audio transformers, and fusion tokens that tie them at any depth."""
 
+import copy
 from collections.abc import Collection, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -10,29 +11,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .checks import (
-    check_choice,
-    check_count,
-    check_dtype,
-    check_flag,
-    check_indices,
-    check_mask,
-    check_tensor,
-    has_hooks,
-)
+from .branch import Branch, Selection, absent, check_branch, layers_of_blocks
+from .checks import check_choice, check_count, check_flag, check_positive
+from .folding import FoldedBlock, FoldedDense, check_foldable, shares_norms
 from .fusion import NORM_EPS, STATE, VARIANTS, Fusion, Stream, Variant
+from .graphs import CudaGraphs
 from .inputs import InputSettings, ask_for_inputs, check_inputs, default_inputs
+from .ops.residual_norm import residual_norm
 from .pretrained import Pretrained, parameter_groups
-from .vit import (
-    build_vit,
-    check_vit,
-    describe_vit,
-    input_shape,
-    patch_tokens,
-    split_prefix,
-    take_context,
-    without_head,
-)
+from .vit import build_vit, check_vit, describe_vit, take_context, without_head
 
 
 class EncoderOutput(NamedTuple):
@@ -61,6 +48,8 @@ class AVEncoder(nn.Module, Pretrained):
             default 8.
         num_heads: of the fusion blocks; default the image transformer's.
         attn_ratio, mlp_ratio, drop, drop_path: of the fusion blocks, see `avfuse.fusion.FusionBlock`.
+        norm_eps: of the norms of the fusion blocks; default that of the image transformer's blocks, so that
+            `fused` can share them.
         pair_bias: a learned bias per head and pair of positions in every fusion block ("dense" and
             "bilinear").
         block_layers: for transformers of unequal depth, the 0-based layers of the deeper one in which the
@@ -94,6 +83,7 @@ class AVEncoder(nn.Module, Pretrained):
         pair_bias=False,
         drop=0.0,
         drop_path=0.0,
+        norm_eps: float | None = None,
         block_layers: Sequence[int] | None = None,
         inputs: InputSettings | None = None,
     ):
@@ -115,6 +105,8 @@ class AVEncoder(nn.Module, Pretrained):
             )
         num_heads = image.blocks[0].attn.num_heads if num_heads is None else num_heads
         check_count("num_heads", num_heads)
+        norm_eps = image.blocks[0].norm1.eps if norm_eps is None else norm_eps
+        check_positive("norm_eps", norm_eps)
         counts = fusion_tokens, image_aggregation_tokens, audio_aggregation_tokens
         for name, count in zip(STATE, counts, strict=True):
             check_count(name, count)
@@ -142,6 +134,7 @@ class AVEncoder(nn.Module, Pretrained):
             pair_bias=pair_bias,
             drop=drop,
             drop_path=drop_path,
+            norm_eps=norm_eps,
             block_layers=None if block_layers is None else list(block_layers),
         )
         self.fusion_blocks = nn.ModuleDict({str(layer): self.make_block() for layer in self.fusion_layers})
@@ -220,13 +213,19 @@ class AVEncoder(nn.Module, Pretrained):
         for layer in range(self.depth):
             image, audio, fusion = self.run_layer(layer, image, audio, fusion)
             if return_layers:
-                layers.append(EncoderOutput(tokens_of(image), tokens_of(audio), self.visible_fusion(fusion)))
+                layers.append(self.tokens_of(image, audio, fusion))
+        last = self.tokens_of(image, audio, fusion)
         return EncoderOutput(
-            None if image is None else self.image.norm(image.tokens),
-            None if audio is None else self.audio.norm(audio.tokens),
-            self.fusion_norm(self.visible_fusion(fusion)),
+            None if last.image is None else self.image.norm(last.image),
+            None if last.audio is None else self.audio.norm(last.audio),
+            self.fusion_norm(last.fusion),
             layers if return_layers else None,
         )
+
+    def tokens_of(self, image: Branch | None, audio: Branch | None, fusion: Tensor) -> EncoderOutput:
+        """What stands in the branches after a layer."""
+        tokens = (None if branch is None else branch.tokens for branch in (image, audio))
+        return EncoderOutput(*tokens, self.visible_fusion(fusion))
 
     def embed(self, image, audio, image_selection: "Selection", audio_selection: "Selection"):
         """Both branches (None where a modality is) and the fusion tokens (B, F, D) before the first layer."""
@@ -250,15 +249,19 @@ class AVEncoder(nn.Module, Pretrained):
 
     def run_layer(self, layer, image, audio, fusion):
         """One layer: all branches read the layer before (paper Eq. 1-3)."""
-        if str(layer) not in self.fusion_blocks:
+        if self.block(layer) is None:
             return self.run_unimodal(layer, image), self.run_unimodal(layer, audio), fusion
-        context = self.visible_fusion(fusion)
-        heard = context if self.context_to_audio is None else self.context_to_audio(context)
+        image_context, audio_context = self.contexts(fusion)
         return (
-            self.run_unimodal(layer, image, context),
-            self.run_unimodal(layer, audio, heard),
+            self.run_unimodal(layer, image, image_context),
+            self.run_unimodal(layer, audio, audio_context),
             self.run_fusion(layer, fusion, image, audio),
         )
+
+    def contexts(self, fusion: Tensor) -> tuple[Tensor, Tensor]:
+        """The fusion tokens as the image and as the audio transformer read them."""
+        context = self.visible_fusion(fusion)
+        return context, context if self.context_to_audio is None else self.context_to_audio(context)
 
     def run_unimodal(self, layer, branch, context=None):
         if branch is None or layer not in branch.layers:
@@ -269,7 +272,7 @@ class AVEncoder(nn.Module, Pretrained):
 
     def run_fusion(self, layer, fusion, image, audio):
         image, audio = self.streams(image, audio)
-        return self.checkpointed(self.fusion_blocks[str(layer)])(
+        return self.checkpointed(self.block(layer))(
             fusion,
             image.tokens,
             audio.tokens,
@@ -284,6 +287,10 @@ class AVEncoder(nn.Module, Pretrained):
         if image is None:
             return absent(audio.tokens, self.dims["image"]), audio.stream
         return image.stream, absent(image.tokens, self.dims["audio"]) if audio is None else audio.stream
+
+    def block(self, layer: int) -> nn.Module | None:
+        """The fusion block of a layer that fuses."""
+        return self.fusion_blocks[str(layer)] if str(layer) in self.fusion_blocks else None
 
     def visible_fusion(self, state: Tensor) -> Tensor:
         """The F fusion tokens of the fusion branch's state, which the other branches and the user see."""
@@ -314,7 +321,7 @@ class AVEncoder(nn.Module, Pretrained):
         layer = self.fusion_layers[-1] if layer is None and self.fusion_layers else layer
         if type(layer) is not int or layer not in self.fusion_layers:
             raise ValueError(f"layer must be one of the fused layers {list(self.fusion_layers)}, got {layer}")
-        block = self.fusion_blocks[str(layer)]
+        block = self.block(layer)
         if not hasattr(block, "weights"):
             raise ValueError(f"layer {layer} is a {type(block).__name__}, which has no weights to show")
         image_selection = Selection(None, image_mask, image_present)
@@ -323,6 +330,23 @@ class AVEncoder(nn.Module, Pretrained):
         for before in range(layer):
             image, audio, fusion = self.run_layer(before, image, audio, fusion)
         return block.weights(fusion, *self.streams(image, audio))
+
+    def fused(self, *, cuda_graphs: bool = False) -> "FusedEncoder":
+        """A copy for inference: the same outputs from fewer bytes and launches, see `avfuse.folding`.
+
+        It is called like the encoder, has the weights of now, gives no gradients for them and cannot be
+        trained or saved; the encoder itself stays as it is.
+
+        Args:
+            cuda_graphs: on CUDA, record all launches of a call once for each shape of inputs (of the last 8
+                the recordings are kept, with the memory of a call each) and play them back as one: the
+                host's time goes, which at small batches is most of all.
+
+        Raises:
+            ValueError: naming the part whose weights cannot be folded into their neighbours'.
+        """
+        check_flag("cuda_graphs", cuda_graphs)
+        return FusedEncoder.of(self, cuda_graphs)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every block in the backward instead of storing its activations."""
@@ -359,85 +383,9 @@ class AVEncoder(nn.Module, Pretrained):
         config.pop(cls.mark, None)
         image, audio = build_vit(config.pop("image")), build_vit(config.pop("audio"))
         origins, inputs = config.pop("origins", {}), config.pop("inputs")
+        config.setdefault("norm_eps", NORM_EPS)  # until 2026-11 all were of that
         image.origin, audio.origin = origins.get("image"), origins.get("audio")
         return cls(image, audio, inputs=None if inputs is None else InputSettings(**inputs), **config)
-
-
-class Selection(NamedTuple):
-    """Which patch tokens of one modality take part."""
-
-    keep: Tensor | None  # (B, n) long: the others are dropped
-    mask: Tensor | None  # (B, N) bool: nobody attends to the others
-    present: Tensor | None  # (B,) bool: the other clips lack the modality
-
-
-class Branch(NamedTuple):
-    """One uni-modal stream on its way through the layers."""
-
-    vit: VisionTransformer
-    tokens: Tensor  # (B, prefix + n, D)
-    mask: Tensor | None  # (B, n) over the patch tokens, True = attend
-    positions: Tensor | None  # (B, n) which patches they are; None = all, in order
-    layers: Sequence[int]  # in which its blocks run
-
-    @classmethod
-    def embed(
-        cls, vit: VisionTransformer, pixels: Tensor, selection: Selection, layers: Sequence[int]
-    ) -> "Branch":
-        keep, mask, present = selection
-        if present is not None:
-            pixels = pixels.masked_fill(~present[:, None, None, None], 0.0)  # whatever stands there, even NaN
-            present = present[:, None].expand(-1, vit.patch_embed.num_patches)
-            mask = present if mask is None else mask & present
-        if mask is not None and keep is not None:
-            mask = mask.gather(1, keep)
-        return cls(vit, patch_tokens(vit, pixels, keep), mask, keep, layers)
-
-    @property
-    def stream(self) -> Stream:
-        """What fusion reads: prefix tokens are never paired."""
-        return Stream(split_prefix(self.vit, self.tokens)[1], self.mask, self.positions)
-
-    def key_mask(self, num_context: int) -> Tensor | None:
-        """Mask (B, 1, 1, context + prefix + n) for self-attention; all, where it would leave none."""
-        if self.mask is None:
-            return None
-        always = self.mask.new_ones(self.mask.shape[0], num_context + self.vit.num_prefix_tokens)
-        mask = torch.cat([always, self.mask], dim=1)
-        return (mask | ~mask.any(1, keepdim=True))[:, None, None]
-
-
-def tokens_of(branch: Branch | None) -> Tensor | None:
-    return None if branch is None else branch.tokens
-
-
-def absent(like: Tensor, dim: int) -> Stream:
-    """A modality that is not there: one token of this width that nobody attends to."""
-    nothing = torch.zeros(like.shape[0], 1, dtype=torch.bool, device=like.device)
-    return Stream(like.new_zeros(like.shape[0], 1, dim), nothing, nothing.long())
-
-
-def check_branch(name: str, vit: VisionTransformer, pixels: Tensor | None, selection: Selection) -> None:
-    if pixels is None:
-        for what, given in zip(("keep", "mask", "present"), selection, strict=True):
-            if given is not None:
-                raise ValueError(f"{name}_{what} needs {name}, which is None")
-        return
-    for part, module in (name, vit), (f"{name}.blocks", vit.blocks):
-        if has_hooks(module) and not has_hooks(vit.blocks[0]):  # where all modules have some, those run
-            raise ValueError(
-                f"{name} cannot run the hooks of {part}, only those of its parts, such as its blocks"
-            )
-    check_tensor(name, pixels, "floating point")
-    expected, shape = input_shape(vit), tuple(pixels.shape)
-    if len(shape) != 4 or shape[1:] != expected:
-        raise ValueError(f"{name} must be (B, {', '.join(map(str, expected))}), got shape {shape}")
-    check_dtype(name, pixels, vit.patch_embed.proj.weight)
-    batch, patches = shape[0], vit.patch_embed.num_patches
-    check_mask(f"{name}_mask", selection.mask, (batch, patches), pixels.device)
-    check_mask(f"{name}_present", selection.present, (batch,), pixels.device)
-    if selection.keep is not None:
-        check_indices(f"{name}_keep", selection.keep, batch, patches, pixels.device)
 
 
 def layers_of(fusion_layers, depth: int) -> tuple[int, ...]:
@@ -456,23 +404,135 @@ def layers_of(fusion_layers, depth: int) -> tuple[int, ...]:
     return tuple(sorted(set(fusion_layers)))
 
 
-def layers_of_blocks(
-    image_depth: int, audio_depth: int, given: Sequence[int] | None
-) -> dict[str, Sequence[int]]:
-    """In which layers the blocks of "image" and of "audio" run."""
-    shallow, deep = sorted((image_depth, audio_depth))
-    if shallow == deep:
-        if given is not None:
-            raise ValueError(f"block_layers is for transformers of unequal depth, both have {deep} blocks")
-        return dict(image=range(deep), audio=range(deep))
-    if given is None:
-        evenly = tuple((block + 1) * deep // shallow - 1 for block in range(shallow))
-        raise ValueError(
-            f"image has {image_depth} blocks and audio {audio_depth}: say in which layers of the deeper one"
-            f" the {shallow} blocks of the other run, such as block_layers={evenly}"
-        )
-    is_list = isinstance(given, Sequence) and len(given) == shallow and all(type(at) is int for at in given)
-    if not is_list or not all(a < b for a, b in pairwise((-1, *given, deep))):
-        raise ValueError(f"block_layers must be {shallow} rising integers in 0..{deep - 1}, got {given!r}")
-    layers = tuple(given), range(deep)
-    return dict(zip(("image", "audio"), layers if image_depth == shallow else layers[::-1], strict=True))
+class Sum(NamedTuple):
+    """Fusion tokens (B, F, D), and what is yet to be added to them."""
+
+    tokens: Tensor
+    update: Tensor | None = None
+
+
+class FusedEncoder(AVEncoder):
+    """What `AVEncoder.fused` returns. What a layer adds to its tokens is left to the next norm, which passes
+    over them anyway.
+    """
+
+    graphs: CudaGraphs | None  # of `forward`
+    recording: bool = False  # now
+    side: torch.cuda.Stream | None = (
+        None  # of the recording, where fusion blocks run: no block waits for them
+    )
+
+    @classmethod
+    def of(cls, encoder: AVEncoder, cuda_graphs: bool) -> "FusedEncoder":
+        if type(encoder) is not AVEncoder:
+            raise ValueError(f"only an AVEncoder can be fused, got a {type(encoder).__name__}")
+        if len(encoder.image.blocks) != len(encoder.audio.blocks):
+            raise ValueError("only transformers of equal depth can be fused")
+        check_foldable(encoder)
+        fused = copy.deepcopy(encoder).eval().requires_grad_(False)
+        fused.__class__ = cls
+        for layer, (image, audio) in enumerate(zip(fused.image.blocks, fused.audio.blocks, strict=True)):
+            block = fused.block(layer)
+            dense = block if shares_norms(block, image, audio) else None
+            fused.image.blocks[layer] = FoldedBlock(image, dense, "image")
+            fused.audio.blocks[layer] = FoldedBlock(audio, dense, "audio")
+            if dense is not None:
+                fused.fusion_blocks[str(layer)] = FoldedDense(dense)
+        fused.graphs = CudaGraphs(fused.recorded_forward) if cuda_graphs else None
+        return fused
+
+    def forward(self, image, audio, **options) -> EncoderOutput:
+        """As `AVEncoder.forward`."""
+        on_cuda = any(x is not None and x.is_cuda for x in (image, audio))
+        if self.graphs is None or not on_cuda or torch.cuda.is_current_stream_capturing():
+            return super().forward(image, audio, **options)
+        return self.graphs(image=image, audio=audio, **options)
+
+    def recorded_forward(self, **inputs) -> EncoderOutput:
+        self.recording = torch.cuda.is_current_stream_capturing()
+        try:
+            return super().forward(**inputs)
+        finally:
+            self.recording, self.side = False, None
+
+    def _apply(self, *args, **options):
+        if self.graphs is not None:  # their weights are moving
+            self.graphs.recordings.clear()
+        return super()._apply(*args, **options)
+
+    def embed(self, *inputs):
+        image, audio, fusion = super().embed(*inputs)
+        return image, audio, Sum(fusion)
+
+    @contextmanager
+    def beside(self):
+        """Where a graph is recorded: what follows need not wait for what happens here, until `join`."""
+        if not self.recording:
+            yield
+            return
+        self.side = self.side or torch.cuda.Stream()
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            yield
+
+    def join(self) -> None:
+        """Waits for what happened beside. All that it read is held until here, so no memory is reused."""
+        if self.side is not None:
+            torch.cuda.current_stream().wait_stream(self.side)
+
+    def run_layer(self, layer, image, audio, fusion):
+        self.join()
+        block = self.block(layer)
+        if isinstance(block, FoldedDense):
+            tokens, norm = residual_norm(*fusion, eps=block.eps)
+        else:
+            tokens = total(fusion)
+        contexts = (None, None) if block is None else self.contexts(tokens)
+        image, image_projected = self.project(layer, image, contexts[0])
+        audio, audio_projected = self.project(layer, audio, contexts[1])
+        if isinstance(block, FoldedDense):
+            streams = self.streams(image, audio)
+            paired = (
+                block.paired(projected, stream)
+                for projected, stream in zip((image_projected, audio_projected), streams, strict=True)
+            )
+            with self.beside():
+                fusion = Sum(*block(tokens, norm, paired, *streams))
+        elif block is not None:
+            with self.beside():
+                fusion = Sum(self.run_fusion(layer, tokens, image, audio))
+        return self.update(layer, image, image_projected), self.update(layer, audio, audio_projected), fusion
+
+    def project(self, layer, branch, context):
+        if branch is None:
+            return None, None
+        block = branch.vit.blocks[layer]
+        tokens, projected = block.project(branch.tokens, branch.update, context)
+        return branch._replace(tokens=tokens, update=None), projected
+
+    def update(self, layer, branch, projected):
+        if branch is None:
+            return None
+        key_mask = branch.key_mask(projected.shape[1] - branch.tokens.shape[1])
+        tokens, update = branch.vit.blocks[layer].update(branch.tokens, projected, key_mask)
+        return branch._replace(tokens=tokens, update=update)
+
+    def tokens_of(self, image, audio, fusion):
+        self.join()
+        image, audio = (x if x is None else x._replace(tokens=total(x)) for x in (image, audio))
+        return super().tokens_of(image, audio, total(fusion))
+
+    def train(self, mode: bool = True):
+        if mode:
+            raise ValueError("a fused encoder cannot be trained: train the encoder, then call its fused()")
+        return super().train(mode)
+
+    def to_config(self):
+        raise ValueError("a fused encoder cannot be saved: save the encoder that it was made from")
+
+    def fusion_attention(self, *inputs, **options):
+        raise ValueError("a fused encoder has no attention maps: the encoder that it was made from has")
+
+
+def total(sum: Branch | Sum) -> Tensor:
+    return sum.tokens if sum.update is None else sum.tokens + sum.update

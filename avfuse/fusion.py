@@ -132,12 +132,15 @@ class FusionBlock(Fusion):
             AudioSet).
         drop: dropout after the projection and in the MLP.
         drop_path: stochastic depth rate of both residual branches.
+        norm_eps: of all norms of the block.
 
     Raises:
         ValueError: naming the argument, when the widths do not divide or a rate is not in [0, 1).
     """
 
-    def __init__(self, dim, num_heads, *, attn_ratio=0.25, mlp_ratio=1.0, drop=0.0, drop_path=0.0):
+    def __init__(
+        self, dim, num_heads, *, attn_ratio=0.25, mlp_ratio=1.0, drop=0.0, drop_path=0.0, norm_eps=NORM_EPS
+    ):
         super().__init__()
         check_count("dim", dim)
         check_count("num_heads", num_heads)
@@ -154,11 +157,13 @@ class FusionBlock(Fusion):
             raise ValueError(f"mlp_ratio={mlp_ratio} leaves the MLP without hidden channels")
         check_rate("drop", drop)
         check_rate("drop_path", drop_path)
-        self.norm_fusion = nn.LayerNorm(dim, eps=NORM_EPS)
+        check_positive("norm_eps", norm_eps)
+        self.norm_eps = norm_eps
+        self.norm_fusion = nn.LayerNorm(dim, eps=norm_eps)
         self.query = nn.Linear(dim, self.width)
         self.proj = nn.Linear(self.width, dim)
         self.drop = nn.Dropout(drop)
-        self.norm_mlp = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm_mlp = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
         self.drop_path = DropPath(drop_path)
 
@@ -190,7 +195,7 @@ class DenseFusion(FusionBlock):
     its bias, so that bilinear pairs can fall back to additive ones.
 
     Args:
-        dim, num_heads, attn_ratio, mlp_ratio, drop, drop_path: see `FusionBlock`.
+        dim, num_heads, attn_ratio, mlp_ratio, drop, drop_path, norm_eps: see `FusionBlock`.
         image_dim, audio_dim: widths of the image and audio tokens; default `dim`.
         interaction: "additive" (the paper) or "bilinear".
         pair_bias: None, or the numbers of image and audio tokens: a learned table (num_heads, I, A) over
@@ -223,8 +228,8 @@ class DenseFusion(FusionBlock):
                 )
         self.interaction = interaction
         bilinear = interaction == "bilinear"
-        self.norm_image = nn.LayerNorm(self.image_dim, eps=NORM_EPS)
-        self.norm_audio = nn.LayerNorm(self.audio_dim, eps=NORM_EPS)
+        self.norm_image = nn.LayerNorm(self.image_dim, eps=self.norm_eps)
+        self.norm_audio = nn.LayerNorm(self.audio_dim, eps=self.norm_eps)
         self.image_key_value = nn.Linear(self.image_dim, 2 * self.width, bias=bilinear)
         self.audio_key_value = nn.Linear(self.audio_dim, 2 * self.width, bias=bilinear)
         self.value_bias = None if bilinear else nn.Parameter(torch.zeros(self.width))
@@ -232,28 +237,41 @@ class DenseFusion(FusionBlock):
         initialize_linear(self)
 
     def attend(self, fusion: Tensor, image: Stream, audio: Stream) -> Tensor:
-        attended = attend_pairs(
-            self.queries(fusion),
-            *self.sides(image, audio),
-            self.positioned_bias(image, audio),
-            interaction=self.interaction,
-        )
-        attended = self.merge_heads(attended)
+        return self.attend_projected(self.queries(fusion), self.projected(image, audio), image, audio)
+
+    def attend_projected(
+        self, query: Tensor, projected: tuple[Tensor, Tensor], image: Stream, audio: Stream
+    ) -> Tensor:
+        """What queries (B, H, F, K) attend to, (B, F, width)."""
+        sides, bias = self.sides(projected, image, audio), self.positioned_bias(image, audio)
+        attended = self.merge_heads(attend_pairs(query, *sides, bias, interaction=self.interaction))
         if self.value_bias is None:
             return attended
+        if image.mask is None or audio.mask is None:
+            return attended + self.value_bias
         return attended + self.value_bias * any_pair_left(image.mask, audio.mask)
 
     def weights(self, fusion: Tensor, image: Stream, audio: Stream) -> tuple[Tensor, Tensor]:
-        bias = self.positioned_bias(image, audio)
-        return pair_weights(
-            self.queries(fusion), *self.sides(image, audio), bias, interaction=self.interaction
+        sides, bias = (
+            self.sides(self.projected(image, audio), image, audio),
+            self.positioned_bias(image, audio),
+        )
+        return pair_weights(self.queries(fusion), *sides, bias, interaction=self.interaction)
+
+    def projected(self, image: Stream, audio: Stream) -> tuple[Tensor, Tensor]:
+        """Keys and values side by side, (B, I, 2 * width) and (B, A, 2 * width)."""
+        return (
+            self.image_key_value(self.norm_image(image.tokens)),
+            self.audio_key_value(self.norm_audio(audio.tokens)),
         )
 
-    def sides(self, image: Stream, audio: Stream) -> tuple[Side, Side]:
+    def sides(self, projected: tuple[Tensor, Tensor], image: Stream, audio: Stream) -> tuple[Side, Side]:
         """Keys and values of both modalities."""
-        image_key_value = self.keys_and_values(self.image_key_value(self.norm_image(image.tokens)))
-        audio_key_value = self.keys_and_values(self.audio_key_value(self.norm_audio(audio.tokens)))
-        return Side(*image_key_value, image.mask), Side(*audio_key_value, audio.mask)
+        image_projected, audio_projected = projected
+        return (
+            Side(*self.keys_and_values(image_projected), image.mask),
+            Side(*self.keys_and_values(audio_projected), audio.mask),
+        )
 
     def positioned_bias(self, image: Stream, audio: Stream) -> Tensor | None:
         """The table at the positions of the tokens: (1, H, I, A), or (B, H, I, A) where some were dropped."""
@@ -284,7 +302,7 @@ class FactorizedFusion(Fusion):
     normalised outputs.
 
     Args:
-        dim, num_heads, attn_ratio, mlp_ratio, drop, drop_path: see `FusionBlock`.
+        dim, num_heads, attn_ratio, mlp_ratio, drop, drop_path, norm_eps: see `FusionBlock`.
         image_dim, audio_dim: widths of the image and audio tokens; default `dim`.
         fusion_tokens, image_aggregation_tokens, audio_aggregation_tokens: how the state is divided (default
             16, 8, 8).
@@ -347,7 +365,7 @@ class Aggregation(FusionBlock):
 
     def __init__(self, dim, num_heads, token_dim, **block_options):
         super().__init__(dim, num_heads, **block_options)
-        self.norm_tokens = nn.LayerNorm(token_dim, eps=NORM_EPS)
+        self.norm_tokens = nn.LayerNorm(token_dim, eps=self.norm_eps)
         self.key_value = nn.Linear(token_dim, 2 * self.width)
         initialize_linear(self)
 
@@ -368,7 +386,7 @@ class TokenFusion(FusionBlock):
     fusion, image and audio tokens, so that the modalities compete for attention.
 
     Args:
-        dim, num_heads, attn_ratio, mlp_ratio, drop, drop_path: see `FusionBlock`.
+        dim, num_heads, attn_ratio, mlp_ratio, drop, drop_path, norm_eps: see `FusionBlock`.
 
     Raises:
         ValueError: naming the argument that is wrong.
@@ -376,8 +394,8 @@ class TokenFusion(FusionBlock):
 
     def __init__(self, dim, num_heads, **block_options):
         super().__init__(dim, num_heads, **block_options)
-        self.norm_image = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.norm_audio = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm_image = nn.LayerNorm(dim, eps=self.norm_eps)
+        self.norm_audio = nn.LayerNorm(dim, eps=self.norm_eps)
         self.key_value = nn.Linear(dim, 2 * self.width)
         initialize_linear(self)
 
@@ -465,7 +483,7 @@ def check_positions(name: str, stream: Stream, size: int) -> None:
 
 # --- the ways to fuse ---------------------------------------------------------------------------------------
 
-SHARED = ("attn_ratio", "mlp_ratio", "drop", "drop_path")
+SHARED = ("attn_ratio", "mlp_ratio", "drop", "drop_path", "norm_eps")
 DIMS = ("image_dim", "audio_dim")
 
 

@@ -57,12 +57,16 @@ def split_prefix(vit: VisionTransformer, tokens: Tensor) -> tuple[Tensor, Tensor
 
 
 class ContextAttention(Attention):
-    """timm's attention, to which `context` tokens can be extra keys and values."""
+    """timm's attention, to which `context` tokens can be extra keys and values: (B, F, D), or the number of
+    those that `tokens` begin with.
+    """
 
-    def forward(self, tokens: Tensor, attn_mask=None, *, context: Tensor | None = None, **options) -> Tensor:
+    def forward(
+        self, tokens: Tensor, attn_mask=None, *, context: Tensor | int | None = None, **options
+    ) -> Tensor:
         if context is None:
             return super().forward(tokens, attn_mask, **options)
-        query, key, value = (heads.transpose(1, 2) for heads in self.project(tokens, context))
+        query, key, value = self.project(tokens, context)
         attended = F.scaled_dot_product_attention(
             self.q_norm(query),  # (B, H, N, K)
             self.k_norm(key),  # (B, H, F + N, K)
@@ -73,21 +77,27 @@ class ContextAttention(Attention):
         )
         return self.proj_drop(self.proj(self.norm(attended.transpose(1, 2).flatten(2))))
 
-    def project(self, tokens: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, N, H, K) of `tokens`, keys and values (B, F + N, H, K) of `context` and `tokens`."""
-        union = torch.cat([context, tokens], dim=1)
-        if is_plain(self.qkv):  # its rows give each only what is used: no queries of the context
-            weights, biases = self.qkv.weight, self.qkv.bias
-            rows = slice(0, self.attn_dim), slice(self.attn_dim, None)
-            query, key_value = (
-                F.linear(inputs, weights[part], None if biases is None else biases[part])
-                for inputs, part in zip((tokens, union), rows, strict=True)
-            )
-        else:  # adapters, hooks and quantized weights take effect where the module is called
-            query, key_value = self.qkv(union).tensor_split([self.attn_dim], dim=-1)
-            query = query[:, context.shape[1] :]
-        key, value = key_value.unflatten(-1, (2, self.num_heads, -1)).unbind(2)
-        return query.unflatten(-1, (self.num_heads, -1)), key, value
+    def project(self, tokens: Tensor, context: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, N, K) of the tokens, keys and values (B, H, F + N, K) of context and tokens."""
+        if type(context) is int or not is_plain(self.qkv):
+            # Adapters, hooks and quantized weights take effect where the module is called.
+            union = tokens if type(context) is int else torch.cat([context, tokens], dim=1)
+            count = context if type(context) is int else context.shape[1]
+            query, key, value = self.heads(self.qkv(union), 3)
+            return query[:, :, count:], key, value
+        # Its rows give each only what is used: no queries of the context.
+        weights, biases = self.qkv.weight, self.qkv.bias
+        rows = slice(0, self.attn_dim), slice(self.attn_dim, None)
+        query, key_value = (
+            F.linear(inputs, weights[part], None if biases is None else biases[part])
+            for inputs, part in zip((tokens, torch.cat([context, tokens], dim=1)), rows, strict=True)
+        )
+        return *self.heads(query, 1), *self.heads(key_value, 2)
+
+    def heads(self, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """(B, N, parts * H * K) -> so many (B, H, N, K)"""
+        heads = projected.unflatten(-1, (parts, self.num_heads, -1)).unbind(2)
+        return tuple(head.transpose(1, 2) for head in heads)
 
 
 class ContextBlock(Block):
@@ -101,7 +111,11 @@ class ContextBlock(Block):
         """Tokens (B, N, D) -> (B, N, D). `attn_mask` (B, 1, 1, F + N) bool, True = attend."""
         if context is None:
             return super().forward(tokens, attn_mask, **options)
-        attended = self.attn(self.norm1(tokens), attn_mask, context=self.norm1(context), **options)
+        if torch.is_grad_enabled():  # one norm and one product: few kept tokens, and half of the launches
+            union, context = self.norm1(torch.cat([context, tokens], dim=1)), context.shape[1]
+        else:  # no queries of the context
+            union, context = self.norm1(tokens), self.norm1(context)
+        attended = self.attn(union, attn_mask, context=context, **options)
         tokens = tokens + self.drop_path1(self.ls1(attended))
         return tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))
 

@@ -229,16 +229,21 @@ def in_fresh_process(function: Callable, *args):
     """
     # The fork server imports once; with this, what malloc frees goes back to the system at once.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
-    context = multiprocessing.get_context("forkserver")
     if torch.cuda.is_initialized():  # what this process only caches is for the other to allocate
         gc.collect()
         torch.cuda.empty_cache()
-    context.set_forkserver_preload(["torch", "avfuse", "__main__"])
     try:
-        with memory_errors(), ProcessPoolExecutor(1, mp_context=context) as pool:
+        with memory_errors(), ProcessPoolExecutor(1, mp_context=fork_server()) as pool:
             return pool.submit(function, *args).result()
     except BrokenProcessPool:
         raise MemoryError("killed by the system, which was out of memory") from None
+
+
+def fork_server() -> multiprocessing.context.BaseContext:
+    """Starts processes that have imported what this one has, and done nothing else yet."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "avfuse", "__main__"])
+    return context
 
 
 @contextmanager
@@ -390,7 +395,9 @@ def write_record(path: Path, record: dict) -> dict:
     """Writes what is measured so far, and returns it as a reader of the file finds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     record["load_at_end"] = round(os.getloadavg()[0], 2)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    part = path.with_name(f"{path.name}.part")  # so that an interrupted run leaves no half of a file
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    part.replace(path)
     return json.loads(path.read_text())
 
 

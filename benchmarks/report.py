@@ -16,6 +16,7 @@ import plots
 import scaling
 import study
 import throughput
+import traffic
 from measure import RESULTS, ROOT
 from tables import MISSING, filled, markdown, origin
 
@@ -24,6 +25,7 @@ PLACES = {  # how the name of a file ends, and how its tables are introduced
     "cpu-compiled": "CPU, torch.compile",
     "cuda": "GPU",
     "cuda-compiled": "GPU, torch.compile",
+    "cuda-graph": "GPU, each row a CUDA graph",
 }
 # Downstream tasks: what, the clips to train on, the file of results/tasks, what of its metrics is shown, and
 # what it is compared with. A file is the results.json of a run of the commands in docs/tasks.md; `image` is
@@ -63,6 +65,7 @@ TASKS = (
         SEPARATIONS,
     ),
 )
+COUNTED = f"Counted, batch {traffic.BATCH}: "
 OP = "GPU: pair_attention forward + backward"
 # What, its limit, and which of the numbers of a benchmark in a place it is about.
 BUDGETS = {
@@ -79,6 +82,31 @@ BUDGETS = {
         ("GPU: speed of dense over no fusion", "at least 0.92", "inference dense speed"),
         ("GPU: memory of dense over no fusion", "at most 1.1", "inference dense memory"),
         ("GPU: training step of dense over no fusion", "at least 0.85", "training dense speed"),
+    ),
+    (throughput, "cuda-graph"): (
+        ("GPU: the same, each a CUDA graph", "at least 0.92", "inference dense speed"),
+        ("GPU: the same, dense as encoder.fused()", "at least 0.92", "inference dense-fused speed"),
+    ),
+    (traffic, "meta"): (
+        (
+            f"{COUNTED}bytes of dense, fused(), over no fusion",
+            "at most 1.12",
+            "inference dense-fused bytes over none",
+        ),
+        (f"{COUNTED}its launches over no fusion", "at most 1.6", "inference dense-fused launches over none"),
+        (f"{COUNTED}its speed over no fusion", "at least 0.88", "inference dense-fused speed over none"),
+        (
+            f"{COUNTED}the same, the fusion branch launched on a side stream",
+            "at least 0.92",
+            "inference dense-fused side stream over none",
+        ),
+        (
+            f"{COUNTED}bytes of a training step of dense over the same without fusion blocks",
+            "at most 1.08",
+            f"training dense bytes over {traffic.TOKENS}",
+        ),
+        (f"{COUNTED}its launches", "at most 1.4", f"training dense launches over {traffic.TOKENS}"),
+        (f"{COUNTED}its speed", "at least 0.88", f"training dense speed over {traffic.TOKENS}"),
     ),
     (pair_attention, "cuda"): (
         (f"{OP} over two SDPA calls, 196 + 96, GPU time", "at most 1", "paper GPU, warm over SDPA"),
@@ -142,6 +170,7 @@ def texts(results: dict) -> dict[Path, str]:
         ROOT / "benchmarks/README.md": {
             "budgets": budgets_table(results),
             "throughput": by_place(results, throughput),
+            "traffic": counted(results),
             "pair-attention": by_place(results, pair_attention),
             "scaling": by_place(results, scaling),
             "loading": of_cpu(results, loading),
@@ -170,6 +199,11 @@ def of_cpu(results: dict, benchmark) -> str:
     return markdown([*([benchmark.table(record)] if record else ()), origin(record)])
 
 
+def counted(results: dict) -> str:
+    record, measured = record_of(results, traffic, "meta"), record_of(results, throughput, "cuda")
+    return markdown(traffic.tables(record, measured)) if record else origin(record)
+
+
 def record_of(results: dict, benchmark, place: str) -> dict | None:
     return results.get(f"{benchmark.__name__}-{place}")
 
@@ -183,7 +217,8 @@ def sentence(results: dict, benchmark) -> str:
 
 
 def speed(results: dict) -> str:
-    records = {"CPU": results.get("throughput-cpu"), "GPU": results.get("throughput-cuda")}
+    files = {"CPU": "throughput-cpu", "GPU": "throughput-cuda", "CUDA graphs": "throughput-cuda-graph"}
+    records = {place: results.get(file) for place, file in files.items()}
     parts = throughput.summary(records, "inference")
     return markdown([*parts, *(f"{place}: {origin(record)}" for place, record in records.items())])
 

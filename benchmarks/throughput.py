@@ -14,6 +14,7 @@ from tables import MISSING, spread, terminal, times
 from tqdm import tqdm
 
 from avfuse import AVMAE, AVEncoder, create_encoder
+from avfuse.graphs import CudaGraphs
 from avfuse.vit import input_shape
 
 
@@ -24,6 +25,7 @@ class Row(NamedTuple):
     interactions: str
     pair_bias: bool = False
     block: type | None = None  # in place of DenseFusion
+    fused: bool = False  # for inference
 
 
 ROWS = {
@@ -34,6 +36,8 @@ ROWS = {
     "factorized": Row("factorized", "factorized"),
     "dense": Row("dense, exact (avfuse)", "dense"),
     "pair-bias": Row("dense with pair bias (avfuse)", "dense", pair_bias=True),
+    "none-fused": Row("no fusion, encoder.fused()", "none", fused=True),
+    "dense-fused": Row("dense, encoder.fused() (avfuse)", "dense", fused=True),
 }
 RowName = Literal[*ROWS]
 Mode = Literal["inference", "training"]
@@ -75,15 +79,15 @@ class Options(measure.Options):
     64 128 256 512 on a GPU."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the weights in inference, of autocast in training. Default: float32 on a CPU, bfloat16 on a GPU."""
-    compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = "no"
-    """Run the models through torch.compile in this mode; reduce-overhead uses CUDA graphs."""
+    compile: Literal["no", "default", "reduce-overhead", "max-autotune", "cuda-graph"] = "no"
+    """Run the models through torch.compile in this mode; or, for inference, each as a recorded CUDA graph."""
     seconds: float = 45.0
     """How long each of inference and training is timed, at each batch size; three rounds at least."""
     memory_limit: float | None = None
     """GiB that a row may allocate. Default: what is free."""
     out: Path | None = None
     """File for the results. Default: benchmarks/results/throughput-DEVICE.json, with --compile
-    throughput-DEVICE-compiled.json."""
+    throughput-DEVICE-compiled.json, with cuda-graph throughput-DEVICE-graph.json."""
 
 
 def main(options: Options) -> dict:
@@ -107,7 +111,10 @@ def main(options: Options) -> dict:
 def resolve(options: Options) -> Options:
     """The options with all defaults filled in that depend on the machine."""
     options = options.on_device()
-    name = f"throughput-{options.device}" + ("" if options.compile == "no" else "-compiled")
+    endings = {"no": "", "cuda-graph": "-graph"}
+    name = f"throughput-{options.device}" + endings.get(options.compile, "-compiled")
+    if options.compile == "cuda-graph" and (options.device != "cuda" or options.modes != ("inference",)):
+        raise ValueError("--compile cuda-graph is for --modes inference on a CUDA device")
     if any(batch < 1 for batch in options.batch):
         raise ValueError(f"--batch must be positive, got {options.batch}")
     return replace(
@@ -164,7 +171,7 @@ def make_model(row: Row, base: AVEncoder, mode: Mode) -> AVEncoder | AVMAE:
     """What is measured: the encoder, or the masked autoencoder around it, with decoders of its own."""
     encoder = make_encoder(row, base)
     if mode == "inference":
-        return encoder.eval()
+        return encoder.fused() if row.fused else encoder.eval()
     kind = PlainAutoencoder if row.interactions == "none" else AVMAE
     return kind(encoder, **(SMALL_DECODER if encoder.embed_dim < 384 else {})).train()
 
@@ -201,7 +208,15 @@ def make_optimizer(parameters: Iterable) -> torch.optim.Optimizer:
 
 
 def compiled(model, how: str):
+    if how == "cuda-graph":
+        graphs = CudaGraphs(getattr(model, "recorded_forward", model))
+        return lambda image, audio: graphs(image=image, audio=audio)
     return model if how == "no" else torch.compile(model, mode=how, dynamic=False)
+
+
+def rows_of(options: Options, mode: Mode) -> tuple[RowName, ...]:
+    """The rows that are measured: none is trained that is made for inference."""
+    return tuple(name for name in options.rows if mode == "inference" or not ROWS[name].fused)
 
 
 def placed(model, options: Options, mode: Mode):
@@ -215,7 +230,7 @@ def placed(model, options: Options, mode: Mode):
 def count_mode(options: Options, mode: Mode) -> dict:
     """The results of inference or training, so far with the arithmetic of each row."""
     preset, rows = preset_of(options, mode), {}
-    for name in options.rows:
+    for name in rows_of(options, mode):
         gflop = gflop_per_clip(ROWS[name], preset, mode)
         rows[name] = dict(label=ROWS[name].label, batches={}, gflop_per_clip=gflop)
     return dict(preset=preset, rows=rows)
@@ -236,7 +251,9 @@ def gflop_per_clip(row: Row, preset: str, mode: Mode) -> float:
 
 def measure_memory(options: Options, mode: Mode, batch: int, rows: dict) -> None:
     """Adds the memory of each row at this batch size, or why it does not fit."""
-    for name in (bar := tqdm(options.rows, desc="memory, in fresh processes", leave=False, disable=None)):
+    for name in (
+        bar := tqdm(rows_of(options, mode), desc="memory, in fresh processes", leave=False, disable=None)
+    ):
         bar.set_postfix_str(name)
         try:
             used = measure.in_fresh_process(peak_memory, options, name, preset_of(options, mode), mode, batch)
@@ -293,7 +310,9 @@ def make_models(options: Options, preset: str, mode: Mode) -> tuple[dict, dict]:
     """
     torch.manual_seed(0)
     base = create_encoder(preset, "none")
-    models = {name: make_model(ROWS[name], base, mode) for name in options.rows}
+    models = {
+        name: make_model(ROWS[name]._replace(fused=False), base, mode) for name in rows_of(options, mode)
+    }
     stored = {
         bias: sharpened(make_encoder(Row("", "dense", bias, PairTokenFusion), base)) for bias in (False, True)
     }
@@ -307,7 +326,8 @@ def make_models(options: Options, preset: str, mode: Mode) -> tuple[dict, dict]:
             encoder.load_state_dict(state if row.block is PairTokenFusion else folded(state))
         else:
             sharpened(encoder)
-        models[name] = placed(model, options, mode)
+        model = placed(model, options, mode)
+        models[name] = model.fused() if row.fused else model
     return models, stored
 
 
@@ -396,7 +416,7 @@ def tables(record: dict) -> list:
     for mode in MODES:
         if mode in record:
             parts += [f"{record[mode]['preset']}, {record['settings']['dtype']}:", mode_table(record, mode)]
-        elif record["settings"]["compile"] == "no":  # under torch.compile, one mode may be all that is wanted
+        elif record["settings"]["compile"] == "no":  # otherwise one mode may be all that is wanted
             parts.append(f"{mode}: {MISSING}.")
     return parts
 
@@ -432,6 +452,8 @@ def summary(records: dict[str, dict | None], mode: Mode) -> list:
         header += ["paper speed", "paper memory"]
     rows = [tuple(header)]
     for name, row in ROWS.items():
+        if row.fused and mode == "training":
+            continue
         places = [against_none(record, mode, name) for record in records.values()]
         cells = [row.label, *places[0][:2], *(cell for place in places for cell in place[2:])]
         if mode == "inference":

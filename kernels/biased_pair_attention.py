@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .cards import own_settings
 from .tiles import (
     add_slots,
     empty_slots,
@@ -467,7 +468,7 @@ def forward(query, image_key, image_value, audio_key, audio_value, image_mask, a
     """As `forward` of pair_attention.py, with pair_bias (B or 1, H or 1, I or 1, A or 1)."""
     tensors = query, image_key, image_value, audio_key, audio_value
     inputs, (B, H, F, I, A, K, V), strides = prepared(tensors, (image_mask, audio_mask))
-    options = settings(query.dtype, K, V)
+    options = settings(query.dtype, K, V, device=query.device)
     output = query.new_empty((B, F, H, V))
     with on_device_of(query):
         forward_kernel[B * H, triton.cdiv(F, options["BLOCK_F"])](
@@ -484,7 +485,7 @@ def backward(
     tensors = query, image_key, image_value, audio_key, audio_value
     inputs, (B, H, F, I, A, K, V), strides = prepared(tensors, (image_mask, audio_mask))
     output_grad = rows_of(output_grad)
-    options = settings(query.dtype, K, V, backward=True)
+    options = settings(query.dtype, K, V, backward=True, device=query.device)
     parts = triton.cdiv(F, options["BLOCK_F"])
     grads = [empty_slots(query, 1), *(empty_slots(tensor, parts) for tensor in tensors[1:])]
     statistics = query.new_empty((B, 6, H, F), dtype=torch.float32) if bias_grad else None
@@ -506,8 +507,8 @@ def backward(
         return results
 
 
-def settings(dtype, K, V, *, backward=False):
-    """Tile sizes and launch options. kernels/README.md says where they come from."""
+def settings(dtype, K, V, *, backward=False, device=None):
+    """As `settings` of pair_attention.py."""
     precision, single = precision_of(dtype), dtype == torch.float32
     few_warps = 2 if backward else 1  # whose tiles need no exchange through shared memory
     return dict(
@@ -521,7 +522,7 @@ def settings(dtype, K, V, *, backward=False):
         num_stages=1,
         enable_fp_fusion=True,
         maxnreg=255,
-    )
+    ) | own_settings(device, "biased_pair_attention", backward, dtype, 16, max(K, V))
 
 
 def broadcast_strides(tensor):

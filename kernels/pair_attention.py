@@ -14,10 +14,13 @@ Each program then leaves partial results in a float32 slot of its own, and slots
 no atomics, and equal inputs give equal bits.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
+from .cards import own_settings
 from .tiles import (
     add_slots,
     empty_slots,
@@ -308,7 +311,7 @@ def forward(query, image_key, image_value, audio_key, audio_value, image_mask, a
     tensors = query, image_key, image_value, audio_key, audio_value
     inputs, sizes, strides = prepared(tensors, (image_mask, audio_mask))
     B, H, F, I, A, K, V = sizes
-    options = settings(query.dtype, *sizes)
+    options = settings(query.dtype, *sizes, device=query.device)
     splits, tiles = options["SPLITS"], triton.cdiv(F, options["BLOCK_F"])
     output = query.new_empty((B, F, H, V))
     statistics = partial = None
@@ -335,7 +338,7 @@ def backward(
     inputs, sizes, strides = prepared(tensors, (image_mask, audio_mask))
     B, H, F, I, A, K, V = sizes
     output_grad = rows_of(output_grad)
-    options = settings(query.dtype, *sizes, backward=True)
+    options = settings(query.dtype, *sizes, backward=True, device=query.device)
     splits, tiles = options["SPLITS"], triton.cdiv(F, options["BLOCK_F"])
     grads = [empty_slots(query, splits), *(empty_slots(tensor, tiles) for tensor in tensors[1:])]
     statistics = query.new_empty((B, 2, 3, splits, F, H), dtype=torch.float32) if splits > 1 else None
@@ -351,8 +354,15 @@ def backward(
         return [add_slots(grad, query.dtype) for grad in grads]
 
 
-def settings(dtype, B, H, F, I, A, K, V, *, backward=False):
-    """Tile sizes and launch options. kernels/README.md says where they come from."""
+def settings(dtype, B, H, F, I, A, K, V, *, backward=False, device=None):
+    """Tile sizes and launch options, some of which a card may have of its own (`cards.OWN`).
+    kernels/README.md says where they come from.
+    """
+    return _settings(precision_of(dtype), dtype, B, H, F, I, A, K, V, backward, device)
+
+
+@functools.lru_cache(1024)  # worked out anew, they would cost as much as an operator of PyTorch
+def _settings(precision, dtype, B, H, F, I, A, K, V, backward, device):
     single, wide, narrow = dtype == torch.float32, max(K, V) > 64, max(K, V) <= 32
     block_f = min(padded(F), 16 if wide else 32)
     splits, programs = 1, B * H * triton.cdiv(F, block_f)
@@ -370,11 +380,11 @@ def settings(dtype, B, H, F, I, A, K, V, *, backward=False):
         K=K,
         V=V,
         SPLITS=splits,
-        PRECISION=precision_of(dtype),
+        PRECISION=precision,
         BLOCK_F=block_f,
         BLOCK_N=block_n,
         num_warps=warps,
         num_stages=1 if single and backward and not narrow else 2,
         enable_fp_fusion=True,  # Triton's default until 3.10
         maxnreg=255,  # else ptxas spills a little here and there, to fit one program more on a multiprocessor
-    )
+    ) | own_settings(device, "pair_attention", backward, dtype, block_f, max(K, V))

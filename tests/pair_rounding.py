@@ -15,6 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# An exponential of x on a GPU is off by 2 + 1.17 |x| units in the last place (CUDA's guide, of __expf, which
+# is what Triton compiles to): so much more than a correct one, in roundings of 2**-24.
+GPU_EXP = 4.0, 2.34
 FLOAT32 = 2.0**-24  # the rounding of a number in the middle of a computation
 TF32 = 2.0**-10  # what is lost where hardware cuts float32 to tf32's 10 bits after the point
 UNDERFLOW = 2.0**-48  # what a weight may lose beside a pair bias: see kernels/biased_pair_attention.py
@@ -29,15 +32,19 @@ class Precision:
     computed: tuple[float, float]
     """Weights, and gradients of logits."""
     underflow: float
+    on_gpu: bool
 
     @classmethod
-    def of(cls, dtype: torch.dtype, *, tf32: bool, biased: bool) -> "Precision":
+    def of(cls, dtype: torch.dtype, *, tf32: bool, biased: bool, on_gpu: bool = False) -> "Precision":
         info = torch.finfo(dtype)
         nothing, cut, rounded = (0.0, 0.0), (0.0, TF32), (-info.eps / 2, info.eps / 2)
         underflow = UNDERFLOW if biased else info.smallest_normal * info.eps
         if dtype == torch.float32:
-            return cls(cut, cut, underflow) if tf32 else cls(nothing, nothing, underflow)
-        return cls(nothing, cut if biased else rounded, underflow)  # beside a bias, weights go in tf32
+            lost = cut if tf32 else nothing
+            return cls(lost, lost, underflow, on_gpu)
+        return cls(
+            nothing, cut if biased else rounded, underflow, on_gpu
+        )  # beside a bias, weights go in tf32
 
 
 @dataclass
@@ -112,7 +119,12 @@ def draw_pairs(query, image: Side, audio: Side, pair_bias, output_grad, precisio
     left = logits > -math.inf
     sizes = pairs(finite(image.logits).abs(), finite(audio.logits).abs()) + finite(bias).abs()[:, :, None]
     sizes = torch.where(left, sizes, 0.0)
-    logits = logits + noise(FLOAT32 * (sizes + sizes.amax((-2, -1), keepdim=True)))
+    # An exponential's argument is at most so large. With a bias there are three: of both logits and of it.
+    sizes = sizes + sizes.amax((-2, -1), keepdim=True)
+    if precision.on_gpu:
+        constant, slope = GPU_EXP
+        sizes = constant * (1 if pair_bias is None else 3) + (1 + slope) * sizes
+    logits = logits + noise(FLOAT32 * sizes)
 
     logits = logits.masked_fill(~left.any((-2, -1), keepdim=True), 0.0)
     exact = torch.where(left, logits.flatten(-2).softmax(-1).view_as(logits), 0.0)
@@ -127,8 +139,9 @@ def draw_pairs(query, image: Side, audio: Side, pair_bias, output_grad, precisio
     grads, sizes = pairs(image_grad, audio_grad), pairs(image.grad.abs(), audio.grad.abs())
     shift = ((lose(exact, precision.computed) - exact) * grads).sum((-2, -1), keepdim=True)
     rounded = exact * (sizes + (exact * sizes).sum((-2, -1), keepdim=True))
-    if pair_bias is None:
-        rounded = rounded * ((1 - exact) / FLOAT32).clamp(max=1)  # a weight of 1 is exact, and its own mean
+    if pair_bias is None and not precision.on_gpu:
+        # A weight of 1 is exact, and its own mean. A GPU's compiler may add in two orders in the two walks.
+        rounded = rounded * ((1 - exact) / FLOAT32).clamp(max=1)
     logits_grad = weights * (grads - shift) + noise(FLOAT32 * rounded)
     if pair_bias is not None:  # each modality's part is weighted by itself
         apart = pairs(image_grad.abs(), audio_grad.abs())

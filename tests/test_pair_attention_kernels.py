@@ -203,7 +203,7 @@ def check(monkeypatch, dtype, F, I, A, K, V, masks, bias, magnitude, layout, spl
     output_grad = torch.randn(B, H, F, V, device=DEVICE).to(dtype)
     truth = run(tensors, output_grad, dtype=torch.float64, backend="reference", **options)
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    precision = Precision.of(dtype, tf32=tf32, biased=bias is not None)
+    precision = Precision.of(dtype, tf32=tf32, biased=bias is not None, on_gpu=DEVICE == "cuda")
     errors = largest_errors(tensors, truth, output_grad, precision, **options)
     tensors = {name: laid_out(tensor, layout) for name, tensor in tensors.items()}
     ours = run(tensors, laid_out(output_grad, layout), backend="triton", **options)

@@ -2,6 +2,7 @@
 
     avfuse::pair_attention            tensors, masks, bias -> output (B, H, F, V)
     avfuse::pair_attention_backward   output_grad, the same -> gradients
+    avfuse::residual_norm             tokens, update, context -> norm [, total]
 
 An operator is opaque: kernels are imported and launched only when it runs on real tensors.
 """
@@ -42,6 +43,13 @@ define(
     "Tensor? image_mask, Tensor? audio_mask, Tensor? pair_bias, float scale",
     outputs="Tensor",
     output_grads="Tensor output_grad",
+)
+
+
+torch.library.define(
+    "avfuse::residual_norm",
+    "(Tensor tokens, Tensor? update, Tensor? context, float eps) -> Tensor[]",
+    tags=torch.Tag.pt2_compliant_tag,
 )
 
 
@@ -92,6 +100,13 @@ def pair_attention_backward(*inputs):
     return pair_attention.backward(*tensors, scale)
 
 
+@torch.library.impl("avfuse::residual_norm", ("cuda", "cpu"))
+def residual_norm(tokens, update, context, eps):
+    from ..kernels import residual_norm
+
+    return residual_norm.forward(tokens, update, context, eps)
+
+
 # --- what is known without running --------------------------------------------------------------------------
 
 
@@ -106,6 +121,13 @@ def _(output_grad, *inputs):
     *tensors, image_mask, audio_mask, pair_bias, scale, bias_grad = inputs
     grads = [x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2) for x in tensors]
     return [*grads, pair_bias.new_empty(pair_bias.shape)] if bias_grad else grads
+
+
+@torch.library.register_fake("avfuse::residual_norm")
+def _(tokens, update, context, eps):
+    B, N, D = tokens.shape
+    norm = tokens.new_empty((B, N if context is None else context.shape[1] + N, D))
+    return [norm] if update is None else [norm, tokens.new_empty((B, N, D))]
 
 
 @register_flop_formula(torch.ops.avfuse.pair_attention)

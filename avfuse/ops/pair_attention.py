@@ -336,13 +336,19 @@ def _triton_limit(query, value, interaction) -> str | None:
         return None  # anywhere, slowly
     if not query.is_cuda:
         return f"runs on CUDA, got query on {query.device} (TRITON_INTERPRET=1 lets tests run it anywhere)"
-    if not _runs_kernels(query.device):
+    if not runs_kernels(query.device):
         return f"needs an NVIDIA GPU of compute capability 8.0 or above, got {query.device}"
     return None
 
 
+@torch.compiler.assume_constant_result
+def runs_kernels(device: torch.device) -> bool:
+    """Whether this CUDA device is one the kernels are made for."""
+    return _is_capable(device)
+
+
 @functools.cache  # asking CUDA at each call would cost as much as a launch
-def _runs_kernels(device: torch.device) -> bool:
+def _is_capable(device: torch.device) -> bool:
     return not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
 
 

@@ -309,7 +309,7 @@ class Classification(JudgedTask):
         if hits - error > chance:
             return ""
         frequent = f"naming the most frequent class, {chance:.3f}"
-        return f"accuracy {hits:.3f} ± {error:.3f} is no better than {frequent}"
+        return f"accuracy {hits:.3f} ± {error:.3f} is not clearly better than {frequent}"
 
     def draw(self, folder, model, inputs, batch, step):
         scores = {name: s.float().cpu() for name, s in self.scores(model, inputs).items()}

@@ -1,0 +1,175 @@
+"""Blocks made for inference: the same outputs from fewer bytes and fewer launches.
+
+In every layer, of the tokens x of a branch and the fusion tokens f that they attend to:
+
+    z = standardized [f; x]                             one pass, with the residual sum of the layer before
+    q, k, v, pair keys, pair values = product of z      one product for both blocks of the layer
+    x = x + proj(attention(q, k, v));  x = x + mlp(standardized x)
+
+The weight w and the bias b of a norm are taken up by the product behind it, W (w z + b) + c = (W w) z + (W b
++ c). Norms of the same tokens are then one norm, and products of that norm are one product.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from .checks import has_hooks, is_plain
+from .fusion import DenseFusion, Stream
+from .ops.residual_norm import residual_norm
+
+
+class FoldedBlock(nn.Module):
+    """A transformer's block. Its first product also gives what `dense`, if there is one, pairs of its tokens.
+
+    Args:
+        block: one of timm.
+        dense: the fusion block of the layer, and the name of its side, "image" or "audio".
+    """
+
+    def __init__(self, block: Block, dense: DenseFusion | None, side: str):
+        super().__init__()
+        attn, mlp = block.attn, block.mlp
+        self.num_heads, self.attn_dim = attn.num_heads, attn.attn_dim
+        self.eps, self.mlp_eps = block.norm1.eps, block.norm2.eps
+        products = [folded(block.norm1, attn.qkv)]
+        if dense is not None:
+            products.append(folded(getattr(dense, f"norm_{side}"), getattr(dense, f"{side}_key_value")))
+        self.input = stacked(products)
+        self.q_norm, self.k_norm, self.norm = attn.q_norm, attn.k_norm, attn.norm
+        self.proj = scaled(attn.proj, block.ls1)
+        self.fc1, self.act = folded(block.norm2, mlp.fc1), mlp.act
+        self.mlp_norm, self.fc2 = mlp.norm, scaled(mlp.fc2, block.ls2)
+
+    def project(self, tokens: Tensor, update: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N, D) with their update; queries, keys and values, and what is paired, of context and
+        tokens: (B, F + N, 3 D + pair widths).
+        """
+        tokens, norm = residual_norm(tokens, update, context, eps=self.eps)
+        return tokens, self.input(norm)
+
+    def update(self, tokens: Tensor, projected: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Tokens after attention, and what the MLP adds to them."""
+        heads = projected[..., : 3 * self.attn_dim].unflatten(-1, (3, self.num_heads, -1))
+        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind()
+        query = query[:, :, -tokens.shape[1] :]  # the context is not updated here
+        attended = F.scaled_dot_product_attention(self.q_norm(query), self.k_norm(key), value, attn_mask=mask)
+        attended = self.proj(self.norm(attended.transpose(1, 2).flatten(2)))
+        tokens, norm = residual_norm(tokens, attended, eps=self.mlp_eps)
+        return tokens, self.fc2(self.mlp_norm(self.act(self.fc1(norm))))
+
+
+class FoldedDense(nn.Module):
+    """A `DenseFusion` whose keys and values come with the products of the branches' blocks."""
+
+    def __init__(self, block: DenseFusion):
+        super().__init__()
+        self.block = block
+        self.eps, self.mlp_eps = block.norm_fusion.eps, block.norm_mlp.eps
+        block.query = folded(block.norm_fusion, block.query)
+        block.mlp.fc1 = folded(block.norm_mlp, block.mlp.fc1)
+        block.norm_fusion = block.norm_mlp = nn.Identity()
+        for side in "image", "audio":  # they are in the blocks of the branches now
+            delattr(block, f"norm_{side}")
+            delattr(block, f"{side}_key_value")
+
+    def forward(
+        self, fusion: Tensor, norm: Tensor, paired: tuple[Tensor, Tensor], image: Stream, audio: Stream
+    ) -> tuple[Tensor, Tensor]:
+        """Fusion tokens after attention, and what the MLP adds to them."""
+        block = self.block
+        query = block.split_heads(block.query(norm))
+        attended = block.attend_projected(query, paired, image, audio)
+        fusion, norm = residual_norm(fusion, block.proj(attended), eps=self.mlp_eps)
+        return fusion, block.mlp(norm)
+
+    def paired(self, projected: Tensor | None, stream: Stream) -> Tensor:
+        """Keys and values side by side of the tokens of one modality, from what `FoldedBlock.project` gave;
+        for a missing one, of a token that is masked.
+        """
+        width = 2 * self.block.width
+        if projected is None:
+            return stream.tokens.new_zeros(*stream.tokens.shape[:2], width)
+        return projected[:, -stream.tokens.shape[1] :, -width:]
+
+
+# --- weights ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def folded(norm: nn.LayerNorm, linear: nn.Linear) -> nn.Linear:
+    """`linear` behind `norm`, as a product of what is standardized only."""
+    weight, bias = wide(linear.weight), wide(linear.bias)
+    if norm.bias is not None:
+        bias = weight @ wide(norm.bias) + (0.0 if bias is None else bias)
+    if norm.weight is not None:
+        weight = weight * wide(norm.weight)
+    return made_linear(weight, bias, like=linear.weight)
+
+
+@torch.no_grad()
+def scaled(linear: nn.Linear, layer_scale: nn.Module) -> nn.Linear:
+    """`linear` in front of a LayerScale, or of nothing."""
+    gamma = getattr(layer_scale, "gamma", None)
+    if gamma is None:
+        return linear
+    bias = None if linear.bias is None else wide(gamma) * wide(linear.bias)
+    return made_linear(wide(gamma)[:, None] * wide(linear.weight), bias, like=linear.weight)
+
+
+@torch.no_grad()
+def stacked(linears: list[nn.Linear]) -> nn.Linear:
+    """One product for several of the same input."""
+    weight = torch.cat([linear.weight for linear in linears])
+    biases = (x.weight.new_zeros(x.out_features) if x.bias is None else x.bias for x in linears)
+    return made_linear(weight, torch.cat(list(biases)), like=weight)
+
+
+def wide(tensor: Tensor | None) -> Tensor | None:
+    """In float32 or better: folded weights are rounded once."""
+    return None if tensor is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def made_linear(weight: Tensor, bias: Tensor | None, like: Tensor) -> nn.Linear:
+    linear = nn.Linear(*weight.shape[::-1], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.to(like.dtype), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.to(like.dtype), requires_grad=False)
+    return linear
+
+
+# --- what can be folded -------------------------------------------------------------------------------------
+
+
+def check_foldable(encoder: nn.Module) -> None:
+    """Folding would lose what hooks, adapters and quantized weights do, and knows one kind of norm."""
+    for name, module in encoder.named_modules():
+        if has_hooks(module):
+            raise ValueError(f"{name or 'the encoder'} has hooks, which a fused encoder would not run")
+    for vit in "image", "audio":
+        for index, block in enumerate(getattr(encoder, vit).blocks):
+            norms, linears = ("norm1", "norm2"), ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+            for part in (*norms, *linears):
+                module = block.get_submodule(part)
+                if not (is_layer_norm(module) if part in norms else is_plain(module)):
+                    raise ValueError(
+                        f"{vit}.blocks[{index}].{part} is a {type(module).__name__} that cannot be folded:"
+                        " only plain LayerNorm and Linear can"
+                    )
+
+
+def shares_norms(dense: nn.Module | None, image: Block, audio: Block) -> bool:
+    """Whether a fusion block standardizes its tokens as the blocks of its layer do."""
+    return type(dense) is DenseFusion and all(
+        is_layer_norm(norm) and norm.eps == block.norm1.eps and is_plain(linear)
+        for norm, linear, block in (
+            (dense.norm_image, dense.image_key_value, image),
+            (dense.norm_audio, dense.audio_key_value, audio),
+        )
+    )
+
+
+def is_layer_norm(module: nn.Module) -> bool:
+    return type(module) in (nn.LayerNorm, LayerNorm)

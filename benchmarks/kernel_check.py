@@ -1,0 +1,111 @@
+"""Every kernel of pair_attention against float64, output and all gradients, on a few shapes.
+
+Short enough to run under compute-sanitizer; compiling is most of its time, so cases go to several processes.
+What it finds is gross, as from a kernel that was miscompiled; how precise the kernels are, the tests judge.
+"""
+
+import itertools
+import math
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import measure
+import torch
+from torch import Tensor
+
+from avfuse import pair_attention
+
+SHAPES = {  # B, H, F, I, A, K, V
+    "tiny": (1, 1, 5, 17, 9, 16, 16),
+    "kept": (2, 2, 16, 49, 19, 16, 16),
+    "odd": (1, 3, 5, 70, 33, 16, 64),
+    "wide": (1, 1, 33, 17, 130, 64, 64),
+    "split": (1, 2, 16, 600, 600, 16, 16),
+}
+ALLOWED = {"bfloat16": 2e-2, "float16": 3e-3, "float32": 1e-4}  # norm of an error over that of the truth
+
+
+@dataclass(frozen=True)
+class Options:
+    """The self-check of the kernels: each shape and dtype, with and without masks and a pair bias.
+
+    Without a GPU it needs Triton's interpreter (TRITON_INTERPRET=1), whose bfloat16 is wrong.
+    """
+
+    shapes: tuple[Literal[*SHAPES], ...] = tuple(SHAPES)
+    dtypes: tuple[Literal[*ALLOWED], ...] = tuple(ALLOWED)
+
+
+class Case(NamedTuple):
+    shape: str
+    dtype: str
+    masked: bool
+    biased: bool
+
+
+def main(options: Options) -> None:
+    cases = [Case(*case) for case in itertools.product(options.shapes, options.dtypes, *[(False, True)] * 2)]
+    workers = min(math.ceil(len(cases) / 4), len(os.sched_getaffinity(0)))  # fewer cases are not worth one
+    worst, off = dict.fromkeys(options.dtypes, 0.0), 0
+    spawn = multiprocessing.get_context("spawn")  # compute-sanitizer loses sight of what is forked
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        for case, future in [(case, pool.submit(errors_of_case, case)) for case in cases]:
+            try:
+                errors = future.result()
+            except Exception as error:  # whatever a broken kernel does to its process
+                errors = {f"{type(error).__name__}: {error}": math.inf}
+            worst[case.dtype] = max(worst[case.dtype], *errors.values())
+            if not all(error <= ALLOWED[case.dtype] for error in errors.values()):
+                print(f"OFF: {case}: {errors}", flush=True)
+                off += 1
+    print(f"{len(cases) - off} of {len(cases)} cases agree; largest errors: {worst}")
+    if off:
+        sys.exit(1)
+
+
+def errors_of_case(case: Case) -> dict[str, float]:
+    inputs, grad = make_inputs(*SHAPES[case.shape], measure.DTYPES[case.dtype], biased=case.biased)
+    masks = {}
+    if case.masked:
+        for name in ("image_mask", "audio_mask"):
+            B, _, N, _ = inputs[name.replace("mask", "key")].shape
+            masks[name] = torch.rand(B, N, device=grad.device) > 0.3
+            masks[name][:, 0] = True
+    return errors_of(inputs, grad, **masks)
+
+
+def make_inputs(B, H, F, I, A, K, V, dtype: torch.dtype, *, biased: bool) -> tuple[dict[str, Tensor], Tensor]:
+    """What pair_attention is called with, by argument, and the gradient of its output."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    sizes = dict(query=(F, K), image_key=(I, K), image_value=(I, V), audio_key=(A, K), audio_value=(A, V))
+    # (B, N, H, width) in memory, as projections leave it
+    inputs = {name: torch.randn(B, n, H, width).transpose(1, 2) for name, (n, width) in sizes.items()}
+    if biased:
+        inputs["pair_bias"] = torch.randn(1, H, I, A)
+    inputs = {name: tensor.to(device, dtype) for name, tensor in inputs.items()}
+    return inputs, torch.randn(B, H, F, V).to(device, dtype)
+
+
+def errors_of(inputs: dict[str, Tensor], grad: Tensor, **masks: Tensor) -> dict[str, float]:
+    """Relative errors of the output and of every gradient, by name."""
+    ours, truth = (
+        run_with_gradients(inputs, grad, masks, backend, dtype)
+        for backend, dtype in (("triton", grad.dtype), ("reference", torch.float64))
+    )
+    return {name: measure.relative_error(ours[name].double(), true) for name, true in truth.items()}
+
+
+def run_with_gradients(inputs, grad, masks, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    leaves = {name: tensor.to(dtype).requires_grad_() for name, tensor in inputs.items()}
+    output = pair_attention(**leaves, **masks, backend=backend)
+    grads = torch.autograd.grad(output, list(leaves.values()), grad.to(dtype))
+    return {"output": output.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+if __name__ == "__main__":
+    measure.run(main, Options)

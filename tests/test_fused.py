@@ -1,0 +1,201 @@
+"""Fused encoders against the encoders they were made from; on a GPU, recorded calls."""
+
+import pytest
+import timm
+import torch
+from models import AUDIO_TOKENS, IMAGE_TOKENS, make_encoder, make_inputs, make_vit, randomized, relative_error
+
+from avfuse import AVEncoder, create_encoder
+from avfuse.folding import FoldedDense
+from avfuse.fusion import VARIANTS
+from avfuse.tasks.classifier import Classifier
+
+EXACT = 1e-12
+VITS = {
+    "plain": dict(),
+    "class and register tokens": dict(class_token=True, reg_tokens=2),
+    "qk-norm, LayerScale": dict(qk_norm=True, init_values=0.1),
+    "scaled norms": dict(scale_attn_norm=True, scale_mlp_norm=True),
+    "no biases": dict(qkv_bias=False, proj_bias=False),
+    "pre-norm, no positions": dict(pre_norm=True, pos_embed="none"),
+}
+
+
+def random_mask(batch, tokens):
+    mask = torch.rand(batch, tokens) > 0.4
+    mask[0] = False  # nothing left
+    mask[1] = True
+    return mask
+
+
+def selections(batch):
+    """Options of a call, by what they do."""
+    kept = [torch.rand(batch, n).argsort(1)[:, : n - 3] for n in (IMAGE_TOKENS, AUDIO_TOKENS)]
+    masks = random_mask(batch, IMAGE_TOKENS), random_mask(batch, AUDIO_TOKENS)
+    return {
+        "all": {},
+        "kept": dict(image_keep=kept[0], audio_keep=kept[1]),
+        "masked": dict(image_mask=masks[0], audio_mask=masks[1]),
+        "kept and masked": dict(image_keep=kept[0], image_mask=masks[0]),
+        "absent": dict(image_present=torch.arange(batch) != 1, audio_present=torch.arange(batch) != 0),
+    }
+
+
+def tokens_of(output):
+    return [x for tokens in (output, *(output.layers or ())) for x in tokens[:3]]
+
+
+def assert_same(ours, truth, allowed=EXACT):
+    for mine, true in zip(tokens_of(ours), tokens_of(truth), strict=True):
+        assert (mine is None) == (true is None)
+        assert mine is None or relative_error(mine, true) < allowed
+
+
+@pytest.mark.parametrize("options", VITS.values(), ids=VITS)
+@pytest.mark.parametrize("interactions", VARIANTS)
+def test_every_output_is_that_of_the_encoder(interactions, options):
+    encoder = make_encoder(interactions, vit=options)
+    fused, inputs = encoder.fused(), make_inputs(3)
+    for selection in selections(3).values():
+        assert_same(
+            fused(*inputs, **selection, return_layers=True), encoder(*inputs, **selection, return_layers=True)
+        )
+    for part in (inputs[0], None), (None, inputs[1]):
+        assert_same(fused(*part), encoder(*part))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(pair_bias=True),
+        dict(interactions="bilinear", pair_bias=True),
+        dict(fusion_layers=[1]),
+        dict(fusion_layers=[0, 2]),
+        dict(norm_eps=1e-3),
+        dict(num_heads=4, attn_ratio=0.5),
+    ],
+    ids=str,
+)
+def test_options_of_fusion(options):
+    encoder, inputs = make_encoder(**options), make_inputs(3)
+    for selection in selections(3).values():
+        assert_same(encoder.fused()(*inputs, **selection), encoder(*inputs, **selection))
+
+
+def test_transformers_of_unequal_width():
+    audio = make_vit((1, 16, 40), embed_dim=48, num_heads=3)
+    encoder = randomized(AVEncoder(make_vit(), audio, fusion_tokens=4))
+    inputs = make_inputs()
+    assert_same(encoder.fused()(*inputs), encoder(*inputs))
+
+
+def test_norms_are_shared_only_where_they_are_the_same():
+    assert all(isinstance(block, FoldedDense) for block in make_encoder().fused().fusion_blocks.values())
+    other = make_encoder(norm_eps=1e-3).fused()
+    assert not any(isinstance(block, FoldedDense) for block in other.fusion_blocks.values())
+
+
+def test_a_new_encoder_takes_the_eps_of_its_transformers_and_an_old_config_keeps_its_own():
+    encoder = create_encoder("tiny")
+    assert encoder.settings["norm_eps"] == encoder.image.blocks[0].norm1.eps == 1e-6
+    config = encoder.to_config()
+    assert AVEncoder.from_config(config).fusion_blocks["0"].norm_image.eps == 1e-6
+    del config["norm_eps"]  # as written before there was a choice
+    assert AVEncoder.from_config(config).fusion_blocks["0"].norm_image.eps == 1e-5
+
+
+def test_the_encoder_stays_as_it_is_and_the_copy_does_not_follow_it():
+    encoder, inputs = make_encoder(), make_inputs()
+    before = {name: weight.clone() for name, weight in encoder.state_dict().items()}
+    output, fused = encoder(*inputs), encoder.fused()
+    assert all(torch.equal(weight, before[name]) for name, weight in encoder.state_dict().items())
+    randomized(encoder)
+    assert_same(fused(*inputs), output)
+    assert relative_error(encoder(*inputs).fusion, output.fusion) > 1e-3
+
+
+def test_gradients_of_the_inputs_are_those_of_the_encoder():
+    encoder, inputs = make_encoder(), [x.requires_grad_() for x in make_inputs()]
+    truth, ours = (
+        torch.autograd.grad(sum(x.square().sum() for x in model(*inputs)[:3]), inputs)
+        for model in (encoder, encoder.fused())
+    )
+    assert all(relative_error(mine, true) < EXACT for mine, true in zip(ours, truth, strict=True))
+    assert not any(weight.requires_grad for weight in encoder.fused().parameters())
+
+
+def test_it_serves_in_a_task():
+    inputs = make_inputs()
+    model = Classifier(make_encoder(), classes=5).double().eval()
+    logits = model(*inputs)[0]
+    model.encoder = model.encoder.fused()
+    assert relative_error(model(*inputs)[0], logits) < EXACT
+
+
+def test_what_it_refuses():
+    encoder = make_encoder()
+    fused = encoder.fused()
+    with pytest.raises(ValueError, match="cannot be trained"):
+        fused.train()
+    with pytest.raises(ValueError, match="cannot be saved"):
+        fused.to_config()
+    with pytest.raises(ValueError, match="attention maps"):
+        fused.fusion_attention(*make_inputs())
+    with pytest.raises(ValueError, match="image must be"):
+        fused(torch.zeros(1, 3, 8, 8).double(), None)
+    handle = encoder.image.blocks[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"image\.blocks\.1 has hooks"):
+        encoder.fused()
+    handle.remove()
+    encoder.audio.blocks[2].norm2 = timm.layers.RmsNorm(32)
+    with pytest.raises(ValueError, match=r"audio\.blocks\[2\]\.norm2 is a RmsNorm"):
+        encoder.fused()
+    uneven = AVEncoder(make_vit(), make_vit((1, 16, 40), depth=2), block_layers=(0, 2))
+    with pytest.raises(ValueError, match="equal depth"):
+        uneven.fused()
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("interactions", VARIANTS)
+def test_recorded_calls(interactions):
+    encoder = make_encoder(interactions).float().cuda()
+    fused = encoder.fused(cuda_graphs=True)
+    results = []
+    for batch in (3, 2, 3):
+        inputs = [x.float().cuda() for x in make_inputs(batch)]
+        with torch.inference_mode(batch == 2):
+            results.append((fused(*inputs, return_layers=True), encoder(*inputs, return_layers=True)))
+    for ours, truth in results:  # of the first too: a later call leaves results alone
+        assert_same(ours, truth, 1e-4)
+    assert len(fused.graphs.recordings) == 2
+    image = inputs[0]
+    keep = torch.arange(IMAGE_TOKENS - 2, device="cuda").repeat(3, 1)
+    assert_same(fused(image, None, image_keep=keep), encoder(image, None, image_keep=keep), 1e-4)
+
+
+@pytest.mark.gpu
+def test_recordings_end_where_weights_move():
+    encoder = make_encoder().float().cuda()
+    fused, inputs = encoder.fused(cuda_graphs=True), [x.cuda() for x in make_inputs()]
+    fused(*[x.float() for x in inputs])
+    fused.double()
+    assert_same(fused(*inputs), encoder.double()(*inputs), 1e-6)
+    with pytest.raises(ValueError, match="image requires a gradient"):
+        fused(inputs[0].requires_grad_(), inputs[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_as_near_as_the_encoder(dtype):
+    encoder, inputs = make_encoder(), make_inputs(3)
+    truth = encoder(*inputs)
+    half, inputs = encoder.to("cuda", dtype), [x.to("cuda", dtype) for x in inputs]
+    plain = half(*inputs)
+    for graphs in (False, True):
+        ours = half.fused(cuda_graphs=graphs)(*inputs)
+        for mine, other, true in zip(tokens_of(ours), tokens_of(plain), tokens_of(truth), strict=True):
+            error, allowed = ((x.double().cpu() - true).norm() / true.norm() for x in (mine, other))
+            assert error <= 2 * allowed + torch.finfo(dtype).eps
