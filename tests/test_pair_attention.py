@@ -202,6 +202,59 @@ def test_torch_agrees_with_the_reference_on_random_cases(monkeypatch, seed):
                 assert_close(run(tensors, **options, backend="torch"), truth, tolerances)
 
 
+@both_interactions
+@pytest.mark.parametrize("seed", range(100))
+def test_a_bias_in_blocks_is_that_of_its_pairs(interaction, seed):
+    torch.manual_seed(seed)
+    pick = random.Random(seed)
+    B, H, F, K, V = (pick.randint(1, most) for most in (3, 2, 17, 16, 9))
+    S, T, per_image, per_audio = (
+        pick.randint(1, 9),
+        pick.randint(1, 7),
+        pick.randint(1, 8),
+        pick.randint(1, 5),
+    )
+    I, A, keys = S * per_image, T * per_audio, pick.choice((1.0, 1.0, 60.0))
+    tensors = make(B, H, F, I, A, K, V, bias=(pick.choice((1, B)), pick.choice((1, H)), S, T), keys=keys)
+    cut(tensors["pair_bias"], pick.choice(("nothing", "half the pairs", "row", "column")))
+    options = dict(interaction=interaction)
+    for name, tokens, first in ("image_mask", I, per_image), ("audio_mask", A, per_audio):
+        mask = mask_of(B, tokens, dead=[0] if pick.random() < 0.3 else [])
+        mask[:, :first] &= pick.random() < 0.5  # a block without tokens
+        options[name] = pick.choice((None, mask))
+
+    def expanded(pair_bias, **others):
+        rows = torch.arange(I) // per_image
+        return pair_attention(pair_bias=pair_bias[..., rows, :][..., torch.arange(A) // per_audio], **others)
+
+    truth = run(tensors, attend=expanded, **options, backend="reference")
+    natural = natural_scale(tensors, K**-0.5, interaction)
+    tolerances = {name: 1e-14 * keys * size for name, size in natural.items()}
+    for backend in "torch", "reference":
+        assert_close(run(tensors, **options, backend=backend), truth, tolerances)
+    coarse = weights(tensors, **options)
+    fine = tensors | {"pair_bias": tensors["pair_bias"].repeat_interleave(per_image, -2)}
+    for ours, true in zip(coarse, weights(fine, **options), strict=True):
+        torch.testing.assert_close(ours, true, rtol=1e-10, atol=1e-12)
+
+
+def test_a_moment_that_is_bright_and_loud_is_found_by_a_bias_of_time_alone():
+    """Two bright frames, two loud moments, one of them both: with b = 0 where they are at one time and -inf
+    elsewhere, all weight is on it. Without, half of it.
+    """
+    S, n, T = 6, 5, 6
+    bright, loud = torch.zeros(S), torch.zeros(T)
+    bright[[1, 4]], loud[[4, 5]] = 30.0, 30.0
+    keys = [side.repeat_interleave(size)[None, None, :, None] for side, size in ((bright, n), (loud, 2))]
+    together = torch.full((S, T), -INF).fill_diagonal_(0.0)
+    query = torch.ones(1, 1, 1, 1)
+    image, audio = pair_attention_weights(query, *keys, pair_bias=together)
+    assert image.unflatten(-1, (S, n)).sum(-1)[..., 4].item() == pytest.approx(1.0)
+    assert audio.unflatten(-1, (T, 2)).sum(-1)[..., 4].item() == pytest.approx(1.0)
+    image, _ = pair_attention_weights(query, *keys)
+    assert image.unflatten(-1, (S, n)).sum(-1)[..., 4].item() == pytest.approx(0.5)
+
+
 CASES = {  # dead rows of image and audio, shape and kind of bias
     "plain": (None, None, None),
     "masks": (((), ()), None, None),
@@ -209,6 +262,7 @@ CASES = {  # dead rows of image and audio, shape and kind of bias
     "bias": (None, (2, 1, 3, 4), "nothing"),
     "bias broadcast": (None, (3, 1), "nothing"),
     "bias with -inf": (None, (2, 1, 3, 4), "half the pairs"),
+    "bias in blocks": (((), [1]), (2, 1, 3, 2), "half the pairs"),
     "bias, dead modality, no pair": (((), [1]), (2, 1, 3, 4), "all pairs of the first clip"),
 }
 
@@ -407,11 +461,15 @@ class Allocations(TorchDispatchMode):
 
 
 @both_interactions
-@pytest.mark.parametrize("bias", [None, (2048, 2048), (2048, 1), (1, 1, 1, 2048)], ids=str)
+@pytest.mark.parametrize(
+    "bias", [None, (2048, 2048), (2048, 1), (1, 1, 1, 2048), (16, 2048), (16, 64)], ids=str
+)
 @pytest.mark.parametrize("streamed", [False, True], ids=["products", "streamed"])
 def test_nothing_but_the_gradient_of_the_bias_grows_as_the_number_of_pairs(
     monkeypatch, interaction, bias, streamed
 ):
+    if interaction == "bilinear" and bias and 16 in bias:
+        pytest.skip("of a bias in blocks, bilinear pairs make one of an entry for each pair")
     monkeypatch.setattr(streaming, "CHUNK", 2**17)
     if streamed:
         monkeypatch.setattr(marginals, "safe_sum", lambda dtype: INF)
@@ -430,7 +488,7 @@ def test_nothing_but_the_gradient_of_the_bias_grows_as_the_number_of_pairs(
 
 
 @both_interactions
-@pytest.mark.parametrize("bias", [None, (5, 4)], ids=["no bias", "bias"])
+@pytest.mark.parametrize("bias", [None, (5, 4), (5, 2)], ids=["no bias", "bias", "bias in blocks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compile_checkpoint_autocast_and_repetition_change_nothing(monkeypatch, interaction, bias, dtype):
     monkeypatch.setattr(streaming, "CHUNK", 200)
@@ -506,6 +564,7 @@ TRITON_REFUSES = {
     "takes float32, float16 or bfloat16, got query of torch.float64": {},
     "takes key and value widths up to 128 per head, got 6 and 129": dict(V=129, dtype=torch.float32),
     "runs on CUDA, got query on cpu": dict(dtype=torch.float32),
+    "takes no pair_bias whose entries serve blocks of pairs": dict(dtype=torch.float32, bias=(5, 2)),
 }
 
 

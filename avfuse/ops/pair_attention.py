@@ -11,8 +11,16 @@ With a pair bias b_ij the weights no longer factorize, but additive values still
 of the joint softmax. Bilinear pairs (keys k_i * k_j, values v_i * v_j) do real work per pair. Both go over
 chunks of pairs.
 
+A bias may be coarser than the tokens: let the image tokens fall into S blocks of equal size, such as the
+frames of a clip, and b depend on the block s only. The softmax over pairs then has two levels,
+
+    P_sj = softmax_sj(U_s + q.k_j + b_sj)              U_s = log sum_{i in s} exp(q.k_i)
+    p_i  = sum_j P_sj * softmax_{i in s}(q.k_i)        r_j = sum_s P_sj
+
+and likewise for T blocks of audio tokens: cost I + A + S * T, not I * A.
+
 Shapes: B batch, H heads, F fusion tokens (queries), I image tokens, A audio tokens, N tokens of either kind,
-K and V widths per head.
+S and T blocks of image and of audio tokens, K and V widths per head.
 """
 
 import functools
@@ -56,7 +64,8 @@ def reference(query, image, audio, pair_bias, scale, interaction):
     key = combine(image_key[:, :, :, None], audio_key[:, :, None])  # (B, H, I, A, K)
     logits = torch.einsum("bhfk,bhijk->bhfij", query, key) * scale
     if pair_bias is not None:
-        bias = _zero_where_dead(pair_bias.to(logits.dtype), alive[0] & alive[1])
+        bias = _of_pairs(pair_bias, logits.shape[-2:])
+        bias = _zero_where_dead(bias.to(logits.dtype), alive[0] & alive[1])
         logits = logits + bias[:, :, None]
     if image.mask is not None:
         logits = logits.masked_fill(~_attended(image.mask)[..., None], -math.inf)
@@ -94,12 +103,15 @@ def pair_attention(
         image_mask, audio_mask: (B, I) and (B, A) bool, True = attend. A modality without any token left
             contributes 0 and the other goes on alone, without the pair bias; with bilinear pairs the output
             is then 0.
-        pair_bias: added to the logit of pair (i, j), broadcastable to (B, H, I, A), differentiable; -inf
-            masks a pair. A query with no pair left gets output 0 and gradients 0.
+        pair_bias: added to the logit of pair (i, j), broadcastable to (B, H, S, T), differentiable; -inf
+            masks a pair. S divides I and T divides A: an entry serves a block of I/S x A/T consecutive
+            pairs (bilinear pairs make one of I x A entries of it). A query with no pair left gets output 0
+            and gradients 0.
         scale: of the logits; default K**-0.5.
         interaction: "additive" (k_i + k_j, v_i + v_j) or "bilinear" (k_i * k_j, v_i * v_j).
         backend: None picks "triton" on CUDA where it can, else "torch" (see `select_backend`); "xformers" has
-            no pair bias and needs CUDA and torch 2.11 or older; "reference" materializes every pair.
+            no pair bias and needs CUDA and torch 2.11 or older; "triton" has none in blocks (S or T between
+            1 and all tokens); "reference" materializes every pair.
 
     Returns:
         (B, H, F, V), in the dtype of `query`. Second derivatives need backend="reference".
@@ -127,11 +139,13 @@ def attend_pairs(
     backend: str | None = None,
 ) -> Tensor:
     """`pair_attention` of what has been checked: for modules, which check once what they are given."""
-    backend = select_backend(backend, query, image.value, interaction)
+    pair_bias = _four_dimensional(pair_bias)
+    blocks = _has_blocks(pair_bias, image, audio)
+    backend = select_backend(backend, query, image.value, interaction, blocks)
     run = {"triton": _triton, "torch": _torch, "xformers": _xformers, "reference": reference}[backend]
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     with without_autocast(query.device):
-        return run(query, image, audio, _four_dimensional(pair_bias), scale, interaction)
+        return run(query, image, audio, pair_bias, scale, interaction)
 
 
 def pair_attention_weights(
@@ -224,7 +238,7 @@ def _additive_weights(query, image, audio, pair_bias, scale):
     if pair_bias is None:
         return _masked_softmax(image_logits, image.mask), _masked_softmax(audio_logits, audio.mask)
     if image.mask is None and audio.mask is None:
-        return PairMarginals.apply(image_logits, audio_logits, pair_bias)
+        return _marginals(image_logits, audio_logits, pair_bias)
 
     both = _alive(image.mask) & _alive(audio.mask)  # else the bias leaves together with the missing modality
     image_alone = _masked_softmax(image_logits, image.mask)
@@ -233,12 +247,36 @@ def _additive_weights(query, image, audio, pair_bias, scale):
         image_logits = image_logits.masked_fill(~image.mask[:, None, None], -math.inf)
     if audio.mask is not None:
         audio_logits = audio_logits.masked_fill(~audio.mask[:, None, None], -math.inf)
-    image_weights, audio_weights = PairMarginals.apply(image_logits, audio_logits, pair_bias)
+    image_weights, audio_weights = _marginals(image_logits, audio_logits, pair_bias)
     return torch.where(both, image_weights, image_alone), torch.where(both, audio_weights, audio_alone)
+
+
+def _marginals(image_logits, audio_logits, pair_bias):
+    """Marginals of the joint softmax under a bias (1 or B, 1 or H, S, T)."""
+    image_blocks, image_within = _in_blocks(image_logits, pair_bias.shape[-2])
+    audio_blocks, audio_within = _in_blocks(audio_logits, pair_bias.shape[-1])
+    weights = PairMarginals.apply(image_blocks, audio_blocks, pair_bias)
+    return tuple(
+        of_blocks if within is None else (of_blocks[..., None] * within).flatten(-2)
+        for of_blocks, within in zip(weights, (image_within, audio_within), strict=True)
+    )
+
+
+def _in_blocks(logits, blocks):
+    """(B, H, F, N) -> logits of whole blocks (B, H, F, blocks), -inf where no token is left; and the softmax
+    in each (B, H, F, blocks, N / blocks), None where a block is a token.
+    """
+    if logits.shape[-1] == blocks:
+        return logits, None
+    logits = logits.unflatten(-1, (blocks, -1))
+    dead = (logits == -math.inf).all(-1, keepdim=True)
+    logits = logits.masked_fill(dead, 0.0)
+    return logits.logsumexp(-1).masked_fill(dead[..., 0], -math.inf), logits.softmax(-1)
 
 
 def _bilinear(query, image, audio, pair_bias, scale):
     """Bilinear pairs: symmetric in the modalities, so stream over the shorter one."""
+    pair_bias = _of_pairs(pair_bias, (image.key.shape[2], audio.key.shape[2]))
     dtype = torch.promote_types(query.dtype, torch.float32)
     short, long = (Side(side.key.to(dtype), side.value.to(dtype), side.mask) for side in (image, audio))
     if short.key.shape[2] > long.key.shape[2]:
@@ -298,6 +336,7 @@ def select_backend(
     query: Tensor | None = None,
     value: Tensor | None = None,
     interaction: str = "additive",
+    blocks: bool = False,
 ) -> str:
     """The backend that `pair_attention` runs for these inputs when `backend` is requested: the one place
     where this is decided. None is "triton" for what its kernels can do on CUDA, and "torch" for all else.
@@ -307,11 +346,11 @@ def select_backend(
     """
     if backend is None:
         on_cuda = query is not None and query.is_cuda
-        return "triton" if on_cuda and not _triton_limit(query, value, interaction) else "torch"
+        return "triton" if on_cuda and not _triton_limit(query, value, interaction, blocks) else "torch"
     check_choice("backend", backend, BACKENDS)
     limit = None
     if backend == "triton":
-        limit = _triton_limit(query, value, interaction)
+        limit = _triton_limit(query, value, interaction, blocks)
     elif backend == "xformers":
         limit = _xformers_limit(interaction)
     if limit:
@@ -319,10 +358,12 @@ def select_backend(
     return backend
 
 
-def _triton_limit(query, value, interaction) -> str | None:
+def _triton_limit(query, value, interaction, blocks) -> str | None:
     """Why the kernels cannot run; None if they can."""
     if interaction != "additive":
         return f"runs additive pairs only, got interaction={interaction!r}"
+    if blocks:
+        return "takes no pair_bias whose entries serve blocks of pairs"
     if not HAS_TRITON:
         return "needs the package triton, which is not installed"
     if query is None:
@@ -387,6 +428,25 @@ def _four_dimensional(pair_bias):
     return None if pair_bias is None else pair_bias[(None,) * (4 - pair_bias.ndim)]
 
 
+def _has_blocks(pair_bias, image, audio):
+    """Whether an entry serves a block of tokens, neither one nor all."""
+    if pair_bias is None:
+        return False
+    tokens = image.key.shape[2], audio.key.shape[2]
+    return any(size not in (1, all) for size, all in zip(pair_bias.shape[-2:], tokens, strict=True))
+
+
+def _of_pairs(pair_bias, tokens):
+    """(..., S, T) -> (..., 1 or I, 1 or A): an entry for each pair where several serve blocks."""
+    if pair_bias is None:
+        return None
+    for dim, number in zip((-2, -1), tokens, strict=True):
+        size = pair_bias.shape[dim]
+        if size not in (1, number):
+            pair_bias = pair_bias.repeat_interleave(number // size, dim)
+    return pair_bias
+
+
 # --- the public edge ----------------------------------------------------------------------------------------
 
 
@@ -428,9 +488,13 @@ def _check_options(query, image, audio, pair_bias, scale, interaction):
     if pair_bias is not None:
         check_tensor("pair_bias", pair_bias, "floating point", device=query.device)
         pairs, shape = (*query.shape[:2], image.key.shape[2], audio.key.shape[2]), tuple(pair_bias.shape)
-        sizes = zip(reversed(shape), reversed(pairs), strict=False)
-        if len(shape) > 4 or any(size not in (1, full) for size, full in sizes):
-            raise ValueError(f"pair_bias must be broadcastable to {pairs}, got shape {shape}")
+        sizes = list(zip(reversed(shape), reversed(pairs), strict=False))
+        in_blocks = all(size > 0 and full % size == 0 for size, full in sizes[:2])
+        if len(shape) > 4 or not in_blocks or any(size not in (1, full) for size, full in sizes[2:]):
+            raise ValueError(
+                f"pair_bias must be broadcastable to {pairs}, or have sizes in the place of the last two that"
+                f" divide them, got shape {shape}"
+            )
     if scale is not None and not is_number(scale):
         raise ValueError(f"scale must be a finite number or None, got {scale!r}")
     check_choice("interaction", interaction, tuple(PAIRS))
