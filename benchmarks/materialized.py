@@ -77,7 +77,7 @@ def like(block: DenseFusion, kind: type[DenseFusion]) -> DenseFusion:
     """A fresh block of another kind and the same sizes."""
     pair_bias = None if block.pair_bias is None else tuple(block.pair_bias.shape[1:])
     ratios = dict(attn_ratio=block.width / block.dim, mlp_ratio=block.mlp.fc1.out_features / block.dim)
-    return kind(block.dim, block.num_heads, pair_bias=pair_bias, **ratios)
+    return kind(block.dim, block.num_heads, pair_bias=pair_bias, norm_eps=block.norm_eps, **ratios)
 
 
 def folded(state: dict[str, Tensor]) -> dict[str, Tensor]:

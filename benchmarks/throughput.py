@@ -45,6 +45,7 @@ MODES = {"inference": "Inference", "training": "Training step"}
 # Table 5: video/s, GB
 PAPER = {"none": (14.5, 10.3), "materialized": (4.3, 31.6), "factorized": (12.8, 13.1)}
 PRESETS = {"tiny": "ViT tiny", "small": "ViT-S", "base": "ViT-B", "large": "ViT-L"}
+ENDINGS = {"no": "", "cuda-graph": "-graph"}  # of the files of results; otherwise -compiled
 CLIPS = 2  # that outputs are compared on, at most
 SMALL_DECODER = dict(decoder_dim=128, decoder_depth=2, decoder_heads=4)  # beside "tiny", as in avfuse.train
 GRADIENTS = ("fusion_tokens", "image.patch_embed.proj.weight", "audio.patch_embed.proj.weight")
@@ -111,8 +112,7 @@ def main(options: Options) -> dict:
 def resolve(options: Options) -> Options:
     """The options with all defaults filled in that depend on the machine."""
     options = options.on_device()
-    endings = {"no": "", "cuda-graph": "-graph"}
-    name = f"throughput-{options.device}" + endings.get(options.compile, "-compiled")
+    name = f"throughput-{options.device}" + ENDINGS.get(options.compile, "-compiled")
     if options.compile == "cuda-graph" and (options.device != "cuda" or options.modes != ("inference",)):
         raise ValueError("--compile cuda-graph is for --modes inference on a CUDA device")
     if any(batch < 1 for batch in options.batch):

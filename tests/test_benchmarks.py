@@ -350,8 +350,8 @@ def test_results_say_where_they_come_from():
             continue
         record = json.loads(path.read_text())
         settings = record["settings"]
-        compiled = "" if settings.get("compile", "no") == "no" else "-compiled"
-        assert path.stem == f"{record['benchmark']}-{settings['device']}{compiled}"
+        ending = throughput.ENDINGS.get(settings.get("compile", "no"), "-compiled")
+        assert path.stem == f"{record['benchmark']}-{settings['device']}{ending}"
         assert {"command", "date", "commit", "machine", "versions", "note"} <= record.keys()
         assert "changes" not in record["commit"], f"{path.name}: measured on files never committed"
         assert not re.search(r"[\"' =](/|~/)\w", path.read_text()), f"{path.name} holds a path"
