@@ -324,6 +324,8 @@ def make_models(options: Options, preset: str, mode: Mode) -> tuple[dict, dict]:
         if row.interactions == "dense":
             state = stored[row.pair_bias].state_dict()
             encoder.load_state_dict(state if row.block is PairTokenFusion else folded(state))
+        elif row.interactions == "none":
+            encoder.load_state_dict(encoder_of(models["none"]).state_dict())
         else:
             sharpened(encoder)
         model = placed(model, options, mode)
