@@ -1,5 +1,8 @@
 """Fused encoders against the encoders they were made from; on a GPU, recorded calls."""
 
+import copy
+import pickle
+
 import pytest
 import timm
 import torch
@@ -163,6 +166,14 @@ def test_autocast(missing, interactions):
     with torch.autocast("cpu", torch.bfloat16):
         output = encoder.fused()(**inputs)
     assert_same(output, encoder(**inputs), 0.2)
+
+
+def test_copies_record_for_themselves():
+    fused, inputs = make_encoder().fused(cuda_graphs=True), make_inputs()
+    fused.graphs.recordings["a kind"] = (x for x in ())  # which can neither be copied nor pickled
+    for other in copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)):
+        assert other.graphs.function.__self__ is other and not other.graphs.recordings
+        assert_same(other(*inputs), fused(*inputs))
 
 
 def test_it_serves_in_a_task():
