@@ -431,11 +431,13 @@ class FusedEncoder(AVEncoder):
         check_foldable(encoder)
         fused = copy.deepcopy(encoder).eval().requires_grad_(False)
         fused.__class__ = cls
-        for layer, (image, audio) in enumerate(zip(fused.image.blocks, fused.audio.blocks, strict=True)):
+        blocks = zip(fused.image.blocks, fused.audio.blocks, strict=True)  # of which both may be one list
+        fused.image.blocks, fused.audio.blocks = nn.Sequential(), nn.Sequential()
+        for layer, (image, audio) in enumerate(blocks):
             block = fused.block(layer)
             dense = block if shares_norms(block, image, audio) else None
-            fused.image.blocks[layer] = FoldedBlock(image, dense, "image")
-            fused.audio.blocks[layer] = FoldedBlock(audio, dense, "audio")
+            fused.image.blocks.append(FoldedBlock(image, dense, "image"))
+            fused.audio.blocks.append(FoldedBlock(audio, dense, "audio"))
             if dense is not None:
                 fused.fusion_blocks[str(layer)] = FoldedDense(dense)
         fused.graphs = CudaGraphs(fused.recorded_forward) if cuda_graphs else None
@@ -492,10 +494,7 @@ class FusedEncoder(AVEncoder):
         audio, audio_projected = self.project(layer, audio, contexts[1])
         if isinstance(block, FoldedDense):
             streams = self.streams(image, audio)
-            paired = (
-                block.paired(projected, stream)
-                for projected, stream in zip((image_projected, audio_projected), streams, strict=True)
-            )
+            paired = block.paired((image_projected, audio_projected), streams)
             with self.beside():
                 fusion = Sum(*block(tokens, norm, paired, *streams))
         elif block is not None:

@@ -10,6 +10,8 @@ The weight w and the bias b of a norm are taken up by the product behind it, W (
 + c). Norms of the same tokens are then one norm, and products of that norm are one product.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm
@@ -66,7 +68,7 @@ class FoldedDense(nn.Module):
 
     def __init__(self, block: DenseFusion):
         super().__init__()
-        self.block = block
+        self.block = block = copy.deepcopy(block)  # its parts may be those of other layers, too
         self.eps, self.mlp_eps = block.norm_fusion.eps, block.norm_mlp.eps
         block.query = folded(block.norm_fusion, block.query)
         block.mlp.fc1 = folded(block.norm_mlp, block.mlp.fc1)
@@ -85,14 +87,17 @@ class FoldedDense(nn.Module):
         fusion, norm = residual_norm(fusion, block.proj(attended), eps=self.mlp_eps)
         return fusion, block.mlp(norm)
 
-    def paired(self, projected: Tensor | None, stream: Stream) -> Tensor:
-        """Keys and values side by side of the tokens of one modality, from what `FoldedBlock.project` gave;
-        for a missing one, of a token that is masked.
+    def paired(
+        self, projected: tuple[Tensor | None, Tensor | None], streams: tuple[Stream, Stream]
+    ) -> list[Tensor]:
+        """Keys and values side by side of the tokens of both modalities, from what `FoldedBlock.project`
+        gave; for a missing one, of a token that is masked.
         """
-        width = 2 * self.block.width
-        if projected is None:
-            return stream.tokens.new_zeros(*stream.tokens.shape[:2], width)
-        return projected[:, -stream.tokens.shape[1] :, -width:]
+        width, there = 2 * self.block.width, next(x for x in projected if x is not None)
+        return [
+            there.new_zeros(*tokens.shape[:2], width) if x is None else x[:, -tokens.shape[1] :, -width:]
+            for x, (tokens, *_) in zip(projected, streams, strict=True)
+        ]
 
 
 # --- weights ------------------------------------------------------------------------------------------------
@@ -161,13 +166,15 @@ def check_foldable(encoder: nn.Module) -> None:
 
 
 def shares_norms(dense: nn.Module | None, image: Block, audio: Block) -> bool:
-    """Whether a fusion block standardizes its tokens as the blocks of its layer do."""
-    return type(dense) is DenseFusion and all(
-        is_layer_norm(norm) and norm.eps == block.norm1.eps and is_plain(linear)
-        for norm, linear, block in (
-            (dense.norm_image, dense.image_key_value, image),
-            (dense.norm_audio, dense.audio_key_value, audio),
-        )
+    """Whether a fusion block can be folded, and standardizes its tokens as the blocks of its layer do."""
+    if type(dense) is not DenseFusion:
+        return False
+    norms = dense.norm_image, dense.norm_audio, dense.norm_fusion, dense.norm_mlp
+    linears = dense.image_key_value, dense.audio_key_value, dense.query, dense.mlp.fc1
+    return (
+        all(map(is_layer_norm, norms))
+        and all(map(is_plain, linears))
+        and (dense.norm_image.eps, dense.norm_audio.eps) == (image.norm1.eps, audio.norm1.eps)
     )
 
 

@@ -27,12 +27,17 @@ class CudaGraphs:
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         kind = (autocast, *((name, kind_of(x)) for name, x in inputs.items()))
         if kind not in self.recordings:
-            with torch.inference_mode(False), torch.no_grad():  # tensors that every later call can write to
+            device = next(x.device for x in inputs.values() if isinstance(x, Tensor))  # whose streams record
+            with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():  # all can write to
                 self.recordings[kind] = Recording(self.function, inputs)
             if len(self.recordings) > KEPT:
                 self.recordings.popitem(last=False)
         self.recordings.move_to_end(kind)
         return self.recordings[kind](inputs)
+
+    def __getstate__(self) -> dict:
+        """Copies record for themselves."""
+        return dict(function=self.function, recordings=OrderedDict())
 
 
 class Recording:

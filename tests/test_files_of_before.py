@@ -113,6 +113,7 @@ def test_a_run_goes_on_from_its_checkpoint(golden, expected, monkeypatch):
     assert losses == pytest.approx(expected["losses"], rel=1e-5)
     for name in "held_out_image_loss", "held_out_audio_loss":
         assert rows[-1][name] == pytest.approx(expected["after"][name], rel=1e-5)
+    assert load_encoder(golden / "pretrain").settings["norm_eps"] == 1e-5
 
 
 def moved(run, root):

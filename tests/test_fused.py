@@ -1,9 +1,13 @@
 """Fused encoders against the encoders they were made from; on a GPU, recorded calls."""
 
+import copy
+import pickle
+
 import pytest
 import timm
 import torch
 from models import AUDIO_TOKENS, IMAGE_TOKENS, make_encoder, make_inputs, make_vit, randomized, relative_error
+from torch import nn
 
 from avfuse import AVEncoder, create_encoder
 from avfuse.folding import FoldedDense
@@ -122,6 +126,54 @@ def test_gradients_of_the_inputs_are_those_of_the_encoder():
     )
     assert all(relative_error(mine, true) < EXACT for mine, true in zip(ours, truth, strict=True))
     assert not any(weight.requires_grad for weight in encoder.fused().parameters())
+
+
+class Scaled(nn.Linear):
+    """What an adapter is to whoever reads `weight`."""
+
+    def forward(self, tokens):
+        return 1.5 * super().forward(tokens)
+
+
+@pytest.mark.parametrize("part", ["query", "mlp.fc1", "image_key_value", "norm_fusion", "norm_mlp"])
+def test_parts_of_fusion_blocks_that_cannot_be_folded(part):
+    encoder, inputs = make_encoder(), make_inputs()
+    block = encoder.fusion_blocks["1"]
+    if part.startswith("norm"):
+        block.set_submodule(part, timm.layers.RmsNorm(32).double())
+    else:
+        block.get_submodule(part).__class__ = Scaled
+    assert_same(encoder.fused()(*inputs), encoder(*inputs))
+
+
+@pytest.mark.parametrize("tied", ["block", "mlp", "transformers"])
+def test_parts_that_several_layers_share(tied):
+    encoder, inputs = make_encoder(), make_inputs()
+    if tied == "block":
+        encoder.fusion_blocks["1"] = encoder.fusion_blocks["0"]
+    elif tied == "mlp":
+        encoder.fusion_blocks["1"].mlp = encoder.fusion_blocks["0"].mlp
+    else:
+        encoder.audio.blocks = encoder.image.blocks
+    assert_same(encoder.fused()(*inputs), encoder(*inputs))
+
+
+@pytest.mark.parametrize("interactions", VARIANTS)
+@pytest.mark.parametrize("missing", ["image", "audio", None])
+def test_autocast(missing, interactions):
+    encoder, (image, audio) = make_encoder(interactions).float(), (x.float() for x in make_inputs())
+    inputs = dict(image=image, audio=audio) | ({missing: None} if missing else {})
+    with torch.autocast("cpu", torch.bfloat16):
+        output = encoder.fused()(**inputs)
+    assert_same(output, encoder(**inputs), 0.2)
+
+
+def test_copies_record_for_themselves():
+    fused, inputs = make_encoder().fused(cuda_graphs=True), make_inputs()
+    fused.graphs.recordings["a kind"] = (x for x in ())  # which can neither be copied nor pickled
+    for other in copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)):
+        assert other.graphs.function.__self__ is other and not other.graphs.recordings
+        assert_same(other(*inputs), fused(*inputs))
 
 
 def test_it_serves_in_a_task():

@@ -58,7 +58,16 @@ def test_every_class_is_on_both_sides(count, seed):
 
 @pytest.mark.parametrize(
     "pattern",
-    ["{}_{:03d}", "{}{:03d}", "{}-Scene-{:03d}", "{} part {}", "{}.{}", "{}_{:06d}_000500", "{}_CLIP{}"],
+    [
+        "{}_{:03d}",
+        "{}{:03d}",
+        "{}-Scene-{:03d}",
+        "{} part {}",
+        "{}.{}",
+        "{}_{:06d}_000500",
+        "{}_CLIP{}",
+        "{} ({})",
+    ],
 )
 @pytest.mark.parametrize("seed", range(5))
 def test_pieces_of_a_recording_stay_together(pattern, seed):
@@ -68,6 +77,26 @@ def test_pieces_of_a_recording_stay_together(pattern, seed):
     assert train and test
     for recording in recordings:  # in both classes: what is said and what is played are cut out of one film
         assert len({name in test for name in names if f"/{recording}" in name}) == 1, recording
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_recordings_may_have_folders_of_their_own(seed):
+    names = [f"{c}/{c}{r}/{n:05d}.mp4" for c in "ab" for r in "xyzuvw" for n in range(6)]  # as in VoxCeleb
+    for side, other in zip(split(names, seed=seed), split(names, seed=seed)[::-1], strict=True):
+        assert {name[0] for name in side} == set("ab")
+        assert not {name[:5] for name in side} & {name[:5] for name in other}
+
+
+@pytest.mark.parametrize("tags", [(0, 1, 2), (1, 0), (3,)], ids=str)
+def test_several_labels_part_no_recording(tags):
+    names = [f"{r}{t}x_{n}.mp4" for r in "abcde" for t in range(4) for n in range(3)]
+    labels = [
+        lambda name: {"tags": (9, *(10 * tag + int(name[1]) for tag in tags))},
+        lambda name: {"shape": int(name[1]), "colour": "abcde".index(name[0])},
+    ]
+    for of in labels:
+        train, test = split(names, labels=of)
+        assert train and test and not {name[:2] for name in train} & {name[:2] for name in test}
 
 
 @pytest.mark.parametrize(

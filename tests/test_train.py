@@ -167,7 +167,7 @@ def test_other_settings_need_another_folder(finished):
 
 
 def test_a_finished_run_can_be_given_more_epochs(finished, tmp_path, capsys, monkeypatch):
-    config = replace(finished, run=tmp_path / "run", epochs=5)
+    config = replace(finished, run=tmp_path / "run", epochs=5, warmup_epochs=2)  # as --epochs 5 alone has it
     shutil.copytree(finished.run, config.run)
     save = loop.save_checkpoint
 

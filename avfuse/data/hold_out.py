@@ -9,10 +9,13 @@ from pathlib import Path
 
 from .table import Clip, ClipTable
 
-# What the names of pieces of a recording end in: talk_003, talk-Scene-003, talk part 2, ID_000030_000040.
-PIECE = re.compile(r"(?:(?:[ ._-]+(?:scene|part|clip|seg|segment|chunk))?+[ ._-]*+[0-9]++)++$", re.IGNORECASE)
+# What the names of pieces of a recording end in: talk_003, talk-Scene-003, talk part 2, talk (2), talk/003,
+# ID_000030_000040.
+PIECE = re.compile(
+    r"(?:(?:[ ._-]+(?:scene|part|clip|seg|segment|chunk))?+[ ._(-]*+[0-9]++\)?+)++$", re.IGNORECASE
+)
 CAMERA = re.compile(r"[A-Z0-9_]{4}[0-9]{4}|[A-Z]{3}[_-][0-9]{8}[_-].*")  # names by DCF and by telephones
-SCHEME = 0.75  # share of a class whose names begin alike: dog_01, dog_02 are no pieces of one recording
+SCHEME = 0.75  # share of each class of a clip whose names begin alike: dog_01, dog_02 are no pieces
 
 
 def hold_out(clips: ClipTable, base: Path, *, share: float, seed: int) -> tuple[ClipTable, ClipTable]:
@@ -28,7 +31,7 @@ def hold_out(clips: ClipTable, base: Path, *, share: float, seed: int) -> tuple[
         seed: another one, another draw.
     """
     classes = [list(_classes(clip, base)) for clip in clips]
-    names = _recordings([clip.path.stem for clip in clips], classes)
+    names = _recordings([_name(clip, base) for clip in clips], classes)
     draws = {name: _draw(seed, name) for name in names}
     held = {name for name, draw in draws.items() if draw < share}
     members = defaultdict(Counter)  # class -> recording -> clips
@@ -51,13 +54,25 @@ def _classes(clip: Clip, base: Path) -> Iterable[Hashable]:
     return [(name, value) for name, values in several.items() for value in values]
 
 
-def _recordings(stems: list[str], classes: list[list[Hashable]]) -> list[str]:
+def _name(clip: Clip, base: Path) -> str:
+    """Its path below the folder that may name the class: pieces may have one for each recording."""
+    folder, *below = Path(os.path.relpath(clip.path, base)).with_suffix("").parts
+    return "/".join(below) or folder
+
+
+def _recordings(paths: list[str], classes: list[list[Hashable]]) -> list[str]:
     """The recording that each clip is of, as far as names tell; else a name of its own."""
-    names = [None if CAMERA.fullmatch(stem) else PIECE.sub("", stem) or None for stem in stems]
-    kinds = [repr(of_clip) for of_clip in classes]
-    alike, sizes = Counter(zip(kinds, names, strict=True)), Counter(kinds)
-    schemes = {name for (kind, name), count in alike.items() if count > SCHEME * sizes[kind] and count > 1}
-    own = [f"{kind}/{stem}" for kind, stem in zip(kinds, stems, strict=True)]
+    names = [
+        None if CAMERA.fullmatch(path.rpartition("/")[2]) else PIECE.sub("", path) or None for path in paths
+    ]
+    sizes = Counter(kind for of_clip in classes for kind in of_clip)
+    alike = Counter((kind, name) for of_clip, name in zip(classes, names, strict=True) for kind in of_clip)
+    schemes = {
+        name
+        for of_clip, name in zip(classes, names, strict=True)
+        if all(alike[kind, name] > max(1, SCHEME * sizes[kind]) for kind in of_clip)
+    }
+    own = [f"{of_clip!r}/{path}" for of_clip, path in zip(classes, paths, strict=True)]
     return [
         alone if name is None or name in schemes else name for name, alone in zip(names, own, strict=True)
     ]

@@ -36,7 +36,7 @@ def starting_encoder(config: TaskConfig, drop_path: float = 0.0) -> AVEncoder:
         ValueError: the checkpoint holds none.
     """
     if config.checkpoint == FRESH:
-        encoder = create_encoder(config.model, config.interactions)
+        encoder = create_encoder(config.model, config.interactions, norm_eps=config.norm_eps)
     else:
         encoder = load_encoder(config.checkpoint)
     encoder = with_drop_path(encoder, drop_path)

@@ -33,8 +33,8 @@ def settle_length(config: LoopConfig, clips: int) -> tuple[LoopConfig, int]:
     per_epoch = schedule_of(config, clips).steps_per_epoch
     epochs, warmup = (before["settings"].get(name) for name in ("epochs", "warmup_epochs"))
     folder = f"--run-dir {printable(config.run)}"
-    if config.epochs == epochs and config.warmup_epochs == warmup:
-        return config, before.get("extended_at", 0)
+    if config.epochs == epochs and (config.warmup_epochs == warmup or before["extended_at"]):
+        return replace(config, warmup_epochs=warmup), before["extended_at"]  # which an extension has kept
     if config.epochs == epochs or type(epochs) is not int or type(warmup) is not int:
         wanted = f"--warmup-epochs {printable(warmup)} -> {config.warmup_epochs}"
         raise ValueError(f"{folder} holds a run with other settings ({wanted}): {instead(config, before)}")

@@ -79,6 +79,7 @@ def make_encoder(config: TrainConfig) -> AVEncoder:
         audio_aggregation_tokens=config.audio_aggregation_tokens,
         attn_ratio=config.attn_ratio,
         mlp_ratio=config.mlp_ratio,
+        norm_eps=config.norm_eps,
     )
 
 
