@@ -101,7 +101,7 @@ def _config_at(source: str | os.PathLike) -> dict:
         return read_config(source)
     except HFValidationError as error:
         what = f"checkpoint {printable(source)} is no file, no folder and no name on the hub"
-        raise ValueError(what) from error
+        raise ValueError(f"{what}, which is OWNER/NAME") from error
     except (OSError, EntryNotFoundError) as error:
         raise ValueError(
             f"checkpoint {printable(source)} is no file or folder, nor found on the hub: {printable(error)}"

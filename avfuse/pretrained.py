@@ -23,6 +23,7 @@ from .weight_files import check_tensors, misfits, read_safetensors, write_safete
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")  # of files with weights
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # the bare names that the hub has, too, are more often slips
 STRAYS = 100  # parameters unlike all weights, after which a model is not made any further
 UNSAVED = 2**26  # bytes of buffers that a model may have besides its weights
 
@@ -93,7 +94,8 @@ class Pretrained(
             config = read_config(source, **options)
         except HFValidationError as error:
             raise ValueError(
-                f"pretrained_model_name_or_path {str(source)!r} is neither a folder nor a name on the hub"
+                f"pretrained_model_name_or_path {str(source)!r} is neither a folder nor a name on the hub,"
+                " which is OWNER/NAME"
             ) from error
         if not config:
             raise ValueError(f"{printable(source)} holds no {CONFIG} of an avfuse model")
@@ -137,7 +139,9 @@ def file_at(source: str | os.PathLike, name: str, **options) -> Path:
     folder = Path(source)
     if os.path.isdir(folder):
         return folder / name
-    if folder.suffix in SUFFIXES or (len(folder.parts) == 2 and folder.parent.is_dir()):
+    if folder.suffix not in SUFFIXES and not HUB_ID.fullmatch(os.fspath(source)):
+        raise HFValidationError(f"{printable(source)} is no OWNER/NAME")
+    if folder.suffix in SUFFIXES or folder.parent.is_dir() or folder.parts[0] == "runs":
         raise ValueError(f"{printable(source)} is no file or folder")
     return Path(hf_hub_download(os.fspath(source), name, **options))
 
