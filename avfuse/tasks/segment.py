@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.patches import Patch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, interpolate
@@ -344,8 +344,10 @@ def draw_classes(
     save(figure, path)
 
 
-def colour(label: int) -> str:
-    return COLOURS[(label - 1) % len(COLOURS)]
+def colour(label: int) -> tuple[float, ...]:
+    """Of a class, 1 or more: hues that colour-blind readers tell apart, darker each time they are used up."""
+    shade, hue = divmod(label - 1, len(COLOURS))
+    return tuple(level / (1 + shade / 2) for level in to_rgb(COLOURS[hue]))
 
 
 main = partial(program, kind=Segmentation)
