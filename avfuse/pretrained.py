@@ -35,11 +35,7 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class Pretrained(
-    ModelHubMixin,
-    library_name="avfuse",
-    tags=["audio-visual", "masked-autoencoder"],
-):
+class Pretrained(ModelHubMixin, library_name="avfuse"):
     """`save_pretrained(dir)`, `from_pretrained(dir_or_hub_id)` and `push_to_hub(id)` for a model that can
     state its `to_config()` and be made `from_config(...)`. A folder that exists is read without the network.
 
@@ -79,8 +75,8 @@ class Pretrained(
         local_files_only: bool = False,
         force_download: bool = False,
     ):
-        """The model saved in a folder or under a name on the Hugging Face hub, in eval mode. The options are
-        those of `huggingface_hub.hf_hub_download`.
+        """The model saved in a folder, left in that of a run or published under a name on the Hugging Face
+        hub, in eval mode. The options are those of `huggingface_hub.hf_hub_download`.
         """
         options = dict(
             revision=revision,
@@ -121,7 +117,8 @@ class Pretrained(
 
     def generate_model_card(self, *_, **__):
         """The `huggingface_hub.ModelCard` that is saved with the weights, and pushed."""
-        return model_card(_saved_as(type(self)), self.facts or {}, self._origins(), self.home)
+        classes = getattr(self, "class_names", None)
+        return model_card(_saved_as(type(self)), self.facts or {}, self._origins(), self.home, classes)
 
     def _origins(self) -> dict[str, dict[str, str]]:
         return getattr(self, "encoder", self).origins
@@ -133,12 +130,12 @@ def _saved_as(cls) -> str:
 
 
 def file_at(source: str | os.PathLike, name: str, **options) -> Path:
-    """A file of a saved model, in a folder or under a name on the hub, which is asked only for what cannot be
-    meant as a path: its answer may take half a minute.
+    """A file of a saved model, in its folder, in that of its run or under a name on the hub, which is asked
+    only for what cannot be meant as a path: its answer may take half a minute.
     """
     folder = Path(source)
     if os.path.isdir(folder):
-        return folder / name
+        return folder / ("model" if os.path.isdir(folder / "model") else "") / name
     if folder.suffix not in SUFFIXES and not HUB_ID.fullmatch(os.fspath(source)):
         raise HFValidationError(f"{printable(source)} is no OWNER/NAME")
     if folder.suffix in SUFFIXES or folder.parent.is_dir() or folder.parts[0] == "runs":

@@ -305,6 +305,10 @@ def test_a_run_from_end_to_end(shapes, tmp_path, target):
     assert all(0 <= value <= 1 for value in results["metrics"].values())
     pictures = sorted(path.name for path in (tmp_path / "run/pictures").glob("*.png"))
     assert pictures == ["segmentation-000000.png", "segmentation-000001.png"]
+    card = (tmp_path / "run/model/README.md").read_text()
+    assert "| measured on | 3 held-out clips |" in card and str(tmp_path) not in card
+    assert ("| all called sounding |" in card) == (target == "binary")
+    assert ("outputs: background, circle, square," in card) == (target == "semantic")
 
 
 def test_runs_on_avsbench(shapes, tmp_path):
