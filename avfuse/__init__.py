@@ -1,9 +1,10 @@
 """Audio-visual early fusion: a few fusion tokens read every pair of one image token and one audio token."""
 
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .lazy import module_of
 
 # The kernels lie beside this package in a checkout, inside it in a wheel, and are avfuse.kernels in both.
 if not Path(__file__).with_name("kernels").is_dir():
@@ -45,9 +46,7 @@ def __getattr__(name: str):
         if name in names:
             globals()[name] = getattr(import_module(f".{home}", __name__), name)
             return globals()[name]
-    if not name.startswith("_") and find_spec(f".{name}", __name__):
-        return import_module(f".{name}", __name__)
-    raise AttributeError(f"module 'avfuse' has no attribute {name!r}")
+    return module_of(__name__, name)
 
 
 def __dir__() -> list[str]:

@@ -40,18 +40,18 @@ def load_encoder(checkpoint: str | os.PathLike) -> AVEncoder:
         if not isinstance(encoder, AVEncoder):
             raise ValueError(f"{named} holds a single {type(encoder).__name__}, no encoder")
         return encoder
-    source = path / "model" if os.path.isdir(path / "model") else checkpoint
-    config = _config_at(source)
+    config = config_at(checkpoint)
     saved = config.get("class")
     if saved in ("AVEncoder", "AVMAE"):
-        model = (AVMAE if saved == "AVMAE" else AVEncoder).from_pretrained(source)
+        model = (AVMAE if saved == "AVMAE" else AVEncoder).from_pretrained(checkpoint)
         return getattr(model, "encoder", model)
     if not saved or "encoder" not in config.get("model", ()):
         content = f"a model of class {printable(saved)}" if saved else _contents(path)
         raise ValueError(f"{named} must hold an AVEncoder or AVMAE, but holds {content}")
     # The encoder out of the model of a task, of which nothing else is made.
-    weights = encoder_weights(read_safetensors(file_at(source, WEIGHTS)))
-    return make_for(weights, lambda: AVEncoder.from_config(config["model"]["encoder"]), f"{source}: {CONFIG}")
+    weights = encoder_weights(read_safetensors(file_at(checkpoint, WEIGHTS)))
+    description = config["model"]["encoder"]
+    return make_for(weights, lambda: AVEncoder.from_config(description), f"{checkpoint}: {CONFIG}")
 
 
 def load_model(kind: type[nn.Module], run: str | os.PathLike) -> nn.Module:
@@ -60,48 +60,43 @@ def load_model(kind: type[nn.Module], run: str | os.PathLike) -> nn.Module:
     Args:
         kind: its class: `avfuse.tasks.classifier.Classifier`, `avfuse.tasks.segment.Segmenter`,
             `avfuse.tasks.localize.Localizer` or `avfuse.tasks.separator.Separator`.
-        run: the run folder.
+        run: the run folder, or what it holds as model/, wherever that is now.
 
     Raises:
         ValueError: there is none of this class, or it is damaged.
     """
-    folder = Path(run) / "model"
-    if _config_at(folder).get("class") != "AVEncoder":
-        return kind.from_pretrained(folder)
-    head, encoder = read_safetensors(folder / HEAD), load_encoder(run)
+    if config_at(run).get("class") != "AVEncoder":
+        return kind.from_pretrained(run)
+    path = file_at(run, HEAD)
+    head, encoder = read_safetensors(path), load_encoder(run)
     try:
-        options = json.loads(read_metadata(folder / HEAD)["options"])
+        options = json.loads(read_metadata(path)["options"])
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         fault = printable(repr(error))
-        raise ValueError(f"{folder / HEAD} is not that of a {kind.__name__}: {fault}") from error
+        raise ValueError(f"{path} is not that of a {kind.__name__}: {fault}") from error
     weights = head | {f"encoder.{name}": weight for name, weight in encoder.state_dict().items()}
 
     def make() -> nn.Module:
         try:
             return kind(encoder, **options)
         except TypeError as error:
-            raise ValueError(f"{folder / HEAD} is not that of a {kind.__name__}: {error}") from error
+            raise ValueError(f"{path} is not that of a {kind.__name__}: {error}") from error
 
-    return make_for(kind.current(weights), make, f"{folder / HEAD}")
+    return make_for(kind.current(weights), make, str(path))
 
 
-def saved_at(path: str | os.PathLike) -> tuple[str | os.PathLike, str | None]:
-    """Where a run or a saved model has its config.json, and the name of its class; None is none of avfuse's.
+def config_at(source: str | os.PathLike) -> dict:
+    """What config.json says of a saved model, of that of a run, or of a name on the hub: its "class" and how
+    to make it; {} if it is none of avfuse's.
 
     Raises:
-        ValueError: there is no file, no folder and nothing on the hub of that name, or it is damaged.
+        ValueError: there is no folder and nothing on the hub of that name, or it is damaged.
     """
-    source = Path(path, "model") if os.path.isdir(Path(path, "model")) else path
-    return source, _config_at(source).get("class")
-
-
-def _config_at(source: str | os.PathLike) -> dict:
-    """The config.json of a folder or of a name on the hub; {} if it is none of avfuse's."""
     try:
         return read_config(source)
     except HFValidationError as error:
         what = f"checkpoint {printable(source)} is no file, no folder and no name on the hub"
-        raise ValueError(what) from error
+        raise ValueError(f"{what}, which is OWNER/NAME") from error
     except (OSError, EntryNotFoundError) as error:
         raise ValueError(
             f"checkpoint {printable(source)} is no file or folder, nor found on the hub: {printable(error)}"

@@ -1,11 +1,21 @@
 """The model card of a saved model: what it is, how it was trained and measured, whose licence it is under."""
 
+from collections.abc import Sequence
+
 from huggingface_hub import ModelCard, ModelCardData
 
 from .files import in_markdown, printable
 
 HEADINGS = {"recipe": "Training", "data": "Data", "metrics": "Measures"}
-KINDS = {"AVMAE": "masked autoencoder", "AVEncoder": "encoder"}
+KINDS = {  # of a class of models: its name, the hub's pipeline, and the task
+    "AVMAE": ("masked autoencoder", "feature-extraction", "masked-autoencoder"),
+    "AVEncoder": ("encoder", "feature-extraction", "feature-extraction"),
+    "Classifier": ("classifier", "video-classification", "audio-visual-classification"),
+    "Localizer": ("localizer", "image-segmentation", "sound-source-localization"),
+    "Segmenter": ("segmenter", "image-segmentation", "audio-visual-segmentation"),
+    "Separator": ("separator", "audio-to-audio", "audio-visual-source-separation"),
+}
+KINDS_OF_FACTS = {"tables": list, "licence": str}  # others are dictionaries
 UNKNOWN = "unknown"
 PAPER = r"""@inproceedings{mo2024unveiling,
   title = {Unveiling the Power of Audio-Visual Early Fusion Transformers with Dense Interactions through
@@ -32,30 +42,42 @@ CITATIONS = {"MAE": [MAE], "AudioMAE": [AUDIOMAE], "DeepAVFusion": [MAE, AUDIOMA
 
 
 def model_card(
-    saved_as: str, facts: dict, origins: dict[str, dict[str, str]], home: str = "avfuse"
+    saved_as: str,
+    facts: dict,
+    origins: dict[str, dict[str, str]],
+    home: str = "avfuse",
+    classes: Sequence[str] | None = None,
 ) -> ModelCard:
     """The card of a model of class `saved_as` of the module `home`, ready for the Hugging Face hub.
 
     Args:
         facts: of its run, all optional: `recipe`, `data` and `metrics`, dictionaries (nested or not) of what
-            the card shows, and `licence`, under which the weights are published.
+            the card shows; `tables`, each a list of rows of cells, the first of them the header, which show
+            the metrics beside what they compare with; and `licence`, under which the weights are published.
         origins: by branch, the pretrained weights it began with: {"weights", "family", "licence"}.
+        classes: the names of what it tells apart.
 
     Raises:
         ValueError: facts of other names or kinds.
     """
     check_facts(facts)
     licence = licence_of(facts, origins)
+    title, pipeline, task = KINDS.get(saved_as, (saved_as.lower(), None, None))
     data = ModelCardData(
         library_name="avfuse",
         license=printable(licence).lower() if licence else None,
-        tags=["audio-visual", "masked-autoencoder"],
+        pipeline_tag=pipeline,
+        tags=["audio-visual", *([task] if task else [])],
     )
-    parts = [f"---\n{data.to_yaml()}\n---", introduction(saved_as, home)]
+    parts = [f"---\n{data.to_yaml()}\n---", introduction(title, saved_as, home)]
+    if classes:
+        parts.append(f"## Classes\n\nIn the order of the outputs: {cell(list(classes))}.")
     for name, heading in HEADINGS.items():
-        if facts.get(name):
-            rows = [f"| {cell(key)} | {cell(value)} |" for key, value in flat(facts[name])]
-            parts.append("\n".join([f"## {heading}\n", "|  |  |", "| --- | --- |", *rows]))
+        tables = [[("", ""), *flat(facts[name])]] if facts.get(name) else []
+        if name == "metrics":
+            tables = facts.get("tables") or tables
+        if tables:
+            parts += [f"## {heading}", *map(in_columns, tables)]
     parts += [licence_section(licence, origins), citation(origins)]
     return ModelCard("\n\n".join(parts) + "\n")
 
@@ -64,10 +86,13 @@ def check_facts(facts: dict) -> None:
     if not isinstance(facts, dict):
         raise ValueError(f"facts must be a dictionary, got {type(facts).__name__}")
     for name, fact in facts.items():
-        if name not in (*HEADINGS, "licence"):
-            raise ValueError(f"facts must be of {', '.join(HEADINGS)} and licence, got {name!r}")
-        if not isinstance(fact, str if name == "licence" else dict):
+        if name not in (*HEADINGS, *KINDS_OF_FACTS):
+            raise ValueError(f"facts must be of {', '.join(HEADINGS)}, tables and licence, got {name!r}")
+        if not isinstance(fact, KINDS_OF_FACTS.get(name, dict)):
             raise ValueError(f"facts: {name} cannot be a {type(fact).__name__}")
+    for table in facts.get("tables", ()):
+        if not (table and isinstance(table, list) and all(isinstance(row, list | tuple) for row in table)):
+            raise ValueError("facts: tables must be lists of rows, which are lists of cells")
 
 
 def check_origins(origins: dict) -> None:
@@ -98,8 +123,11 @@ def strictness(licence: str) -> int:
 # --- the parts of the card ----------------------------------------------------------------------------------
 
 
-def introduction(saved_as: str, home: str) -> str:
-    return f"""# Audio-visual {KINDS.get(saved_as, saved_as.lower())}
+def introduction(title: str, saved_as: str, home: str) -> str:
+    use = 'model.predict("VIDEO.mp4")'
+    if saved_as in ("AVMAE", "AVEncoder"):
+        use = 'encoder(*avfuse.read_clip("VIDEO.mp4", encoder.inputs))'
+    return f"""# Audio-visual {title}
 
 A model of the library avfuse: image and audio transformers joined by fusion tokens. `config.json` carries its
 input transforms (size and normalisation of the image, mel spectrogram).
@@ -107,10 +135,11 @@ input transforms (size and normalisation of the image, mel spectrogram).
 ## How to load it
 
 ```python
-import {home}
+import avfuse
 
-model = {home}.{saved_as}.from_pretrained("FOLDER_OR_NAME")
+model = avfuse.load("FOLDER_OR_NAME")  # {home}.{saved_as}.from_pretrained("FOLDER_OR_NAME")
 encoder = avfuse.load_encoder("FOLDER_OR_NAME")  # an AVEncoder, in eval mode
+print({use})
 ```"""
 
 
@@ -144,8 +173,16 @@ def flat(facts: dict, prefix: str = ""):
             yield name, value
 
 
+def in_columns(rows: Sequence[Sequence]) -> str:
+    """A Markdown table, whose first row names the columns."""
+    lines = [f"| {' | '.join(map(cell, row))} |" for row in rows]
+    return "\n".join([lines[0], "| --- " * len(rows[0]) + "|", *lines[1:]])
+
+
 def cell(value: object) -> str:
-    """In a Markdown table, whatever is in the value."""
+    """In a Markdown table, whatever is in the value; nothing for None."""
+    if value is None:
+        return ""
     if isinstance(value, float):
         value = f"{value:.4g}"
     elif isinstance(value, (list, tuple)):

@@ -10,6 +10,7 @@ import csv
 import json
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -36,6 +37,11 @@ def main(config: PredictConfig) -> int:
     Raises:
         ValueError: a setting is wrong, or there is no model.
     """
+    for folder in (config.out and config.out.parent, config.pictures):
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)  # if that fails, then before the work
+    if config.out is not None and config.out.suffix == ".parquet" and not find_spec("pyarrow"):
+        raise ValueError("--out .parquet needs pyarrow: pip install pyarrow, or write .csv")
     share_cores(config.threads, workers=0)
     model = load(config.model)
     model = model.encoder if isinstance(model, AVMAE) else model
@@ -95,7 +101,6 @@ def describe(answer: dict, top: int) -> str:
 
 
 def draw(answer: dict, model: nn.Module, path: Path, start: float, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{path.stem}-{start:g}s.png"
     encoder = getattr(model, "encoder", model)
     if isinstance(model, Separator):
@@ -129,7 +134,6 @@ def rows(answers: list[dict]) -> Iterator[dict]:
 
 def write(path: Path, answers: list[dict]) -> None:
     """All answers in one file, written whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with aside(path) as partial:
         if path.suffix == ".json":
             partial.write_text(json.dumps(answers, default=torch.Tensor.tolist, indent=1) + "\n")
@@ -142,8 +146,6 @@ def write(path: Path, answers: list[dict]) -> None:
                 writer.writeheader()
                 writer.writerows(table)
             return
-        try:
-            from pyarrow import Table, parquet
-        except ImportError as error:
-            raise ValueError("--out .parquet needs pyarrow: pip install pyarrow, or write .csv") from error
+        from pyarrow import Table, parquet
+
         parquet.write_table(Table.from_pylist(table), partial)

@@ -23,6 +23,7 @@ from .weight_files import check_tensors, misfits, read_safetensors, write_safete
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")  # of files with weights
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # the bare names that the hub has, too, are more often slips
 STRAYS = 100  # parameters unlike all weights, after which a model is not made any further
 UNSAVED = 2**26  # bytes of buffers that a model may have besides its weights
 
@@ -34,11 +35,7 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class Pretrained(
-    ModelHubMixin,
-    library_name="avfuse",
-    tags=["audio-visual", "masked-autoencoder"],
-):
+class Pretrained(ModelHubMixin, library_name="avfuse"):
     """`save_pretrained(dir)`, `from_pretrained(dir_or_hub_id)` and `push_to_hub(id)` for a model that can
     state its `to_config()` and be made `from_config(...)`. A folder that exists is read without the network.
 
@@ -78,8 +75,8 @@ class Pretrained(
         local_files_only: bool = False,
         force_download: bool = False,
     ):
-        """The model saved in a folder or under a name on the Hugging Face hub, in eval mode. The options are
-        those of `huggingface_hub.hf_hub_download`.
+        """The model saved in a folder, left in that of a run or published under a name on the Hugging Face
+        hub, in eval mode. The options are those of `huggingface_hub.hf_hub_download`.
         """
         options = dict(
             revision=revision,
@@ -93,7 +90,8 @@ class Pretrained(
             config = read_config(source, **options)
         except HFValidationError as error:
             raise ValueError(
-                f"pretrained_model_name_or_path {str(source)!r} is neither a folder nor a name on the hub"
+                f"pretrained_model_name_or_path {str(source)!r} is neither a folder nor a name on the hub,"
+                " which is OWNER/NAME"
             ) from error
         if not config:
             raise ValueError(f"{printable(source)} holds no {CONFIG} of an avfuse model")
@@ -119,7 +117,8 @@ class Pretrained(
 
     def generate_model_card(self, *_, **__):
         """The `huggingface_hub.ModelCard` that is saved with the weights, and pushed."""
-        return model_card(_saved_as(type(self)), self.facts or {}, self._origins(), self.home)
+        classes = getattr(self, "class_names", None)
+        return model_card(_saved_as(type(self)), self.facts or {}, self._origins(), self.home, classes)
 
     def _origins(self) -> dict[str, dict[str, str]]:
         return getattr(self, "encoder", self).origins
@@ -131,13 +130,15 @@ def _saved_as(cls) -> str:
 
 
 def file_at(source: str | os.PathLike, name: str, **options) -> Path:
-    """A file of a saved model, in a folder or under a name on the hub, which is asked only for what cannot be
-    meant as a path: its answer may take half a minute.
+    """A file of a saved model, in its folder, in that of its run or under a name on the hub, which is asked
+    only for what cannot be meant as a path: its answer may take half a minute.
     """
     folder = Path(source)
     if os.path.isdir(folder):
-        return folder / name
-    if folder.suffix in SUFFIXES or (len(folder.parts) == 2 and folder.parent.is_dir()):
+        return folder / ("model" if os.path.isdir(folder / "model") else "") / name
+    if folder.suffix not in SUFFIXES and not HUB_ID.fullmatch(os.fspath(source)):
+        raise HFValidationError(f"{printable(source)} is no OWNER/NAME")
+    if folder.suffix in SUFFIXES or folder.parent.is_dir() or folder.parts[0] == "runs":
         raise ValueError(f"{printable(source)} is no file or folder")
     return Path(hf_hub_download(os.fspath(source), name, **options))
 

@@ -352,6 +352,11 @@ def test_a_run_leaves_a_classifier_and_its_results(folder, tmp_path, probe):
     assert set(results["metrics"]) == {"accuracy", *names, "standard_error", "chance"}
     assert results["metrics"]["chance"] == pytest.approx(2 / 3)
     assert (config.run / "pictures" / "predictions-000001.png").exists()
+    card = (config.run / "model/README.md").read_text()
+    assert "In the order of the outputs: bird, cat." in card and "| most frequent class | 0.6667 |" in card
+    assert "| measured on | 3 " in card and str(tmp_path) not in card
+    config.checkpoint = str(config.run)
+    assert task.facts(1, results["metrics"])["recipe"]["checkpoint"] == "run"
     loaded = load_classifier(config.run)
     assert loaded.class_names == ("bird", "cat")
     item = task.dataset(run.found.test, train=False)[0]

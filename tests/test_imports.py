@@ -5,6 +5,8 @@ Imports inside functions and behind TYPE_CHECKING count like any other.
 
 import ast
 import importlib.util
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -14,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # for a module, and for all that is in it if it is a folder.
 ROOMS = {
     "kernels": "kernels",
-    "ground": "checks choices command files process progress weight_files",
+    "ground": "checks choices command files lazy process progress weight_files",
     "ops": "ops",
     "parts": "inputs vit branch fusion folding graphs",
     "model": "encoder mae presets model_card pretrained released loading weights",
@@ -78,3 +80,11 @@ def test_no_import_runs_in_a_circle():
 def test_no_import_runs_upwards():
     upward = [f"{name} -> {t}" for name, found in IMPORTS.items() for t in found if level(t) > level(name)]
     assert not upward, f"imports that run upwards: {upward}"
+
+
+def test_import_avfuse_is_enough_for_every_name():
+    names = [name for name in MODULES if "." in name and ".kernels" not in name and "__main__" not in name]
+    for package, _, name in (name.rpartition(".") for name in names):
+        assert importlib.import_module(package).__getattr__(name).__name__ == f"{package}.{name}"
+    code = "import avfuse; avfuse.tasks.classifier.Classifier; assert not hasattr(avfuse.tasks, 'nothing')"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -277,6 +277,8 @@ def test_a_run_from_end_to_end(shapes, tmp_path):
     assert all(0 <= value <= 1 for value in metrics.values())
     pictures = sorted(path.name for path in (tmp_path / "run/pictures").glob("*.png"))
     assert pictures == ["localization-000000.png", "localization-000001.png"]
+    card = (tmp_path / "run/model/README.md").read_text()
+    assert "| measured on | 3 " in card and "| a random place |" in card and str(tmp_path) not in card
 
 
 def test_a_run_on_flickr_soundnet(shapes, tmp_path):

@@ -115,9 +115,12 @@ def test_what_is_pushed_has_the_card(monkeypatch):
 
 def test_other_facts_are_refused(tmp_path):
     for facts, message in (
-        (dict(speed={}), "facts must be of recipe, data, metrics and licence, got 'speed'"),
+        (dict(speed={}), "facts must be of recipe, data, metrics, tables and licence, got 'speed'"),
         (dict(metrics=[0.5]), "facts: metrics cannot be a list"),
         (dict(licence=None), "facts: licence cannot be a NoneType"),
+        (dict(tables={}), "facts: tables cannot be a dict"),
+        (dict(tables=[[]]), "facts: tables must be lists of rows"),
+        (dict(tables=[["model"]]), "facts: tables must be lists of rows"),
     ):
         encoder = make_encoder().float()
         encoder.facts = facts

@@ -2,20 +2,25 @@
 
 import csv
 import json
+import shutil
 import wave
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from models import make_vit, randomized, relative_error
 from videos import number_of, write_video
 
 import avfuse
 from avfuse import AVMAE, AVEncoder, InputSettings, read_clip
 from avfuse.data.clips import Clip, ClipDataset
+from avfuse.loading import load_model
 from avfuse.predict import PredictConfig, main
 from avfuse.tasks.classifier import Classifier
 from avfuse.tasks.localize import Localizer
+from avfuse.tasks.model import TaskModel
+from avfuse.tasks.saved import MODELS
 from avfuse.tasks.segment import Segmenter
 from avfuse.tasks.separator import Separator
 from avfuse.training.features import pool
@@ -31,7 +36,11 @@ def make_encoder():
 
 def make(kind):
     torch.manual_seed(0)
-    options = {Classifier: dict(classes=3, class_names=NAMES), Separator: dict(decoder_dim=16)}.get(kind, {})
+    options = {
+        AVMAE: dict(decoder_dim=16, decoder_depth=1, decoder_heads=2),
+        Classifier: dict(classes=3, class_names=NAMES),
+        Separator: dict(decoder_dim=16),
+    }.get(kind, {})
     return (
         make_encoder().eval()
         if kind is AVEncoder
@@ -93,14 +102,59 @@ def test_a_file_that_cannot_be_read_is_named(files, tmp_path):
 # --- models -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [AVEncoder, Classifier, Localizer, Segmenter, Separator])
+@pytest.mark.parametrize("kind", MODELS.values())
 def test_load_gives_what_was_saved(kind, tmp_path):
     model = make(kind)
     model.save_pretrained(tmp_path / "run/model")
-    for path in (tmp_path / "run", tmp_path / "run/model"):
-        loaded = avfuse.load(path)
-        assert type(loaded) is kind and not loaded.training
+    shutil.copytree(tmp_path / "run/model", tmp_path / "copy")
+    for path in (tmp_path / "run", tmp_path / "run/model", tmp_path / "copy"):
+        loaded, same, encoder = avfuse.load(path), kind.from_pretrained(path), avfuse.load_encoder(path)
+        assert type(loaded) is type(same) is kind and not loaded.training and not same.training
+        assert type(encoder) is AVEncoder
+        if issubclass(kind, TaskModel):
+            assert type(load_model(kind, path)) is kind
         assert all(torch.equal(ours, loaded.state_dict()[name]) for name, ours in model.state_dict().items())
+
+
+KINDS = {
+    AVEncoder: ("encoder", "feature-extraction", "feature-extraction"),
+    AVMAE: ("masked autoencoder", "feature-extraction", "masked-autoencoder"),
+    Classifier: ("classifier", "video-classification", "audio-visual-classification"),
+    Localizer: ("localizer", "image-segmentation", "sound-source-localization"),
+    Segmenter: ("segmenter", "image-segmentation", "audio-visual-segmentation"),
+    Separator: ("separator", "audio-to-audio", "audio-visual-source-separation"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_pushed_tells_its_task_and_loads_as_its_card_says(kind, files, tmp_path, monkeypatch, capsys):
+    """The hub is played by a folder: what would be uploaded lies there."""
+
+    class Hub:
+        def __init__(self, **_):
+            pass
+
+        def create_repo(self, repo_id, **_):
+            return type("Url", (), dict(repo_id=repo_id))
+
+        def upload_folder(self, folder_path, **_):
+            shutil.copytree(folder_path, tmp_path / "hub")
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
+    monkeypatch.setattr("avfuse.pretrained.hf_hub_download", lambda _, name, **__: tmp_path / "hub" / name)
+    model = make(kind)
+    model.push_to_hub("someone/model")
+    card = ModelCard.load(tmp_path / "hub/README.md")
+    title, pipeline, tag = KINDS[kind]
+    assert f"# Audio-visual {title}\n" in card.text
+    assert (card.data.pipeline_tag, card.data.tags) == (pipeline, ["audio-visual", tag])
+    named = "## Classes\n\nIn the order of the outputs: dog, harp, rain." in card.text
+    assert named == (kind is Classifier)
+    code = card.text.split("```python\n")[1].split("```")[0]
+    scope = {}
+    exec(code.replace("FOLDER_OR_NAME", "someone/model").replace("VIDEO.mp4", str(files["both"])), scope)
+    assert capsys.readouterr().out and type(scope["model"]) is kind and type(scope["encoder"]) is AVEncoder
+    assert all(torch.equal(ours, scope["model"].state_dict()[n]) for n, ours in model.state_dict().items())
 
 
 def test_load_names_what_there_is(tmp_path):
@@ -168,6 +222,22 @@ def test_a_separator_gives_the_sound_of_what_is_seen(files):
 def classifier(tmp_path):
     make(Classifier).save_pretrained(tmp_path / "run/model")
     return str(tmp_path / "run")
+
+
+def test_what_parquet_needs_is_said_before_the_work(classifier, files, tmp_path, monkeypatch):
+    monkeypatch.setattr("avfuse.predict.find_spec", lambda name: None)
+    monkeypatch.setattr("avfuse.predict.load", lambda path: pytest.fail("the work began"))
+    with pytest.raises(ValueError, match="--out .parquet needs pyarrow: pip install pyarrow, or write .csv"):
+        main(PredictConfig(classifier, (files["both"],), out=tmp_path / "answers.parquet"))
+
+
+def test_a_parquet_file_has_the_rows_of_a_csv_file(classifier, files, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for name in "answers.csv", "answers.parquet":
+        assert main(PredictConfig(classifier, (files["both"],), out=tmp_path / name)) == 0
+    rows = parquet.read_table(tmp_path / "answers.parquet").to_pylist()
+    with open(tmp_path / "answers.csv") as file:
+        assert [{k: str(v) for k, v in row.items()} for row in rows] == list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize("suffix", ["json", "csv"])

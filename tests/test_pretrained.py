@@ -15,6 +15,7 @@ from models import AUDIO, IMAGE, make_encoder, make_inputs, make_vit, randomized
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import avfuse
 from avfuse import AVMAE, AVEncoder, InputSettings, create_encoder, load_encoder
 from avfuse.fusion import VARIANTS
 from avfuse.released import ReleasedEncoder
@@ -420,13 +421,24 @@ def test_default_weight_decay_is_the_papers():
     assert {group["weight_decay"] for group in make_mae().parameter_groups()} == {0.0, 0.05}
 
 
-@pytest.mark.parametrize("name", ["runs/gone", "encoder.pth", "someone/encoder.safetensors"])
+@pytest.mark.parametrize("name", ["here/gone", "runs/gone", "encoder.pth", "someone/encoder.safetensors"])
 def test_what_is_meant_as_a_path_is_not_looked_for_on_the_hub(name, tmp_path, monkeypatch):
-    (tmp_path / "runs").mkdir()
+    (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("avfuse.pretrained.hf_hub_download", lambda *_, **__: pytest.fail("asked the hub"))
-    for load in load_encoder, AVEncoder.from_pretrained:
+    for load in load_encoder, avfuse.load, AVEncoder.from_pretrained:
         with pytest.raises(ValueError, match=f"{name} is no file or folder"):
+            load(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["c", "./m", "../m", "~/m", "m/", "/no/m", "C:\\m", "C:/m", "a/b/c", "no/m m"]
+)
+def test_only_owner_and_name_are_looked_for_on_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("avfuse.pretrained.hf_hub_download", lambda *_, **__: pytest.fail("asked the hub"))
+    for load in load_encoder, avfuse.load, AVEncoder.from_pretrained:
+        with pytest.raises(ValueError, match="no(r a)? name on the hub, which is OWNER/NAME"):
             load(name)
 
 

@@ -29,6 +29,7 @@ from avfuse.tasks.segment import (
     both_iou,
     class_mean,
     class_scores,
+    colour,
     f_curve,
     highest_of_mean,
     mean_of_highest,
@@ -304,6 +305,10 @@ def test_a_run_from_end_to_end(shapes, tmp_path, target):
     assert all(0 <= value <= 1 for value in results["metrics"].values())
     pictures = sorted(path.name for path in (tmp_path / "run/pictures").glob("*.png"))
     assert pictures == ["segmentation-000000.png", "segmentation-000001.png"]
+    card = (tmp_path / "run/model/README.md").read_text()
+    assert "| measured on | 3 held-out clips |" in card and str(tmp_path) not in card
+    assert ("| all called sounding |" in card) == (target == "binary")
+    assert ("outputs: background, circle, square," in card) == (target == "semantic")
 
 
 def test_runs_on_avsbench(shapes, tmp_path):
@@ -362,3 +367,15 @@ def test_mistakes_are_explained(tmp_path):
         SegmentConfig(dim=0)
     with pytest.raises(ValueError, match="--missing keep: each annotated picture needs its sound"):
         SegmentConfig(missing="keep")
+
+
+def test_no_two_classes_have_colours_alike():
+    """Not the 70 of AVSBench either; and those of Sounding Shapes are apart for who cannot see green, too
+    (matrix: Machado et al., 2009).
+    """
+    colours = torch.tensor([colour(label) for label in range(1, 71)], dtype=torch.float64)
+    assert torch.pdist(colours).min() > 0.01
+    blind = [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]]
+    shapes = colours[: len(SHAPE_CLASSES) - 1]
+    for seen in shapes, shapes @ torch.tensor(blind, dtype=torch.float64).T:
+        assert torch.pdist(seen).min() > 0.2

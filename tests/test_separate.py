@@ -290,6 +290,8 @@ def test_the_program_leaves_results_sounds_and_pictures(data, tmp_path):
     assert len(list((tmp_path / "run/sounds").glob("*.wav"))) == 9
     assert (tmp_path / "run/pictures/separation-000001.png").exists()
     assert "sdr" in (tmp_path / "run/index.html").read_text()
+    card = (tmp_path / "run/model/README.md").read_text()
+    assert "| measured on | 3 " in card and "| mixture as it is |" in card and str(tmp_path) not in card
 
 
 def test_a_single_pair_is_refused():

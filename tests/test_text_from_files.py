@@ -115,6 +115,10 @@ def test_a_model_card(tmp_path):
         assert_plain_markdown(body)
         assert card.count("\n---\n") == 1 and "\n# A\n" not in card
         assert [line.count(" | ") for line in body.splitlines() if line.startswith("| nested")] == [1, 1, 1]
+    tables = [[[EVIL, EVIL], [EVIL, None]]]
+    card = str(model_card("Classifier", dict(tables=tables), origins, classes=(EVIL, EVIL)))
+    assert_plain_markdown(card.split("\n---\n", 1)[1])
+    assert len([line for line in card.splitlines() if line.count(" | ") == 1 and "nested" not in line]) == 3
     encoder = make_encoder().float()
     encoder.image.origin, encoder.facts = origins["image"], facts
     encoder.save_pretrained(tmp_path)

@@ -127,6 +127,9 @@ def test_saved_model_is_the_trained_one(finished):
     assert results["coverage"] == dict(judged=5, expected=5) and results["step"] == 6
     assert mae.facts["metrics"]["held_out_image_loss"] == recorded["held_out_image_loss"]
     assert mae.facts["metrics"]["probe_shape_sum"] == recorded["probes"]["shape"]["sum"]["accuracy"]
+    card = (finished.run / "model/README.md").read_text()
+    assert "| held-out loss | loss | predicting zero | share |" in card and "| measured on | 5 " in card
+    assert str(finished.data.parent) not in card and str(finished.run.parent) not in card
 
 
 def test_resumes_with_the_losses_of_an_uninterrupted_run(finished, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from ..loading import load_model
 from ..pretrained import Pretrained, load_strictly
 from ..released import encoder_weights, from_deepavfusion, read_weights, size_of
 from ..training.features import FEATURES, encode, pool
-from .model import TaskModel
+from .model import TaskModel, named
 
 NORM_EPS = 1e-6
 
@@ -64,9 +64,7 @@ class Classifier(TaskModel, Pretrained):
         super().__init__()
         check_count("classes", classes)
         check_features(features)
-        if class_names is not None and len(class_names) != classes:
-            raise ValueError(f"class_names must name all {classes} classes, got {len(class_names)} names")
-        self.class_names = None if class_names is None else tuple(class_names)
+        self.class_names = named(class_names, classes)
         self.encoder, self.classes, self.frozen, self.several = encoder, classes, frozen, several
         self.features = tuple(name for name in FEATURES if name in features)
         self.settings = dict(

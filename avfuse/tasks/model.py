@@ -1,5 +1,6 @@
 """The model of a task: an encoder and a head, saved and loaded as one."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +62,10 @@ class TaskModel(nn.Module):
     def from_config(cls, config: dict) -> "TaskModel":
         config = dict(config)
         return cls(AVEncoder.from_config(config.pop("encoder")), **config)
+
+
+def named(class_names: Sequence[str] | None, classes: int) -> tuple[str, ...] | None:
+    """The names of all classes, or None; ValueError if there are more or fewer."""
+    if class_names is not None and len(class_names) != classes:
+        raise ValueError(f"class_names must name all {classes} classes, got {len(class_names)} names")
+    return None if class_names is None else tuple(class_names)

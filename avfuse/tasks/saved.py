@@ -1,14 +1,14 @@
 """Whatever avfuse has saved, as the model that it is: `avfuse.load(path)`."""
 
 import os
-from pathlib import Path
 
 from torch import nn
 
 from ..encoder import AVEncoder
 from ..files import printable
-from ..loading import HEAD, load_encoder, saved_at
+from ..loading import HEAD, config_at, load_encoder
 from ..mae import AVMAE
+from ..pretrained import file_at
 from .classifier import Classifier
 from .localize import Localizer
 from .segment import Segmenter
@@ -30,12 +30,12 @@ def load(path: str | os.PathLike) -> nn.Module:
     """
     if os.path.isfile(path):
         return load_encoder(path)
-    source, kind = saved_at(path)
+    kind = config_at(path).get("class")
     if kind not in MODELS:
         return load_encoder(path)  # which says what there is
-    if Path(source, HEAD).is_file():
+    if os.path.isdir(path) and file_at(path, HEAD).is_file():
         raise ValueError(
             f"{printable(path)} was saved as an encoder and a head: load it by the class of its task,"
             " such as avfuse.loading.load_model(avfuse.tasks.classifier.Classifier, path)"
         )
-    return MODELS[kind].from_pretrained(source)
+    return MODELS[kind].from_pretrained(path)

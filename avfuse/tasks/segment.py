@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.patches import Patch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, interpolate
@@ -28,6 +28,7 @@ from ..pretrained import Pretrained
 from ..training.judge import starting_encoder, to_columns, to_rows
 from ..training.loop import program
 from ..training.pictures import figure_grid, save
+from .model import named
 from .scenes import SIZE, SceneModel, SceneTask, model_inputs, outline, show_map, show_scene
 
 BETA_SQUARED = 0.3  # of the F score: precision counts for more than recall
@@ -61,14 +62,26 @@ class Segmenter(SceneModel, Pretrained):
         encoder: whose tokens are read; trained along.
         outputs: logits at each pixel, 1 for a mask.
         dim: width of the decoder after its first block.
+        class_names: what the outputs are called, the background first; None = not told.
+
+    Raises:
+        ValueError: there are not as many names as outputs.
     """
 
     home = "avfuse.tasks.segment"
     former = {"predict": "last"}
 
-    def __init__(self, encoder: AVEncoder, outputs: int = 1, dim: int = 64):
+    def __init__(
+        self,
+        encoder: AVEncoder,
+        outputs: int = 1,
+        dim: int = 64,
+        *,
+        class_names: Sequence[str] | None = None,
+    ):
         super().__init__()
-        self.encoder, self.settings = encoder, dict(outputs=outputs, dim=dim)
+        self.encoder, self.class_names = encoder, named(class_names, outputs)
+        self.settings = dict(outputs=outputs, dim=dim, class_names=self.class_names)
         self.join = nn.Linear(encoder.dims["image"] + encoder.dims["audio"], 2 * dim)
         self.decoder = nn.Sequential(
             up_convolution(2 * dim, dim), up_convolution(dim, dim), up_convolution(dim, dim // 2)
@@ -221,8 +234,9 @@ class Segmentation(SceneTask):
         super().__init__(config, found)
         self.semantic, self.frame = config.target == "semantic", FRAME[config.protocol]
         (self.classes,) = found.classes.values()
+        names = self.classes if self.semantic else None
         outputs = len(self.classes) if self.semantic else 1
-        self.model = Segmenter(starting_encoder(config), outputs=outputs, dim=config.dim)
+        self.model = Segmenter(starting_encoder(config), outputs, config.dim, class_names=names)
         control = " without sound (control)" if config.modalities == "image" else ""
         self.name = f"{config.target} segmentation{control}"
         metrics = METRICS[config.target, config.protocol].format(classes=len(self.classes))
@@ -344,8 +358,10 @@ def draw_classes(
     save(figure, path)
 
 
-def colour(label: int) -> str:
-    return COLOURS[(label - 1) % len(COLOURS)]
+def colour(label: int) -> tuple[float, ...]:
+    """Of a class, 1 or more: hues that colour-blind readers tell apart, darker each time they are used up."""
+    shade, hue = divmod(label - 1, len(COLOURS))
+    return tuple(level / (1 + shade / 2) for level in to_rgb(COLOURS[hue]))
 
 
 main = partial(program, kind=Segmentation)

@@ -4,6 +4,7 @@ tasks start from.
 
 import datetime
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -168,14 +169,20 @@ class JudgedTask(Task):
         """What the model card tells of the run."""
         config, found = self.config, self.found
         coverage = {side: f"{there} of {expected}" for side, (there, expected) in found.coverage.items()}
+        recipe = {name: getattr(config, name) for name in self.recipe} | dict(steps=step)
+        if os.path.exists(recipe.get("checkpoint", "")):  # the path says nothing to others
+            recipe["checkpoint"] = Path(recipe["checkpoint"]).resolve().name
         return dict(
-            recipe={name: getattr(config, name) for name in self.recipe} | dict(steps=step),
+            recipe=recipe,
             data=dict(
-                name=config.data.name if config.data else "Sounding Shapes",
+                name=config.data.resolve().name if config.data else "Sounding Shapes",
                 clips=len(found.train),
+                measured_on=f"{len(found.test)} {found.test_name}",
+                measured_by=self.protocol,
                 coverage=coverage,
             ),
             metrics=self.numbers(metrics),
+            tables=[[list(row) for row in table] for table in self.tables(metrics)],
         )
 
     def results(self, model: nn.Module, step: int, judged: int, metrics: dict) -> dict:

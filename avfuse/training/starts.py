@@ -6,14 +6,14 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ..files import printable
-from ..loading import saved_at
-from ..pretrained import WEIGHTS, file_at, load_strictly, read_config
+from ..loading import config_at
+from ..pretrained import WEIGHTS, file_at, load_strictly
 from ..weight_files import read_safetensors
 
 
 def saved_settings(checkpoint: str) -> dict:
     """What the config.json of a saved model holds: "class" and "model"; {} of other weights."""
-    return {} if os.path.isfile(checkpoint) else read_config(saved_at(checkpoint)[0])
+    return {} if os.path.isfile(checkpoint) else config_at(checkpoint)
 
 
 def begin_from(model: nn.Module, checkpoint: str, say: Callable[[str], object]) -> None:
@@ -32,11 +32,11 @@ def begin_from(model: nn.Module, checkpoint: str, say: Callable[[str], object]) 
 
 def other_weights(model: nn.Module, checkpoint: str) -> dict[str, Tensor]:
     """The weights by name of a saved model, if it is of the same class and of the same classes of clips."""
-    saved = saved_settings(checkpoint)
-    names = [list(settings.get("class_names") or ()) for settings in (model.settings, saved.get("model", {}))]
-    if saved.get("class") != type(model).__name__ or names[0] != names[1]:
+    saved, own = saved_settings(checkpoint), model.settings.get("class_names")
+    theirs = saved.get("model", {}).get("class_names", own)  # a segmenter did not tell them once
+    if saved.get("class") != type(model).__name__ or list(own or ()) != list(theirs or ()):
         return {}
-    return model.current(read_safetensors(file_at(saved_at(checkpoint)[0], WEIGHTS)))
+    return model.current(read_safetensors(file_at(checkpoint, WEIGHTS)))
 
 
 def part_of(weights: dict[str, Tensor], part: str) -> dict[str, Tensor]:

@@ -7,6 +7,9 @@ The picture alone shows every colour, and nothing of which object sounds. So nam
 one takes both: audio alone is right 1 time in 6, the picture alone 1 time in as many objects as there are.
 """
 
+from functools import partial
+
+from ...lazy import module_of
 from .build import Settings, generate
 from .read import (
     CLASSES,
@@ -44,3 +47,5 @@ __all__ = [
     "read_masks",
     "read_sound",
 ]
+
+__getattr__ = partial(module_of, __name__)
