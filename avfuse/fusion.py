@@ -5,7 +5,7 @@
 `DenseFusion` attends to every pair of an image and an audio token (paper Eq. 4-8), `FactorizedFusion` to the
 pairs of a few aggregation tokens (Eq. 9-13), `TokenFusion` to the tokens themselves (Sec. 3.1). All are
 pre-norm residual blocks: z = x + proj(attention(norm x, norm image, norm audio)), out = z + mlp(norm z).
-`VARIANTS`, at the end, names the ways to fuse that an encoder offers.
+`CrossFusion` needs no fusion tokens. `VARIANTS`, at the end, names the ways to fuse that an encoder offers.
 """
 
 from collections.abc import Callable
