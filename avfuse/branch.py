@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from .checks import check_dtype, check_indices, check_mask, check_tensor, has_hooks
-from .fusion import Stream
+from .fusion import Stream, union_mask
 from .vit import input_shape, patch_tokens, split_prefix
 
 
@@ -58,6 +58,18 @@ class Branch(NamedTuple):
         return (mask | ~mask.any(1, keepdim=True))[:, None, None]
 
 
+def joint_masks(image: Branch, audio: Branch) -> tuple[Tensor | None, Tensor | None]:
+    """Masks (B, 1, 1, keys) of `avfuse.vit.joint_heads`; all own tokens, where it would leave none."""
+    image_prefix, audio_prefix = (Stream(split_prefix(x.vit, x.tokens)[0]) for x in (image, audio))
+    image_mask = union_mask(image_prefix, image.stream, audio.stream)
+    audio_mask = union_mask(image.stream, audio.stream, audio_prefix)
+    if image_mask is None:
+        return None, None
+    image_mask[:, : image.tokens.shape[1]] |= ~image_mask.any(1, keepdim=True)
+    audio_mask[:, -audio.tokens.shape[1] :] |= ~audio_mask.any(1, keepdim=True)
+    return image_mask[:, None, None], audio_mask[:, None, None]
+
+
 def absent(like: Tensor, dim: int) -> Stream:
     """A modality that is not there: one token of this width that nobody attends to."""
     nothing = torch.zeros(like.shape[0], 1, dtype=torch.bool, device=like.device)
@@ -85,6 +97,25 @@ def check_branch(name: str, vit: VisionTransformer, pixels: Tensor | None, selec
     check_mask(f"{name}_present", selection.present, (batch,), pixels.device)
     if selection.keep is not None:
         check_indices(f"{name}_keep", selection.keep, batch, patches, pixels.device)
+
+
+def check_joint(
+    image: VisionTransformer,
+    audio: VisionTransformer,
+    fusion_layers: Sequence[int],
+    block_layers: dict[str, Sequence[int]],
+) -> None:
+    """Raises ValueError unless queries of either fit the keys of the other, in every fused layer."""
+    heads = [(vit.blocks[0].attn.num_heads, vit.blocks[0].attn.head_dim) for vit in (image, audio)]
+    if heads[0] != heads[1]:
+        said = " and ".join(f"{count} of width {width}" for count, width in heads)
+        raise ValueError(f"interactions='joint' needs equal heads of image and audio, got {said}")
+    shared = sorted(set(block_layers["image"]) & set(block_layers["audio"]))
+    if not set(fusion_layers) <= set(shared):
+        raise ValueError(
+            f"interactions='joint' needs a block of both transformers in every fused layer: fusion_layers may"
+            f" hold {shared}, got {list(fusion_layers)}"
+        )
 
 
 def layers_of_blocks(

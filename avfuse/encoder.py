@@ -11,15 +11,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .branch import Branch, Selection, absent, check_branch, layers_of_blocks
+from .branch import Branch, Selection, absent, check_branch, check_joint, joint_masks, layers_of_blocks
 from .checks import check_choice, check_count, check_flag, check_positive
 from .folding import FoldedBlock, FoldedDense, check_foldable, shares_norms
-from .fusion import NORM_EPS, STATE, VARIANTS, Fusion, Stream, Variant
+from .fusion import NORM_EPS, STATE, VARIANTS, Stream, Variant
 from .graphs import CudaGraphs
 from .inputs import InputSettings, ask_for_inputs, check_inputs, default_inputs
 from .ops.residual_norm import residual_norm
 from .pretrained import Pretrained, parameter_groups
-from .vit import build_vit, check_vit, describe_vit, take_context, without_head
+from .vit import build_vit, check_vit, describe_vit, joint_heads, run_jointly, take_context, without_head
 
 
 class EncoderOutput(NamedTuple):
@@ -38,11 +38,17 @@ class AVEncoder(nn.Module, Pretrained):
     image and audio patch tokens, and both uni-modal blocks attend to the fusion tokens as extra keys and
     values. Layers without fusion run the uni-modal blocks alone.
 
+    Two ways to fuse, "joint" and "cross", have no fusion branch: its tokens stay what they are, as with
+    "none". In their fused layers, image and audio tokens read each other's patch tokens; where a clip lacks a
+    modality, the other runs alone.
+
     Args:
         image, audio: timm VisionTransformers with standard blocks; they become part of the encoder, and lose
             their classifier head. Audio is a one-channel image (mel, time). The fusion tokens have the width
             of `image`; where `audio` has another, it reads them through a linear map.
-        interactions: "dense" (exact, all pairs; the default), "bilinear", "factorized", "token" or "none".
+        interactions: "dense" (exact, all pairs; the default), "bilinear", "factorized", "token"; "joint"
+            (each block's own queries attend to the keys and values of both blocks), "cross" (a
+            cross-attention to the other modality before the block, see `avfuse.fusion.CrossFusion`); "none".
         fusion_layers: "all", "none", or the 0-based layers that fuse.
         fusion_tokens: F; default 16. image_aggregation_tokens, audio_aggregation_tokens: of "factorized";
             default 8.
@@ -121,6 +127,8 @@ class AVEncoder(nn.Module, Pretrained):
         self.grad_checkpointing = False
         fusion_layers = layers_of(fusion_layers, self.depth)
         self.fusion_layers = () if interactions == "none" else fusion_layers
+        if interactions == "joint":
+            check_joint(image, audio, self.fusion_layers, self.block_layers)
         # Everything that rebuilds the fusion branch, as it goes into config.json.
         self.settings = dict(
             interactions=interactions,
@@ -137,13 +145,14 @@ class AVEncoder(nn.Module, Pretrained):
             norm_eps=norm_eps,
             block_layers=None if block_layers is None else list(block_layers),
         )
-        self.fusion_blocks = nn.ModuleDict({str(layer): self.make_block() for layer in self.fusion_layers})
+        with_block = self.fusion_layers if self.variant.block else ()
+        self.fusion_blocks = nn.ModuleDict({str(layer): self.make_block() for layer in with_block})
         self.fusion_tokens = nn.Parameter(
             torch.empty(1, self.num_state_tokens, self.embed_dim).normal_(std=0.02)
         )
         self.fusion_norm = nn.LayerNorm(self.embed_dim, eps=NORM_EPS)
         self.context_to_audio = None
-        if self.fusion_layers and not same_width:
+        if self.fusion_layers and not same_width and not self.variant.direct:
             self.context_to_audio = nn.Linear(self.embed_dim, audio.embed_dim)
 
     @property
@@ -168,11 +177,16 @@ class AVEncoder(nn.Module, Pretrained):
         return dict(image=self.image.embed_dim, audio=self.audio.embed_dim, fusion=self.embed_dim)
 
     @property
+    def num_prefix_tokens(self) -> tuple[int, int]:
+        """Class and register tokens of image and audio."""
+        return self.image.num_prefix_tokens, self.audio.num_prefix_tokens
+
+    @property
     def variant(self) -> Variant:
         """The way to fuse."""
         return self.variants[self.settings["interactions"]]
 
-    def make_block(self) -> Fusion:
+    def make_block(self) -> nn.Module:
         """One fusion block, as the settings say."""
         patches = self.image.patch_embed.num_patches, self.audio.patch_embed.num_patches
         dims = dict(image_dim=self.dims["image"], audio_dim=self.dims["audio"])
@@ -249,8 +263,10 @@ class AVEncoder(nn.Module, Pretrained):
 
     def run_layer(self, layer, image, audio, fusion):
         """One layer: all branches read the layer before (paper Eq. 1-3)."""
-        if self.block(layer) is None:
+        if layer not in self.fusion_layers:
             return self.run_unimodal(layer, image), self.run_unimodal(layer, audio), fusion
+        if self.variant.direct:
+            return *self.run_direct(layer, image, audio), fusion
         image_context, audio_context = self.contexts(fusion)
         return (
             self.run_unimodal(layer, image, image_context),
@@ -282,6 +298,28 @@ class AVEncoder(nn.Module, Pretrained):
             audio_positions=audio.positions,
         )
 
+    def run_direct(self, layer, image, audio):
+        """Image and audio tokens read one another; one modality without the other runs alone."""
+        if image is not None and audio is not None:
+            if self.block(layer) is None:
+                return self.run_joint(layer, image, audio)
+            image, audio = self.run_cross(layer, image, audio)
+        return self.run_unimodal(layer, image), self.run_unimodal(layer, audio)
+
+    def run_joint(self, layer, image, audio):
+        both = image, audio
+        blocks = tuple(branch.vit.blocks[branch.layers.index(layer)] for branch in both)
+        image_tokens, audio_tokens = self.checkpointed(run_jointly)(
+            blocks, (image.tokens, audio.tokens), joint_masks(*both), self.num_prefix_tokens
+        )
+        return image._replace(tokens=image_tokens), audio._replace(tokens=audio_tokens)
+
+    def run_cross(self, layer, image, audio):
+        image_tokens, audio_tokens = self.checkpointed(self.block(layer))(
+            image.tokens, audio.tokens, image.stream, audio.stream
+        )
+        return image._replace(tokens=image_tokens), audio._replace(tokens=audio_tokens)
+
     def streams(self, image: "Branch | None", audio: "Branch | None") -> tuple[Stream, Stream]:
         """What fusion reads of both."""
         if image is None:
@@ -289,12 +327,19 @@ class AVEncoder(nn.Module, Pretrained):
         return image.stream, absent(image.tokens, self.dims["audio"]) if audio is None else audio.stream
 
     def block(self, layer: int) -> nn.Module | None:
-        """The fusion block of a layer that fuses."""
+        """The fusion block of a layer that has one."""
         return self.fusion_blocks[str(layer)] if str(layer) in self.fusion_blocks else None
 
     def visible_fusion(self, state: Tensor) -> Tensor:
         """The F fusion tokens of the fusion branch's state, which the other branches and the user see."""
         return state[:, : self.num_fusion_tokens]
+
+    @property
+    def shows_attention(self) -> bool:
+        """Whether `fusion_attention` has something to show: not where no fusion tokens attend ("joint",
+        "cross", "none"), and not of released blocks or a fused encoder.
+        """
+        return any(hasattr(block, "weights") for block in self.fusion_blocks.values())
 
     @torch.no_grad()
     def fusion_attention(
@@ -315,15 +360,16 @@ class AVEncoder(nn.Module, Pretrained):
             token are 0, and so is the single weight of a modality that is None.
 
         Raises:
-            ValueError: no such fused layer, released blocks (which have no weights to show), or an input that
-                `forward` refuses.
+            ValueError: no such fused layer, blocks without weights to show (see `shows_attention`), or
+                an input that `forward` refuses.
         """
         layer = self.fusion_layers[-1] if layer is None and self.fusion_layers else layer
         if type(layer) is not int or layer not in self.fusion_layers:
             raise ValueError(f"layer must be one of the fused layers {list(self.fusion_layers)}, got {layer}")
         block = self.block(layer)
-        if not hasattr(block, "weights"):
-            raise ValueError(f"layer {layer} is a {type(block).__name__}, which has no weights to show")
+        if not self.shows_attention:
+            kind = f"interactions={self.settings['interactions']!r}"
+            raise ValueError(f"{type(self).__name__} of {kind}: its fusion tokens have no weights to show")
         image_selection = Selection(None, image_mask, image_present)
         audio_selection = Selection(None, audio_mask, audio_present)
         image, audio, fusion = self.embed(image, audio, image_selection, audio_selection)
@@ -418,6 +464,7 @@ class FusedEncoder(AVEncoder):
 
     graphs: CudaGraphs | None  # of `forward`
     recording: bool = False  # now
+    shows_attention = False
     side: torch.cuda.Stream | None = (
         None  # of the recording, where fusion blocks run: no block waits for them
     )
@@ -484,6 +531,8 @@ class FusedEncoder(AVEncoder):
 
     def run_layer(self, layer, image, audio, fusion):
         self.join()
+        if self.variant.direct and layer in self.fusion_layers:
+            return *self.run_direct(layer, image, audio), fusion
         block = self.block(layer)
         if isinstance(block, FoldedDense):
             tokens, norm = residual_norm(*fusion, eps=block.eps)
@@ -502,6 +551,23 @@ class FusedEncoder(AVEncoder):
                 fusion = Sum(self.run_fusion(layer, tokens, image, audio))
         return self.update(layer, image, image_projected), self.update(layer, audio, audio_projected), fusion
 
+    def run_joint(self, layer, image, audio):
+        image, image_projected = self.project(layer, image, None)
+        audio, audio_projected = self.project(layer, audio, None)
+        heads = joint_heads(
+            self.heads(layer, image, image_projected),
+            self.heads(layer, audio, audio_projected),
+            self.num_prefix_tokens,
+        )
+        masks = joint_masks(image, audio)
+        return self.attend(layer, image, heads[0], masks[0]), self.attend(layer, audio, heads[1], masks[1])
+
+    def run_cross(self, layer, *branches):
+        return super().run_cross(layer, *(x._replace(tokens=total(x), update=None) for x in branches))
+
+    def run_unimodal(self, layer, branch, context=None):
+        return self.update(layer, *self.project(layer, branch, context))
+
     def project(self, layer, branch, context):
         if branch is None:
             return None, None
@@ -509,11 +575,17 @@ class FusedEncoder(AVEncoder):
         tokens, projected = block.project(branch.tokens, branch.update, context)
         return branch._replace(tokens=tokens, update=None), projected
 
+    def heads(self, layer, branch, projected):
+        return branch.vit.blocks[layer].heads(projected, branch.tokens.shape[1])
+
     def update(self, layer, branch, projected):
         if branch is None:
             return None
         key_mask = branch.key_mask(projected.shape[1] - branch.tokens.shape[1])
-        tokens, update = branch.vit.blocks[layer].update(branch.tokens, projected, key_mask)
+        return self.attend(layer, branch, self.heads(layer, branch, projected), key_mask)
+
+    def attend(self, layer, branch, heads, key_mask):
+        tokens, update = branch.vit.blocks[layer].update(branch.tokens, heads, key_mask)
         return branch._replace(tokens=tokens, update=update)
 
     def tokens_of(self, image, audio, fusion):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .checks import has_hooks, is_plain
 from .fusion import DenseFusion, Stream
 from .ops.residual_norm import residual_norm
+from .vit import Heads
 
 
 class FoldedBlock(nn.Module):
@@ -52,12 +53,15 @@ class FoldedBlock(nn.Module):
         tokens, norm = residual_norm(tokens, update, context, eps=self.eps)
         return tokens, self.input(norm)
 
-    def update(self, tokens: Tensor, projected: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Tokens after attention, and what the MLP adds to them."""
+    def heads(self, projected: Tensor, count: int) -> Heads:
+        """Queries of the last `count` tokens, as the context is not updated here; keys and values of all."""
         heads = projected[..., : 3 * self.attn_dim].unflatten(-1, (3, self.num_heads, -1))
         query, key, value = heads.permute(2, 0, 3, 1, 4).unbind()
-        query = query[:, :, -tokens.shape[1] :]  # the context is not updated here
-        attended = F.scaled_dot_product_attention(self.q_norm(query), self.k_norm(key), value, attn_mask=mask)
+        return Heads(self.q_norm(query[:, :, -count:]), self.k_norm(key), value)
+
+    def update(self, tokens: Tensor, heads: Heads, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Tokens after attention, and what the MLP adds to them."""
+        attended = F.scaled_dot_product_attention(*heads, attn_mask=mask)
         attended = self.proj(self.norm(attended.transpose(1, 2).flatten(2)))
         tokens, norm = residual_norm(tokens, attended, eps=self.mlp_eps)
         return tokens, self.fc2(self.mlp_norm(self.act(self.fc1(norm))))

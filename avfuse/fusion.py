@@ -5,7 +5,7 @@
 `DenseFusion` attends to every pair of an image and an audio token (paper Eq. 4-8), `FactorizedFusion` to the
 pairs of a few aggregation tokens (Eq. 9-13), `TokenFusion` to the tokens themselves (Sec. 3.1). All are
 pre-norm residual blocks: z = x + proj(attention(norm x, norm image, norm audio)), out = z + mlp(norm z).
-`VARIANTS`, at the end, names the ways to fuse that an encoder offers.
+`CrossFusion` needs no fusion tokens. `VARIANTS`, at the end, names the ways to fuse that an encoder offers.
 """
 
 from collections.abc import Callable
@@ -142,17 +142,9 @@ class FusionBlock(Fusion):
         self, dim, num_heads, *, attn_ratio=0.25, mlp_ratio=1.0, drop=0.0, drop_path=0.0, norm_eps=NORM_EPS
     ):
         super().__init__()
-        check_count("dim", dim)
-        check_count("num_heads", num_heads)
-        check_positive("attn_ratio", attn_ratio)
-        check_positive("mlp_ratio", mlp_ratio)
-        self.dim, self.num_heads, self.width = dim, num_heads, int(dim * attn_ratio)
+        self.dim, self.num_heads, self.width = dim, num_heads, attention_width(dim, num_heads, attn_ratio)
         self.image_dim = self.audio_dim = dim
-        if self.width < 1 or self.width % num_heads:
-            raise ValueError(
-                f"attn_ratio={attn_ratio} gives int(dim * attn_ratio) = {self.width} channels, "
-                f"which num_heads={num_heads} does not divide"
-            )
+        check_positive("mlp_ratio", mlp_ratio)
         if int(dim * mlp_ratio) < 1:
             raise ValueError(f"mlp_ratio={mlp_ratio} leaves the MLP without hidden channels")
         check_rate("drop", drop)
@@ -417,7 +409,87 @@ class TokenFusion(FusionBlock):
         return self.split_heads(self.query(normed)), key, value, union_mask(Stream(fusion), image, audio)
 
 
+class CrossFusion(nn.Module):
+    """What is done without fusion tokens: image and audio tokens each attend to the other's patch tokens, as
+    in the cross-modality layers of LXMERT (Tan and Bansal 2019), which attend across before they attend to
+    themselves. The rest of such a layer is the transformers' own blocks, which follow.
+
+    Args:
+        dim: of the encoder's fusion tokens, which it does not read.
+        num_heads, attn_ratio, drop, drop_path, norm_eps: see `CrossAttention`.
+        image_dim, audio_dim: widths of the image and audio tokens; default `dim`.
+
+    Raises:
+        ValueError: naming the argument that is wrong.
+    """
+
+    def __init__(self, dim, num_heads, *, image_dim=None, audio_dim=None, **options):
+        super().__init__()
+        image_dim, audio_dim = token_dims(dim, image_dim, audio_dim)
+        self.image = CrossAttention(image_dim, num_heads, audio_dim, **options)
+        self.audio = CrossAttention(audio_dim, num_heads, image_dim, **options)
+
+    def forward(
+        self, image: Tensor, audio: Tensor, image_patches: Stream, audio_patches: Stream
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N, D) of both, after each read the patches of the other."""
+        return self.image(image, audio_patches), self.audio(audio, image_patches)
+
+
+class CrossAttention(nn.Module):
+    """x + proj(attention(norm x, norm context)); x, where all of the context is masked.
+
+    Args:
+        dim: width of the tokens.
+        num_heads: attention heads.
+        context_dim: width of the tokens that are read.
+        attn_ratio: query, key and value widths are int(dim * attn_ratio) over all heads.
+        drop, drop_path: dropout after the projection; stochastic depth rate.
+        norm_eps: of both norms.
+    """
+
+    def __init__(
+        self, dim, num_heads, context_dim, *, attn_ratio=0.25, drop=0.0, drop_path=0.0, norm_eps=NORM_EPS
+    ):
+        super().__init__()
+        width = attention_width(dim, num_heads, attn_ratio)
+        check_rate("drop", drop)
+        check_rate("drop_path", drop_path)
+        check_positive("norm_eps", norm_eps)
+        self.num_heads = num_heads
+        self.norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm_context = nn.LayerNorm(context_dim, eps=norm_eps)
+        self.query = nn.Linear(dim, width)
+        self.key_value = nn.Linear(context_dim, 2 * width)
+        self.proj = nn.Linear(width, dim)
+        self.drop = nn.Dropout(drop)
+        self.drop_path = DropPath(drop_path)
+        initialize_linear(self)
+
+    def forward(self, tokens: Tensor, context: Stream) -> Tensor:
+        query = self.query(self.norm(tokens)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        projected = self.key_value(self.norm_context(context.tokens))
+        key, value = projected.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        attended = masked_attention(query, key, value, context.mask)
+        update = self.drop_path(self.drop(self.proj(attended.transpose(1, 2).flatten(2))))
+        return tokens + (update if context.mask is None else update * context.mask.any(1)[:, None, None])
+
+
 # --- what the blocks share ----------------------------------------------------------------------------------
+
+
+def attention_width(dim: int, num_heads: int, attn_ratio: float) -> int:
+    """Of queries, keys and values over all heads."""
+    check_count("dim", dim)
+    check_count("num_heads", num_heads)
+    check_positive("attn_ratio", attn_ratio)
+    width = int(dim * attn_ratio)
+    if width < 1 or width % num_heads:
+        raise ValueError(
+            f"attn_ratio={attn_ratio} gives int(dim * attn_ratio) = {width} channels, "
+            f"which num_heads={num_heads} does not divide"
+        )
+    return width
 
 
 def token_dims(dim: int, *dims: int | None) -> tuple[int, int]:
@@ -490,11 +562,12 @@ DIMS = ("image_dim", "audio_dim")
 class Variant(NamedTuple):
     """A way to fuse: its block, and what that takes of the settings of an `AVEncoder`."""
 
-    block: Callable[..., Fusion] | None
+    block: Callable[..., nn.Module] | None
     options: tuple[str, ...] = SHARED
     state: tuple[str, ...] = ("fusion_tokens",)  # the settings that count the tokens it takes and returns
+    direct: bool = False  # image and audio tokens read one another, and fusion tokens stay what they are
 
-    def make(self, dim: int, settings: dict, patches: tuple[int, int] | None = None) -> Fusion:
+    def make(self, dim: int, settings: dict, patches: tuple[int, int] | None = None) -> nn.Module:
         """A block for an encoder of this width and these numbers of image and audio patches."""
         options = {name: settings[name] for name in self.options}
         if "pair_bias" in options:
@@ -507,5 +580,7 @@ VARIANTS = {
     "bilinear": Variant(partial(DenseFusion, interaction="bilinear"), (*SHARED, *DIMS, "pair_bias")),
     "factorized": Variant(FactorizedFusion, (*SHARED, *DIMS, *STATE), STATE),
     "token": Variant(TokenFusion),
+    "joint": Variant(None, (), direct=True),
+    "cross": Variant(CrossFusion, ("attn_ratio", "drop", "drop_path", "norm_eps", *DIMS), direct=True),
     "none": Variant(None),
 }

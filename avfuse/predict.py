@@ -109,7 +109,7 @@ def draw(answer: dict, model: nn.Module, path: Path, start: float, folder: Path)
     image, audio = read_clip(path, encoder.inputs, start=start)
     if "map" in answer:
         draw_map(image[0], answer["map"], encoder.inputs, target)
-    elif encoder.fusion_layers and image is not None and audio is not None:
+    elif encoder.shows_attention and image is not None and audio is not None:
         device = encoder.fusion_tokens.device
         draw_attention(encoder, dict(image=image.to(device), audio=audio.to(device)), target)
 

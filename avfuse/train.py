@@ -157,7 +157,7 @@ class Pretraining(JudgedTask):
     def draw(self, folder, model, inputs, batch, step):
         """Reconstructions, and attention maps where there is fusion."""
         draw_reconstructions(model, inputs, folder / f"reconstructions-{step:06d}.png")
-        if model.encoder.fusion_layers:
+        if model.encoder.shows_attention:
             draw_attention(model.encoder, inputs, folder / f"attention-{step:06d}.png")
 
 

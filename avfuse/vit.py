@@ -1,6 +1,7 @@
 """A timm VisionTransformer as one branch of an encoder: embed, attend with extra keys, describe, rebuild."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,29 +57,45 @@ def split_prefix(vit: VisionTransformer, tokens: Tensor) -> tuple[Tensor, Tensor
     return tokens[:, :prefix], tokens[:, prefix:]
 
 
+class Heads(NamedTuple):
+    """What attention runs on."""
+
+    query: Tensor  # (B, H, N, K)
+    key: Tensor  # (B, H, M, K)
+    value: Tensor
+
+
 class ContextAttention(Attention):
     """timm's attention, to which `context` tokens can be extra keys and values: (B, F, D), or the number of
-    those that `tokens` begin with.
+    those that `tokens` begin with. Of `tokens` that are `projected` already, only their heads are looked at.
     """
 
     def forward(
-        self, tokens: Tensor, attn_mask=None, *, context: Tensor | int | None = None, **options
+        self,
+        tokens: Tensor,
+        attn_mask=None,
+        *,
+        context: Tensor | int | None = None,
+        projected: Heads | None = None,
+        **options,
     ) -> Tensor:
-        if context is None:
+        if context is None and projected is None:
             return super().forward(tokens, attn_mask, **options)
-        query, key, value = self.project(tokens, context)
         attended = F.scaled_dot_product_attention(
-            self.q_norm(query),  # (B, H, N, K)
-            self.k_norm(key),  # (B, H, F + N, K)
-            value,
+            *(self.project(tokens, context) if projected is None else projected),
             attn_mask=attn_mask,
             dropout_p=self.attn_drop.p if self.training else 0.0,
             **options,
         )
         return self.proj_drop(self.proj(self.norm(attended.transpose(1, 2).flatten(2))))
 
-    def project(self, tokens: Tensor, context: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, tokens: Tensor, context: Tensor | int) -> Heads:
         """Queries (B, H, N, K) of the tokens, keys and values (B, H, F + N, K) of context and tokens."""
+        query, key, value = self.query_key_value(tokens, context)
+        return Heads(self.q_norm(query), self.k_norm(key), value)
+
+    def query_key_value(self, tokens: Tensor, context: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of `project`, before their norms."""
         if type(context) is int or not is_plain(self.qkv):
             # Adapters, hooks and quantized weights take effect where the module is called.
             union = tokens if type(context) is int else torch.cat([context, tokens], dim=1)
@@ -107,17 +124,78 @@ class ContextBlock(Block):
     queries and their MLP. Every part is called as a module, so that hooks and adapters take effect.
     """
 
-    def forward(self, tokens: Tensor, attn_mask=None, *, context: Tensor | None = None, **options) -> Tensor:
-        """Tokens (B, N, D) -> (B, N, D). `attn_mask` (B, 1, 1, F + N) bool, True = attend."""
-        if context is None:
+    def forward(
+        self,
+        tokens: Tensor,
+        attn_mask=None,
+        *,
+        context: Tensor | None = None,
+        projected: Heads | None = None,
+        **options,
+    ) -> Tensor:
+        """Tokens (B, N, D) -> (B, N, D). `attn_mask` (B, 1, 1, F + N) bool, True = attend. In `projected`
+        are their own queries, and the keys and values that these attend to.
+        """
+        if context is None and projected is None:
             return super().forward(tokens, attn_mask, **options)
-        if torch.is_grad_enabled():  # one norm and one product: few kept tokens, and half of the launches
+        if projected is not None:
+            union = tokens
+        elif torch.is_grad_enabled():  # one norm and one product: few kept tokens, and half of the launches
             union, context = self.norm1(torch.cat([context, tokens], dim=1)), context.shape[1]
         else:  # no queries of the context
             union, context = self.norm1(tokens), self.norm1(context)
-        attended = self.attn(union, attn_mask, context=context, **options)
+        attended = self.attn(union, attn_mask, context=context, projected=projected, **options)
         tokens = tokens + self.drop_path1(self.ls1(attended))
         return tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))
+
+    def project(self, tokens: Tensor) -> Heads:
+        """Own queries, keys and values.
+
+        Raises:
+            ValueError: a hook wants to see the tokens before, which are read here already.
+        """
+        for part in self, self.attn:
+            if (
+                part._forward_pre_hooks and not self.norm1._forward_pre_hooks
+            ):  # where all have some, those run
+                raise ValueError(
+                    f"joint attention cannot run the pre-hooks of a {type(part).__name__}, only those of its"
+                    " parts, such as norm1 or attn.qkv"
+                )
+        return self.attn.project(self.norm1(tokens), 0)
+
+
+def run_jointly(
+    blocks: tuple[ContextBlock, ContextBlock],
+    tokens: tuple[Tensor, Tensor],
+    masks: tuple[Tensor | None, Tensor | None],
+    prefixes: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """Image and audio tokens through a block of each transformer, in joint attention: see `joint_heads`."""
+    projected = (block.project(x) for block, x in zip(blocks, tokens, strict=True))
+    return tuple(
+        block(x, mask, projected=heads)
+        for block, x, mask, heads in zip(
+            blocks, tokens, masks, joint_heads(*projected, prefixes), strict=True
+        )
+    )
+
+
+def joint_heads(image: Heads, audio: Heads, prefixes: tuple[int, int]) -> tuple[Heads, Heads]:
+    """Own queries; keys and values of own tokens and of the other's patch tokens.
+
+    Both are slices of [image prefix, image patches, audio patches, audio prefix], which is written once.
+    """
+    image_prefix, audio_prefix = prefixes
+    key, value = (
+        torch.cat([ours, theirs[:, :, audio_prefix:], theirs[:, :, :audio_prefix]], dim=2)
+        for ours, theirs in zip(image[1:], audio[1:], strict=True)
+    )
+    end = key.shape[2] - audio_prefix
+    return (
+        Heads(image.query, key[:, :, :end], value[:, :, :end]),
+        Heads(audio.query, key[:, :, image_prefix:], value[:, :, image_prefix:]),
+    )
 
 
 def take_context(vit: VisionTransformer) -> None:

@@ -60,6 +60,8 @@ ROWS = {
     "factorized": Row("factorized, early", "factorized"),
     "token": Row("token, early", "token"),
     "bilinear": Row("bilinear, early", "bilinear"),
+    "joint": Row("joint attention, early", "joint", features=("image", "audio")),
+    "cross": Row("cross-attention, early", "cross", features=("image", "audio")),
     "none": Row("no fusion (logits averaged)", "none", "none", ("image", "audio")),
     "image": Row("image alone", "none", "none", ("image",)),
     "audio": Row("audio alone", "none", "none", ("audio",)),
@@ -74,6 +76,8 @@ CLAIMS = (  # which row is said to be better than which
     ("dense over token", "dense", "token"),
     ("dense over factorized", "dense", "factorized"),
     ("bilinear over additive pairs", "bilinear", "dense"),
+    ("dense over joint attention", "dense", "joint"),
+    ("dense over cross-attention", "dense", "cross"),
 )
 ALONE = ("image", "audio")  # controls, from scratch only
 
@@ -349,11 +353,16 @@ def accuracies_by_cell(record: dict) -> dict[tuple[str, str], list[float]]:
     return accuracies
 
 
+def trained(accuracies: dict[tuple[str, str], list[float]]) -> list[str]:
+    """The rows that have any accuracies."""
+    return [name for name in ROWS if any((name, start) in accuracies for start in STARTS)]
+
+
 def accuracy_table(record: dict) -> list[tuple]:
     """Accuracies of every row, and what pretraining changed."""
     rows, accuracies = [("", *STARTS.values(), "gain by pretraining")], accuracies_by_cell(record)
-    for name, row in ROWS.items():
-        scratch, pretrained = (accuracies.get((name, start)) for start in STARTS)
+    for name in trained(accuracies):
+        row, (scratch, pretrained) = ROWS[name], (accuracies.get((name, start)) for start in STARTS)
         rows.append((row.label, mean_cell(scratch), mean_cell(pretrained), difference(pretrained, scratch)))
     return rows
 
@@ -361,7 +370,10 @@ def accuracy_table(record: dict) -> list[tuple]:
 def claims_table(record: dict) -> list[tuple]:
     """The paper's claims, each as a difference of two rows."""
     rows, accuracies = [("claim", *STARTS.values())], accuracies_by_cell(record)
+    there = {*trained(accuracies)}
     for claim, better, worse in CLAIMS:
+        if not {better, worse} <= there:
+            continue
         pairs = [(accuracies.get((better, start)), accuracies.get((worse, start))) for start in STARTS]
         rows.append((claim, *(difference(*pair) for pair in pairs)))
     return rows
@@ -418,7 +430,8 @@ def sections(record: dict) -> dict[Path, str]:
 
 def draw_plot(record: dict) -> Figure:
     """Every seed a dot, the mean a bar; from scratch and pretrained."""
-    accuracies, names = accuracies_by_cell(record), list(ROWS)
+    accuracies = accuracies_by_cell(record)
+    names = trained(accuracies)
     figure = Figure(figsize=(9, 4), layout="constrained")
     axis = figure.subplots()
     for offset, start, colour, marker in ((-0.17, "scratch", BLUE, "o"), (0.17, "pretrained", ORANGE, "s")):

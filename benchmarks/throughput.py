@@ -24,12 +24,16 @@ class Row(NamedTuple):
     label: str
     interactions: str
     pair_bias: bool = False
+    attn_ratio: float = 0.25
     block: type | None = None  # in place of DenseFusion
     fused: bool = False  # for inference
 
 
 ROWS = {
     "none": Row("no fusion", "none"),
+    "joint": Row("joint attention, no fusion tokens", "joint"),
+    "cross": Row("cross-attention, no fusion tokens", "cross", attn_ratio=1.0),  # as wide as self-attention
+    "cross-narrow": Row("cross-attention, a quarter as wide", "cross"),  # as wide as fusion blocks
     "token": Row("token", "token"),
     "materialized": Row("dense, pair tokens stored (Eq. 4-7)", "dense", block=PairTokenFusion),
     "pair-keys": Row("dense, pair keys stored", "dense", block=PairKeyFusion),
@@ -162,7 +166,12 @@ class PlainAutoencoder(AVMAE):
 def make_encoder(row: Row, base: AVEncoder) -> AVEncoder:
     """The encoder of a row around the transformers of `base`, which it shares."""
     encoder = AVEncoder(
-        base.image, base.audio, interactions=row.interactions, pair_bias=row.pair_bias, inputs=base.inputs
+        base.image,
+        base.audio,
+        interactions=row.interactions,
+        pair_bias=row.pair_bias,
+        attn_ratio=row.attn_ratio,
+        inputs=base.inputs,
     )
     return with_blocks(encoder, row.block) if row.block else encoder
 
@@ -172,7 +181,7 @@ def make_model(row: Row, base: AVEncoder, mode: Mode) -> AVEncoder | AVMAE:
     encoder = make_encoder(row, base)
     if mode == "inference":
         return encoder.fused() if row.fused else encoder.eval()
-    kind = PlainAutoencoder if row.interactions == "none" else AVMAE
+    kind = PlainAutoencoder if row.interactions in ("none", "joint", "cross") else AVMAE
     return kind(encoder, **(SMALL_DECODER if encoder.embed_dim < 384 else {})).train()
 
 
@@ -291,7 +300,7 @@ def compared_models(options: Options, mode: Mode, rows: dict) -> dict:
     removed = draw_masks(none, len(image)) if mode == "training" else {}
     known = {}  # the dense rows share a reference
     for name, model in models.items():
-        kind = ROWS[name].interactions, ROWS[name].pair_bias
+        kind = ROWS[name].interactions, ROWS[name].pair_bias, ROWS[name].attn_ratio
         if kind not in known:
             reference = reference_of(model, ROWS[name], stored)
             plain = outputs(placed(copy.deepcopy(reference), options, mode), *clips, removed, dtype)
@@ -314,7 +323,8 @@ def make_models(options: Options, preset: str, mode: Mode) -> tuple[dict, dict]:
         name: make_model(ROWS[name]._replace(fused=False), base, mode) for name in rows_of(options, mode)
     }
     stored = {
-        bias: sharpened(make_encoder(Row("", "dense", bias, PairTokenFusion), base)) for bias in (False, True)
+        bias: sharpened(make_encoder(Row("", "dense", bias, block=PairTokenFusion), base))
+        for bias in (False, True)
     }
     for name, model in models.items():
         if mode == "training":

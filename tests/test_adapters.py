@@ -11,12 +11,14 @@ from torch import nn
 
 from avfuse.released import ReleasedEncoder
 
-WAYS = ["dense", "bilinear", "factorized", "token", "none"]
+WAYS = ["dense", "bilinear", "factorized", "token", "joint", "cross", "none"]
 LINEAR = {  # the names of all linear layers
     "dense": {"qkv", "proj", "fc1", "fc2", "query", "image_key_value", "audio_key_value"},
     "bilinear": {"qkv", "proj", "fc1", "fc2", "query", "image_key_value", "audio_key_value"},
     "factorized": {"qkv", "proj", "fc1", "fc2", "query", "image_key_value", "audio_key_value", "key_value"},
     "token": {"qkv", "proj", "fc1", "fc2", "query", "key_value"},
+    "joint": {"qkv", "proj", "fc1", "fc2"},
+    "cross": {"qkv", "proj", "fc1", "fc2", "query", "key_value"},
     "none": {"qkv", "proj", "fc1", "fc2"},
 }
 NEVER_CALLED = {"image", "audio", "image.blocks", "audio.blocks", "fusion_blocks"}  # their parts are

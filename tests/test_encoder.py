@@ -42,6 +42,7 @@ VITS = {
     "pre-norm, no positions": dict(pre_norm=True, pos_embed="none"),
 }
 every_interaction = pytest.mark.parametrize("interactions", VARIANTS)
+DIRECT = [name for name, variant in VARIANTS.items() if variant.direct]  # of which test_direct.py has more
 
 
 def run_direct(encoder, image, audio, image_keep=None, audio_keep=None):
@@ -135,7 +136,7 @@ def test_unimodal_blocks_equal_timm_on_the_concatenation(name, kept):
         assert (grad - true_grads[name]).abs().max() < EXACT * largest, f"gradient of {name}"
 
 
-@every_interaction
+@pytest.mark.parametrize("interactions", [name for name in VARIANTS if name not in DIRECT])
 @pytest.mark.parametrize("fusion_layers", ["all", "none", [2], (1, 0), 1])
 def test_fused_layers_and_the_others(interactions, fusion_layers):
     encoder, (image, audio) = make_encoder(interactions, fusion_layers=fusion_layers), make_inputs()
@@ -159,7 +160,7 @@ def test_without_fusion_they_are_two_timm_transformers(name):
     assert_equal(output[:3], (*truth, encoder.fusion_norm(encoder.fusion_tokens).repeat(2, 1, 1)))
 
 
-@pytest.mark.parametrize("interactions", ["dense", "bilinear", "factorized", "token"])
+@pytest.mark.parametrize("interactions", ["dense", "bilinear", "factorized", "token", *DIRECT])
 def test_layers_before_the_first_fused_one_are_plain_timm(interactions):
     encoder, (image, audio) = make_encoder(interactions, fusion_layers=[2]), make_inputs()
     layers = encoder(image, audio, return_layers=True).layers
@@ -319,7 +320,7 @@ def test_clips_without_a_modality_equal_clips_masked_everywhere(interactions, ke
     masks["image_mask"][1] = False
     truth = encoder(*inputs, **masks, **indices)
     assert all(torch.equal(*parts) for parts in zip(ours[:3], truth[:3], strict=True))
-    if interactions != "none":
+    if encoder.shows_attention:
         attention = encoder.fusion_attention(*inputs, **present), encoder.fusion_attention(*inputs, **masks)
         assert not attention[0][0][1].any() and attention[0][0][0].any()
         assert not attention[1][0][0, ..., 4].any()
@@ -652,12 +653,16 @@ def test_images_need_not_be_square():
         ("factorized", 57.0, 56.0),
         ("token", 60.1, 55.5),  # within the released code's
         ("bilinear", None, 58.1),
+        ("joint", None, 53.0),
+        ("cross", None, 56.1),
+        ("wide cross", None, 69.5),
     ],
 )
 def test_arithmetic_stays_within_its_budget(interactions, bound, stated):
     """GFLOP of a clip, ViT-B, as the README states them; dense within 1.08 of no fusion."""
     with torch.device("meta"):
-        flops = count_flops(create_encoder("base", interactions))
+        options = dict(attn_ratio=1) if interactions == "wide cross" else {}
+        flops = count_flops(create_encoder("base", interactions.removeprefix("wide "), **options))
         assert bound is None or 51.5e9 < flops <= bound * 1e9
         assert round(flops / 1e9, 1) == stated
         if interactions == "dense":

@@ -165,7 +165,7 @@ def test_map_is_of_cosines():
         torch.testing.assert_close(alone, logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("interactions", ["dense", "factorized", "token", "none"])
+@pytest.mark.parametrize("interactions", ["dense", "factorized", "token", "joint", "cross", "none"])
 def test_gradients_reach_the_encoder(interactions):
     model = Localizer(encoder(interactions=interactions), dim=16)
     model(torch.randn(2, 3, 64, 64), torch.randn(2, 1, 32, 64)).square().mean().backward()
@@ -174,8 +174,8 @@ def test_gradients_reach_the_encoder(interactions):
         unread = (
             f"fusion_blocks.{last}." in name
             or "fusion_norm" in name
-            or interactions == "none"
-            and "fusion" in name
+            or interactions in ("joint", "cross", "none")
+            and "fusion_tokens" in name
         )
         if not unread:  # the last fusion block feeds nothing
             assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
@@ -191,7 +191,8 @@ def test_attention_map_is_the_mean_over_heads_and_tokens_of_the_same_pass():
     weights, _ = model.encoder.fusion_attention(image, audio, 2)
     torch.testing.assert_close(attention.flatten(1), weights.mean((1, 2)))
     torch.testing.assert_close(attention.sum((1, 2)), torch.ones(2))
-    assert Localizer(encoder(interactions="none")).look(image, audio)[1] is None
+    for interactions in "joint", "cross", "none":
+        assert Localizer(encoder(interactions=interactions)).look(image, audio)[1] is None
 
 
 def pixels():

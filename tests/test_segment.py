@@ -207,7 +207,7 @@ def test_segmenter(outputs):
         assert not torch.allclose(model(image, audio.flip(0)), logits)
 
 
-@pytest.mark.parametrize("interactions", ["dense", "factorized", "token", "none"])
+@pytest.mark.parametrize("interactions", ["dense", "factorized", "token", "joint", "cross", "none"])
 def test_gradients_reach_the_encoder(interactions):
     model = Segmenter(encoder(interactions=interactions), dim=8)
     model(torch.randn(2, 3, 64, 64), torch.randn(2, 1, 32, 64)).square().mean().backward()
@@ -216,8 +216,8 @@ def test_gradients_reach_the_encoder(interactions):
         unread = (
             f"fusion_blocks.{last}." in name
             or "fusion_norm" in name
-            or interactions == "none"
-            and "fusion" in name
+            or interactions in ("joint", "cross", "none")
+            and "fusion_tokens" in name
         )
         if not unread:  # the last fusion block feeds nothing
             assert parameter.grad is not None and parameter.grad.abs().max() > 0, name

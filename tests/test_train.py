@@ -351,13 +351,14 @@ def test_keeps_clips_with_an_absent_modality(tmp_path, capsys):
     assert all(math.isfinite(loss) for loss in losses(tmp_path / "run").values())
 
 
-@pytest.mark.parametrize("interactions", ["bilinear", "factorized", "token", "none"])
+@pytest.mark.parametrize("interactions", ["bilinear", "factorized", "token", "joint", "cross", "none"])
 def test_every_interaction_trains(data, tmp_path, interactions):
     config = tiny(
         data, tmp_path / "run", interactions=interactions, epochs=1, fusion_layers=(), probe_clips=4
     )
     main(config)
-    assert (config.run / "pictures" / "attention-000002.png").exists() == (interactions != "none")
+    shown = interactions not in ("joint", "cross", "none")  # whose fusion tokens look at nothing
+    assert (config.run / "pictures" / "attention-000002.png").exists() == shown
 
 
 def test_a_single_clip_to_measure_on_has_no_neighbour(data, tmp_path):

@@ -69,9 +69,9 @@ class Localizer(SceneModel, Pretrained):
         it does not tell.
         """
         encoder, seen = self.encoder, []
-        last = encoder.fusion_blocks[str(encoder.fusion_layers[-1])] if encoder.fusion_layers else None
-        if not hasattr(last, "weights"):
+        if not encoder.shows_attention:
             return self(image, audio, audio_present), None
+        last = encoder.block(encoder.fusion_layers[-1])
 
         def remember(block, args, kwargs):
             seen.extend(block.attention_weights(*args, **kwargs))
