@@ -462,12 +462,10 @@ class FusedEncoder(AVEncoder):
     over them anyway.
     """
 
+    shows_attention = False
     graphs: CudaGraphs | None  # of `forward`
     recording: bool = False  # now
-    shows_attention = False
-    side: torch.cuda.Stream | None = (
-        None  # of the recording, where fusion blocks run: no block waits for them
-    )
+    side: torch.cuda.Stream | None = None  # while recording, where fusion blocks run: no block waits there
 
     @classmethod
     def of(cls, encoder: AVEncoder, cuda_graphs: bool) -> "FusedEncoder":
