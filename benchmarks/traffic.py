@@ -24,6 +24,7 @@ TOKENS = "none-tokens"  # in training: no fusion blocks, but decoders that carry
 LABELS = {"none": "no fusion", TOKENS: "no fusion, tokens decoded"} | {
     name: row.label for name, row in ROWS.items()
 }
+ONLY = {TOKENS: "training"} | {name: "inference" for name, row in ROWS.items() if row.fused}
 BATCH = 64  # of the budgets
 SHOWN = 30  # operators in `--by operator`
 
@@ -65,22 +66,27 @@ def main(options: Options) -> dict:
     if options.by == "operator":
         if len(options.rows) > 2:
             raise ValueError(f"--by operator shows one row or the difference of two, got {options.rows}")
-        for mode in options.modes if TOKENS not in options.rows else ("training",):
-            print("\n" + terminal([f"{mode}, batch {options.batch[0]}:", by_operator(options, mode)]))
+        for mode in options.modes:
+            if rows_of(options, mode) == [*options.rows]:
+                print("\n" + terminal([f"{mode}, batch {options.batch[0]}:", by_operator(options, mode)]))
         return {}
     versions = {name: version for name, version in measure.versions().items() if name in ("torch", "timm")}
     settings = {name: value for name, value in asdict(options).items() if name not in ("note", "out", "by")}
     record = dict(benchmark="traffic", command=measure.command(), versions=versions, note=options.note)
     record["settings"] = settings | dict(device="meta")
     for mode in options.modes:
-        names = [name for name in options.rows if mode == "training" or name in ROWS]
-        progress = tqdm(names, desc=mode, leave=False, disable=None)
+        progress = tqdm(rows_of(options, mode), desc=mode, leave=False, disable=None)
         record[mode] = {name: count_row(options, name, mode) for name in progress}
     path = options.out or measure.RESULTS / "traffic-meta.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     record = json.loads(path.read_text())
     print("\n" + terminal(tables(record)))
     return record
+
+
+def rows_of(options: Options, mode: Mode) -> list[str]:
+    """The rows that are counted: some are for training alone, or for inference."""
+    return [name for name in options.rows if ONLY.get(name, mode) == mode]
 
 
 # --- counting -----------------------------------------------------------------------------------------------

@@ -244,11 +244,13 @@ def test_tables_stand_beside_what_was_measured():
 
 
 def test_the_command(tmp_path, capsys):
-    options = replace(
-        traffic.Options(), preset="tiny", modes=("inference",), batch=(2,), rows=("none", "dense")
-    )
-    record = traffic.main(replace(options, out=tmp_path / "traffic.json"))
+    options = replace(traffic.Options(), preset="tiny", batch=(2,), rows=("none", "dense"))
+    every = replace(options, rows=("none", "dense", "dense-fused", "none-tokens"))
+    record = traffic.main(replace(every, out=tmp_path / "traffic.json"))
+    assert record["inference"].keys() == {"none", "dense", "dense-fused"}
+    assert record["training"].keys() == {"none", "dense", "none-tokens"}
     assert "dense, exact (avfuse)" in capsys.readouterr().out
+    options = replace(options, modes=("inference",))
     none, dense = (record["inference"][name]["batches"]["2"] for name in options.rows)
     traffic.main(replace(options, by="operator"))
     everything = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("all "))
