@@ -9,6 +9,7 @@ if __name__ == "__main__":
 import csv
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,13 +50,16 @@ def main(config: PredictConfig) -> int:
     model, answers, failed = model.to(device), [], 0
     encoder = getattr(model, "encoder", model)
     shown = len(config.videos) > 1 and not config.quiet
-    for path in progress_bar(config.videos, desc="predict", unit="video", shown=shown):
+    stems = Counter(path.stem for path in config.videos)
+    videos = progress_bar(config.videos, desc="predict", unit="video", shown=shown)
+    for number, path in enumerate(videos, start=1):
+        name = path.stem if stems[path.stem] == 1 else f"{number}-{path.stem}"
         try:
             for start in starts(path, encoder, config.every):
                 answer = dict(video=str(path), start=round(start, 3)) | say(model, path, start)
                 tqdm.write(describe(answer, config.top))
                 if config.pictures is not None:
-                    draw(answer, model, path, start, config.pictures)
+                    draw(answer, model, path, start, config.pictures / f"{name}-{start:g}s.png")
                 answers.append(answer)
         except ValueError as error:
             failed += 1
@@ -100,8 +104,7 @@ def describe(answer: dict, top: int) -> str:
     return "\n".join(lines)
 
 
-def draw(answer: dict, model: nn.Module, path: Path, start: float, folder: Path) -> None:
-    target = folder / f"{path.stem}-{start:g}s.png"
+def draw(answer: dict, model: nn.Module, path: Path, start: float, target: Path) -> None:
     encoder = getattr(model, "encoder", model)
     if isinstance(model, Separator):
         write_wav(target.with_suffix(".wav"), answer["sound"], answer["sample_rate"])

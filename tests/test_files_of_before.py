@@ -10,18 +10,19 @@ import torch
 from models import relative_error
 from safetensors.torch import load_file
 
-from avfuse import AVMAE, AVEncoder, InputSettings, presets, train
+from avfuse import AVMAE, AVEncoder, InputSettings, load, presets, train
 from avfuse.data import sounding_shapes
 from avfuse.data.clips import ClipDataset
 from avfuse.data.find import find_data
 from avfuse.features import read_features
 from avfuse.loading import load_encoder, load_model
 from avfuse.released import ReleasedEncoder
-from avfuse.tasks.classifier import load_classifier
+from avfuse.tasks.classifier import Classifier, load_classifier
 from avfuse.tasks.localize import Localizer
 from avfuse.tasks.segment import Segmenter
 from avfuse.tasks.separator import Separator
 from avfuse.training.checkpoints import damage
+from avfuse.training.judge import weights_hash
 from avfuse.training.loop import program
 from avfuse.training.recipes import parse
 from avfuse.training.run_folder import read_rows
@@ -95,6 +96,10 @@ def test_models_of_the_tasks(tensors):
         "localize.map": load_model(Localizer, GOLDEN / "localize")(image, audio),
         "separate.logits": load_model(Separator, GOLDEN / "separate")(image[:, None], audio),
     }
+    for task, kind in zip(TASKS, (Classifier, Segmenter, Localizer, Separator), strict=True):
+        model = load_model(kind, GOLDEN / task)
+        for loaded in load(GOLDEN / task), load(GOLDEN / task / "model"):
+            assert type(loaded) is kind and weights_hash(loaded) == weights_hash(model)
     for name, output in outputs.items():
         assert relative_error(output, tensors[name]) < PRECISE, name
 

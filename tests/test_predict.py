@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import wave
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -283,6 +284,16 @@ def test_pictures_and_sounds(kind, files, tmp_path):
         samples = np.frombuffer(sound.readframes(16_000), "<i2")
     expected = make(kind).predict(files["both"], start=1.5)["sound"]
     np.testing.assert_allclose(samples / 32767, expected.clamp(-1, 1), atol=1e-4)
+
+
+def test_pictures_of_videos_of_one_name_are_kept_apart(files, tmp_path):
+    (tmp_path / "other").mkdir()
+    other = shutil.copy(files["both"], tmp_path / "other")
+    make(Localizer).save_pretrained(tmp_path / "model")
+    videos = (files["both"], Path(other), files["silent"])
+    main(PredictConfig(str(tmp_path / "model"), videos, pictures=tmp_path / "looks"))
+    names = sorted(path.name for path in (tmp_path / "looks").iterdir())
+    assert names == ["1-both-1.5s.png", "2-both-1.5s.png"]
 
 
 @pytest.mark.parametrize("pretrained", [False, True])

@@ -6,7 +6,7 @@ from torch import nn
 
 from ..encoder import AVEncoder
 from ..files import printable
-from ..loading import HEAD, config_at, load_encoder
+from ..loading import HEAD, config_at, load_encoder, load_model
 from ..mae import AVMAE
 from ..pretrained import file_at
 from .classifier import Classifier
@@ -34,8 +34,15 @@ def load(path: str | os.PathLike) -> nn.Module:
     if kind not in MODELS:
         return load_encoder(path)  # which says what there is
     if os.path.isdir(path) and file_at(path, HEAD).is_file():
-        raise ValueError(
-            f"{printable(path)} was saved as an encoder and a head: load it by the class of its task,"
-            " such as avfuse.loading.load_model(avfuse.tasks.classifier.Classifier, path)"
-        )
+        return with_head(path)
     return MODELS[kind].from_pretrained(path)
+
+
+def with_head(path: str | os.PathLike) -> nn.Module:
+    """The model of a task that was saved as its encoder and a head, which tells by what it fits."""
+    for kind in (Classifier, Localizer, Segmenter, Separator):
+        try:
+            return load_model(kind, path)
+        except ValueError as error:
+            fault = error
+    raise ValueError(f"{printable(path)} was saved as an encoder and a head, which fits no task: {fault}")
