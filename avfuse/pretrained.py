@@ -151,11 +151,10 @@ def read_config(source: str | os.PathLike, **options) -> dict:
     """
     try:
         file = file_at(source, CONFIG, **options)
-        config = json.loads(file.read_bytes()) if file.is_file() else None
-    except HFValidationError:
-        raise
     except HfHubHTTPError as error:
         raise ValueError(f"{printable(source)} is not found on the hub: {printable(error)}") from error
+    try:
+        config = json.loads(file.read_bytes()) if file.is_file() else None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{printable(source)}: {CONFIG} is damaged: {printable(error)}") from error
     return config if isinstance(config, dict) and config.get("library") == "avfuse" else {}

@@ -427,7 +427,7 @@ def test_what_is_meant_as_a_path_is_not_looked_for_on_the_hub(name, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("avfuse.pretrained.hf_hub_download", lambda *_, **__: pytest.fail("asked the hub"))
     for load in load_encoder, avfuse.load, AVEncoder.from_pretrained:
-        with pytest.raises(ValueError, match=f"{name} is no file or folder"):
+        with pytest.raises(ValueError, match=f"^{name} is no file or folder"):
             load(name)
 
 
