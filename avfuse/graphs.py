@@ -52,7 +52,8 @@ class Recording:
             for _ in range(2):
                 function(**self.inputs)
         torch.cuda.current_stream().wait_stream(aside)
-        with torch.cuda.graph(self.graph):
+        # What other threads do meanwhile, such as pinning memory, is none of it.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.outputs = function(**self.inputs)
 
     def __call__(self, inputs: dict):

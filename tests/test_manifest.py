@@ -82,7 +82,8 @@ def test_every_clip_is_described(tmp_path):
     for words in (
         "7 clips looked at, 0.00 hours",
         "5 can be decoded",
-        "2 cannot be decoded; training leaves them out\n    broken.mp4: cannot be opened",
+        "2 cannot be decoded; training leaves them out, and stops over more than 1 % of such "
+        "(--max-unreadable)\n    broken.mp4: cannot be opened",
         "1 have no sound\n    mute.mp4",
         "1 have no pictures\n    dark.mp4",
         "1 are silent (peak below 0.001)\n    b/silent.mkv",

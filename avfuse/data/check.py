@@ -37,6 +37,7 @@ SHOWN = 5  # clips that the report names of each kind
 REPAIR = "fetch them again, then repeat this command: it opens only what has changed"
 COMPARE = "{} names them all; numbers from part of a test set do not compare with others'"
 LEAKED = "delete those to train on: they would be tested on what they were trained on"
+STOPS = "training leaves them out, and stops over more than 1 % of such (--max-unreadable)"
 DROPPED = "training leaves them out, or keeps them with --missing keep"
 USED = "they are used as they are; delete them if that is not meant"
 MONO = "invert one of them: ffmpeg -i IN -af 'pan=stereo|c0=c0|c1=-1*c1' -c:v copy OUT"
@@ -230,7 +231,7 @@ def describe(listing: Listing, entries: list[Entry], out: Path, most: int) -> st
     broken = [f"{entry.path}: {entry.error}" for entry in entries if entry.error is not None]
     missing = [f"{split}: {name}" for split, name in _missing(listing)]
     for what, names, advice in (
-        ("cannot be decoded; training leaves them out", broken, REPAIR),
+        (f"cannot be decoded; {STOPS}", broken, REPAIR),
         ("are missing", missing, COMPARE.format(out / MISSING)),
         ("are in two splits with the same content", _leaks(good), LEAKED),
         *listing.amiss(),

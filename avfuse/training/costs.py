@@ -44,7 +44,12 @@ def step_seconds(
     """
     half, single = CARDS[card]
     peak = 1e12 * (single if precision == "no" else half)
-    return max(LAUNCHES * count_blocks(mae) * micro_batches, clips * flops / (SHARE[precision] * peak))
+    return max(launch_seconds(mae, micro_batches), clips * flops / (SHARE[precision] * peak))
+
+
+def launch_seconds(mae: AVMAE, micro_batches: int) -> float:
+    """The least that a step takes on any card: that of its launches."""
+    return LAUNCHES * count_blocks(mae) * micro_batches
 
 
 def count_blocks(mae: AVMAE) -> int:

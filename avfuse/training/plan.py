@@ -16,7 +16,7 @@ from ..loading import load_encoder
 from ..mae import AVMAE, count_removed
 from ..presets import create_encoder
 from ..vit import input_shape
-from .costs import CARDS, LAUNCHES, SHARE, step_flops, step_seconds
+from .costs import CARDS, LAUNCHES, SHARE, launch_seconds, step_flops, step_seconds
 from .length import with_enough_steps
 from .recipes import TrainConfig
 from .settings import FRESH, learning_rate, option, schedule_of
@@ -132,6 +132,8 @@ def plan(config: TrainConfig, processes: int = 1) -> str:
         seconds = step_seconds(mae, flops, card, config.precision, share, accumulated)
         hours, speed = schedule.steps * seconds / 3600, schedule.batch_size / seconds
         rows[card] = f"{hours * processes:,.2f} GPU hours ({hours:,.2f} h); to read: {speed:,.0f} clips/s"
+        if seconds == launch_seconds(mae, accumulated):
+            rows[card] += "; as long as its launches take, the same on every card"
     rows["by"] = (
         f"a simple model, without judging: a micro-batch takes {1e3 * LAUNCHES:g} ms a block to launch, or "
         f"its arithmetic at {SHARE[config.precision]:.0%} of the card's peak, as measured on H100 and H200"

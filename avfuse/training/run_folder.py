@@ -240,9 +240,11 @@ class Quarantine:
             if self.active and path not in self.written:
                 append_row(self.path, dict(when=when, path=path, reason=failure.reason))
         if len(self.reasons) > self.max_share * self.clips:
+            share = math.ceil(100 * len(self.reasons) / self.clips) / 100
             raise TooManyUnreadable(
                 f"{len(self.reasons)} of {self.clips} clips could not be read, more than --max-unreadable "
-                f"{self.max_share:g}: see {self.path}. Once they can be, the same command goes on"
+                f"{self.max_share:g}: see {self.path}. Once they can be, or with --max-unreadable {share:g}, "
+                "the same command goes on"
             )
 
     def say(self, failure: Failure | ClipError) -> None:
