@@ -3,5 +3,7 @@
 from typing import Literal
 
 DataSet = Literal["auto", "vggsound", "audioset", "music", "music21", "sounding-shapes", "folder"]
-Interactions = Literal["dense", "bilinear", "factorized", "token", "none"]  # `avfuse.fusion.VARIANTS`
+Interactions = Literal[  # `avfuse.fusion.VARIANTS`
+    "dense", "bilinear", "factorized", "token", "joint", "cross", "none"
+]
 Size = Literal["tiny", "small", "base", "large"]  # of both transformers, see `avfuse.presets`

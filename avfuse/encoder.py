@@ -532,11 +532,13 @@ class FusedEncoder(AVEncoder):
         if self.variant.direct and layer in self.fusion_layers:
             return *self.run_direct(layer, image, audio), fusion
         block = self.block(layer)
+        contexts = None, None
         if isinstance(block, FoldedDense):
             tokens, norm = residual_norm(*fusion, eps=block.eps)
-        else:
+            contexts = self.contexts(tokens)
+        elif block is not None:
             tokens = total(fusion)
-        contexts = (None, None) if block is None else self.contexts(tokens)
+            contexts = self.contexts(tokens)
         image, image_projected = self.project(layer, image, contexts[0])
         audio, audio_projected = self.project(layer, audio, contexts[1])
         if isinstance(block, FoldedDense):
