@@ -22,14 +22,15 @@ def residual_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     b, place = row // (F + N), row % (F + N)
     columns = tl.arange(0, BLOCK_D)
-    own = (columns < D) & (place >= F)
+    own = columns < tl.where(place < F, 0, D)  # of a token that is summed; else `others`, of the context
+    others = columns < tl.where(place < F, D, 0)
     offsets = (b * N + place - F) * D + columns
     z = tl.load(tokens + offsets, mask=own, other=0.0)
     if update is not None:
         z = (z.to(tl.float32) + tl.load(update + offsets, mask=own, other=0.0).to(tl.float32)).to(z.dtype)
         tl.store(total + offsets, z, mask=own)
     if context is not None:
-        z += tl.load(context + (b * F + place) * D + columns, mask=(columns < D) & (place < F), other=0.0)
+        z += tl.load(context + (b * F + place) * D + columns, mask=others, other=0.0)
     z = z.to(tl.float32)
     centred = tl.where(columns < D, z - tl.sum(z, 0) / D, 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
