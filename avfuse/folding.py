@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .checks import has_hooks, is_plain
 from .fusion import DenseFusion, Stream
 from .ops.residual_norm import residual_norm
-from .vit import Heads
+from .vit import Heads, split_heads
 
 
 class FoldedBlock(nn.Module):
@@ -55,8 +55,7 @@ class FoldedBlock(nn.Module):
 
     def heads(self, projected: Tensor, count: int) -> Heads:
         """Queries of the last `count` tokens, as the context is not updated here; keys and values of all."""
-        heads = projected[..., : 3 * self.attn_dim].unflatten(-1, (3, self.num_heads, -1))
-        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind()
+        query, key, value = split_heads(projected[..., : 3 * self.attn_dim], 3, self.num_heads)
         return Heads(self.q_norm(query[:, :, -count:]), self.k_norm(key), value)
 
     def update(self, tokens: Tensor, heads: Heads, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,7 @@ from .ops.pair_attention import (
     masked_attention_weights,
     pair_weights,
 )
+from .vit import split_heads
 
 NORM_EPS = 1e-5
 STATE = ("fusion_tokens", "image_aggregation_tokens", "audio_aggregation_tokens")  # of FactorizedFusion
@@ -169,7 +170,7 @@ class FusionBlock(Fusion):
 
     def keys_and_values(self, projected: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N, 2 * width) -> keys (B, H, N, K), values (B, H, N, V)"""
-        return projected.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        return split_heads(projected, 2, self.num_heads)
 
     def update(self, fusion: Tensor, attended: Tensor) -> Tensor:
         """Residual update of (B, F, D) from attended values (B, F, width)."""
@@ -239,9 +240,7 @@ class DenseFusion(FusionBlock):
         attended = self.merge_heads(attend_pairs(query, *sides, bias, interaction=self.interaction))
         if self.value_bias is None:
             return attended
-        if image.mask is None or audio.mask is None:
-            return attended + self.value_bias
-        return attended + self.value_bias * any_pair_left(image.mask, audio.mask)
+        return attended + value_bias_of_pairs(self.value_bias, image.mask, audio.mask)
 
     def weights(self, fusion: Tensor, image: Stream, audio: Stream) -> tuple[Tensor, Tensor]:
         sides, bias = (
@@ -500,11 +499,13 @@ def token_dims(dim: int, *dims: int | None) -> tuple[int, int]:
     return tuple(dim if given is None else given for given in dims)
 
 
-def any_pair_left(image_mask, audio_mask):
-    """1 where a clip has any token to pair, else 0, (B, 1, 1); simply 1 where a modality has no mask."""
+def value_bias_of_pairs(value_bias: Tensor, image_mask: Tensor | None, audio_mask: Tensor | None) -> Tensor:
+    """The value bias (width,) of the clips that have any token to pair, (B, 1, width), else 0; as it is where
+    a modality has no mask.
+    """
     if image_mask is None or audio_mask is None:
-        return 1.0
-    return (image_mask.any(1) | audio_mask.any(1))[:, None, None]
+        return value_bias
+    return value_bias * (image_mask.any(1) | audio_mask.any(1))[:, None, None]
 
 
 def split_state(state: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:

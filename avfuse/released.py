@@ -23,11 +23,11 @@ from .fusion import (
     Fusion,
     Stream,
     Variant,
-    any_pair_left,
     initialize_linear,
     split_state,
     summary,
     union_mask,
+    value_bias_of_pairs,
 )
 from .inputs import InputSettings
 from .mae import AVMAE
@@ -85,7 +85,7 @@ class ReleasedFusion(Fusion):
     def attend_pairs(self, query: Tensor, image: Side, audio: Side, value_bias: Tensor) -> Tensor:
         """Queries (B, F, width) -> (B, F, value width)"""
         attended = attend_pairs(self.split_heads(query), image, audio, scale=self.scale)
-        return self.merge_heads(attended) + value_bias * any_pair_left(image.mask, audio.mask)
+        return self.merge_heads(attended) + value_bias_of_pairs(value_bias, image.mask, audio.mask)
 
     def attend_tokens(self, query: Tensor, side: Side) -> Tensor:
         """Queries (B, F, width) -> (B, F, value width)"""

@@ -65,6 +65,12 @@ class Heads(NamedTuple):
     value: Tensor
 
 
+def split_heads(projected: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
+    """(B, N, parts * H * K) -> so many (B, H, N, K)"""
+    heads = projected.unflatten(-1, (parts, num_heads, -1)).unbind(2)
+    return tuple(head.transpose(1, 2) for head in heads)
+
+
 class ContextAttention(Attention):
     """timm's attention, to which `context` tokens can be extra keys and values: (B, F, D), or the number of
     those that `tokens` begin with. Of `tokens` that are `projected` already, only their heads are looked at.
@@ -100,7 +106,7 @@ class ContextAttention(Attention):
             # Adapters, hooks and quantized weights take effect where the module is called.
             union = tokens if type(context) is int else torch.cat([context, tokens], dim=1)
             count = context if type(context) is int else context.shape[1]
-            query, key, value = self.heads(self.qkv(union), 3)
+            query, key, value = split_heads(self.qkv(union), 3, self.num_heads)
             return query[:, :, count:], key, value
         # Its rows give each only what is used: no queries of the context.
         weights, biases = self.qkv.weight, self.qkv.bias
@@ -109,12 +115,7 @@ class ContextAttention(Attention):
             F.linear(inputs, weights[part], None if biases is None else biases[part])
             for inputs, part in zip((tokens, torch.cat([context, tokens], dim=1)), rows, strict=True)
         )
-        return *self.heads(query, 1), *self.heads(key_value, 2)
-
-    def heads(self, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """(B, N, parts * H * K) -> so many (B, H, N, K)"""
-        heads = projected.unflatten(-1, (parts, self.num_heads, -1)).unbind(2)
-        return tuple(head.transpose(1, 2) for head in heads)
+        return *split_heads(query, 1, self.num_heads), *split_heads(key_value, 2, self.num_heads)
 
 
 class ContextBlock(Block):
@@ -155,9 +156,8 @@ class ContextBlock(Block):
             ValueError: a hook wants to see the tokens before, which are read here already.
         """
         for part in self, self.attn:
-            if (
-                part._forward_pre_hooks and not self.norm1._forward_pre_hooks
-            ):  # where all have some, those run
+            # Where all modules have hooks, those of norm1 run.
+            if part._forward_pre_hooks and not self.norm1._forward_pre_hooks:
                 raise ValueError(
                     f"joint attention cannot run the pre-hooks of a {type(part).__name__}, only those of its"
                     " parts, such as norm1 or attn.qkv"

@@ -72,11 +72,8 @@ class Case(NamedTuple):
     def shapes(self) -> list[str]:
         if self.small:
             return ["tiny"]
-        return [
-            "paper",
-            "pretraining",
-            *["long"] * (self.kernel == "pair_attention"),
-        ]  # a bias splits nothing
+        split = ["long"] if self.kernel == "pair_attention" else []  # a bias splits nothing
+        return ["paper", "pretraining", *split]
 
 
 def main(options: Options) -> dict:

@@ -45,6 +45,13 @@ TASKS = (
     ("shape of what sounds, linear probe", "256", "shape-probe", ACCURACY, COMMONEST),
     ("shape of what sounds, fine-tuned", "256", "shape", ACCURACY, COMMONEST),
     (
+        "shape of what sounds, from fresh weights",
+        "256",
+        "shape-fresh",
+        ACCURACY,
+        f"{COMMONEST}, image alone {{accuracy_image_input:.3f}}",
+    ),
+    (
         "colour of what sounds, linear probe",
         "256",
         "colour-probe",

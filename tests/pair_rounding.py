@@ -15,9 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# An exponential of x on a GPU is off by 2 + 1.17 |x| units in the last place (CUDA's guide, of __expf, which
-# is what Triton compiles to): so much more than a correct one, in roundings of 2**-24.
-GPU_EXP = 4.0, 2.34
 FLOAT32 = 2.0**-24  # the rounding of a number in the middle of a computation
 TF32 = 2.0**-10  # what is lost where hardware cuts float32 to tf32's 10 bits after the point
 UNDERFLOW = 2.0**-48  # what a weight may lose beside a pair bias: see kernels/biased_pair_attention.py
@@ -119,12 +116,7 @@ def draw_pairs(query, image: Side, audio: Side, pair_bias, output_grad, precisio
     left = logits > -math.inf
     sizes = pairs(finite(image.logits).abs(), finite(audio.logits).abs()) + finite(bias).abs()[:, :, None]
     sizes = torch.where(left, sizes, 0.0)
-    # An exponential's argument is at most so large. With a bias there are three: of both logits and of it.
-    sizes = sizes + sizes.amax((-2, -1), keepdim=True)
-    if precision.on_gpu:
-        constant, slope = GPU_EXP
-        sizes = constant * (1 if pair_bias is None else 3) + (1 + slope) * sizes
-    logits = logits + noise(FLOAT32 * sizes)
+    logits = logits + noise(FLOAT32 * (sizes + sizes.amax((-2, -1), keepdim=True)))
 
     logits = logits.masked_fill(~left.any((-2, -1), keepdim=True), 0.0)
     exact = torch.where(left, logits.flatten(-2).softmax(-1).view_as(logits), 0.0)

@@ -3,7 +3,7 @@
     total = tokens + update,    norm = standardized([context; total])
 
 What a pre-norm block does between two products, in one pass over the tokens. The norm has no weights: a
-product that follows can take them up (`avfuse.fused`). For inference: where a gradient is needed, plain
+product that follows can take them up (`avfuse.folding`). For inference: where a gradient is needed, plain
 PyTorch runs.
 """
 
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_choice
 from .pair_attention import HAS_TRITON, TRITON_DTYPES, runs_kernels
 
 
@@ -30,6 +31,7 @@ def residual_norm(
     Returns:
         The sum, which is `tokens` itself without an update, and the norms, in the dtype of `tokens`.
     """
+    check_choice("backend", backend, (None, "triton", "torch"))
     inputs = tokens, update, context
     if backend == "triton" or (backend is None and _kernel_can(*inputs)):
         norm, *total = torch.ops.avfuse.residual_norm(*inputs, eps)
