@@ -16,9 +16,9 @@ import gpu  # noqa: E402
 
 @pytest.mark.parametrize("part", gpu.PARTS)
 def test_rehearsal(part, tmp_path):
-    """Through make, as it is typed."""
+    """Through make, as it is typed, also from the make that runs the tests."""
     options = f"PART={part}", "DEVICE=cpu", "SMALL=1", f"PYTHON={sys.executable}"  # where there is no .venv
-    command = ["make", "gpu", *options, f"ARGS=--out {tmp_path}"]
+    command = ["make", "--no-print-directory", "gpu", *options, f"ARGS=--out {tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = tmp_path.iterdir()
