@@ -22,7 +22,8 @@ class InputSettings:
     """Input transforms of an audio-visual model; the defaults are the paper's (Sec. 4.1 and its released
     code).
 
-    The image is `(3, *image_shape)`, normalised by `image_mean` and `image_std`. The spectrogram is
+    The image is `(3, *image_shape)`, normalised by `image_mean` and `image_std`; of several `image_frames`,
+    evenly over the window of sound, `(image_frames, 3, *image_shape)`. The spectrogram is
     `(1, mel_bins, frames)`: log10(mel power + 1e-7) of `audio_seconds` of mono sound, with a centred,
     reflect-padded window of `window` samples every `hop` samples and HTK mel filters between 0 and
     `max_frequency`; the last of the `frames + 1` centred frames is dropped. With `front_end="kaldi"` it is
@@ -48,6 +49,7 @@ class InputSettings:
     audio_mean: float = 0.0  # of the spectrogram
     audio_std: float = 1.0
     padded_frames: int | None = None  # Kaldi's, with zeros; default: one for each hop
+    image_frames: int = 1  # T: one frame stands in the middle of each of T equal parts of the window
 
     @classmethod
     def audiomae(cls, **others) -> "InputSettings":
@@ -65,7 +67,7 @@ class InputSettings:
             object.__setattr__(self, "image_size", height if height == width else (height, width))
         else:
             check_count("image_size", self.image_size)
-        for name in ("sample_rate", "window", "hop", "mel_bins"):
+        for name in ("sample_rate", "window", "hop", "mel_bins", "image_frames"):
             check_count(name, getattr(self, name))
         check_choice("front_end", self.front_end, FRONT_ENDS)
         if not is_number(self.audio_mean):
@@ -106,6 +108,11 @@ class InputSettings:
     def image_shape(self) -> tuple[int, int]:
         """Height and width of the image in pixels."""
         return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+    @property
+    def frame_times(self) -> tuple[float, ...]:
+        """When each of the `image_frames` is shown, in seconds from the start of the window."""
+        return tuple((t + 0.5) * self.audio_seconds / self.image_frames for t in range(self.image_frames))
 
     @property
     def samples(self) -> int:
