@@ -5,49 +5,76 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from .checks import check_dtype, check_indices, check_mask, check_tensor, has_hooks
-from .fusion import Stream, union_mask
-from .vit import input_shape, patch_tokens, split_prefix
+from .fusion import Stream
+from .vit import input_shape, patch_tokens, per_clip, per_frame, split_prefix
 
 
 class Selection(NamedTuple):
-    """Which patch tokens of one modality take part."""
+    """Which patch tokens of one modality take part. Of several frames, "B" is (B, T)."""
 
     keep: Tensor | None  # (B, n) long: the others are dropped
     mask: Tensor | None  # (B, N) bool: nobody attends to the others
-    present: Tensor | None  # (B,) bool: the other clips lack the modality
+    present: Tensor | None  # (B,) bool, of clips: the others lack the modality
 
 
 class Branch(NamedTuple):
-    """One uni-modal stream on its way through the layers."""
+    """One uni-modal stream on its way through the layers. Each of several frames runs alone, as if it were a
+    clip: then "B" is B * T.
+    """
 
     vit: VisionTransformer
     tokens: Tensor  # (B, prefix + n, D)
     mask: Tensor | None  # (B, n) over the patch tokens, True = attend
     positions: Tensor | None  # (B, n) which patches they are; None = all, in order
     layers: Sequence[int]  # in which its blocks run
+    frames: int | None = None  # T of a clip of several, which fusion reads one after the other
+    times: Tensor | None = None  # seconds, for a time bias, see `avfuse.fusion.Stream`
     update: Tensor | None = None  # of the tokens, yet to be added: see `FusedEncoder`
 
     @classmethod
     def embed(
-        cls, vit: VisionTransformer, pixels: Tensor, selection: Selection, layers: Sequence[int]
+        cls,
+        vit: VisionTransformer,
+        pixels: Tensor,
+        selection: Selection,
+        layers: Sequence[int],
+        frame_embed: Tensor | None = None,
     ) -> "Branch":
+        """Tokens of pixels (B, C, H, W); with `frame_embed` (1, T', D), which is added to the tokens of each
+        frame, of pixels (B, T, C, H, W).
+        """
         keep, mask, present = selection
+        frames = None if frame_embed is None else pixels.shape[1]
+        if frames is not None:
+            pixels, keep, mask = (None if x is None else x.flatten(0, 1) for x in (pixels, keep, mask))
         if present is not None:
-            pixels = pixels.masked_fill(~present[:, None, None, None], 0.0)  # whatever stands there, even NaN
-            present = present[:, None].expand(-1, vit.patch_embed.num_patches)
+            present = per_frame(present[:, None], frames)
+            pixels = pixels.masked_fill(~present[..., None, None], 0.0)  # whatever stands there, even NaN
+            present = present.expand(-1, vit.patch_embed.num_patches)
             mask = present if mask is None else mask & present
         if mask is not None and keep is not None:
             mask = mask.gather(1, keep)
-        return cls(vit, patch_tokens(vit, pixels, keep), mask, keep, layers)
+        tokens = patch_tokens(vit, pixels, keep)
+        if frames is not None:
+            frame_embed = resampled_frames(frame_embed, frames)[:, :, None]
+            tokens = (tokens.unflatten(0, (-1, frames)) + frame_embed).flatten(0, 1)
+        return cls(vit, tokens, mask, keep, layers, frames)
 
     @property
     def stream(self) -> Stream:
-        """What fusion reads: prefix tokens are never paired."""
-        return Stream(split_prefix(self.vit, self.tokens)[1], self.mask, self.positions)
+        """What fusion reads, of clips: prefix tokens are never paired."""
+        patches = split_prefix(self.vit, self.tokens)[1], self.mask, self.positions
+        return Stream(*(x if x is None else per_clip(x, self.frames) for x in patches), self.times)
+
+    @property
+    def output(self) -> Tensor:
+        """(B, prefix + n, D), of several frames (B, T, prefix + n, D)"""
+        return self.tokens if self.frames is None else self.tokens.unflatten(0, (-1, self.frames))
 
     def key_mask(self, num_context: int) -> Tensor | None:
         """Mask (B, 1, 1, context + prefix + n) for self-attention; all, where it would leave none."""
@@ -58,13 +85,26 @@ class Branch(NamedTuple):
         return (mask | ~mask.any(1, keepdim=True))[:, None, None]
 
 
+def resampled_frames(frame_embed: Tensor, frames: int) -> Tensor:
+    """Positions (1, T', D) of frames evenly over a window, at as many other times in it, (1, T, D)."""
+    if frame_embed.shape[1] == frames:
+        return frame_embed
+    return F.interpolate(frame_embed.mT, frames, mode="linear").mT
+
+
 def joint_masks(image: Branch, audio: Branch) -> tuple[Tensor | None, Tensor | None]:
     """Masks (B, 1, 1, keys) of `avfuse.vit.joint_heads`; all own tokens, where it would leave none."""
-    image_prefix, audio_prefix = (Stream(split_prefix(x.vit, x.tokens)[0]) for x in (image, audio))
-    image_mask = union_mask(image_prefix, image.stream, audio.stream)
-    audio_mask = union_mask(image.stream, audio.stream, audio_prefix)
-    if image_mask is None:
+    if image.mask is None and audio.mask is None:
         return None, None
+    masks, prefixes = [], []
+    for branch in image, audio:
+        every = branch.tokens.new_ones(branch.tokens.shape[:2], dtype=torch.bool)
+        prefix, patches = every.tensor_split([branch.vit.num_prefix_tokens], dim=1)
+        prefixes.append(prefix)
+        masks.append(patches if branch.mask is None else branch.mask)
+    seen, heard = masks
+    image_mask = torch.cat([prefixes[0], seen, per_frame(heard, image.frames)], dim=1)
+    audio_mask = torch.cat([per_clip(seen, image.frames), heard, prefixes[1]], dim=1)
     image_mask[:, : image.tokens.shape[1]] |= ~image_mask.any(1, keepdim=True)
     audio_mask[:, -audio.tokens.shape[1] :] |= ~audio_mask.any(1, keepdim=True)
     return image_mask[:, None, None], audio_mask[:, None, None]
@@ -73,10 +113,13 @@ def joint_masks(image: Branch, audio: Branch) -> tuple[Tensor | None, Tensor | N
 def absent(like: Tensor, dim: int) -> Stream:
     """A modality that is not there: one token of this width that nobody attends to."""
     nothing = torch.zeros(like.shape[0], 1, dtype=torch.bool, device=like.device)
-    return Stream(like.new_zeros(like.shape[0], 1, dim), nothing, nothing.long())
+    return Stream(like.new_zeros(like.shape[0], 1, dim), nothing, nothing.long(), like.new_zeros(1))
 
 
-def check_branch(name: str, vit: VisionTransformer, pixels: Tensor | None, selection: Selection) -> None:
+def check_branch(
+    name: str, vit: VisionTransformer, pixels: Tensor | None, selection: Selection, several: bool = False
+) -> None:
+    """Raises ValueError unless these are pixels, of `several` frames or not, and a selection of patches."""
     if pixels is None:
         for what, given in zip(("keep", "mask", "present"), selection, strict=True):
             if given is not None:
@@ -88,15 +131,15 @@ def check_branch(name: str, vit: VisionTransformer, pixels: Tensor | None, selec
                 f"{name} cannot run the hooks of {part}, only those of its parts, such as its blocks"
             )
     check_tensor(name, pixels, "floating point")
-    expected, shape = input_shape(vit), tuple(pixels.shape)
-    if len(shape) != 4 or shape[1:] != expected:
-        raise ValueError(f"{name} must be (B, {', '.join(map(str, expected))}), got shape {shape}")
+    expected, shape, lead = input_shape(vit), tuple(pixels.shape), ("B", "frames") if several else ("B",)
+    if len(shape) != len(lead) + 3 or shape[-3:] != expected or 0 in shape[1:]:
+        raise ValueError(f"{name} must be ({', '.join(map(str, lead + expected))}), got shape {shape}")
     check_dtype(name, pixels, vit.patch_embed.proj.weight)
-    batch, patches = shape[0], vit.patch_embed.num_patches
-    check_mask(f"{name}_mask", selection.mask, (batch, patches), pixels.device)
-    check_mask(f"{name}_present", selection.present, (batch,), pixels.device)
+    lead, patches = shape[:-3], vit.patch_embed.num_patches
+    check_mask(f"{name}_mask", selection.mask, (*lead, patches), pixels.device)
+    check_mask(f"{name}_present", selection.present, shape[:1], pixels.device)
     if selection.keep is not None:
-        check_indices(f"{name}_keep", selection.keep, batch, patches, pixels.device)
+        check_indices(f"{name}_keep", selection.keep, (*lead, None), patches, pixels.device)
 
 
 def check_joint(

@@ -93,12 +93,18 @@ def check_mask(name: str, mask: Tensor | None, shape: tuple[int, ...], device: t
         check_tensor(name, mask, "bool", shape=shape, device=device)
 
 
-def check_indices(name: str, indices: Tensor, batch: int, size: int, device: torch.device) -> None:
-    """Indices (B, n) long into `size` tokens; only on the CPU, where nothing waits, also their range."""
+def check_indices(
+    name: str, indices: Tensor, shape: tuple[int | None, ...], size: int, device: torch.device
+) -> None:
+    """Indices (long) into `size` tokens; only on the CPU, where nothing waits, also their range. `shape` may
+    end on None: any number of them from 1 to `size`.
+    """
     check_tensor(name, indices, "long")
-    if indices.ndim != 2 or indices.shape[0] != batch or not 0 < indices.shape[1] <= size:
-        shape = tuple(indices.shape)
-        raise ValueError(f"{name} must be ({batch}, n) with 0 < n <= {size}, got shape {shape}")
+    *lead, count = indices.shape or (0,)
+    if tuple(lead) != shape[:-1] or not (0 < count <= size if shape[-1] is None else count == shape[-1]):
+        wanted = f"({', '.join('n' if n is None else str(n) for n in shape)})"
+        most = f" with 0 < n <= {size}" if shape[-1] is None else ""
+        raise ValueError(f"{name} must be {wanted}{most}, got shape {tuple(indices.shape)}")
     check_tensor(name, indices, "long", device=device)
     traced = torch.compiler.is_compiling() or isinstance(indices, FakeTensor)
     if indices.device.type == "cpu" and indices.numel() and not traced:

@@ -11,15 +11,34 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .branch import Branch, Selection, absent, check_branch, check_joint, joint_masks, layers_of_blocks
+from .branch import (
+    Branch,
+    Selection,
+    absent,
+    check_branch,
+    check_joint,
+    joint_masks,
+    layers_of_blocks,
+    resampled_frames,
+)
 from .checks import check_choice, check_count, check_flag, check_positive
 from .folding import FoldedBlock, FoldedDense, check_foldable, shares_norms
 from .fusion import NORM_EPS, STATE, VARIANTS, Stream, Variant
 from .graphs import CudaGraphs
-from .inputs import InputSettings, ask_for_inputs, check_inputs, default_inputs
+from .inputs import InputSettings, ask_for_inputs, audio_times, check_inputs, default_inputs, middles
 from .ops.residual_norm import residual_norm
 from .pretrained import Pretrained, parameter_groups
-from .vit import build_vit, check_vit, describe_vit, joint_heads, run_jointly, take_context, without_head
+from .vit import (
+    build_vit,
+    check_vit,
+    describe_vit,
+    joint_heads,
+    per_clip,
+    per_frame,
+    run_jointly,
+    take_context,
+    without_head,
+)
 
 
 class EncoderOutput(NamedTuple):
@@ -56,8 +75,13 @@ class AVEncoder(nn.Module, Pretrained):
         attn_ratio, mlp_ratio, drop, drop_path: of the fusion blocks, see `avfuse.fusion.FusionBlock`.
         norm_eps: of the norms of the fusion blocks; default that of the image transformer's blocks, so that
             `fused` can share them.
-        pair_bias: a learned bias per head and pair of positions in every fusion block ("dense" and
-            "bilinear").
+        pair_bias: a learned bias per head and pair in every fusion block ("dense" and "bilinear"), zero at
+            first: "position" (or True) for each pair of an image and an audio position, "time" a function of
+            how far frame and sound are apart, see `avfuse.fusion.TimeBias`; False for none.
+        frames: T, of a clip; default that of `inputs`, or 1. Of several, the image transformer runs on each
+            alone, with a learned position of the frame added (zero at first), and fusion reads their patch
+            tokens one frame after the other. Such an encoder also takes more or fewer frames, evenly over the
+            same seconds: positions are interpolated.
         block_layers: for transformers of unequal depth, the 0-based layers of the deeper one in which the
             blocks of the other run, one after the other. In the layers between, its tokens wait.
         inputs: the input transforms, kept in config.json and needed only where files are read. Default: the
@@ -87,6 +111,7 @@ class AVEncoder(nn.Module, Pretrained):
         attn_ratio=0.25,
         mlp_ratio=1.0,
         pair_bias=False,
+        frames: int | None = None,
         drop=0.0,
         drop_path=0.0,
         norm_eps: float | None = None,
@@ -103,7 +128,8 @@ class AVEncoder(nn.Module, Pretrained):
                 f"interactions={interactions!r} needs transformers of one width, got {image.embed_dim} for"
                 f" image and {audio.embed_dim} for audio"
             )
-        check_flag("pair_bias", pair_bias)
+        pair_bias = "position" if pair_bias is True else pair_bias
+        check_choice("pair_bias", pair_bias, (False, "position", "time"))
         if pair_bias and "pair_bias" not in self.variants[interactions].options:
             able = [name for name, variant in self.variants.items() if "pair_bias" in variant.options]
             raise ValueError(
@@ -122,8 +148,10 @@ class AVEncoder(nn.Module, Pretrained):
         self.block_layers = layers_of_blocks(len(image.blocks), len(audio.blocks), block_layers)
         self.embed_dim, self.depth = image.embed_dim, max(len(image.blocks), len(audio.blocks))
         self.num_fusion_tokens = fusion_tokens
-        self.given_inputs = default_inputs(image, audio) if inputs is None else inputs
-        check_inputs(self.given_inputs, image, audio)
+        self.frames = getattr(inputs, "image_frames", 1) if frames is None else frames
+        check_count("frames", self.frames)
+        self.given_inputs = default_inputs(image, audio, self.frames) if inputs is None else inputs
+        check_inputs(self.given_inputs, image, audio, self.frames)
         self.grad_checkpointing = False
         fusion_layers = layers_of(fusion_layers, self.depth)
         self.fusion_layers = () if interactions == "none" else fusion_layers
@@ -140,6 +168,7 @@ class AVEncoder(nn.Module, Pretrained):
             attn_ratio=attn_ratio,
             mlp_ratio=mlp_ratio,
             pair_bias=pair_bias,
+            frames=self.frames,
             drop=drop,
             drop_path=drop_path,
             norm_eps=norm_eps,
@@ -151,6 +180,9 @@ class AVEncoder(nn.Module, Pretrained):
             torch.empty(1, self.num_state_tokens, self.embed_dim).normal_(std=0.02)
         )
         self.fusion_norm = nn.LayerNorm(self.embed_dim, eps=NORM_EPS)
+        self.frame_embed = (
+            nn.Parameter(torch.zeros(1, self.frames, self.embed_dim)) if self.frames > 1 else None
+        )
         self.context_to_audio = None
         if self.fusion_layers and not same_width and not self.variant.direct:
             self.context_to_audio = nn.Linear(self.embed_dim, audio.embed_dim)
@@ -188,9 +220,13 @@ class AVEncoder(nn.Module, Pretrained):
 
     def make_block(self) -> nn.Module:
         """One fusion block, as the settings say."""
-        patches = self.image.patch_embed.num_patches, self.audio.patch_embed.num_patches
+        kind, biases = self.settings["pair_bias"], dict(pair_bias=None, time_bias=None)
+        if kind == "position":
+            biases["pair_bias"] = self.image.patch_embed.num_patches, self.audio.patch_embed.num_patches
+        elif kind == "time":  # a knot for each step of the audio tokens, in either direction
+            biases["time_bias"] = self.inputs.audio_seconds, 2 * self.audio.patch_embed.grid_size[1] + 1
         dims = dict(image_dim=self.dims["image"], audio_dim=self.dims["audio"])
-        return self.variant.make(self.embed_dim, self.settings | dims, patches)
+        return self.variant.make(self.embed_dim, self.settings | dims | biases)
 
     def forward(
         self,
@@ -206,6 +242,9 @@ class AVEncoder(nn.Module, Pretrained):
         return_layers: bool = False,
     ) -> EncoderOutput:
         """Encode images (B, 3, height, width) with spectrograms (B, 1, mel, time).
+
+        Of several frames: images (B, T, 3, height, width), image_keep (B, T, n), image_mask (B, T, N), and
+        the output's image (B, T, prefix + n, D).
 
         Args:
             image, audio: either may be None (a missing modality, at inference); its output is then None.
@@ -238,14 +277,14 @@ class AVEncoder(nn.Module, Pretrained):
 
     def tokens_of(self, image: Branch | None, audio: Branch | None, fusion: Tensor) -> EncoderOutput:
         """What stands in the branches after a layer."""
-        tokens = (None if branch is None else branch.tokens for branch in (image, audio))
+        tokens = (None if branch is None else branch.output for branch in (image, audio))
         return EncoderOutput(*tokens, self.visible_fusion(fusion))
 
     def embed(self, image, audio, image_selection: "Selection", audio_selection: "Selection"):
         """Both branches (None where a modality is) and the fusion tokens (B, F, D) before the first layer."""
         if image is None and audio is None:
             raise ValueError("image and audio cannot both be None")
-        check_branch("image", self.image, image, image_selection)
+        check_branch("image", self.image, image, image_selection, self.frames > 1)
         check_branch("audio", self.audio, audio, audio_selection)
         if image is not None and audio is not None:
             if image.shape[0] != audio.shape[0]:
@@ -256,10 +295,26 @@ class AVEncoder(nn.Module, Pretrained):
                 raise ValueError(f"audio must be on the device of image, {image.device}, got {audio.device}")
         fusion = self.fusion_tokens.repeat((audio if image is None else image).shape[0], 1, 1)
         if image is not None:
-            image = Branch.embed(self.image, image, image_selection, self.block_layers["image"])
+            layers = self.block_layers["image"]
+            image = Branch.embed(self.image, image, image_selection, layers, self.frame_embed)
         if audio is not None:
             audio = Branch.embed(self.audio, audio, audio_selection, self.block_layers["audio"])
+        if self.settings["pair_bias"] == "time":
+            image, audio = self.timed(image, audio)
         return image, audio, fusion
+
+    def timed(self, image: Branch | None, audio: Branch | None):
+        """Both branches with their times, in seconds from the start of the window; not in half precision."""
+        options = dict(
+            device=self.fusion_tokens.device,
+            dtype=torch.promote_types(self.fusion_tokens.dtype, torch.float32),
+        )
+        if image is not None:
+            image = image._replace(times=middles(image.frames or 1, self.inputs.audio_seconds, **options))
+        if audio is not None:
+            times = audio_times(self.inputs, self.audio.patch_embed, **options)
+            audio = audio._replace(times=times if audio.positions is None else times[audio.positions])
+        return image, audio
 
     def run_layer(self, layer, image, audio, fusion):
         """One layer: all branches read the layer before (paper Eq. 1-3)."""
@@ -282,6 +337,7 @@ class AVEncoder(nn.Module, Pretrained):
     def run_unimodal(self, layer, branch, context=None):
         if branch is None or layer not in branch.layers:
             return branch
+        context = None if context is None else per_frame(context, branch.frames)
         key_mask = branch.key_mask(0 if context is None else context.shape[1])
         block = self.checkpointed(branch.vit.blocks[branch.layers.index(layer)])
         return branch._replace(tokens=block(branch.tokens, context=context, attn_mask=key_mask))
@@ -296,6 +352,8 @@ class AVEncoder(nn.Module, Pretrained):
             audio_mask=audio.mask,
             image_positions=image.positions,
             audio_positions=audio.positions,
+            image_times=image.times,
+            audio_times=audio.times,
         )
 
     def run_direct(self, layer, image, audio):
@@ -310,21 +368,22 @@ class AVEncoder(nn.Module, Pretrained):
         both = image, audio
         blocks = tuple(branch.vit.blocks[branch.layers.index(layer)] for branch in both)
         image_tokens, audio_tokens = self.checkpointed(run_jointly)(
-            blocks, (image.tokens, audio.tokens), joint_masks(*both), self.num_prefix_tokens
+            blocks, (image.tokens, audio.tokens), joint_masks(*both), self.num_prefix_tokens, image.frames
         )
         return image._replace(tokens=image_tokens), audio._replace(tokens=audio_tokens)
 
     def run_cross(self, layer, image, audio):
         image_tokens, audio_tokens = self.checkpointed(self.block(layer))(
-            image.tokens, audio.tokens, image.stream, audio.stream
+            per_clip(image.tokens, image.frames), audio.tokens, image.stream, audio.stream
         )
+        image_tokens = image_tokens.reshape(image.tokens.shape)
         return image._replace(tokens=image_tokens), audio._replace(tokens=audio_tokens)
 
     def streams(self, image: "Branch | None", audio: "Branch | None") -> tuple[Stream, Stream]:
         """What fusion reads of both."""
         if image is None:
             return absent(audio.tokens, self.dims["image"]), audio.stream
-        return image.stream, absent(image.tokens, self.dims["audio"]) if audio is None else audio.stream
+        return image.stream, absent(image.output, self.dims["audio"]) if audio is None else audio.stream
 
     def block(self, layer: int) -> nn.Module | None:
         """The fusion block of a layer that has one."""
@@ -356,8 +415,9 @@ class AVEncoder(nn.Module, Pretrained):
         """Where the fusion tokens of a fused layer (default: the last) look and listen.
 
         Returns:
-            Image weights (B, H, F, I) and audio weights (B, H, F, A) over the patch tokens; those of a masked
-            token are 0, and so is the single weight of a modality that is None.
+            Image weights (B, H, F, I) and audio weights (B, H, F, A) over the patch tokens, those of
+            several frames one after the other; those of a masked token are 0, and so is the single weight of
+            a modality that is None.
 
         Raises:
             ValueError: no such fused layer, blocks without weights to show (see `shows_attention`), or
@@ -393,6 +453,34 @@ class AVEncoder(nn.Module, Pretrained):
         """
         check_flag("cuda_graphs", cuda_graphs)
         return FusedEncoder.of(self, cuda_graphs)
+
+    def with_frames(self, frames: int, *, pair_bias: bool | str | None = None) -> "AVEncoder":
+        """A copy for clips of so many frames, with the same weights.
+
+        What this encoder has no weights for, positions of frames and a pair bias, is zero; the positions it
+        has are interpolated, and left out of a copy for one frame.
+
+        Args:
+            frames: T.
+            pair_bias: see `AVEncoder`; default that of this encoder, which only gets one if it has none.
+
+        Raises:
+            ValueError: naming the argument that is wrong.
+        """
+        own = self.settings["pair_bias"]
+        wanted = own if pair_bias is None else "position" if pair_bias is True else pair_bias
+        if own and wanted != own:
+            raise ValueError(f"pair_bias must be that of this encoder, {own!r}, got {pair_bias!r}")
+        check_count("frames", frames)
+        config = self.to_config() | dict(frames=frames, pair_bias=wanted)
+        if config["inputs"] is not None:
+            config["inputs"] = config["inputs"] | dict(image_frames=frames)
+        copied, weights = type(self).from_config(config).to(self.fusion_tokens), self.state_dict()
+        if self.frame_embed is not None:
+            embed = weights.pop("frame_embed")
+            weights |= {} if frames == 1 else dict(frame_embed=resampled_frames(embed, frames))
+        copied.load_state_dict(copied.state_dict() | weights)
+        return copied.train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every block in the backward instead of storing its activations."""
@@ -558,6 +646,7 @@ class FusedEncoder(AVEncoder):
             self.heads(layer, image, image_projected),
             self.heads(layer, audio, audio_projected),
             self.num_prefix_tokens,
+            image.frames,
         )
         masks = joint_masks(image, audio)
         return self.attend(layer, image, heads[0], masks[0]), self.attend(layer, audio, heads[1], masks[1])
@@ -572,6 +661,7 @@ class FusedEncoder(AVEncoder):
         if branch is None:
             return None, None
         block = branch.vit.blocks[layer]
+        context = None if context is None else per_frame(context, branch.frames)
         tokens, projected = block.project(branch.tokens, branch.update, context)
         return branch._replace(tokens=tokens, update=None), projected
 

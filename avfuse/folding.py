@@ -94,13 +94,15 @@ class FoldedDense(nn.Module):
         self, projected: tuple[Tensor | None, Tensor | None], streams: tuple[Stream, Stream]
     ) -> list[Tensor]:
         """Keys and values side by side of the tokens of both modalities, from what `FoldedBlock.project`
-        gave; for a missing one, of a token that is masked.
+        gave, of frames (B * T, F + n, ...); for a missing one, of a token that is masked.
         """
         width, there = 2 * self.block.width, next(x for x in projected if x is not None)
-        return [
-            there.new_zeros(*tokens.shape[:2], width) if x is None else x[:, -tokens.shape[1] :, -width:]
-            for x, (tokens, *_) in zip(projected, streams, strict=True)
-        ]
+        paired = []
+        for x, (tokens, *_) in zip(projected, streams, strict=True):
+            B, N, _ = tokens.shape
+            own = there.new_zeros(B, N, width) if x is None else x[:, -(B * N // len(x)) :, -width:]
+            paired.append(own.reshape(B, N, width))
+        return paired
 
 
 # --- weights ------------------------------------------------------------------------------------------------

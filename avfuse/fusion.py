@@ -24,6 +24,7 @@ from .checks import (
     check_mask,
     check_positive,
     check_rate,
+    check_tensor,
     check_tokens,
 )
 from .ops.pair_attention import (
@@ -46,15 +47,20 @@ class Stream(NamedTuple):
     tokens: Tensor  # (B, N, D)
     mask: Tensor | None = None  # (B, N) bool, True = attend
     positions: Tensor | None = None  # (B, N) long, which tokens they are; None = all, in order
+    times: Tensor | None = (
+        None  # seconds, (S,) or (B, S): of S equal parts of the tokens, one after the other
+    )
 
 
 class Fusion(nn.Module):
     """The call that all fusion blocks share: check, attend, update.
 
     `block(fusion, image, audio, *, image_mask=None, audio_mask=None, image_positions=None,
-    audio_positions=None)`, (B, F, D), (B, I, D), (B, A, D) -> (B, F, D). Masks (B, N) bool, True = attend.
-    Positions (B, N) long say which tokens are left after masking; None = all, in order. Only a learned pair
-    bias needs them.
+    audio_positions=None, image_times=None, audio_times=None)`, (B, F, D), (B, I, D), (B, A, D) -> (B, F, D).
+    Masks (B, N) bool, True = attend. Positions (B, N) long say which tokens are left after masking; None =
+    all, in order. Times in seconds, (S,) or (B, S) of image and (T,) or (B, T) of audio tokens, are those of
+    S and T equal parts of the tokens, one after the other, such as frames. Positions only matter to a pair
+    bias, times to a time bias.
 
     A block defines `attend` and `update`, or `fuse` as a whole, and `weights` if it can show them.
     """
@@ -75,8 +81,11 @@ class Fusion(nn.Module):
         audio_mask: Tensor | None = None,
         image_positions: Tensor | None = None,
         audio_positions: Tensor | None = None,
+        image_times: Tensor | None = None,
+        audio_times: Tensor | None = None,
     ) -> Tensor:
-        image, audio = Stream(image, image_mask, image_positions), Stream(audio, audio_mask, audio_positions)
+        image = Stream(image, image_mask, image_positions, image_times)
+        audio = Stream(audio, audio_mask, audio_positions, audio_times)
         self.check(fusion, image, audio)
         return self.fuse(fusion, image, audio)
 
@@ -95,9 +104,12 @@ class Fusion(nn.Module):
         audio_mask: Tensor | None = None,
         image_positions: Tensor | None = None,
         audio_positions: Tensor | None = None,
+        image_times: Tensor | None = None,
+        audio_times: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What the fusion tokens attend to: image weights (B, H, F, I) and audio weights (B, H, F, A)."""
-        image, audio = Stream(image, image_mask, image_positions), Stream(audio, audio_mask, audio_positions)
+        image = Stream(image, image_mask, image_positions, image_times)
+        audio = Stream(audio, audio_mask, audio_positions, audio_times)
         self.check(fusion, image, audio)
         return self.weights(fusion, image, audio)
 
@@ -105,7 +117,7 @@ class Fusion(nn.Module):
         weight = self.weight
         check_tokens("fusion", fusion, self.dim)
         check_dtype("fusion", fusion, weight)
-        for name, dim, (tokens, mask, _) in (
+        for name, dim, (tokens, mask, *_) in (
             ("image", self.image_dim, image),
             ("audio", self.audio_dim, audio),
         ):
@@ -193,7 +205,10 @@ class DenseFusion(FusionBlock):
         interaction: "additive" (the paper) or "bilinear".
         pair_bias: None, or the numbers of image and audio tokens: a learned table (num_heads, I, A) over
             positions, zero at first, is then added to the logits of the pairs. Where tokens were dropped, its
-            part for the tokens that are left is gathered: (B, num_heads, I, A) numbers.
+            part for the tokens that are left is gathered: (B, num_heads, I, A) numbers. Of several frames one
+            after the other, each has the image positions of the table.
+        time_bias: None, or the reach in seconds and the number of knots of a `TimeBias`, which is added to
+            the logits instead: then the call needs the times of the tokens.
 
     Raises:
         ValueError: naming the argument that is wrong.
@@ -208,6 +223,7 @@ class DenseFusion(FusionBlock):
         audio_dim=None,
         interaction="additive",
         pair_bias=None,
+        time_bias=None,
         **block_options,
     ):
         super().__init__(dim, num_heads, **block_options)
@@ -219,6 +235,8 @@ class DenseFusion(FusionBlock):
                 raise ValueError(
                     f"pair_bias must be None or the counts of image and audio tokens, got {pair_bias!r}"
                 )
+        if pair_bias is not None and time_bias is not None:
+            raise ValueError("pair_bias and time_bias exclude one another")
         self.interaction = interaction
         bilinear = interaction == "bilinear"
         self.norm_image = nn.LayerNorm(self.image_dim, eps=self.norm_eps)
@@ -227,6 +245,7 @@ class DenseFusion(FusionBlock):
         self.audio_key_value = nn.Linear(self.audio_dim, 2 * self.width, bias=bilinear)
         self.value_bias = None if bilinear else nn.Parameter(torch.zeros(self.width))
         self.pair_bias = None if pair_bias is None else nn.Parameter(torch.zeros(num_heads, *pair_bias))
+        self.time_bias = None if time_bias is None else TimeBias(num_heads, *time_bias)
         initialize_linear(self)
 
     def attend(self, fusion: Tensor, image: Stream, audio: Stream) -> Tensor:
@@ -236,17 +255,14 @@ class DenseFusion(FusionBlock):
         self, query: Tensor, projected: tuple[Tensor, Tensor], image: Stream, audio: Stream
     ) -> Tensor:
         """What queries (B, H, F, K) attend to, (B, F, width)."""
-        sides, bias = self.sides(projected, image, audio), self.positioned_bias(image, audio)
+        sides, bias = self.sides(projected, image, audio), self.bias(image, audio)
         attended = self.merge_heads(attend_pairs(query, *sides, bias, interaction=self.interaction))
         if self.value_bias is None:
             return attended
         return attended + value_bias_of_pairs(self.value_bias, image.mask, audio.mask)
 
     def weights(self, fusion: Tensor, image: Stream, audio: Stream) -> tuple[Tensor, Tensor]:
-        sides, bias = (
-            self.sides(self.projected(image, audio), image, audio),
-            self.positioned_bias(image, audio),
-        )
+        sides, bias = self.sides(self.projected(image, audio), image, audio), self.bias(image, audio)
         return pair_weights(self.queries(fusion), *sides, bias, interaction=self.interaction)
 
     def projected(self, image: Stream, audio: Stream) -> tuple[Tensor, Tensor]:
@@ -264,15 +280,22 @@ class DenseFusion(FusionBlock):
             Side(*self.keys_and_values(audio_projected), audio.mask),
         )
 
-    def positioned_bias(self, image: Stream, audio: Stream) -> Tensor | None:
+    def bias(self, image: Stream, audio: Stream) -> Tensor | None:
+        """What is added to the logits of the pairs: an entry for each pair, or for the pairs of two parts."""
+        if self.time_bias is not None:
+            return self.time_bias(image.times, audio.times)
+        return None if self.pair_bias is None else self.positioned_bias(image, audio)
+
+    def positioned_bias(self, image: Stream, audio: Stream) -> Tensor:
         """The table at the positions of the tokens: (1, H, I, A), or (B, H, I, A) where some were dropped."""
-        if self.pair_bias is None:
-            return None
         if image.positions is None and audio.positions is None:
-            return self.pair_bias[None]
+            frames = image.tokens.shape[1] // self.pair_bias.shape[1]
+            return self.pair_bias[None].repeat(1, 1, frames, 1) if frames > 1 else self.pair_bias[None]
         rows, columns = (
-            torch.arange(tokens.shape[1], device=tokens.device)[None] if positions is None else positions
-            for tokens, _, positions in (image, audio)
+            torch.arange(tokens.shape[1], device=tokens.device)[None] % size
+            if positions is None
+            else positions
+            for (tokens, _, positions, _), size in zip((image, audio), self.pair_bias.shape[1:], strict=True)
         )
         table = self.pair_bias[:, rows[:, :, None], columns[:, None]]  # (H, B, I, A)
         return table.transpose(0, 1)
@@ -282,6 +305,39 @@ class DenseFusion(FusionBlock):
         if self.pair_bias is not None:
             check_positions("image_positions", image, self.pair_bias.shape[1])
             check_positions("audio_positions", audio, self.pair_bias.shape[2])
+        if self.time_bias is not None:
+            check_times("image_times", image)
+            check_times("audio_times", audio)
+
+
+class TimeBias(nn.Module):
+    """A learned function of the time of a frame minus the time of a sound, for each head: linear between its
+    knots, constant beyond them, zero at first. Pairs of a dense block then find what happens together.
+
+    Args:
+        num_heads: attention heads.
+        reach: the knots lie evenly from -reach to +reach, in seconds.
+        knots: how many; one lies at 0 if they are odd.
+
+    Raises:
+        ValueError: a reach that is not positive, or fewer than two knots.
+    """
+
+    def __init__(self, num_heads: int, reach: float, knots: int):
+        super().__init__()
+        check_positive("reach", reach)
+        check_count("knots", knots - 1)
+        self.reach = reach
+        self.table = nn.Parameter(torch.zeros(num_heads, knots))
+
+    def forward(self, image_times: Tensor, audio_times: Tensor) -> Tensor:
+        """Seconds (S,) or (B, S) and (T,) or (B, T) -> (1 or B, H, S, T)"""
+        last = self.table.shape[1] - 1
+        apart = image_times[..., :, None] - audio_times[..., None, :]
+        place = ((apart / self.reach + 1) * (last / 2)).clamp(0, last)  # in knots
+        left = place.long().clamp(max=last - 1)
+        bias = self.table[:, left].lerp(self.table[:, left + 1], (place - left).to(self.table.dtype))
+        return bias[None] if bias.ndim == 3 else bias.transpose(0, 1)
 
 
 class FactorizedFusion(Fusion):
@@ -528,7 +584,7 @@ def union_mask(*streams: Stream) -> Tensor | None:
         return None
     masks = [
         tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask
-        for tokens, mask, _ in streams
+        for tokens, mask, *_ in streams
     ]
     return torch.cat(masks, dim=1)
 
@@ -543,21 +599,34 @@ def initialize_linear(module: nn.Module) -> None:
 
 
 def check_positions(name: str, stream: Stream, size: int) -> None:
-    """Positions name a place in a table of `size` for every token; None where all are there."""
+    """Positions name a place in a table of `size` for every token; None where all are there, in one or
+    several frames.
+    """
     B, N, _ = stream.tokens.shape
     if stream.positions is None:
-        if N != size:
+        if N % size:
             raise ValueError(f"{name} is needed: the pair bias has {size} tokens, there are {N}")
         return
-    check_indices(name, stream.positions, B, size, stream.tokens.device)
-    if stream.positions.shape[1] != N:
-        raise ValueError(f"{name} must name {N} tokens, got shape {tuple(stream.positions.shape)}")
+    check_indices(name, stream.positions, (B, N), size, stream.tokens.device)
+
+
+def check_times(name: str, stream: Stream) -> None:
+    """Times of equal parts of the tokens, the same for all clips or for each."""
+    B, N, _ = stream.tokens.shape
+    if stream.times is None:
+        raise ValueError(f"{name} is needed: the time bias asks how far image and audio tokens are apart")
+    check_tensor(name, stream.times, "floating point", device=stream.tokens.device)
+    *lead, count = stream.times.shape or (0,)
+    if lead not in ([], [B]) or not count or N % count:
+        shape = tuple(stream.times.shape)
+        raise ValueError(f"{name} must be (S,) or ({B}, S), where S divides the {N} tokens, got {shape}")
 
 
 # --- the ways to fuse ---------------------------------------------------------------------------------------
 
 SHARED = ("attn_ratio", "mlp_ratio", "drop", "drop_path", "norm_eps")
 DIMS = ("image_dim", "audio_dim")
+BIASES = ("pair_bias", "time_bias")
 
 
 class Variant(NamedTuple):
@@ -568,17 +637,14 @@ class Variant(NamedTuple):
     state: tuple[str, ...] = ("fusion_tokens",)  # the settings that count the tokens it takes and returns
     direct: bool = False  # image and audio tokens read one another, and fusion tokens stay what they are
 
-    def make(self, dim: int, settings: dict, patches: tuple[int, int] | None = None) -> nn.Module:
-        """A block for an encoder of this width and these numbers of image and audio patches."""
-        options = {name: settings[name] for name in self.options}
-        if "pair_bias" in options:
-            options["pair_bias"] = patches if options["pair_bias"] else None
-        return self.block(dim, settings["num_heads"], **options)
+    def make(self, dim: int, settings: dict) -> nn.Module:
+        """A block for an encoder of this width."""
+        return self.block(dim, settings["num_heads"], **{name: settings[name] for name in self.options})
 
 
 VARIANTS = {
-    "dense": Variant(DenseFusion, (*SHARED, *DIMS, "pair_bias")),
-    "bilinear": Variant(partial(DenseFusion, interaction="bilinear"), (*SHARED, *DIMS, "pair_bias")),
+    "dense": Variant(DenseFusion, (*SHARED, *DIMS, *BIASES)),
+    "bilinear": Variant(partial(DenseFusion, interaction="bilinear"), (*SHARED, *DIMS, *BIASES)),
     "factorized": Variant(FactorizedFusion, (*SHARED, *DIMS, *STATE), STATE),
     "token": Variant(TokenFusion),
     "joint": Variant(None, (), direct=True),

@@ -13,13 +13,15 @@ from .checks import check_count, check_flag, check_mask, check_tensor, is_number
 from .encoder import AVEncoder
 from .fusion import initialize_linear
 from .pretrained import Pretrained, parameter_groups
-from .vit import input_shape, split_prefix
+from .vit import input_shape, per_frame, split_prefix
 
 TARGET_EPS = 1e-6
 
 
 class MAEOutput(NamedTuple):
-    """Losses (scalars), predictions (B, N, values) of all patches, and which were hidden (B, N) bool."""
+    """Losses (scalars), predictions (B, N, values) of all patches, and which were hidden (B, N) bool; of
+    several frames, (B, T, N, values) and (B, T, N).
+    """
 
     loss: Tensor
     image_loss: Tensor
@@ -36,7 +38,9 @@ class AVMAE(nn.Module, Pretrained):
     Args:
         encoder: the `AVEncoder` to pretrain.
         decoder_dim, decoder_depth, decoder_heads: of both decoders; default 512, 8, 16 (the paper's).
-        image_mask_ratio, audio_mask_ratio: shares of the patches that are hidden; default 0.75 and 0.8.
+        image_mask_ratio, audio_mask_ratio: shares of the patches that are hidden; default 0.75 and 0.8. Of
+            several frames the same number in each.
+        tubes: of several frames, hide the same places in all of them; default False.
         norm_target: rebuild each patch normalised by its own mean and deviation; default True.
 
     Raises:
@@ -53,6 +57,7 @@ class AVMAE(nn.Module, Pretrained):
         image_mask_ratio=0.75,
         audio_mask_ratio=0.8,
         norm_target=True,
+        tubes=False,
     ):
         super().__init__()
         if not isinstance(encoder, AVEncoder):
@@ -65,6 +70,9 @@ class AVMAE(nn.Module, Pretrained):
                 f"decoder_dim={decoder_dim} must be a multiple of 4 and of decoder_heads={decoder_heads}"
             )
         check_flag("norm_target", norm_target)
+        check_flag("tubes", tubes)
+        if tubes and encoder.frames == 1:
+            raise ValueError("tubes hide the same places in several frames: encoder has one")
         self.encoder = encoder
         self.settings = dict(
             decoder_dim=decoder_dim,
@@ -73,8 +81,9 @@ class AVMAE(nn.Module, Pretrained):
             image_mask_ratio=image_mask_ratio,
             audio_mask_ratio=audio_mask_ratio,
             norm_target=norm_target,
+            tubes=tubes,
         )
-        self.norm_target = norm_target
+        self.norm_target, self.tubes = norm_target, tubes
         self.image_mask_ratio, self.audio_mask_ratio = image_mask_ratio, audio_mask_ratio
         for name, vit, ratio in (
             ("image_mask_ratio", encoder.image, image_mask_ratio),
@@ -101,10 +110,10 @@ class AVMAE(nn.Module, Pretrained):
         """Hide, encode, decode, compare.
 
         Args:
-            image: (B, 3, height, width). audio: (B, 1, mel, time).
-            image_removed, audio_removed: (B, N) bool, True = hidden from the encoder, the same number in
-                every row; drawn at the mask ratios when not given. Under torch.compile their number must be
-                that of the mask ratios: the compiled graph cannot count it.
+            image: (B, 3, height, width), or (B, T, 3, height, width). audio: (B, 1, mel, time).
+            image_removed, audio_removed: (B, N) bool, or (B, T, N), True = hidden from the encoder, the same
+                number in every row; drawn at the mask ratios when not given. Under torch.compile their number
+                must be that of the mask ratios: the compiled graph cannot count it.
             image_present, audio_present: (B,) bool, None = all: an absent modality is masked everywhere and
                 leaves its loss (which is 0 if no clip has it).
 
@@ -146,11 +155,13 @@ class AVMAE(nn.Module, Pretrained):
         patches = getattr(self.encoder, name).patch_embed.num_patches
         ratio = getattr(self, f"{name}_mask_ratio")
         hidden = count_removed(f"{name}_mask_ratio", patches, ratio)
+        rows = pixels.shape[:-3]
         if removed is None:
-            order = torch.rand(pixels.shape[0], patches, device=pixels.device).argsort(1)
-            removed = order.argsort(1) < hidden
+            drawn = (*rows[:1], 1) if name == "image" and self.tubes else rows
+            order = torch.rand(*drawn, patches, device=pixels.device).argsort(-1)
+            removed = (order.argsort(-1) < hidden).expand(*rows, patches)
         else:
-            check_mask(f"{name}_removed", removed, (pixels.shape[0], patches), pixels.device)
+            check_mask(f"{name}_removed", removed, (*rows, patches), pixels.device)
             if not torch.compiler.is_compiling():  # a compiled model takes the number from the ratio
                 hidden = same_in_every_row(f"{name}_removed", removed)
         return removed, kept_indices(removed, patches - hidden)
@@ -168,14 +179,17 @@ class AVMAE(nn.Module, Pretrained):
         """Mean squared error over the hidden patches of the clips that have this modality (Eq. 14)."""
         target = self.target(name, pixels)
         if present is not None:
-            target = target.masked_fill(~present[:, None, None], 0.0)  # whatever stands there, even NaN
+            present = present.view(-1, *[1] * (removed.ndim - 1))
+            target = target.masked_fill(~present[..., None], 0.0)  # whatever stands there, even NaN
         error = (pred.float() - target).square().mean(-1)  # (B, N)
-        counted = removed if present is None else removed & present[:, None]
+        counted = removed if present is None else removed & present
         return (error * counted).sum() / counted.sum().clamp(min=1)
 
     def target(self, name: str, pixels: Tensor) -> Tensor:
         """Targets of the "image" or "audio" decoder, (B, N, values): pixels, normalised within a patch."""
-        target = patchify(pixels.float(), getattr(self.encoder, name).patch_embed.patch_size)
+        frames = pixels.float().flatten(0, -4)
+        target = patchify(frames, getattr(self.encoder, name).patch_embed.patch_size)
+        target = target.view(*pixels.shape[:-3], *target.shape[1:])
         if not self.norm_target:
             return target
         return (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + TARGET_EPS).sqrt()
@@ -184,7 +198,8 @@ class AVMAE(nn.Module, Pretrained):
         """Draws masks of this model's sizes and ratios clip by clip, where a data loader prepares them."""
         encoder = self.encoder
         patches = encoder.image.patch_embed.num_patches, encoder.audio.patch_embed.num_patches
-        return MaskSampler(*patches, self.image_mask_ratio, self.audio_mask_ratio)
+        frames = encoder.frames if encoder.frames > 1 else None
+        return MaskSampler(*patches, self.image_mask_ratio, self.audio_mask_ratio, frames, self.tubes)
 
     def parameter_groups(self, weight_decay: float = 0.05) -> list[dict]:
         """Optimizer groups by decay and layer, see `avfuse.pretrained.parameter_groups`."""
@@ -204,7 +219,7 @@ class Decoder(nn.Module):
     """A narrow transformer that rebuilds one modality from fusion tokens and the patches that were kept.
 
     Its input: fusion tokens (no position), then visible and mask tokens in their places, with sine-cosine
-    positions.
+    positions. Of several frames, each is rebuilt from its own patches.
     """
 
     def __init__(self, patch_embed, fusion_dim, dim, depth, heads):
@@ -222,14 +237,18 @@ class Decoder(nn.Module):
         initialize_linear(self)
 
     def forward(self, fusion: Tensor, visible: Tensor, keep: Tensor) -> Tensor:
-        """Fusion tokens (B, F, D), visible patches (B, n, D), their places (B, n) -> (B, N, values)"""
+        """Fusion tokens (B, F, D), visible patches (B, n, D), their places (B, n) -> (B, N, values); of
+        several frames, (B, T, n, D), (B, T, n) -> (B, T, N, values)
+        """
+        lead, frames = visible.shape[:-2], visible.shape[1] if visible.ndim == 4 else None
+        fusion, visible, keep = per_frame(fusion, frames), visible.flatten(0, -3), keep.flatten(0, -2)
         fusion, visible = (self.embed_fusion or self.embed)(fusion), self.embed(visible)
         masked = self.mask_token.to(visible.dtype).expand(visible.shape[0], self.pos_embed.shape[1], -1)
         tokens = masked.scatter(1, keep[..., None].expand_as(visible), visible) + self.pos_embed
         tokens = torch.cat([fusion, tokens], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
-        return self.pred(self.norm(tokens[:, fusion.shape[1] :]))
+        return self.pred(self.norm(tokens[:, fusion.shape[1] :])).unflatten(0, lead)
 
 
 def patchify(pixels: Tensor, patch_size: tuple[int, int]) -> Tensor:
@@ -263,32 +282,44 @@ def random_removed(patches: int, ratio: float, generator: torch.Generator | None
 
 @dataclass(frozen=True)
 class MaskSampler:
-    """Draws the masks of one clip, "image_removed" and "audio_removed" (N,), from the clip's generator."""
+    """Draws the masks of one clip, "image_removed" and "audio_removed" (N,), from the clip's generator; of
+    several frames, "image_removed" (T, N), with `tubes` of equal rows.
+    """
 
     image_patches: int
     audio_patches: int
     image_ratio: float
     audio_ratio: float
+    frames: int | None = None  # T
+    tubes: bool = False
 
     def __call__(self, generator: torch.Generator) -> dict[str, Tensor]:
+        frames = self.frames or 1
+        drawn = [
+            random_removed(self.image_patches, self.image_ratio, generator)
+            for _ in range(1 if self.tubes else frames)
+        ]
+        image_removed = (
+            drawn[0] if self.frames is None else torch.stack(drawn).expand(frames, -1).contiguous()
+        )
         return {
-            "image_removed": random_removed(self.image_patches, self.image_ratio, generator),
+            "image_removed": image_removed,
             "audio_removed": random_removed(self.audio_patches, self.audio_ratio, generator),
         }
 
 
 def kept_indices(removed: Tensor, kept: int) -> Tensor:
-    """(B, N) bool with `kept` False in every row -> their indices in order, (B, kept) long"""
-    return removed.to(torch.uint8).argsort(dim=1, stable=True)[:, :kept]
+    """(..., N) bool with `kept` False in every row -> their indices in order, (..., kept) long"""
+    return removed.to(torch.uint8).argsort(dim=-1, stable=True)[..., :kept]
 
 
 def same_in_every_row(name: str, removed: Tensor) -> int:
     """How many patches each row hides."""
-    counts = removed.sum(1).tolist()
+    counts = removed.sum(-1).flatten().tolist()
     if len(set(counts)) > 1:
         raise ValueError(f"{name} must hide the same number in every row, got {counts}")
-    if not 0 < counts[0] < removed.shape[1]:
+    if not 0 < counts[0] < removed.shape[-1]:
         raise ValueError(
-            f"{name} must hide some and keep some of {removed.shape[1]} patches, hides {counts[0]}"
+            f"{name} must hide some and keep some of {removed.shape[-1]} patches, hides {counts[0]}"
         )
     return counts[0]

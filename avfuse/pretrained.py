@@ -234,7 +234,8 @@ def parameter_groups(model: nn.Module, encoder: nn.Module, weight_decay: float) 
         if not parameter.requires_grad:
             continue
         layer = _layer_of(name, encoder)
-        decay = weight_decay if parameter.ndim > 1 and not name.endswith("pair_bias") else 0.0
+        is_bias = parameter.ndim < 2 or name.endswith(("pair_bias", "time_bias.table"))
+        decay = 0.0 if is_bias else weight_decay
         group = groups.setdefault((layer, decay), {"params": [], "weight_decay": decay, "layer": layer})
         group["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]
@@ -247,5 +248,7 @@ def _layer_of(name: str, encoder: nn.Module) -> int:
     block = re.search(r"(\w+?)[._]blocks\.(\d+)\.", name)
     if block:
         return encoder.block_layers.get(block[1], range(depth))[int(block[2])] + 1
-    embedding = re.search(r"patch_embed|pos_embed|cls_token|reg_token|norm_pre|fusion_tokens", name)
+    embedding = re.search(
+        r"patch_embed|pos_embed|cls_token|reg_token|norm_pre|fusion_tokens|frame_embed", name
+    )
     return 0 if embedding else depth + 1

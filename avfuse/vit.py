@@ -51,10 +51,20 @@ def patch_tokens(vit: VisionTransformer, pixels: Tensor, keep: Tensor | None) ->
     return torch.cat([prefix, kept], dim=1)
 
 
+def per_frame(x: Tensor, frames: int | None) -> Tensor:
+    """What belongs to a clip, (B, ...), once for each of its frames, (B * T, ...)."""
+    return x if frames is None else x[:, None].expand(-1, frames, *x.shape[1:]).flatten(0, 1)
+
+
+def per_clip(x: Tensor, frames: int | None) -> Tensor:
+    """Tokens of frames, (B * T, n, ...), as those of clips, (B, T * n, ...), one frame after the other."""
+    return x if frames is None else x.unflatten(0, (-1, frames)).flatten(1, 2)
+
+
 def split_prefix(vit: VisionTransformer, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, prefix + n, D) -> the class and register tokens, the patch tokens"""
+    """(..., prefix + n, D) -> the class and register tokens, the patch tokens"""
     prefix = vit.num_prefix_tokens
-    return tokens[:, :prefix], tokens[:, prefix:]
+    return tokens[..., :prefix, :], tokens[..., prefix:, :]
 
 
 class Heads(NamedTuple):
@@ -170,23 +180,37 @@ def run_jointly(
     tokens: tuple[Tensor, Tensor],
     masks: tuple[Tensor | None, Tensor | None],
     prefixes: tuple[int, int],
+    frames: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Image and audio tokens through a block of each transformer, in joint attention: see `joint_heads`."""
     projected = (block.project(x) for block, x in zip(blocks, tokens, strict=True))
     return tuple(
         block(x, mask, projected=heads)
         for block, x, mask, heads in zip(
-            blocks, tokens, masks, joint_heads(*projected, prefixes), strict=True
+            blocks, tokens, masks, joint_heads(*projected, prefixes, frames), strict=True
         )
     )
 
 
-def joint_heads(image: Heads, audio: Heads, prefixes: tuple[int, int]) -> tuple[Heads, Heads]:
+def joint_heads(
+    image: Heads, audio: Heads, prefixes: tuple[int, int], frames: int | None
+) -> tuple[Heads, Heads]:
     """Own queries; keys and values of own tokens and of the other's patch tokens.
 
-    Both are slices of [image prefix, image patches, audio patches, audio prefix], which is written once.
+    Both are slices of [image prefix, image patches, audio patches, audio prefix], which is written once; not
+    of several frames, of which each attends to itself and the sound, and the sound to all.
     """
     image_prefix, audio_prefix = prefixes
+    if frames is not None:
+        image_keys, audio_keys = [], []
+        for ours, theirs in zip(image[1:], audio[1:], strict=True):
+            seen = ours[:, :, image_prefix:].unflatten(0, (-1, frames)).transpose(1, 2).flatten(2, 3)
+            heard = per_frame(theirs[:, :, audio_prefix:], frames)
+            image_keys.append(torch.cat([ours, heard], dim=2))
+            audio_keys.append(
+                torch.cat([seen, theirs[:, :, audio_prefix:], theirs[:, :, :audio_prefix]], dim=2)
+            )
+        return Heads(image.query, *image_keys), Heads(audio.query, *audio_keys)
     key, value = (
         torch.cat([ours, theirs[:, :, audio_prefix:], theirs[:, :, :audio_prefix]], dim=2)
         for ours, theirs in zip(image[1:], audio[1:], strict=True)

@@ -31,10 +31,14 @@ class PairTokenFusion(DenseFusion):
         image_half = self.pair_image(self.norm_image(image.tokens))
         pairs = all_pairs(image_half, self.pair_audio(self.norm_audio(audio.tokens)))
         key, value = self.keys_and_values(self.pair_key_value(pairs))  # (B, H, I * A, K)
-        return self.attend_stored(fusion, key, value, self.positioned_bias(image, audio))
+        return self.attend_stored(fusion, key, value, self.bias(image, audio))
 
     def attend_stored(self, fusion, key, value, bias):
-        """What fusion tokens attended to over pairs, (B, F, width); bias None or (B or 1, H, I, A)."""
+        """What fusion tokens attended to over pairs, (B, F, width); bias None or (B or 1, H, I, A), of times
+        (B or 1, H, S, A) with S dividing I.
+        """
+        if self.time_bias is not None:
+            bias = bias.repeat_interleave(key.shape[2] // bias.shape[2] // bias.shape[3], 2)
         bias = None if bias is None else bias.flatten(2)[:, :, None]  # (B or 1, H, 1, I * A)
         if bias is not None and torch.is_autocast_enabled(key.device.type):
             bias = bias.to(key.dtype)
@@ -54,7 +58,7 @@ class PairKeyFusion(DenseFusion):
         image_key_value = self.image_key_value(self.norm_image(image.tokens))
         key_value = all_pairs(image_key_value, self.audio_key_value(self.norm_audio(audio.tokens)))
         key, value = self.keys_and_values(key_value)
-        return self.attend_stored(fusion, key, value, self.positioned_bias(image, audio))
+        return self.attend_stored(fusion, key, value, self.bias(image, audio))
 
 
 def all_pairs(image: Tensor, audio: Tensor) -> Tensor:
@@ -76,8 +80,11 @@ def with_blocks(encoder: AVEncoder, kind: type[DenseFusion]) -> AVEncoder:
 def like(block: DenseFusion, kind: type[DenseFusion]) -> DenseFusion:
     """A fresh block of another kind and the same sizes."""
     pair_bias = None if block.pair_bias is None else tuple(block.pair_bias.shape[1:])
+    bias = block.time_bias
+    time_bias = None if bias is None else (bias.reach, bias.table.shape[1])
     ratios = dict(attn_ratio=block.width / block.dim, mlp_ratio=block.mlp.fc1.out_features / block.dim)
-    return kind(block.dim, block.num_heads, pair_bias=pair_bias, norm_eps=block.norm_eps, **ratios)
+    biases = dict(pair_bias=pair_bias, time_bias=time_bias)
+    return kind(block.dim, block.num_heads, norm_eps=block.norm_eps, **biases, **ratios)
 
 
 def folded(state: dict[str, Tensor]) -> dict[str, Tensor]:

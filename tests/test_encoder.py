@@ -724,7 +724,7 @@ def test_other_architectures_are_refused(name, make_bad, message):
         (dict(fusion_layers="last"), "fusion_layers must be .* got 'last'"),
         (dict(fusion_layers=[True]), "fusion_layers"),
         (dict(interactions="none", fusion_layers="last"), "fusion_layers must be .* got 'last'"),
-        (dict(pair_bias="x"), "pair_bias must be True or False, got 'x'"),
+        (dict(pair_bias="x"), "pair_bias must be one of False, 'position', 'time', got 'x'"),
         (dict(inputs={"image_size": 24}), "inputs must be InputSettings, got dict"),
         (dict(fusion_layers=None), "fusion_layers must be .* got None"),
         (dict(fusion_layers=1.5), "fusion_layers must be .* got 1.5"),

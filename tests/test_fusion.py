@@ -498,5 +498,5 @@ def test_positions_that_a_pair_bias_needs():
             block(*streams, image_positions=wrong, audio_positions=columns)
     with pytest.raises(ValueError, match="image_positions must be a long tensor, got list"):
         block(*streams, image_positions=rows.tolist(), audio_positions=columns)
-    with pytest.raises(ValueError, match=r"audio_positions must name 6 tokens, got shape \(4, 5\)"):
+    with pytest.raises(ValueError, match=r"audio_positions must be \(4, 6\), got shape \(4, 5\)"):
         block(*streams, image_positions=rows, audio_positions=columns[:, :5])

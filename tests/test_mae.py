@@ -265,6 +265,7 @@ def test_the_papers_defaults():
         image_mask_ratio=0.75,
         audio_mask_ratio=0.8,
         norm_target=True,
+        tubes=False,
     )
     assert mae.mask_sampler() == MaskSampler(196, 96, 0.75, 0.8)
     for decoder, values in (mae.image_decoder, 768), (mae.audio_decoder, 256):

@@ -159,7 +159,7 @@ def test_config_holds_the_input_transforms(tmp_path):
         assert config["inputs"] == dict(
             image_size=24, image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6], sample_rate=8000,
             audio_seconds=1.0, window=300, hop=200, mel_bins=16, max_frequency=3500.0,
-            front_end="kaldi", audio_mean=-4.0, audio_std=9.0, padded_frames=40,
+            front_end="kaldi", audio_mean=-4.0, audio_std=9.0, padded_frames=40, image_frames=1,
         )  # fmt: skip
         loaded = type(model).from_pretrained(tmp_path / place[-1])
         assert getattr(loaded, "encoder", loaded).inputs == inputs

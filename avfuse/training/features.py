@@ -29,7 +29,8 @@ def encode(
     """The tokens of clips of which some lack a modality.
 
     Args:
-        image, audio: (B, 3, height, width) and (B, 1, mel, time); one of them may be None.
+        image, audio: (B, 3, height, width), of several frames (B, T, 3, height, width), and (B, 1, mel,
+            time); one of them may be None.
         image_present, audio_present: (B,) bool, which clips have it; None = all.
     """
     return encoder(
@@ -42,7 +43,7 @@ def encode(
 
 def pool(tokens: EncoderOutput) -> dict[str, Tensor]:
     """The means of all image, audio and fusion tokens, (B, D) each; what is None is left out."""
-    return {name: t.mean(1) for name in FEATURES if (t := getattr(tokens, name)) is not None}
+    return {name: t.flatten(1, -2).mean(1) for name in FEATURES if (t := getattr(tokens, name)) is not None}
 
 
 # --- a whole data set ---------------------------------------------------------------------------------------
@@ -53,7 +54,8 @@ class Features(NamedTuple):
 
     `tensors` holds image, audio, fusion (N, D), the means of the tokens; image_present, audio_present (N,)
     bool, where False means a row of zeros; what the clips' labels are; of windows, their start in seconds;
-    if asked for, image_tokens, audio_tokens, fusion_tokens (N, n, D).
+    if asked for, image_tokens, audio_tokens, fusion_tokens (N, n, D), of several frames image_tokens (N, T,
+    n, D).
     """
 
     tensors: dict[str, Tensor]
