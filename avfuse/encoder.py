@@ -32,6 +32,7 @@ from .vit import (
     build_vit,
     check_vit,
     describe_vit,
+    input_shape,
     joint_heads,
     per_clip,
     per_frame,
@@ -202,6 +203,14 @@ class AVEncoder(nn.Module, Pretrained):
     def num_state_tokens(self) -> int:
         """Tokens of the fusion branch: the fusion tokens, with "factorized" also the aggregation tokens."""
         return sum(self.settings[name] for name in self.variant.state)
+
+    @property
+    def input_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What one clip must be: "image" (3, height, width), of several frames (T, 3, height, width), and
+        "audio" (1, mel, time).
+        """
+        several = (self.frames,) if self.frames > 1 else ()
+        return dict(image=several + input_shape(self.image), audio=input_shape(self.audio))
 
     @property
     def dims(self) -> dict[str, int]:

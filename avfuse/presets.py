@@ -1,5 +1,7 @@
 """Models by name: plain functions of a few numbers."""
 
+from dataclasses import replace
+
 from .checks import check_choice
 from .encoder import AVEncoder
 from .inputs import InputSettings
@@ -19,7 +21,12 @@ SIZES = {  # width, depth, heads, inputs
 
 
 def create_encoder(
-    size: str = "base", interactions: str = "dense", *, inputs: InputSettings | None = None, **options
+    size: str = "base",
+    interactions: str = "dense",
+    *,
+    frames: int | None = None,
+    inputs: InputSettings | None = None,
+    **options,
 ) -> AVEncoder:
     """An `AVEncoder` with fresh weights.
 
@@ -27,6 +34,7 @@ def create_encoder(
         size: "tiny" (192 wide, 4 layers; 96 x 96 images and 64 x 128 spectrograms, for CPUs), or the ViT
             sizes "small", "base" (the paper's) and "large" at 224 x 224 and 128 x 192.
         interactions: see `AVEncoder`.
+        frames: of a clip; default that of `inputs`, or 1.
         inputs: other input transforms; both sizes must be multiples of the 16-pixel patches.
         options: any other keyword of `AVEncoder`, and `drop_path` for all three branches.
 
@@ -35,7 +43,8 @@ def create_encoder(
     """
     check_choice("size", size, tuple(SIZES))
     dim, depth, heads, standard_inputs = SIZES[size]
-    inputs = standard_inputs if inputs is None else inputs
+    if inputs is None:
+        inputs = standard_inputs if frames is None else replace(standard_inputs, image_frames=frames)
     if not isinstance(inputs, InputSettings):
         raise ValueError(f"inputs must be InputSettings, got {type(inputs).__name__}")
     sizes = dict(image_size=inputs.image_shape, mel_bins=(inputs.mel_bins,), frames=(inputs.frames,))
@@ -54,4 +63,4 @@ def create_encoder(
     )
     image = plain_vit(3, inputs.image_shape, **options_of_vits)
     audio = plain_vit(1, (inputs.mel_bins, inputs.frames), **options_of_vits)
-    return AVEncoder(image, audio, interactions=interactions, inputs=inputs, **options)
+    return AVEncoder(image, audio, interactions=interactions, frames=frames, inputs=inputs, **options)

@@ -71,6 +71,8 @@ class Pretraining(JudgedTask):
         config, encoder = self.config, self.model.encoder
         size = f"{config.model} model" if config.checkpoint == FRESH else f"model of {config.checkpoint}"
         interactions = encoder.settings["interactions"]
+        if encoder.frames > 1:
+            interactions += f", {encoder.frames} frames"
         return f"{size}, {interactions}: {sizes[0]} parameters in the encoder, {sizes[1]} with decoders"
 
     def dataset(self, clips, *, train):

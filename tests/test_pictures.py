@@ -3,17 +3,19 @@
 import pytest
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from avfuse import AVMAE, InputSettings, create_encoder
 from avfuse.mae import patchify
 from avfuse.training.pictures import (
     draw_attention,
     draw_reconstructions,
-    heat_map,
+    heat_maps,
     restored,
     rgb,
     save,
 )
+from avfuse.vit import plain_vit
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +48,42 @@ def test_restored_keeps_visible_patches_and_inverts_the_target(mae, batch):
     assert not torch.allclose(rebuilt, batch["image"], atol=0.1)
 
 
-def test_heat_map_peaks_where_the_weight_is():
-    weights = torch.zeros(1, 6)
+def test_heat_maps_peak_where_the_weight_is():
+    vit, weights = plain_vit(3, (32, 48), patch_size=16, embed_dim=8, num_heads=1), torch.zeros(1, 6)
     weights[0, 4] = 1.0  # row 1, column 1 of 2 x 3
-    peak = heat_map(weights, (2, 3), (32, 48))[0].argmax().item()
+    peak = heat_maps(vit, weights, torch.zeros(1, 3, 32, 48))[0].argmax().item()
     assert 16 <= peak // 48 < 32 and 16 <= peak % 48 < 32
+    of_frames = heat_maps(vit, torch.cat([weights.roll(1), weights], 1), torch.zeros(1, 2, 3, 32, 48))
+    assert of_frames.shape == (1, 2, 32, 48) and of_frames[0, 1].argmax() == peak
+
+
+def test_several_frames_stand_in_a_row():
+    settings, frames = InputSettings(image_mean=(0, 0, 0), image_std=(1, 1, 1)), torch.rand(3, 3, 4, 5)
+    assert torch.equal(rgb(frames, settings), torch.cat(list(frames.permute(0, 2, 3, 1)), 1))
+    many = rgb(torch.arange(15.0).view(15, 1, 1, 1).expand(-1, 3, 4, 5) / 15, settings)
+    assert (many[0, ::5, 0] * 15).round().tolist() == [0, 2, 4, 6, 8, 10, 12, 14]
+
+
+def test_clips_of_several_frames_are_drawn(tmp_path):
+    encoder = create_encoder("tiny", frames=4, pair_bias="time")
+    mae = AVMAE(encoder, decoder_dim=32, decoder_depth=1, decoder_heads=2).eval()
+    inputs = dict(image=torch.rand(2, 4, 3, 96, 96), audio=torch.rand(2, 1, 64, 128))
+    output = mae(**inputs)
+    original, masked, rebuilt = restored(mae, "image", inputs["image"], output)
+    assert torch.equal(original, inputs["image"])
+    for t in range(4):
+        hidden = (
+            output.image_removed[:, t].view(2, 6, 1, 6, 1).expand(-1, -1, 16, -1, 16).reshape(2, 1, 96, 96)
+        )
+        hidden = hidden.expand(-1, 3, -1, -1)
+        assert (masked[:, t][hidden] == 0).all() and torch.equal(
+            masked[:, t][~hidden], original[:, t][~hidden]
+        )
+        assert torch.equal(rebuilt[:, t][~hidden], original[:, t][~hidden])
+    draw_reconstructions(mae, inputs, tmp_path / "reconstructions.png")
+    draw_attention(encoder, inputs, tmp_path / "attention.png")
+    widths = [Image.open(tmp_path / f"{name}.png").width for name in ("reconstructions", "attention")]
+    assert min(widths) > 1000
 
 
 def test_rgb_undoes_the_normalisation():

@@ -28,7 +28,7 @@ from ..data.find import Found
 from ..files import printable
 from ..training.judge import JudgedTask, starting_encoder, to_columns, to_rows
 from ..training.loop import Task, program
-from ..training.pictures import BLUE, GREY, ORANGE, rgb, save, show_sound
+from ..training.pictures import BLUE, GREY, ORANGE, middle_frame, rgb, save, show_sound
 from .classifier import Classifier, presence
 
 LIGHT = "#C9CED3"
@@ -329,7 +329,7 @@ def draw_predictions(path: Path, task: Classification, batch: dict, odds: dict[s
         axis.axis("off")
     for n in range(clips):
         frame, sound, bars = grid.flat[3 * n : 3 * n + 3]
-        frame.imshow(rgb(batch["image"][n, middle], task.model.encoder.inputs).numpy())
+        frame.imshow(rgb(middle_frame(batch["image"][n, middle]), task.model.encoder.inputs).numpy())
         show_sound(sound, batch["audio"][n, middle, 0])
         frame.axis("off")
         sound.axis("off")

@@ -130,6 +130,7 @@ class RetrieveConfig(TaskConfig):
     # There is nothing to train, and nothing to resume.
     test_share: tyro.conf.Suppress[float] = 0.0
     restart: tyro.conf.Suppress[bool] = False
+    pair_bias: tyro.conf.Suppress[str] = ""
     epochs: Annotated[int, tyro.conf.Suppress, NOT_NEGATIVE] = 0
     min_steps: tyro.conf.Suppress[int] = 0
     warmup_epochs: tyro.conf.Suppress[int] = 0

@@ -24,7 +24,7 @@ from ..training.features import FEATURES, encode, pool
 from ..training.judge import JudgedTask, starting_encoder, to_columns, to_rows
 from ..training.loop import Task, evaluation_batches, program
 from ..training.neighbours import chance_at, neighbours, recall_at, related
-from ..training.pictures import BLUE, rgb, save, show_sound
+from ..training.pictures import BLUE, middle_frame, rgb, save, show_sound
 
 QUERIES, SHOWN = 3, 5  # in the picture: clips, and neighbours of each
 INPUTS = ("image", "audio", "image_present", "audio_present")
@@ -215,7 +215,7 @@ def show_clip(axes, item: tuple[Tensor, Tensor] | None, settings: InputSettings,
     if item is None:
         return
     image, audio = item
-    axes[0].imshow(rgb(image, settings).numpy(), aspect="auto")
+    axes[0].imshow(rgb(middle_frame(image), settings).numpy(), aspect="auto")
     show_sound(axes[1], audio[0])
     for axis in axes if is_right else ():
         axis.spines[:].set(visible=True, color=BLUE, linewidth=3.5)

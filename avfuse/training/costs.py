@@ -7,7 +7,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..mae import AVMAE
-from ..vit import input_shape
 
 CARDS = {  # dense peak of matrix products in TFLOP/s, by their makers: in 16 bits, in float32
     "H100 or H200": (989, 67),
@@ -27,7 +26,7 @@ def step_flops(mae: AVMAE) -> float:
     matrix products, whatever kernel runs it.
     """
     mae = deepcopy(mae).to("meta").train()
-    inputs = [input_shape(getattr(mae.encoder, name)) for name in ("image", "audio")]
+    inputs = mae.encoder.input_shapes.values()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         mae(*(torch.empty(2, *shape, device="meta") for shape in inputs)).loss.backward()
     return counter.get_total_flops() / 2

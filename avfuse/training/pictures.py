@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -16,44 +17,54 @@ from ..mae import AVMAE, patchify, unpatchify
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"  # told apart by colour-blind readers (Okabe-Ito)
 STAGES = ("what the model sees", "reconstruction")
+FRAMES = 8  # of a clip, in a row
 
 
 @torch.no_grad()
 def draw_reconstructions(mae: AVMAE, inputs: dict[str, Tensor], path: Path, clips: int = 4) -> None:
-    """Original, masked input and reconstruction of frames and spectrograms, one row a clip. `inputs` are what
-    the model is called with.
+    """Original, masked input and reconstruction of frames and spectrograms, one row a clip; where it has
+    several frames, a row each. `inputs` are what the model is called with.
     """
     mae.eval()
     clips = min(clips, len(inputs["image"]))
     output = mae(**{name: value[:clips] for name, value in inputs.items()})
-    figure, grid = figure_grid(clips, ("frame", *STAGES), ("spectrogram", *STAGES))
     images, sounds = (restored(mae, name, inputs[name][:clips], output) for name in ("image", "audio"))
-    for row, axes in enumerate(grid):
+    if mae.encoder.frames == 1:
+        figure, grid = figure_grid(clips, ("frame", *STAGES), ("spectrogram", *STAGES))
+    else:
+        figure, grid = figure_grid(
+            3 * clips, (f"frames, {STAGES[0]}, {STAGES[1]}",), ("spectrogram",), FRAMES
+        )
+    for row in range(clips):
         low, high = sounds[0][row].min().item(), sounds[0][row].max().item()
         for stage in range(3):
-            axes[stage].imshow(rgb(images[stage][row], mae.encoder.inputs).numpy())
-            show_sound(axes[3 + stage], sounds[stage][row, 0], vmin=low, vmax=high)
+            frame, sound = grid[row, stage::3] if mae.encoder.frames == 1 else grid[3 * row + stage]
+            frame.imshow(rgb(images[stage][row], mae.encoder.inputs).numpy())
+            show_sound(sound, sounds[stage][row, 0], vmin=low, vmax=high)
     save(figure, path)
 
 
 def restored(mae: AVMAE, name: str, pixels: Tensor, output) -> tuple[Tensor, Tensor, Tensor]:
-    """Original, masked and rebuilt pixels (B, C, height, width). A normalised target tells a patch up to its
-    mean and deviation: the rebuilt picture takes these two numbers per patch from the original."""
+    """Original, masked and rebuilt pixels (B, C, height, width), or (B, T, C, height, width). A normalised
+    target tells a patch up to its mean and deviation: the rebuilt picture takes these two numbers per patch
+    from the original.
+    """
     embed = getattr(mae.encoder, name).patch_embed
-    size, grid = embed.patch_size, embed.grid_size
-    removed = getattr(output, f"{name}_removed")[..., None]
-    patches, pred = patchify(pixels, size), getattr(output, f"{name}_pred").float()
+    size, grid, lead = embed.patch_size, embed.grid_size, pixels.shape[:-3]
+    removed = getattr(output, f"{name}_removed").flatten(0, -2)[..., None]
+    patches = patchify(pixels.flatten(0, -4), size)
+    pred = getattr(output, f"{name}_pred").float().flatten(0, -3)
     if mae.norm_target:
         pred = pred * patches.var(-1, keepdim=True).sqrt() + patches.mean(-1, keepdim=True)
     background = patches.amin((1, 2), keepdim=True) if name == "audio" else torch.zeros(())
     stages = (patches, torch.where(removed, background, patches), torch.where(removed, pred, patches))
-    return tuple(unpatchify(stage, size, grid).cpu() for stage in stages)
+    return tuple(unpatchify(stage, size, grid).unflatten(0, lead).cpu() for stage in stages)
 
 
 @torch.no_grad()
 def draw_attention(encoder: AVEncoder, inputs: dict[str, Tensor], path: Path, clips: int = 4) -> None:
-    """Weights of the last fusion block, averaged over heads and fusion tokens, over frames and
-    spectrograms.
+    """Weights of the last fusion block, averaged over heads and fusion tokens, over frames and spectrograms;
+    of clips of several frames also how they are spread over time.
     """
     encoder.eval()
     first = {name: value[:clips] for name, value in inputs.items()}
@@ -64,25 +75,58 @@ def draw_attention(encoder: AVEncoder, inputs: dict[str, Tensor], path: Path, cl
         image_present=first.get("image_present"),
         audio_present=first.get("audio_present"),
     )
-    figure, grid = figure_grid(len(image), ("frame", "looked at"), ("spectrogram", "listened to"))
-    maps = [
-        heat_map(weight.mean((1, 2)), getattr(encoder, name).patch_embed.grid_size, pixels.shape[-2:])
-        for name, weight, pixels in zip(("image", "audio"), weights, (image, audio), strict=True)
-    ]
-    for row, axes in enumerate(grid):
-        frame, sound = rgb(image[row].cpu(), encoder.inputs), audio[row, 0].cpu()
-        axes[0].imshow(frame.numpy())
-        axes[1].imshow(frame.mean(-1).numpy(), cmap="gray", vmin=0, vmax=1)
-        axes[1].imshow(maps[0][row].numpy(), cmap="inferno", alpha=0.6)
-        show_sound(axes[2], sound)
-        show_sound(axes[3], sound, cmap="gray")
-        show_sound(axes[3], maps[1][row], cmap="inferno", alpha=0.6)
+    looked, heard = (weight.mean((1, 2)) for weight in weights)
+    maps = heat_maps(encoder.image, looked, image), heat_maps(encoder.audio, heard, audio)
+    if encoder.frames == 1:
+        figure, grid = figure_grid(len(image), ("frame", "looked at"), ("spectrogram", "listened to"))
+    else:
+        titles = (
+            ("frames, where fusion tokens look, and when",),
+            ("spectrogram, where they listen, and when",),
+        )
+        figure, grid = figure_grid(3 * len(image), *titles, FRAMES)
+    for row in range(len(image)):
+        frame, seen, sound, listened = (
+            grid[row] if encoder.frames == 1 else grid[3 * row : 3 * row + 2].T.flat
+        )
+        picture = rgb(image[row].cpu(), encoder.inputs)
+        looked_at = maps[0][row] if encoder.frames == 1 else in_a_row(maps[0][row])
+        frame.imshow(picture.numpy())
+        seen.imshow(picture.mean(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+        seen.imshow(looked_at.numpy(), cmap="inferno", alpha=0.6)
+        show_sound(sound, audio[row, 0])
+        show_sound(listened, audio[row, 0], cmap="gray")
+        show_sound(listened, maps[1][row], cmap="inferno", alpha=0.6)
+        if encoder.frames > 1:
+            columns = heard[row].view(encoder.audio.patch_embed.grid_size).sum(0)
+            draw_moments(grid[3 * row + 2, 0], encoder, looked[row].view(image.shape[1], -1).sum(1))
+            draw_moments(grid[3 * row + 2, 1], encoder, columns)
     save(figure, path)
 
 
-def figure_grid(rows: int, frames: Sequence[str], sounds: Sequence[str]) -> tuple[Figure, np.ndarray]:
-    """A figure with a row for each clip: frames, then spectrograms, which are wider, below these titles."""
-    widths = [1] * len(frames) + [1.7] * len(sounds)
+def draw_moments(axis, encoder: AVEncoder, weights: Tensor) -> None:
+    """How much of the attention falls on each of equal parts of the window, in multiples of an even share."""
+    shares, seconds = (weights * len(weights)).cpu(), encoder.inputs.audio_seconds
+    axis.axis("on")
+    axis.stairs(shares.numpy(), np.linspace(0, seconds, len(shares) + 1), color=BLUE, fill=True)
+    axis.axhline(1, color=GREY, lw=0.8)
+    axis.set(xlim=(0, seconds), ylim=(0, None))
+    axis.tick_params(labelsize=7)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def heat_maps(vit: VisionTransformer, weights: Tensor, pixels: Tensor) -> Tensor:
+    """Weights over patches (B, N), of several frames (B, T * N), as pictures of the size of the pixels."""
+    weights = weights.float().view(-1, 1, *vit.patch_embed.grid_size)
+    maps = interpolate(weights, size=tuple(pixels.shape[-2:]), mode="bilinear")[:, 0].cpu()
+    return maps.unflatten(0, pixels.shape[:-3])
+
+
+def figure_grid(
+    rows: int, frames: Sequence[str], sounds: Sequence[str], times: int = 1
+) -> tuple[Figure, np.ndarray]:
+    """A figure with rows below these titles: frames, so many `times` as wide, then spectrograms."""
+    widths = [times] * len(frames) + [1.7 * min(times, 2)] * len(sounds)
     figure = Figure(figsize=(1.55 * sum(widths) + 0.5, 1.75 * rows + 0.4), layout="constrained")
     grid = figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
     for axis in grid.flat:
@@ -92,16 +136,22 @@ def figure_grid(rows: int, frames: Sequence[str], sounds: Sequence[str]) -> tupl
     return figure, grid
 
 
-def heat_map(weights: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Weights over patches (B, N) -> (B, height, width)"""
-    weights = weights.float().view(-1, 1, *grid)
-    return interpolate(weights, size=tuple(size), mode="bilinear")[:, 0].cpu()
+def in_a_row(pictures: Tensor) -> Tensor:
+    """(T, height, width, ...) -> (height, all widths, ...), of many frames `FRAMES` of them, evenly."""
+    shown = torch.linspace(0, len(pictures) - 1, min(FRAMES, len(pictures))).round().long()
+    return torch.cat(list(pictures[shown]), dim=1)
 
 
 def rgb(image: Tensor, inputs: InputSettings) -> Tensor:
-    """A normalised image (3, height, width) -> (height, width, 3) in [0, 1]"""
+    """A normalised image (3, height, width) -> (height, width, 3) in [0, 1]; several in a row."""
     mean, std = torch.tensor(inputs.image_mean), torch.tensor(inputs.image_std)
-    return (image.permute(1, 2, 0) * std + mean).clamp(0, 1)
+    picture = (image.movedim(-3, -1) * std + mean).clamp(0, 1)
+    return picture if image.ndim == 3 else in_a_row(picture)
+
+
+def middle_frame(image: Tensor) -> Tensor:
+    """(3, height, width), of several frames (T, 3, height, width) -> (3, height, width)"""
+    return image if image.ndim == 3 else image[len(image) // 2]
 
 
 def show_sound(axis, spectrogram: Tensor, **options) -> None:

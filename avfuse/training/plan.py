@@ -2,6 +2,7 @@
 
 import os
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,21 +15,25 @@ from ..encoder import AVEncoder
 from ..files import printable
 from ..loading import load_encoder
 from ..mae import AVMAE, count_removed
-from ..presets import create_encoder
-from ..vit import input_shape
+from ..presets import SIZES, create_encoder
 from .costs import CARDS, LAUNCHES, SHARE, launch_seconds, step_flops, step_seconds
 from .length import with_enough_steps
 from .recipes import TrainConfig
 from .settings import FRESH, learning_rate, option, schedule_of
-from .starts import saved_settings
+from .starts import for_clips, saved_settings
 
 OF_ENCODER = (  # settings that a checkpoint decides
     "model interactions fusion_layers fusion_tokens image_aggregation_tokens audio_aggregation_tokens "
-    "attn_ratio mlp_ratio"
+    "attn_ratio mlp_ratio audio_seconds"
 ).split()
 ADAMW_BYTES = 16  # per parameter in float32: weight, gradient, two moments
 # Sizes of their training sets.
-PUBLISHED_CLIPS = {"vggsound-ablation": 144_000, "vggsound-large": 144_000, "audioset": 1_730_000}
+PUBLISHED_CLIPS = {
+    "vggsound-ablation": 144_000,
+    "vggsound-large": 144_000,
+    "audioset": 1_730_000,
+    "video": 144_000,
+}
 
 
 def make_model(config: TrainConfig) -> AVMAE:
@@ -39,6 +44,7 @@ def make_model(config: TrainConfig) -> AVMAE:
     else:
         encoder = load_encoder(config.checkpoint)
         check_encoder(config, encoder)
+        encoder = for_clips(encoder, config)
         saved = saved_settings(config.checkpoint).get("model", {})
         asked = {name for name, value in decoders.items() if value != getattr(TrainConfig, name)}
         decoders |= {name: saved[name] for name in decoders.keys() & saved.keys() if not asked}
@@ -48,6 +54,7 @@ def make_model(config: TrainConfig) -> AVMAE:
         **decoders,
         image_mask_ratio=config.image_mask_ratio,
         audio_mask_ratio=config.audio_mask_ratio,
+        tubes=config.tubes,
     )
 
 
@@ -70,6 +77,9 @@ def check_encoder(config: TrainConfig, encoder: AVEncoder) -> None:
 
 
 def make_encoder(config: TrainConfig) -> AVEncoder:
+    inputs = replace(SIZES[config.model][-1], image_frames=config.frames or 1)
+    if config.audio_seconds:
+        inputs = replace(inputs, audio_seconds=config.audio_seconds)
     return create_encoder(
         config.model,
         config.interactions,
@@ -80,6 +90,8 @@ def make_encoder(config: TrainConfig) -> AVEncoder:
         attn_ratio=config.attn_ratio,
         mlp_ratio=config.mlp_ratio,
         norm_eps=config.norm_eps,
+        pair_bias=config.pair_bias or False,
+        inputs=inputs,
     )
 
 
@@ -102,6 +114,7 @@ def plan(config: TrainConfig, processes: int = 1) -> str:
         and f"{patches} tokens, {patches - count_removed('ratio', patches, ratio)} seen"
         for name, ratio in (("image", config.image_mask_ratio), ("audio", config.audio_mask_ratio))
     }
+    frames = f"{mae.encoder.frames} frames of " if mae.encoder.frames > 1 else ""
     two, three = activation_bytes(mae, config.precision, 2), activation_bytes(mae, config.precision, 3)
     kept_bytes = ADAMW_BYTES + (4 if config.ema else 0)
     activations = two + (schedule.micro_batch - 2) * (three - two)  # weights cast to bf16 do not grow
@@ -115,7 +128,8 @@ def plan(config: TrainConfig, processes: int = 1) -> str:
         f"at {clips:,} clips ({counted})",
         "parameters": f"{count_parameters(mae.encoder) / 1e6:.1f} M in the encoder, "
         f"{of_all / 1e6:.1f} M with decoders",
-        "tokens": f"image {kept['image']}; audio {kept['audio']}; {mae.encoder.num_state_tokens} fusion",
+        "tokens": f"image {frames}{kept['image']}; audio {kept['audio']}; "
+        f"{mae.encoder.num_state_tokens} fusion",
         "memory": f"about {(of_all * kept_bytes + activations) / 2**30:.1f} GiB for each process: "
         f"{of_all * kept_bytes / 2**30:.1f} weights, gradients and AdamW, {activations / 2**30:.1f} "
         f"activations of {schedule.micro_batch} clips (computed; buffers of libraries come on top)",
@@ -172,7 +186,7 @@ def activation_bytes(mae: AVMAE, precision: str, clips: int) -> int:
     with FakeTensorMode():
         state = {name: torch.empty(shape).requires_grad_() for name, shape in shapes.items()}
         weights = {weight.untyped_storage()._cdata for weight in state.values()}
-        inputs = [torch.empty(clips, *input_shape(getattr(mae.encoder, name))) for name in ("image", "audio")]
+        inputs = [torch.empty(clips, *shape) for shape in mae.encoder.input_shapes.values()]
         dtype = dict(no=None, fp16=torch.float16, bf16=torch.bfloat16)[precision]
         with (
             torch.autocast("cpu", dtype, enabled=dtype is not None),

@@ -97,6 +97,14 @@ class LoopConfig:
     grad_checkpointing: Annotated[bool, FREE] = False
     """Recompute activations in the backward: less memory, more time, same losses."""
 
+    frames: Annotated[int, NOT_NEGATIVE, Formerly(0)] = 0
+    """Frames of a clip, evenly over its seconds of sound. 0 = as many as --checkpoint has, of fresh weights 1
+    (the paper's). Weights of another number of frames are taken as they are; positions are interpolated."""
+    pair_bias: Annotated[Literal["", "position", "time"], SAID, Formerly("")] = ""
+    """A learned bias for the pairs of dense or bilinear interactions: of positions in image and spectrogram,
+    or of the time between frame and sound, by which fusion can learn what happens together. Default: that of
+    --checkpoint, of fresh weights none."""
+
     missing: Literal["drop", "keep"] = "drop"
     """A clip without sound or without pictures: drop it (counted and named), or keep it with that modality
     absent.

@@ -5,15 +5,24 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from ..encoder import AVEncoder
 from ..files import printable
 from ..loading import config_at
 from ..pretrained import WEIGHTS, file_at, load_strictly
 from ..weight_files import read_safetensors
+from .settings import LoopConfig
 
 
 def saved_settings(checkpoint: str) -> dict:
     """What the config.json of a saved model holds: "class" and "model"; {} of other weights."""
     return {} if os.path.isfile(checkpoint) else config_at(checkpoint)
+
+
+def for_clips(encoder: AVEncoder, config: LoopConfig) -> AVEncoder:
+    """The encoder of a checkpoint, for clips of as many frames as settings ask for, with their pair bias."""
+    own = encoder.frames, encoder.settings["pair_bias"]
+    wanted = config.frames or own[0], config.pair_bias or own[1]
+    return encoder if wanted == own else encoder.with_frames(wanted[0], pair_bias=wanted[1])
 
 
 def begin_from(model: nn.Module, checkpoint: str, say: Callable[[str], object]) -> None:
