@@ -6,4 +6,5 @@ DataSet = Literal["auto", "vggsound", "audioset", "music", "music21", "sounding-
 Interactions = Literal[  # `avfuse.fusion.VARIANTS`
     "dense", "bilinear", "factorized", "token", "joint", "cross", "none"
 ]
+Scene = Literal["binding", "synchrony"]  # of Sounding Shapes
 Size = Literal["tiny", "small", "base", "large"]  # of both transformers, see `avfuse.presets`

@@ -12,7 +12,7 @@ from .build import Settings, generate
 
 @dataclass(frozen=True)
 class Command:
-    """Generate Sounding Shapes: H.264 + AAC clips of moving shapes, one of which sounds, with labels, masks.
+    """Generate Sounding Shapes: H.264 + AAC clips of shapes, one of which sounds, with labels, masks.
 
     Interrupted, it goes on where it was when it is called again with the same settings.
     """

@@ -10,18 +10,23 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import av
 import numpy as np
 
+from ...checks import check_choice
+from ...choices import Scene
+from ...command import SAID
 from ...files import aside, printable, write_text
 from ...progress import progress_bar
 from .read import CLASSES, NAME, SPLITS, Entry
-from .synthesis import ShapeScene, draw, play, sample_scene
+from .synthesis import OBJECTS, ShapeScene, draw, play, sample_scene
 
 VERSION = 1  # a new version draws new scenes: it is part of every seed
 SAMPLE_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)  # of AAC
 KEY_FRAME_EVERY = 16  # frames
+FIRST_SCENE = ("scene", "binding")  # what data sets are of that do not say it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,16 +37,22 @@ class Settings:
         ValueError: naming the setting and its value.
     """
 
+    scene: Scene = "binding"
+    """What names the colour of the object that sounds: its shape, which its timbre tells (binding), or the
+    moments at which it is large and loud, of objects of one shape and pitch (synchrony: takes several
+    frames)."""
     train: int = 256
     """Clips to train on."""
     test: int = 256
     """Clips to evaluate on."""
     seed: int = 0
     """Another seed gives other clips; the same seed gives the same manifest, byte for byte."""
-    objects: int = 3
-    """Objects in a clip, 1 to 4, of distinct shapes and colours."""
+    objects: Annotated[int | None, SAID] = None
+    """Objects in a clip, 1 to 4, of distinct colours, and in scenes of binding of distinct shapes. Default:
+    3, of synchrony 4."""
     sounding: int = 1
-    """How many of them sound. The labels are those of the first; the picture does not tell which that is."""
+    """How many of them sound, in scenes of synchrony 1. The labels are those of the first; the picture does
+    not tell which that is."""
     seconds: float = 4.0
     """Length of a clip; a whole number of frames."""
     fps: int = 10
@@ -52,7 +63,11 @@ class Settings:
     """Samples of sound per second, mono."""
 
     def __post_init__(self):
+        check_choice("scene", self.scene, tuple(OBJECTS))
+        if self.objects is None:
+            object.__setattr__(self, "objects", OBJECTS[self.scene])
         object.__setattr__(self, "seconds", float(self.seconds))  # 4 and 4.0 are the same data set
+        is_synchrony = self.scene == "synchrony"  # two at once, or with a single change, cannot be told apart
         frames = self.seconds * self.fps
         whole = math.isfinite(frames) and round(frames) >= 1 and abs(frames - round(frames)) < 1e-6
         for name, right, wish in (
@@ -61,6 +76,8 @@ class Settings:
             ("seed", self.seed >= 0, "0 or more"),
             ("objects", 1 <= self.objects <= 4, "1 to 4"),
             ("sounding", 1 <= self.sounding <= self.objects, f"1 to objects={self.objects}"),
+            ("sounding", not is_synchrony or self.sounding == 1, "1 in scenes of synchrony"),
+            ("seconds", not is_synchrony or self.seconds >= 2, "2 or more in scenes of synchrony"),
             ("fps", self.fps >= 1, "1 or more"),
             ("size", self.size >= 32 and self.size % 2 == 0, "even and at least 32"),
             ("seconds", whole, f"a whole number of frames at {self.fps} fps"),
@@ -80,7 +97,7 @@ def generate(root: str | Path, *, workers: int | None = None, progress: bool = T
         root: the folder; made if need be.
         workers: processes; None is one per core, 1 stays in this process. The result does not depend on it.
         progress: show a progress bar.
-        settings: fields of `Settings`, such as train=256, test=256, seed=0, objects=3, sounding=1.
+        settings: fields of `Settings`, such as scene="synchrony", train=256, test=256, seed=0, objects=3.
 
     Returns:
         `root`, as a Path.
@@ -92,7 +109,8 @@ def generate(root: str | Path, *, workers: int | None = None, progress: bool = T
     workers = _cores() if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers must be 1 or more, got {workers}")
-    description = {"name": NAME, "version": VERSION, "settings": asdict(settings), "classes": CLASSES}
+    said = {name: value for name, value in asdict(settings).items() if (name, value) != FIRST_SCENE}
+    description = {"name": NAME, "version": VERSION, "settings": said, "classes": CLASSES}
     description = json.dumps(description, indent=2, sort_keys=True) + "\n"
     numbers = [(split, number) for split in SPLITS for number in range(getattr(settings, split))]
     if not _begin(root, description, settings, numbers):
@@ -130,7 +148,7 @@ def _begin(root: Path, description: str, settings: Settings, numbers: list) -> b
 
 
 def _differences(built: Path, settings: Settings) -> str:
-    there = json.loads(built.read_text()).get("settings", {})
+    there = dict([FIRST_SCENE]) | json.loads(built.read_text()).get("settings", {})
     pairs = [(name, there.get(name), value) for name, value in asdict(settings).items()]
     return (
         ", ".join(f"{name}={old}, not {new}" for name, old, new in pairs if old != new) or "another version"
@@ -162,8 +180,8 @@ def _mapping(workers: int):
 def _scene(settings: Settings, split: str, number: int) -> tuple[ShapeScene, np.random.Generator]:
     """The scene of a clip, from a seed of its own, whoever draws it and whatever the size of the data set."""
     rng = np.random.default_rng(np.random.SeedSequence((VERSION, settings.seed, SPLITS.index(split), number)))
-    scene = sample_scene(rng, objects=settings.objects, sounding=settings.sounding, seconds=settings.seconds)
-    return scene, rng
+    options = {name: getattr(settings, name) for name in ("scene", "objects", "sounding", "seconds")}
+    return sample_scene(rng, **options), rng
 
 
 def _name(split: str, number: int, ending: str) -> str:

@@ -30,7 +30,8 @@ class Entry:
     fps: int
     size: int
     sample_rate: int
-    objects: list[dict]  # back to front: the fields of `MovingShape`, sounding (bool), stem (path or None)
+    # back to front: the fields of `MovingShape` or `SwitchingShape`, sounding (bool), stem (path or None)
+    objects: list[dict]
     sounding: list[int]
     masks: str
     background: dict

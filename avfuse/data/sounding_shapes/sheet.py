@@ -10,14 +10,14 @@ from matplotlib.patches import Rectangle
 
 from ...files import inside
 from .read import NAME, Entry, load_masks, read_frames, read_manifest, read_sound
-from .synthesis import SHAPES, MovingShape
+from .synthesis import SHAPES, shape_from
 
 
 def contact_sheet(root: str | Path, path: str | Path, clips: int = 12) -> Path:
     """Draw some clips, as many of each sounding shape as can be, into the picture file `path`.
 
-    Each shows frames with the sounding objects boxed, and beneath them the spectrogram, with the pitch that
-    the height on screen asks for as a dotted line.
+    Each shows frames with the sounding objects boxed, and beneath them the spectrogram, with the pitch (that
+    the height on screen asks for, in scenes of binding) as a dotted line.
     """
     entries = _of_each_shape(read_manifest(root, "train") or read_manifest(root, "test"))[:clips]
     if clips < 1 or not entries:
@@ -74,8 +74,7 @@ def _show_spectrogram(axes, root: Path, entry: Entry) -> None:
     frequencies = np.fft.rfftfreq(2 * window, 1 / entry.sample_rate)[1:]
     axes.pcolormesh(times, frequencies, level, vmin=-60, vmax=0, cmap="magma", shading="nearest")
     for thing in (entry.objects[n] for n in entry.sounding):
-        motion = MovingShape(**{k: v for k, v in thing.items() if k not in ("sounding", "stem")})
-        axes.plot(times, motion.pitch(times), ":", color="white", alpha=0.7, linewidth=1)
+        axes.plot(times, shape_from(thing).pitch(times), ":", color="white", alpha=0.7, linewidth=1)
     axes.set(yscale="log", ylim=(100, entry.sample_rate / 2), xlim=(0, entry.seconds))
     ticks = [hertz for hertz in (100, 300, 1000, 3000, 8000) if hertz <= entry.sample_rate / 2]
     axes.set_yticks(ticks, [f"{hertz / 1000:g}k" if hertz >= 1000 else str(hertz) for hertz in ticks])

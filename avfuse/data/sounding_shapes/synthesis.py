@@ -1,16 +1,27 @@
-"""What a Sounding Shapes clip shows and plays: random scenes of moving shapes, their pictures and sounds.
+"""What a Sounding Shapes clip shows and plays: random scenes of shapes, their pictures and sounds.
 
-Every shape has a timbre of its own. Pitch follows the height of an object on screen, loudness follows its
-visible pulsing. Which object sounds is drawn last and independently, so nothing visible gives it away.
+Every shape has a timbre of its own, and loudness follows the visible pulsing of an object. Which object
+sounds is drawn last and independently, so nothing visible gives it away.
+
+A scene of "binding" has moving objects of distinct shapes, and pitch follows their height on screen: one
+frame and the sound name the one that sounds. In one of "synchrony" the objects have one shape and one pitch,
+so that only *when* they are large and loud tells them apart. They rest in the middle of the scene, where a
+reader of one frame looks: large and loud by half, all of them. This frame and the sound are at chance, and so
+are the pictures alone and the sound alone. A frame from elsewhere, with the sound, does tell something, and
+must: if each were at chance, so would be any evidence that adds up over frames.
 
 (0, 0) is the top left and (1, 1) the bottom right of the square frame; lengths are shares of its side.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+
+from ...checks import check_choice
+from ...choices import Scene
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 RGB = {
@@ -28,6 +39,11 @@ BOTTOM_PITCH, TOP_PITCH = 150.0, 1500.0  # Hz, at those two heights
 OVERLAP = 0.02  # two outlines may come this far into each other
 CANDIDATES = 400  # motions tried for a scene
 STRIKES = 4  # of the plucked timbre in every visible pulse
+OBJECTS = {"binding": 3, "synchrony": 4}  # of a scene, unless a number is asked for
+REST = 0.25  # of a scene of synchrony: where the middles of all windows of 3 out of 4 seconds fall
+SLOT = 0.375  # seconds for which its objects stay large or small, about as many as between 8 frames of 3 s
+RAMP = 0.1  # seconds from one to the other
+RHYTHMS = 30  # tried for such a scene
 
 
 @dataclass(frozen=True)
@@ -53,6 +69,10 @@ class MovingShape:
         """0 (smallest, darkest, softest) to 1 (largest, brightest, loudest)."""
         return 0.5 - 0.5 * np.cos(2 * np.pi * self.pulse_rate * times + self.pulse_phase)
 
+    def strikes(self, times: np.ndarray) -> np.ndarray:
+        """How often it was struck, if its timbre is plucked."""
+        return STRIKES * (self.pulse_rate * times + self.pulse_phase / (2 * np.pi))
+
     def radius(self, times: np.ndarray) -> np.ndarray:
         return self.size * (0.8 + 0.4 * self.pulse(times))
 
@@ -63,18 +83,68 @@ class MovingShape:
 
 
 @dataclass(frozen=True)
+class SwitchingShape:
+    """An object that stands still, and changes between small and large at moments of its own."""
+
+    shape: str
+    colour: str
+    size: float
+    centre: tuple[float, float]  # x, y
+    tone: float  # Hz
+    changes: tuple[float, ...]  # seconds
+    levels: tuple[float, ...]  # of the pulse, before, between and after them
+
+    def position(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return tuple(np.full(len(times), place) for place in self.centre)
+
+    def pulse(self, times: np.ndarray) -> np.ndarray:
+        return _pulse(self.changes, self.levels, times)
+
+    def strikes(self, times: np.ndarray) -> np.ndarray:
+        return 2 * STRIKES * times
+
+    def radius(self, times: np.ndarray) -> np.ndarray:
+        return self.size * (0.6 + 0.6 * self.pulse(times))
+
+    def pitch(self, times: np.ndarray) -> np.ndarray:
+        return np.full(len(times), self.tone)
+
+
+@dataclass(frozen=True)
 class ShapeScene:
     """Objects from back to front, which of them sound (the first gives the labels), and the background."""
 
-    objects: tuple[MovingShape, ...]
+    objects: tuple[MovingShape, ...] | tuple[SwitchingShape, ...]
     sounding: tuple[int, ...]
     background: dict  # see `_background`
 
 
 def sample_scene(
-    rng: np.random.Generator, *, objects: int = 3, sounding: int = 1, seconds: float = 4.0
+    rng: np.random.Generator,
+    *,
+    scene: Scene = "binding",
+    objects: int | None = None,
+    sounding: int = 1,
+    seconds: float = 4.0,
 ) -> ShapeScene:
-    """Draw a scene of distinct shapes in distinct colours; rounded, so that JSON keeps it exactly."""
+    """Draw a scene of objects in distinct colours, by default as many as OBJECTS says; rounded, so that JSON
+    keeps it exactly.
+    """
+    check_choice("scene", scene, tuple(OBJECTS))
+    objects = OBJECTS[scene] if objects is None else objects
+    things = (_moving if scene == "binding" else _switching)(rng, objects, seconds)
+    background = {
+        "dark": _rounded(rng.uniform(25, 65, 3)),
+        "light": _rounded(rng.uniform(150, 190, 3)),
+        "angle": _rounded(rng.uniform(0, 2 * np.pi)),
+        "waves": [_rounded(wave) for wave in rng.uniform((-1.5, -1.5, 0), (1.5, 1.5, 2 * np.pi), (2, 3))],
+    }
+    chosen = rng.permutation(objects)[:sounding]  # last, from nothing that was drawn before
+    return ShapeScene(things, tuple(int(n) for n in chosen), background)
+
+
+def _moving(rng: np.random.Generator, objects: int, seconds: float) -> tuple[MovingShape, ...]:
+    """Objects of distinct shapes and colours."""
     shapes = rng.permutation(len(SHAPES))[:objects]
     colours = rng.permutation(len(COLOURS))[:objects]
     many = (CANDIDATES, objects)
@@ -86,7 +156,7 @@ def sample_scene(
     best = _most_apart(size, centre, swing, swing_rate, swing_phase, seconds)
     pulse_rate = rng.uniform(1.0, 2.5, objects)  # Hz: 4 frames or more a pulse at 10 frames per second
     pulse_phase = rng.uniform(0, 2 * np.pi, objects)
-    things = tuple(
+    return tuple(
         MovingShape(
             shape=SHAPES[shapes[n]],
             colour=COLOURS[colours[n]],
@@ -100,14 +170,69 @@ def sample_scene(
         )
         for n in range(objects)
     )
-    background = {
-        "dark": _rounded(rng.uniform(25, 65, 3)),
-        "light": _rounded(rng.uniform(150, 190, 3)),
-        "angle": _rounded(rng.uniform(0, 2 * np.pi)),
-        "waves": [_rounded(wave) for wave in rng.uniform((-1.5, -1.5, 0), (1.5, 1.5, 2 * np.pi), (2, 3))],
-    }
-    chosen = rng.permutation(objects)[:sounding]  # last, from nothing that was drawn before
-    return ShapeScene(things, tuple(int(n) for n in chosen), background)
+
+
+def _switching(rng: np.random.Generator, objects: int, seconds: float) -> tuple[SwitchingShape, ...]:
+    """Objects of one shape and pitch, in distinct colours."""
+    shape, colours = rng.integers(len(SHAPES)), rng.permutation(len(COLOURS))[:objects]
+    many = (CANDIDATES, objects)
+    size = rng.uniform(0.105, 0.155, many)
+    centre = rng.uniform(LOW, HIGH, (*many, 2))
+    still = np.zeros_like(centre)
+    best = _most_apart(size, centre, still, still, still, seconds)
+    tone = BOTTOM_PITCH * (TOP_PITCH / BOTTOM_PITCH) ** rng.uniform()
+    changes, levels = _most_different(*_rhythms(rng, objects, seconds), seconds)
+    return tuple(
+        SwitchingShape(
+            shape=SHAPES[shape],
+            colour=COLOURS[colours[n]],
+            size=_rounded(size[best, n]),
+            centre=_rounded(centre[best, n]),
+            tone=_rounded(tone),
+            changes=_rounded(changes[n]),
+            levels=_rounded(levels[n]),
+        )
+        for n in range(objects)
+    )
+
+
+def _rhythms(rng: np.random.Generator, objects: int, seconds: float) -> tuple[np.ndarray, np.ndarray]:
+    """Changes (RHYTHMS, objects, 2 * slots) and levels (RHYTHMS, objects, 2 * slots + 1) of uneven slots
+    before and after the rest. Every object is large in one half of them.
+    """
+    many = (RHYTHMS, objects)
+    before = (1 - REST) / 2 * seconds - RAMP / 2
+    slots = max(1, round(before / SLOT))
+    length = before / slots
+    to_rest = np.arange(1, slots + 1) * length
+    uneven = np.repeat([0.25 * length, 0, 0.25 * length], [slots - 1, 2, slots - 1])  # the rest is for all
+    changes = np.concatenate([to_rest, seconds - to_rest[::-1]])
+    changes = changes + uneven * rng.uniform(-1, 1, (*many, 2 * slots))
+    levels = rng.permuted(np.tile([0.0, 1.0], (*many, slots)), axis=2)
+    return changes, np.insert(levels, slots, 0.5, axis=2)
+
+
+def _most_different(changes: np.ndarray, levels: np.ndarray, seconds: float) -> tuple[np.ndarray, np.ndarray]:
+    """Of all rhythms those whose two most alike objects are least alike, by the correlation of pulses."""
+    times = np.arange(0, seconds, 0.05)
+    alike = []
+    for own in zip(changes, levels, strict=True):
+        pulses = np.array([_pulse(*one, times) for one in zip(*own, strict=True)])
+        alike.append(np.triu(np.atleast_2d(np.corrcoef(pulses)), k=1).max())
+    best = int(np.argmin(alike))
+    return changes[best], levels[best]
+
+
+def _pulse(changes, levels, times: np.ndarray) -> np.ndarray:
+    """The level at each time, with a ramp at each change."""
+    ramps = np.add.outer(changes, (-RAMP / 2, RAMP / 2)).ravel()
+    return np.interp(times, ramps, np.repeat(levels, 2)[1:-1])
+
+
+def shape_from(fields: dict) -> MovingShape | SwitchingShape:
+    """The object whose fields a manifest holds, besides others."""
+    kind = MovingShape if "swing" in fields else SwitchingShape
+    return kind(**{field.name: fields[field.name] for field in dataclasses.fields(kind)})
 
 
 def _swing(centre, swing, rate, phase, times):
@@ -272,9 +397,8 @@ def _bell(thing, times, pitch, sample_rate, rng):
 
 
 def _plucked(thing, times, pitch, sample_rate, rng):
-    """A string struck four times in every visible pulse; high overtones die first."""
-    strikes = STRIKES * (thing.pulse_rate * times + thing.pulse_phase / (2 * np.pi))
-    since = strikes % 1  # 0 to 1 between strikes
+    """A string struck again and again; high overtones die first."""
+    since = thing.strikes(times) % 1  # 0 to 1 between strikes
     ends = np.clip(np.minimum(since / 0.03, (1 - since) / 0.05), 0, 1)
     return ends * _harmonics(pitch, sample_rate, lambda n: np.exp(-(2 + 0.5 * n) * since) / n)
 
