@@ -15,11 +15,13 @@ import pair_attention
 import plots
 import scaling
 import study
+import synchrony
 import throughput
 import traffic
 from measure import RESULTS, ROOT
 from tables import MISSING, filled, markdown, origin
 
+PAGES = (study, synchrony)  # results that have a page of their own
 PLACES = {  # how the name of a file ends, and how its tables are introduced
     "cpu": "CPU",
     "cpu-compiled": "CPU, torch.compile",
@@ -148,8 +150,9 @@ def main(options: Options) -> None:
     results = read_results(RESULTS)
     new_texts = {path: text for path, text in texts(results).items() if path.read_text() != text}
     drawings = plots.plots(results)
-    if "study-cpu" in results:
-        drawings |= study.plots(results["study-cpu"])
+    for page in PAGES:
+        if page.RESULT.stem in results:
+            drawings |= page.plots(results[page.RESULT.stem])
     new_plots = {path: plot for path, plot in drawings.items() if plots.drawn_from(path) != plot[0]}
     if options.check and (new_texts or new_plots):
         stale = ", ".join(str(path.relative_to(ROOT)) for path in (*new_texts, *new_plots))
@@ -184,9 +187,9 @@ def texts(results: dict) -> dict[Path, str]:
             "many-clips": of_cpu(results, many_clips),
         },
     }
-    if "study-cpu" in results:
-        for path, text in study.sections(results["study-cpu"]).items():
-            sections.setdefault(path, {})["study"] = text
+    for page in PAGES:
+        if page.RESULT.stem in results:
+            sections[page.PAGE] = page.sections(results[page.RESULT.stem])
     return {path: filled(path.read_text(), parts) for path, parts in sections.items()}
 
 

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from tqdm import tqdm
 
-from avfuse import AVMAE, AVEncoder
+from avfuse import AVMAE, AVEncoder, InputSettings
+from avfuse.choices import Scene
 from avfuse.data.sounding_shapes.synthesis import COLOURS, SHAPES, draw, play, sample_scene
 from avfuse.data.transforms import Spectrogram
 from avfuse.files import aside
@@ -39,7 +40,6 @@ from avfuse.vit import plain_vit
 DIM, DEPTH, HEADS, PATCH = 64, 4, 2, 16
 FEATURES = ("image", "audio", "fusion")
 STORED = ("image", "audio", "shape", "colour", "shown")  # of a scene
-SECONDS = 3.0  # of sound, and the frame is from its middle
 PAGE, PLOT = ROOT / "benchmarks/study.md", ROOT / "docs/study.png"
 RESULT = RESULTS / "study-cpu.json"
 
@@ -79,6 +79,7 @@ CLAIMS = (  # which row is said to be better than which
     ("dense over joint attention", "dense", "joint"),
     ("dense over cross-attention", "dense", "cross"),
 )
+KEYS = ("row", "start", "seed")  # of a cell
 ALONE = ("image", "audio")  # controls, from scratch only
 
 
@@ -130,7 +131,12 @@ class Options:
 
 def main(options: Options) -> None:
     if not options.report:
-        train_cells(options)
+        # From scratch first, and one seed after the other: stopped early, rows can be compared.
+        wanted = itertools.product(options.starts, options.seeds, options.rows)
+        cells = [(row, start, seed) for start, seed, row in wanted if start == "scratch" or row not in ALONE]
+        scenes_of(options).draw(options.workers)
+        free = ("rows", "starts", "seeds")
+        train_cells("study", options, KEYS, cells, train_cell, RESULT, write_page, free, dim=DIM, depth=DEPTH)
     record = json.loads(RESULT.read_text())
     write_page(record)
     print(terminal([accuracy_table(record), claims_table(record)]))
@@ -139,35 +145,46 @@ def main(options: Options) -> None:
 # --- cells --------------------------------------------------------------------------------------------------
 
 
-def train_cells(options: Options) -> None:
-    """Trains the cells that the result file lacks, and adds each to it as it ends."""
-    settings = {
-        name: value
-        for name, value in asdict(options).items()
-        if name not in ("rows", "starts", "seeds", "workers", "report")
-    } | dict(device="cpu", dim=DIM, depth=DEPTH)
-    record = begin_record("study", settings, "") | dict(cells=[])
-    if RESULT.exists():
-        before = json.loads(RESULT.read_text())
+def train_cells(
+    name: str,
+    options,
+    keys: tuple[str, ...],
+    cells: list[tuple],
+    train_cell: Callable[..., dict],
+    result: Path,
+    write_page: Callable[[dict], None],
+    free: tuple[str, ...],
+    **settings,
+) -> None:
+    """Trains the cells that the result file lacks, and adds each to it as it ends; then writes the page anew.
+
+    Args:
+        name: of the benchmark.
+        options: with `workers`; those whose names are in `free` choose which cells to do.
+        cells: values that make a cell, whose names are in `keys`.
+        train_cell: called with options and a cell, gives its results by name.
+        settings: more that must not differ between the cells of a file.
+    """
+    free = (*free, "workers", "report")
+    fixed = {name: value for name, value in asdict(options).items() if name not in free}
+    record = begin_record(name, fixed | dict(device="cpu", **settings), "") | dict(cells=[])
+    if result.exists():
+        before = json.loads(result.read_text())
         if before["settings"] != record["settings"]:
             raise ValueError(
-                f"{RESULT.name} holds cells of other settings {before['settings']}: move it away"
+                f"{result.name} holds cells of other settings {before['settings']}: move it away"
             )
         record["cells"] = before["cells"]
-    done = {(cell["row"], cell["start"], cell["seed"]) for cell in record["cells"]}
-    # From scratch first, and one seed after the other: stopped early, rows can be compared.
-    wanted = itertools.product(options.starts, options.seeds, options.rows)
-    cells = [(row, start, seed) for start, seed, row in wanted if start == "scratch" or row not in ALONE]
+    done = {tuple(cell[key] for key in keys) for cell in record["cells"]}
     missing = [cell for cell in cells if cell not in done]
     if not missing:
         return
-    scenes(options)  # drawn once, by all processes
     bar = tqdm(desc="cells", unit="cell", initial=len(cells) - len(missing), total=len(cells))
     with processes(min(options.workers, len(missing))) as pool:
         try:
             for ended in as_completed([pool.submit(train_cell, options, cell) for cell in missing]):
                 record["cells"].append(ended.result() | dict(commit=record["commit"]))
-                write_record(RESULT, record)
+                write_record(result, record)
                 write_page(record)
                 bar.update()
         finally:  # a cell that failed, or Ctrl-C: begin no other
@@ -184,7 +201,7 @@ def train_cell(options: Options, cell: tuple[str, str, int]) -> dict:
     """One row from one start with one seed: its accuracies on the test scenes, and on the way there."""
     row, start, seed = cell
     began = time.perf_counter()
-    train, test = scenes(options)
+    train, test = scenes_of(options).splits()
     torch.manual_seed(seed)
     encoder = make_encoder(ROWS[row])
     if start == "pretrained":
@@ -222,17 +239,22 @@ class Namer(nn.Module):
     def __init__(self, encoder: AVEncoder, features: tuple[str, ...]):
         super().__init__()
         self.encoder, self.features, classes = encoder, features, len(SHAPES) + len(COLOURS)
-        self.heads = nn.ModuleDict({name: nn.Linear(DIM, classes) for name in features})
-        self.kinds = nn.Linear(DIM, len(SHAPES) * len(COLOURS)) if "image" in features else None
+        self.heads = nn.ModuleDict({name: nn.Linear(encoder.embed_dim, classes) for name in features})
+        kinds = len(SHAPES) * len(COLOURS)
+        self.kinds = nn.Linear(encoder.embed_dim, kinds) if "image" in features else None
 
     def forward(self, image: Tensor, audio: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Logits of the shapes (B, 6), of the colours (B, 6) and of the kinds shown (B, 36)"""
-        tokens = self.encoder(image, audio)
-        logits = [self.heads[name](getattr(tokens, name).mean(1)) for name in self.features]
+        tokens = {
+            name: x.flatten(1, -2)
+            for name, x in self.encoder(image, audio)._asdict().items()
+            if x is not None
+        }
+        logits = [self.heads[name](tokens[name].mean(1)) for name in self.features]
         shape, colour = torch.stack(logits).mean(0).split([len(SHAPES), len(COLOURS)], dim=1)
         shown = None
         if self.kinds is not None:  # soft maximum over the tokens, 0 where no token has an opinion
-            shown = self.kinds(tokens.image).logsumexp(1) - math.log(tokens.image.shape[1])
+            shown = self.kinds(tokens["image"]).logsumexp(1) - math.log(tokens["image"].shape[1])
         return shape, colour, shown
 
     def loss(self, batch: dict[str, Tensor], shown_weight: float) -> Tensor:
@@ -253,8 +275,8 @@ def fit(model, loss_of, scenes, steps: int, options: Options, pause: int) -> Ite
     for step in range(1, steps + 1):
         index = torch.randint(len(scenes["image"]), (options.batch_size,))
         batch = prepared(scenes, index)
-        flipped = torch.rand(len(index), 1, 1, 1) < 0.5
-        batch["image"] = torch.where(flipped, batch["image"].flip(3), batch["image"])
+        flipped = torch.rand(len(index)).view(-1, *[1] * (batch["image"].ndim - 1)) < 0.5
+        batch["image"] = torch.where(flipped, batch["image"].flip(-1), batch["image"])
         loss = loss_of(batch)
         model.zero_grad()
         loss.backward()
@@ -298,40 +320,62 @@ def accuracies(model: Namer, scenes: dict[str, Tensor]) -> tuple[float, float]:
 # --- scenes -------------------------------------------------------------------------------------------------
 
 
-def scenes(options: Options) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Scenes to train and to judge on, as stored: image uint8, audio float16, shape and colour of
-    what sounds, and which kinds of object are shown.
+@dataclass(frozen=True)
+class Scenes:
+    """Scenes to train and to judge on, drawn once and kept under data/: image uint8 and audio float16 as a
+    model takes them in, shape and colour of what sounds, and which kinds of object are shown.
     """
-    path = ROOT / f"data/study-{options.objects}-{options.train}-{options.test}.npz"
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        counts = enumerate((options.train, options.test))
+
+    name: str
+    objects: int
+    train: int
+    test: int
+    inputs: InputSettings
+    scene: Scene = "binding"
+
+    @property
+    def path(self) -> Path:
+        return ROOT / f"data/{self.name}-{self.objects}-{self.train}-{self.test}.npz"
+
+    def draw(self, workers: int) -> None:
+        """By so many processes, if they are not there."""
+        if self.path.exists():
+            return
+        self.path.parent.mkdir(exist_ok=True)
+        counts = enumerate((self.train, self.test))
         numbers = [(split, n) for split, count in counts for n in range(count)]
-        with processes(options.workers) as pool:
-            drawn = pool.map(partial(draw_scene, options.objects), numbers, chunksize=64)
+        with processes(workers) as pool:
+            drawn = pool.map(self.one, numbers, chunksize=64)
             drawn = list(tqdm(drawn, desc="scenes", total=len(numbers)))
         arrays = dict(zip(STORED, map(np.stack, zip(*drawn, strict=True)), strict=True))
-        with aside(path) as partial_path, open(partial_path, "wb") as file:
+        with aside(self.path) as partial_path, open(partial_path, "wb") as file:
             np.savez(file, **arrays)
-    with np.load(path, allow_pickle=False) as file:
-        tensors = {name: torch.from_numpy(file[name]) for name in file.files}
-    splits = (slice(options.train), slice(options.train, None))
-    return tuple({name: tensor[part] for name, tensor in tensors.items()} for part in splits)
+
+    def splits(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        with np.load(self.path, allow_pickle=False) as file:
+            tensors = {name: torch.from_numpy(file[name]) for name in file.files}
+        splits = (slice(self.train), slice(self.train, None))
+        return tuple({name: tensor[part] for name, tensor in tensors.items()} for part in splits)
+
+    def one(self, number: tuple[int, int]):
+        """One scene from its own seed, as it is stored."""
+        inputs, seconds = self.inputs, self.inputs.audio_seconds
+        rng = np.random.default_rng(np.random.SeedSequence((self.objects, *number)))
+        scene = sample_scene(rng, scene=self.scene, objects=self.objects, seconds=seconds)
+        frames, _ = draw(scene, np.array(inputs.frame_times), inputs.image_size)
+        image = frames.transpose(0, 3, 1, 2)
+        sound = play(scene, seconds, inputs.sample_rate, rng).sum(0) / 32768
+        audio = Spectrogram(inputs)(torch.from_numpy(sound).float()).half().numpy()
+        heard = scene.objects[scene.sounding[0]]
+        shown = np.zeros((len(SHAPES), len(COLOURS)), bool)
+        for thing in scene.objects:
+            shown[SHAPES.index(thing.shape), COLOURS.index(thing.colour)] = True
+        labels = SHAPES.index(heard.shape), COLOURS.index(heard.colour)
+        return image[0] if inputs.image_frames == 1 else image, audio, *labels, shown.ravel()
 
 
-def draw_scene(objects: int, number: tuple[int, int]):
-    """One frame, its spectrogram, shape and colour of what sounds, and the kinds shown; from its own seed."""
-    rng = np.random.default_rng(np.random.SeedSequence((objects, *number)))
-    scene = sample_scene(rng, objects=objects, seconds=SECONDS)
-    frames, _ = draw(scene, np.array([SECONDS / 2]), SMALL_INPUTS.image_size)
-    sound = play(scene, SECONDS, SMALL_INPUTS.sample_rate, rng).sum(0) / 32768
-    audio = Spectrogram(SMALL_INPUTS)(torch.from_numpy(sound).float())
-    heard = scene.objects[scene.sounding[0]]
-    shown = np.zeros((len(SHAPES), len(COLOURS)), bool)
-    for thing in scene.objects:
-        shown[SHAPES.index(thing.shape), COLOURS.index(thing.colour)] = True
-    image = frames[0].transpose(2, 0, 1)
-    return image, audio.half().numpy(), SHAPES.index(heard.shape), COLOURS.index(heard.colour), shown.ravel()
+def scenes_of(options: Options) -> Scenes:
+    return Scenes("study", options.objects, options.train, options.test, SMALL_INPUTS)
 
 
 def prepared(scenes: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
@@ -399,8 +443,7 @@ def difference(first: list[float] | None, second: list[float] | None) -> str:
 
 
 def write_page(record: dict) -> None:
-    for path, text in sections(record).items():
-        path.write_text(filled(path.read_text(), {"study": text}))
+    PAGE.write_text(filled(PAGE.read_text(), sections(record)))
     save(plots(record))
 
 
@@ -408,8 +451,8 @@ def plots(record: dict) -> dict[Path, tuple]:
     return {PLOT: (digest(record), partial(draw_plot, record))}
 
 
-def sections(record: dict) -> dict[Path, str]:
-    """What the section "study" of the study's page should hold."""
+def sections(record: dict) -> dict[str, str]:
+    """What the sections of the page should hold."""
     sound, image = 1 / len(COLOURS), 1 / record["settings"]["objects"]
     accuracies = [
         accuracy_table(record),
@@ -425,7 +468,7 @@ def sections(record: dict) -> dict[Path, str]:
         "![Accuracy by way to fuse](../docs/study.png)",
         origin(record),
     ]
-    return {PAGE: markdown(page)}
+    return {"study": markdown(page)}
 
 
 def draw_plot(record: dict) -> Figure:

@@ -2,6 +2,7 @@
 results.
 """
 
+import functools
 import json
 import os
 import re
@@ -26,6 +27,7 @@ import plots  # noqa: E402
 import report  # noqa: E402
 import scaling  # noqa: E402
 import study  # noqa: E402
+import synchrony  # noqa: E402
 import throughput  # noqa: E402
 from materialized import PairKeyFusion, PairTokenFusion, folded  # noqa: E402
 from tables import MISSING, markdown  # noqa: E402
@@ -448,14 +450,20 @@ def test_options_that_make_no_sense():
 def few_scenes(monkeypatch):
     """Eight drawn scenes to train on and four to judge on, and next to no steps."""
     options = study.Options(steps=2, pretraining_steps=1, batch_size=4, train=8, test=4, workers=1)
-    drawn = [study.draw_scene(3, (0, number)) for number in range(12)]
-    tensors = [torch.from_numpy(np.stack(part)) for part in zip(*drawn, strict=True)]
-    splits = [
-        {name: tensor[part] for name, tensor in zip(study.STORED, tensors, strict=True)}
-        for part in (slice(8), slice(8, None))
-    ]
-    monkeypatch.setattr(study, "scenes", lambda options: splits)
+    monkeypatch.setattr(study.Scenes, "splits", drawn_splits)
     return options
+
+
+@functools.cache
+def drawn_splits(scenes):
+    drawn = [
+        scenes.one((split, n)) for split, count in ((0, scenes.train), (1, scenes.test)) for n in range(count)
+    ]
+    tensors = [torch.from_numpy(np.stack(part)) for part in zip(*drawn, strict=True)]
+    return [
+        {name: tensor[part] for name, tensor in zip(study.STORED, tensors, strict=True)}
+        for part in (slice(scenes.train), slice(scenes.train, None))
+    ]
 
 
 @pytest.mark.parametrize("cell", [(row, "pretrained", 1) for row in study.ROWS if row not in study.ALONE])
@@ -463,6 +471,15 @@ def test_a_cell_of_the_study_depends_on_its_seed_alone(few_scenes, cell):
     first, second = (study.train_cell(few_scenes, cell) for _ in range(2))
     assert first["curve"] == second["curve"] and first["curve"][-1][0] == 2
     assert first["colour"] * 4 in range(5) and first["shape"] * 4 in range(5)
+
+
+@pytest.mark.parametrize("row", synchrony.ROWS)
+@pytest.mark.parametrize("frames", [1, 3])
+def test_a_cell_of_its_second_page_does_too(monkeypatch, row, frames):
+    monkeypatch.setattr(study.Scenes, "splits", drawn_splits)
+    options = synchrony.Options(steps=2, batch_size=4, train=8, test=4)
+    first, second = (synchrony.train_cell(options, (row, frames, 2, 1)) for _ in range(2))
+    assert first == second and first["curve"][-1][0] == 2 and first["frames"] == frames
 
 
 def test_the_study_tells_means_differences_and_verdicts_by_hand():
@@ -486,6 +503,6 @@ def test_the_study_tells_means_differences_and_verdicts_by_hand():
 
 def test_the_page_and_the_plot_of_the_study_are_those_of_its_results():
     record = json.loads(study.RESULT.read_text())
-    for path, text in study.sections(record).items():
-        assert path.read_text() == report.filled(path.read_text(), {"study": text})
+    text = study.PAGE.read_text()
+    assert text == report.filled(text, study.sections(record))
     assert plots.drawn_from(study.PLOT) == plots.digest(record)

@@ -1,0 +1,256 @@
+"""Does fusion hear when it sees? The study's second page: several frames, and pairs that know about time.
+
+In scenes of synchrony all objects look and sound alike but for their colours, and each becomes large and
+small at moments of its own; the sound follows one of them. To name its colour takes the sound and several
+frames.
+"""
+
+import json
+import statistics
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import measure
+import torch
+from matplotlib.figure import Figure
+from measure import RESULTS, ROOT
+from plots import BLUE, GREEN, GREY, ORANGE, digest, save
+from study import FEATURES, Namer, Scenes, accuracies, difference, fit, mean_cell, train_cells
+from tables import filled, markdown, origin, terminal
+
+from avfuse import AVEncoder, InputSettings
+from avfuse.data.sounding_shapes.synthesis import OBJECTS
+from avfuse.vit import plain_vit
+
+DIM, DEPTH, HEADS, PATCH = 48, 2, 2, 16
+INPUTS = InputSettings(image_size=48, mel_bins=64, hop=375)  # 9 tokens a frame, 32 of sound: 4 x 8 of 0.375 s
+PAGE, PLOT = ROOT / "benchmarks/synchrony.md", ROOT / "docs/synchrony.png"
+RESULT = RESULTS / "synchrony-cpu.json"
+
+
+class Row(NamedTuple):
+    """A way for image and audio to meet."""
+
+    label: str
+    interactions: str
+    pair_bias: str | bool = False
+    features: tuple[str, ...] = FEATURES  # that are classified; the logits are averaged
+
+
+ROWS = {
+    "dense-time": Row("dense with a bias of time", "dense", "time"),
+    "dense": Row("dense", "dense"),
+    "factorized": Row("factorized", "factorized"),
+    "token": Row("token", "token"),
+    "joint": Row("joint attention", "joint", features=("image", "audio")),
+    "none": Row("no fusion (logits averaged)", "none", features=("image", "audio")),
+}
+RowName = Literal[*ROWS]
+KEYS = ("row", "frames", "fusion_tokens", "seed")  # of a cell
+WITHOUT_TOKENS = ("joint", "none")  # one cell, whatever the number of fusion tokens
+
+
+@dataclass(frozen=True)
+class Options:
+    """Trains ways to fuse on scenes of synchrony, and says how well each names the colour of what sounds.
+
+    One cell is one row with so many frames, fusion tokens and one seed. Cells that the result file holds are
+    not trained again: the same command goes on where it was stopped. After each cell the file, the page
+    benchmarks/synchrony.md and the plot docs/synchrony.png are written anew.
+
+    All rows share scenes, learning rates and number of steps; nothing is tuned for one of them. Models are 48
+    wide and 2 layers deep, with 9 tokens a frame and 32 of sound. The pictures alone can do no better than
+    1 / 4, the objects shown, and the sound alone than 1 / 6, the colours; one frame is from the middle, where
+    all objects rest, so it is at the chance of the pictures, too. The rest is as in study.py.
+    """
+
+    rows: tuple[RowName, ...] = tuple(ROWS)
+    """Which ways to fuse."""
+    frames: tuple[int, ...] = (8, 1)
+    """Of a clip of 3 s."""
+    fusion_tokens: tuple[int, ...] = (4, 2, 16)
+    """F; with one frame only the first."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of weights and order; scenes are the same for all."""
+    steps: int = 1500
+    """Training steps of a cell."""
+    batch_size: int = 32
+    lr: float = 2e-3
+    """Of AdamW, see study.py."""
+    muon_lr: float = 0.03
+    """Of Muon."""
+    shown_weight: float = 1.0
+    """Of the loss of naming what the image shows."""
+    train: int = 6_000
+    """Scenes to train on; drawn once and kept under data/."""
+    test: int = 1_000
+    """Scenes to judge on."""
+    workers: int = 2
+    """Processes that train cells side by side, one thread each."""
+    report: bool = False
+    """Only write page and plot from the result file."""
+
+
+def main(options: Options) -> None:
+    if not options.report:
+        one = [(row, 1, options.fusion_tokens[0], seed) for seed in options.seeds for row in options.rows]
+        several = [
+            (row, frames, F, seed)
+            for seed in options.seeds
+            for F in options.fusion_tokens
+            for frames in options.frames
+            for row in options.rows
+            if frames > 1 and (row not in WITHOUT_TOKENS or F == options.fusion_tokens[0])
+        ]
+        cells = sorted(several + (one if 1 in options.frames else []), key=lambda cell: cell[-1])
+        for frames in options.frames:
+            scenes_of(options, frames).draw(options.workers)
+        free = ("rows", "frames", "fusion_tokens", "seeds")
+        train_cells(
+            "synchrony", options, KEYS, cells, train_cell, RESULT, write_page, free, dim=DIM, depth=DEPTH
+        )
+    record = json.loads(RESULT.read_text())
+    write_page(record)
+    print(terminal([accuracy_table(record), claims_table(record)]))
+
+
+# --- cells --------------------------------------------------------------------------------------------------
+
+
+def train_cell(options: Options, cell: tuple[str, int, int, int]) -> dict:
+    """One row with one seed: its accuracies on the test scenes, and on the way there."""
+    row, frames, F, seed = cell
+    train, test = scenes_of(options, frames).splits()
+    torch.manual_seed(seed)
+    model = Namer(make_encoder(ROWS[row], frames, F), ROWS[row].features)
+    loss, curve = partial(model.loss, shown_weight=options.shown_weight), []
+    for step in fit(model, loss, train, options.steps, options, pause=max(1, options.steps // 5)):
+        curve.append([step, *accuracies(model, test)])
+    colour, shape = curve[-1][1:]
+    return dict(zip(KEYS, cell, strict=True)) | dict(colour=colour, shape=shape, curve=curve)
+
+
+def make_encoder(row: Row, frames: int, fusion_tokens: int) -> AVEncoder:
+    sizes = dict(patch_size=PATCH, embed_dim=DIM, depth=DEPTH, num_heads=HEADS)
+    inputs = replace(INPUTS, image_frames=frames)
+    return AVEncoder(
+        plain_vit(3, inputs.image_shape, **sizes),
+        plain_vit(1, (inputs.mel_bins, inputs.frames), **sizes),
+        interactions=row.interactions,
+        pair_bias=row.pair_bias,
+        fusion_tokens=fusion_tokens,
+        attn_ratio=1.0,
+        inputs=inputs,
+    )
+
+
+def scenes_of(options: Options, frames: int) -> Scenes:
+    inputs = replace(INPUTS, image_frames=frames)
+    name = f"synchrony-{frames}"
+    return Scenes(name, OBJECTS["synchrony"], options.train, options.test, inputs, "synchrony")
+
+
+# --- results ------------------------------------------------------------------------------------------------
+
+
+def by_cell(record: dict) -> dict[tuple[str, int, int], list[float]]:
+    """Row, frames and fusion tokens -> colour accuracies by seed."""
+    accuracies = {}
+    for cell in sorted(record["cells"], key=lambda cell: cell["seed"]):
+        key = cell["row"], cell["frames"], cell["fusion_tokens"]
+        accuracies.setdefault(key, []).append(cell["colour"])
+    return accuracies
+
+
+def accuracy_table(record: dict) -> list[tuple]:
+    """Accuracies of every row by frames and fusion tokens."""
+    accuracies = by_cell(record)
+    several = sorted({(T, F) for _, T, F in accuracies}, key=lambda key: (key[0] == 1, key))
+    columns = [f"{T} frames, {F} fusion tokens" if T > 1 else f"one frame, {F}" for T, F in several]
+    rows = [("", *columns)]
+    for name, row in ROWS.items():
+        cells = [mean_cell(accuracies.get((name, T, F))) for T, F in several]
+        if any(cells):
+            rows.append((row.label, *cells))
+    return rows
+
+
+def claims_table(record: dict) -> list[tuple]:
+    """What is expected of a bias of time, each as a difference of two cells."""
+    accuracies = by_cell(record)
+    tokens = sorted({F for _, T, F in accuracies if T > 1})
+    first = Options.fusion_tokens[0]
+    claims = [
+        (f"a bias of time over none, {F} fusion tokens", ("dense-time", 8, F), ("dense", 8, F))
+        for F in tokens
+    ]
+    claims += [
+        (f"dense with a bias of time over {ROWS[other].label}", ("dense-time", 8, first), (other, 8, first))
+        for other in ("factorized", "token", "joint", "none")
+    ]
+    claims += [
+        (f"8 frames over one, {ROWS[name].label}", (name, 8, first), (name, 1, first)) for name in ROWS
+    ]
+    rows = [("claim", "difference of accuracies")]
+    for claim, better, worse in claims:
+        if better in accuracies and worse in accuracies:
+            rows.append((claim, difference(accuracies[better], accuracies[worse])))
+    return rows
+
+
+def write_page(record: dict) -> None:
+    PAGE.write_text(filled(PAGE.read_text(), sections(record)))
+    save(plots(record))
+
+
+def plots(record: dict) -> dict[Path, tuple]:
+    return {PLOT: (digest(record), partial(draw_plot, record))}
+
+
+def sections(record: dict) -> dict[str, str]:
+    """What the sections of the page should hold."""
+    settings = record["settings"]
+    page = [
+        accuracy_table(record),
+        f"Accuracy of the colour of what sounds after {settings['steps']:,} steps, mean ± standard deviation "
+        "over seeds. Chance is 0.250 for the pictures alone, and for one frame with the sound; 0.167 for the "
+        "sound alone.",
+        "What was expected, judged as above:",
+        claims_table(record),
+        "![Accuracy by way to fuse, frames and fusion tokens](../docs/synchrony.png)",
+        origin(record),
+    ]
+    return {"synchrony": markdown(page)}
+
+
+def draw_plot(record: dict) -> Figure:
+    """Every seed a dot, the mean a bar; by number of frames and of fusion tokens."""
+    accuracies = by_cell(record)
+    kinds = sorted({(T, F) for _, T, F in accuracies}, key=lambda key: (key[0] == 1, key))
+    colours, height = (BLUE, GREEN, ORANGE), 0.8 / max(1, len(kinds))
+    names = [name for name in ROWS if any(key[0] == name for key in accuracies)]
+    figure = Figure(figsize=(9, 1 + 0.7 * len(names)), layout="constrained")
+    axis = figure.subplots()
+    for n, (T, F) in enumerate(kinds):
+        colour = GREY if T == 1 else colours[n % len(colours)]
+        label = "one frame" if T == 1 else f"{T} frames, {F} fusion tokens"
+        for place, name in enumerate(names):
+            values = accuracies.get((name, T, F), [])
+            if values:
+                at = place + (n - (len(kinds) - 1) / 2) * height
+                axis.barh(at, statistics.mean(values), 0.9 * height, color=colour, alpha=0.35, label=label)
+                axis.plot(values, [at] * len(values), "o", color=colour, ms=4, ls="")
+                label = None
+    axis.axvline(1 / OBJECTS["synchrony"], color=GREY, ls="--", lw=1)
+    axis.text(1 / OBJECTS["synchrony"], -0.75, " chance of the pictures", color=GREY, fontsize=8)
+    axis.set(xlim=(0, 1), ylim=(len(names) - 0.4, -1), xlabel="accuracy of the colour of what sounds")
+    axis.set_yticks(range(len(names)), [ROWS[name].label for name in names])
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="lower right")
+    return figure
+
+
+if __name__ == "__main__":
+    measure.run(main, Options)
