@@ -13,9 +13,8 @@ from materialized import PairKeyFusion, PairTokenFusion, folded, with_blocks
 from tables import MISSING, spread, terminal, times
 from tqdm import tqdm
 
-from avfuse import AVMAE, AVEncoder, create_encoder
+from avfuse import AVMAE, AVEncoder, InputSettings, create_encoder
 from avfuse.graphs import CudaGraphs
-from avfuse.vit import input_shape
 
 
 class Row(NamedTuple):
@@ -23,7 +22,7 @@ class Row(NamedTuple):
 
     label: str
     interactions: str
-    pair_bias: bool = False
+    pair_bias: bool | str = False
     attn_ratio: float = 0.25
     block: type | None = None  # in place of DenseFusion
     fused: bool = False  # for inference
@@ -40,9 +39,12 @@ ROWS = {
     "factorized": Row("factorized", "factorized"),
     "dense": Row("dense, exact (avfuse)", "dense"),
     "pair-bias": Row("dense with pair bias (avfuse)", "dense", pair_bias=True),
+    "time-bias": Row("dense with a bias of time (avfuse)", "dense", pair_bias="time"),
     "none-fused": Row("no fusion, encoder.fused()", "none", fused=True),
     "dense-fused": Row("dense, encoder.fused() (avfuse)", "dense", fused=True),
 }
+OF_VIDEO = ("none", "joint", "token", "materialized", "pair-keys", "dense", "time-bias")
+VIDEO = InputSettings(audio_seconds=10.0, hop=200)  # 400 audio tokens, and 196 for each frame
 RowName = Literal[*ROWS]
 Mode = Literal["inference", "training"]
 MODES = {"inference": "Inference", "training": "Training step"}
@@ -50,7 +52,7 @@ MODES = {"inference": "Inference", "training": "Training step"}
 PAPER = {"none": (14.5, 10.3), "materialized": (4.3, 31.6), "factorized": (12.8, 13.1)}
 PRESETS = {"tiny": "ViT tiny", "small": "ViT-S", "base": "ViT-B", "large": "ViT-L"}
 ENDINGS = {"no": "", "cuda-graph": "-graph"}  # of the files of results; otherwise -compiled
-CLIPS = 2  # that outputs are compared on, at most
+CLIPS, COMPARED_FRAMES = 2, 2  # that outputs are compared on, at most
 SMALL_DECODER = dict(decoder_dim=128, decoder_depth=2, decoder_heads=4)  # beside "tiny", as in avfuse.train
 GRADIENTS = ("fusion_tokens", "image.patch_embed.proj.weight", "audio.patch_embed.proj.weight")
 
@@ -77,8 +79,10 @@ class Options(measure.Options):
     """Size of both transformers. Default: base (the paper's); small for training on a CPU."""
     modes: tuple[Mode, ...] = ("inference", "training")
     """What to measure."""
-    rows: tuple[RowName, ...] = tuple(ROWS)
-    """Which rows; "none" is always among them."""
+    rows: tuple[RowName, ...] = ()
+    """Which rows; "none" is always among them. Default: all; of video, those that say most there."""
+    frames: int = 1
+    """Of a clip. Several: 10 s of sound instead of 3, so 196 tokens a frame and 400 of sound."""
     batch: tuple[int, ...] = ()
     """Clips in a batch; of several, each row is shown at its fastest. Default: 1 and 4 (training) on a CPU,
     64 128 256 512 on a GPU."""
@@ -92,7 +96,8 @@ class Options(measure.Options):
     """GiB that a row may allocate. Default: what is free."""
     out: Path | None = None
     """File for the results. Default: benchmarks/results/throughput-DEVICE.json, with --compile
-    throughput-DEVICE-compiled.json, with cuda-graph throughput-DEVICE-graph.json."""
+    throughput-DEVICE-compiled.json, with cuda-graph throughput-DEVICE-graph.json; of several frames
+    throughput-DEVICE-video16.json."""
 
 
 def main(options: Options) -> dict:
@@ -117,13 +122,14 @@ def resolve(options: Options) -> Options:
     """The options with all defaults filled in that depend on the machine."""
     options = options.on_device()
     name = f"throughput-{options.device}" + ENDINGS.get(options.compile, "-compiled")
+    name += f"-video{options.frames}" if options.frames > 1 else ""
     if options.compile == "cuda-graph" and (options.device != "cuda" or options.modes != ("inference",)):
         raise ValueError("--compile cuda-graph is for --modes inference on a CUDA device")
     if any(batch < 1 for batch in options.batch):
         raise ValueError(f"--batch must be positive, got {options.batch}")
     return replace(
         options,
-        rows=tuple(name for name in ROWS if name == "none" or name in options.rows),
+        rows=tuple(name for name in ROWS if name in ("none", *(options.rows or rows_by(options.frames)))),
         memory_limit=options.memory_limit or 0.9 * measure.free_memory(options.device),
         out=options.out or measure.RESULTS / f"{name}.json",
     )
@@ -138,19 +144,25 @@ def in_order(options: Options) -> list[tuple[Mode, int]]:
 
 def recorded(options: Options) -> dict:
     """What of the options belongs into the results."""
-    names = "device", "dtype", "compile", "rows", "seconds"
+    names = "device", "dtype", "compile", "rows", "frames", "seconds"
     settings = {name: getattr(options, name) for name in names}
     return settings | dict(memory_limit_gib=round(options.memory_limit, 1))
 
 
+def rows_by(frames: int) -> tuple[RowName, ...]:
+    """Those that are measured unless others are asked for."""
+    return OF_VIDEO if frames > 1 else tuple(name for name in ROWS if name != "time-bias")
+
+
 def preset_of(options: Options, mode: Mode) -> str:
-    small = mode == "training" and options.device == "cpu"
+    small = options.device == "cpu" and (mode == "training" or options.frames > 1)
     return options.preset or ("small" if small else "base")
 
 
 def batches_of(options: Options, mode: Mode) -> tuple[int, ...]:
-    on_cpu = (1,) if mode == "inference" else (4,)
-    return options.batch or (on_cpu if options.device == "cpu" else (64, 128, 256, 512))
+    on_cpu = (1,) if mode == "inference" or options.frames > 1 else (4,)
+    on_gpu = (64, 128, 256, 512) if options.frames == 1 else (8, 16, 32)
+    return options.batch or (on_cpu if options.device == "cpu" else on_gpu)
 
 
 # --- models -------------------------------------------------------------------------------------------------
@@ -161,6 +173,11 @@ class PlainAutoencoder(AVMAE):
 
     def decode(self, latent, image_keep, audio_keep):
         return super().decode(latent._replace(fusion=latent.fusion[:, :0]), image_keep, audio_keep)
+
+
+def make_base(preset: str, frames: int) -> AVEncoder:
+    """The transformers that all rows share, as an encoder without fusion."""
+    return create_encoder(preset, "none", inputs=replace(VIDEO, image_frames=frames) if frames > 1 else None)
 
 
 def make_encoder(row: Row, base: AVEncoder) -> AVEncoder:
@@ -186,8 +203,7 @@ def make_model(row: Row, base: AVEncoder, mode: Mode) -> AVEncoder | AVMAE:
 
 
 def make_inputs(encoder: AVEncoder, batch: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    shapes = input_shape(encoder.image), input_shape(encoder.audio)
-    return tuple(torch.randn(batch, *shape, device=device) for shape in shapes)
+    return tuple(torch.randn(batch, *shape, device=device) for shape in encoder.input_shapes.values())
 
 
 def encoder_of(model) -> AVEncoder:
@@ -240,12 +256,12 @@ def count_mode(options: Options, mode: Mode) -> dict:
     """The results of inference or training, so far with the arithmetic of each row."""
     preset, rows = preset_of(options, mode), {}
     for name in rows_of(options, mode):
-        gflop = gflop_per_clip(ROWS[name], preset, mode)
+        gflop = gflop_per_clip(ROWS[name], preset, mode, options.frames)
         rows[name] = dict(label=ROWS[name].label, batches={}, gflop_per_clip=gflop)
     return dict(preset=preset, rows=rows)
 
 
-def gflop_per_clip(row: Row, preset: str, mode: Mode) -> float:
+def gflop_per_clip(row: Row, preset: str, mode: Mode, frames: int = 1) -> float:
     """Counted, masks and backward included; without the optimizer, whose work is per step."""
 
     def run(model):
@@ -254,7 +270,7 @@ def gflop_per_clip(row: Row, preset: str, mode: Mode) -> float:
             output.loss.backward()
 
     with torch.set_grad_enabled(mode == "training"):
-        flops = measure.count_flops(lambda: make_model(row, create_encoder(preset, "none"), mode), run)
+        flops = measure.count_flops(lambda: make_model(row, make_base(preset, frames), mode), run)
     return round(flops / 1e9, 2)
 
 
@@ -274,7 +290,7 @@ def measure_memory(options: Options, mode: Mode, batch: int, rows: dict) -> None
 def peak_memory(options: Options, name: str, preset: str, mode: Mode, batch: int) -> int:
     """Bytes of the weights and of what two calls need on top; run in a fresh process."""
     measure.limit_memory(options.device, options.memory_limit)
-    model = placed(make_model(ROWS[name], create_encoder(preset, "none"), mode), options, mode)
+    model = placed(make_model(ROWS[name], make_base(preset, options.frames), mode), options, mode)
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     clips = make_inputs(encoder_of(model), batch, options.device)
     step = make_step(options, mode, model, make_optimizer(model.parameters()))
@@ -296,8 +312,11 @@ def compared_models(options: Options, mode: Mode, rows: dict) -> dict:
     models, stored = make_models(options, preset_of(options, mode), mode)
     dtype, none = measure.DTYPES[options.dtype], models["none"]
     image, audio = make_inputs(encoder_of(none), min(CLIPS, max(batches_of(options, mode))))
-    clips = image.to(options.device), audio.to(options.device)
     removed = draw_masks(none, len(image)) if mode == "training" else {}
+    if options.frames > 1:  # of more, float64 pairs would not fit
+        image = image[:, :COMPARED_FRAMES]
+        removed |= {name: mask[:, :COMPARED_FRAMES] for name, mask in removed.items() if mask.ndim == 3}
+    clips = image.to(options.device), audio.to(options.device)
     known = {}  # the dense rows share a reference
     for name, model in models.items():
         kind = ROWS[name].interactions, ROWS[name].pair_bias, ROWS[name].attn_ratio
@@ -318,13 +337,13 @@ def make_models(options: Options, preset: str, mode: Mode) -> tuple[dict, dict]:
     every pair, without and with a pair bias, whose weights the dense rows have.
     """
     torch.manual_seed(0)
-    base = create_encoder(preset, "none")
+    base = make_base(preset, options.frames)
     models = {
         name: make_model(ROWS[name]._replace(fused=False), base, mode) for name in rows_of(options, mode)
     }
     stored = {
         bias: sharpened(make_encoder(Row("", "dense", bias, block=PairTokenFusion), base))
-        for bias in (False, True)
+        for bias in {ROWS[name].pair_bias for name in models}
     }
     for name, model in models.items():
         if mode == "training":
@@ -349,7 +368,7 @@ def sharpened(encoder: AVEncoder) -> AVEncoder:
     for name, parameter in encoder.fusion_blocks.named_parameters():
         if name.endswith("query.weight"):
             parameter *= 4
-        elif name.endswith("bias"):
+        elif name.endswith(("bias", "time_bias.table")):
             parameter += 0.5 * torch.randn_like(parameter)
     return encoder
 

@@ -7,7 +7,7 @@ timed, so the numbers are the same on every machine.
 import json
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -15,10 +15,10 @@ import measure
 import torch
 from counting import Operator, backward, imagined_gpu, operators_of
 from tables import terminal, times
-from throughput import MODES, PRESETS, ROWS, Mode, encoder_of, make_inputs, make_model
+from throughput import MODES, PRESETS, ROWS, Mode, encoder_of, make_base, make_inputs, make_model, rows_by
 from tqdm import tqdm
 
-from avfuse import AVMAE, create_encoder
+from avfuse import AVMAE
 
 TOKENS = "none-tokens"  # in training: no fusion blocks, but decoders that carry the fusion tokens
 LABELS = {"none": "no fusion", TOKENS: "no fusion, tokens decoded"} | {
@@ -41,10 +41,12 @@ class Options(measure.FileOptions):
     """Size of both transformers."""
     modes: tuple[Mode, ...] = ("inference", "training")
     """What to count."""
-    rows: tuple[Literal[*LABELS], ...] = tuple(LABELS)
-    """Which rows."""
-    batch: tuple[int, ...] = (1, 16, 64, 128, 256)
-    """Clips in a batch."""
+    rows: tuple[Literal[*LABELS], ...] = ()
+    """Which rows. Default: all; of video, those that say most there."""
+    frames: int = 1
+    """Of a clip. Several: 10 s of sound instead of 3, so 196 tokens a frame and 400 of sound."""
+    batch: tuple[int, ...] = ()
+    """Clips in a batch. Default: 1, 16, 64, 128 and 256; of several frames 1, 4 and 16."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Of the weights in inference, of autocast in training."""
     by: Literal["row", "operator"] = "row"
@@ -61,7 +63,14 @@ class Options(measure.FileOptions):
 
 
 def main(options: Options) -> dict:
-    if not options.batch or min(options.batch) < 1:
+    several = options.frames > 1
+    options = replace(
+        options,
+        rows=options.rows or (TOKENS, *rows_by(options.frames)),
+        batch=options.batch or ((1, 4, 16) if several else (1, 16, 64, 128, 256)),
+        out=options.out or measure.RESULTS / f"traffic-meta{f'-video{options.frames}' * several}.json",
+    )
+    if min(options.batch) < 1:
         raise ValueError(f"--batch must be positive, got {options.batch}")
     if options.by == "operator":
         if len(options.rows) > 2:
@@ -77,9 +86,8 @@ def main(options: Options) -> dict:
     for mode in options.modes:
         progress = tqdm(rows_of(options, mode), desc=mode, leave=False, disable=None)
         record[mode] = {name: count_row(options, name, mode) for name in progress}
-    path = options.out or measure.RESULTS / "traffic-meta.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    record = json.loads(path.read_text())
+    options.out.write_text(json.dumps(record, indent=1) + "\n")
+    record = json.loads(options.out.read_text())
     print("\n" + terminal(tables(record)))
     return record
 
@@ -96,9 +104,8 @@ def operators(options: Options, name: str, mode: Mode) -> Iterator[list[Operator
     """Those of a row, at each batch size."""
     dtype = measure.DTYPES[options.dtype]
     with torch.device("meta"):
-        model = make_model(
-            ROWS["none" if name == TOKENS else name], create_encoder(options.preset, "none"), mode
-        )
+        base = make_base(options.preset, options.frames)
+        model = make_model(ROWS["none" if name == TOKENS else name], base, mode)
         if name == TOKENS:
             model = AVMAE.from_config(model.to_config())
         model.to(dtype if mode == "inference" else None)
@@ -205,6 +212,7 @@ def measured_rows(record: dict, mode: Mode, measured: dict | None) -> dict:
     """Those of throughput.py, where it ran the same models in the same dtype."""
     same = measured and mode in measured and measured["settings"]["dtype"] == record["settings"]["dtype"]
     same = same and measured[mode]["preset"] == record["settings"]["preset"]
+    same = same and measured["settings"].get("frames", 1) == record["settings"].get("frames", 1)
     return measured[mode]["rows"] if same else {}
 
 

@@ -41,11 +41,11 @@ def make_inputs(batch=2, dtype=torch.float64) -> tuple[torch.Tensor, torch.Tenso
 
 
 def count_flops(encoder: AVEncoder) -> int:
-    """Floating-point operations of one clip of the paper's size, on fake tensors: shapes without numbers."""
+    """Floating-point operations of one clip, on fake tensors: shapes without numbers."""
     shapes = {name: weight.shape for name, weight in encoder.state_dict().items()}
     with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), torch.device("cpu"):
         weights = {name: torch.empty(shape) for name, shape in shapes.items()}
-        inputs = torch.empty(1, 3, 224, 224), torch.empty(1, 1, 128, 192)
+        inputs = tuple(torch.empty(1, *shape) for shape in encoder.input_shapes.values())
         with FlopCounterMode(display=False) as counter:
             torch.func.functional_call(encoder.eval(), weights, inputs)
     return counter.get_total_flops()

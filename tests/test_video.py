@@ -11,6 +11,7 @@ from models import (
     AUDIO_TOKENS,
     IMAGE,
     IMAGE_TOKENS,
+    count_flops,
     gradients,
     make_encoder,
     make_vit,
@@ -18,7 +19,7 @@ from models import (
     relative_error,
 )
 
-from avfuse import AVMAE, AVEncoder, DenseFusion, InputSettings, pair_attention
+from avfuse import AVMAE, AVEncoder, DenseFusion, InputSettings, create_encoder, pair_attention
 from avfuse.fusion import VARIANTS, TimeBias
 from avfuse.mae import MaskSampler
 
@@ -309,6 +310,21 @@ def test_optimizer_groups():
     assert layers[id(encoder.frame_embed)] == layers[id(encoder.image.pos_embed)]
     for layer, block in encoder.fusion_blocks.items():
         assert layers[id(block.time_bias.table)] == (int(layer) + 1, 0.0)
+
+
+@pytest.mark.parametrize(
+    "way, stated",
+    [("none", 633.1), ("dense", 669.0), ("dense, time", 669.0), ("token", 669.1), ("joint", 725.6)],
+)
+def test_arithmetic_stays_within_its_budget(way, stated):
+    """GFLOP of a clip of 16 frames and 10 s, ViT-B, as docs/video.md states them; dense with a bias of time
+    within 1.10 of no fusion.
+    """
+    inputs = InputSettings(audio_seconds=10.0, hop=200, image_frames=16)  # 16 x 196 + 400 tokens
+    with torch.device("meta"):
+        encoder = create_encoder("base", inputs=inputs, **WAYS[way])
+    assert encoder.audio.patch_embed.num_patches == 400
+    assert round(count_flops(encoder) / 1e9, 1) == stated <= 1.10 * 633.1 + 100 * (way == "joint")
 
 
 # --- the bias of time ---------------------------------------------------------------------------------------
