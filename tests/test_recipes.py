@@ -227,6 +227,9 @@ def test_a_small_data_set_shrinks_the_batch_but_every_process_needs_a_clip():
         (parse(["--data", "/videos/vgg", "--preset", "audioset"]), "runs/vgg"),
         (TrainConfig(data=Path("/videos/demo")), "runs/demo-data"),  # that of the demo is its own
         (TrainConfig(data=Path("/")), "runs/demo-data"),
+        (TrainConfig(scene="synchrony"), "runs/synchrony-demo"),
+        (TrainConfig(data=Path("/videos/synchrony-demo")), "runs/demo-data"),
+        (ClassifyConfig(scene="synchrony"), "runs/synchrony-classify"),
         (TrainConfig(data=Path("/videos"), run=Path("elsewhere")), "elsewhere"),
         (ClassifyConfig(), "runs/classify"),
         (ClassifyConfig(data=Path("/videos/birds")), "runs/birds-classify"),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 from ..checks import check_choice
-from ..choices import DataSet
+from ..choices import DataSet, Scene
 from ..files import printable, some
 from ..progress import progress_bar
 from . import manifest, sounding_shapes
@@ -26,7 +26,7 @@ from .sets import audioset, folders, music, vggsound
 from .table import Clip, ClipTable
 from .workers import WorkerFailure, WorkerPool
 
-DEMO = Path("data/sounding-shapes")
+DEMOS = {"binding": Path("data/sounding-shapes"), "synchrony": Path("data/synchrony")}  # by their scenes
 DATA_SETS = get_args(DataSet)
 READERS = {
     "vggsound": vggsound.read,
@@ -61,6 +61,7 @@ def find_data(
     folder: str | Path | None,
     say: Callable[[str], object] = print,
     *,
+    scene: Scene = "binding",
     data_set: str = "auto",
     train_split: str = "",
     missing: str = "drop",
@@ -70,7 +71,7 @@ def find_data(
     workers: int = 8,
     timeout: float = 60.0,
 ) -> Found:
-    """Looks through a data set, its manifest or else its files; None is the demo's, which is built first.
+    """Looks through a data set, its manifest or else its files; None is a demo's, which is built first.
 
     Splits whose names end in "train" are trained on; "test" or "eval" is measured on, or the training clips
     where there is neither.
@@ -79,6 +80,7 @@ def find_data(
         folder: VGGSound, AudioSet, MUSIC, Sounding Shapes, shards of these, or any videos, which train/ and
             test/ inside the folder part into the splits.
         say: what is found is told through it, line by line.
+        scene: of which demo, if there is no folder.
         data_set: how the folder is laid out, one of `DATA_SETS`, for which its manifest is passed over;
             "auto" tells by its files.
         train_split: the one split to train on where there are several, such as "balanced_train" of AudioSet.
@@ -95,7 +97,7 @@ def find_data(
     """
     check_choice("missing", missing, ("drop", "keep"))
     check_choice("data_set", data_set, DATA_SETS)
-    root = sounding_shapes.generate(DEMO, progress=progress) if folder is None else Path(folder)
+    root = build_demo(scene, progress) if folder is None else Path(folder)
     is_checked = data_set == "auto" and manifest.has_manifest(root)
     data_set = recognise(root) if data_set == "auto" else data_set
     listing = Manifest("", root) if is_checked else READERS[data_set](root)
@@ -138,6 +140,12 @@ def find_data(
         coverage={"test": coverage["train"]} | coverage,
         held_out=is_held_out,
     )
+
+
+def build_demo(scene: Scene, progress: bool) -> Path:
+    """The folder of the demo of such scenes, which is built if it is not."""
+    check_choice("scene", scene, tuple(DEMOS))
+    return sounding_shapes.generate(DEMOS[scene], scene=scene, progress=progress)
 
 
 def _hold_out(

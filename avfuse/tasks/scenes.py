@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..data import sounding_shapes
-from ..data.find import DEMO, Found
+from ..data.find import Found, build_demo
 from ..data.scenes import SceneDataset, as_found, middle_moments
 from ..data.sets.folders import SPLITS
 from ..data.sounding_shapes.truths import SHAPE_CLASSES, sounding_shapes_scenes
@@ -70,7 +70,7 @@ class SceneTask(JudgedTask):
         """Sounding Shapes, which is built first where no folder is given, or what else the task knows."""
         root = config.data
         if root is None:
-            root = sounding_shapes.generate(DEMO, progress=not config.quiet)
+            root = build_demo(config.scene, progress=not config.quiet)
         if sounding_shapes.is_built(root):
             train, test = (sounding_shapes_scenes(root, split, cls.shape_truth) for split in SPLITS)
             return as_found(train, middle_moments(test), "held-out clips", say, shape=SHAPE_CLASSES)

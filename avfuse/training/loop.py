@@ -70,6 +70,7 @@ class Task:
         return find_data(
             config.data,
             say,
+            scene=config.scene,
             data_set=config.data_set,
             train_split=config.train_split,
             missing=config.missing,

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ..choices import DataSet, Interactions, Size
+from ..choices import DataSet, Interactions, Scene, Size
 from ..command import SAID
 
 
@@ -34,6 +34,7 @@ NOT_NEGATIVE = Rule("must not be negative", lambda value: 0 <= value < math.inf)
 RATE = Rule("must be in [0, 1)", lambda value: 0 <= value < 1)
 SECONDS = Rule("must be a positive number of seconds", lambda value: 0 < value < math.inf)
 DEMO_RUN = Path("runs/demo")
+DEMO_RUNS = {"binding": DEMO_RUN, "synchrony": Path("runs/synchrony-demo")}  # by scenes
 FRESH = "none"  # in place of a checkpoint
 RUN_FILES = "run.json", "config.json"  # of a run folder, its settings; older runs have the second
 FREE = "changes how a run is carried out, not what comes out: may differ when the run is resumed"
@@ -52,6 +53,9 @@ class LoopConfig:
     )
     """Folder of videos (searched recursively; train/ and test/ inside it are the splits). Default: Sounding
     Shapes, built once."""
+    scene: Annotated[Scene, Formerly("binding")] = "binding"
+    """Which Sounding Shapes those are: shapes that sound differently, and pulse (binding), or alike, told
+    apart by when they pulse (synchrony: takes several frames)."""
     data_set: DataSet = "auto"
     """How that folder is laid out; auto tells by its manifest (`python -m avfuse.data check`) or files."""
     train_split: Annotated[str, SAID] = ""
@@ -140,9 +144,9 @@ class LoopConfig:
     def default_run(self) -> Path:
         """Of the demo's data runs/KIND, else runs/DATA-KIND; never the folder of the demo for other data."""
         if self.data is None:
-            return Path("runs", self.kind)
+            return Path("runs", self.kind if self.scene == "binding" else f"{self.scene}-{self.kind}")
         run = Path("runs", "-".join(name for name in (self.data.resolve().name, self.kind) if name))
-        return Path("runs/demo-data") if run in (DEMO_RUN, Path("runs")) else run
+        return Path("runs/demo-data") if run in (*DEMO_RUNS.values(), Path("runs")) else run
 
 
 @dataclass(kw_only=True)
@@ -152,8 +156,8 @@ class TaskConfig(LoopConfig):
     checkpoint: Annotated[str, SAID] = ""
     """Whose weights to start from: a run folder, a saved model, a name on the Hugging Face hub, a released
     DeepAVFusion file, or "none" for fresh weights. Its encoder is taken, and of a model of the same task
-    whatever fits; what is new is said. Default: runs/demo, if `python -m avfuse.train` has left one there,
-    else none."""
+    whatever fits; what is new is said. Default: runs/demo (of --scene synchrony runs/synchrony-demo), if
+    `python -m avfuse.train` has left one there, else none."""
     model: Size = "tiny"
     """Size of both transformers, if weights are fresh."""
     interactions: Interactions = "dense"
@@ -162,7 +166,8 @@ class TaskConfig(LoopConfig):
     def __post_init__(self):
         super().__post_init__()
         if not self.checkpoint:  # found out once: a run that is resumed must find the same
-            self.checkpoint = str(DEMO_RUN) if (DEMO_RUN / "model").is_dir() else FRESH
+            demo = DEMO_RUNS[self.scene]
+            self.checkpoint = str(demo) if (demo / "model").is_dir() else FRESH
 
 
 def checked(parse: Callable[..., LoopConfig]) -> Callable[..., LoopConfig]:
@@ -197,6 +202,8 @@ def check_config(config: LoopConfig) -> None:
     """Raises ValueError naming the option that makes no sense; --data first, which is most often mistaken."""
     if config.data is not None:
         check_folder(config.data)
+        if config.scene != "binding":
+            raise ValueError(f"--scene {config.scene} builds its own data: leave out --data {config.data}")
     check_rules(config)
     if config.warmup_epochs > config.epochs:
         raise ValueError(f"--warmup-epochs {config.warmup_epochs} are more than --epochs {config.epochs}")

@@ -15,7 +15,6 @@ from typing import Annotated
 import av
 import numpy as np
 
-from ...checks import check_choice
 from ...choices import Scene
 from ...command import SAID
 from ...files import aside, printable, write_text
@@ -63,14 +62,14 @@ class Settings:
     """Samples of sound per second, mono."""
 
     def __post_init__(self):
-        check_choice("scene", self.scene, tuple(OBJECTS))
         if self.objects is None:
-            object.__setattr__(self, "objects", OBJECTS[self.scene])
+            object.__setattr__(self, "objects", OBJECTS.get(self.scene, 0))
         object.__setattr__(self, "seconds", float(self.seconds))  # 4 and 4.0 are the same data set
         is_synchrony = self.scene == "synchrony"  # two at once, or with a single change, cannot be told apart
         frames = self.seconds * self.fps
         whole = math.isfinite(frames) and round(frames) >= 1 and abs(frames - round(frames)) < 1e-6
         for name, right, wish in (
+            ("scene", self.scene in OBJECTS, f"one of {tuple(OBJECTS)}"),
             ("train", self.train >= 0, "0 or more"),
             ("test", self.test >= 0, "0 or more"),
             ("seed", self.seed >= 0, "0 or more"),

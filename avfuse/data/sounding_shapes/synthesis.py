@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...checks import check_choice
 from ...choices import Scene
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
@@ -130,7 +129,8 @@ def sample_scene(
     """Draw a scene of objects in distinct colours, by default as many as OBJECTS says; rounded, so that JSON
     keeps it exactly.
     """
-    check_choice("scene", scene, tuple(OBJECTS))
+    if scene not in OBJECTS:
+        raise ValueError(f"scene must be one of {tuple(OBJECTS)}, got {scene!r}")
     objects = OBJECTS[scene] if objects is None else objects
     things = (_moving if scene == "binding" else _switching)(rng, objects, seconds)
     background = {
