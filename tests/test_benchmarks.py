@@ -305,7 +305,17 @@ def test_scaling(out, capsys):
     assert "slope" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("row", scaling.ROWS)
+def test_scaling_by_frames(out):
+    options = scaling.Options(
+        by="frames", tokens=(1, 2), seconds=0.0, device="cpu", dim=32, heads=2, dtype="float32"
+    )
+    scaling.main(replace(options, modes=("training",), memory_limit=1.0, out=out))
+    rows = record_of(out)["training"]
+    assert list(rows) == list(scaling.ROWS)
+    assert not any("failed" in point for row in rows.values() for point in row["points"].values())
+
+
+@pytest.mark.parametrize("row", [row for row in scaling.ROWS if row != "dense-time"])
 def test_scaling_sees_a_token_that_is_left_out(monkeypatch, row):
     options = scaling.Options(batch=1, dim=64, heads=2, dtype="float32", device="cpu")
     blocks = scaling.make_blocks(options)
