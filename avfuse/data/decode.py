@@ -21,6 +21,7 @@ from av.stream import Disposition
 
 from .headers import CUT_OFF, HEAD, cut_off, describe
 from .sound import JITTER, channels_of, join, mix_of, resample
+from .survey import Survey, Track, end_of, summary
 
 OPTIONS = {  # FFmpeg also opens playlists, which name other files and hosts
     "format_whitelist": "mov,matroska,avi,flv,mpegts,mpeg,asf,ogg,wav,flac,mp3,aac",
@@ -36,12 +37,10 @@ MARGIN = 0.05  # seconds of that which the resampling filter sees, on both sides
 TEXT = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 EPSILON = 1e-6  # seconds: a time that was meant to be that of a frame may have been rounded to just before it
 LAST = 2.0  # seconds at the end in which the last packets of all streams are looked for
-THUMBNAIL, LOOKED_AT = (32, 32), 4  # pixels of pictures, one in four, to see whether anything moves
 BACK = (0, 1, 4, 16, 64, 256, math.inf)  # seconds to seek further back, where a seek lands too late
 # What decoders say of damage.
 DAMAGED = (av.error.InvalidDataError, av.error.PermissionError, av.error.EOFError)
 SQUARE = 0.01  # by which a pixel may be wider than high: what scaling to whole pixels leaves behind
-BACKWARD = 0.5  # seconds by which times may go back without a word
 TIMELESS = ("avi", "asf")  # formats that say when a picture is decoded, not when it is shown
 GAPLESS = ("wav", "flac", "mp3", "aac")  # formats of one sound without gaps, times in which may be estimates
 TIMED = ("mov", "matroska", "avi", "wav")  # formats that say exactly how long they are
@@ -73,56 +72,6 @@ class Part(NamedTuple):
     file: Path
     start: int  # bytes
     size: int
-
-
-class Survey(NamedTuple):
-    """What decoding a whole file found; what it has not is 0."""
-
-    width: int  # pixels
-    height: int
-    sample_rate: int  # Hz
-    key_frame_every: int  # frames, where key frames are farthest apart
-    peak: float  # of its sound as it is read: 1 is full scale
-    loudest: float  # peak of the loudest of the channels in that
-    motion: float | None  # mean grey levels by which a picture differs most from the first; None: not known
-    picture_end: float  # seconds
-    sound_end: float
-    goes_back: bool  # whether its times start again, as where files were joined
-
-
-class _Track:
-    """What a survey finds in one stream."""
-
-    def __init__(self, every_picture: bool):
-        self.every_picture, self.packets, self.keys, self.frames = every_picture, 0, [], 0
-        self.end, self.latest, self.goes_back = -math.inf, -math.inf, False  # seconds
-        self.first, self.motion, self.peak, self.loudest = None, 0.0, 0.0, 0.0
-
-    def add(self, packet: av.Packet) -> None:
-        if packet.size:
-            self.keys += [self.packets] if packet.is_keyframe else []
-            self.packets += 1
-            self.end = max(self.end, _end_of(packet))
-        if packet.dts is not None:
-            time = packet.dts * packet.time_base
-            self.goes_back |= time < self.latest - BACKWARD
-            self.latest = max(self.latest, time)
-        for frame in packet.decode():
-            if frame.is_corrupt:
-                raise ValueError("the data are damaged: fetch it again")
-            self._hear(frame) if isinstance(frame, av.AudioFrame) else self._see(frame)
-
-    def _see(self, frame: av.VideoFrame) -> None:
-        self.frames += 1
-        if self.frames % LOOKED_AT == 1 or not self.every_picture:
-            grey = frame.reformat(*THUMBNAIL, format="gray").to_ndarray().astype(np.float32)
-            self.first = grey if self.first is None else self.first
-            self.motion = max(self.motion, float(np.abs(grey - self.first).mean()))
-
-    def _hear(self, frame: av.AudioFrame) -> None:
-        channels, mix = channels_of(frame), mix_of(frame.layout)
-        self.peak = np.maximum(self.peak, np.abs(mix @ channels).max(initial=0.0))  # NaN stays
-        self.loudest = max(self.loudest, float(np.abs(channels[mix > 0]).max(initial=0.0)))
 
 
 class ClipReader:
@@ -232,7 +181,7 @@ class ClipReader:
         streams = [stream for stream in (self._video, self._audio) if stream is not None]
         if self._video is not None and not every_picture:
             self._video.codec_context.skip_frame = "NONKEY"
-        video, audio = _Track(every_picture), _Track(every_picture)
+        video, audio = Track(self._video, every_picture), Track(self._audio, every_picture)
         packets = self._container.demux(streams)
         with self._explaining("cannot be decoded to its end"):
             for packet in packets:
@@ -245,19 +194,7 @@ class ClipReader:
                     raise
         if not math.isfinite(audio.peak):
             raise ClipError(self.path, "its sound is not finite")
-        gaps = np.diff([*video.keys, video.packets])
-        return Survey(
-            width=self._video.width if self._video is not None else 0,
-            height=self._video.height if self._video is not None else 0,
-            sample_rate=self._audio.sample_rate if self._audio is not None else 0,
-            key_frame_every=int(gaps.max(initial=0)),
-            peak=round(float(audio.peak), 4),
-            loudest=round(audio.loudest, 4),
-            motion=round(video.motion, 2) if every_picture or video.frames != 1 else None,
-            picture_end=round(max(0.0, float(video.end - self._origin)), 3),
-            sound_end=round(max(0.0, float(audio.end - self._origin)), 3),
-            goes_back=video.goes_back or audio.goes_back,
-        )
+        return summary(video, audio, self._origin)
 
     # --- streams --------------------------------------------------------------------------------------------
 
@@ -312,7 +249,7 @@ class ClipReader:
             packets = (packet for packet in container.demux(container.streams[stream.index]) if packet.size)
             if end is not None:
                 return end if next(packets, None) else None
-            last = max(map(_end_of, packets), default=None)
+            last = max(map(end_of, packets), default=None)
         return None if last is None else max(last - self._origin, Fraction(0))
 
     @cached_property
@@ -328,7 +265,7 @@ class ClipReader:
                 for packet in container.demux():
                     if packet.size:
                         last = ends.get(packet.stream_index, Fraction(0))
-                        ends[packet.stream_index] = max(last, _end_of(packet) - self._origin)
+                        ends[packet.stream_index] = max(last, end_of(packet) - self._origin)
                 if ends.keys() >= indices:
                     break
         return ends
@@ -549,12 +486,6 @@ def _matrix(frame: av.VideoFrame) -> list[int]:
         if Type.DISPLAYMATRIX in small.side_data:
             return np.frombuffer(small.side_data[Type.DISPLAYMATRIX], np.int32).tolist()
     return [1, 0, 0, 0, 1, 0, 0, 0, 1]
-
-
-def _end_of(packet: av.Packet) -> Fraction | float:
-    """When a packet ends, in seconds; -inf if it has no time."""
-    time = packet.dts if packet.pts is None else packet.pts
-    return -math.inf if time is None else (time + (packet.duration or 0)) * packet.time_base
 
 
 def _check_finite(name: str, value: float, *, above: float = -math.inf) -> None:
