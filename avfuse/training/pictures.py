@@ -99,7 +99,10 @@ def heat_map(weights: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> T
 
 
 def rgb(image: Tensor, inputs: InputSettings) -> Tensor:
-    """A normalised image (3, height, width) -> (height, width, 3) in [0, 1]"""
+    """A normalised image (3, height, width), or of several (T, 3, height, width) the one in the middle ->
+    (height, width, 3) in [0, 1]
+    """
+    image = image[len(image) // 2] if image.ndim == 4 else image
     mean, std = torch.tensor(inputs.image_mean), torch.tensor(inputs.image_std)
     return (image.permute(1, 2, 0) * std + mean).clamp(0, 1)
 
