@@ -107,8 +107,9 @@ def test_frames_of_every_kind_of_file(tmp_path, seeks, name):
     for times in times_around(3.0):
         assert_as_alone(path, times)
     seeks.clear()
-    times = evenly(16, 2.95)
-    assert [number_of(frame) for frame in read_frames(path, times)] == [int(10 * time) for time in times]
+    times = [*evenly(16, 2.95), 5.0, 6.0]
+    shown = [min(int(10 * time), 29) for time in times]
+    assert [number_of(frame) for frame in read_frames(path, times)] == shown
     assert len(seeks) <= (3 if name.endswith(".ts") else 1)  # in a stream some end too late
 
 
@@ -173,41 +174,46 @@ def test_frames_are_turned_and_their_pixels_square(tmp_path):
     assert [(frame.shape, number_of(frame)) for frame in frames] == [((85, 48, 3), n) for n in (1, 8, 15)]
 
 
-def changing_size(path: Path) -> Path:
-    """Ten frames of 64 x 48 pixels, then ten of 128 x 96, that go on counting."""
+def joined(path: Path, *parts: np.ndarray, starts: tuple[float, ...]) -> Path:
+    """Pictures, 10 a second, of which each part starts at its time, in one stream."""
     with av.open(str(path), "w") as output:
-        for part, (width, height) in enumerate(((64, 48), (128, 96))):
-            frames = numbered_frames(20, (width, height))[10 * part :][:10]
-            one = write_video(path.with_name(f"{part}.ts"), 1, audio=False, video=frames)
+        for number, (frames, start) in enumerate(zip(parts, starts, strict=True)):
+            one = write_video(path.with_name(f"{number}.ts"), audio=False, video=frames)
             with av.open(str(one)) as source:
-                if not part:
+                if not number:
                     stream = output.add_stream_from_template(source.streams.video[0])
                 for packet in source.demux(video=0):
                     if packet.size:
-                        packet.pts += part * 90_000
-                        packet.dts += part * 90_000
+                        packet.pts += round(start * 90_000)
+                        packet.dts += round(start * 90_000)
                         packet.stream = stream
                         output.mux(packet)
     return path
 
 
 def test_frames_that_change_in_size(tmp_path):
-    path = changing_size(tmp_path / "a.ts")
+    """They are cropped as if they had the size of the first."""
+    places = np.stack(np.broadcast_arrays(*np.ogrid[:48, :64], 0), -1) * np.array([5, 4, 0]) + 16
+    small = np.uint8(places)[None].repeat(10, 0)
+    path = joined(tmp_path / "a.ts", small, small.repeat(2, 1).repeat(2, 2), starts=(0.0, 1.0))
     times = evenly(10, 2.0)
     assert_as_alone(path, times)
-    frames = read_frames(path, times)
-    assert [number_of(frame) for frame in frames] == list(range(1, 20, 2))
-    assert [frame.shape for frame in frames] == 5 * [(48, 64, 3)] + 5 * [(96, 128, 3)]
-    for train in (False, True):  # which are squeezed into the first
-        settings = replace(SETTINGS, audio_seconds=2.0, image_frames=10)
-        image = ClipDataset([Clip(path)], settings, train=train)[0]["image"]
-        assert [number_of(frame.numpy()) for frame in image] == list(range(1, 20, 2))
+    shapes = [frame.shape for frame in read_frames(path, times)]
+    assert shapes == 5 * [(48, 64, 3)] + 5 * [(96, 128, 3)]
+    settings = replace(SETTINGS, audio_seconds=2.0, image_frames=10)
+    for train in (False, True):
+        for epoch in range(5):
+            image = ClipDataset([Clip(path)], settings, train=train)[epoch, 0]["image"]
+            assert (image[4] - image[5]).abs().mean() < 3
 
 
-def test_a_stream_whose_times_start_again(tmp_path):
-    one = write_video(tmp_path / "one.ts", 3, audio=False)
+@pytest.mark.parametrize("start", [0.0, 1.5, 2.5])
+def test_a_stream_whose_times_start_again(tmp_path, start):
+    """Other pictures have the same times: which are shown is for `frame` to say."""
+    one = joined(tmp_path / "one.ts", numbered_frames(30), starts=(0.0,))
+    two = joined(tmp_path / "two.ts", numbered_frames(30)[::-1], starts=(start,))
     path = tmp_path / "joined.ts"
-    path.write_bytes(2 * one.read_bytes())
+    path.write_bytes(one.read_bytes() + two.read_bytes())
     for times in times_around(3.0):
         assert_as_alone(path, times)
 
@@ -265,6 +271,16 @@ def test_every_picture_is_decoded_once(tmp_path, monkeypatch):
     monkeypatch.setattr(ClipReader, "_whole", lambda *a: (decoded.append(f.pts) or f for f in whole(*a)))
     frames = read_frames(path, evenly(16, 3.0))
     assert len(frames) == 16 and len(decoded) == len(set(decoded)) <= 30
+
+
+def test_moments_far_apart_cost_no_more_than_alone(tmp_path, monkeypatch):
+    """Where pictures are counted from a key frame on to know their times, too."""
+    options = {"g": "5", "bf": "1", "sc_threshold": "1000000000"}
+    path = write_video(tmp_path / "a.avi", 3, audio=False, codecs=("mpeg4", ""), **options)
+    decoded, whole = [], ClipReader._whole
+    monkeypatch.setattr(ClipReader, "_whole", lambda *a: (decoded.append(f.pts) or f for f in whole(*a)))
+    assert [number_of(frame) for frame in read_frames(path, [0.05, 2.55])] == [0, 25]
+    assert len(decoded) < 20
 
 
 def test_large_frames_do_not_lie_in_memory_together(tmp_path, monkeypatch):

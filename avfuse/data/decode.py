@@ -388,7 +388,7 @@ class ClipReader:
             yield from self._decode_in_order(chain(packets, demuxed), times, at_start)
         if self._is_timeless or _go_back(packets) or any(packet.pts is None for packet in packets):
             return
-        wanted = [_shown_at(target, _until(packets, target), at_start) for target in targets]
+        wanted = [_shown_at(target, packets, at_start) for target in targets]
         if None in wanted:
             return
         shown, needed = None, {time: _needed(packets, time) for time in wanted}
