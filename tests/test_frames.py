@@ -86,11 +86,12 @@ def assert_as_alone(path: Path, times: list[float]) -> None:
 
 
 def times_around(seconds: float) -> list[list[float]]:
-    """Evenly spaced, at random, near each other, the same twice, before the start and after the end."""
+    """Evenly spaced, at random, near and far, the same twice, before the start and after the end."""
     random = np.random.default_rng(0)
     return [
         evenly(8, seconds),
         evenly(50, seconds),
+        [0.13 * seconds, 0.75 * seconds],
         [0.0, 0.0, 0.01, 0.02, seconds / 2, seconds / 2],
         [-1.0, 0.0, seconds, seconds + 5.0, 1e6],
         *(sorted(random.uniform(-0.2, 1.2 * seconds, count).tolist()) for count in (2, 3, 5, 9)),
@@ -111,6 +112,17 @@ def test_frames_of_every_kind_of_file(tmp_path, seeks, name):
     shown = [min(int(10 * time), 29) for time in times]
     assert [number_of(frame) for frame in read_frames(path, times)] == shown
     assert len(seeks) <= (3 if name.endswith(".ts") else 1)  # in a stream some end too late
+
+
+def test_a_format_whose_start_is_hard_to_find(tmp_path):
+    """In ASF a seek to before the start ends after it, once there are more packets than fit into one."""
+    noise = np.random.default_rng(0).integers(-14, 15, (60, 96, 128, 1))
+    video = (numbered_frames(60, (128, 96)) + noise).astype(np.uint8)
+    path = tmp_path / "a.asf"
+    write_video(path, video=video, audio=False, **{"x264-params": "open-gop=1:keyint=8:scenecut=0"})
+    for times in times_around(6.0):
+        assert_as_alone(path, times)
+    assert [number_of(frame) for frame in read_frames(path, [0.405, 2.205])] == [4, 22]
 
 
 @pytest.mark.parametrize("path", sorted(CASES.glob("*.*")), ids=lambda path: path.name)

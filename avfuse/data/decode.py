@@ -38,7 +38,7 @@ MARGIN = 0.05  # seconds of that which the resampling filter sees, on both sides
 TEXT = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 EPSILON = 1e-6  # seconds: a time that was meant to be that of a frame may have been rounded to just before it
 RUN = 10.0  # seconds in which pictures are read by one seek
-SURE = 3  # such seeks further back before each frame is read by its own
+TRIES = 3  # such seeks, each further back, before every frame is read alone
 LAST = 2.0  # seconds at the end in which the last packets of all streams are looked for
 BACK = (0, 1, 4, 16, 64, 256, math.inf)  # seconds to seek further back, where a seek lands too late
 # What decoders say of damage.
@@ -370,7 +370,8 @@ class ClipReader:
             return
         shown = None
         with self._explaining("its pictures cannot be decoded"):
-            for at_start in islice(self._seek_back(self._video, times[0]), SURE):
+            tries = 1 if self._is_timeless else TRIES
+            for at_start in islice(self._seek_back(self._video, times[0]), tries):
                 for frame in self._decode_run(times, at_start):
                     if frame is not shown:
                         shown, pixels = frame, self._upright(frame)
