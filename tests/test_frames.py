@@ -111,7 +111,10 @@ def test_frames_of_every_kind_of_file(tmp_path, seeks, name):
     times = [*evenly(16, 2.95), 5.0, 6.0]
     shown = [min(int(10 * time), 29) for time in times]
     assert [number_of(frame) for frame in read_frames(path, times)] == shown
-    assert len(seeks) <= (3 if name.endswith(".ts") else 1)  # in a stream some end too late
+    if "timeless" in name:  # one for each key frame, and for frames shown before it that come after it
+        assert len(seeks) < len(times)
+    else:
+        assert len(seeks) <= (3 if name.endswith(".ts") else 1)  # in a stream some end too late
 
 
 def test_a_format_whose_start_is_hard_to_find(tmp_path):

@@ -6,6 +6,7 @@ wrong with it ends as a `ClipError` that says what.
 
 import math
 import os
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -37,7 +38,7 @@ MARGIN = 0.05  # seconds of that which the resampling filter sees, on both sides
 # Before PyAV 19, which does so by itself, bytes of metadata that are no text stop the opening of a file.
 TEXT = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 EPSILON = 1e-6  # seconds: a time that was meant to be that of a frame may have been rounded to just before it
-RUN = 10.0  # seconds in which pictures are read by one seek
+RUN = 10.0  # seconds of pictures that one seek is for: beyond, seeking is cheaper than reading on
 TRIES = 3  # such seeks, each further back, before every frame is read alone
 LAST = 2.0  # seconds at the end in which the last packets of all streams are looked for
 BACK = (0, 1, 4, 16, 64, 256, math.inf)  # seconds to seek further back, where a seek lands too late
@@ -178,8 +179,8 @@ class ClipReader:
                     yield pixels
                     given += 1
             if not given:
-                yield from map(self.frame, near)
-            times = times[given or len(near) :]
+                yield self.frame(times[0])
+            times = times[given or 1 :]
 
     def audio(self, start: float, seconds: float, sample_rate: int) -> np.ndarray:
         """Its sound from `start` on, mixed to mono: (round(seconds * sample_rate),) float32 in about -1..1.
@@ -380,14 +381,18 @@ class ClipReader:
                     return
 
     def _decode_run(self, times: Sequence[float], at_start: bool) -> Iterator[av.VideoFrame]:
-        """As `_decode_frame`, for several rising times; it ends before a frame that may have to be decoded
-        from further back.
+        """As `_decode_frame`, for several rising times: it ends before one of which that is not sure.
+
+        A frame is sure if it comes out with the time that its packet tells.
         """
         targets, demuxed, context = list(map(self._tick, times)), self._packets(), self._video.codec_context
         packets = list(_until(demuxed, targets[-1]))
-        if self._is_timeless and sum(packet.is_keyframe for packet in packets) <= len(times):
-            yield from self._decode_in_order(chain(packets, demuxed), times, at_start)
-        if self._is_timeless or _go_back(packets) or any(packet.pts is None for packet in packets):
+        if self._is_timeless:  # where counting begins may matter: no further than to the next key frame
+            keys = (p.dts for p in packets[1:] if p.is_keyframe and p.dts is not None)
+            near = bisect_left(targets, min(keys, default=math.inf))
+            yield from self._decode_in_order(chain(packets, demuxed), times[:near], at_start)
+            return
+        if _go_back(packets) or any(packet.pts is None for packet in packets):
             return
         wanted = [_shown_at(target, packets, at_start) for target in targets]
         if None in wanted:
@@ -578,7 +583,9 @@ def _shown_at(target: int, packets: Iterable[av.Packet], at_start: bool) -> int 
     """When the picture that is shown at a time begins; None if that may be in an earlier packet."""
     times = [packet.pts for packet in packets if not packet.is_discard]
     before = [time for time in times if time <= target]
-    return max(before) if before else min(times, default=None) if at_start else None
+    if before:
+        return max(before)
+    return min(times, default=None) if at_start else None
 
 
 def _needed(packets: list[av.Packet], wanted: int) -> tuple[int, int]:
