@@ -386,12 +386,13 @@ class ClipReader:
         A frame is sure if it comes out with the time that its packet tells.
         """
         targets, demuxed, context = list(map(self._tick, times)), self._packets(), self._video.codec_context
-        packets = list(_until(demuxed, targets[-1]))
         if self._is_timeless:  # where counting begins may matter: no further than to the next key frame
+            packets = list(_to_next_key(_until(demuxed, targets[-1])))
             keys = (p.dts for p in packets[1:] if p.is_keyframe and p.dts is not None)
-            near = bisect_left(targets, min(keys, default=math.inf))
+            near = bisect_left(targets, next(keys, math.inf))
             yield from self._decode_in_order(chain(packets, demuxed), times[:near], at_start)
             return
+        packets = list(_until(demuxed, targets[-1]))
         if _go_back(packets) or any(packet.pts is None for packet in packets):
             return
         wanted = [_shown_at(target, packets, at_start) for target in targets]
@@ -570,6 +571,14 @@ def _until(packets: Iterable[av.Packet], target: int) -> Iterator[av.Packet]:
     for packet in packets:
         yield packet
         if packet.dts is not None and packet.dts > target:
+            return
+
+
+def _to_next_key(packets: Iterable[av.Packet]) -> Iterator[av.Packet]:
+    """The packets as far as the next key frame, that one included."""
+    for number, packet in enumerate(packets):
+        yield packet
+        if number and packet.is_keyframe and packet.dts is not None:
             return
 
 
