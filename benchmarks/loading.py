@@ -7,7 +7,7 @@ from pathlib import Path
 
 import measure
 import torch
-from tables import aligned, spread
+from tables import MISSING, aligned, spread
 
 from avfuse import InputSettings
 from avfuse.data import sounding_shapes
@@ -23,6 +23,10 @@ STAGES = {
     "image": "crop, resize, normalise",
     "spectrogram": "gain, log-mel spectrogram",
     "whole": "a training item, all of it",
+    "8 frames": "open, decode 8 frames of 3 s",
+    "8 alone": "the same, each sought alone",
+    "16 frames": "open, decode 16 frames of 3 s",
+    "16 alone": "the same, each sought alone",
 }
 
 
@@ -97,6 +101,19 @@ def stages(dataset: ClipDataset) -> dict[str, Callable]:
 
         return run
 
+    def frames_of(count: int) -> dict[str, Callable]:
+        times = replace(settings, image_frames=count).frame_times
+
+        def together(reader, start):
+            for _ in reader.frames([start + time for time in times]):
+                pass
+
+        def alone(reader, start):
+            for time in times:
+                reader.frame(start + time)
+
+        return {f"{count} frames": for_each_clip(together), f"{count} alone": for_each_clip(alone)}
+
     return {
         "open": for_each_clip(lambda reader, start: reader.streams),
         "picture": for_each_clip(lambda reader, start: reader.frame(start + settings.audio_seconds / 2)),
@@ -104,6 +121,8 @@ def stages(dataset: ClipDataset) -> dict[str, Callable]:
         "image": lambda: [training_image(frame, settings, generator) for frame in frames],
         "spectrogram": lambda: [spectrogram(random_gain(sound, generator)) for sound in sounds],
         "whole": lambda: [dataset[0, index] for index in range(len(dataset))],
+        **frames_of(8),
+        **frames_of(16),
     }
 
 
@@ -111,8 +130,9 @@ def table(record: dict) -> list[tuple]:
     """A row for each stage, a column for each size of clips."""
     rows = [("clips per second and core", *(f"{size} x {size}" for size in record["sizes"]))]
     for name, label in STAGES.items():
-        sizes = (stages[name]["clips_per_second"] for stages in record["sizes"].values())
-        rows.append((label, *(spread(speed, ".0f") for speed in sizes)))
+        sizes = (stages.get(name) for stages in record["sizes"].values())
+        cells = (spread(stage["clips_per_second"], ".0f") if stage else MISSING for stage in sizes)
+        rows.append((label, *cells))
     return rows
 
 

@@ -28,7 +28,7 @@ from ..files import printable
 from ..inputs import InputSettings
 from .decode import ClipError, ClipReader, Streams
 from .table import Clip, ClipTable, check_labels
-from .transforms import Spectrogram, evaluation_image, random_gain, training_image
+from .transforms import Spectrogram, evaluation_image, random_gain, training_images
 from .workers import WorkerFailure, WorkerPool
 
 TOGETHER = 8  # shards that are shuffled into each other
@@ -48,16 +48,19 @@ class Failure:
 
 
 class ClipDataset(Dataset):
-    """Clips as one normalised frame and one log-mel spectrogram each.
+    """Clips as one normalised frame, or several, and one log-mel spectrogram each.
 
     Asked for `(epoch, index)`, or for `index`, which is epoch 0. In training the window of sound, the moment
     of the frame within it, crop, flip and gain are random; in evaluation they are the middle window, its
     middle frame, the central crop, no flip and no gain.
 
     An item is a dictionary:
-        image: (3, height, width) float32; zeros for a clip without pictures.
+        image: (3, height, width) float32; zeros for a clip without pictures. Of T > 1 `image_frames`
+            (T, 3, height, width): those shown at `frame_times` of the window, in training too, with one crop
+            and flip for all; after its pictures have ended, a clip shows its last.
         audio: (1, mel_bins, frames) float32; zeros for a clip without sound.
         image_present, audio_present: () bool.
+        frames_shown: () long, of T > 1 frames: at how many of their times the pictures had not ended.
         index: () long.
         label_<name>: () long, one for each of the clip's labels; for one that is a tuple, (classes,) float32
             with ones at its classes.
@@ -149,26 +152,35 @@ class ClipDataset(Dataset):
         generator: torch.Generator | None,
         moment: float = 0.5,
     ) -> dict[str, Tensor]:
-        """The window of sound from `start` on, in seconds, and the frame at a moment of it in 0..1."""
+        """The window of sound from `start` on, in seconds, and the frame at a moment of it in 0..1; several
+        `image_frames` have times of their own.
+        """
         settings = self.settings
-        image = torch.zeros(3, *settings.image_shape)
+        if settings.image_frames == 1:
+            times = [start + moment * min(settings.audio_seconds, streams.seconds)]
+        else:
+            times = [start + time for time in settings.frame_times]
+        images = [torch.zeros(3, *settings.image_shape)] * len(times)
         if streams.video:
-            frame = reader.frame(start + moment * min(settings.audio_seconds, streams.seconds))
-            frame = torch.from_numpy(frame).permute(2, 0, 1)
+            frames = (torch.from_numpy(frame).permute(2, 0, 1) for frame in reader.frames(times))
             if self.train:
-                image = training_image(frame, settings, generator)
+                images = training_images(frames, settings, generator)
             else:
-                image = evaluation_image(frame, settings)
+                images = [evaluation_image(frame, settings) for frame in frames]
         audio = torch.zeros(1, settings.mel_bins, settings.frames)
         if streams.audio:
             waveform = torch.from_numpy(reader.audio(start, settings.audio_seconds, settings.sample_rate))
             audio = self.spectrogram(random_gain(waveform, generator) if self.train else waveform)
-        return {
-            "image": image,
+        item = {
+            "image": images[0] if len(times) == 1 else torch.stack(images),
             "audio": audio,
             "image_present": torch.tensor(streams.video),
             "audio_present": torch.tensor(streams.audio),
         }
+        if len(times) > 1:
+            shown = sum(time < reader.picture_end for time in times) if streams.video else 0
+            item["frames_shown"] = torch.tensor(shown)
+        return item
 
     def _complete(self, item: dict[str, Tensor], clip: Clip, generator: torch.Generator) -> dict[str, Tensor]:
         """With the clip's labels, and what `extras` returns."""
@@ -186,18 +198,19 @@ class ClipDataset(Dataset):
 class ReadClip(NamedTuple):
     """A batch of one clip, for `encoder(*clip)`; a modality that the clip lacks is None."""
 
-    image: Tensor | None  # (1, 3, height, width) float32
+    image: Tensor | None  # (1, 3, height, width) float32; of T > 1 frames (1, T, 3, height, width)
     audio: Tensor | None  # (1, 1, mel_bins, frames) float32
 
 
 def read_clip(path: str | Path, inputs: InputSettings, *, start: float | None = None) -> ReadClip:
-    """One frame and one spectrogram of a video or sound file, as a model sees them in evaluation.
+    """The frame, or frames, and the spectrogram of a video or sound file, as a model sees them in evaluation.
 
     Args:
         path: the file.
         inputs: the transforms of the model, `encoder.inputs`.
         start: where the window of `inputs.audio_seconds` begins, in seconds; None = that in the middle. The
-            frame is that in the middle of the window. Sound that ends early is extended by mirrored copies.
+            frame is that in the middle of the window; several are those shown at `inputs.frame_times` of it.
+            Sound that ends early is extended by mirrored copies.
 
     Raises:
         ValueError: the file cannot be read, with the reason, or `start` is not within it.
@@ -225,6 +238,12 @@ def open_window(
             yield reader, start
     except ClipError as error:
         raise ValueError(f"{printable(error.path)} cannot be read: {printable(error.reason)}") from error
+
+
+def check_one_frame(settings: InputSettings, what: str) -> None:
+    """Raises ValueError for settings of several frames, where something takes one."""
+    if settings.image_frames != 1:
+        raise ValueError(f"image_frames must be 1 for {what}, got {settings.image_frames}")
 
 
 def window_starts(seconds: float, length: float, every: float) -> list[float]:

@@ -6,11 +6,13 @@ wrong with it ends as a `ClipError` that says what.
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import cached_property
-from itertools import chain
+from itertools import chain, groupby, islice, pairwise, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ from av.stream import Disposition
 
 from .headers import CUT_OFF, HEAD, cut_off, describe
 from .sound import JITTER, channels_of, join, mix_of, resample
+from .survey import BACKWARD, Survey, Track, end_of, summary
 
 OPTIONS = {  # FFmpeg also opens playlists, which name other files and hosts
     "format_whitelist": "mov,matroska,avi,flv,mpegts,mpeg,asf,ogg,wav,flac,mp3,aac",
@@ -35,13 +38,13 @@ MARGIN = 0.05  # seconds of that which the resampling filter sees, on both sides
 # Before PyAV 19, which does so by itself, bytes of metadata that are no text stop the opening of a file.
 TEXT = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 EPSILON = 1e-6  # seconds: a time that was meant to be that of a frame may have been rounded to just before it
+RUN = 10.0  # seconds of pictures that one seek is for: beyond, seeking is cheaper than reading on
+TRIES = 3  # such seeks, each further back, before every frame is read alone
 LAST = 2.0  # seconds at the end in which the last packets of all streams are looked for
-THUMBNAIL, LOOKED_AT = (32, 32), 4  # pixels of pictures, one in four, to see whether anything moves
 BACK = (0, 1, 4, 16, 64, 256, math.inf)  # seconds to seek further back, where a seek lands too late
 # What decoders say of damage.
 DAMAGED = (av.error.InvalidDataError, av.error.PermissionError, av.error.EOFError)
 SQUARE = 0.01  # by which a pixel may be wider than high: what scaling to whole pixels leaves behind
-BACKWARD = 0.5  # seconds by which times may go back without a word
 TIMELESS = ("avi", "asf")  # formats that say when a picture is decoded, not when it is shown
 GAPLESS = ("wav", "flac", "mp3", "aac")  # formats of one sound without gaps, times in which may be estimates
 TIMED = ("mov", "matroska", "avi", "wav")  # formats that say exactly how long they are
@@ -73,56 +76,6 @@ class Part(NamedTuple):
     file: Path
     start: int  # bytes
     size: int
-
-
-class Survey(NamedTuple):
-    """What decoding a whole file found; what it has not is 0."""
-
-    width: int  # pixels
-    height: int
-    sample_rate: int  # Hz
-    key_frame_every: int  # frames, where key frames are farthest apart
-    peak: float  # of its sound as it is read: 1 is full scale
-    loudest: float  # peak of the loudest of the channels in that
-    motion: float | None  # mean grey levels by which a picture differs most from the first; None: not known
-    picture_end: float  # seconds
-    sound_end: float
-    goes_back: bool  # whether its times start again, as where files were joined
-
-
-class _Track:
-    """What a survey finds in one stream."""
-
-    def __init__(self, every_picture: bool):
-        self.every_picture, self.packets, self.keys, self.frames = every_picture, 0, [], 0
-        self.end, self.latest, self.goes_back = -math.inf, -math.inf, False  # seconds
-        self.first, self.motion, self.peak, self.loudest = None, 0.0, 0.0, 0.0
-
-    def add(self, packet: av.Packet) -> None:
-        if packet.size:
-            self.keys += [self.packets] if packet.is_keyframe else []
-            self.packets += 1
-            self.end = max(self.end, _end_of(packet))
-        if packet.dts is not None:
-            time = packet.dts * packet.time_base
-            self.goes_back |= time < self.latest - BACKWARD
-            self.latest = max(self.latest, time)
-        for frame in packet.decode():
-            if frame.is_corrupt:
-                raise ValueError("the data are damaged: fetch it again")
-            self._hear(frame) if isinstance(frame, av.AudioFrame) else self._see(frame)
-
-    def _see(self, frame: av.VideoFrame) -> None:
-        self.frames += 1
-        if self.frames % LOOKED_AT == 1 or not self.every_picture:
-            grey = frame.reformat(*THUMBNAIL, format="gray").to_ndarray().astype(np.float32)
-            self.first = grey if self.first is None else self.first
-            self.motion = max(self.motion, float(np.abs(grey - self.first).mean()))
-
-    def _hear(self, frame: av.AudioFrame) -> None:
-        channels, mix = channels_of(frame), mix_of(frame.layout)
-        self.peak = np.maximum(self.peak, np.abs(mix @ channels).max(initial=0.0))  # NaN stays
-        self.loudest = max(self.loudest, float(np.abs(channels[mix > 0]).max(initial=0.0)))
 
 
 class ClipReader:
@@ -174,6 +127,17 @@ class ClipReader:
         fps = 0.0 if video is None else float(self._video.average_rate or 0)
         return Streams(video is not None, audio is not None, float(video if audio is None else audio), fps)
 
+    @cached_property
+    def picture_end(self) -> float:
+        """When its last picture ends, in seconds; it is shown after that, too.
+
+        Raises:
+            ClipError: damage.
+        """
+        with self._explaining("cannot be read"):
+            end = self._declared_end(self._video) if self._format in TIMED else None
+            return float(self._last_ends.get(self._video.index, 0) if end is None else end)
+
     def frame(self, seconds: float) -> np.ndarray:
         """The frame shown at a time, turned upright, its pixels square: (height, width, 3) uint8 RGB.
 
@@ -193,6 +157,30 @@ class ClipReader:
                 if frame is not None:
                     return self._upright(frame)
         raise ClipError(self.path, f"shows nothing at {seconds:g} s")
+
+    def frames(self, times: Sequence[float]) -> Iterator[np.ndarray]:
+        """The frame shown at each of several rising times, each the one that `frame` gives.
+
+        What lies near each other is read by one seek and decoded once; groups of pictures that nobody asks
+        for are not decoded. Each frame is decoded when it is asked for: nothing else may be read meanwhile.
+
+        Raises:
+            ClipError: as `frame`.
+            ValueError: `times` are no finite numbers, or do not rise.
+        """
+        for seconds in times:
+            _check_finite("times", seconds)
+        if any(later < earlier for earlier, later in pairwise(times)):
+            raise ValueError(f"times must rise, got {list(times)}")
+        while times:
+            given, near = 0, [seconds for seconds in times if seconds <= times[0] + RUN]
+            with suppress(ClipError):  # which is for `frame` to raise, if it meets the same
+                for pixels in self._run(near):
+                    yield pixels
+                    given += 1
+            if not given:
+                yield self.frame(times[0])
+            times = times[given or 1 :]
 
     def audio(self, start: float, seconds: float, sample_rate: int) -> np.ndarray:
         """Its sound from `start` on, mixed to mono: (round(seconds * sample_rate),) float32 in about -1..1.
@@ -232,7 +220,7 @@ class ClipReader:
         streams = [stream for stream in (self._video, self._audio) if stream is not None]
         if self._video is not None and not every_picture:
             self._video.codec_context.skip_frame = "NONKEY"
-        video, audio = _Track(every_picture), _Track(every_picture)
+        video, audio = Track(self._video, every_picture), Track(self._audio, every_picture)
         packets = self._container.demux(streams)
         with self._explaining("cannot be decoded to its end"):
             for packet in packets:
@@ -245,19 +233,7 @@ class ClipReader:
                     raise
         if not math.isfinite(audio.peak):
             raise ClipError(self.path, "its sound is not finite")
-        gaps = np.diff([*video.keys, video.packets])
-        return Survey(
-            width=self._video.width if self._video is not None else 0,
-            height=self._video.height if self._video is not None else 0,
-            sample_rate=self._audio.sample_rate if self._audio is not None else 0,
-            key_frame_every=int(gaps.max(initial=0)),
-            peak=round(float(audio.peak), 4),
-            loudest=round(audio.loudest, 4),
-            motion=round(video.motion, 2) if every_picture or video.frames != 1 else None,
-            picture_end=round(max(0.0, float(video.end - self._origin)), 3),
-            sound_end=round(max(0.0, float(audio.end - self._origin)), 3),
-            goes_back=video.goes_back or audio.goes_back,
-        )
+        return summary(video, audio, self._origin)
 
     # --- streams --------------------------------------------------------------------------------------------
 
@@ -312,7 +288,7 @@ class ClipReader:
             packets = (packet for packet in container.demux(container.streams[stream.index]) if packet.size)
             if end is not None:
                 return end if next(packets, None) else None
-            last = max(map(_end_of, packets), default=None)
+            last = max(map(end_of, packets), default=None)
         return None if last is None else max(last - self._origin, Fraction(0))
 
     @cached_property
@@ -328,7 +304,7 @@ class ClipReader:
                 for packet in container.demux():
                     if packet.size:
                         last = ends.get(packet.stream_index, Fraction(0))
-                        ends[packet.stream_index] = max(last, _end_of(packet) - self._origin)
+                        ends[packet.stream_index] = max(last, end_of(packet) - self._origin)
                 if ends.keys() >= indices:
                     break
         return ends
@@ -369,43 +345,84 @@ class ClipReader:
 
         The packets tell which one is wanted, so that only those it may refer to are decoded before it.
         """
-        target = self._tick(seconds)
-        demuxed = (packet for packet in self._container.demux(self._video) if packet.size)
-        packets = []
-        for packet in demuxed:
-            packets.append(packet)
-            if packet.dts is not None and packet.dts > target:
-                break
+        target, demuxed = self._tick(seconds), self._packets()
+        packets = list(_until(demuxed, target))
         if self._is_timeless or any(packet.pts is None for packet in packets):
-            return self._decode_in_order(chain(packets, demuxed), seconds, at_start)
-        times = [packet.pts for packet in packets if not packet.is_discard]
-        before = [time for time in times if time <= target]
-        if not before and not (at_start and times):
+            packets = chain(packets, demuxed)
+            return next(self._decode_in_order(packets, [seconds], at_start), None)
+        wanted = _shown_at(target, packets, at_start)
+        if wanted is None:
             return None
-        wanted = max(before) if before else min(times)
-        shown = None  # one frame is kept: all of a group would be gigabytes where pictures are large
-        for frame in self._whole(self._decoded(packets, wanted), seconds):
+        shown, (first, last) = None, _needed(packets, wanted)
+        # One frame is kept: all of a group would be gigabytes where pictures are large.
+        for frame in self._whole(self._decoded(packets[first : last + 1], {wanted}), seconds):
             if frame.pts is not None and frame.pts <= wanted and (shown is None or frame.pts > shown.pts):
                 shown = frame
         if shown is None and at_start:  # a stream that begins between key frames: the first frame there is
             self._seek(self._video, -1)
-            packets = (packet for packet in self._container.demux(self._video) if packet.size)
-            return self._decode_in_order(packets, seconds, at_start)
+            return next(self._decode_in_order(self._packets(), [seconds], at_start), None)
         return shown
 
-    def _decoded(self, packets: list[av.Packet], wanted: int) -> Iterator[av.VideoFrame]:
-        """The frames of the packets until the wanted one, without those that nothing refers to."""
+    def _run(self, times: Sequence[float]) -> Iterator[np.ndarray]:
+        """The frames shown at rising times near each other, by one seek: the first ones of them, as far as it
+        is sure that `frame` gives the same.
+        """
+        if len(times) == 1 or self._video is None:
+            return
+        shown = None
+        with self._explaining("its pictures cannot be decoded"):
+            tries = 1 if self._is_timeless else TRIES
+            for at_start in islice(self._seek_back(self._video, times[0]), tries):
+                for frame in self._decode_run(times, at_start):
+                    if frame is not shown:
+                        shown, pixels = frame, self._upright(frame)
+                    yield pixels
+                if shown is not None:
+                    return
+
+    def _decode_run(self, times: Sequence[float], at_start: bool) -> Iterator[av.VideoFrame]:
+        """As `_decode_frame`, for several rising times: it ends before one of which that is not sure.
+
+        A frame is sure if it comes out with the time that its packet tells.
+        """
+        targets, demuxed, context = list(map(self._tick, times)), self._packets(), self._video.codec_context
+        if self._is_timeless:  # where counting begins may matter: no further than to the next key frame
+            packets = list(_to_next_key(_until(demuxed, targets[-1])))
+            keys = (p.dts for p in packets[1:] if p.is_keyframe and p.dts is not None)
+            near = bisect_left(targets, next(keys, math.inf))
+            yield from self._decode_in_order(chain(packets, demuxed), times[:near], at_start)
+            return
+        packets = list(_until(demuxed, targets[-1]))
+        if _go_back(packets) or any(packet.pts is None for packet in packets):
+            return
+        wanted = [_shown_at(target, packets, at_start) for target in targets]
+        if None in wanted:
+            return
+        shown, needed = None, {time: _needed(packets, time) for time in wanted}
+        for first, times_of_group in groupby(wanted, lambda time: needed[time][0]):
+            group = list(times_of_group)
+            last = max(needed[time][1] for time in group)
+            context.flush_buffers()
+            frames = self._whole(self._decoded(packets[first : last + 1], set(group)), times[-1])
+            for time in group:
+                if shown is None or shown.pts != time:
+                    shown = next((f for f in frames if f.pts is not None and f.pts >= time), None)
+                if shown is None or shown.pts != time:
+                    return
+                yield shown
+
+    def _decoded(self, packets: list[av.Packet], wanted: set[int]) -> Iterator[av.VideoFrame]:
+        """The frames of the packets, except those that nothing refers to and nobody wants."""
         context = self._video.codec_context
-        last = next(n for n, packet in enumerate(packets) if packet.pts == wanted)
-        keys = (n for n in range(last, 0, -1) if packets[n].is_keyframe and packets[n].pts <= wanted)
-        for packet in packets[next(keys, 0) :]:
-            is_wanted = packet.pts == wanted
+        for packet in packets:
             if context.name in ("h264", "hevc"):  # others look at this only once
-                context.skip_frame = "DEFAULT" if is_wanted else "NONREF"
+                context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
             yield from packet.decode()
-            if is_wanted:
-                break
         yield from context.decode(None)
+
+    def _packets(self) -> Iterator[av.Packet]:
+        """The packets of pictures from here on."""
+        return (packet for packet in self._container.demux(self._video) if packet.size)
 
     @cached_property
     def _is_timeless(self) -> bool:
@@ -423,29 +440,37 @@ class ClipReader:
         return max(tick, self._video.start_time or 0)
 
     def _decode_in_order(
-        self, packets: Iterable[av.Packet], seconds: float, at_start: bool
-    ) -> av.VideoFrame | None:
-        """As `_decode_frame`, by the order in which the decoder gives frames: that of their times."""
-        context, rate, target = self._video.codec_context, self._video.average_rate, self._tick(seconds)
+        self, packets: Iterable[av.Packet], times: Sequence[float], at_start: bool
+    ) -> Iterator[av.VideoFrame]:
+        """As `_decode_run`, by the order in which the decoder gives frames: that of their times."""
+        context, rate = self._video.codec_context, self._video.average_rate
         step = 1 / (rate * self._video.time_base) if rate else 0
         context.skip_frame = "DEFAULT"
-        shown, times, last = None, [], None
+        targets, shown, starts, last = deque(map(self._tick, times)), None, [], None
         for packet in chain(packets, (None,)):
             if packet is not None:
-                times.append(packet.dts if packet.dts is not None or not times else times[-1] + step)
+                before = starts[-1] if starts else None
+                is_unknown = packet.dts is None and before is not None
+                starts.append(before + step if is_unknown else packet.dts)
             held_back = context.reorder_depth + (packet is not None)
-            number = max(0, len(times) - held_back)  # of the frame that comes out now
-            for frame in self._whole(context.decode(packet), seconds):
-                time = times[min(number, len(times) - 1)] if self._is_timeless else frame.pts
+            number = max(0, len(starts) - held_back)  # of the frame that comes out now
+            for frame in self._whole(context.decode(packet), times[-1]):
+                time = starts[min(number, len(starts) - 1)] if self._is_timeless else frame.pts
                 if time is None:
                     if last is None:
                         continue
                     time = last + step
                 number, last = number + 1, time
-                if time > target:
-                    return frame if shown is None and at_start else shown
+                while targets and time > targets[0]:
+                    if shown is None and not at_start:
+                        return
+                    yield frame if shown is None else shown
+                    targets.popleft()
+                if not targets:
+                    return
                 shown = frame
-        return shown
+        if shown is not None:
+            yield from repeat(shown, len(targets))
 
     def _whole(self, frames: Iterable[av.VideoFrame], seconds: float) -> Iterator[av.VideoFrame]:
         """The frames, of which the first says how all are to be turned."""
@@ -541,6 +566,44 @@ def _open(path: Path, part: Part | None) -> av.container.InputContainer:
         raise OSError(describe(head) or "it is of no kind that is read here, or damaged") from error
 
 
+def _until(packets: Iterable[av.Packet], target: int) -> Iterator[av.Packet]:
+    """The packets as far as one that is decoded after a time, that one included."""
+    for packet in packets:
+        yield packet
+        if packet.dts is not None and packet.dts > target:
+            return
+
+
+def _to_next_key(packets: Iterable[av.Packet]) -> Iterator[av.Packet]:
+    """The packets as far as the next key frame, that one included."""
+    for number, packet in enumerate(packets):
+        yield packet
+        if number and packet.is_keyframe and packet.dts is not None:
+            return
+
+
+def _go_back(packets: list[av.Packet]) -> bool:
+    """Whether times start again, as where files were joined."""
+    times = [packet.dts * packet.time_base for packet in packets if packet.dts is not None]
+    return any(later < earlier - BACKWARD for earlier, later in pairwise(times))
+
+
+def _shown_at(target: int, packets: Iterable[av.Packet], at_start: bool) -> int | None:
+    """When the picture that is shown at a time begins; None if that may be in an earlier packet."""
+    times = [packet.pts for packet in packets if not packet.is_discard]
+    before = [time for time in times if time <= target]
+    if before:
+        return max(before)
+    return min(times, default=None) if at_start else None
+
+
+def _needed(packets: list[av.Packet], wanted: int) -> tuple[int, int]:
+    """The first and the last packet that have to be decoded for the picture that begins at a time."""
+    last = next(n for n, packet in enumerate(packets) if packet.pts == wanted)
+    keys = (n for n in range(last, 0, -1) if packets[n].is_keyframe and packets[n].pts <= wanted)
+    return next(keys, 0), last
+
+
 def _matrix(frame: av.VideoFrame) -> list[int]:
     """How a frame is to be turned, as FFmpeg's display matrix has it."""
     # Not of the frame itself: one that was asked for its side data holds on to its pixels.
@@ -549,12 +612,6 @@ def _matrix(frame: av.VideoFrame) -> list[int]:
         if Type.DISPLAYMATRIX in small.side_data:
             return np.frombuffer(small.side_data[Type.DISPLAYMATRIX], np.int32).tolist()
     return [1, 0, 0, 0, 1, 0, 0, 0, 1]
-
-
-def _end_of(packet: av.Packet) -> Fraction | float:
-    """When a packet ends, in seconds; -inf if it has no time."""
-    time = packet.dts if packet.pts is None else packet.pts
-    return -math.inf if time is None else (time + (packet.duration or 0)) * packet.time_base
 
 
 def _check_finite(name: str, value: float, *, above: float = -math.inf) -> None:

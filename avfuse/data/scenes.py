@@ -21,7 +21,7 @@ from torch import Tensor
 from ..checks import check_choice, check_count
 from ..files import inside, printable
 from ..inputs import InputSettings
-from .clips import Clip, ClipDataset
+from .clips import Clip, ClipDataset, check_one_frame
 from .decode import MAX_PIXELS, ClipError, ClipReader
 from .find import Found
 from .transforms import cropped_image, evaluation_image, evaluation_size, random_gain, random_view
@@ -288,6 +288,7 @@ class SceneDataset(ClipDataset):
         frame: str = "whole",
     ):
         super().__init__(scenes, settings, train=train, seed=seed)
+        check_one_frame(settings, "annotated pictures")
         check_choice("frame", frame, FRAMES)
         for scene in scenes:
             if not scene.moments:

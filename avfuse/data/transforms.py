@@ -4,6 +4,7 @@ Everything random is drawn from the generator that is passed in, never from the 
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -113,8 +114,24 @@ def training_image(frame: Tensor, settings: InputSettings, generator: torch.Gene
 
     It has half the area or more; shape, mean and deviation are those of `settings`.
     """
-    crop, mirrored = random_view(*frame.shape[-2:], settings, generator)
-    return cropped_image(frame, settings, crop, mirrored=mirrored)
+    return training_images([frame], settings, generator)[0]
+
+
+def training_images(
+    frames: Iterable[Tensor], settings: InputSettings, generator: torch.Generator
+) -> list[Tensor]:
+    """As `training_image` of each frame of a clip, with one crop for all, and all mirrored or none. Where the
+    frames change in size, they are squeezed into the size of the first.
+    """
+    images, size = [], None
+    for frame in frames:
+        if size is None:
+            size = frame.shape[-2:]
+            crop, mirrored = random_view(*size, settings, generator)
+        if frame.shape[-2:] != size:
+            frame = tv.resize(frame, list(size), **RESIZE)
+        images.append(cropped_image(frame, settings, crop, mirrored=mirrored))
+    return images
 
 
 def random_view(

@@ -65,7 +65,7 @@ def mix(
             weight = weight.where((inputs[name] == inputs[name].flip(0))[:, None], 1.0)
     mixed = dict(inputs)
     for name in {"image", "audio"} & inputs.keys():
-        w = weight[..., None, None]
+        w = weight.reshape(-1, *[1] * (inputs[name].ndim - 1))
         mixed[name] = w * inputs[name] + (1 - w) * inputs[name].flip(0)
     return mixed, mixup_target(target, classes, lam=weight, **options)
 
@@ -143,7 +143,8 @@ def check_label(found: Found, label: str) -> str:
 
 class WindowDataset(ClipDataset):
     """Clips for evaluation: `windows` of each, evenly spaced from its start to its end, as image
-    (windows, 3, height, width) and audio (windows, 1, mel, time). One window is the middle one.
+    (windows, 3, height, width) and audio (windows, 1, mel, time). One window is the middle one. Of several
+    frames, image is (windows, T, 3, height, width) and frames_shown (windows,).
     """
 
     def __init__(self, clips: Sequence[Clip], settings, *, windows: int = 1):
@@ -153,7 +154,8 @@ class WindowDataset(ClipDataset):
 
     def item(self, clip, reader, generator):
         items = [self.window(clip, reader, generator, place) for place in self.places]
-        return items[0] | {name: torch.stack([item[name] for item in items]) for name in ("image", "audio")}
+        each = items[0].keys() & {"image", "audio", "frames_shown"}
+        return items[0] | {name: torch.stack([item[name] for item in items]) for name in each}
 
 
 # --- task ---------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from ..data.clips import Clip, ClipDataset, Failure
+from ..data.clips import Clip, ClipDataset, Failure, check_one_frame
 from ..data.find import Found
 from ..data.transforms import evaluation_image, random_gain
 from ..inputs import InputSettings
@@ -60,6 +60,7 @@ class MixtureDataset(ClipDataset):
         if len(clips) < 2:
             raise ValueError(f"clips: a mixture needs at least two clips, got {len(clips)}")
         super().__init__(clips, settings, train=train, seed=seed, extras=draw_partner)
+        check_one_frame(settings, "mixtures")
         owners, classes, numbers = [], [], {}  # a row for each class of each clip; numbers of the classes
         for index, clip in enumerate(clips):
             for name, label in clip.labels.items():

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from ..checks import check_count
-from ..data.clips import open_window
+from ..data.clips import check_one_frame, open_window
 from ..data.transforms import Spectrogram
 from ..encoder import AVEncoder
 from ..inputs import InputSettings
@@ -43,6 +43,7 @@ class Separator(TaskModel, Pretrained):
         super().__init__()
         if not isinstance(encoder, AVEncoder):
             raise ValueError(f"encoder must be an AVEncoder, got {type(encoder).__name__}")
+        check_one_frame(encoder.inputs, "separation")
         self.encoder, self.settings = encoder, dict(decoder_dim=decoder_dim)
         self.decoder = AudioUNet(encoder, decoder_dim)
         self.mel_stft = MelSTFT(encoder.inputs)

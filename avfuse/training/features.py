@@ -53,9 +53,9 @@ class Features(NamedTuple):
     """One row for each clip, or window of a clip, that could be read, in the order of the clips.
 
     `tensors` holds image, audio, fusion (N, D), the means of the tokens; image_present, audio_present (N,)
-    bool, where False means a row of zeros; what the clips' labels are; of windows, their start in seconds;
-    if asked for, image_tokens, audio_tokens, fusion_tokens (N, n, D), of several frames image_tokens (N, T,
-    n, D).
+    bool, where False means a row of zeros; what the clips' labels are; of several frames, frames_shown (N,)
+    as `ClipDataset` has it; of windows, their start in seconds; if asked for, image_tokens, audio_tokens,
+    fusion_tokens (N, n, D), of several frames image_tokens (N, T, n, D).
     """
 
     tensors: dict[str, Tensor]
