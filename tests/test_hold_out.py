@@ -8,7 +8,7 @@ from videos import write_video
 
 from avfuse.data.clips import Clip
 from avfuse.data.find import find_data
-from avfuse.data.hold_out import hold_out
+from avfuse.data.hold_out import Sides, hold_out
 from avfuse.data.table import ClipTable
 from avfuse.tasks.classify import Classification, ClassifyConfig
 from avfuse.tasks.retrieve import Retrieval, RetrieveConfig
@@ -205,3 +205,93 @@ def test_a_run_of_before_goes_on_without(folder, tmp_path, monkeypatch):
 def test_retrieval_looks_at_all_clips(folder, tmp_path):
     config = RetrieveConfig(data=folder, checkpoint="none", run=tmp_path / "run", workers=0, k=(1,))
     assert len(Retrieval.find(config, lambda _: None).test) == 10
+
+
+# --- a run that begins with another -------------------------------------------------------------------------
+
+
+def test_clips_stay_on_their_side_and_draw_their_pieces_along():
+    names = [f"{kind}/{n}.mp4" for kind in "ab" for n in range(20)]
+    train, test = split(names)
+    more = [f"a/x{n}y.mp4" for n in range(60)] + [
+        "c/talk_1.mp4",
+        "c/talk_2.mp4",
+        "c/walk_1.mp4",
+        "c/walk_2.mp4",
+    ]
+    clips = ClipTable([Clip(ROOT / name) for name in names + more])
+    before = Sides("held-out clips", "/elsewhere", train, [*test, "c/talk_2.mp4"])
+    sides = before.of(clips, ROOT)
+    then = hold_out(clips, ROOT, share=0.2, seed=7, sides=sides)
+    then = [{clip.path.relative_to(ROOT).as_posix() for clip in side} for side in then]
+    assert then[0] >= {*train} and then[1] >= {*test, "c/talk_1.mp4", "c/talk_2.mp4"}
+    assert 3 < len([name for name in then[1] if "x" in name]) < 25  # those that are new are drawn
+    assert "c/walk_1.mp4" in then[0] and split(names, seed=7)[1] != test
+
+
+def test_a_trained_clip_is_known_from_any_folder_above_or_below(tmp_path):
+    before = Sides("held-out clips", str(tmp_path), ["cat/1.mp4"], ["cat/2.mp4"])
+    for root in tmp_path, tmp_path / "cat", tmp_path.parent:
+        clips = [Clip(tmp_path / "cat" / f"{n}.mp4") for n in (1, 2, 3)]
+        assert before.of(clips, root) == ["train", "test", None], root
+    moved = [Clip(ROOT / "cat" / f"{n}.mp4") for n in (1, 2, 3)]
+    assert before.of(moved, ROOT) == ["train", "test", None]
+
+
+@pytest.fixture(scope="module")
+def pretrained(folder, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "pretrain"
+    options = dict(data=folder, epochs=1, warmup_epochs=0, batch_size=4, workers=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pretraining, "draw", lambda *_: None)
+        assert program(TrainConfig(run=run, **options), Pretraining) == 0
+    return run
+
+
+@pytest.mark.parametrize("source", ["", "model"])
+@pytest.mark.parametrize(
+    "more", [dict(seed=1), dict(test_share=0.5), dict(seed=3, data_set="folder")], ids=str
+)
+def test_a_task_tests_on_no_clip_that_its_encoder_was_trained_on(folder, pretrained, tmp_path, source, more):
+    said = []
+    options = dict(data=folder, checkpoint=str(pretrained / source), run=tmp_path / "run", workers=0)
+    found = Classification.find(ClassifyConfig(**options, **more), said.append)
+    held = (pretrained / "held-out.txt").read_text().splitlines()
+    assert [str(clip.path) for clip in found.test] == held and len(found.train) == 10 - len(held)
+    assert "10 clips stay on the side that they had" in said[0]
+    assert found.test_name == "held-out clips (a share of 0.2, seed 0)"
+
+
+def test_what_was_held_out_is_passed_on_from_run_to_run(folder, pretrained, tmp_path, monkeypatch):
+    monkeypatch.setattr(Classification, "draw", lambda *_: None)
+    options = dict(data=folder, epochs=1, warmup_epochs=0, batch_size=4, workers=0)
+    source = pretrained
+    for seed in 1, 2:
+        config = ClassifyConfig(checkpoint=str(source), run=tmp_path / str(seed), seed=seed, **options)
+        for _ in "begun", "resumed":
+            assert program(config, Classification) == 0
+        assert (config.run / "held-out.txt").read_text() == (pretrained / "held-out.txt").read_text()
+        source = config.run
+    (source / "sides.json").write_text("[]")
+    with pytest.raises(ValueError, match="sides.json is damaged"):
+        Classification.find(ClassifyConfig(checkpoint=str(source), run=tmp_path / "3", **options), print)
+
+
+def test_retrieval_leaves_out_what_the_encoder_was_trained_on(folder, pretrained, tmp_path):
+    said, config = [], RetrieveConfig(data=folder, checkpoint=str(pretrained), run=tmp_path / "r", workers=0)
+    found = Retrieval.find(config, said.append)
+    held = (pretrained / "held-out.txt").read_text().splitlines()
+    assert [str(clip.path) for clip in found.test] == held
+    assert any(f"{10 - len(held)} of 10 clips are left out" in line for line in said)
+    assert Retrieval(config, found).ks == [1]
+
+
+def test_a_run_that_held_out_none_is_warned_of(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(Pretraining, "draw", lambda *_: None)
+    options = dict(data=folder, epochs=1, warmup_epochs=0, batch_size=4, workers=0)
+    config = TrainConfig(run=tmp_path / "all", test_share=0.0, **options)
+    assert program(config, Pretraining) == 0
+    said, begun = [], dict(data=folder, checkpoint=str(config.run), workers=0)
+    Classification.find(ClassifyConfig(run=tmp_path / "c", **begun), said.append)
+    assert len(Retrieval.find(RetrieveConfig(run=tmp_path / "r", **begun), said.append).test) == 10
+    assert sum("WARNING" in line and "has trained on all" in line for line in said) == 2

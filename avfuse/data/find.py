@@ -19,7 +19,7 @@ from ..progress import progress_bar
 from . import manifest, sounding_shapes
 from .clips import MEMORY
 from .decode import ClipError, Streams
-from .hold_out import hold_out
+from .hold_out import Sides, hold_out
 from .listing import SUFFIXES, Listing
 from .manifest import Manifest
 from .sets import audioset, folders, music, vggsound
@@ -66,6 +66,7 @@ def find_data(
     missing: str = "drop",
     test_share: float = 0.0,
     seed: int = 0,
+    before: Sides | None = None,
     progress: bool = True,
     workers: int = 8,
     timeout: float = 60.0,
@@ -85,6 +86,7 @@ def find_data(
         missing: what becomes of clips without sound or without pictures, "drop" or "keep".
         test_share: of the clips where there are none to test on: so many are held out, see `hold_out`.
         seed: another one, others are held out.
+        before: the sides on which a run had its clips, where they stay when clips are held out.
         progress: show a progress bar.
         workers: processes that open the files, which may crash or hang them; 0 opens them in this process.
         timeout: seconds after which a file that is still being opened is given up as unreadable.
@@ -105,8 +107,11 @@ def find_data(
         _check_folder(listing, scans)
     changed = _changed(root, scans.values()) if is_checked else None
     tables = {side: scanned.clips for side, scanned in scans.items()}
+    held_out = f"held-out clips (a share of {test_share:g}, seed {seed})"
     if test_share and "test" not in tables:
-        tables |= _hold_out(root, tables["train"], test_share, seed, say)
+        known = before.of(tables["train"], root) if before else []
+        held_out = before.said if any(known) else held_out
+        tables |= _hold_out(root, tables["train"], test_share, seed, known, say)
     for line in listing.summary():
         say(printable(line))
     if changed is not None:  # a run may go on with the clips that it began with: it is not refused
@@ -127,7 +132,7 @@ def find_data(
         there, expected = coverage["train"]
         held = len(tables["test"])
         coverage = dict(train=(there - held, expected - held), test=(held, held))
-        test_name = f"held-out clips (a share of {test_share:g}, seed {seed})"
+        test_name = held_out
     return Found(
         train=tables["train"],
         test=tables.get("test", tables["train"]),
@@ -141,18 +146,22 @@ def find_data(
 
 
 def _hold_out(
-    root: Path, clips: ClipTable, share: float, seed: int, say: Callable[[str], object]
+    root: Path,
+    clips: ClipTable,
+    share: float,
+    seed: int,
+    known: list[str | None],
+    say: Callable[[str], object],
 ) -> dict[str, ClipTable]:
     """Both sides of clips that no list and no folder parts, which is told; {} of a single recording."""
-    train, test = hold_out(clips, folders.split_folders(root)["train"], share=share, seed=seed)
+    base = folders.split_folders(root)["train"]
+    train, test = hold_out(clips, base, share=share, seed=seed, sides=known)
     if not test:
         return {}
-    say(
-        printable(
-            f"{root} names no clips to test on: {len(test)} of {len(clips)} are held out (--test-share "
-            f"{share:g} of the recordings, by their names and --seed {seed})"
-        )
-    )
+    drawn = f"--test-share {share:g} of the recordings, by their names and --seed {seed}"
+    if any(known):
+        drawn = f"{sum(map(bool, known))} clips stay on the side that they had, others: {drawn}"
+    say(printable(f"{root} names no clips to test on: {len(test)} of {len(clips)} are held out ({drawn})"))
     return dict(train=train, test=test)
 
 

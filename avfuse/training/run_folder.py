@@ -18,16 +18,19 @@ from tqdm import tqdm
 
 from ..data.clips import Clip, Failure
 from ..data.decode import ClipError
-from ..files import append_row, printable, read_rows, some, write_json, write_rows
+from ..data.find import Found
+from ..data.hold_out import Sides
+from ..files import append_row, printable, read_rows, some, write_json, write_rows, write_text
 from .faults import RunError
-from .settings import RUN_FILES, Formerly, LoopConfig, marks, option, settings_of
+from .settings import FRESH, RUN_FILES, Formerly, LoopConfig, marks, option, settings_of
 
 HELD_OUT = "held-out.txt"  # the clips that were, where the data name none to test on
+SIDES = "sides.json"  # these and those that were trained on, for the runs that begin with this one
 (FILE, FILE_BEFORE), LOCK = RUN_FILES, ".lock"
 SAID = 20  # unreadable clips that are named on the terminal
 CONTENTS = (  # of the folder, beside that file
-    "index.html metrics.jsonl neighbours.jsonl quarantine.jsonl results.json held-out.txt checkpoints faults "
-    "model pictures sounds tensorboard"
+    "index.html metrics.jsonl neighbours.jsonl quarantine.jsonl results.json held-out.txt sides.json "
+    "checkpoints faults model pictures sounds tensorboard"
 ).split()
 
 
@@ -159,6 +162,46 @@ def read_run(run: Path) -> dict:
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise ValueError(f"{printable(path)} is damaged, or not that of a run")
+
+
+# --- which clips were held out ------------------------------------------------------------------------------
+
+
+def write_sides(config: LoopConfig, found: Found) -> None:
+    """Puts on record which clips are held out, for people; and all clips, for runs that begin with this."""
+    names = "".join(f"{clip.path}\n" for clip in found.test)
+    write_text(config.run / HELD_OUT, names, errors="surrogateescape")
+    train, test = ([os.path.relpath(clip.path, config.data) for clip in side] for side in found[:2])
+    write_json(config.run / SIDES, dict(said=found.test_name, train=train, test=test))
+
+
+def begun_with(config: LoopConfig) -> Path | None:
+    """The folder of the run that this one goes on with, or else of that whose model it begins with."""
+    checkpoint = Path(getattr(config, "checkpoint", FRESH))
+    runs = [checkpoint, *([checkpoint.parent] if checkpoint.name == "model" else [])]
+    runs = runs if config.restart else [config.run, *runs]
+    return next((run for run in runs if (run / FILE).is_file()), None)
+
+
+def read_sides(run: Path | None) -> Sides | None:
+    """Which clips a run has held out, and which not; None if none.
+
+    Raises:
+        ValueError: the file that says so is damaged.
+    """
+    if run is None or not (run / SIDES).is_file():
+        return None
+    root = read_run(run)["settings"].get("data")
+    try:
+        sides = json.loads((run / SIDES).read_text(encoding="utf-8"))
+        return Sides(sides["said"], root, sides["train"], sides["test"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{printable(run / SIDES)} is damaged: {printable(repr(error))}") from error
+
+
+def has_trained_on_all(run: Path, data: Path) -> bool:
+    """Whether a run has trained on a folder and held none of its clips out."""
+    return not (run / HELD_OUT).exists() and read_run(run)["settings"].get("data") == str(data.resolve())
 
 
 def describe_data(clips: Sequence[Clip]) -> dict:
