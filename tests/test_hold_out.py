@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from videos import write_video
 
+from avfuse.data.class_folders import with_classes
 from avfuse.data.clips import Clip
-from avfuse.data.find import find_data
+from avfuse.data.find import Found, find_data
 from avfuse.data.hold_out import Sides, hold_out
 from avfuse.data.table import ClipTable
 from avfuse.tasks.classify import Classification, ClassifyConfig
@@ -295,3 +296,36 @@ def test_a_run_that_held_out_none_is_warned_of(folder, tmp_path, monkeypatch):
     Classification.find(ClassifyConfig(run=tmp_path / "c", **begun), said.append)
     assert len(Retrieval.find(RetrieveConfig(run=tmp_path / "r", **begun), said.append).test) == 10
     assert sum("WARNING" in line and "has trained on all" in line for line in said) == 2
+
+
+# --- what folders are taken for -----------------------------------------------------------------------------
+
+
+def told(root, names, test_names=(), **options) -> list[str]:
+    train, test = ([Clip(root / name) for name in of] for of in (names, test_names or names))
+    for clip in train + test:
+        clip.path.parent.mkdir(parents=True, exist_ok=True)
+    said = []
+    with_classes(Found(train, test, "held-out clips", [], 0, {}), root, say=said.append, **options)
+    return said
+
+
+def test_folders_are_told_as_classes_with_their_clips(tmp_path):
+    said = told(tmp_path, ["cat/1.mp4", "dog/1.mp4", "dog/2.mp4"], ["cat/2.mp4", "dog/3.mp4"])
+    assert said == ["2 classes, as folders are called, and their clips: cat (2), dog (3)"]
+    assert told(tmp_path, ["cat/1.mp4", "dog/1.mp4", "cat/2.mp4", "dog/2.mp4"])[0].endswith(
+        "cat (2), dog (2)"
+    )
+
+
+def test_recordings_that_are_taken_for_classes_are_warned_of(tmp_path):
+    said = told(tmp_path, [f"rec{n}/001.mp4" for n in range(5)] + ["cat/1.mp4", "cat/2.mp4"])
+    assert "WARNING: most of these folders hold a single clip" in said[1]
+
+
+def test_a_class_whose_only_clip_is_held_out_is_named(tmp_path):
+    said = told(tmp_path, ["cat/1.mp4", "cat/2.mp4", "dog/1.mp4", "dog/2.mp4"], ["owl/1.mp4", "cat/3.mp4"])
+    assert said[1:] == [
+        "WARNING: no clip to train on, so what cannot be learned: owl",
+        "no clip to test on: dog",
+    ]

@@ -20,7 +20,7 @@ from . import manifest, sounding_shapes
 from .clips import MEMORY
 from .decode import ClipError, Streams
 from .hold_out import Sides, hold_out
-from .listing import SUFFIXES, Listing
+from .listing import SOUNDS, SUFFIXES, Listing
 from .manifest import Manifest
 from .sets import audioset, folders, music, vggsound
 from .table import Clip, ClipTable
@@ -105,7 +105,13 @@ def find_data(
     scans = scan(listing, sides, missing=missing, progress=progress, workers=workers, timeout=timeout)
     if data_set == "folder" and not is_checked:
         _check_folder(listing, scans)
-    changed = _changed(root, scans.values()) if is_checked else None
+    if is_checked and (
+        stale := _stale(root, listing, data_set, scans)
+    ):  # no reason to refuse a run its clips
+        say(
+            f"WARNING: {printable(stale)}, which is used as it is: python -m avfuse.data check"
+            f" {printable(str(root))} brings it up to date"
+        )
     tables = {side: scanned.clips for side, scanned in scans.items()}
     held_out = f"held-out clips (a share of {test_share:g}, seed {seed})"
     if test_share and "test" not in tables:
@@ -114,11 +120,6 @@ def find_data(
         tables |= _hold_out(root, tables["train"], test_share, seed, known, say)
     for line in listing.summary():
         say(printable(line))
-    if changed is not None:  # a run may go on with the clips that it began with: it is not refused
-        say(
-            f"WARNING: {printable(str(changed))} has changed since {manifest.FILE} was written, which is"
-            f" used as it is: python -m avfuse.data check {printable(str(root))} brings it up to date"
-        )
     for side, scanned in scans.items():
         say(printable(f"{side}: {scanned.summary()}" if len(scans) > 1 else scanned.summary()))
     if "test" not in tables:
@@ -208,6 +209,17 @@ def _check_folder(listing: Listing, scans: dict[str, "Scan"]) -> None:
             seen = f"no file ends in {', '.join(SUFFIXES)}" if is_empty else scanned.summary()
             reasons = "; ".join([seen, *listing.summary()[1:]])  # without the coverage
             raise ValueError(f"folder {where} has no clip to use: {reasons}")
+
+
+def _stale(root: Path, listing: Manifest, data_set: str, scans: dict[str, "Scan"]) -> str:
+    """What is not as the manifest has it; "" if that is not seen."""
+    if data_set == "folder":
+        more = listing.unknown(folders.split_folders(root).values(), SUFFIXES + SOUNDS)
+        if more:
+            where = some([f"{count} in {folder}" for folder, count in more.items()])
+            return f"{more.total()} files ({where}) are not in {manifest.FILE}"
+    changed = _changed(root, scans.values())
+    return f"{changed} has changed since {manifest.FILE} was written" if changed else ""
 
 
 def _changed(root: Path, scans: Iterable["Scan"]) -> Path | None:

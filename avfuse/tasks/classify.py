@@ -192,7 +192,7 @@ class Classification(JudgedTask):
     @staticmethod
     def find(config, say):
         names = read_class_list(config.class_list) if config.class_list else None
-        return with_classes(Task.find(config, say), config.data, names)
+        return with_classes(Task.find(config, say), config.data, names, say)
 
     def describe(self):
         how = "only the heads are trained" if self.config.probe else "all of it is trained"

@@ -104,7 +104,7 @@ class Retrieval(JudgedTask):
         """
         found = untrained(Task.find(config, say), config, say)
         try:
-            return with_classes(found, config.data)
+            return with_classes(found, config.data, say=say)
         except ValueError as error:
             say(printable(f"neighbours without recall, as there are no classes: {error}"))
             return found
