@@ -1,6 +1,7 @@
 """Clips that are held out of a folder without test/: how many, which, and that they stay the same."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from avfuse.data.table import ClipTable
 from avfuse.tasks.classify import Classification, ClassifyConfig
 from avfuse.tasks.retrieve import Retrieval, RetrieveConfig
 from avfuse.train import Pretraining
-from avfuse.training.loop import program
+from avfuse.training.loop import program, set_up
 from avfuse.training.recipes import TrainConfig
 
 ROOT = Path("/videos")
@@ -276,6 +277,18 @@ def test_what_was_held_out_is_passed_on_from_run_to_run(folder, pretrained, tmp_
     (source / "sides.json").write_text("[]")
     with pytest.raises(ValueError, match="sides.json is damaged"):
         Classification.find(ClassifyConfig(checkpoint=str(source), run=tmp_path / "3", **options), print)
+
+
+def test_clips_that_came_after_a_run_began_are_named(folder, pretrained, tmp_path):
+    shutil.copytree(folder, tmp_path / "own")
+    shutil.copytree(pretrained, tmp_path / "run")
+    for name in "owl", "wren":  # one of them is not held out
+        shutil.copy(folder / "bird" / "0.mp4", tmp_path / "own" / "bird" / f"{name}.mp4")
+    options = dict(epochs=1, warmup_epochs=0, batch_size=4, workers=0)
+    config = TrainConfig(data=tmp_path / "own", run=tmp_path / "run", **options)
+    with pytest.raises(ValueError, match="new: .*(owl|wren).mp4.*choose another --run-dir") as refused:
+        set_up(config, Pretraining)
+    assert f"with --checkpoint {config.run} to begin with this model" in str(refused.value)
 
 
 def test_retrieval_leaves_out_what_the_encoder_was_trained_on(folder, pretrained, tmp_path):

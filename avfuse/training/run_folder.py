@@ -83,8 +83,20 @@ def former_settings(config: LoopConfig, before: dict) -> dict:
 
 def instead(config: LoopConfig, before: dict) -> str:
     """What to do where a folder holds another run; one on other data is not offered for deletion."""
+    other = "choose another --run-dir"
+    if (config.run / "model").is_dir():
+        other += f" (with --checkpoint {printable(config.run)} to begin with this model)"
     is_same = before["settings"].get("data") == settings_of(config)["data"]
-    return "choose another --run-dir" + (", or --restart to delete it" if is_same else "")
+    return other + (", or --restart to delete it" if is_same else "")
+
+
+def whats_new(config: LoopConfig, clips: Sequence[Clip]) -> str:
+    """The names of the clips that a run did not have, if it is on record which it had."""
+    if (before := read_sides(config.run)) is None:
+        return ""
+    sides = zip(clips, before.of(clips, config.data or Path()), strict=True)
+    new = [clip.path for clip, side in sides if side is None]
+    return f"; new: {some(new)}" if new else ""
 
 
 def begin_run(config: LoopConfig, clips: Sequence[Clip], device: torch.device, extended_at: int = 0) -> IO:
@@ -109,8 +121,8 @@ def begin_run(config: LoopConfig, clips: Sequence[Clip], device: torch.device, e
         if before["data"] != data:
             then, now = printable(before["data"].get("clips")), data["clips"]
             raise ValueError(
-                f"--data has changed since the run in {printable(run)} began ({then} clips then, {now} now): "
-                f"it would not go on as it was; {instead(config, before)}"
+                f"--data has changed since the run in {printable(run)} began ({then} clips then, {now} now"
+                f"{whats_new(config, clips)}): it would not go on as it was; {instead(config, before)}"
             )
         changed = [path for path, time in written.items() if time > before.get("newest", math.inf)]
         if changed:  # or copied: only the times tell
