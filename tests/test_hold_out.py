@@ -15,8 +15,9 @@ from avfuse.data.table import ClipTable
 from avfuse.tasks.classify import Classification, ClassifyConfig
 from avfuse.tasks.retrieve import Retrieval, RetrieveConfig
 from avfuse.train import Pretraining
-from avfuse.training.loop import program, set_up
+from avfuse.training.loop import Task, program, set_up
 from avfuse.training.recipes import TrainConfig
+from avfuse.training.run_folder import has_trained_on_all
 
 ROOT = Path("/videos")
 
@@ -155,7 +156,14 @@ def test_what_is_held_out_is_said_first(folder):
     assert not {clip.path for clip in found.train} & {clip.path for clip in found.test} and found.held_out
     assert found.coverage == dict(train=(10 - held, 10 - held), test=(held, held))
     whole, said = find(folder)
-    assert len(whole.train) == len(whole.test) == 10 and "training clips themselves" in said[-1]
+    assert len(whole.train) == len(whole.test) == 10
+    options = dict(data=folder, checkpoint="none", workers=0)
+    for config in (
+        ClassifyConfig(test_share=0.0, **options),
+        RetrieveConfig(**options),
+    ):  # which trains on none
+        Task.find(config, said.append)
+        assert ("training clips themselves" in said[-1]) == isinstance(config, ClassifyConfig)
 
 
 @pytest.mark.parametrize("name", ["test", "val", "validation", "eval"])
@@ -309,6 +317,8 @@ def test_a_run_that_held_out_none_is_warned_of(folder, tmp_path, monkeypatch):
     Classification.find(ClassifyConfig(run=tmp_path / "c", **begun), said.append)
     assert len(Retrieval.find(RetrieveConfig(run=tmp_path / "r", **begun), said.append).test) == 10
     assert sum("WARNING" in line and "has trained on all" in line for line in said) == 2
+    for other, is_told in (folder / "cat", True), (folder / "val", False), (folder.parent, False):
+        assert has_trained_on_all(config.run, other) == is_told
 
 
 # --- what folders are taken for -----------------------------------------------------------------------------

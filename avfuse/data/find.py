@@ -122,8 +122,6 @@ def find_data(
         say(printable(line))
     for side, scanned in scans.items():
         say(printable(f"{side}: {scanned.summary()}" if len(scans) > 1 else scanned.summary()))
-    if "test" not in tables:
-        say("no clips to test on: what is measured are the training clips themselves")
     test_name = f"clips of {listing.test_list}" if listing.test_list else "held-out clips"
     coverage = {}
     for side, scanned in scans.items():

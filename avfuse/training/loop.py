@@ -93,6 +93,8 @@ class Task:
             workers=config.workers,
             timeout=config.clip_timeout,
         )
+        if found.test is found.train and config.epochs:
+            say("no clips to test on: what is measured are the training clips themselves")
         if found.held_out and run not in (None, config.run) and has_trained_on_all(run, config.data):
             say(f"WARNING: {run} has trained on all clips, those that are held out here among them")
         return found
