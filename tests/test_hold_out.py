@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -304,8 +305,10 @@ def test_retrieval_leaves_out_what_the_encoder_was_trained_on(folder, pretrained
     found = Retrieval.find(config, said.append)
     held = (pretrained / "held-out.txt").read_text().splitlines()
     assert [str(clip.path) for clip in found.test] == held
-    assert any(f"{10 - len(held)} of 10 clips are left out" in line for line in said)
+    assert f"left out, but for --seen keep: {10 - len(held)} of 10 clips, on which" in "".join(said)
     assert Retrieval(config, found).ks == [1]
+    found = Retrieval.find(replace(config, seen="keep"), said.append)
+    assert len(found.test) == 10 and "WARNING: recall is better than it is" in "".join(said)
 
 
 def test_a_run_that_held_out_none_is_warned_of(folder, tmp_path, monkeypatch):
@@ -316,7 +319,8 @@ def test_a_run_that_held_out_none_is_warned_of(folder, tmp_path, monkeypatch):
     said, begun = [], dict(data=folder, checkpoint=str(config.run), workers=0)
     Classification.find(ClassifyConfig(run=tmp_path / "c", **begun), said.append)
     assert len(Retrieval.find(RetrieveConfig(run=tmp_path / "r", **begun), said.append).test) == 10
-    assert sum("WARNING" in line and "has trained on all" in line for line in said) == 2
+    assert sum("WARNING" in line and "10 of 10 clips, on which" in line for line in said) == 1
+    assert sum("WARNING" in line and "has trained on all" in line for line in said) == 1
     for other, is_told in (folder / "cat", True), (folder / "val", False), (folder.parent, False):
         assert has_trained_on_all(config.run, other) == is_told
 

@@ -60,7 +60,9 @@ def check_k(ks: Sequence[int], clips: int) -> None:
 
 
 def untrained(found: Found, config: RetrieveConfig, say: Callable[[str], object]) -> Found:
-    """The data without the test clips that the run behind the encoder has trained on, which is told."""
+    """The data without the test clips that the run behind the encoder has trained on, unless these are to
+    stay, which is told.
+    """
     run = begun_with(config)
     if run is None or config.data is None:
         return found
@@ -70,12 +72,13 @@ def untrained(found: Found, config: RetrieveConfig, say: Callable[[str], object]
         test = [clip for clip, side in sides if side != "train"]
     elif found.test is found.train and has_trained_on_all(run, config.data):
         test = []
-    if not test:
-        say(printable(f"WARNING: {run} has trained on all of these clips"))
-    if len(test) in (0, len(found.test)):
+    if len(test) == len(found.test):
         return found
-    left = len(found.test) - len(test)
-    say(printable(f"{left} of {len(found.test)} clips are left out, as {run} has trained on them"))
+    trained = f"{len(found.test) - len(test)} of {len(found.test)} clips, on which {run} was trained"
+    if not test or config.seen == "keep":
+        say(printable(f"WARNING: recall is better than it is, with {trained}"))
+        return found
+    say(printable(f"left out, but for --seen keep: {trained}"))
     coverage = found.coverage | dict(test=(len(test), len(test)))
     return found._replace(test=test, test_name=before.said, coverage=coverage)
 
