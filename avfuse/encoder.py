@@ -455,7 +455,7 @@ class AVEncoder(nn.Module, Pretrained):
         Args:
             cuda_graphs: on CUDA, record all launches of a call once for each shape of inputs (of the last 8
                 the recordings are kept, with the memory of a call each) and play them back as one: the
-                host's time goes, which at small batches is most of all.
+                host's time goes, which at small batches is most of all. Hooks do not run when it is played.
 
         Raises:
             ValueError: naming the part whose weights cannot be folded into their neighbours'.

@@ -25,7 +25,8 @@ from .vit import Heads, split_heads
 
 
 class FoldedBlock(nn.Module):
-    """A transformer's block. Its first product also gives what `dense`, if there is one, pairs of its tokens.
+    """A transformer's block, of which the parts are called and not the whole. Its first product also gives
+    what `dense`, if there is one, pairs of its tokens.
 
     Args:
         block: one of timm.
@@ -45,6 +46,14 @@ class FoldedBlock(nn.Module):
         self.proj = scaled(attn.proj, block.ls1)
         self.fc1, self.act = folded(block.norm2, mlp.fc1), mlp.act
         self.mlp_norm, self.fc2 = mlp.norm, scaled(mlp.fc2, block.ls2)
+
+    def refuse_hooks(self, *args, **options):
+        raise ValueError(
+            "blocks of a fused encoder run no hooks: give them to the blocks of the encoder itself"
+        )
+
+    register_forward_hook = register_forward_pre_hook = refuse_hooks
+    register_full_backward_hook = register_full_backward_pre_hook = register_backward_hook = refuse_hooks
 
     def project(self, tokens: Tensor, update: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Tokens (B, N, D) with their update; queries, keys and values, and what is paired, of context and

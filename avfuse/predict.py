@@ -55,8 +55,10 @@ def main(config: PredictConfig) -> int:
     for number, path in enumerate(videos, start=1):
         name = path.stem if stems[path.stem] == 1 else f"{number}-{path.stem}"
         try:
-            for start in starts(path, encoder, config.every):
+            where, missing = starts(path, encoder, config.every)
+            for start in where:
                 answer = dict(video=str(path), start=round(start, 3)) | say(model, path, start)
+                answer["missing"] = missing
                 tqdm.write(describe(answer, config.top))
                 if config.pictures is not None:
                     draw(answer, model, path, start, config.pictures / f"{name}-{start:g}s.png")
@@ -74,12 +76,14 @@ def cli(config: PredictConfig) -> int:
     return min(main(config), 1)
 
 
-def starts(path: Path, encoder: AVEncoder, every: float | None) -> list[float]:
-    """Where the windows of a video begin, in seconds."""
+def starts(path: Path, encoder: AVEncoder, every: float | None) -> tuple[list[float], str]:
+    """Where the windows of a video begin, in seconds; and what it lacks, "pictures" or "sound", or ""."""
     with open_window(path, encoder.inputs, None) as (reader, middle):
+        streams = reader.streams
+        missing = "pictures" if not streams.video else "" if streams.audio else "sound"
         if every is None:
-            return [middle]
-        return window_starts(reader.streams.seconds, encoder.inputs.audio_seconds, every)
+            return [middle], missing
+        return window_starts(streams.seconds, encoder.inputs.audio_seconds, every), missing
 
 
 @torch.no_grad()
@@ -94,7 +98,8 @@ def say(model: nn.Module, path: Path, start: float) -> dict:
 
 def describe(answer: dict, top: int) -> str:
     """Lines for the screen."""
-    lines = [f"{printable(answer['video'])} at {answer['start']:g} s"]
+    lacks = f", without {answer['missing']}" if answer["missing"] else ""
+    lines = [f"{printable(answer['video'])} at {answer['start']:g} s{lacks}"]
     for name, value in answer.items():
         if isinstance(value, dict):
             best = ", ".join(f"{printable(c)} {p:.3f}" for c, p in list(value.items())[:top])
@@ -120,11 +125,12 @@ def draw(answer: dict, model: nn.Module, path: Path, start: float, target: Path)
 def rows(answers: list[dict]) -> Iterator[dict]:
     """Flat rows: of a classifier one for each class, else one for each window, numbers in columns."""
     for answer in answers:
-        where = {name: answer[name] for name in ("video", "start")}
-        said = {name: value for name, value in answer.items() if name not in where}
+        where, missing = {name: answer[name] for name in ("video", "start")}, {"missing": answer["missing"]}
+        said = {name: value for name, value in answer.items() if name not in where | missing}
         if all(isinstance(value, dict) for value in said.values()):
             for by, classes in said.items():
-                yield from (where | {"by": by, "class": c, "probability": p} for c, p in classes.items())
+                odds = ({"by": by, "class": c, "probability": p} for c, p in classes.items())
+                yield from (where | row | missing for row in odds)
         else:
             columns = {}
             for name, value in said.items():
@@ -132,7 +138,7 @@ def rows(answers: list[dict]) -> Iterator[dict]:
                 columns |= (
                     {f"{name}_{n}": x for n, x in enumerate(flat)} if isinstance(flat, list) else {name: flat}
                 )
-            yield where | columns
+            yield where | columns | missing
 
 
 def write(path: Path, answers: list[dict]) -> None:

@@ -21,7 +21,7 @@ from .mae import AVMAE
 from .training.features import encode, pool
 from .training.judge import JudgedTask, first_clips, to_columns, to_rows
 from .training.loop import Task, program, set_up, train
-from .training.neighbours import nearest_neighbour_probes
+from .training.neighbours import interval, nearest_neighbour_probes
 from .training.pictures import draw_attention, draw_reconstructions
 from .training.plan import count_parameters, make_model, plan
 from .training.settings import FRESH
@@ -134,8 +134,8 @@ class Pretraining(JudgedTask):
         losses += [(name, *of) for name, of in held_out(metrics).items()]
         probes = []
         for label, by_feature in metrics["probes"].items():
-            rows = [(f"nearest clip, {label}", "accuracy", "standard error")]
-            rows += [(name, p["accuracy"], p["standard_error"]) for name, p in by_feature.items()]
+            rows = [(f"nearest clip, {label}", "accuracy", "95 % interval")]
+            rows += [(name, p["accuracy"], interval(*p["interval"])) for name, p in by_feature.items()]
             probes.append([*rows, ("random clip", by_feature["image"]["chance"], None)])
         return [losses, *probes]
 

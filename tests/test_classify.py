@@ -349,7 +349,15 @@ def test_a_run_leaves_a_classifier_and_its_results(folder, tmp_path, probe):
     assert "given image and audio" in results["protocol"]
     assert ("linear probe with BatchNorm" if probe else "fine-tuning, ") in results["protocol"]
     names = [f"accuracy_{n}_head" for n in FEATURES] + ["accuracy_image_input", "accuracy_audio_input"]
-    assert set(results["metrics"]) == {"accuracy", *names, "standard_error", "chance"}
+    assert set(results["metrics"]) == {
+        "accuracy",
+        *names,
+        "standard_error",
+        "interval_low",
+        "interval_high",
+        "chance",
+        "clips",
+    }
     assert results["metrics"]["chance"] == pytest.approx(2 / 3)
     assert (config.run / "pictures" / "predictions-000001.png").exists()
     card = (config.run / "model/README.md").read_text()

@@ -12,6 +12,7 @@ from torch import nn
 from avfuse import AVEncoder, create_encoder
 from avfuse.folding import FoldedDense
 from avfuse.fusion import VARIANTS
+from avfuse.graphs import Weights
 from avfuse.tasks.classifier import Classifier
 
 EXACT = 1e-12
@@ -207,6 +208,30 @@ def test_what_it_refuses():
         uneven.fused()
 
 
+def test_hooks_that_would_not_run_are_refused():
+    block, inputs = (fused := make_encoder().fused()).image.blocks[0], make_inputs()
+    for kind in "forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook":
+        with pytest.raises(ValueError, match="blocks of a fused encoder run no hooks"):
+            getattr(block, f"register_{kind}")(print)
+    met = []
+    for part in fused, block.fc1, fused.fusion_blocks["0"]:
+        part.register_forward_hook(lambda module, *_: met.append(module))
+    fused(*inputs)
+    assert {*met} == {block.fc1, fused.fusion_blocks["0"], fused} and len(met) == 3
+
+
+def test_a_recording_knows_when_its_weights_are_others():
+    fused = make_encoder().fused()
+    weights, state = Weights(fused), copy.deepcopy(fused.state_dict())
+    fused.load_state_dict(state)  # in place, where recordings read
+    assert weights.are_there()
+    fused.load_state_dict(state, assign=True)
+    assert not weights.are_there() and (weights := Weights(fused)).are_there()
+    part = fused.image.blocks[0].fc1
+    part.bias = nn.Parameter(part.bias.clone(), requires_grad=False)
+    assert not weights.are_there()
+
+
 # --- on a GPU -----------------------------------------------------------------------------------------------
 
 
@@ -235,6 +260,9 @@ def test_recordings_end_where_weights_move():
     fused(*[x.float() for x in inputs])
     fused.double()
     assert_same(fused(*inputs), encoder.double()(*inputs), 1e-6)
+    other = randomized(copy.deepcopy(encoder))
+    fused.load_state_dict(other.fused().state_dict(), assign=True)
+    assert_same(fused(*inputs), other(*inputs), 1e-6)
     with pytest.raises(ValueError, match="image requires a gradient"):
         fused(inputs[0].requires_grad_(), inputs[1])
 

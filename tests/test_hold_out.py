@@ -1,20 +1,24 @@
 """Clips that are held out of a folder without test/: how many, which, and that they stay the same."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from videos import write_video
 
+from avfuse.data.class_folders import with_classes
 from avfuse.data.clips import Clip
-from avfuse.data.find import find_data
-from avfuse.data.hold_out import hold_out
+from avfuse.data.find import Found, find_data
+from avfuse.data.hold_out import Sides, hold_out
 from avfuse.data.table import ClipTable
 from avfuse.tasks.classify import Classification, ClassifyConfig
 from avfuse.tasks.retrieve import Retrieval, RetrieveConfig
 from avfuse.train import Pretraining
-from avfuse.training.loop import program
+from avfuse.training.loop import Task, program, set_up
 from avfuse.training.recipes import TrainConfig
+from avfuse.training.run_folder import has_trained_on_all
 
 ROOT = Path("/videos")
 
@@ -153,7 +157,14 @@ def test_what_is_held_out_is_said_first(folder):
     assert not {clip.path for clip in found.train} & {clip.path for clip in found.test} and found.held_out
     assert found.coverage == dict(train=(10 - held, 10 - held), test=(held, held))
     whole, said = find(folder)
-    assert len(whole.train) == len(whole.test) == 10 and "training clips themselves" in said[-1]
+    assert len(whole.train) == len(whole.test) == 10
+    options = dict(data=folder, checkpoint="none", workers=0)
+    for config in (
+        ClassifyConfig(test_share=0.0, **options),
+        RetrieveConfig(**options),
+    ):  # which trains on none
+        Task.find(config, said.append)
+        assert ("training clips themselves" in said[-1]) == isinstance(config, ClassifyConfig)
 
 
 @pytest.mark.parametrize("name", ["test", "val", "validation", "eval"])
@@ -205,3 +216,143 @@ def test_a_run_of_before_goes_on_without(folder, tmp_path, monkeypatch):
 def test_retrieval_looks_at_all_clips(folder, tmp_path):
     config = RetrieveConfig(data=folder, checkpoint="none", run=tmp_path / "run", workers=0, k=(1,))
     assert len(Retrieval.find(config, lambda _: None).test) == 10
+
+
+# --- a run that begins with another -------------------------------------------------------------------------
+
+
+def test_clips_stay_on_their_side_and_draw_their_pieces_along():
+    names = [f"{kind}/{n}.mp4" for kind in "ab" for n in range(20)]
+    train, test = split(names)
+    more = [f"a/x{n}y.mp4" for n in range(60)] + [
+        "c/talk_1.mp4",
+        "c/talk_2.mp4",
+        "c/walk_1.mp4",
+        "c/walk_2.mp4",
+    ]
+    clips = ClipTable([Clip(ROOT / name) for name in names + more])
+    before = Sides("held-out clips", "/elsewhere", train, [*test, "c/talk_2.mp4"])
+    sides = before.of(clips, ROOT)
+    then = hold_out(clips, ROOT, share=0.2, seed=7, sides=sides)
+    then = [{clip.path.relative_to(ROOT).as_posix() for clip in side} for side in then]
+    assert then[0] >= {*train} and then[1] >= {*test, "c/talk_1.mp4", "c/talk_2.mp4"}
+    assert 3 < len([name for name in then[1] if "x" in name]) < 25  # those that are new are drawn
+    assert "c/walk_1.mp4" in then[0] and split(names, seed=7)[1] != test
+
+
+def test_a_trained_clip_is_known_from_any_folder_above_or_below(tmp_path):
+    before = Sides("held-out clips", str(tmp_path), ["cat/1.mp4"], ["cat/2.mp4"])
+    for root in tmp_path, tmp_path / "cat", tmp_path.parent:
+        clips = [Clip(tmp_path / "cat" / f"{n}.mp4") for n in (1, 2, 3)]
+        assert before.of(clips, root) == ["train", "test", None], root
+    moved = [Clip(ROOT / "cat" / f"{n}.mp4") for n in (1, 2, 3)]
+    assert before.of(moved, ROOT) == ["train", "test", None]
+
+
+@pytest.fixture(scope="module")
+def pretrained(folder, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "pretrain"
+    options = dict(data=folder, epochs=1, warmup_epochs=0, batch_size=4, workers=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pretraining, "draw", lambda *_: None)
+        assert program(TrainConfig(run=run, **options), Pretraining) == 0
+    return run
+
+
+@pytest.mark.parametrize("source", ["", "model"])
+@pytest.mark.parametrize(
+    "more", [dict(seed=1), dict(test_share=0.5), dict(seed=3, data_set="folder")], ids=str
+)
+def test_a_task_tests_on_no_clip_that_its_encoder_was_trained_on(folder, pretrained, tmp_path, source, more):
+    said = []
+    options = dict(data=folder, checkpoint=str(pretrained / source), run=tmp_path / "run", workers=0)
+    found = Classification.find(ClassifyConfig(**options, **more), said.append)
+    held = (pretrained / "held-out.txt").read_text().splitlines()
+    assert [str(clip.path) for clip in found.test] == held and len(found.train) == 10 - len(held)
+    assert "10 clips stay on the side that they had" in said[0]
+    assert found.test_name == "held-out clips (a share of 0.2, seed 0)"
+
+
+def test_what_was_held_out_is_passed_on_from_run_to_run(folder, pretrained, tmp_path, monkeypatch):
+    monkeypatch.setattr(Classification, "draw", lambda *_: None)
+    options = dict(data=folder, epochs=1, warmup_epochs=0, batch_size=4, workers=0)
+    source = pretrained
+    for seed in 1, 2:
+        config = ClassifyConfig(checkpoint=str(source), run=tmp_path / str(seed), seed=seed, **options)
+        for _ in "begun", "resumed":
+            assert program(config, Classification) == 0
+        assert (config.run / "held-out.txt").read_text() == (pretrained / "held-out.txt").read_text()
+        source = config.run
+    (source / "sides.json").write_text("[]")
+    with pytest.raises(ValueError, match="sides.json is damaged"):
+        Classification.find(ClassifyConfig(checkpoint=str(source), run=tmp_path / "3", **options), print)
+
+
+def test_clips_that_came_after_a_run_began_are_named(folder, pretrained, tmp_path):
+    shutil.copytree(folder, tmp_path / "own")
+    shutil.copytree(pretrained, tmp_path / "run")
+    for name in "owl", "wren":  # one of them is not held out
+        shutil.copy(folder / "bird" / "0.mp4", tmp_path / "own" / "bird" / f"{name}.mp4")
+    options = dict(epochs=1, warmup_epochs=0, batch_size=4, workers=0)
+    config = TrainConfig(data=tmp_path / "own", run=tmp_path / "run", **options)
+    with pytest.raises(ValueError, match="new: .*(owl|wren).mp4.*choose another --run-dir") as refused:
+        set_up(config, Pretraining)
+    assert f"with --checkpoint {config.run} to begin with this model" in str(refused.value)
+
+
+def test_retrieval_leaves_out_what_the_encoder_was_trained_on(folder, pretrained, tmp_path):
+    said, config = [], RetrieveConfig(data=folder, checkpoint=str(pretrained), run=tmp_path / "r", workers=0)
+    found = Retrieval.find(config, said.append)
+    held = (pretrained / "held-out.txt").read_text().splitlines()
+    assert [str(clip.path) for clip in found.test] == held
+    assert f"left out, but for --seen keep: {10 - len(held)} of 10 clips, on which" in "".join(said)
+    assert Retrieval(config, found).ks == [1]
+    found = Retrieval.find(replace(config, seen="keep"), said.append)
+    assert len(found.test) == 10 and "WARNING: recall is better than it is" in "".join(said)
+
+
+def test_a_run_that_held_out_none_is_warned_of(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(Pretraining, "draw", lambda *_: None)
+    options = dict(data=folder, epochs=1, warmup_epochs=0, batch_size=4, workers=0)
+    config = TrainConfig(run=tmp_path / "all", test_share=0.0, **options)
+    assert program(config, Pretraining) == 0
+    said, begun = [], dict(data=folder, checkpoint=str(config.run), workers=0)
+    Classification.find(ClassifyConfig(run=tmp_path / "c", **begun), said.append)
+    assert len(Retrieval.find(RetrieveConfig(run=tmp_path / "r", **begun), said.append).test) == 10
+    assert sum("WARNING" in line and "10 of 10 clips, on which" in line for line in said) == 1
+    assert sum("WARNING" in line and "has trained on all" in line for line in said) == 1
+    for other, is_told in (folder / "cat", True), (folder / "val", False), (folder.parent, False):
+        assert has_trained_on_all(config.run, other) == is_told
+
+
+# --- what folders are taken for -----------------------------------------------------------------------------
+
+
+def told(root, names, test_names=(), **options) -> list[str]:
+    train, test = ([Clip(root / name) for name in of] for of in (names, test_names or names))
+    for clip in train + test:
+        clip.path.parent.mkdir(parents=True, exist_ok=True)
+    said = []
+    with_classes(Found(train, test, "held-out clips", [], 0, {}), root, say=said.append, **options)
+    return said
+
+
+def test_folders_are_told_as_classes_with_their_clips(tmp_path):
+    said = told(tmp_path, ["cat/1.mp4", "dog/1.mp4", "dog/2.mp4"], ["cat/2.mp4", "dog/3.mp4"])
+    assert said == ["2 classes, as folders are called, and their clips: cat (2), dog (3)"]
+    assert told(tmp_path, ["cat/1.mp4", "dog/1.mp4", "cat/2.mp4", "dog/2.mp4"])[0].endswith(
+        "cat (2), dog (2)"
+    )
+
+
+def test_recordings_that_are_taken_for_classes_are_warned_of(tmp_path):
+    said = told(tmp_path, [f"rec{n}/001.mp4" for n in range(5)] + ["cat/1.mp4", "cat/2.mp4"])
+    assert "WARNING: most of these folders hold a single clip" in said[1]
+
+
+def test_a_class_whose_only_clip_is_held_out_is_named(tmp_path):
+    said = told(tmp_path, ["cat/1.mp4", "cat/2.mp4", "dog/1.mp4", "dog/2.mp4"], ["owl/1.mp4", "cat/3.mp4"])
+    assert said[1:] == [
+        "WARNING: no clip to train on, so what cannot be learned: owl",
+        "no clip to test on: dog",
+    ]

@@ -161,9 +161,9 @@ def test_tasks_doubt_what_is_no_better_than_chance():
     def doubt(kind, metrics, **attributes):
         return kind.doubt(SimpleNamespace(**attributes), metrics)
 
-    named = dict(chance=0.5, standard_error=0.1)
-    for hits, said in (0.7, False), (0.58, True), (0.3, True):
-        assert bool(doubt(Classification, named | dict(accuracy=hits), is_multi_label=False)) == said
+    named = dict(chance=0.5, accuracy=1.0, interval_high=1.0)
+    for low, said in (0.51, False), (0.5, True), (0.3, True):
+        assert bool(doubt(Classification, named | dict(interval_low=low), is_multi_label=False)) == said
     for area, said in (0.51, False), (0.5, True), (None, False):
         assert bool(doubt(Classification, dict(AUC=area), is_multi_label=True)) == said
     found = {"kind_recall@1_sum": 0.5, "kind_recall@1_chance": 0.4, "kind_recall@5_sum": 0.7}
@@ -197,10 +197,10 @@ def test_columns_are_aligned():
 def test_metrics_stand_beside_what_they_compare_with(task):
     hits = dict(
         accuracy=0.98, accuracy_image_head=0.5, accuracy_audio_input=0.9, standard_error=0.01, chance=0.2
-    )
+    ) | dict(clips=50, interval_low=0.9, interval_high=0.996)
     assert table(Classification, hits) == [
-        ["accuracy", "standard error"],
-        ["all heads", "0.980", "0.010"],
+        ["accuracy", "95 % interval", "right"],
+        ["all heads", "0.980", "0.90 to 1.00", "49 of 50"],
         ["image head", "0.500"],
         ["given the audio alone", "0.900"],
         ["most frequent class", "0.200"],
@@ -245,13 +245,13 @@ def test_losses_stand_beside_those_of_predicting_zero(task):
     losses = dict(
         held_out_image_loss=0.5, held_out_image_zero=1.0, held_out_audio_loss=0.7, held_out_audio_zero=0.0
     )
-    probe = dict(image=dict(accuracy=0.5, standard_error=0.1, chance=0.25))
+    probe = dict(image=dict(accuracy=0.5, interval=(0.4, 0.6), chance=0.25))
     assert table(Pretraining, losses | dict(probes=dict(kind=probe))) == [
         ["held-out loss", "loss", "predicting zero", "share"],
         ["image", "0.500", "1.000", "0.500"],
         ["audio", "0.700", "0.000"],
         ["both", "1.200", "1.000", "1.200"],
-        ["nearest clip, kind", "accuracy", "standard error"],
-        ["image", "0.500", "0.100"],
+        ["nearest clip, kind", "accuracy", "95 % interval"],
+        ["image", "0.500", "0.40 to 0.60"],
         ["random clip", "0.250"],
     ]

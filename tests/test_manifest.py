@@ -164,6 +164,34 @@ def test_a_stale_manifest_is_announced(root, changed):
     assert str(root / changed) in warning and f"avfuse.data check {root}" in warning
 
 
+@pytest.mark.parametrize(
+    "clips", [("a.mp4", "b.mp4"), ("cat/a.mp4", "dog/b.mp4"), ("train/x/a.mp4",)], ids=str
+)
+@pytest.mark.parametrize("place", ["", "cat", "new/deep"])
+def test_files_that_are_added_are_counted_in_the_first_line(tmp_path, clips, place):
+    for name in clips:
+        write_video(tmp_path / name, 1)
+    (tmp_path / "broken.mov").write_bytes(b"no video")
+    (tmp_path / "away.mp4").symlink_to("/dev/null")
+    base = tmp_path / "train" if "train" in clips[0] else tmp_path
+    if base != tmp_path:
+        (tmp_path / "broken.mov").unlink()
+        (tmp_path / "away.mp4").unlink()
+    check(tmp_path, **QUIET)
+    lines = []
+    before = find_data(tmp_path, lines.append, **QUIET).train
+    assert not any("WARNING" in line for line in lines)
+    for name in "new.mp4", "NEW.WAV", ".hidden.mp4", "avfuse-x.mp4", "notes.txt":
+        (base / place).mkdir(parents=True, exist_ok=True)
+        (base / place / name).touch()
+    lines.clear()
+    after = find_data(tmp_path, lines.append, **QUIET).train
+    assert [clip.path for clip in after] == [clip.path for clip in before]
+    where = (base / place).relative_to(tmp_path).as_posix()
+    assert lines[0].startswith(f"WARNING: 2 files (2 in {where}) are not in {manifest.FILE}, which is used")
+    assert f"avfuse.data check {tmp_path}" in lines[0]
+
+
 def test_a_vanished_clip_is_a_failure_by_name(root):
     check(root, **QUIET)
     before = describe_data(find(root).train)

@@ -1,12 +1,20 @@
 """Nearest neighbours and their labels against brute force and hand counts."""
 
 import itertools
+import math
 
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from avfuse.training.neighbours import chance_at, nearest_neighbour_probes, neighbours, recall_at, related
+from avfuse.training.neighbours import (
+    chance_at,
+    nearest_neighbour_probes,
+    neighbours,
+    recall_at,
+    related,
+    wilson,
+)
 
 
 def make_features(clips=12):
@@ -46,6 +54,23 @@ def test_nearest_neighbour_probe_by_brute_force():
             hits += int(labels[nearest] == labels[a])
         assert probe["accuracy"] == pytest.approx(hits / 40)
         assert probe["standard_error"] == pytest.approx((hits / 40 * (1 - hits / 40) / 40) ** 0.5)
+        assert probe["interval"][0] < hits / 40 < probe["interval"][1]
+
+
+@pytest.mark.parametrize("clips", [1, 3, 7, 20, 256])
+@pytest.mark.parametrize("truth", [0.3, 0.5, 0.7, 0.9])
+def test_intervals_hold_the_truth_however_few_the_clips(truth, clips):
+    covered = 0.0
+    for hits in range(clips + 1):
+        low, high = wilson(hits / clips, clips)
+        assert 0 <= low < high <= 1
+        covered += (low < truth < high) * math.comb(clips, hits) * truth**hits * (1 - truth) ** (clips - hits)
+    assert covered > 0.83  # 0.17 where the share is one in seven and its standard error 0
+
+
+def test_intervals_are_those_of_the_books():
+    assert wilson(7 / 7, 7) == pytest.approx((0.6457, 1.0), abs=1e-4)  # Brown, Cai, DasGupta (2001), eq. 4
+    assert wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe (1998), table I
 
 
 def test_chance_of_the_probe_is_the_accuracy_of_a_random_neighbour():

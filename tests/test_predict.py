@@ -247,6 +247,7 @@ def test_windows_of_several_videos_in_one_file(classifier, files, tmp_path, suff
     assert main(PredictConfig(classifier, videos, every=1.5, top=2, out=out)) == 1
     said = capsys.readouterr()
     assert "both.mp4 at 1.5 s\n  by image" in said.out and "broken.mp4 cannot be read" in said.err
+    assert "silent.mp4 at 1.5 s, without sound\n  by image" in said.out
     model = make(Classifier)
     truth = [
         (video, start, model.predict(video, start=start)) for video in videos[::2] for start in (0, 1.5, 3.0)
@@ -269,6 +270,7 @@ def test_windows_of_several_videos_in_one_file(classifier, files, tmp_path, suff
             (v, str(float(s)), by, n) for v, s, by, n, _ in flat
         ]
         assert [float(row["probability"]) for row in rows] == pytest.approx([p for *_, p in flat])
+    assert {(Path(row["video"]).stem, row["missing"]) for row in rows} == {("both", ""), ("silent", "sound")}
 
 
 @pytest.mark.parametrize("kind", [AVEncoder, Classifier, Localizer, Separator])
@@ -308,6 +310,17 @@ def test_features_of_an_encoder(files, tmp_path, pretrained):
         assert [float(row[f"{name}_{n}"]) for n in range(32)] == pytest.approx(
             truth[name][0].tolist(), rel=1e-4, abs=1e-5
         )
+
+
+def test_features_of_what_has_no_pictures_or_no_sound(files, tmp_path, capsys):
+    make(AVEncoder).save_pretrained(tmp_path / "model")
+    videos = files["dark"], files["silent"], files["both"]
+    assert main(PredictConfig(str(tmp_path / "model"), videos, out=tmp_path / "f.csv")) == 0
+    rows = list(csv.DictReader((tmp_path / "f.csv").open()))
+    assert [row["missing"] for row in rows] == ["pictures", "sound", ""]
+    assert [(bool(row["image_0"]), bool(row["audio_0"])) for row in rows] == [(0, 1), (1, 0), (1, 1)]
+    said = capsys.readouterr().out
+    assert "dark.mp4 at 1.5 s, without pictures\n" in said and "silent.mp4 at 1.5 s, without sound\n" in said
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,14 @@ from avfuse.training import plan as plans
 from avfuse.training.length import with_enough_steps
 from avfuse.training.plan import PUBLISHED_CLIPS, make_model, plan
 from avfuse.training.recipes import PRESETS, TrainConfig, demo, parse
-from avfuse.training.settings import Schedule, learning_rate, schedule_of, warmup_cosine
+from avfuse.training.settings import (
+    Schedule,
+    checked,
+    learning_rate,
+    schedule_of,
+    settings_of,
+    warmup_cosine,
+)
 
 
 @pytest.mark.parametrize(
@@ -199,6 +206,15 @@ def test_a_small_data_set_gets_more_epochs():
     assert (with_enough_steps(demo(), 130).epochs, with_enough_steps(demo(), 256)) == (120, demo())
     for asked in replace(demo(), epochs=10), replace(demo(), min_steps=0):  # as they were ordered
         assert with_enough_steps(asked, 3) == asked
+
+
+@pytest.mark.parametrize("read", [parse, parse_classify], ids=["train", "classify"])
+@pytest.mark.parametrize("written", ["--epochs {}", "--epochs={}"])
+def test_epochs_that_are_given_are_an_order_be_they_the_default(read, written):
+    default = checked(read)([])
+    asked = checked(read)(written.format(default.epochs).split())
+    assert with_enough_steps(asked, 3) == asked and with_enough_steps(default, 3).epochs == 240
+    assert settings_of(asked) == settings_of(default)  # else a run would be refused to go on
 
 
 def test_the_rate_of_an_extended_run_rises_to_that_of_a_longer_one():

@@ -1,5 +1,7 @@
 """A plain folder of videos whose sub-folders name the classes."""
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +11,18 @@ from .sets.folders import split_folders
 from .table import Clip
 
 
-def with_classes(found: Found, folder: Path | None, names: tuple[str, ...] | None = None) -> Found:
+def with_classes(
+    found: Found,
+    folder: Path | None,
+    names: tuple[str, ...] | None = None,
+    say: Callable[[str], object] = print,
+) -> Found:
     """A data set with labels; those of a plain folder are the names of its sub-folders, as label "class".
 
     Args:
         found: the clips in the folder.
         names: of the classes; default: of all sub-folders, sorted, of train/ or of the folder itself.
+        say: which they are, and which of them cannot be learned, is told through it, line by line.
 
     Raises:
         ValueError: a clip has a class that has no such name, or none, or the names are not those of the data.
@@ -31,7 +39,26 @@ def with_classes(found: Found, folder: Path | None, names: tuple[str, ...] | Non
         [labelled(clip, root, names) for clip in clips]
         for clips, root in zip((found.train, found.test), roots, strict=True)
     )
-    return found._replace(train=train, test=test, classes={"class": names})
+    found = found._replace(train=train, test=test, classes={"class": names})
+    tell_classes(found, names, say)
+    return found
+
+
+def tell_classes(found: Found, names: tuple[str, ...], say: Callable[[str], object]) -> None:
+    """Which folders are taken for classes, and which of these lack clips."""
+    train, test = ({clip.path: names[clip.labels["class"]] for clip in clips} for clips in found[:2])
+    counts = Counter((train | test).values())
+    named = some([f"{name} ({counts[name]})" for name in names])
+    say(f"{len(names)} classes, as folders are called, and their clips: {named}")
+    if 2 * sum(count == 1 for count in counts.values()) > len(names):
+        say(
+            "WARNING: most of these folders hold a single clip: if they are recordings, put them into folders"
+            " that name the classes, CLASS/RECORDING/CLIP.mp4"
+        )
+    if untaught := sorted({*names} - {*train.values()}):
+        say(f"WARNING: no clip to train on, so what cannot be learned: {some(untaught)}")
+    if untested := sorted({*names} - {*test.values()}):
+        say(f"no clip to test on: {some(untested)}")
 
 
 def labelled(clip: Clip, root: Path, names: tuple[str, ...]) -> Clip:

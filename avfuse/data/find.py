@@ -19,8 +19,8 @@ from ..progress import progress_bar
 from . import manifest, sounding_shapes
 from .clips import MEMORY
 from .decode import ClipError, Streams
-from .hold_out import hold_out
-from .listing import SUFFIXES, Listing
+from .hold_out import Sides, hold_out
+from .listing import SOUNDS, SUFFIXES, Listing
 from .manifest import Manifest
 from .sets import audioset, folders, music, vggsound
 from .table import Clip, ClipTable
@@ -67,6 +67,7 @@ def find_data(
     missing: str = "drop",
     test_share: float = 0.0,
     seed: int = 0,
+    before: Sides | None = None,
     progress: bool = True,
     workers: int = 8,
     timeout: float = 60.0,
@@ -87,6 +88,7 @@ def find_data(
         missing: what becomes of clips without sound or without pictures, "drop" or "keep".
         test_share: of the clips where there are none to test on: so many are held out, see `hold_out`.
         seed: another one, others are held out.
+        before: the sides on which a run had its clips, where they stay when clips are held out.
         progress: show a progress bar.
         workers: processes that open the files, which may crash or hang them; 0 opens them in this process.
         timeout: seconds after which a file that is still being opened is given up as unreadable.
@@ -105,21 +107,23 @@ def find_data(
     scans = scan(listing, sides, missing=missing, progress=progress, workers=workers, timeout=timeout)
     if data_set == "folder" and not is_checked:
         _check_folder(listing, scans)
-    changed = _changed(root, scans.values()) if is_checked else None
+    if is_checked and (
+        stale := _stale(root, listing, data_set, scans)
+    ):  # no reason to refuse a run its clips
+        say(
+            f"WARNING: {printable(stale)}, which is used as it is: python -m avfuse.data check"
+            f" {printable(str(root))} brings it up to date"
+        )
     tables = {side: scanned.clips for side, scanned in scans.items()}
+    held_out = f"held-out clips (a share of {test_share:g}, seed {seed})"
     if test_share and "test" not in tables:
-        tables |= _hold_out(root, tables["train"], test_share, seed, say)
+        known = before.of(tables["train"], root) if before else []
+        held_out = before.said if any(known) else held_out
+        tables |= _hold_out(root, tables["train"], test_share, seed, known, say)
     for line in listing.summary():
         say(printable(line))
-    if changed is not None:  # a run may go on with the clips that it began with: it is not refused
-        say(
-            f"WARNING: {printable(str(changed))} has changed since {manifest.FILE} was written, which is"
-            f" used as it is: python -m avfuse.data check {printable(str(root))} brings it up to date"
-        )
     for side, scanned in scans.items():
         say(printable(f"{side}: {scanned.summary()}" if len(scans) > 1 else scanned.summary()))
-    if "test" not in tables:
-        say("no clips to test on: what is measured are the training clips themselves")
     test_name = f"clips of {listing.test_list}" if listing.test_list else "held-out clips"
     coverage = {}
     for side, scanned in scans.items():
@@ -129,7 +133,7 @@ def find_data(
         there, expected = coverage["train"]
         held = len(tables["test"])
         coverage = dict(train=(there - held, expected - held), test=(held, held))
-        test_name = f"held-out clips (a share of {test_share:g}, seed {seed})"
+        test_name = held_out
     return Found(
         train=tables["train"],
         test=tables.get("test", tables["train"]),
@@ -149,18 +153,22 @@ def build_demo(scene: Scene, progress: bool) -> Path:
 
 
 def _hold_out(
-    root: Path, clips: ClipTable, share: float, seed: int, say: Callable[[str], object]
+    root: Path,
+    clips: ClipTable,
+    share: float,
+    seed: int,
+    known: list[str | None],
+    say: Callable[[str], object],
 ) -> dict[str, ClipTable]:
     """Both sides of clips that no list and no folder parts, which is told; {} of a single recording."""
-    train, test = hold_out(clips, folders.split_folders(root)["train"], share=share, seed=seed)
+    base = folders.split_folders(root)["train"]
+    train, test = hold_out(clips, base, share=share, seed=seed, sides=known)
     if not test:
         return {}
-    say(
-        printable(
-            f"{root} names no clips to test on: {len(test)} of {len(clips)} are held out (--test-share "
-            f"{share:g} of the recordings, by their names and --seed {seed})"
-        )
-    )
+    drawn = f"--test-share {share:g} of the recordings, by their names and --seed {seed}"
+    if any(known):
+        drawn = f"{sum(map(bool, known))} clips stay on the side that they had, others: {drawn}"
+    say(printable(f"{root} names no clips to test on: {len(test)} of {len(clips)} are held out ({drawn})"))
     return dict(train=train, test=test)
 
 
@@ -207,6 +215,17 @@ def _check_folder(listing: Listing, scans: dict[str, "Scan"]) -> None:
             seen = f"no file ends in {', '.join(SUFFIXES)}" if is_empty else scanned.summary()
             reasons = "; ".join([seen, *listing.summary()[1:]])  # without the coverage
             raise ValueError(f"folder {where} has no clip to use: {reasons}")
+
+
+def _stale(root: Path, listing: Manifest, data_set: str, scans: dict[str, "Scan"]) -> str:
+    """What is not as the manifest has it; "" if that is not seen."""
+    if data_set == "folder":
+        more = listing.unknown(folders.split_folders(root).values(), SUFFIXES + SOUNDS)
+        if more:
+            where = some([f"{count} in {folder}" for folder, count in more.items()])
+            return f"{more.total()} files ({where}) are not in {manifest.FILE}"
+    changed = _changed(root, scans.values())
+    return f"{changed} has changed since {manifest.FILE} was written" if changed else ""
 
 
 def _changed(root: Path, scans: Iterable["Scan"]) -> Path | None:

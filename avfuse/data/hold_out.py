@@ -4,7 +4,8 @@ import hashlib
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from .table import Clip, ClipTable
@@ -18,7 +19,33 @@ CAMERA = re.compile(r"[A-Z0-9_]{4}[0-9]{4}|[A-Z]{3}[_-][0-9]{8}[_-].*")  # names
 SCHEME = 0.75  # share of each class of a clip whose names begin alike: dog_01, dog_02 are no pieces
 
 
-def hold_out(clips: ClipTable, base: Path, *, share: float, seed: int) -> tuple[ClipTable, ClipTable]:
+@dataclass
+class Sides:
+    """What a run has trained and tested on: by paths below its data folder, and by full ones, as another run
+    may be given a folder inside that.
+    """
+
+    said: str  # what the run calls its clips to test on
+    root: str  # its data folder
+    train: Collection[str]
+    test: Collection[str]
+
+    def __post_init__(self):
+        full = os.path.join
+        self.train, self.test = (
+            {*side, *(full(self.root, name) for name in side)} for side in (self.train, self.test)
+        )
+
+    def of(self, clips: Iterable[Clip], root: Path) -> list[str | None]:
+        """Of each clip in the folder `root` "train", "test" or, where the run knows nothing of it, None."""
+        names, above = [os.path.relpath(clip.path, root) for clip in clips], os.path.realpath(root)
+        keys = [{name, os.path.join(above, name)} for name in names]
+        return ["train" if key & self.train else "test" if key & self.test else None for key in keys]
+
+
+def hold_out(
+    clips: ClipTable, base: Path, *, share: float, seed: int, sides: Iterable[str | None] = ()
+) -> tuple[ClipTable, ClipTable]:
     """Clips to train on and clips to test on, both in their order; the latter are none of a single recording.
 
     A recording is held out where a hash of seed and name, in 0..1, is below `share`: files that are added
@@ -29,21 +56,29 @@ def hold_out(clips: ClipTable, base: Path, *, share: float, seed: int) -> tuple[
         base: the folder that these are in.
         share: of the recordings, about.
         seed: another one, another draw.
+        sides: on which each clip stays, "train" or "test", and the unknown pieces of its recording with it;
+            None is one to draw.
     """
+    sides = list(sides) or [None] * len(clips)
     classes = [list(_classes(clip, base)) for clip in clips]
     names = _recordings([_name(clip, base) for clip in clips], classes)
     draws = {name: _draw(seed, name) for name in names}
-    held = {name for name, draw in draws.items() if draw < share}
+    kept: dict[str, bool] = {}  # recording -> whether it is held out; those that were trained on are not
+    for name, side in zip(names, sides, strict=True):
+        if side:
+            kept[name] = side == "test" and kept.get(name, True)
+    held = {name for name, draw in draws.items() if kept.get(name, draw < share)}
     members = defaultdict(Counter)  # class -> recording -> clips
     for name, of_clip in zip(names, classes, strict=True):
         for kind in of_clip:
             members[kind][name] += 1
     orders = [sorted(of, key=lambda name: (of[name], draws[name])) for of in members.values() if len(of) > 1]
-    held -= {order[-1] for order in orders if held.issuperset(order)}
-    held |= {order[0] for order in orders if held.isdisjoint(order)}
+    free = [(order, [name for name in order if name not in kept]) for order in orders]
+    held -= {drawn[-1] for order, drawn in free if drawn and held.issuperset(order)}
+    held |= {drawn[0] for order, drawn in free if drawn and held.isdisjoint(order)}
     train, test = (ClipTable(classes=clips.classes, root=clips.root) for _ in range(2))
-    for clip, name in zip(clips, names, strict=True):
-        (test if name in held else train).append(clip)
+    for clip, name, side in zip(clips, names, sides, strict=True):
+        (test if (side or ("train", "test")[name in held]) == "test" else train).append(clip)
     return train, test
 
 

@@ -9,10 +9,11 @@ import math
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 
 from ..files import aside, is_regular, leads_out, printable
@@ -123,10 +124,13 @@ class Manifest(Listing):
         self.header = read_header(self.root)
         self.name, self.classes, self.expected = self.header.name, self.header.classes, self.header.expected
         self.test_list = self.header.test_list
+        self.counts: Counter[str] = Counter()  # folder -> clips, once all have been read
 
     def clips(self):
         exchanged: dict[Path, bool] = {}
+        counts: Counter[str] = Counter()
         for entry in read_entries(self.root):
+            counts[os.path.dirname(entry.path)] += 1
             clip, error = entry.clip(self.root), entry.error
             if clip.part is not None and not error:
                 shard = clip.part.file
@@ -134,6 +138,24 @@ class Manifest(Listing):
                     exchanged[shard] = describes_another(shard, entry)
                 error = f"{shard.name} is not the shard that it was" if exchanged[shard] else None
             yield entry.split, ClipError(clip.path, error) if error else clip
+        self.counts = counts
+
+    def unknown(self, folders: Iterable[Path], suffixes: tuple[str, ...]) -> Counter:
+        """Folder -> how many files with these suffixes it holds beyond those in the manifest; of these
+        folders and all below. Names are looked at, and no file.
+        """
+        more: Counter[str] = Counter()
+        for parent, below, files in chain.from_iterable(map(os.walk, folders)):
+            below[:] = [name for name in below if not name.startswith(".")]
+            folder = os.path.relpath(parent, self.root)
+            known = self.counts["" if folder == "." else Path(folder).as_posix()]
+            videos = [Path(parent, name) for name in files if name.lower().endswith(suffixes)]
+            if len(videos) > known:
+                hidden = sum(
+                    path.name.startswith((".", "avfuse-")) or leads_out(path, self.root) for path in videos
+                )
+                more[folder] = max(0, len(videos) - hidden - known)
+        return +more
 
     def count_missing(self):
         return self.header.missing

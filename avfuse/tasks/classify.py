@@ -28,6 +28,7 @@ from ..data.find import Found
 from ..files import printable
 from ..training.judge import JudgedTask, starting_encoder, to_columns, to_rows
 from ..training.loop import Task, program
+from ..training.neighbours import interval, wilson
 from ..training.pictures import BLUE, GREY, ORANGE, middle_frame, rgb, save, show_sound
 from .classifier import Classifier, presence
 
@@ -193,7 +194,7 @@ class Classification(JudgedTask):
     @staticmethod
     def find(config, say):
         names = read_class_list(config.class_list) if config.class_list else None
-        return with_classes(Task.find(config, say), config.data, names)
+        return with_classes(Task.find(config, say), config.data, names, say)
 
     def describe(self):
         how = "only the heads are trained" if self.config.probe else "all of it is trained"
@@ -281,17 +282,19 @@ class Classification(JudgedTask):
             return metrics | {f"mAP_{name}": other["mAP"] for name, other in of_others.items()}
         metrics = {f"accuracy_{n}" if n else "accuracy": accuracy(s, target) for n, s in by_name.items()}
         hits = metrics["accuracy"]
+        low, high = wilson(hits, len(target))
         chance = target.bincount().max().item() / len(target)
         return metrics | dict(
             standard_error=(hits * (1 - hits) / len(target)) ** 0.5,
+            interval_low=low,
+            interval_high=high,
             chance=chance,  # of always naming the most frequent class
+            clips=len(target),
         )
 
     def tables(self, metrics):
         """All heads, each head alone, and what the picture or the sound alone would do."""
-        kind, error, chance = "accuracy", metrics.get("standard_error"), metrics.get("chance")
-        if self.is_multi_label:
-            kind = "mAP"
+        kind = "mAP" if self.is_multi_label else "accuracy"
         said = {"head": "{} head", "input": "given the {} alone"}
         others = [name.split("_") for name in metrics if name.startswith(f"{kind}_")]
         alone = [(said[end].format(name), metrics[f"{kind}_{name}_{end}"]) for _, name, end in others]
@@ -299,19 +302,23 @@ class Classification(JudgedTask):
             more = [metrics[name] for name in ("AUC", "d_prime")]
             rows = [("", kind, "AUC", "d'"), ("all heads", metrics[kind], *more)]
             return [[*rows, *((*row, None, None) for row in alone), ("chance", None, 0.5, 0.0)]]
-        rows = [("", kind, "standard error"), ("all heads", metrics[kind], error)]
-        return [[*rows, *((*row, None) for row in alone), ("most frequent class", chance, None)]]
+        clips, ends = metrics["clips"], interval(metrics["interval_low"], metrics["interval_high"])
+        right = f"{round(metrics[kind] * clips)} of {clips}"
+        rows = [("", kind, "95 % interval", "right"), ("all heads", metrics[kind], ends, right)]
+        alone.append(("most frequent class", metrics["chance"]))
+        return [[*rows, *((*row, None, None) for row in alone)]]
 
     def doubt(self, metrics):
         if self.is_multi_label:
             area = metrics["AUC"]
             is_useless = area is not None and area <= 0.5
             return f"no better than chance, an AUC of 0.5: {area:.3f}" if is_useless else ""
-        hits, chance, error = (metrics[name] for name in ("accuracy", "chance", "standard_error"))
-        if hits - error > chance:
+        low, high, chance = (metrics[name] for name in ("interval_low", "interval_high", "chance"))
+        if low > chance:
             return ""
         frequent = f"naming the most frequent class, {chance:.3f}"
-        return f"accuracy {hits:.3f} ± {error:.3f} is not clearly better than {frequent}"
+        accuracy = f"accuracy {metrics['accuracy']:.3f} (95 % interval {interval(low, high)})"
+        return f"{accuracy} is not clearly better than {frequent}"
 
     def draw(self, folder, model, inputs, batch, step):
         scores = {name: s.float().cpu() for name, s in self.scores(model, inputs).items()}

@@ -120,8 +120,11 @@ class RetrieveConfig(TaskConfig):
     run: Annotated[Path | None, tyro.conf.arg(name="run-dir", help_behavior_hint="")] = None
     """Folder for results.json, the picture and index.html; what it has of these is replaced. Default: under
     runs/, by the name of --data and of the task."""
-    k: tuple[int, ...] = (1, 5, 10)
-    """How many neighbours recall looks at."""
+    k: Annotated[tuple[int, ...] | None, SAID] = None
+    """How many neighbours recall looks at. Default: 1, 5 and 10, as far as there are so many."""
+    seen: Literal["drop", "keep"] = "drop"
+    """A clip that the run behind the encoder was trained on: leave it out, or look at it, too, which makes
+    recall better than it is."""
     batch_size: int = 32
     """Clips that are encoded at once; changes speed and memory, not the results."""
     max_unreadable: float = 1.0

@@ -7,7 +7,7 @@ from .options import RetrieveConfig
 if __name__ == "__main__":
     begin("avfuse.tasks.retrieve", checked(read(RetrieveConfig)), explained=())
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from ..training.judge import JudgedTask, starting_encoder, to_columns, to_rows
 from ..training.loop import Task, evaluation_batches, program
 from ..training.neighbours import chance_at, neighbours, recall_at, related
 from ..training.pictures import BLUE, middle_frame, rgb, save, show_sound
+from ..training.run_folder import begun_with, has_trained_on_all, read_sides
 
 QUERIES, SHOWN = 3, 5  # in the picture: clips, and neighbours of each
 INPUTS = ("image", "audio", "image_present", "audio_present")
@@ -58,6 +59,30 @@ def check_k(ks: Sequence[int], clips: int) -> None:
 # --- task ---------------------------------------------------------------------------------------------------
 
 
+def untrained(found: Found, config: RetrieveConfig, say: Callable[[str], object]) -> Found:
+    """The data without the test clips that the run behind the encoder has trained on, unless these are to
+    stay, which is told.
+    """
+    run = begun_with(config)
+    if run is None or config.data is None:
+        return found
+    before, test = read_sides(run), found.test
+    if before is not None:
+        sides = zip(test, before.of(test, config.data), strict=True)
+        test = [clip for clip, side in sides if side != "train"]
+    elif found.test is found.train and has_trained_on_all(run, config.data):
+        test = []
+    if len(test) == len(found.test):
+        return found
+    trained = f"{len(found.test) - len(test)} of {len(found.test)} clips, on which {run} was trained"
+    if not test or config.seen == "keep":
+        say(printable(f"WARNING: recall is better than it is, with {trained}"))
+        return found
+    say(printable(f"left out, but for --seen keep: {trained}"))
+    coverage = found.coverage | dict(test=(len(test), len(test)))
+    return found._replace(test=test, test_name=before.said, coverage=coverage)
+
+
 class Retrieval(JudgedTask):
     """Test clips by their neighbours, in the eyes of an encoder as it is."""
 
@@ -70,15 +95,19 @@ class Retrieval(JudgedTask):
 
     def __init__(self, config: RetrieveConfig, found: Found):
         super().__init__(config, found)
-        check_k(config.k, len(found.test))
+        others = len(found.test) - 1
+        self.ks = [k for k in (1, 5, 10) if k <= others] if config.k is None else config.k
+        check_k(self.ks, len(found.test))
         self.model = starting_encoder(config)
 
     @staticmethod
     def find(config, say):
-        """The data with its labels; without, if not all clips lie in folders that name classes."""
-        found = Task.find(config, say)
+        """The data with its labels; without, if not all clips lie in folders that name classes. Clips that
+        the run behind the encoder has trained on are left out.
+        """
+        found = untrained(Task.find(config, say), config, say)
         try:
-            return with_classes(found, config.data)
+            return with_classes(found, config.data, say=say)
         except ValueError as error:
             say(printable(f"neighbours without recall, as there are no classes: {error}"))
             return found
@@ -104,7 +133,7 @@ class Retrieval(JudgedTask):
         return to_rows(features | labels)
 
     def summarize(self, rows):
-        return dict(clips=len(rows)) | recalls(to_columns(rows), self.config.k)
+        return dict(clips=len(rows)) | recalls(to_columns(rows), self.ks)
 
     def tables(self, metrics):
         names = (*FEATURES, "sum", "chance")
@@ -131,7 +160,7 @@ class Retrieval(JudgedTask):
         features = to_columns(rows)
         indices = features["index"].tolist()
         paths = [str(run.found.test[index].path) for index in indices]
-        of_all = neighbours(features, min(max(self.config.k), len(rows) - 1))
+        of_all = neighbours(features, min(max(self.ks), len(rows) - 1))
         write_rows(run.config.run / "neighbours.jsonl", named_neighbours(paths, of_all))
         name = next((name for name in features if name.startswith("label_")), None)
         label = name and name.removeprefix("label_")

@@ -10,11 +10,11 @@ from .settings import LoopConfig, schedule_of
 
 def with_enough_steps(config: LoopConfig, clips: int) -> LoopConfig:
     """The settings with so many epochs that --min-steps are taken, and warm-up in proportion; as they are if
-    their epochs are not the default.
+    their epochs were given, or are not the default.
     """
     per_epoch = schedule_of(config, clips).steps_per_epoch
     epochs = -(-config.min_steps // per_epoch)
-    if config.epochs != type(config).epochs or epochs <= config.epochs:
+    if config.epochs_given or config.epochs != type(config).epochs or epochs <= config.epochs:
         return config
     return replace(config, epochs=epochs, warmup_epochs=round(config.warmup_epochs * epochs / config.epochs))
 

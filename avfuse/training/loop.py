@@ -37,12 +37,22 @@ from tqdm import tqdm
 from ..data.clips import Clip, ClipLoader, ClipSampler, Failure
 from ..data.find import Found, find_data
 from ..data.workers import share_cores
-from ..files import printable, some, write_text
+from ..files import printable, some
 from ..progress import progress_bar
 from .checkpoints import load_checkpoint, save_checkpoint
 from .faults import RunError, Signals, examine, memory_advice, write_fault
 from .length import settle_length
-from .run_folder import HELD_OUT, MetricsFile, Quarantine, TooManyUnreadable, begin_run, check_run
+from .run_folder import (
+    MetricsFile,
+    Quarantine,
+    TooManyUnreadable,
+    begin_run,
+    begun_with,
+    check_run,
+    has_trained_on_all,
+    read_sides,
+    write_sides,
+)
 from .settings import (
     LoopConfig,
     Schedule,
@@ -66,8 +76,11 @@ class Task:
 
     @staticmethod
     def find(config: LoopConfig, say: Callable[[str], object]) -> Found:
-        """The data that the settings name; what is found is told through `say`, line by line."""
-        return find_data(
+        """The data that the settings name; what is found is told through `say`, line by line. Clips stay on
+        the side that they had in the run that this one begins with, or goes on with.
+        """
+        run = begun_with(config)
+        found = find_data(
             config.data,
             say,
             scene=config.scene,
@@ -76,10 +89,16 @@ class Task:
             missing=config.missing,
             test_share=config.test_share,
             seed=config.seed,
+            before=read_sides(run),
             progress=not config.quiet,
             workers=config.workers,
             timeout=config.clip_timeout,
         )
+        if found.test is found.train and config.epochs:
+            say("no clips to test on: what is measured are the training clips themselves")
+        if found.held_out and run not in (None, config.run) and has_trained_on_all(run, config.data):
+            say(f"WARNING: {run} has trained on all clips, those that are held out here among them")
+        return found
 
     def __init__(self, config: LoopConfig, found: Found):
         self.config, self.found = config, found
@@ -267,8 +286,7 @@ def open_folder(run: Run) -> None:
         run.lock = begin_run(config, found.train, accelerator.device, run.extended_at)
     accelerator.wait_for_everyone()
     if is_main and found.held_out:
-        names = "".join(f"{clip.path}\n" for clip in found.test)
-        write_text(config.run / HELD_OUT, names, errors="surrogateescape")
+        write_sides(config, found)
     run.first_step = load_checkpoint(accelerator, config.run, run.average)
     if run.first_step:
         tell(accelerator, f"resuming after step {run.first_step} of {run.schedule.steps}")

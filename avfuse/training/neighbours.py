@@ -51,9 +51,23 @@ def chance_at(related: Tensor, k: int) -> float:
     return sum(hits[n] for n in relatives.tolist()) / (draws * len(related))
 
 
+def wilson(share: float, clips: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval (Wilson 1927) of a share of so many clips, which is honest where these are few: that
+    of 7 of 7 is 0.65 to 1, whose standard error is 0.
+    """
+    middle, square = share + z**2 / (2 * clips), share * (1 - share) / clips + (z / (2 * clips)) ** 2
+    low, high = ((middle + sign * z * square**0.5) / (1 + z**2 / clips) for sign in (-1, 1))
+    return max(0.0, low), min(1.0, high)
+
+
+def interval(low: float, high: float) -> str:
+    """The same for people."""
+    return f"{low:.2f} to {high:.2f}"
+
+
 def nearest_neighbour_probes(features: dict[str, Tensor]) -> dict[str, dict[str, dict[str, float]]]:
     """Label -> feature -> accuracy of guessing a clip's label from its nearest neighbour, which is the recall
-    at 1, with its standard error and the accuracy of a random neighbour.
+    at 1, with its standard error, its 95 % interval and the accuracy of a random neighbour.
 
     Labels of which a clip may have several are passed over, and so is a single clip, which has no neighbour.
 
@@ -72,6 +86,7 @@ def nearest_neighbour_probes(features: dict[str, Tensor]) -> dict[str, dict[str,
                 feature: dict(
                     accuracy=recall,
                     standard_error=(recall * (1 - recall) / clips) ** 0.5,
+                    interval=wilson(recall, clips),
                     chance=chance_at(same, 1),
                 )
                 for feature, recall in recalls.items()

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..files import in_html, read_rows, write_text
+from .neighbours import interval
 from .pictures import BLUE, GREY, ORANGE
 from .run_folder import FILE, read_run
 
@@ -275,10 +276,16 @@ def probes(measures: list[dict]) -> str:
         probed = [(row["step"], row["probes"][label]) for row in measures if label in row["probes"]]
         for step, features in spread(probed, 2):
             cells = (features.get(name) for name in FEATURES)
-            cells = (f"{p['accuracy']:.3f} ± {p['standard_error']:.3f}" if p else "" for p in cells)
+            cells = (accuracy_of(p) if p else "" for p in cells)
             lines.append([label, step, *cells, f"{chance(features):.3f}"])
         figures.append(probe_curve(label, spread(probed, 40)))
     return table(lines, ["label", "step", *FEATURES, "chance"]) + charts(figures)
+
+
+def accuracy_of(probe: dict) -> str:
+    """With its 95 % interval, which older runs do not have."""
+    about = f"({interval(*probe['interval'])})" if "interval" in probe else f"± {probe['standard_error']:.3f}"
+    return f"{probe['accuracy']:.3f} {about}"
 
 
 def probe_curve(label: str, probed: list[tuple[int, dict]]) -> str:

@@ -18,16 +18,20 @@ from tqdm import tqdm
 
 from ..data.clips import Clip, Failure
 from ..data.decode import ClipError
-from ..files import append_row, printable, read_rows, some, write_json, write_rows
+from ..data.find import Found
+from ..data.hold_out import Sides
+from ..data.sets.folders import TESTS
+from ..files import append_row, printable, read_rows, some, write_json, write_rows, write_text
 from .faults import RunError
-from .settings import RUN_FILES, Formerly, LoopConfig, marks, option, settings_of
+from .settings import FRESH, RUN_FILES, Formerly, LoopConfig, marks, option, settings_of
 
 HELD_OUT = "held-out.txt"  # the clips that were, where the data name none to test on
+SIDES = "sides.json"  # these and those that were trained on, for the runs that begin with this one
 (FILE, FILE_BEFORE), LOCK = RUN_FILES, ".lock"
 SAID = 20  # unreadable clips that are named on the terminal
 CONTENTS = (  # of the folder, beside that file
-    "index.html metrics.jsonl neighbours.jsonl quarantine.jsonl results.json held-out.txt checkpoints faults "
-    "model pictures sounds tensorboard"
+    "index.html metrics.jsonl neighbours.jsonl quarantine.jsonl results.json held-out.txt sides.json "
+    "checkpoints faults model pictures sounds tensorboard"
 ).split()
 
 
@@ -80,8 +84,20 @@ def former_settings(config: LoopConfig, before: dict) -> dict:
 
 def instead(config: LoopConfig, before: dict) -> str:
     """What to do where a folder holds another run; one on other data is not offered for deletion."""
+    other = "choose another --run-dir"
+    if (config.run / "model").is_dir():
+        other += f" (with --checkpoint {printable(config.run)} to begin with this model)"
     is_same = before["settings"].get("data") == settings_of(config)["data"]
-    return "choose another --run-dir" + (", or --restart to delete it" if is_same else "")
+    return other + (", or --restart to delete it" if is_same else "")
+
+
+def whats_new(config: LoopConfig, clips: Sequence[Clip]) -> str:
+    """The names of the clips that a run did not have, if it is on record which it had."""
+    if (before := read_sides(config.run)) is None:
+        return ""
+    sides = zip(clips, before.of(clips, config.data or Path()), strict=True)
+    new = [clip.path for clip, side in sides if side is None]
+    return f"; new: {some(new)}" if new else ""
 
 
 def begin_run(config: LoopConfig, clips: Sequence[Clip], device: torch.device, extended_at: int = 0) -> IO:
@@ -106,8 +122,8 @@ def begin_run(config: LoopConfig, clips: Sequence[Clip], device: torch.device, e
         if before["data"] != data:
             then, now = printable(before["data"].get("clips")), data["clips"]
             raise ValueError(
-                f"--data has changed since the run in {printable(run)} began ({then} clips then, {now} now): "
-                f"it would not go on as it was; {instead(config, before)}"
+                f"--data has changed since the run in {printable(run)} began ({then} clips then, {now} now"
+                f"{whats_new(config, clips)}): it would not go on as it was; {instead(config, before)}"
             )
         changed = [path for path, time in written.items() if time > before.get("newest", math.inf)]
         if changed:  # or copied: only the times tell
@@ -159,6 +175,49 @@ def read_run(run: Path) -> dict:
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise ValueError(f"{printable(path)} is damaged, or not that of a run")
+
+
+# --- which clips were held out ------------------------------------------------------------------------------
+
+
+def write_sides(config: LoopConfig, found: Found) -> None:
+    """Puts on record which clips are held out, for people; and all clips, for runs that begin with this."""
+    names = "".join(f"{clip.path}\n" for clip in found.test)
+    write_text(config.run / HELD_OUT, names, errors="surrogateescape")
+    train, test = ([os.path.relpath(clip.path, config.data) for clip in side] for side in found[:2])
+    write_json(config.run / SIDES, dict(said=found.test_name, train=train, test=test))
+
+
+def begun_with(config: LoopConfig) -> Path | None:
+    """The folder of the run that this one goes on with, or else of that whose model it begins with."""
+    checkpoint = Path(getattr(config, "checkpoint", FRESH))
+    runs = [checkpoint, *([checkpoint.parent] if checkpoint.name == "model" else [])]
+    runs = runs if config.restart else [config.run, *runs]
+    return next((run for run in runs if (run / FILE).is_file()), None)
+
+
+def read_sides(run: Path | None) -> Sides | None:
+    """Which clips a run has held out, and which not; None if none.
+
+    Raises:
+        ValueError: the file that says so is damaged.
+    """
+    if run is None or not (run / SIDES).is_file():
+        return None
+    root = read_run(run)["settings"].get("data")
+    try:
+        sides = json.loads((run / SIDES).read_text(encoding="utf-8"))
+        return Sides(sides["said"], root, sides["train"], sides["test"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{printable(run / SIDES)} is damaged: {printable(repr(error))}") from error
+
+
+def has_trained_on_all(run: Path, data: Path) -> bool:
+    """Whether a run has trained on all clips of a folder, which it was given, or one above it."""
+    above, folder = Path(str(read_run(run)["settings"].get("data"))), data.resolve()
+    if (run / HELD_OUT).exists() or above not in (folder, *folder.parents):
+        return False
+    return folder.relative_to(above).parts[:1] not in [(name,) for name in TESTS]
 
 
 def describe_data(clips: Sequence[Clip]) -> dict:

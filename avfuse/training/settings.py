@@ -136,6 +136,8 @@ class LoopConfig:
     """How many of the latest checkpoints stay."""
     quiet: Annotated[bool, tyro.conf.arg(aliases=["-q"]), ONCE] = False
     """Show no progress, only what was found, results and faults."""
+    epochs_given: Annotated[bool, tyro.conf.Suppress, ONCE] = False
+    """Whether a command line gives --epochs, be it their default."""
 
     def __post_init__(self):
         if self.run is None:
@@ -179,6 +181,7 @@ def checked(parse: Callable[..., LoopConfig]) -> Callable[..., LoopConfig]:
         config = parse(args=args, prog=prog)
         if not any(arg.replace("_", "-").startswith("--warmup-epochs") for arg in args):
             config.warmup_epochs = min(config.warmup_epochs, config.epochs // 2)
+        config.epochs_given = any(arg.startswith("--epochs") for arg in args)
         check_config(config)
         return config
 
