@@ -173,6 +173,7 @@ def texts(results: dict) -> dict[Path, str]:
         ROOT / "README.md": {"speed": speed(results)},
         ROOT / "docs/tasks.md": {"tasks": tasks_table(RESULTS / "tasks")},
         ROOT / "docs/dense.md": {"scaling": sentence(results, scaling)},
+        ROOT / "docs/video.md": {"video": video(results)},
         ROOT / "docs/data.md": {
             "loading": sentence(results, loading),
             "many-clips": sentence(results, many_clips),
@@ -212,6 +213,24 @@ def of_cpu(results: dict, benchmark) -> str:
 def counted(results: dict) -> str:
     record, measured = record_of(results, traffic, "meta"), record_of(results, throughput, "cuda")
     return markdown(traffic.tables(record, measured)) if record else origin(record)
+
+
+def video(results: dict) -> str:
+    """What clips of several frames cost: counted, measured, and how it grows."""
+    parts = []
+    for frames in 8, 16:
+        record = results.get(f"traffic-meta-video{frames}")
+        parts.append(f"**{frames} frames, counted**: {origin(None) if record is None else ''}".strip())
+        parts += traffic.tables(record) if record else []
+    for place, title in (("cpu", "CPU"), ("cuda", "GPU")):
+        for frames in 8, 16:
+            record = results.get(f"throughput-{place}-video{frames}")
+            parts.append(f"**{frames} frames, measured on a {title}**: {origin(record)}")
+            parts += throughput.tables(record) if record else []
+        record = results.get(f"scaling-{place}-frames")
+        parts.append(f"**One block alone as frames grow, {title}**: {origin(record)}")
+        parts += scaling.tables(record) if record else []
+    return markdown(parts)
 
 
 def record_of(results: dict, benchmark, place: str) -> dict | None:

@@ -482,7 +482,9 @@ def summary(records: dict[str, dict | None], mode: Mode) -> list:
     if mode == "inference":
         header += ["paper speed", "paper memory"]
     rows = [tuple(header)]
-    for name, row in ROWS.items():
+    frames = max((record["settings"].get("frames", 1) for record in records.values() if record), default=1)
+    for name in rows_by(frames):
+        row = ROWS[name]
         if row.fused and mode == "training":
             continue
         places = [against_none(record, mode, name) for record in records.values()]
