@@ -240,10 +240,10 @@ def open_window(
         raise ValueError(f"{printable(error.path)} cannot be read: {printable(error.reason)}") from error
 
 
-def check_one_frame(settings: InputSettings, what: str) -> None:
-    """Raises ValueError for settings of several frames, where something takes one."""
-    if settings.image_frames != 1:
-        raise ValueError(f"image_frames must be 1 for {what}, got {settings.image_frames}")
+def check_one_frame(image_frames: int, what: str) -> None:
+    """Raises ValueError for clips of several frames, where something takes one."""
+    if image_frames != 1:
+        raise ValueError(f"image_frames must be 1 for {what}, got {image_frames}")
 
 
 def window_starts(seconds: float, length: float, every: float) -> list[float]:

@@ -288,7 +288,7 @@ class SceneDataset(ClipDataset):
         frame: str = "whole",
     ):
         super().__init__(scenes, settings, train=train, seed=seed)
-        check_one_frame(settings, "annotated pictures")
+        check_one_frame(settings.image_frames, "annotated pictures")
         check_choice("frame", frame, FRAMES)
         for scene in scenes:
             if not scene.moments:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, interpolate, normalize
 
+from ..data.clips import check_one_frame
 from ..data.find import Found
 from ..data.scenes import as_found
 from ..data.sets.flickr_soundnet import is_flickr_soundnet, read_flickr_soundnet
@@ -48,6 +49,7 @@ class Localizer(SceneModel, Pretrained):
 
     def __init__(self, encoder: AVEncoder, dim: int = 128):
         super().__init__()
+        check_one_frame(encoder.frames, "localization")
         self.encoder, self.settings = encoder, dict(dim=dim)
         self.image_head = nn.Linear(encoder.dims["image"], dim)
         self.audio_head = nn.Linear(encoder.dims["audio"], dim)

@@ -17,6 +17,7 @@ from matplotlib.patches import Patch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, interpolate
 
+from ..data.clips import check_one_frame
 from ..data.find import Found
 from ..data.scenes import as_found
 from ..data.sets import avsbench
@@ -80,6 +81,7 @@ class Segmenter(SceneModel, Pretrained):
         class_names: Sequence[str] | None = None,
     ):
         super().__init__()
+        check_one_frame(encoder.frames, "segmentation")
         self.encoder, self.class_names = encoder, named(class_names, outputs)
         self.settings = dict(outputs=outputs, dim=dim, class_names=self.class_names)
         self.join = nn.Linear(encoder.dims["image"] + encoder.dims["audio"], 2 * dim)

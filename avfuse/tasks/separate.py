@@ -60,7 +60,7 @@ class MixtureDataset(ClipDataset):
         if len(clips) < 2:
             raise ValueError(f"clips: a mixture needs at least two clips, got {len(clips)}")
         super().__init__(clips, settings, train=train, seed=seed, extras=draw_partner)
-        check_one_frame(settings, "mixtures")
+        check_one_frame(settings.image_frames, "mixtures")
         owners, classes, numbers = [], [], {}  # a row for each class of each clip; numbers of the classes
         for index, clip in enumerate(clips):
             for name, label in clip.labels.items():

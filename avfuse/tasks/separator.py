@@ -43,7 +43,7 @@ class Separator(TaskModel, Pretrained):
         super().__init__()
         if not isinstance(encoder, AVEncoder):
             raise ValueError(f"encoder must be an AVEncoder, got {type(encoder).__name__}")
-        check_one_frame(encoder.inputs, "separation")
+        check_one_frame(encoder.frames, "separation")
         self.encoder, self.settings = encoder, dict(decoder_dim=decoder_dim)
         self.decoder = AudioUNet(encoder, decoder_dim)
         self.mel_stft = MelSTFT(encoder.inputs)

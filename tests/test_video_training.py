@@ -1,0 +1,131 @@
+"""Clips of several frames all the way: pretraining, resuming, tasks that begin with such a model, answers;
+and those that cannot be told of frames.
+"""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from models import relative_error
+
+import avfuse
+from avfuse import InputSettings, presets
+from avfuse.data import sounding_shapes
+from avfuse.files import read_rows
+from avfuse.loading import load_encoder
+from avfuse.predict import PredictConfig
+from avfuse.predict import main as predict
+from avfuse.tasks.classify import Classification
+from avfuse.tasks.localize import Localization
+from avfuse.tasks.options import ClassifyConfig, LocalizeConfig, RetrieveConfig
+from avfuse.tasks.retrieve import Retrieval
+from avfuse.train import Pretraining
+from avfuse.training.loop import program, set_up, train
+from avfuse.training.recipes import TrainConfig
+
+INPUTS = InputSettings(image_size=32, mel_bins=16, hop=500)  # 4 tokens a frame, 6 of sound
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("synchrony")
+    return sounding_shapes.generate(
+        root, scene="synchrony", train=6, test=4, size=64, workers=1, progress=False
+    )
+
+
+@pytest.fixture(autouse=True)
+def small_model(monkeypatch):
+    monkeypatch.setitem(presets.SIZES, "tiny", (16, 2, 2, INPUTS))
+
+
+@pytest.fixture
+def options(shapes, tmp_path):
+    return dict(
+        data=shapes, run=tmp_path / "run", epochs=2, warmup_epochs=0, batch_size=3, workers=0, min_steps=0
+    )
+
+
+def pretraining(options, **changes) -> TrainConfig:
+    decoder = dict(decoder_dim=16, decoder_depth=1, decoder_heads=2, measure_every=0)
+    return TrainConfig(**options | decoder | dict(frames=4, pair_bias="time") | changes)
+
+
+@pytest.mark.parametrize("tubes", [False, True])
+def test_pretraining_and_what_begins_with_it(options, tmp_path, tubes):
+    config = pretraining(options, tubes=tubes)
+    assert program(config, Pretraining) == 0
+    encoder = load_encoder(config.run)
+    assert (encoder.frames, encoder.inputs.image_frames, encoder.settings["pair_bias"]) == (4, 4, "time")
+    assert all(block.time_bias.table.any() for block in encoder.fusion_blocks.values()), "it was trained"
+    assert {"reconstructions-000004.png", "attention-000004.png"} <= {
+        x.name for x in config.run.glob("pictures/*")
+    }
+
+    more = options | dict(checkpoint=str(config.run))
+    named = ClassifyConfig(**more | dict(run=tmp_path / "classify", label="colour", mixup=0.8))
+    assert program(named, Classification) == 0
+    classifier = avfuse.load(named.run)
+    assert classifier.encoder.frames == 4
+    clip = next((options["data"] / "test").glob("*.mp4"))
+    image, audio = avfuse.read_clip(clip, classifier.encoder.inputs)
+    assert image.shape == (1, 4, 3, 32, 32)
+    with torch.no_grad():
+        odds = classifier(image, audio).logits.softmax(1)[0]
+    said = classifier.predict(clip)["both"]
+    assert said == pytest.approx({name: odds[n].item() for n, name in enumerate(classifier.class_names)})
+
+    found = RetrieveConfig(**more | dict(run=tmp_path / "retrieve", epochs=0, k=(1,)))
+    assert program(found, Retrieval) == 0
+    longer = ClassifyConfig(**more | dict(run=tmp_path / "eight", label="colour", frames=8))
+    task = set_up(longer, Classification).task
+    assert task.model.encoder.frames == 8
+    of_four = load_encoder(config.run)
+    for name, weight in of_four.fusion_blocks.state_dict().items():
+        assert torch.equal(task.model.encoder.fusion_blocks.state_dict()[name], weight)
+
+
+def test_a_run_resumes_with_the_losses_of_one_that_went_through(options, tmp_path):
+    config = pretraining(options, checkpoint_every=1)
+    train(set_up(config, Pretraining))
+    whole = {row["step"]: row["loss"] for row in read_rows(config.run / "metrics.jsonl") if "loss" in row}
+    part = replace(config, run=tmp_path / "part", epochs=1)
+    train(set_up(part, Pretraining))
+    train(set_up(replace(part, epochs=2), Pretraining))
+    rows = {row["step"]: row["loss"] for row in read_rows(part.run / "metrics.jsonl") if "loss" in row}
+    assert rows.keys() == whole.keys() and rows[1] == whole[1]
+
+
+def test_a_model_of_one_frame_becomes_one_of_several(options, tmp_path):
+    config = pretraining(options, frames=0, pair_bias="")
+    assert program(config, Pretraining) == 0
+    more = pretraining(options, run=tmp_path / "more", checkpoint=str(config.run))
+    encoder = set_up(more, Pretraining).task.model.encoder
+    assert encoder.frames == 4 and encoder.settings["pair_bias"] == "time"
+    weights = load_encoder(config.run).state_dict()
+    for name, weight in encoder.state_dict().items():
+        assert torch.equal(weight, weights.get(name, torch.zeros_like(weight))), name
+
+
+def test_what_is_read_is_what_is_answered(options, tmp_path, capsys):
+    config = pretraining(options)
+    assert program(config, Pretraining) == 0
+    clip = next((options["data"] / "test").glob("*.mp4"))
+    out = tmp_path / "said.json"
+    assert predict(PredictConfig(model=str(config.run), videos=(clip,), out=out)) == 0
+    encoder = load_encoder(config.run)
+    with torch.no_grad():
+        tokens = encoder(*avfuse.read_clip(clip, encoder.inputs))
+    answer = json.loads(out.read_text())
+    answer = answer[0] if isinstance(answer, list) else answer
+    values = [value for name, value in answer.items() if "fusion" in name]
+    values = values[0] if values and isinstance(values[0], list) else values
+    assert relative_error(torch.tensor(values), tokens.fusion.mean(1)[0]) < 1e-4
+
+
+def test_tasks_of_single_frames_refuse_several(options, capsys):
+    config = pretraining(options)
+    assert program(config, Pretraining) == 0
+    task = LocalizeConfig(**options | dict(run=config.run.parent / "localize", checkpoint=str(config.run)))
+    assert "image_frames" in program(task, Localization)
