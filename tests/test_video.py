@@ -18,10 +18,20 @@ from models import (
     randomized,
     relative_error,
 )
+from test_released import ENCODERS, golden
 
-from avfuse import AVMAE, AVEncoder, DenseFusion, InputSettings, create_encoder, pair_attention
+from avfuse import (
+    AVMAE,
+    AVEncoder,
+    DenseFusion,
+    InputSettings,
+    create_encoder,
+    from_deepavfusion,
+    pair_attention,
+)
 from avfuse.fusion import VARIANTS, TimeBias
 from avfuse.mae import MaskSampler
+from avfuse.training.plan import activation_bytes
 
 EXACT = 1e-11
 FRAMES, SECONDS = 3, 2.0
@@ -224,6 +234,21 @@ def test_weights_of_one_frame_give_what_they_gave(way, vit):
         assert relative_error(output.fusion, truth.fusion) < EXACT
 
 
+@pytest.mark.parametrize("name", ENCODERS)
+def test_released_weights_of_one_frame_give_what_they_gave(name):
+    config, weights, *_ = golden(name)
+    single = from_deepavfusion(weights, config=config).double()
+    several = single.with_frames(3)
+    assert type(several) is type(single) and several.frames == 3
+    image, audio = (torch.randn(2, *shape).double() for shape in single.input_shapes.values())
+    truth, output = single(image, audio), several(image[:, None].expand(-1, 3, -1, -1, -1), audio)
+    one = several(image[:, None], audio)
+    assert relative_error(one.image[:, 0], truth.image) < EXACT
+    assert relative_error(one.fusion, truth.fusion) < EXACT
+    if name != "encoder_token":  # in which copies of a frame weigh more than one against the sound
+        assert relative_error(output.fusion, truth.fusion) < EXACT
+
+
 @every_way
 def test_every_weight_gets_a_gradient(way):
     encoder, inputs = make_video_encoder(way), make_video()
@@ -364,9 +389,9 @@ def _stream(tokens):
 # --- the autoencoder ----------------------------------------------------------------------------------------
 
 
-def make_video_mae(way="dense, time", **options):
+def make_video_mae(way="dense, time", frames=FRAMES, **options):
     settings = dict(decoder_dim=16, decoder_depth=2, decoder_heads=2, audio_mask_ratio=0.7) | options
-    return randomized(AVMAE(make_video_encoder(way), **settings))
+    return randomized(AVMAE(make_video_encoder(way, frames), **settings))
 
 
 @every_way
@@ -431,6 +456,12 @@ def test_an_absent_modality_leaves_its_loss(absent):
     picked = {name: mask[present] for name, mask in masks.items()}
     alone = mae(video[present], sound[present], **picked)
     assert relative_error(getattr(output, f"{absent}_loss"), getattr(alone, f"{absent}_loss")) < 1e-6
+
+
+def test_memory_grows_with_the_frames():
+    """What a step keeps for its backward, beside what one frame keeps: as much for each frame more."""
+    kept = [activation_bytes(make_video_mae(frames=T).float(), "no", 2) for T in (2, 4, 8)]
+    assert (kept[2] - kept[1]) / (kept[1] - kept[0]) == pytest.approx(2, rel=0.01)
 
 
 def test_an_autoencoder_of_frames_is_saved(tmp_path):
