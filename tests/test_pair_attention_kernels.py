@@ -469,6 +469,21 @@ def test_only_needed_gradients_of_a_bias_are_computed():
     assert tensors["query"].grad is not None and tensors["pair_bias"].grad is None
 
 
+def test_a_bias_in_blocks_stores_neither_pairs_nor_blocks_of_them_for_each_query(monkeypatch):
+    """2 queries, 64 + 32 tokens of width 3: the largest tensors are gradients of image keys and values."""
+    sizes, new_empty = [], torch.Tensor.new_empty
+
+    def recorded(*args, **options):
+        tensor = new_empty(*args, **options)
+        sizes.append(tensor.numel())
+        return tensor
+
+    tensors = make(2, 64, 32, 3, 3, B=1, H=1) | dict(pair_bias=torch.randn(4, 32, device=DEVICE))
+    monkeypatch.setattr(torch.Tensor, "new_empty", recorded)
+    run(tensors, torch.randn(1, 1, 2, 3, device=DEVICE), attend=triton_attention)
+    assert max(sizes) == 64 * 3 < 2 * 4 * 32
+
+
 def test_distributed_data_parallel_changes_nothing(monkeypatch):
     monkeypatch.setattr(fusion, "attend_pairs", functools.partial(attend_pairs, backend="triton"))
     block = fusion.DenseFusion(16, 2, attn_ratio=1.0).to(DEVICE)
