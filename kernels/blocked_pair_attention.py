@@ -41,7 +41,7 @@ from .tiles import (
 )
 
 # Of the kernels that read no tokens: tiles (BLOCK, BLOCK, BLOCK_F) of two blocks and a query each.
-TILES = dict(BLOCK_F=16, BLOCK=16, num_warps=4, enable_fp_fusion=True)
+TILES = dict(BLOCK_F=16, BLOCK=16, num_warps=4, enable_fp_fusion=True, maxnreg=255)
 
 
 class Blocks(NamedTuple):

@@ -420,7 +420,7 @@ def _settings(precision, dtype, B, H, F, I, A, K, V, backward, device, blocked):
     elif narrow:
         block_n, warps = 64 if max(K, V) <= 16 and not blocked else 32, 2 if backward else block_f // 16
     else:
-        block_n, warps = 32, 8 if wide else block_f // 8
+        block_n, warps = 32, 8 if wide else block_f // (4 if blocked else 8)
     return dict(
         K=K,
         V=V,
