@@ -31,7 +31,8 @@ ALLOWED = {"bfloat16": 2e-2, "float16": 3e-3, "float32": 1e-4}  # norm of an err
 
 @dataclass(frozen=True)
 class Options:
-    """The self-check of the kernels: each shape and dtype, with and without masks and a pair bias.
+    """The self-check of the kernels: each shape and dtype, with and without masks, without a pair bias, with
+    one of all pairs, and with one of frames, as blocks of image tokens, and audio tokens.
 
     Without a GPU it needs Triton's interpreter (TRITON_INTERPRET=1), whose bfloat16 is wrong.
     """
@@ -44,11 +45,12 @@ class Case(NamedTuple):
     shape: str
     dtype: str
     masked: bool
-    biased: bool
+    bias: Literal["pairs", "frames"] | None
 
 
 def main(options: Options) -> None:
-    cases = [Case(*case) for case in itertools.product(options.shapes, options.dtypes, *[(False, True)] * 2)]
+    ways = (False, True), (None, "pairs", "frames")
+    cases = [Case(*case) for case in itertools.product(options.shapes, options.dtypes, *ways)]
     workers = min(math.ceil(len(cases) / 4), len(os.sched_getaffinity(0)))  # fewer cases are not worth one
     worst, off = dict.fromkeys(options.dtypes, 0.0), 0
     spawn = multiprocessing.get_context("spawn")  # compute-sanitizer loses sight of what is forked
@@ -68,7 +70,7 @@ def main(options: Options) -> None:
 
 
 def errors_of_case(case: Case) -> dict[str, float]:
-    inputs, grad = make_inputs(*SHAPES[case.shape], measure.DTYPES[case.dtype], biased=case.biased)
+    inputs, grad = make_inputs(*SHAPES[case.shape], measure.DTYPES[case.dtype], bias=case.bias)
     masks = {}
     if case.masked:
         for name in ("image_mask", "audio_mask"):
@@ -78,15 +80,18 @@ def errors_of_case(case: Case) -> dict[str, float]:
     return errors_of(inputs, grad, **masks)
 
 
-def make_inputs(B, H, F, I, A, K, V, dtype: torch.dtype, *, biased: bool) -> tuple[dict[str, Tensor], Tensor]:
+def make_inputs(
+    B, H, F, I, A, K, V, dtype: torch.dtype, *, bias: Literal["pairs", "frames"] | None
+) -> tuple[dict[str, Tensor], Tensor]:
     """What pair_attention is called with, by argument, and the gradient of its output."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     sizes = dict(query=(F, K), image_key=(I, K), image_value=(I, V), audio_key=(A, K), audio_value=(A, V))
     # (B, N, H, width) in memory, as projections leave it
     inputs = {name: torch.randn(B, n, H, width).transpose(1, 2) for name, (n, width) in sizes.items()}
-    if biased:
-        inputs["pair_bias"] = torch.randn(1, H, I, A)
+    if bias:
+        frames = max(n for n in range(1, 17) if I % n == 0)
+        inputs["pair_bias"] = torch.randn(1, H, frames if bias == "frames" else I, A)
     inputs = {name: tensor.to(device, dtype) for name, tensor in inputs.items()}
     return inputs, torch.randn(B, H, F, V).to(device, dtype)
 

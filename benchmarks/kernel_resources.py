@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import triton
-from avfuse.kernels import biased_pair_attention, pair_attention
+from avfuse.kernels import biased_pair_attention, blocked_pair_attention, pair_attention
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -72,8 +72,10 @@ def resources(kernel) -> tuple[int, int, int]:
     return registers, stack, kernel.metadata.shared
 
 
-def attend(dtype, B, F, N, K, V, masks=False, bias=None):
-    """Forward and backward on tensors without memory, of the strides that projections produce."""
+def attend(dtype, B, F, N, K, V, masks=False, bias=None, blocks=None):
+    """Forward and backward on tensors without memory, of the strides that projections produce. The bias is of
+    so many clips, and of pairs of an audio token and an image token, or so many blocks of them.
+    """
 
     def tokens(count, width):
         return torch.empty(B, count, 12, width, dtype=dtype, device="meta").transpose(1, 2)
@@ -85,15 +87,19 @@ def attend(dtype, B, F, N, K, V, masks=False, bias=None):
         pair_attention.forward(*inputs, 0.25)
         pair_attention.backward(tokens(F, V), *inputs, 0.25)
     else:
-        bias = torch.empty(bias, 12, N, N // 2, device="meta")
-        biased_pair_attention.forward(*inputs, bias, 0.25)
-        biased_pair_attention.backward(tokens(F, V), *inputs, bias, 0.25, True)
+        kernels = biased_pair_attention if blocks is None else blocked_pair_attention
+        bias = torch.empty(bias, 12, blocks or N, N // 2, device="meta")
+        kernels.forward(*inputs, bias, 0.25)
+        kernels.backward(tokens(F, V), *inputs, bias, 0.25, True)
 
 
 def variants(few):
     """(options, what to print of them): the paper's widths at B=64, long sequences at B=1, a pair bias (of
-    which the paper knows nothing: in float32 at widths of 64 its backward spills 8 bytes on 9.0).
+    which the paper knows nothing: in float32 at widths of 64 its backward spills 8 bytes on 9.0), and one of
+    frames, whole or the kept quarter of them.
     """
+    frames = dict(F=16, N=16 * 196, masks=True, bias=1, blocks=16)
+    kept = dict(F=16, N=8 * 49, bias=1, blocks=8)
     for dtype in DTYPES:
         for F, K, V in SIZES[: 2 if few else None]:
             yield dict(dtype=dtype, B=64, F=F, N=196, K=K, V=V, masks=True), "masks"
@@ -104,6 +110,13 @@ def variants(few):
             yield dict(dtype=dtype, B=64, F=16, N=196, K=32, V=32), "-"
             yield dict(dtype=dtype, B=64, F=16, N=196, K=16, V=16), "-"
             yield dict(dtype=dtype, B=64, F=16, N=196, K=16, V=16, bias=1), "bias"
+    for dtype in DTYPES[:1] if few else (*DTYPES, torch.float16):
+        yield dict(dtype=dtype, B=2, K=16, V=16) | frames, "frames+masks"
+        if not few:
+            yield dict(dtype=dtype, B=64, K=16, V=16) | kept, "frames"
+            yield dict(dtype=dtype, B=64, K=16, V=16) | kept | dict(F=32), "frames"
+            yield dict(dtype=dtype, B=64, K=64, V=64) | frames, "frames+masks"
+            yield dict(dtype=dtype, B=2, K=64, V=64) | kept, "frames"
 
 
 def main():

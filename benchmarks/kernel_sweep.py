@@ -159,9 +159,12 @@ def measure_one(case: Case, own: dict) -> dict:
 
 @functools.cache
 def inputs_of(case: Case, shape: str) -> tuple[dict, torch.Tensor]:
-    (B, H, I, A), width, biased = SHAPES[shape], case.width, case.kernel == "biased_pair_attention"
-    sizes = B, H, case.queries, I, A, width, width
-    return kernel_check.make_inputs(*sizes, measure.DTYPES[case.dtype], biased=biased)
+    (B, H, I, A), width = SHAPES[shape], case.width
+    sizes, bias = (
+        (B, H, case.queries, I, A, width, width),
+        "pairs" if case.kernel.startswith("biased") else None,
+    )
+    return kernel_check.make_inputs(*sizes, measure.DTYPES[case.dtype], bias=bias)
 
 
 @functools.cache

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from avfuse import pair_attention
 
-SHAPES = {"paper": (196, 96), "pretraining": (49, 19), "long": (4096, 4096)}  # image and audio tokens
+SHAPES = {  # image and audio tokens
+    "paper": (196, 96), "pretraining": (49, 19), "long": (4096, 4096), "video": (16 * 196, 400),
+}  # fmt: skip
 QUERIES = 4  # whose outputs are compared, of one head of one clip
 
-Shape = Literal["paper", "pretraining", "long"]
-Variant = Literal["plain", "bias", "masks"]
+Shape = Literal["paper", "pretraining", "long", "video"]
+Variant = Literal["plain", "bias", "frames", "masks"]
 Mode = Literal["forward", "backward", "both"]
 RowName = Literal["avfuse", "reference", "sdpa", "xformers", "compiled"]
 
@@ -41,10 +43,12 @@ class Options(measure.Options):
 
     rows: tuple[RowName, ...] = ("avfuse", "reference", "sdpa", "xformers", "compiled")
     shapes: tuple[Shape, ...] = ("paper", "pretraining", "long")
-    """Image and audio tokens: the paper's 196 + 96, 49 + 19 left by its masks, and 4096 + 4096."""
+    """Image and audio tokens: the paper's 196 + 96, 49 + 19 left by its masks, 4096 + 4096, and 3136 + 400 of
+    16 frames and 10 seconds."""
     variants: tuple[Variant, ...] = ("plain", "bias", "masks")
-    """Without more; with a float32 pair bias (H, I, A) that all clips share, and its gradient; with masks
-    that hide a quarter of the image and of the audio tokens."""
+    """Without more; with a float32 pair bias (H, I, A) that all clips share, and its gradient; with one of
+    frames, (H, S, A), S the largest number up to 16 that divides I; with masks that hide a quarter of
+    the image and of the audio tokens."""
     modes: tuple[Mode, ...] = ("forward", "backward", "both")
     batch: int | None = None
     """Clips. Default: 64 on a GPU, 2 on a CPU."""
@@ -111,7 +115,7 @@ def for_scores(mask: Tensor | None) -> Tensor | None:
 
 
 def implementation(row: RowName, variant: Variant) -> Callable:
-    if variant == "bias" and row in ("sdpa", "compiled"):
+    if variant in ("bias", "frames") and row in ("sdpa", "compiled"):
         raise ValueError("a pair bias joins the two softmaxes, which two calls cannot do")
     if row == "sdpa":
         return sdpa
@@ -142,8 +146,8 @@ def make_tensors(options: Options, shape: Shape, variant: Variant) -> tuple[dict
         audio_value=random(B, H, A, V),
     )
     grad = random(B, H, F_, V)
-    if variant == "bias":
-        tensors["pair_bias"] = random(H, I, A, dtype=torch.float32)
+    if rows := bias_rows(I, variant):
+        tensors["pair_bias"] = random(H, rows, A, dtype=torch.float32)
     for tensor in tensors.values():
         tensor.requires_grad_()
     if variant == "masks":
@@ -152,6 +156,11 @@ def make_tensors(options: Options, shape: Shape, variant: Variant) -> tuple[dict
             for name, n in (("image_mask", I), ("audio_mask", A))
         }
     return tensors, grad
+
+
+def bias_rows(I: int, variant: Variant) -> int:
+    """Those of a pair bias: of image tokens, or of frames of them; 0 without one."""
+    return {"bias": I, "frames": max(n for n in range(1, 17) if I % n == 0)}.get(variant, 0)
 
 
 def learned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -182,7 +191,7 @@ def over_all_pairs(tensors: dict[str, Tensor], grad: Tensor, dtype: torch.dtype)
         query = query * query.shape[-1] ** -0.5
         logits = (head["image_key"] @ query)[:, None] + head["audio_key"] @ query  # (I, A)
         if "pair_bias" in head:
-            logits = logits + head["pair_bias"]
+            logits = logits + head["pair_bias"].repeat_interleave(len(logits) // len(head["pair_bias"]), 0)
         if "image_mask" in head:
             logits = logits.masked_fill(~(head["image_mask"][:, None] & head["audio_mask"]), -torch.inf)
         weights = logits.flatten().softmax(0).view_as(logits)
@@ -202,7 +211,7 @@ def measure_shape(options: Options, shape: Shape, variant: Variant, ceiling: dic
     few = torch.zeros_like(grad)
     few[0, 0, :QUERIES] = grad[0, 0, :QUERIES]
     truth, dtype = over_all_pairs(tensors, few, torch.float64), measure.DTYPES[options.dtype]
-    if variant == "bias":
+    if "pair_bias" in tensors:
         plains = [over_all_pairs(tensors, few, dtype)]
     else:
         plains = [run_with_gradients(attend, tensors, few) for attend in (plain, sdpa)]
@@ -279,7 +288,7 @@ def count_bytes(options: Options, shape: Shape, variant: Variant, mode: Mode) ->
     F_, K, V = options.fusion_tokens, options.key_width, options.value_width
     heads, size = options.batch * options.heads, measure.DTYPES[options.dtype].itemsize
     inputs, output = heads * size * (F_ * K + (I + A) * (K + V)), heads * size * F_ * V
-    bias = 4 * options.heads * I * A if variant == "bias" else 0
+    bias = 4 * options.heads * bias_rows(I, variant) * A
     masks = options.batch * (I + A) if variant == "masks" else 0
     moved = {"forward": inputs + output + bias + masks, "backward": 2 * (inputs + bias) + output + masks}
     return sum(moved.values()) if mode == "both" else moved[mode]
@@ -288,12 +297,12 @@ def count_bytes(options: Options, shape: Shape, variant: Variant, mode: Mode) ->
 def count_flop(options: Options, shape: Shape, variant: Variant, mode: Mode) -> int:
     """Floating-point operations, a multiply-add being 2. Forward: logits (K) and weighted values (V).
     Backward: logits again (K), gradients of weights and values (2 V), of queries and keys (2 K). With a pair
-    bias, for every query and pair: forward the marginals of both modalities; backward these again, their
+    bias, for every query and entry: forward the marginals of both modalities; backward these again, their
     gradients, and two products that add up the gradient of the bias. Hidden tokens are computed, too.
     """
     I, A = SHAPES[shape]
     K, V = options.key_width, options.value_width
-    pairs = I * A if variant == "bias" else 0
+    pairs = bias_rows(I, variant) * A
     forward, backward = (I + A) * (K + V) + 2 * pairs, (I + A) * (3 * K + 2 * V) + 6 * pairs
     products = {"forward": forward, "backward": backward, "both": forward + backward}
     return 2 * options.batch * options.heads * options.fusion_tokens * products[mode]
@@ -320,7 +329,7 @@ def tables(record: dict) -> list:
 def shape_parts(name: str, shape: dict) -> list:
     """A row for each mode and implementation, with the time of every clock; and which have none, and why."""
     _, _, variant = name.partition(", ")
-    title = {"": "", "bias": ", pair bias", "masks": ", masks"}[variant]
+    title = {"": "", "bias": ", pair bias", "frames": ", bias of frames", "masks": ", masks"}[variant]
     timed = {row: result for row, result in shape["rows"].items() if "seconds" in result}
     modes = (mode for result in timed.values() for mode in result["seconds"].values())
     clocks = list(dict.fromkeys(clock for mode in modes for clock in mode))

@@ -24,6 +24,7 @@ import triton.language as tl
 from .cards import own_settings
 from .tiles import (
     add_slots,
+    broadcast_strides,
     empty_slots,
     finite,
     head,
@@ -37,6 +38,7 @@ from .tiles import (
     prepared,
     reciprocal,
     rows_of,
+    shared_range,
     slot_head,
     store_rows,
 )
@@ -276,14 +278,13 @@ def bias_kernel(
     K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # One program owns a tile of the bias, and walks all clips, heads, tokens and queries that share it.
-    tiles = tl.cdiv(bias_sizes[2], BLOCK_N)
-    tiles_of_head = tiles * tl.cdiv(bias_sizes[3], BLOCK_N)
+    # One program owns a tile of the bias, and walks all clips, heads and queries that share it.
+    tiles = tl.cdiv(I, BLOCK_N)
+    tiles_of_head = tiles * tl.cdiv(A, BLOCK_N)
     matrix, own_tile = tl.program_id(0) // tiles_of_head, tl.program_id(0) % tiles_of_head
-    first_b, last_b = shared_range(matrix // bias_sizes[1], bias_sizes[0], B, 1)
-    first_h, last_h = shared_range(matrix % bias_sizes[1], bias_sizes[1], H, 1)
-    first_i, last_i = shared_range(own_tile % tiles, bias_sizes[2], I, BLOCK_N)
-    first_j, last_j = shared_range(own_tile // tiles, bias_sizes[3], A, BLOCK_N)
+    first_b, last_b = shared_range(matrix // bias_sizes[1], bias_sizes[0], B)
+    first_h, last_h = shared_range(matrix % bias_sizes[1], bias_sizes[1], H)
+    i, j = own_tile % tiles * BLOCK_N, own_tile // tiles * BLOCK_N
     grad = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
     for b in range(first_b, last_b):
         for h in range(first_h, last_h):
@@ -307,39 +308,25 @@ def bias_kernel(
                     V,
                 )
                 top, inverse, image_mean, audio_mean, safe = load_statistics(statistics, b, h, H, queries, F)
-                for i in range(first_i, last_i, BLOCK_N):
-                    image_logits, image_k, image_v = load_logits(q, image, i, scale, K, V, PRECISION, BLOCK_N)
-                    image_grad = tl.dot(image_v, tl.trans(do), input_precision=PRECISION) - image_mean
-                    for j in range(first_j, last_j, BLOCK_N):
-                        audio_logits, audio_k, audio_v = load_logits(
-                            q, audio, j, scale, K, V, PRECISION, BLOCK_N
-                        )
-                        audio_grad = tl.dot(audio_v, tl.trans(do), input_precision=PRECISION) - audio_mean
-                        tile = load_bias(bias, image, audio, i, j, BLOCK_N)
-                        if safe and PRECISION != "ieee":  # whose products take too many registers
-                            more = pair_grads(
-                                image_logits, audio_logits, image_grad, audio_grad, tile, top, inverse,
-                                PAIR_PRECISION, False,
-                            )  # fmt: skip
-                        else:
-                            more = pair_grads(
-                                image_logits, audio_logits, image_grad, audio_grad, tile, top, inverse,
-                                PAIR_PRECISION, True,
-                            )  # fmt: skip
-                        grad += tl.where(image[ALIVE] & audio[ALIVE], more, 0.0)
-    grad = tl.where(bias_sizes[2] == 1, tl.sum(grad, 0)[None, :], grad)
-    grad = tl.where(bias_sizes[3] == 1, tl.sum(grad, 1)[:, None], grad)
-    rows = (own_tile % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = (own_tile // tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    bias_grad += (matrix.to(tl.int64) * bias_sizes[2] + rows[:, None]) * bias_sizes[3] + columns[None, :]
-    tl.store(bias_grad, grad, mask=(rows < bias_sizes[2])[:, None] & (columns < bias_sizes[3])[None, :])
-
-
-@triton.jit
-def shared_range(own, size, full, BLOCK: tl.constexpr):
-    """What a program walks of a dimension: its own block, or all where the bias is broadcast."""
-    first = tl.where(size == 1, 0, own * BLOCK)
-    return first, tl.where(size == 1, full, tl.minimum(first + BLOCK, full))
+                image_logits, image_k, image_v = load_logits(q, image, i, scale, K, V, PRECISION, BLOCK_N)
+                image_grad = tl.dot(image_v, tl.trans(do), input_precision=PRECISION) - image_mean
+                audio_logits, audio_k, audio_v = load_logits(q, audio, j, scale, K, V, PRECISION, BLOCK_N)
+                audio_grad = tl.dot(audio_v, tl.trans(do), input_precision=PRECISION) - audio_mean
+                tile = load_bias(bias, image, audio, i, j, BLOCK_N)
+                if safe and PRECISION != "ieee":  # whose products take too many registers
+                    more = pair_grads(
+                        image_logits, audio_logits, image_grad, audio_grad, tile, top, inverse,
+                        PAIR_PRECISION, False,
+                    )  # fmt: skip
+                else:
+                    more = pair_grads(
+                        image_logits, audio_logits, image_grad, audio_grad, tile, top, inverse,
+                        PAIR_PRECISION, True,
+                    )  # fmt: skip
+                grad += tl.where(image[ALIVE] & audio[ALIVE], more, 0.0)
+    rows, columns = i + tl.arange(0, BLOCK_N), j + tl.arange(0, BLOCK_N)
+    bias_grad += (matrix.to(tl.int64) * I + rows[:, None]) * A + columns[None, :]
+    tl.store(bias_grad, grad, mask=(rows < I)[:, None] & (columns < A)[None, :])
 
 
 @triton.jit
@@ -465,7 +452,7 @@ def load_bias(bias, own, other, i, j, BLOCK_N: tl.constexpr):
 
 
 def forward(query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, scale):
-    """As `forward` of pair_attention.py, with pair_bias (B or 1, H or 1, I or 1, A or 1)."""
+    """As `forward` of pair_attention.py, with pair_bias (B or 1, H or 1, I, A)."""
     tensors = query, image_key, image_value, audio_key, audio_value
     inputs, (B, H, F, I, A, K, V), strides = prepared(tensors, (image_mask, audio_mask))
     options = settings(query.dtype, K, V, device=query.device)
@@ -523,9 +510,3 @@ def settings(dtype, K, V, *, backward=False, device=None):
         enable_fp_fusion=True,
         maxnreg=255,
     ) | own_settings(device, "biased_pair_attention", backward, dtype, 16, max(K, V))
-
-
-def broadcast_strides(tensor):
-    return tuple(
-        0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )

@@ -45,6 +45,7 @@ SPLIT_TOKENS = 256  # the fewest tokens that are worth a program of their own
 # Triton would compile anew where one of these is 1 or a multiple of 16; no load or store gains by it.
 COUNTS = ["F", "I", "A", "image_mask_stride", "audio_mask_stride"]
 TOKENS = tl.constexpr(5)  # of what `modality` returns
+BESIDE, GRADS_BESIDE = tl.constexpr(0), tl.constexpr(1)  # of what `of_blocks` returns
 
 
 # --- forward ------------------------------------------------------------------------------------------------
@@ -53,7 +54,7 @@ TOKENS = tl.constexpr(5)  # of what `modality` returns
 @triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask,
-    output, statistics, partial,
+    output, statistics, partial, image_blocks, audio_blocks,
     query_strides, image_key_strides, image_value_strides, audio_key_strides, audio_value_strides,
     image_mask_stride, audio_mask_stride,
     H, F, I, A, scale: tl.float32,
@@ -70,13 +71,15 @@ def forward_kernel(
     audio = modality(
         audio_key, audio_value, audio_mask, audio_key_strides, audio_value_strides, audio_mask_stride, b, h, A
     )
+    image_blocks = of_blocks(image_blocks, b, h, H, queries, F)
+    audio_blocks = of_blocks(audio_blocks, b, h, H, queries, F)
 
     q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
     image_top, image_sum, image_out = attend(
-        q, image, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N
+        q, image, image_blocks, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N
     )
     audio_top, audio_sum, audio_out = attend(
-        q, audio, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N
+        q, audio, audio_blocks, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N
     )
 
     if SPLITS == 1:
@@ -93,7 +96,7 @@ def forward_kernel(
 
 @triton.jit
 def attend(
-    q, side, split, scale,
+    q, side, blocks, split, scale,
     K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -103,8 +106,10 @@ def attend(
     weighted = tl.zeros((padded(V), BLOCK_F), tl.float32)
     first, last = part(side[TOKENS], split, SPLITS, BLOCK_N)
     for start in range(first, last, BLOCK_N):
-        k, v, attended = load_tokens(start + tl.arange(0, BLOCK_N), side, K, V)
+        tokens = start + tl.arange(0, BLOCK_N)
+        k, v, attended = load_tokens(tokens, side, K, V)
         logits = logits_of(q, k, attended, scale, PRECISION)
+        logits = plus_beside(logits, blocks, BESIDE, tokens, attended)
         previous, top = top, tl.maximum(top, tl.max(logits, 0))
         weights = tl.exp(logits - finite(top))
         rescale = tl.exp(previous - finite(top))
@@ -139,7 +144,7 @@ def merge_kernel(
 @triton.jit(do_not_specialize=COUNTS)
 def statistics_kernel(
     query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, output_grad,
-    statistics,
+    statistics, image_blocks, audio_blocks,
     query_strides, image_key_strides, image_value_strides, audio_key_strides, audio_value_strides,
     image_mask_stride, audio_mask_stride, output_grad_strides,
     H, F, I, A, scale: tl.float32,
@@ -156,13 +161,15 @@ def statistics_kernel(
     audio = modality(
         audio_key, audio_value, audio_mask, audio_key_strides, audio_value_strides, audio_mask_stride, b, h, A
     )
+    image_blocks = of_blocks(image_blocks, b, h, H, queries, F)
+    audio_blocks = of_blocks(audio_blocks, b, h, H, queries, F)
 
     q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
     do = head(output_grad, output_grad_strides, b, h)
     do = load_rows(do, output_grad_strides[2], queries, queries < F, V)
-    of_image = survey(q, do, image, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N)
+    of_image = survey(q, do, image, image_blocks, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N)
     store_statistics(statistics, 0, split, b, h, H, queries, F, *of_image, SPLITS)
-    of_audio = survey(q, do, audio, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N)
+    of_audio = survey(q, do, audio, audio_blocks, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N)
     store_statistics(statistics, 1, split, b, h, H, queries, F, *of_audio, SPLITS)
 
 
@@ -170,6 +177,7 @@ def statistics_kernel(
 def backward_kernel(
     query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, output_grad,
     query_grad, image_key_grad, image_value_grad, audio_key_grad, audio_value_grad, statistics,
+    image_blocks, audio_blocks,
     query_strides, image_key_strides, image_value_strides, audio_key_strides, audio_value_strides,
     image_mask_stride, audio_mask_stride, output_grad_strides,
     H, F, I, A, scale: tl.float32,
@@ -187,6 +195,8 @@ def backward_kernel(
     audio = modality(
         audio_key, audio_value, audio_mask, audio_key_strides, audio_value_strides, audio_mask_stride, b, h, A
     )
+    image_blocks = of_blocks(image_blocks, b, h, H, queries, F)
+    audio_blocks = of_blocks(audio_blocks, b, h, H, queries, F)
     image_grads = (
         slot_head(image_key_grad, tile, tiles, b, h, H, I, K),
         slot_head(image_value_grad, tile, tiles, b, h, H, I, V), H,
@@ -202,16 +212,17 @@ def backward_kernel(
     dq = tl.zeros((padded(K), BLOCK_F), tl.float32)
     for number in tl.static_range(2):
         side, grads = (image, image_grads) if number == 0 else (audio, audio_grads)
+        blocks = image_blocks if number == 0 else audio_blocks
         if SPLITS == 1:
             top, total, weighted = survey(
-                q, do, side, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N
+                q, do, side, blocks, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N
             )
             top, inverse = finite(top), reciprocal(total)
             delta = weighted * inverse
         else:
             top, inverse, delta = load_statistics(statistics, number, b, h, H, queries, F, SPLITS)
         dq = differentiate(
-            dq, q, do, side, grads, top, inverse, delta, split, scale,
+            dq, q, do, side, blocks, grads, top, inverse, delta, split, scale,
             K, V, SPLITS, PRECISION, BLOCK_N,
         )  # fmt: skip
     query_grad = slot_head(query_grad, split, SPLITS, b, h, H, F, K)
@@ -220,7 +231,7 @@ def backward_kernel(
 
 @triton.jit
 def survey(
-    q, do, side, split, scale,
+    q, do, side, blocks, split, scale,
     K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -230,9 +241,12 @@ def survey(
     weighted = tl.zeros((BLOCK_F,), tl.float32)
     first, last = part(side[TOKENS], split, SPLITS, BLOCK_N)
     for start in range(first, last, BLOCK_N):
-        k, v, attended = load_tokens(start + tl.arange(0, BLOCK_N), side, K, V)
+        tokens = start + tl.arange(0, BLOCK_N)
+        k, v, attended = load_tokens(tokens, side, K, V)
         logits = logits_of(q, k, attended, scale, PRECISION)
+        logits = plus_beside(logits, blocks, BESIDE, tokens, attended)
         weights_grad = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        weights_grad = plus_beside(weights_grad, blocks, GRADS_BESIDE, tokens, attended)
         previous, top = top, tl.maximum(top, tl.max(logits, 0))
         weights = tl.exp(logits - finite(top))
         rescale = tl.exp(previous - finite(top))
@@ -243,7 +257,7 @@ def survey(
 
 @triton.jit
 def differentiate(
-    dq, q, do, side, grads, top, inverse, delta, split, scale,
+    dq, q, do, side, blocks, grads, top, inverse, delta, split, scale,
     K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Stores the gradients of keys and values of one modality; adds to that of the queries, (K, BLOCK_F)."""
@@ -252,9 +266,11 @@ def differentiate(
         tokens = start + tl.arange(0, BLOCK_N)
         k, v, attended = load_tokens(tokens, side, K, V)
         logits = logits_of(q, k, attended, scale, PRECISION)
+        logits = plus_beside(logits, blocks, BESIDE, tokens, attended)
         weights = tl.exp(logits - top) * inverse
         dv = tl.dot(weights.to(do.dtype), do, input_precision=PRECISION)
         weights_grad = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        weights_grad = plus_beside(weights_grad, blocks, GRADS_BESIDE, tokens, attended)
         logits_grad = (weights * (weights_grad - delta)).to(q.dtype)
         dk = tl.dot(logits_grad, q, input_precision=PRECISION) * scale
         dq += tl.dot(tl.trans(k), logits_grad, input_precision=PRECISION)
@@ -272,6 +288,30 @@ def part(N, split, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
     """First and last + 1 of the tokens of one of SPLITS parts, which begin at multiples of BLOCK_N."""
     size = tl.cdiv(N, SPLITS * BLOCK_N) * BLOCK_N
     return split * size, tl.minimum(split * size + size, N)
+
+
+@triton.jit
+def of_blocks(blocks, b, h, H, queries, F):
+    """What is beside the blocks of one modality, of one head of one clip (logits and gradients), how many
+    tokens a block has, and which queries ask.
+    """
+    if blocks is None:
+        nothing = tl.full((), 0, tl.int32)  # a compiled function returns no None: see `plus_beside`
+        return nothing, nothing, nothing, nothing, nothing
+    else:
+        beside, grads_beside, size, number = blocks
+        first = (tl.cast(b, tl.int64) * H + h) * number * F
+        return beside + first, grads_beside + first, size, queries, F
+
+
+@triton.jit
+def plus_beside(x, blocks, WHICH: tl.constexpr, tokens, attended):
+    """x (BLOCK_N, BLOCK_F), and what is beside the block of each token, if there are blocks."""
+    if blocks[WHICH].dtype.is_ptr():
+        size, queries, F = blocks[2], blocks[3], blocks[4]
+        inside = attended[:, None] & (queries < F)[None, :]
+        x += tl.load(blocks[WHICH] + (tokens // size)[:, None] * F + queries[None, :], mask=inside, other=0.0)
+    return x
 
 
 @triton.jit
@@ -304,14 +344,18 @@ def load_statistics(statistics, modality: tl.constexpr, b, h, H, queries, F, SPL
 # --- the host's side ----------------------------------------------------------------------------------------
 
 
-def forward(query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, scale):
+def forward(
+    query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, scale,
+    blocks=(None, None),
+):  # fmt: skip
     """(B, H, F, K), (B, H, I, K), (B, H, I, V), (B, H, A, K), (B, H, A, V) -> (B, H, F, V), which lies in
-    memory as (B, F, H, V). Masks (B, I) and (B, A) bool or None.
+    memory as (B, F, H, V). Masks (B, I) and (B, A) bool or None. `blocks` is what blocked_pair_attention.py
+    adds to the logits of image and of audio tokens.
     """
     tensors = query, image_key, image_value, audio_key, audio_value
     inputs, sizes, strides = prepared(tensors, (image_mask, audio_mask))
     B, H, F, I, A, K, V = sizes
-    options = settings(query.dtype, *sizes, device=query.device)
+    options = settings(query.dtype, *sizes, device=query.device, blocked=blocks[0] is not None)
     splits, tiles = options["SPLITS"], triton.cdiv(F, options["BLOCK_F"])
     output = query.new_empty((B, F, H, V))
     statistics = partial = None
@@ -320,7 +364,7 @@ def forward(query, image_key, image_value, audio_key, audio_value, image_mask, a
         partial = query.new_empty((B, 2, splits, F, H, V), dtype=torch.float32)
     with on_device_of(query):
         forward_kernel[B * H, tiles, splits](
-            *inputs, output, statistics, partial, *strides, H, F, I, A, scale, **options,
+            *inputs, output, statistics, partial, *blocks, *strides, H, F, I, A, scale, **options,
         )  # fmt: skip
         if splits > 1:
             merge_kernel[B * H, tiles](
@@ -331,14 +375,15 @@ def forward(query, image_key, image_value, audio_key, audio_value, image_mask, a
 
 
 def backward(
-    output_grad, query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, scale
-):
+    output_grad, query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, scale,
+    blocks=(None, None),
+):  # fmt: skip
     """Gradients of query, image_key, image_value, audio_key and audio_value."""
     tensors = query, image_key, image_value, audio_key, audio_value
     inputs, sizes, strides = prepared(tensors, (image_mask, audio_mask))
     B, H, F, I, A, K, V = sizes
     output_grad = rows_of(output_grad)
-    options = settings(query.dtype, *sizes, backward=True, device=query.device)
+    options = settings(query.dtype, *sizes, backward=True, device=query.device, blocked=blocks[0] is not None)
     splits, tiles = options["SPLITS"], triton.cdiv(F, options["BLOCK_F"])
     grads = [empty_slots(query, splits), *(empty_slots(tensor, tiles) for tensor in tensors[1:])]
     statistics = query.new_empty((B, 2, 3, splits, F, H), dtype=torch.float32) if splits > 1 else None
@@ -346,23 +391,23 @@ def backward(
     with on_device_of(query):
         if splits > 1:
             statistics_kernel[B * H, tiles, splits](
-                *inputs, output_grad, statistics, *strides, H, F, I, A, scale, **options
+                *inputs, output_grad, statistics, *blocks, *strides, H, F, I, A, scale, **options
             )
         backward_kernel[B * H, tiles, splits](
-            *inputs, output_grad, *grads, statistics, *strides, H, F, I, A, scale, **options
+            *inputs, output_grad, *grads, statistics, *blocks, *strides, H, F, I, A, scale, **options
         )
         return [add_slots(grad, query.dtype) for grad in grads]
 
 
-def settings(dtype, B, H, F, I, A, K, V, *, backward=False, device=None):
+def settings(dtype, B, H, F, I, A, K, V, *, backward=False, device=None, blocked=False):
     """Tile sizes and launch options, some of which a card may have of its own (`cards.OWN`).
     kernels/README.md says where they come from.
     """
-    return _settings(precision_of(dtype), dtype, B, H, F, I, A, K, V, backward, device)
+    return _settings(precision_of(dtype), dtype, B, H, F, I, A, K, V, backward, device, blocked)
 
 
 @functools.lru_cache(1024)  # worked out anew, they would cost as much as an operator of PyTorch
-def _settings(precision, dtype, B, H, F, I, A, K, V, backward, device):
+def _settings(precision, dtype, B, H, F, I, A, K, V, backward, device, blocked):
     single, wide, narrow = dtype == torch.float32, max(K, V) > 64, max(K, V) <= 32
     block_f = min(padded(F), 16 if wide else 32)
     splits, programs = 1, B * H * triton.cdiv(F, block_f)
@@ -373,9 +418,9 @@ def _settings(precision, dtype, B, H, F, I, A, K, V, backward, device):
     if single:
         block_n, warps = 16, 8
     elif narrow:
-        block_n, warps = 64 if max(K, V) <= 16 else 32, 2 if backward else block_f // 16
+        block_n, warps = 64 if max(K, V) <= 16 and not blocked else 32, 2 if backward else block_f // 16
     else:
-        block_n, warps = 32, 8 if wide else block_f // 8
+        block_n, warps = 32, 8 if wide else block_f // (4 if blocked else 8)
     return dict(
         K=K,
         V=V,
@@ -387,4 +432,4 @@ def _settings(precision, dtype, B, H, F, I, A, K, V, backward, device):
         num_stages=1 if single and backward and not narrow else 2,
         enable_fp_fusion=True,  # Triton's default until 3.10
         maxnreg=255,  # else ptxas spills a little here and there, to fit one program more on a multiprocessor
-    ) | own_settings(device, "pair_attention", backward, dtype, block_f, max(K, V))
+    ) | own_settings(device, "blocked_" * blocked + "pair_attention", backward, dtype, block_f, max(K, V))

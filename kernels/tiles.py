@@ -92,6 +92,12 @@ def reciprocal(total):
     return tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), 0.0)
 
 
+@triton.jit
+def shared_range(own, size, full):
+    """The clips or heads that share a matrix of the bias: all where it has one for all."""
+    return tl.where(size == 1, 0, own), tl.where(size == 1, full, own + 1)
+
+
 # --- the host's side ----------------------------------------------------------------------------------------
 
 
@@ -100,6 +106,12 @@ def rows_of(tensor):
     produce.
     """
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def broadcast_strides(tensor):
+    return tuple(
+        0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
 
 
 def precision_of(dtype):

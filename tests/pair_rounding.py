@@ -111,8 +111,12 @@ def nothing_beside(side: Side) -> Side:
 def draw_pairs(query, image: Side, audio: Side, pair_bias, output_grad, precision) -> dict[str, Tensor]:
     """Output and gradients by name of one softmax over all pairs, (B, H, F, I, A)."""
     both, scale = image.alive & audio.alive, query.shape[-1] ** -0.5
+    logits = pairs(image.logits, audio.logits)
+    I, A = logits.shape[-2:]
     bias = query.new_zeros(1, 1, 1, 1) if pair_bias is None else torch.where(both, pair_bias, 0.0)
-    logits = pairs(image.logits, audio.logits) + bias[:, :, None]
+    S, T = bias.shape[2:]
+    bias = bias.repeat_interleave(I // S, 2).repeat_interleave(A // T, 3)
+    logits = logits + bias[:, :, None]
     left = logits > -math.inf
     sizes = pairs(finite(image.logits).abs(), finite(audio.logits).abs()) + finite(bias).abs()[:, :, None]
     sizes = torch.where(left, sizes, 0.0)
@@ -149,7 +153,12 @@ def draw_pairs(query, image: Side, audio: Side, pair_bias, output_grad, precisio
         results[f"{name}_key"] = product(own_grad.mT, query, computed, inputs) * scale * side.alive
     if pair_bias is not None:
         total, size = (
-            (x.sum(2) * both).sum_to_size(pair_bias.shape) for x in (logits_grad, logits_grad.abs())
+            (x.sum(2) * both)
+            .unflatten(3, (T, -1))
+            .unflatten(2, (S, -1))
+            .sum((3, 5))
+            .sum_to_size(pair_bias.shape)
+            for x in (logits_grad, logits_grad.abs())
         )
         results["pair_bias"] = total + noise(FLOAT32 * size)
     return results

@@ -257,10 +257,11 @@ def test_pair_attention(out, capsys):
     options = pair_attention.Options(
         rows=rows, shapes=("pretraining",), batch=1, heads=2, seconds=0.0, device="cpu"
     )
+    options = replace(options, variants=("plain", "bias", "frames", "masks"))
     pair_attention.main(replace(options, dtype="float32", memory_limit=64.0, out=out))
     shapes = record_of(out)["shapes"]
-    assert list(shapes) == ["pretraining", "pretraining, bias", "pretraining, masks"]
-    cannot = shapes["pretraining, bias"]["rows"].pop("sdpa")
+    assert list(shapes) == ["pretraining", *(f"pretraining, {kind}" for kind in ("bias", "frames", "masks"))]
+    (cannot, _) = (shapes[f"pretraining, {kind}"]["rows"].pop("sdpa") for kind in ("bias", "frames"))
     assert cannot == dict(failed="a pair bias joins the two softmaxes, which two calls cannot do")
     for shape in shapes.values():
         for row in shape["rows"].values():
@@ -290,6 +291,9 @@ def test_floors_of_pair_attention_by_hand():
     assert flop_of("bias", "forward") - flop_of("plain", "forward") == 2 * product
     assert flop_of("bias", "backward") - flop_of("plain", "backward") == 6 * product
     assert flop_of("masks", "both") == flop_of("plain", "both")
+    for count in bytes_of, flop_of:  # 7 frames of 7 tokens
+        more, of_frames = (count(variant, "both") - count("plain", "both") for variant in ("bias", "frames"))
+        assert 7 * of_frames == more
 
 
 def test_scaling(out, capsys):

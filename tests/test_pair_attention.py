@@ -564,7 +564,6 @@ TRITON_REFUSES = {
     "takes float32, float16 or bfloat16, got query of torch.float64": {},
     "takes key and value widths up to 128 per head, got 6 and 129": dict(V=129, dtype=torch.float32),
     "runs on CUDA, got query on cpu": dict(dtype=torch.float32),
-    "takes no pair_bias whose entries serve blocks of pairs": dict(dtype=torch.float32, bias=(5, 2)),
 }
 
 

@@ -131,19 +131,19 @@ def make(F=3, I=5, A=4, K=6, V=7, *, B=3, H=2, dtype=torch.float32, magnitude=1.
     return {name: tensor.to(dtype).to(device) for name, tensor in tensors.items()}
 
 
-def bias_of(kind, B, H, tensors, magnitude, dtype):
-    """A bias (B or 1, H or 1, I or 1, A or 1) of about the size of the logits."""
-    (I, A), K = (tensors[name].shape[2] for name in ("image_key", "audio_key")), tensors["query"].shape[-1]
-    shapes = {"own": (B, H, I, A), "shared": (1, H, I, A), "table": (1, 1, I, A)}
-    shapes |= {"image": (B, 1, I, 1), "audio": (1, H, 1, A)}
-    bias = magnitude * torch.randn(shapes.get(kind, (B, H, I, A)), device=DEVICE)
+def bias_of(kind, B, H, S, T, tensors, magnitude, dtype):
+    """A bias (B or 1, H or 1, S or 1, T or 1) of about the size of the logits."""
+    shapes = {"own": (B, H, S, T), "shared": (1, H, S, T), "table": (1, 1, S, T)}
+    shapes |= {"image": (B, 1, S, 1), "audio": (1, H, 1, T)}
+    bias = magnitude * torch.randn(shapes.get(kind, (B, H, S, T)), device=DEVICE)
     if kind == "row, column":
         bias[:, :, 0] = bias[..., -1] = -INF
     elif kind == "few pairs":
         bias.masked_fill_(torch.rand(bias.shape, device=DEVICE) < 0.97, -INF)
     elif kind == "opposed":  # the first query is left with the pairs that it would look at least
         image, audio = (tensors[name].double() @ tensors["query"][:, :, 0, :, None].double() for name in KEYS)
-        logits = (image + audio.mT) * K**-0.5
+        image, audio = image.unflatten(2, (S, -1)).amax(3), audio.unflatten(2, (T, -1)).amax(3)
+        logits = (image + audio.mT) * tensors["query"].shape[-1] ** -0.5
         bias.masked_fill_(logits > logits.flatten(-2).quantile(0.1, -1)[..., None, None], -INF)
     elif kind == "no pair":
         bias[0] = -INF
@@ -151,11 +151,14 @@ def bias_of(kind, B, H, tensors, magnitude, dtype):
 
 
 def masks_of(kind, B, I, A):
-    """About 60 % of the tokens; with "dead", clip 0 lacks the image, clip 1 the sound, clip 2 both."""
+    """About 60 % of the tokens; with "dead", clip 0 lacks the image, clip 1 the sound, clip 2 both; with
+    "half", none of the first half of the tokens.
+    """
     if kind is None:
         return {}
     masks = {"image_mask": torch.rand(B, I) < 0.6, "audio_mask": torch.rand(B, A) < 0.6}
     for mask in masks.values():
+        mask[:, : mask.shape[1] // 2 if kind == "half" else 0] = False
         mask[:, -1] = True
     if kind == "dead":
         masks["image_mask"][[0, 2]] = masks["audio_mask"][[1, 2]] = False
@@ -193,29 +196,30 @@ def assert_accurate(ours, truth, errors, dtype):
         assert error <= allowed, f"{name} is off by {error:.2e}, allowed {allowed:.2e}"
 
 
-def check(monkeypatch, dtype, F, I, A, K, V, masks, bias, magnitude, layout, splits):
+def check(monkeypatch, dtype, F, I, A, K, V, masks, bias, magnitude, layout, splits, blocks=None):
     B, H = (4, 1) if masks == "dead" else (2, 1) if bias in ("shared", "table", "no pair") else (1, 2)
-    force_splits(monkeypatch, splits)
+    force_splits(monkeypatch, splits, block_n=16 if blocks else 64)
     tensors = make(F, I, A, K, V, B=B, H=H, dtype=dtype, magnitude=magnitude)
     if bias:
-        tensors["pair_bias"] = bias_of(bias, B, H, tensors, magnitude, dtype)
+        tensors["pair_bias"] = bias_of(bias, B, H, *(blocks or (I, A)), tensors, magnitude, dtype)
     options = masks_of(masks, B, I, A)
     output_grad = torch.randn(B, H, F, V, device=DEVICE).to(dtype)
     truth = run(tensors, output_grad, dtype=torch.float64, backend="reference", **options)
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    precision = Precision.of(dtype, tf32=tf32, biased=bias is not None, on_gpu=DEVICE == "cuda")
+    of_pairs = bias is not None and tensors["pair_bias"].shape[2:] == (I, A)  # not of blocks of them
+    precision = Precision.of(dtype, tf32=tf32, biased=of_pairs, on_gpu=DEVICE == "cuda")
     errors = largest_errors(tensors, truth, output_grad, precision, **options)
     tensors = {name: laid_out(tensor, layout) for name, tensor in tensors.items()}
     ours = run(tensors, laid_out(output_grad, layout), backend="triton", **options)
     assert_accurate(ours, truth, errors, dtype)
 
 
-def force_splits(monkeypatch, splits):
+def force_splits(monkeypatch, splits, block_n):
     """Divides the tokens among this many programs, however few they are. The interpreter takes large tiles of
     pairs: its time goes by tiles.
     """
     settings, biased_settings = kernels.settings, biased_kernels.settings
-    usual = {} if DEVICE == "cuda" else dict(BLOCK_N=64)
+    usual = {} if DEVICE == "cuda" else dict(BLOCK_N=block_n)
     large = {} if DEVICE == "cuda" else dict(BLOCK_N=128, BLOCK_F=32)
     forced = {**usual, "SPLITS": splits}
     monkeypatch.setattr(kernels, "settings", lambda *sizes, **way: {**settings(*sizes, **way), **forced})
@@ -227,6 +231,32 @@ def force_splits(monkeypatch, splits):
 @pytest.mark.parametrize("case", pairwise(OPTIONS, 100), ids=name_of)
 def test_output_and_gradients(monkeypatch, case):
     check(monkeypatch, **case)
+
+
+BLOCK_OPTIONS = {
+    "dtype": (torch.float32, torch.float16),
+    "F": (1, 3, 17),
+    "S": (1, 2, 19),
+    "I": (1, 5, 17),  # in a block, as A
+    "T": (1, 7, 17),
+    "A": (1, 3, 17),
+    "K": (3, 16),
+    "V": (4, 64),
+    "masks": (None, "random", "half", "dead"),
+    "bias": ("own", "shared", "table", "row, column", "few pairs", "opposed", "no pair"),
+    "magnitude": (1.0, 60.0, 3000.0),
+    "layout": ("contiguous", "projections", "strided"),
+    "splits": (1, 2),
+}
+
+
+@pytest.mark.parametrize("case", pairwise(BLOCK_OPTIONS, 44), ids=name_of)
+def test_output_and_gradients_of_a_bias_in_blocks(monkeypatch, case):
+    check_blocks(monkeypatch, **case)
+
+
+def check_blocks(monkeypatch, S, I, T, A, **case):
+    check(monkeypatch, I=S * I, A=T * A, blocks=(S, T), **case)
 
 
 TF32_OPTIONS = {
@@ -280,6 +310,7 @@ def test_the_interpreter_cuts_operands_to_tf32():
 
 
 KERNELS = {"forward_kernel", "merge_kernel", "statistics_kernel", "backward_kernel", "bias_kernel"}
+KERNELS |= {"block_kernel", "beside_kernel", "block_bias_kernel"}
 
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks/kernel_resources.py"
@@ -336,8 +367,8 @@ def test_fusion_of_products_and_sums_is_not_left_to_the_default():
 import torch
 from kernel_resources import attend, compiled
 
-for B, N, bias in (1, 4096, None), (2, 64, 1):
-    for name, kernel in compiled(80, lambda: attend(torch.float32, B, 16, N, 16, 16, bias=bias)):
+for B, N, *bias in (1, 4096), (2, 64, 1), (2, 64, 1, 4):
+    for name, kernel in compiled(80, lambda: attend(torch.float32, B, 16, N, 16, 16, False, *bias)):
         print(name, kernel.metadata.enable_fp_fusion)
 """
     command, env = [sys.executable, "-c", code], {**COMPILING, "TRITON_DEFAULT_FP_FUSION": "0"}
@@ -355,6 +386,7 @@ INPUTS = {
     "plain": lambda: (make(B=2, H=1), {}),
     "masks": lambda: (make(B=2, H=1), {name: mask.to(DEVICE) for name, mask in MASKS.items()}),
     "bias": lambda: ({**make(B=2, H=1), "pair_bias": torch.randn(2, 1, 5, 4, device=DEVICE)}, {}),
+    "bias in blocks": lambda: ({**make(B=2, H=1), "pair_bias": torch.randn(1, 5, 2, device=DEVICE)}, {}),
     "masks and bias": lambda: (
         {**make(B=2, H=1), "pair_bias": torch.randn(5, 1, device=DEVICE)},
         {name: mask.to(DEVICE) for name, mask in MASKS.items()},
@@ -416,18 +448,18 @@ def test_export(kind):
     assert torch.equal(exported.module()(inputs), triton_attention(**inputs))
 
 
-@pytest.mark.parametrize("bias", [None, (5, 4)])
+@pytest.mark.parametrize("bias", [None, (5, 4), (1, 4), (5, 2)], ids=str)
 def test_flop_formulas_count_products(bias):
-    tensors = make(B=2, F=3, I=5, A=4, K=6, V=7)
+    tensors, entries = make(B=2, F=3, I=5, A=4, K=6, V=7), math.prod(bias or [0])
     if bias:
         tensors["pair_bias"] = torch.randn(bias, device=DEVICE)
     with FlopCounterMode(display=False) as forward:
         triton_attention(**tensors)
-    assert forward.get_total_flops() == 2 * (2 * 2 * 3) * ((5 + 4) * (6 + 7) + (2 * 5 * 4 if bias else 0))
+    assert forward.get_total_flops() == 2 * (2 * 2 * 3) * ((5 + 4) * (6 + 7) + 2 * entries)
     with FlopCounterMode(display=False) as both:
         run(tensors, torch.randn(2, 2, 3, 7, device=DEVICE), attend=triton_attention)
     backward = both.get_total_flops() - forward.get_total_flops()
-    assert backward == 2 * (2 * 2 * 3) * ((5 + 4) * (3 * 6 + 2 * 7) + (6 * 5 * 4 if bias else 0))
+    assert backward == 2 * (2 * 2 * 3) * ((5 + 4) * (3 * 6 + 2 * 7) + 6 * entries)
 
 
 def test_only_needed_gradients_of_a_bias_are_computed():
@@ -435,6 +467,21 @@ def test_only_needed_gradients_of_a_bias_are_computed():
     tensors["query"].requires_grad_()
     triton_attention(**tensors).sum().backward()
     assert tensors["query"].grad is not None and tensors["pair_bias"].grad is None
+
+
+def test_a_bias_in_blocks_stores_neither_pairs_nor_blocks_of_them_for_each_query(monkeypatch):
+    """2 queries, 64 + 32 tokens of width 3: the largest tensors are gradients of image keys and values."""
+    sizes, new_empty = [], torch.Tensor.new_empty
+
+    def recorded(*args, **options):
+        tensor = new_empty(*args, **options)
+        sizes.append(tensor.numel())
+        return tensor
+
+    tensors = make(2, 64, 32, 3, 3, B=1, H=1) | dict(pair_bias=torch.randn(4, 32, device=DEVICE))
+    monkeypatch.setattr(torch.Tensor, "new_empty", recorded)
+    run(tensors, torch.randn(1, 1, 2, 3, device=DEVICE), attend=triton_attention)
+    assert max(sizes) == 64 * 3 < 2 * 4 * 32
 
 
 def test_distributed_data_parallel_changes_nothing(monkeypatch):
@@ -495,7 +542,7 @@ def gpu_inputs(bias=None, dtype=torch.bfloat16):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("bias", [None, (196, 96), (8, 12, 196, 96), (196, 1)], ids=str)
+@pytest.mark.parametrize("bias", [None, (196, 96), (8, 12, 196, 96), (196, 1), (4, 96)], ids=str)
 def test_twenty_runs_are_equal_bit_by_bit(bias):
     for B in 8, 1:
         tensors = {name: x[:B] if name in TOKENS else x for name, x in gpu_inputs(bias).items()}
@@ -509,7 +556,7 @@ def test_twenty_runs_are_equal_bit_by_bit(bias):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("bias", [None, (4096, 1), (1, 4096), (4096, 4096)], ids=str)
+@pytest.mark.parametrize("bias", [None, (4096, 1), (16, 4096), (64, 512), (4096, 4096)], ids=str)
 def test_memory_holds_no_pairs_but_those_of_the_bias(bias):
     tensors = make(16, 4096, 4096, 16, 16, B=1, H=1)
     if bias:
@@ -524,7 +571,7 @@ def test_memory_holds_no_pairs_but_those_of_the_bias(bias):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("bias", [None, (12, 196, 96)], ids=str)
+@pytest.mark.parametrize("bias", [None, (12, 196, 96), (12, 4, 96)], ids=str)
 def test_a_cuda_graph_replays_forward_and_backward(bias):
     tensors, output_grad = gpu_inputs(bias), torch.randn(8, 12, 16, 16, device=DEVICE)
     truth = run(tensors, output_grad, attend=triton_attention)
@@ -547,7 +594,7 @@ def test_a_cuda_graph_replays_forward_and_backward(bias):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("bias", [None, (1, 2, 5, 4)], ids=str)
+@pytest.mark.parametrize("bias", [None, (1, 2, 5, 4), (1, 2, 5, 2)], ids=str)
 def test_offsets_beyond_32_bits(bias):
     """Clips, heads and tokens that lie 2**31 elements apart, in a memory of 2**32 elements (8 GiB)."""
     memory = torch.empty(2**32 + 2**20, dtype=torch.float16, device=DEVICE)

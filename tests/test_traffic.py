@@ -114,6 +114,26 @@ def test_pair_attention_is_one_operator():
     ]
 
 
+def test_a_bias_of_frames_is_counted_by_its_blocks():
+    """16 frames of 196 tokens and 400 tokens of sound: I + A tokens and S * A scalars for each query."""
+    F, I, S, A, K, query = 16, 16 * 196, 16, 400, 16, 2 * 2 * 3 * 16  # a multiply-add is 2
+
+    def call():
+        sides = (tokens(2, 3, n, K, requires_grad=True) for n in (F, I, I, A, A))
+        bias = tokens(3, S, A, dtype=torch.float32, requires_grad=True)
+        counting.backward(pair_attention(*sides, pair_bias=bias).square().sum())
+
+    numbers, output, table = 2 * 3 * K * (F + 2 * I + 2 * A), 2 * 3 * K * F, 4 * 3 * S * A
+    assert [row for row in count(call) if "attention" in row[0]] == [
+        ("pair_attention", 2 * (numbers + output) + table, query * (2 * K * (I + A) + 2 * S * A)),
+        (
+            "pair_attention_backward",
+            2 * (2 * numbers + output) + 2 * table,
+            query * (5 * K * (I + A) + 6 * S * A),
+        ),
+    ]
+
+
 def test_autocast_is_that_of_cuda():
     """Products in bfloat16, norms in float32, a weight cast once however often it is used."""
 

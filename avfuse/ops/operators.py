@@ -78,26 +78,38 @@ class PairAttention(torch.autograd.Function):
 
 @torch.library.impl("avfuse::pair_attention", ("cuda", "cpu"))
 def pair_attention(*inputs):
-    *tensors, pair_bias, scale = inputs
-    if pair_bias is not None:
-        from ..kernels import biased_pair_attention
-
-        return biased_pair_attention.forward(*tensors, pair_bias, scale)
+    if (biased := biased_kernels(*inputs)) is not None:
+        return biased.forward(*inputs)
     from ..kernels import pair_attention
 
+    *tensors, _, scale = inputs
     return pair_attention.forward(*tensors, scale)
 
 
 @torch.library.impl("avfuse::pair_attention_backward", ("cuda", "cpu"))
-def pair_attention_backward(*inputs):
-    *tensors, pair_bias, scale, bias_grad = inputs
-    if pair_bias is not None:
-        from ..kernels import biased_pair_attention
-
-        return biased_pair_attention.backward(*tensors, pair_bias, scale, bias_grad)
+def pair_attention_backward(output_grad, *inputs):
+    *inputs, bias_grad = inputs
+    if (biased := biased_kernels(*inputs)) is not None:
+        return biased.backward(output_grad, *inputs, bias_grad)
     from ..kernels import pair_attention
 
-    return pair_attention.backward(*tensors, scale)
+    *tensors, _, scale = inputs
+    return pair_attention.backward(output_grad, *tensors, scale)
+
+
+def biased_kernels(
+    query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, _
+):
+    """Those for a bias of each pair, or of each block of pairs."""
+    if pair_bias is None:
+        return None
+    if pair_bias.shape[2:] == (image_key.shape[2], audio_key.shape[2]):
+        from ..kernels import biased_pair_attention
+
+        return biased_pair_attention
+    from ..kernels import blocked_pair_attention
+
+    return blocked_pair_attention
 
 
 @torch.library.impl("avfuse::residual_norm", ("cuda", "cpu"))
@@ -133,12 +145,12 @@ def _(tokens, update, context, eps):
 @register_flop_formula(torch.ops.avfuse.pair_attention)
 def _(query, image_key, image_value, audio_key, *options, **_) -> int:
     """Logits (width K) and weighted values (width V) of every query and token; with a bias, two marginals of
-    every query and pair.
+    every query and pair, or block of pairs.
     """
     *_, pair_bias, _scale = options
     B, H, F, K = query
     I, A, V = image_key[2], audio_key[2], image_value[3]
-    pairs = 0 if pair_bias is None else 2 * I * A
+    pairs = 0 if pair_bias is None else 2 * pair_bias[2] * pair_bias[3]
     return 2 * B * H * F * ((I + A) * (K + V) + pairs)
 
 
@@ -146,10 +158,11 @@ def _(query, image_key, image_value, audio_key, *options, **_) -> int:
 def _(output_grad, query, image_key, image_value, audio_key, *options, **_) -> int:
     """Logits and the gradients of queries and keys (width K), dP and the gradient of values (width V): what
     PyTorch counts for its own attention. That the kernel computes logits and dP more than once is left out.
-    With a bias, weights and their gradients of every query and pair for each modality, and those of the bias.
+    With a bias, weights and their gradients of every query and pair, or block of pairs, for each modality,
+    and those of the bias.
     """
     *_, pair_bias, _scale, bias_grad = options
     B, H, F, K = query
     I, A, V = image_key[2], audio_key[2], image_value[3]
-    pairs = 0 if pair_bias is None else (4 + 2 * bias_grad) * I * A
+    pairs = 0 if pair_bias is None else (4 + 2 * bias_grad) * pair_bias[2] * pair_bias[3]
     return 2 * B * H * F * ((I + A) * (3 * K + 2 * V) + pairs)

@@ -110,8 +110,7 @@ def pair_attention(
         scale: of the logits; default K**-0.5.
         interaction: "additive" (k_i + k_j, v_i + v_j) or "bilinear" (k_i * k_j, v_i * v_j).
         backend: None picks "triton" on CUDA where it can, else "torch" (see `select_backend`); "xformers" has
-            no pair bias and needs CUDA and torch 2.11 or older; "triton" has none in blocks (S or T between
-            1 and all tokens); "reference" materializes every pair.
+            no pair bias and needs CUDA and torch 2.11 or older; "reference" materializes every pair.
 
     Returns:
         (B, H, F, V), in the dtype of `query`. Second derivatives need backend="reference".
@@ -140,8 +139,7 @@ def attend_pairs(
 ) -> Tensor:
     """`pair_attention` of what has been checked: for modules, which check once what they are given."""
     pair_bias = _four_dimensional(pair_bias)
-    blocks = _has_blocks(pair_bias, image, audio)
-    backend = select_backend(backend, query, image.value, interaction, blocks)
+    backend = select_backend(backend, query, image.value, interaction)
     run = {"triton": _triton, "torch": _torch, "xformers": _xformers, "reference": reference}[backend]
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     with without_autocast(query.device):
@@ -336,7 +334,6 @@ def select_backend(
     query: Tensor | None = None,
     value: Tensor | None = None,
     interaction: str = "additive",
-    blocks: bool = False,
 ) -> str:
     """The backend that `pair_attention` runs for these inputs when `backend` is requested: the one place
     where this is decided. None is "triton" for what its kernels can do on CUDA, and "torch" for all else.
@@ -346,11 +343,11 @@ def select_backend(
     """
     if backend is None:
         on_cuda = query is not None and query.is_cuda
-        return "triton" if on_cuda and not _triton_limit(query, value, interaction, blocks) else "torch"
+        return "triton" if on_cuda and not _triton_limit(query, value, interaction) else "torch"
     check_choice("backend", backend, BACKENDS)
     limit = None
     if backend == "triton":
-        limit = _triton_limit(query, value, interaction, blocks)
+        limit = _triton_limit(query, value, interaction)
     elif backend == "xformers":
         limit = _xformers_limit(interaction)
     if limit:
@@ -358,12 +355,10 @@ def select_backend(
     return backend
 
 
-def _triton_limit(query, value, interaction, blocks) -> str | None:
+def _triton_limit(query, value, interaction) -> str | None:
     """Why the kernels cannot run; None if they can."""
     if interaction != "additive":
         return f"runs additive pairs only, got interaction={interaction!r}"
-    if blocks:
-        return "takes no pair_bias whose entries serve blocks of pairs"
     if not HAS_TRITON:
         return "needs the package triton, which is not installed"
     if query is None:
@@ -426,14 +421,6 @@ def _masked_softmax(logits, mask):
 
 def _four_dimensional(pair_bias):
     return None if pair_bias is None else pair_bias[(None,) * (4 - pair_bias.ndim)]
-
-
-def _has_blocks(pair_bias, image, audio):
-    """Whether an entry serves a block of tokens, neither one nor all."""
-    if pair_bias is None:
-        return False
-    tokens = image.key.shape[2], audio.key.shape[2]
-    return any(size not in (1, all) for size, all in zip(pair_bias.shape[-2:], tokens, strict=True))
 
 
 def _of_pairs(pair_bias, tokens):

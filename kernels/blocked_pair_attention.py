@@ -1,0 +1,299 @@
+"""Pair attention with a bias b_st of each block of pairs, -inf where they are masked: s are blocks of as many
+consecutive image tokens each, t of audio tokens, of one token at least.
+
+    P_ij = softmax_ij(c q.k_i + c q.k_j + b_st)      i in block s, j in block t;  c = scale
+
+The softmax has two levels. Of a block, the other modality needs to know two numbers for each query, and to
+the tokens of the block all of the other modality is two numbers: those that stand *beside* the block.
+
+    L_s = log sum_{i in s} exp(c q.k_i)              G_s = sum_{i in s} softmax_{i in s}(c q.k_i) do.v_i
+    beside s: a_s = log sum_t exp(L_t + b_st)        h_s = sum_t softmax_t(L_t + b_st) G_t;   t likewise
+    p_i  = sum_j P_ij = softmax_i(c q.k_i + a_s)     dx_i = p_i (do.v_i + h_s - delta)
+    o    = sum_i p_i v_i + sum_j r_j v_j             delta = sum_i p_i (do.v_i + h_s);        j likewise
+    db_st = sum_q P_st (G_s + G_t - delta)           P_st = softmax_st(L_s + L_t + b_st)
+
+So marginals are softmaxes of tokens again, and pair_attention.py does the rest. This costs I + A + S * T, and
+stores numbers of each query and block, not of pairs of blocks. Exponents are relative to the largest logit,
+so the result is exact for any finite logits. Nothing stands beside the blocks where the other modality has
+no token left: a_s = h_s = 0.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from . import pair_attention
+from .tiles import (
+    broadcast_strides,
+    finite,
+    head,
+    load_rows,
+    load_tokens,
+    logits_of,
+    modality,
+    on_device_of,
+    prepared,
+    reciprocal,
+    rows_of,
+    shared_range,
+)
+
+# Of the kernels that read no tokens: tiles (BLOCK, BLOCK, BLOCK_F) of two blocks and a query each.
+TILES = dict(BLOCK_F=16, BLOCK=16, num_warps=4, enable_fp_fusion=True, maxnreg=255)
+
+
+class Blocks(NamedTuple):
+    """What is known of the blocks of one modality, each (B, H, number, F) in float32."""
+
+    logits: torch.Tensor  # L_s
+    grads: torch.Tensor | None  # G_s
+    beside: torch.Tensor  # a_s
+    grads_beside: torch.Tensor | None  # h_s
+    size: int  # in tokens
+
+    @classmethod
+    def empty(cls, query, tokens, number, with_grads):
+        B, H, F, _ = query.shape
+        needed = True, with_grads, True, with_grads
+        tensors = [
+            query.new_empty((B, H, number, F), dtype=torch.float32) if each else None for each in needed
+        ]
+        return cls(*tensors, size=tokens // number)
+
+    @property
+    def number(self):
+        return self.logits.shape[2]
+
+    @property
+    def beside_tokens(self):
+        """What the kernels of pair_attention.py need to know; the forward does not look at gradients."""
+        grads = self.beside if self.grads_beside is None else self.grads_beside
+        return self.beside, grads, self.size, self.number
+
+
+# --- kernels ------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["F", "N", "size", "mask_stride"])
+def block_kernel(
+    query, key, value, mask, output_grad, block_logits, block_grads,
+    query_strides, key_strides, value_strides, mask_stride, output_grad_strides,
+    H, F, N, size, scale: tl.float32,
+    K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    # One program owns BLOCK_F queries of one head of one clip, and as many blocks as BLOCK_N has ROWS.
+    b, h = tl.program_id(0) // H, tl.program_id(0) % H
+    queries = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    side = modality(key, value, mask, key_strides, value_strides, mask_stride, b, h, N)
+    q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
+    if output_grad is not None:
+        do = head(output_grad, output_grad_strides, b, h)
+        do = load_rows(do, output_grad_strides[2], queries, queries < F, V)
+
+    OWN: tl.constexpr = BLOCK_N // ROWS
+    first, rows = tl.program_id(2) * OWN, tl.arange(0, BLOCK_N)
+    top = tl.full((OWN, BLOCK_F), float("-inf"), tl.float32)
+    total, weighted = tl.zeros((OWN, BLOCK_F), tl.float32), tl.zeros((OWN, BLOCK_F), tl.float32)
+    for start in range(0, size, ROWS):
+        within = start + rows % ROWS
+        tokens = tl.where(within < size, (first + rows // ROWS) * size + within, N)  # N: not there
+        k, v, attended = load_tokens(tokens, side, K, V)
+        logits = tl.reshape(logits_of(q, k, attended, scale, PRECISION), (OWN, ROWS, BLOCK_F))
+        previous, top = top, tl.maximum(top, tl.max(logits, 1))
+        weights = tl.exp(logits - finite(top)[:, None, :])
+        rescale = tl.exp(previous - finite(top))
+        total = total * rescale + tl.sum(weights, 1)
+        if output_grad is not None:
+            weights_grad = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            weights_grad = tl.reshape(weights_grad, (OWN, ROWS, BLOCK_F))
+            weighted = weighted * rescale + tl.sum(weights * weights_grad, 1)
+    offsets, inside = tile_of(b, h, H, first + tl.arange(0, OWN), N // size, queries, F)
+    tl.store(block_logits + offsets, top + log(total), mask=inside)
+    if output_grad is not None:
+        tl.store(block_grads + offsets, weighted * reciprocal(total), mask=inside)
+
+
+@triton.jit(do_not_specialize=["F", "N", "M"])
+def beside_kernel(
+    other_logits, other_grads, bias, beside, grads_beside,
+    bias_strides, H, F, N, M,
+    BLOCK_F: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # One program owns BLOCK_F queries of one head of one clip, and BLOCK of the N blocks of one modality. It
+    # walks the M blocks of the other.
+    b, h = tl.program_id(0) // H, tl.program_id(0) % H
+    queries = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    own = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    bias = (head(bias, bias_strides, b, h), bias_strides[2], bias_strides[3])
+
+    largest = tl.full((BLOCK_F,), float("-inf"), tl.float32)  # without a bias
+    top = tl.full((BLOCK, BLOCK_F), float("-inf"), tl.float32)
+    total, weighted = tl.zeros((BLOCK, BLOCK_F), tl.float32), tl.zeros((BLOCK, BLOCK_F), tl.float32)
+    for start in range(0, M, BLOCK):
+        other = start + tl.arange(0, BLOCK)
+        offsets, inside = tile_of(b, h, H, other, M, queries, F)
+        logits = tl.load(other_logits + offsets, mask=inside, other=float("-inf"))
+        largest = tl.maximum(largest, tl.max(logits, 0))
+        logits = logits[None, :, :] + load_bias(bias, own, other, N, M)[:, :, None]
+        previous, top = top, tl.maximum(top, tl.max(logits, 1))
+        weights = tl.exp(logits - finite(top)[:, None, :])
+        rescale = tl.exp(previous - finite(top))
+        total = total * rescale + tl.sum(weights, 1)
+        if other_grads is not None:
+            grads = tl.load(other_grads + offsets, mask=inside, other=0.0)
+            weighted = weighted * rescale + tl.sum(weights * grads[None, :, :], 1)
+    offsets, inside = tile_of(b, h, H, own, N, queries, F)
+    dead = (largest == float("-inf"))[None, :]
+    tl.store(beside + offsets, tl.where(dead, 0.0, top + log(total)), mask=inside)
+    if other_grads is not None:
+        tl.store(grads_beside + offsets, weighted * reciprocal(total), mask=inside)
+
+
+@triton.jit(do_not_specialize=["F"])
+def block_bias_kernel(
+    image_logits, image_grads, beside, grads_beside, audio_logits, audio_grads, bias, bias_grad,
+    bias_strides, bias_sizes, B, H, F,
+    BLOCK_F: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # One program owns a tile of the bias, and walks all clips, heads and queries that share it.
+    S, T = bias_sizes[2], bias_sizes[3]
+    tiles = tl.cdiv(S, BLOCK)
+    tiles_of_head = tiles * tl.cdiv(T, BLOCK)
+    matrix, tile = tl.program_id(0) // tiles_of_head, tl.program_id(0) % tiles_of_head
+    first_b, last_b = shared_range(matrix // bias_sizes[1], bias_sizes[0], B)
+    first_h, last_h = shared_range(matrix % bias_sizes[1], bias_sizes[1], H)
+    rows = tile % tiles * BLOCK + tl.arange(0, BLOCK)
+    columns = tile // tiles * BLOCK + tl.arange(0, BLOCK)
+    grad = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for b in range(first_b, last_b):
+        for h in range(first_h, last_h):
+            own_bias = (head(bias, bias_strides, b, h), bias_strides[2], bias_strides[3])
+            own_bias = load_bias(own_bias, rows, columns, S, T)
+            for start in range(0, F, BLOCK_F):
+                queries = start + tl.arange(0, BLOCK_F)
+                top, inverse, delta = mean(
+                    image_logits, image_grads, beside, grads_beside, b, h, H, S, queries, F, BLOCK_F, BLOCK
+                )
+                offsets, inside = tile_of(b, h, H, rows, S, queries, F)
+                image = tl.load(image_logits + offsets, mask=inside, other=float("-inf"))
+                image_grad = tl.load(image_grads + offsets, mask=inside, other=0.0)
+                offsets, inside = tile_of(b, h, H, columns, T, queries, F)
+                audio = tl.load(audio_logits + offsets, mask=inside, other=float("-inf"))
+                audio_grad = tl.load(audio_grads + offsets, mask=inside, other=0.0)
+                logits = image[:, None, :] + audio[None, :, :] + own_bias[:, :, None]
+                weights = tl.exp(logits - top) * inverse
+                grads = image_grad[:, None, :] + audio_grad[None, :, :] - delta
+                grad += tl.sum(weights * grads, 2)
+    bias_grad += (matrix.to(tl.int64) * S + rows[:, None]) * T + columns[None, :]
+    tl.store(bias_grad, grad, mask=(rows < S)[:, None] & (columns < T)[None, :])
+
+
+@triton.jit
+def mean(
+    image_logits, image_grads, beside, grads_beside, b, h, H, S, queries, F,
+    BLOCK_F: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Largest logit, 1 / sum of weights, and delta of all pairs of blocks, (BLOCK_F,) each."""
+    top = tl.full((BLOCK_F,), float("-inf"), tl.float32)
+    total, weighted = tl.zeros((BLOCK_F,), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
+    for start in range(0, S, BLOCK):
+        offsets, inside = tile_of(b, h, H, start + tl.arange(0, BLOCK), S, queries, F)
+        logits = tl.load(image_logits + offsets, mask=inside, other=float("-inf"))
+        logits += tl.load(beside + offsets, mask=inside, other=0.0)
+        grads = tl.load(image_grads + offsets, mask=inside, other=0.0)
+        grads += tl.load(grads_beside + offsets, mask=inside, other=0.0)
+        previous, top = top, tl.maximum(top, tl.max(logits, 0))
+        weights = tl.exp(logits - finite(top))
+        rescale = tl.exp(previous - finite(top))
+        total = total * rescale + tl.sum(weights, 0)
+        weighted = weighted * rescale + tl.sum(weights * grads, 0)
+    inverse = reciprocal(total)
+    return finite(top), inverse, weighted * inverse
+
+
+@triton.jit
+def tile_of(b, h, H, blocks, N, queries, F):
+    """Where a tile (blocks, queries) of one head of one clip lies in (B, H, N, F), and what is there."""
+    matrix = (tl.cast(b, tl.int64) * H + h) * N * F
+    inside = (blocks < N)[:, None] & (queries < F)[None, :]
+    return matrix + blocks.to(tl.int64)[:, None] * F + queries[None, :], inside
+
+
+@triton.jit
+def load_bias(bias, rows, columns, N, M):
+    """A tile of the bias in float32."""
+    pointer, row_stride, column_stride = bias
+    offsets = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
+    inside = (rows < N)[:, None] & (columns < M)[None, :]
+    return tl.load(pointer + offsets, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def log(total):
+    """0 of nothing, whose largest logit is -inf."""
+    return tl.log(tl.where(total > 0.0, total, 1.0))
+
+
+# --- the host's side ----------------------------------------------------------------------------------------
+
+
+def forward(query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, scale):
+    """As `forward` of pair_attention.py, with pair_bias (B or 1, H or 1, S, T)."""
+    inputs = query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask
+    image, audio = blocks_of(inputs, pair_bias, scale)
+    return pair_attention.forward(*inputs, scale, (image.beside_tokens, audio.beside_tokens))
+
+
+def backward(output_grad, *inputs):
+    """As `backward` of biased_pair_attention.py."""
+    *inputs, pair_bias, scale, bias_grad = inputs
+    image, audio = blocks_of(inputs, pair_bias, scale, output_grad)
+    blocks = image.beside_tokens, audio.beside_tokens
+    grads = pair_attention.backward(output_grad, *inputs, scale, blocks)
+    if bias_grad:
+        (B, H, F, _), sizes = inputs[0].shape, tuple(pair_bias.shape)
+        grads.append(pair_bias.new_empty(sizes))
+        tiles = triton.cdiv(sizes[2], TILES["BLOCK"]) * triton.cdiv(sizes[3], TILES["BLOCK"])
+        with on_device_of(pair_bias):
+            block_bias_kernel[sizes[0] * sizes[1] * tiles,](  # all in one dimension: the others end at 65535
+                *image[:4], *audio[:2], pair_bias, grads[-1], broadcast_strides(pair_bias), sizes, B, H, F,
+                **TILES,
+            )  # fmt: skip
+    return grads
+
+
+def blocks_of(inputs, pair_bias, scale, output_grad=None):
+    """What is known of the blocks of image and of audio tokens, with gradients if there is that of the
+    output.
+    """
+    inputs, sizes, strides = prepared(inputs[:5], inputs[5:])
+    query, (B, H, F, I, A, *_) = inputs[0], sizes
+    with_grads, output_grad = output_grad is not None, rows_of(output_grad)
+    grad_strides = output_grad.stride() if with_grads else None
+    options = pair_attention.settings(
+        query.dtype, *sizes, backward=with_grads, device=query.device, blocked=True
+    )
+    options = {name: value for name, value in options.items() if name != "SPLITS"}
+    tiles = triton.cdiv(F, options["BLOCK_F"])
+    image, audio = (
+        Blocks.empty(query, tokens, blocks, with_grads)
+        for tokens, blocks in zip((I, A), pair_bias.shape[2:], strict=True)
+    )
+    with on_device_of(query):
+        for own, N, which in (image, I, (1, 2, 5)), (audio, A, (3, 4, 6)):  # key, value, mask
+            rows = min(triton.next_power_of_2(own.size), options["BLOCK_N"])
+            block_kernel[B * H, tiles, triton.cdiv(own.number, options["BLOCK_N"] // rows)](
+                query, *(inputs[n] for n in which), output_grad, own.logits, own.grads,
+                strides[0], *(strides[n] for n in which), grad_strides,
+                H, F, N, own.size, scale, ROWS=rows, **options,
+            )  # fmt: skip
+        tiles = triton.cdiv(F, TILES["BLOCK_F"])
+        for own, other, bias in (image, audio, pair_bias), (audio, image, pair_bias.mT):
+            beside_kernel[B * H, tiles, triton.cdiv(own.number, TILES["BLOCK"])](
+                other.logits, other.grads, bias, own.beside, own.grads_beside,
+                broadcast_strides(bias), H, F, own.number, other.number, **TILES,
+            )  # fmt: skip
+    return image, audio
