@@ -17,11 +17,12 @@ import torch
 from matplotlib.figure import Figure
 from measure import RESULTS, ROOT
 from plots import BLUE, GREEN, GREY, ORANGE, digest, save
-from study import FEATURES, Namer, Scenes, accuracies, difference, fit, mean_cell, train_cells
+from study import FEATURES, Namer, Scenes, accuracies, difference, fit, mean_cell, prepared, train_cells
 from tables import filled, markdown, origin, terminal
 
 from avfuse import AVEncoder, InputSettings
 from avfuse.data.sounding_shapes.synthesis import OBJECTS
+from avfuse.training.pictures import draw_attention
 from avfuse.vit import plain_vit
 
 DIM, DEPTH, HEADS, PATCH = 48, 2, 2, 16
@@ -91,9 +92,15 @@ class Options:
     """Processes that train cells side by side, one thread each."""
     report: bool = False
     """Only write page and plot from the result file."""
+    picture: Path | None = None
+    """Train the first row with the first numbers and seed, and only draw there where its fusion tokens look
+    and listen in three scenes."""
 
 
 def main(options: Options) -> None:
+    if options.picture:
+        draw_example(options)
+        return
     if not options.report:
         one = [(row, 1, options.fusion_tokens[0], seed) for seed in options.seeds for row in options.rows]
         several = [
@@ -107,7 +114,7 @@ def main(options: Options) -> None:
         cells = sorted(several + (one if 1 in options.frames else []), key=lambda cell: cell[-1])
         for frames in options.frames:
             scenes_of(options, frames).draw(options.workers)
-        free = ("rows", "frames", "fusion_tokens", "seeds")
+        free = ("rows", "frames", "fusion_tokens", "seeds", "picture")
         train_cells(
             "synchrony", options, KEYS, cells, train_cell, RESULT, write_page, free, dim=DIM, depth=DEPTH
         )
@@ -119,17 +126,38 @@ def main(options: Options) -> None:
 # --- cells --------------------------------------------------------------------------------------------------
 
 
-def train_cell(options: Options, cell: tuple[str, int, int, int]) -> dict:
-    """One row with one seed: its accuracies on the test scenes, and on the way there."""
+Cell = tuple[RowName, int, int, int]  # row, frames, fusion tokens, seed
+
+
+def train_cell(options: Options, cell: Cell) -> dict:
+    """Accuracies on the test scenes, and on the way there."""
+    model, curve = trained(options, cell, *scenes_of(options, cell[1]).splits())
+    colour, shape = curve[-1][1:]
+    return dict(zip(KEYS, cell, strict=True)) | dict(colour=colour, shape=shape, curve=curve)
+
+
+def trained(options: Options, cell: Cell, train: dict, test: dict) -> tuple[Namer, list]:
+    """The model of a cell, and steps with the accuracies of colour and shape after them."""
     row, frames, F, seed = cell
-    train, test = scenes_of(options, frames).splits()
     torch.manual_seed(seed)
     model = Namer(make_encoder(ROWS[row], frames, F), ROWS[row].features)
     loss, curve = partial(model.loss, shown_weight=options.shown_weight), []
     for step in fit(model, loss, train, options.steps, options, pause=max(1, options.steps // 5)):
         curve.append([step, *accuracies(model, test)])
-    colour, shape = curve[-1][1:]
-    return dict(zip(KEYS, cell, strict=True)) | dict(colour=colour, shape=shape, curve=curve)
+    return model, curve
+
+
+def draw_example(options: Options) -> None:
+    """Three test scenes, whose pixels the model takes as `prepared` gives them."""
+    cell = options.rows[0], options.frames[0], options.fusion_tokens[0], options.seeds[0]
+    scenes = scenes_of(options, cell[1])
+    scenes.draw(options.workers)
+    train, test = scenes.splits()
+    model, curve = trained(options, cell, train, test)
+    batch = prepared(test, torch.arange(3))
+    model.encoder.given_inputs = replace(model.encoder.inputs, image_mean=(0.45,) * 3, image_std=(0.25,) * 3)
+    draw_attention(model.encoder, {name: batch[name] for name in ("image", "audio")}, options.picture)
+    print(f"{cell}: accuracy of the colour {curve[-1][1]:.3f}; {options.picture}")
 
 
 def make_encoder(row: Row, frames: int, fusion_tokens: int) -> AVEncoder:
