@@ -7,4 +7,4 @@ Interactions = Literal[  # `avfuse.fusion.VARIANTS`
     "dense", "bilinear", "factorized", "token", "joint", "cross", "none"
 ]
 Scene = Literal["binding", "synchrony"]  # of Sounding Shapes
-Size = Literal["tiny", "small", "base", "large"]  # of both transformers, see `avfuse.presets`
+Size = Literal["micro", "tiny", "small", "base", "large"]  # of both transformers, see `avfuse.presets`

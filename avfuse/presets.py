@@ -12,7 +12,11 @@ PAPER = InputSettings()
 # 96 x 96 pixels and 64 mels x 128 frames of 3 s: 36 + 32 tokens, small enough to train on a CPU in minutes.
 SMALL_INPUTS = InputSettings(image_size=96, mel_bins=64, hop=375)
 
+# 48 x 48 pixels, 9 tokens a frame: many frames in minutes.
+MICRO_INPUTS = InputSettings(image_size=48, mel_bins=64, hop=375)
+
 SIZES = {  # width, depth, heads, inputs
+    "micro": (48, 2, 2, MICRO_INPUTS),
     "tiny": (192, 4, 3, SMALL_INPUTS),
     "small": (384, 12, 6, PAPER),
     "base": (768, 12, 12, PAPER),
@@ -31,8 +35,9 @@ def create_encoder(
     """An `AVEncoder` with fresh weights.
 
     Args:
-        size: "tiny" (192 wide, 4 layers; 96 x 96 images and 64 x 128 spectrograms, for CPUs), or the ViT
-            sizes "small", "base" (the paper's) and "large" at 224 x 224 and 128 x 192.
+        size: "tiny" (192 wide, 4 layers; 96 x 96 images and 64 x 128 spectrograms, for CPUs), "micro" (48
+            wide, 2 layers, 48 x 48 images, for scenes of synchrony), or the ViT sizes "small", "base" (the
+            paper's) and "large" at 224 x 224 and 128 x 192.
         interactions: see `AVEncoder`.
         frames: of a clip; default that of `inputs`, or 1.
         inputs: other input transforms; both sizes must be multiples of the 16-pixel patches.

@@ -27,6 +27,7 @@ from .table import Clip, ClipTable
 from .workers import WorkerFailure, WorkerPool
 
 DEMOS = {"binding": Path("data/sounding-shapes"), "synchrony": Path("data/synchrony")}  # by their scenes
+DEMO_SETTINGS = {"binding": {}, "synchrony": dict(scene="synchrony", train=1024, test=512, size=64)}
 DATA_SETS = get_args(DataSet)
 READERS = {
     "vggsound": vggsound.read,
@@ -149,7 +150,7 @@ def find_data(
 def build_demo(scene: Scene, progress: bool) -> Path:
     """The folder of the demo of such scenes, which is built if it is not."""
     check_choice("scene", scene, tuple(DEMOS))
-    return sounding_shapes.generate(DEMOS[scene], scene=scene, progress=progress)
+    return sounding_shapes.generate(DEMOS[scene], progress=progress, **DEMO_SETTINGS[scene])
 
 
 def _hold_out(

@@ -1,5 +1,6 @@
 """What each task can be told. Nothing here brings torch, so that a command can say its options at once."""
 
+import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,10 +99,28 @@ def linear_probe() -> ClassifyConfig:
     )
 
 
+def of_synchrony() -> ClassifyConfig:
+    """Defaults of scenes of synchrony: what is mixed or dropped hides which moments belong together."""
+    return ClassifyConfig(
+        scene="synchrony",
+        label="colour",
+        model="micro",
+        mixup=0.0,
+        smoothing=0.0,
+        drop_path=0.0,
+        layer_decay=1.0,
+        base_lr=2.4e-2,
+        epochs=48,
+    )
+
+
 def parse(args: Sequence[str] | None = None, prog: str | None = None) -> ClassifyConfig:
-    """The command line of classification; --probe has defaults of its own."""
+    """The command line of classification; --probe and --scene synchrony have defaults of their own."""
     args = sys.argv[1:] if args is None else args
-    default = linear_probe() if "--probe" in args else ClassifyConfig()
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--scene", default="")
+    is_synchrony = first.parse_known_args(args)[0].scene == "synchrony"
+    default = linear_probe() if "--probe" in args else of_synchrony() if is_synchrony else ClassifyConfig()
     default.run = None  # which depends on the other options
     return read(ClassifyConfig)(args=args, prog=prog, default=default)
 

@@ -117,6 +117,23 @@ def demo() -> TrainConfig:
     return TrainConfig()
 
 
+def synchrony_demo() -> TrainConfig:
+    """Scenes of synchrony: a model small enough to read 8 frames on two CPU cores."""
+    return TrainConfig(
+        scene="synchrony",
+        model="micro",
+        frames=8,
+        pair_bias="time",
+        fusion_tokens=4,
+        attn_ratio=1.0,
+        decoder_dim=64,
+        decoder_depth=1,
+        decoder_heads=2,
+        epochs=15,
+        warmup_epochs=2,
+    )
+
+
 def vggsound_ablation() -> TrainConfig:
     """The paper's ablations: VGGSound (144k clips), ViT-B, 200 epochs, batch 512 as 2 GPUs x 64 clips x 4.
 
@@ -204,7 +221,11 @@ def parse(args: Sequence[str] | None = None, prog: str | None = None) -> TrainCo
     args = sys.argv[1:] if args is None else args
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="demo")
-    preset = first.parse_known_args(args)[0].preset
+    first.add_argument("--scene", default="")
+    known = first.parse_known_args(args)[0]
+    preset = known.preset
     default = PRESETS.get(preset, demo)()  # of an unknown one tyro will say what there is
+    if preset == "demo" and known.scene == "synchrony":
+        default = synchrony_demo()
     default.run = None  # which depends on the other options
     return read(TrainConfig)(args=args, prog=prog, default=default)
