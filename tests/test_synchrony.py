@@ -30,7 +30,9 @@ from avfuse.data.sounding_shapes.synthesis import (
 )
 from avfuse.tasks.localize import Localization
 from avfuse.tasks.options import LocalizeConfig
+from avfuse.tasks.options import parse as parse_classify
 from avfuse.training.loop import Task
+from avfuse.training.plan import plan
 from avfuse.training.recipes import TrainConfig, parse
 from avfuse.training.settings import checked
 
@@ -273,6 +275,18 @@ def test_each_scene_has_a_demo_of_its_own(built, monkeypatch):
     assert asked == [(Path("data/sounding-shapes"), "binding"), synchrony, synchrony]
     with pytest.raises(ValueError, match="scene must be .*'silence'"):
         find.find_data(None, scene="silence")
+
+
+def test_scenes_have_defaults_of_their_own():
+    """Which options given beside them override, and which no other scene has."""
+    command = ["--scene", "synchrony"]
+    pretraining, classification = parse(command), parse_classify(command)
+    assert (pretraining.model, pretraining.frames, pretraining.pair_bias) == ("micro", 8, "time")
+    assert (classification.label, classification.mixup, classification.model) == ("colour", 0.0, "micro")
+    assert parse([*command, "--model", "tiny", "--frames", "4"]).frames == 4
+    assert parse_classify([*command, "--mixup", "0.5"]).mixup == 0.5
+    assert parse([]).model == "tiny" and parse_classify([]).mixup == 0.8
+    assert "at 1,024 clips (the demo's)" in plan(pretraining)
 
 
 def test_a_scene_is_not_for_data_that_are_given(tmp_path):
