@@ -343,7 +343,7 @@ def make_models(options: Options, preset: str, mode: Mode) -> tuple[dict, dict]:
     }
     stored = {
         bias: sharpened(make_encoder(Row("", "dense", bias, block=PairTokenFusion), base))
-        for bias in {ROWS[name].pair_bias for name in models}
+        for bias in (False, True, "time")
     }
     for name, model in models.items():
         if mode == "training":

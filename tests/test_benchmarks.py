@@ -362,11 +362,15 @@ def test_tables_and_plots_are_those_of_the_results():
 
 def test_results_say_where_they_come_from():
     for path in report.RESULTS.glob("*.json"):
-        if path.stem == "traffic-meta":  # the same everywhere: test_traffic.py holds it against the code
+        if path.stem.startswith(
+            "traffic-meta"
+        ):  # the same everywhere: test_traffic.py holds it against the code
             continue
         record = json.loads(path.read_text())
         settings = record["settings"]
         ending = throughput.ENDINGS.get(settings.get("compile", "no"), "-compiled")
+        ending += f"-video{settings['frames']}" if settings.get("frames", 1) > 1 else ""
+        ending += "-frames" if settings.get("by") == "frames" else ""
         assert path.stem == f"{record['benchmark']}-{settings['device']}{ending}"
         assert {"command", "date", "commit", "machine", "versions", "note"} <= record.keys()
         assert "changes" not in record["commit"], f"{path.name}: measured on files never committed"
@@ -402,8 +406,9 @@ def test_report_notices_other_numbers():
     after = report.texts(results)
     changed = {path for path in before if before[path] != after[path]}
     assert changed == {ROOT / "benchmarks/README.md", ROOT / "docs/data.md"}
-    pages = ("README.md", "benchmarks/README.md", "docs/dense.md", "docs/data.md", "docs/tasks.md")
-    assert set(before) == {*(ROOT / page for page in pages), study.PAGE}
+    pages = ["README.md", "benchmarks/README.md"]
+    pages += [f"docs/{name}.md" for name in ("dense", "data", "tasks", "video")]
+    assert set(before) == {*(ROOT / page for page in pages), study.PAGE, synchrony.PAGE}
     assert plots.plots(results)[ROOT / "docs/scaling.png"][0] == plots.drawn_from(ROOT / "docs/scaling.png")
     with pytest.raises(ValueError, match="one <!-- speed -->"):
         report.filled("no markers", {"speed": ""})
