@@ -2,9 +2,10 @@
 and Ctrl-C ends it at any moment.
 """
 
+import argparse
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from typing import NoReturn
@@ -52,6 +53,14 @@ def begin(
     if is_heard:
         process.end_at_once()
     sys.exit(code)
+
+
+def given(args: Sequence[str], **defaults: str) -> argparse.Namespace:
+    """The values of a few options, which decide what the others have for defaults."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name, value in defaults.items():
+        parser.add_argument(f"--{name}", default=value)
+    return parser.parse_known_args(args)[0]
 
 
 def read(kind: Callable, *markers, **settings) -> Callable:

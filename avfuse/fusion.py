@@ -47,9 +47,7 @@ class Stream(NamedTuple):
     tokens: Tensor  # (B, N, D)
     mask: Tensor | None = None  # (B, N) bool, True = attend
     positions: Tensor | None = None  # (B, N) long, which tokens they are; None = all, in order
-    times: Tensor | None = (
-        None  # seconds, (S,) or (B, S): of S equal parts of the tokens, one after the other
-    )
+    times: Tensor | None = None  # seconds, (S,) or (B, S), of S equal parts of the tokens in a row
 
 
 class Fusion(nn.Module):
@@ -237,6 +235,8 @@ class DenseFusion(FusionBlock):
                 )
         if pair_bias is not None and time_bias is not None:
             raise ValueError("pair_bias and time_bias exclude one another")
+        if time_bias is not None and not (isinstance(time_bias, (tuple, list)) and len(time_bias) == 2):
+            raise ValueError(f"time_bias must be None or (reach in seconds, knots), got {time_bias!r}")
         self.interaction = interaction
         bilinear = interaction == "bilinear"
         self.norm_image = nn.LayerNorm(self.image_dim, eps=self.norm_eps)
@@ -303,7 +303,8 @@ class DenseFusion(FusionBlock):
     def check(self, fusion: Tensor, image: Stream, audio: Stream) -> None:
         super().check(fusion, image, audio)
         if self.pair_bias is not None:
-            check_positions("image_positions", image, self.pair_bias.shape[1])
+            frames = max(1, image.tokens.shape[1] // self.pair_bias.shape[1])
+            check_positions("image_positions", image, self.pair_bias.shape[1], frames)
             check_positions("audio_positions", audio, self.pair_bias.shape[2])
         if self.time_bias is not None:
             check_times("image_times", image)
@@ -326,7 +327,8 @@ class TimeBias(nn.Module):
     def __init__(self, num_heads: int, reach: float, knots: int):
         super().__init__()
         check_positive("reach", reach)
-        check_count("knots", knots - 1)
+        if type(knots) is not int or knots < 2:
+            raise ValueError(f"knots must be an integer of 2 or more, got {knots!r}")
         self.reach = reach
         self.table = nn.Parameter(torch.zeros(num_heads, knots))
 
@@ -598,13 +600,11 @@ def initialize_linear(module: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-def check_positions(name: str, stream: Stream, size: int) -> None:
-    """Positions name a place in a table of `size` for every token; None where all are there, in one or
-    several frames.
-    """
+def check_positions(name: str, stream: Stream, size: int, frames: int = 1) -> None:
+    """Positions name a place in a table of `size` for each token; None where all are there, in each frame."""
     B, N, _ = stream.tokens.shape
     if stream.positions is None:
-        if N % size:
+        if N != frames * size:
             raise ValueError(f"{name} is needed: the pair bias has {size} tokens, there are {N}")
         return
     check_indices(name, stream.positions, (B, N), size, stream.tokens.device)

@@ -220,8 +220,7 @@ def video(results: dict) -> str:
     parts = []
     for frames in 8, 16:
         record = results.get(f"traffic-meta-video{frames}")
-        parts.append(f"**{frames} frames, counted**: {origin(None) if record is None else ''}".strip())
-        parts += traffic.tables(record) if record else []
+        parts += [f"**{frames} frames, counted:**", *(traffic.tables(record) if record else [origin(None)])]
     for place, title in (("cpu", "CPU"), ("cuda", "GPU")):
         for frames in 8, 16:
             record = results.get(f"throughput-{place}-video{frames}")

@@ -13,6 +13,7 @@ from tables import MISSING, spread, terminal
 from tqdm import tqdm
 
 from avfuse import DenseFusion
+from avfuse.inputs import middles
 
 ROWS = {
     "dense": DenseFusion,
@@ -131,12 +132,8 @@ def times(options: Options, row: RowName, n: int, like: torch.Tensor) -> dict[st
     """When frames and audio tokens are seen and heard, which a bias of time asks."""
     if options.by == "tokens" or row == "dense":
         return {}
-    steps = dict(image_times=n, audio_times=SOUND)
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    moments = {
-        name: (torch.arange(count, device=like.device, dtype=dtype) + 0.5) for name, count in steps.items()
-    }
-    return {name: at * (SECONDS / steps[name]) for name, at in moments.items()}
+    options = dict(device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+    return dict(image_times=middles(n, SECONDS, **options), audio_times=middles(SOUND, SECONDS, **options))
 
 
 def call_of(options: Options, mode: Mode, block: DenseFusion, row: RowName, n: int) -> Callable:

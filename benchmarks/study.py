@@ -481,19 +481,30 @@ def draw_plot(record: dict) -> Figure:
         for place, name in enumerate(names):
             values = accuracies.get((name, start), [])
             if values:
-                axis.barh(place + offset, statistics.mean(values), 0.3, color=colour, alpha=0.35)
                 label = None if place else STARTS[start]
-                places = [place + offset] * len(values)
-                axis.plot(values, places, marker, color=colour, ms=5, ls="", label=label)
+                draw_seeds(axis, place + offset, values, 0.3, colour, marker, label)
     image_alone = 1 / record["settings"]["objects"]
     for chance, what, side in ((1 / len(COLOURS), "sound", "right"), (image_alone, "image", "left")):
         axis.axvline(chance, color=GREY, ls="--", lw=1)
         axis.text(chance, -0.7, f" chance, {what} ", color=GREY, fontsize=8, ha=side)
-    axis.set(xlim=(0, 1), ylim=(len(names) - 0.4, -1), xlabel="accuracy of the colour of what sounds")
-    axis.set_yticks(range(len(names)), [ROWS[name].label for name in names])
+    name_rows(axis, [ROWS[name].label for name in names])
+    return figure
+
+
+def draw_seeds(
+    axis, place: float, values: list[float], height: float, colour, marker: str, label: str | None
+):
+    """A bar for the mean, and a mark for each seed."""
+    axis.barh(place, statistics.mean(values), height, color=colour, alpha=0.35)
+    axis.plot(values, [place] * len(values), marker, color=colour, ms=5, ls="", label=label)
+
+
+def name_rows(axis, labels: list[str]) -> None:
+    """What the rows of bars are, from the top down."""
+    axis.set(xlim=(0, 1), ylim=(len(labels) - 0.4, -1), xlabel="accuracy of the colour of what sounds")
+    axis.set_yticks(range(len(labels)), labels)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, loc="lower right")
-    return figure
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ frames.
 """
 
 import json
-import statistics
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,19 @@ import torch
 from matplotlib.figure import Figure
 from measure import RESULTS, ROOT
 from plots import BLUE, GREEN, GREY, ORANGE, digest, save
-from study import FEATURES, Namer, Scenes, accuracies, difference, fit, mean_cell, prepared, train_cells
+from study import (
+    FEATURES,
+    Namer,
+    Scenes,
+    accuracies,
+    difference,
+    draw_seeds,
+    fit,
+    mean_cell,
+    name_rows,
+    prepared,
+    train_cells,
+)
 from tables import filled, markdown, origin, terminal
 
 from avfuse import AVEncoder, InputSettings
@@ -268,15 +279,11 @@ def draw_plot(record: dict) -> Figure:
             values = accuracies.get((name, T, F), [])
             if values:
                 at = place + (n - (len(kinds) - 1) / 2) * height
-                axis.barh(at, statistics.mean(values), 0.9 * height, color=colour, alpha=0.35, label=label)
-                axis.plot(values, [at] * len(values), "o", color=colour, ms=4, ls="")
+                draw_seeds(axis, at, values, 0.9 * height, colour, "o", label)
                 label = None
     axis.axvline(1 / OBJECTS["synchrony"], color=GREY, ls="--", lw=1)
     axis.text(1 / OBJECTS["synchrony"], -0.75, " chance of the pictures", color=GREY, fontsize=8)
-    axis.set(xlim=(0, 1), ylim=(len(names) - 0.4, -1), xlabel="accuracy of the colour of what sounds")
-    axis.set_yticks(range(len(names)), [ROWS[name].label for name in names])
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, loc="lower right")
+    name_rows(axis, [ROWS[name].label for name in names])
     return figure
 
 

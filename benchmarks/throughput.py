@@ -343,7 +343,7 @@ def make_models(options: Options, preset: str, mode: Mode) -> tuple[dict, dict]:
     }
     stored = {
         bias: sharpened(make_encoder(Row("", "dense", bias, block=PairTokenFusion), base))
-        for bias in (False, True, "time")
+        for bias in (False, True, "time")  # always all: so each has the same weights, whatever the rows
     }
     for name, model in models.items():
         if mode == "training":

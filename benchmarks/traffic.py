@@ -66,7 +66,7 @@ def main(options: Options) -> dict:
     several = options.frames > 1
     options = replace(
         options,
-        rows=options.rows or (TOKENS, *rows_by(options.frames)),
+        rows=options.rows or tuple(name for name in LABELS if name in (TOKENS, *rows_by(options.frames))),
         batch=options.batch or ((1, 4, 16) if several else (1, 16, 64, 128, 256)),
         out=options.out or measure.RESULTS / f"traffic-meta{f'-video{options.frames}' * several}.json",
     )

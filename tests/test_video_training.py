@@ -3,6 +3,7 @@ and those that cannot be told of frames.
 """
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,7 @@ from avfuse.tasks.localize import Localization
 from avfuse.tasks.options import ClassifyConfig, LocalizeConfig, RetrieveConfig
 from avfuse.tasks.retrieve import Retrieval
 from avfuse.train import Pretraining
+from avfuse.training.checkpoints import list_checkpoints
 from avfuse.training.loop import program, set_up, train
 from avfuse.training.recipes import TrainConfig
 
@@ -87,14 +89,18 @@ def test_pretraining_and_what_begins_with_it(options, tmp_path, tubes):
 
 
 def test_a_run_resumes_with_the_losses_of_one_that_went_through(options, tmp_path):
-    config = pretraining(options, checkpoint_every=1)
+    config = pretraining(options, checkpoint_every=1, keep_checkpoints=9)
     train(set_up(config, Pretraining))
-    whole = {row["step"]: row["loss"] for row in read_rows(config.run / "metrics.jsonl") if "loss" in row}
-    part = replace(config, run=tmp_path / "part", epochs=1)
+    part = replace(config, run=tmp_path / "part")
+    shutil.copytree(config.run, part.run)
+    for later in list_checkpoints(part.run)[:-2]:  # the newest first: those of the first two steps are left
+        shutil.rmtree(later)
     train(set_up(part, Pretraining))
-    train(set_up(replace(part, epochs=2), Pretraining))
-    rows = {row["step"]: row["loss"] for row in read_rows(part.run / "metrics.jsonl") if "loss" in row}
-    assert rows.keys() == whole.keys() and rows[1] == whole[1]
+    whole, resumed = (
+        {row["step"]: row["loss"] for row in read_rows(run / "metrics.jsonl") if "loss" in row}
+        for run in (config.run, part.run)
+    )
+    assert len(list_checkpoints(part.run)) == 4 and resumed == whole
 
 
 def test_a_model_of_one_frame_becomes_one_of_several(options, tmp_path):
@@ -108,20 +114,19 @@ def test_a_model_of_one_frame_becomes_one_of_several(options, tmp_path):
         assert torch.equal(weight, weights.get(name, torch.zeros_like(weight))), name
 
 
-def test_what_is_read_is_what_is_answered(options, tmp_path, capsys):
+def test_what_is_read_is_what_is_answered(options, tmp_path):
     config = pretraining(options)
     assert program(config, Pretraining) == 0
     clip = next((options["data"] / "test").glob("*.mp4"))
-    out = tmp_path / "said.json"
-    assert predict(PredictConfig(model=str(config.run), videos=(clip,), out=out)) == 0
+    out, pictures = tmp_path / "said.json", tmp_path / "pictures"
+    said = PredictConfig(model=str(config.run), videos=(clip,), out=out, pictures=pictures)
+    assert predict(said) == 0 and len(list(pictures.glob("*.png"))) == 1
     encoder = load_encoder(config.run)
     with torch.no_grad():
         tokens = encoder(*avfuse.read_clip(clip, encoder.inputs))
-    answer = json.loads(out.read_text())
-    answer = answer[0] if isinstance(answer, list) else answer
-    values = [value for name, value in answer.items() if "fusion" in name]
-    values = values[0] if values and isinstance(values[0], list) else values
-    assert relative_error(torch.tensor(values), tokens.fusion.mean(1)[0]) < 1e-4
+    (answer,) = json.loads(out.read_text())
+    assert relative_error(torch.tensor(answer["fusion"]), tokens.fusion.mean(1)[0]) < 1e-4
+    assert relative_error(torch.tensor(answer["image"]), tokens.image.mean((1, 2))[0]) < 1e-4
 
 
 def test_tasks_of_single_frames_refuse_several(options, capsys):

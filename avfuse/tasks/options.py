@@ -1,6 +1,5 @@
 """What each task can be told. Nothing here brings torch, so that a command can say its options at once."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ..command import SAID, read
+from ..command import SAID, given, read
 from ..training.settings import COUNT, NOT_NEGATIVE, RATE, RUN_FILES, TaskConfig, check_rules
 
 
@@ -117,9 +116,7 @@ def of_synchrony() -> ClassifyConfig:
 def parse(args: Sequence[str] | None = None, prog: str | None = None) -> ClassifyConfig:
     """The command line of classification; --probe and --scene synchrony have defaults of their own."""
     args = sys.argv[1:] if args is None else args
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--scene", default="")
-    is_synchrony = first.parse_known_args(args)[0].scene == "synchrony"
+    is_synchrony = given(args, scene="binding").scene == "synchrony"
     default = linear_probe() if "--probe" in args else of_synchrony() if is_synchrony else ClassifyConfig()
     default.run = None  # which depends on the other options
     return read(ClassifyConfig)(args=args, prog=prog, default=default)

@@ -1,6 +1,5 @@
 """What a pretraining run is: its settings, and the paper's own runs as presets."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from ..choices import Interactions, Size
-from ..command import SAID, read
+from ..command import SAID, given, read
 from .settings import COUNT, FREE, FRESH, NOT_NEGATIVE, ONCE, Formerly, LoopConfig, option
 
 
@@ -217,15 +216,11 @@ PRESETS = {
 
 
 def parse(args: Sequence[str] | None = None, prog: str | None = None) -> TrainConfig:
-    """The command line: `--preset` sets the defaults, every other option overrides them."""
+    """The command line: `--preset`, or `--scene` of the demo, sets the defaults, all others override them."""
     args = sys.argv[1:] if args is None else args
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="demo")
-    first.add_argument("--scene", default="")
-    known = first.parse_known_args(args)[0]
-    preset = known.preset
-    default = PRESETS.get(preset, demo)()  # of an unknown one tyro will say what there is
-    if preset == "demo" and known.scene == "synchrony":
+    chosen = given(args, preset="demo", scene="binding")
+    default = PRESETS.get(chosen.preset, demo)()  # of an unknown one tyro will say what there is
+    if (chosen.preset, chosen.scene) == ("demo", "synchrony"):
         default = synchrony_demo()
     default.run = None  # which depends on the other options
     return read(TrainConfig)(args=args, prog=prog, default=default)
