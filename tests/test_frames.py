@@ -455,7 +455,8 @@ def test_windows_and_single_files(folder):
     image, audio = read_clip(clip.path, SETTINGS, start=1.0)
     assert torch.equal(image[0], item["image"][1]) and audio.shape == (1, 1, 32, 64)
     shown = rgb(item["image"][1], SETTINGS)
-    assert shown.shape == (32, 32, 3) and number_of(255 * shown.numpy()) == 15
+    assert shown.shape == (32, 5 * 32, 3)  # a strip
+    assert [number_of(255 * frame.numpy()) for frame in shown.chunk(5, 1)] == [11, 13, 15, 17, 19]
 
 
 def test_clips_of_several_frames_are_mixed():

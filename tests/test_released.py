@@ -453,6 +453,7 @@ def test_settings_are_inferred_without_a_config(interactions, options):
             image_mask_ratio=0.75,
             audio_mask_ratio=0.8,
             norm_target=True,
+            tubes=False,
         )
         assert model(torch.randn(1, 3, 48, 48), torch.randn(1, 1, 128, 32)).loss.isfinite()
 
