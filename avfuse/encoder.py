@@ -21,7 +21,7 @@ from .branch import (
     layers_of_blocks,
     resampled_frames,
 )
-from .checks import check_choice, check_count, check_flag, check_positive
+from .checks import check_choice, check_count, check_flag, check_positive, is_number
 from .folding import FoldedBlock, FoldedDense, check_foldable, shares_norms
 from .fusion import NORM_EPS, STATE, VARIANTS, Stream, Variant
 from .graphs import CudaGraphs
@@ -79,6 +79,8 @@ class AVEncoder(nn.Module, Pretrained):
         pair_bias: a learned bias per head and pair in every fusion block ("dense" and "bilinear"), zero at
             first: "position" (or True) for each pair of an image and an audio position, "time" a function of
             how far frame and sound are apart, see `avfuse.fusion.TimeBias`; False for none.
+        time_peak: height in logits of a triangle with which tables of "time" begin, at no time difference; it
+            falls to 0 at the next frame. Default 0; of 3, synchrony is learned several times as fast.
         frames: T, of a clip; default that of `inputs`, or 1. Of several, the image transformer runs on each
             alone, with a learned position of the frame added (zero at first), and fusion reads their patch
             tokens one frame after the other. Such an encoder also takes more or fewer frames, evenly over the
@@ -112,6 +114,7 @@ class AVEncoder(nn.Module, Pretrained):
         attn_ratio=0.25,
         mlp_ratio=1.0,
         pair_bias=False,
+        time_peak: float = 0.0,
         frames: int | None = None,
         drop=0.0,
         drop_path=0.0,
@@ -177,6 +180,7 @@ class AVEncoder(nn.Module, Pretrained):
         )
         with_block = self.fusion_layers if self.variant.block else ()
         self.fusion_blocks = nn.ModuleDict({str(layer): self.make_block() for layer in with_block})
+        self.favour_together(time_peak)
         self.fusion_tokens = nn.Parameter(
             torch.empty(1, self.num_state_tokens, self.embed_dim).normal_(std=0.02)
         )
@@ -463,15 +467,31 @@ class AVEncoder(nn.Module, Pretrained):
         check_flag("cuda_graphs", cuda_graphs)
         return FusedEncoder.of(self, cuda_graphs)
 
-    def with_frames(self, frames: int, *, pair_bias: bool | str | None = None) -> "AVEncoder":
+    def favour_together(self, height: float) -> None:
+        """Adds a triangle as high to every table of "time", see `AVEncoder`.
+
+        Raises:
+            ValueError: a height that is no number, or not 0 where there are no such tables.
+        """
+        if not is_number(height):
+            raise ValueError(f"time_peak must be a number of logits, got {height!r}")
+        if height and self.settings["pair_bias"] != "time":
+            raise ValueError(f"time_peak={height} needs pair_bias='time'")
+        for block in self.fusion_blocks.values() if height else ():
+            block.time_bias.favour_together(height, self.inputs.audio_seconds / self.frames)
+
+    def with_frames(
+        self, frames: int, *, pair_bias: bool | str | None = None, time_peak: float = 0.0
+    ) -> "AVEncoder":
         """A copy for clips of so many frames, with the same weights.
 
-        What this encoder has no weights for, positions of frames and a pair bias, is zero; the positions it
-        has are interpolated, and left out of a copy for one frame.
+        What this encoder has no weights for, positions of frames and a pair bias, is zero, but for a
+        `time_peak`; the positions it has are interpolated, and left out of a copy for one frame.
 
         Args:
             frames: T.
             pair_bias: see `AVEncoder`; default that of this encoder, which only gets one if it has none.
+            time_peak: see `AVEncoder`; of tables that this encoder does not have.
 
         Raises:
             ValueError: naming the argument that is wrong.
@@ -480,6 +500,8 @@ class AVEncoder(nn.Module, Pretrained):
         wanted = own if pair_bias is None else "position" if pair_bias is True else pair_bias
         if own and wanted != own:
             raise ValueError(f"pair_bias must be that of this encoder, {own!r}, got {pair_bias!r}")
+        if own and time_peak:
+            raise ValueError(f"time_peak={time_peak} is for new tables, and this encoder has its own")
         check_count("frames", frames)
         config = self.to_config() | dict(frames=frames, pair_bias=wanted)
         if config["inputs"] is not None:
@@ -489,6 +511,7 @@ class AVEncoder(nn.Module, Pretrained):
             embed = weights.pop("frame_embed")
             weights |= {} if frames == 1 else dict(frame_embed=resampled_frames(embed, frames))
         copied.load_state_dict(copied.state_dict() | weights)
+        copied.favour_together(time_peak)
         return copied.train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -313,7 +313,9 @@ class DenseFusion(FusionBlock):
 
 class TimeBias(nn.Module):
     """A learned function of the time of a frame minus the time of a sound, for each head: linear between its
-    knots, constant beyond them, zero at first. Pairs of a dense block then find what happens together.
+    knots, constant beyond them, zero at first. Pairs of a dense block then find what happens together, and
+    sooner after `favour_together`: from zero, the bias, what is bright and what is loud are of no use without
+    one another, and training waits for all three.
 
     Args:
         num_heads: attention heads.
@@ -331,6 +333,12 @@ class TimeBias(nn.Module):
             raise ValueError(f"knots must be an integer of 2 or more, got {knots!r}")
         self.reach = reach
         self.table = nn.Parameter(torch.zeros(num_heads, knots))
+
+    def favour_together(self, height: float, width: float) -> None:
+        """Adds a triangle to the table: `height` logits at no time difference, 0 from `width` seconds on."""
+        knots = torch.linspace(-self.reach, self.reach, self.table.shape[1], device=self.table.device)
+        with torch.no_grad():
+            self.table += height * (1 - knots.abs() / width).clamp(min=0)
 
     def forward(self, image_times: Tensor, audio_times: Tensor) -> Tensor:
         """Seconds (S,) or (B, S) and (T,) or (B, T) -> (1 or B, H, S, T)"""

@@ -286,7 +286,7 @@ def test_scenes_have_defaults_of_their_own():
     assert parse([*command, "--model", "tiny", "--frames", "4"]).frames == 4
     assert parse_classify([*command, "--mixup", "0.5"]).mixup == 0.5
     assert parse([]).model == "tiny" and parse_classify([]).mixup == 0.8
-    assert "at 1,024 clips (the demo's)" in plan(pretraining)
+    assert "at 2,048 clips (the demo's)" in plan(pretraining)
 
 
 def test_a_scene_is_not_for_data_that_are_given(tmp_path):

@@ -370,6 +370,19 @@ def test_a_time_bias_is_linear_between_its_knots_and_constant_beyond():
     assert by_clip.shape == (2, 2, 3, 11) and relative_error(by_clip[1], by_clip[0]) < 1e-5
 
 
+def test_a_bias_of_time_can_begin_with_a_peak():
+    """Two frames of 2 s are 1 s apart, the knots of 5 moments of sound 0.4 s."""
+    inputs = InputSettings(**vars(INPUTS) | dict(image_frames=2))
+    expected = torch.tensor([[0, 0, 0, 0.6, 1.8, 3.0, 1.8, 0.6, 0, 0, 0]] * 2)
+    fresh = AVEncoder(make_vit(IMAGE), make_vit(AUDIO), pair_bias="time", time_peak=3.0, inputs=inputs)
+    copied = AVEncoder(make_vit(IMAGE), make_vit(AUDIO), inputs=INPUTS).with_frames(
+        2, pair_bias="time", time_peak=3.0
+    )
+    for encoder in fresh, copied:
+        for block in encoder.fusion_blocks.values():
+            assert torch.allclose(block.time_bias.table, expected, atol=1e-6)
+
+
 def test_a_block_of_its_own_reads_times():
     block = randomized(DenseFusion(16, 2, time_bias=(2.0, 9)))
     fusion, image, audio = torch.randn(2, 3, 16), torch.randn(2, 12, 16), torch.randn(2, 5, 16)
@@ -497,6 +510,8 @@ def test_bad_inputs_are_named(change, message):
         (dict(pair_bias="space"), "pair_bias must be one of"),
         (dict(pair_bias="time", interactions="token"), "pair_bias needs interactions"),
         (dict(pair_bias="time"), "made without inputs"),
+        (dict(time_peak=3.0), "time_peak=3.0 needs pair_bias='time'"),
+        (dict(time_peak="high"), "time_peak must be a number of logits, got 'high'"),
     ],
 )
 def test_bad_settings_are_named(options, message):
@@ -526,6 +541,8 @@ def test_bad_times_are_named(change, message):
 def test_what_a_copy_cannot_change_is_refused():
     with pytest.raises(ValueError, match="pair_bias must be that of this encoder, 'time'"):
         make_video_encoder("dense, time").with_frames(4, pair_bias="position")
+    with pytest.raises(ValueError, match="time_peak=3.0 is for new tables"):
+        make_video_encoder("dense, time").with_frames(4, time_peak=3.0)
     with pytest.raises(ValueError, match="tubes hide the same places in several frames"):
         AVMAE(make_encoder(), tubes=True)
     with pytest.raises(ValueError, match="exclude one another"):

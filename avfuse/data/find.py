@@ -29,7 +29,7 @@ from .workers import WorkerFailure, WorkerPool
 DEMOS = {"binding": Path("data/sounding-shapes"), "synchrony": Path("data/synchrony")}  # by their scenes
 DEMO_SETTINGS = {
     "binding": dict(scene="binding"),
-    "synchrony": dict(scene="synchrony", train=1024, test=512, size=64),
+    "synchrony": dict(scene="synchrony", train=2048, test=512, size=64),
 }
 DATA_SETS = get_args(DataSet)
 READERS = {

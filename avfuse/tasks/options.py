@@ -109,7 +109,8 @@ def of_synchrony() -> ClassifyConfig:
         drop_path=0.0,
         layer_decay=1.0,
         base_lr=2.4e-2,
-        epochs=48,
+        epochs=16,
+        warmup_epochs=2,
     )
 
 

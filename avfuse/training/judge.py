@@ -25,7 +25,7 @@ from .loop import Run, Task, evaluation_batches
 from .plan import count_parameters
 from .report import write_report
 from .settings import FRESH, TaskConfig
-from .starts import begin_from, for_clips
+from .starts import begin_from, for_clips, new_bias
 
 DRAWN = 6  # test clips of which there are pictures
 
@@ -37,8 +37,8 @@ def starting_encoder(config: TaskConfig, drop_path: float = 0.0) -> AVEncoder:
         ValueError: the checkpoint holds none.
     """
     if config.checkpoint == FRESH:
-        options = dict(pair_bias=config.pair_bias or False, norm_eps=config.norm_eps)
-        encoder = create_encoder(config.model, config.interactions, frames=config.frames or None, **options)
+        options = dict(frames=config.frames or None, norm_eps=config.norm_eps, **new_bias(config))
+        encoder = create_encoder(config.model, config.interactions, **options)
     else:
         encoder = for_clips(load_encoder(config.checkpoint), config)
     encoder = with_drop_path(encoder, drop_path)

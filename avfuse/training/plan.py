@@ -21,7 +21,7 @@ from .costs import CARDS, LAUNCHES, SHARE, launch_seconds, step_flops, step_seco
 from .length import with_enough_steps
 from .recipes import TrainConfig
 from .settings import FRESH, learning_rate, option, schedule_of
-from .starts import for_clips, saved_settings
+from .starts import for_clips, new_bias, saved_settings
 
 OF_ENCODER = (  # settings that a checkpoint decides
     "model interactions fusion_layers fusion_tokens image_aggregation_tokens audio_aggregation_tokens "
@@ -91,8 +91,8 @@ def make_encoder(config: TrainConfig) -> AVEncoder:
         attn_ratio=config.attn_ratio,
         mlp_ratio=config.mlp_ratio,
         norm_eps=config.norm_eps,
-        pair_bias=config.pair_bias or False,
         inputs=inputs,
+        **new_bias(config),
     )
 
 

@@ -128,8 +128,8 @@ def synchrony_demo() -> TrainConfig:
         decoder_dim=64,
         decoder_depth=1,
         decoder_heads=2,
-        epochs=15,
-        warmup_epochs=2,
+        epochs=8,
+        warmup_epochs=1,
     )
 
 

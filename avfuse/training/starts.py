@@ -12,17 +12,27 @@ from ..pretrained import WEIGHTS, file_at, load_strictly
 from ..weight_files import read_safetensors
 from .settings import LoopConfig
 
+TIME_PEAK = 3.0  # logits, with which a new bias of time begins
+
 
 def saved_settings(checkpoint: str) -> dict:
     """What the config.json of a saved model holds: "class" and "model"; {} of other weights."""
     return {} if os.path.isfile(checkpoint) else config_at(checkpoint)
 
 
+def new_bias(config: LoopConfig) -> dict:
+    """Options of an encoder whose pair bias, if settings ask for one, is new."""
+    return dict(pair_bias=config.pair_bias or False, time_peak=TIME_PEAK * (config.pair_bias == "time"))
+
+
 def for_clips(encoder: AVEncoder, config: LoopConfig) -> AVEncoder:
     """The encoder of a checkpoint, for clips of as many frames as settings ask for, with their pair bias."""
-    own = encoder.frames, encoder.settings["pair_bias"]
-    wanted = config.frames or own[0], config.pair_bias or own[1]
-    return encoder if wanted == own else encoder.with_frames(wanted[0], pair_bias=wanted[1])
+    frames, own = config.frames or encoder.frames, encoder.settings["pair_bias"]
+    if own:  # another one is refused there
+        kept = config.pair_bias in ("", own) and frames == encoder.frames
+        return encoder if kept else encoder.with_frames(frames, pair_bias=config.pair_bias or own)
+    is_same = not config.pair_bias and frames == encoder.frames
+    return encoder if is_same else encoder.with_frames(frames, **new_bias(config))
 
 
 def begin_from(model: nn.Module, checkpoint: str, say: Callable[[str], object]) -> None:
