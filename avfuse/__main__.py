@@ -30,6 +30,7 @@ def main() -> int | str:
         del sys.argv[1]
         runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=True)
     if name in ("-h", "--help"):
+        process.end_with_its_reader(True)
         lines = [f"  {name:<10}{summary}" for name, (_, summary) in COMMANDS.items()]
         print("usage: avfuse COMMAND [OPTIONS]\n", *lines, "\navfuse COMMAND --help says more.", sep="\n")
         return 0

@@ -36,10 +36,12 @@ def begin(
         explained: of the faults that end the work, those that need no traceback.
     """
     is_heard = process.end_at_once()
+    process.end_with_its_reader(True)  # of the help
     try:
         options = parse(args=sys.argv[1:], prog=process.called or f"python -m {module}")
     except EXPLAINED as error:
         sys.exit(f"error: {printable(error)}")
+    process.end_with_its_reader(False)  # work also writes to pipes of its own
     if isinstance(work, str):
         work = getattr(import_module(module), work)
     try:

@@ -1,4 +1,4 @@
-"""This process: what its user called it, and how Ctrl-C ends it."""
+"""This process: what its user called it, and how it ends from outside."""
 
 import os
 import signal
@@ -17,6 +17,14 @@ def end_at_once() -> bool:
     if is_heard:
         signal.signal(signal.SIGINT, leave)
     return is_heard
+
+
+def end_with_its_reader(yes: bool) -> None:
+    """Whether this process ends, as others do, when nobody reads on what it prints (`--help | head`); else
+    that is a BrokenPipeError, as for Python.
+    """
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL if yes else signal.SIG_IGN)
 
 
 def leave(*_) -> NoReturn:

@@ -60,6 +60,15 @@ def test_help_needs_nothing_heavy(arguments):
     assert not re.search(r"default: (None|''|)\)|\{None\}", done.stdout)  # the text says what holds instead
 
 
+@pytest.mark.parametrize("arguments", [["avfuse"], ["avfuse", "train"], ["avfuse.predict"]], ids=" ".join)
+def test_help_may_be_cut_short(arguments):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", *arguments, "--help"], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert done.returncode == -signal.SIGPIPE and not done.stderr
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
