@@ -33,7 +33,6 @@ from torch.nn.functional import cross_entropy
 from avfuse import AVEncoder, InputSettings
 from avfuse.data.sounding_shapes.synthesis import COLOURS, OBJECTS
 from avfuse.tasks.classifier import Classifier
-from avfuse.training.pictures import draw_attention
 from avfuse.training.starts import TIME_PEAK
 from avfuse.vit import plain_vit
 
@@ -104,15 +103,9 @@ class Options:
     """Processes that train cells side by side, one thread each."""
     report: bool = False
     """Only write page and plot from the result file."""
-    picture: Path | None = None
-    """Train the first row with the first numbers and seed, and only draw there where its fusion tokens look
-    and listen in three scenes."""
 
 
 def main(options: Options) -> None:
-    if options.picture:
-        draw_example(options)
-        return
     if not options.report:
         one = [(row, 1, options.fusion_tokens[0], seed) for seed in options.seeds for row in options.rows]
         several = [
@@ -126,7 +119,7 @@ def main(options: Options) -> None:
         cells = sorted(several + (one if 1 in options.frames else []), key=lambda cell: cell[-1])
         for frames in options.frames:
             scenes_of(options, frames).draw(options.workers)
-        free = ("rows", "frames", "fusion_tokens", "seeds", "picture")
+        free = ("rows", "frames", "fusion_tokens", "seeds")
         train_cells(
             "synchrony", options, KEYS, cells, train_cell, RESULT, write_page, free, dim=DIM, depth=DEPTH
         )
@@ -143,13 +136,8 @@ Cell = tuple[RowName, int, int, int]  # row, frames, fusion tokens, seed
 
 def train_cell(options: Options, cell: Cell) -> dict:
     """Accuracy on the test scenes, and on the way there."""
-    _, curve = trained(options, cell, *scenes_of(options, cell[1]).splits())
-    return dict(zip(KEYS, cell, strict=True)) | dict(colour=curve[-1][1], curve=curve)
-
-
-def trained(options: Options, cell: Cell, train: dict, test: dict) -> tuple[Classifier, list]:
-    """The model of a cell, and steps with the accuracy after them."""
     row, frames, F, seed = cell
+    train, test = scenes_of(options, frames).splits()
     torch.manual_seed(seed)
     model = Classifier(make_encoder(ROWS[row], frames, F), len(COLOURS), features=ROWS[row].features)
 
@@ -159,7 +147,7 @@ def trained(options: Options, cell: Cell, train: dict, test: dict) -> tuple[Clas
     curve, pause = [], max(1, options.steps // 5)
     for step in fit(model, loss, train, options.steps, options, pause, adamw):
         curve.append([step, accuracy(model, test)])
-    return model, curve
+    return dict(zip(KEYS, cell, strict=True)) | dict(colour=curve[-1][1], curve=curve)
 
 
 def adamw(model: Classifier, options: Options) -> list[torch.optim.Optimizer]:
@@ -175,19 +163,6 @@ def accuracy(model: Classifier, scenes: dict) -> float:
         batch = prepared(scenes, index)
         right.append(model(batch["image"], batch["audio"]).logits.argmax(1) == batch["colour"])
     return torch.cat(right).double().mean().item()
-
-
-def draw_example(options: Options) -> None:
-    """Three test scenes, whose pixels the model takes as `prepared` gives them."""
-    cell = options.rows[0], options.frames[0], options.fusion_tokens[0], options.seeds[0]
-    scenes = scenes_of(options, cell[1])
-    scenes.draw(options.workers)
-    train, test = scenes.splits()
-    model, curve = trained(options, cell, train, test)
-    batch = prepared(test, torch.arange(3))
-    model.encoder.given_inputs = replace(model.encoder.inputs, image_mean=(0.45,) * 3, image_std=(0.25,) * 3)
-    draw_attention(model.encoder, {name: batch[name] for name in ("image", "audio")}, options.picture)
-    print(f"{cell}: accuracy of the colour {curve[-1][1]:.3f}; {options.picture}")
 
 
 def make_encoder(row: Row, frames: int, fusion_tokens: int) -> AVEncoder:

@@ -94,6 +94,28 @@ def test_wheel_holds_the_whole_package_and_nothing_else(wheels):
     assert wheels["wheel"].getinfo(f"avfuse-{avfuse.__version__}.dist-info/licenses/LICENSE")
 
 
+def test_the_source_distribution_makes_the_same_wheel(wheels, checkout, tmp_path):
+    build = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
+
+    def run(kind, folder):
+        command = [sys.executable, "-c", build, kind, str(tmp_path)]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    run("build_sdist", checkout)
+    shutil.unpack_archive(next(tmp_path.glob("*.tar.gz")), tmp_path, filter="data")
+    run("build_wheel", tmp_path / f"avfuse-{avfuse.__version__}")
+    again = zipfile.ZipFile(next(tmp_path.glob("*.whl")))
+    contents = [{info.filename: info.CRC for info in wheel.infolist()} for wheel in (wheels["wheel"], again)]
+    for files in contents:
+        files.pop(f"avfuse-{avfuse.__version__}.dist-info/RECORD")  # lists the files in another order
+    assert contents[0] == contents[1]
+
+
+def test_the_version_to_cite_is_this_one():
+    assert f"\nversion: {avfuse.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def test_the_wheel_brings_the_command(wheels):
     entries = wheels["wheel"].read(f"avfuse-{avfuse.__version__}.dist-info/entry_points.txt").decode()
     assert "[console_scripts]\navfuse = avfuse.__main__:main\n" in entries
