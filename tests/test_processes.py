@@ -66,7 +66,7 @@ def assert_close(ours, truth):
 
 def test_losses_do_not_depend_on_the_number_of_processes(data, tmp_path):
     """Nor on micro-batches; batches of 8 out of 17 clips, dealt out to 1, 2 and 4 processes."""
-    options = "--epochs", "2", "--batch-size", "8"
+    options = "--epochs", "2", "--batch-size", "8", "--workers", "0"
     truth = train(data, tmp_path / "1", *options)
     assert sorted(truth) == [1, 2, 3, 4]
     assert_close(train(data, tmp_path / "2", *options, "--micro-batch", "3", processes=2), truth)
