@@ -241,6 +241,11 @@ def test_metrics_stand_beside_what_they_compare_with(task):
         ["a random place", "0.100"],
         ["best possible", "0.900"],
     ]
+    always = {f"{kind}_{name}": 0.3 for kind in ("whole", "centre") for name in ("pointing", "ciou", "auc")}
+    assert table(Localization, pointed | always)[2:4] == [
+        ["the whole picture", "0.300", "0.300", "0.300"],
+        ["the centre", "0.300", "0.300", "0.300"],
+    ]
     ratios = dict(pairs=2, skipped=1, sdr=7.2, sir=10.0, sar=17.0, mixture_sdr=0.1, nmf_sdr=None)
     assert table(Separation, ratios)[:4] == [
         ["dB, 2 pairs, 1 skipped", "SDR", "SIR", "SAR"],
