@@ -95,8 +95,10 @@ def test_a_clip_without_sound_stays_without(name):
 
 
 def test_noise_is_that_of_the_clip_whatever_its_batch():
-    audio = torch.randn(4, 1, 32, 32)
+    """And that of no other clip, be their sounds the same."""
+    audio = torch.randn(1, 1, 32, 32).expand(4, -1, -1, -1)
     whole = change("noise", batch_of(audio))["audio"]
+    assert not any(torch.allclose(whole[n], whole[n - 1], atol=0.1) for n in range(4))
     parts = [change("noise", batch_of(audio[n : n + 1], first=n))["audio"] for n in range(4)]
     torch.testing.assert_close(torch.cat(parts), whole)
 
@@ -135,6 +137,12 @@ def test_where_most_are_of_one_kind_each_still_gets_that_of_another_clip(sizes):
     assert sorted(others.values()) == sorted(kinds) and all(a != b for a, b in others.items())
     changed = Counter(kinds[a] != kinds[b] for a, b in others.items())
     assert changed[True] == 2 * min(sizes[1:], default=0)  # as many as can be
+
+
+def test_kinds_side_by_side_do_not_stay_so():
+    """As they would by half a turn through a sorted list."""
+    steps = {(other - clip) % 20 for clip, other in derangement({n: n for n in range(20)}).items()}
+    assert len(steps) > 5
 
 
 def test_one_clip_alone_has_no_other():
