@@ -19,6 +19,7 @@ from avfuse.data.decode import Part
 from avfuse.data.find import Found
 from avfuse.data.table import ClipTable
 from avfuse.features import FEATURES
+from avfuse.files import read_rows
 from avfuse.loading import load_model
 from avfuse.tasks.classifier import Classifier, load_classifier
 from avfuse.tasks.classify import (
@@ -27,6 +28,7 @@ from avfuse.tasks.classify import (
     WindowDataset,
     accuracy,
     check_label,
+    confusion,
     linear_probe,
     mix,
     parse,
@@ -357,14 +359,21 @@ def test_a_run_leaves_a_classifier_and_its_results(folder, tmp_path, probe):
         "interval_high",
         "chance",
         "clips",
+        *(f"confusion_{name}" for name in ("image", "audio", "each")),
     }
+    tested = results["conditions"]
+    assert set(tested) == {"silence", "noise", "other_sound", "grey_picture"}
+    assert all(set(of) == {"accuracy", "judged"} and of["judged"] == 3 for of in tested.values())
     assert results["metrics"]["chance"] == pytest.approx(2 / 3)
     assert (config.run / "pictures" / "predictions-000001.png").exists()
     card = (config.run / "model/README.md").read_text()
+    assert "| the sound of another clip |" in card and "| wrong, and right by image alone |" in card
+    assert "Hearing and seeing, tested" in (config.run / "index.html").read_text()
+    assert sum("conditions" in row for row in read_rows(config.run / "metrics.jsonl")) == 1  # at the end
     assert "In the order of the outputs: bird, cat." in card and "| most frequent class | 0.6667 |" in card
     assert "| measured on | 3 " in card and str(tmp_path) not in card
     config.checkpoint = str(config.run)
-    assert task.facts(1, results["metrics"])["recipe"]["checkpoint"] == "run"
+    assert task.facts(1, results["metrics"], [])["recipe"]["checkpoint"] == "run"
     loaded = load_classifier(config.run)
     assert loaded.class_names == ("bird", "cat")
     item = task.dataset(run.found.test, train=False)[0]
@@ -430,6 +439,30 @@ def test_names_of_classes_are_as_many_as_classes():
         Classifier(create_encoder("tiny"), 3, class_names=("bird", "cat"))
 
 
+def test_confusion_by_hand():
+    """Five clips of class 0: right by both, by all but both, by the image, by the sound, and by nothing."""
+    right = {
+        "": [1, 0, 0, 0, 0],
+        "image_input": [1, 1, 1, 0, 0],
+        "audio_input": [0, 1, 0, 1, 0],
+    }
+    scores = {name: torch.tensor([[float(hit), 0.5] for hit in hits]) for name, hits in right.items()}
+    scores["audio_input"][4] = -torch.inf  # it has no sound
+    target = torch.zeros(5).long()
+    found = confusion(scores, target)
+    assert found == {
+        f"confusion_{name}": pytest.approx(n / 5) for name, n in dict(image=2, audio=2, each=1).items()
+    }
+    rows = [
+        dict(target=t, **{n: s[i].numpy() for n, s in scores.items()}) for i, t in enumerate(target.numpy())
+    ]
+    task = Classification.__new__(Classification)
+    task.is_multi_label = False
+    assert task.summarize(rows).items() >= found.items()
+    alone = [{name: row[name] for name in ("target", "")} for row in rows]  # a model of one modality
+    assert not any(name.startswith("confusion") for name in task.summarize(alone))
+
+
 @pytest.fixture
 def short(folder, tmp_path):
     """Settings of a run of one step."""
@@ -439,7 +472,7 @@ def short(folder, tmp_path):
 
 
 def test_a_model_is_saved_though_no_test_clip_can_be_read(short, monkeypatch):
-    monkeypatch.setattr("avfuse.training.judge.judge_all", lambda run, model: ([], []))
+    monkeypatch.setattr("avfuse.training.judge.judge_all", lambda run, model: ({}, []))
     assert program(short, Classification) == 0
     assert load_classifier(short.run).classes == 2 and not (short.run / "results.json").exists()
 

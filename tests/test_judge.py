@@ -14,6 +14,7 @@ from avfuse.tasks.retrieve import Retrieval
 from avfuse.tasks.segment import Segmentation
 from avfuse.tasks.separate import Separation
 from avfuse.train import INPUTS, Pretraining
+from avfuse.training.conditions import condition_table
 from avfuse.training.judge import aligned, first_clips, to_columns, to_rows
 from avfuse.training.recipes import TrainConfig
 
@@ -205,6 +206,14 @@ def test_metrics_stand_beside_what_they_compare_with(task):
         ["given the audio alone", "0.900"],
         ["most frequent class", "0.200"],
     ]
+    confused = table(
+        Classification, hits | dict(confusion_image=0.1, confusion_audio=0.2, confusion_each=0.3)
+    )
+    assert confused[5:] == [
+        ["wrong, and right by image alone", "0.100"],
+        ["wrong, and right by audio alone", "0.200"],
+        ["wrong, and right by each alone", "0.300"],
+    ]
     several = dict(mAP=0.5, AUC=None, d_prime=None, classes_without_positives=0, mAP_fusion_head=0.25)
     assert table(Classification, several) == [
         ["mAP", "AUC", "d'"],
@@ -232,12 +241,27 @@ def test_metrics_stand_beside_what_they_compare_with(task):
         ["a random place", "0.100"],
         ["best possible", "0.900"],
     ]
+    always = {f"{kind}_{name}": 0.3 for kind in ("whole", "centre") for name in ("pointing", "ciou", "auc")}
+    assert table(Localization, pointed | always)[2:4] == [
+        ["the whole picture", "0.300", "0.300", "0.300"],
+        ["the centre", "0.300", "0.300", "0.300"],
+    ]
     ratios = dict(pairs=2, skipped=1, sdr=7.2, sir=10.0, sar=17.0, mixture_sdr=0.1, nmf_sdr=None)
     assert table(Separation, ratios)[:4] == [
         ["dB, 2 pairs, 1 skipped", "SDR", "SIR", "SAR"],
         ["model", "7.200", "10.000", "17.000"],
         ["mixture as it is", "0.100"],
         ["NMF"],
+    ]
+
+
+def test_metrics_stand_beside_those_of_what_is_not_the_clips_own():
+    tested = dict(silence=dict(miou=0.1, f=None, judged=9), later=dict(miou=0.2, judged=12))
+    assert aligned(condition_table(dict(miou=0.7, f=0.8, judged=12), tested)).splitlines() == [
+        "  heard and seen   miou      f  judged",
+        "  its own         0.700  0.800      12",
+        "  silence         0.100              9",
+        "  later           0.200             12",
     ]
 
 

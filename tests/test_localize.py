@@ -21,12 +21,14 @@ from avfuse.tasks.localize import (
     Localizer,
     best_map,
     consensus_iou,
+    judge_baselines,
     pointing,
     resized,
     success_area,
     success_rate,
 )
 from avfuse.tasks.scenes import model_inputs
+from avfuse.training.conditions import CONDITIONS
 from avfuse.training.judge import weights_hash
 from avfuse.training.loop import program
 
@@ -134,6 +136,29 @@ def test_no_map_beats_the_best():
     torch.testing.assert_close(best, bound)
     for _ in range(10):
         assert (consensus_iou(torch.rand(20, 12, 12), truth) <= best).all()
+
+
+def test_baselines_by_hand():
+    """On 4 x 4 places, half of which are a disc: four in the middle, and all beside them but the corners."""
+    truth = torch.zeros(4, 4, 4)
+    truth[0, 1:3, 1:3] = 1  # the middle
+    truth[1, 0, 0] = 1  # a corner
+    truth[2] = 1  # everywhere
+    truth[3, 1] = 0.5  # a row, of which one of two people is sure
+    found = judge_baselines(truth)
+    assert found["whole_ciou"].tolist() == pytest.approx([4 / 16, 1 / 16, 1, 2 / (2 + 12)])
+    assert found["whole_pointing"].tolist() == pytest.approx([4 / 16, 1 / 16, 1, 4 / 16])
+    # the upper median is the distance of those beside the middle: 12 places are called sounding
+    assert found["centre_ciou"].tolist() == pytest.approx([4 / 12, 0, 12 / 16, 2 / (2 + 8)])
+    assert found["centre_pointing"].tolist() == [True, False, True, True]
+
+
+def test_the_central_half_is_a_disc():
+    """But for the edge of pixels."""
+    size = 224
+    places = (torch.arange(size) + 0.5) / size - 0.5
+    disc = (places[:, None] ** 2 + places**2 <= 0.5 / torch.pi).double()[None]
+    assert judge_baselines(disc)["centre_ciou"].item() == pytest.approx(1, abs=0.01)
 
 
 def test_maps_keep_their_place():
@@ -273,13 +298,22 @@ def test_a_run_from_end_to_end(shapes, tmp_path):
     )
     assert weights_hash(load_model(Localizer, tmp_path / "run")) == results["weights_sha256"]
     metrics = results["metrics"]
-    names = {f"{prefix}{name}" for prefix in ("", "attention_") for name in ("pointing", "ciou", "auc")}
-    assert metrics.keys() == names | {"best_possible_auc", "pointing_chance"}
+    names = ("pointing", "ciou", "auc")
+    prefixed = {f"{prefix}{name}" for prefix in ("", "attention_", "whole_", "centre_") for name in names}
+    assert metrics.keys() == prefixed | {"best_possible_auc", "pointing_chance"}
+    assert metrics["whole_pointing"] == pytest.approx(metrics["pointing_chance"])
+    assert results["conditions"].keys() == set(CONDITIONS)
+    assert all(of.keys() == {*names, "judged"} for of in results["conditions"].values())
     assert all(0 <= value <= 1 for value in metrics.values())
     pictures = sorted(path.name for path in (tmp_path / "run/pictures").glob("*.png"))
     assert pictures == ["localization-000000.png", "localization-000001.png"]
     card = (tmp_path / "run/model/README.md").read_text()
-    assert "| measured on | 3 " in card and "| a random place |" in card and str(tmp_path) not in card
+    assert (
+        "| measured on | 3 " in card
+        and "| a random place |" in card
+        and "| the centre |" in card
+        and str(tmp_path) not in card
+    )
 
 
 def test_a_run_on_flickr_soundnet(shapes, tmp_path):
@@ -287,6 +321,7 @@ def test_a_run_on_flickr_soundnet(shapes, tmp_path):
     assert run(tmp_path / "run", data=tmp_path / "data", modalities="image", test_share=0.2) == 0
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert "control" in results["task"] and results["coverage"]["expected"] == 3
+    assert results["conditions"].keys() == {"grey_picture"}  # it never hears anything
 
 
 def test_pictures_that_are_missing_stop_a_run_unless_allowed(shapes, tmp_path):

@@ -115,6 +115,19 @@ def curve_points(page: Page, colour: str) -> np.ndarray:
     return np.array(re.findall(r"[ML] (\S+) (\S+)", longest), dtype=float)
 
 
+def test_what_was_heard_and_seen_stands_beside_the_clips_own(run):
+    rows = [dict(step=12, when="after", judged=9, metrics=dict(accuracy=0.875, clips=9))]
+    rows[0]["conditions"] = dict(silence=dict(accuracy=0.25, judged=9), later=dict(accuracy=0.5, judged=8))
+    write_rows(run / "metrics.jsonl", rows)
+    text = Page(write_report(run)).text
+    assert "Hearing and seeing, tested" in text
+    assert "heard and seen accuracy judged its own 0.875 9 silence 0.25 9 later 0.5 8" in text
+    rows[0].pop("conditions")  # of before
+    write_rows(run / "metrics.jsonl", rows)
+    text = Page(write_report(run)).text
+    assert "Hearing" not in text and "0.875" in text
+
+
 # --- one page, with everything on it ------------------------------------------------------------------------
 
 

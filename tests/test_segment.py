@@ -34,6 +34,7 @@ from avfuse.tasks.segment import (
     highest_of_mean,
     mean_of_highest,
 )
+from avfuse.training.conditions import CONDITIONS
 from avfuse.training.judge import weights_hash
 from avfuse.training.loop import program
 
@@ -303,6 +304,9 @@ def test_a_run_from_end_to_end(shapes, tmp_path, target):
     assert results["task"] == f"{target} segmentation"
     assert weights_hash(load_model(Segmenter, tmp_path / "run")) == results["weights_sha256"]
     assert all(0 <= value <= 1 for value in results["metrics"].values())
+    assert results["conditions"].keys() == set(CONDITIONS)
+    names = {"miou", "f_score"} | ({"miou_without_background"} if target == "semantic" else set())
+    assert all(of.keys() == names | {"judged"} for of in results["conditions"].values())
     pictures = sorted(path.name for path in (tmp_path / "run/pictures").glob("*.png"))
     assert pictures == ["segmentation-000000.png", "segmentation-000001.png"]
     card = (tmp_path / "run/model/README.md").read_text()

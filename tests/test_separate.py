@@ -285,6 +285,8 @@ def test_the_program_leaves_results_sounds_and_pictures(data, tmp_path):
     assert program(config, Separation) == 0
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert results["metrics"]["pairs"] == 3 and results["coverage"] == dict(judged=3, expected=3)
+    assert results["conditions"].keys() == {"silence", "noise", "other_sound", "grey_picture"}
+    assert all(of.keys() == {"sdr", "sir", "sar", "judged"} for of in results["conditions"].values())
     assert "BSS-eval" in results["protocol"]
     assert weights_hash(load_model(Separator, tmp_path / "run")) == results["weights_sha256"]
     assert len(list((tmp_path / "run/sounds").glob("*.wav"))) == 9

@@ -26,6 +26,7 @@ from ..data.class_folders import read_class_list, with_classes
 from ..data.clips import Clip, ClipDataset
 from ..data.find import Found
 from ..files import printable
+from ..training.conditions import ALWAYS
 from ..training.judge import JudgedTask, starting_encoder, to_columns, to_rows
 from ..training.loop import Task, program
 from ..training.neighbours import interval, wilson
@@ -34,6 +35,7 @@ from .classifier import Classifier, presence
 
 LIGHT = "#C9CED3"
 SHOWN = 6  # classes of a clip in the picture
+WRONG_TOGETHER = "wrong, and right by {} alone"
 
 
 # --- loss ---------------------------------------------------------------------------------------------------
@@ -75,11 +77,28 @@ def mix(
 
 
 def accuracy(scores: Tensor, target: Tensor) -> float:
-    """Share of clips whose highest score (N, classes) is that of their class (N,). A clip that nothing could
-    be read of, whose scores are -inf, counts as wrong.
+    """Share of clips that are right."""
+    return is_right(scores, target).double().mean().item()
+
+
+def is_right(scores: Tensor, target: Tensor) -> Tensor:
+    """Whether the highest score (N, classes) of each clip is that of its class (N,): (N,) bool. A clip that
+    nothing could be read of, whose scores are -inf, counts as wrong.
     """
-    told = scores.isfinite().all(1)
-    return ((scores.argmax(1) == target) & told).double().mean().item()
+    return (scores.argmax(1) == target) & scores.isfinite().all(1)
+
+
+def confusion(scores: dict[str, Tensor], target: Tensor) -> dict[str, float]:
+    """Modality confusion of VGGSounder (Zverev et al., ICCV 2025): the shares of all clips that are named
+    wrong by both modalities together, and right by the image alone, by the audio alone, by each of them.
+
+    Args:
+        scores: "", "image_input" and "audio_input", (N, classes) as for `accuracy`.
+        target: (N,)
+    """
+    both, image, audio = (is_right(scores[name], target) for name in ("", "image_input", "audio_input"))
+    alone = dict(image=image, audio=audio, each=image & audio)
+    return {f"confusion_{name}": (right & ~both).double().mean().item() for name, right in alone.items()}
 
 
 def ranking_metrics(scores: Tensor, target: Tensor) -> dict[str, float | int | None]:
@@ -166,6 +185,7 @@ class Classification(JudgedTask):
     """Clips as classes."""
 
     name = "classify"
+    conditions, headline = ALWAYS, ("accuracy", "mAP")
 
     def __init__(self, config: ClassifyConfig, found: Found):
         super().__init__(config, found)
@@ -242,6 +262,15 @@ class Classification(JudgedTask):
         scores = {name: logits.float() for name, logits in self.scores(model, inputs).items()}
         return to_rows(dict(target=inputs["target"]) | scores)
 
+    def judge_again(self, model, inputs, batch):
+        """Without what a head or a modality alone would say."""
+        given = [name for name in ("image", "audio") if name in inputs]
+        logits = self.over_windows(model, inputs, given)[""].float()
+        return to_rows({"target": inputs["target"], "": logits})
+
+    def kind(self, clip):
+        return clip.labels[self.label]
+
     def scores(self, model: Classifier, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Logits (B, classes): "", of all heads; of each head if there are several; and of all heads when
         only the picture, or only the sound, is given. -inf where there was nothing to read.
@@ -283,6 +312,8 @@ class Classification(JudgedTask):
         metrics = {f"accuracy_{n}" if n else "accuracy": accuracy(s, target) for n, s in by_name.items()}
         hits = metrics["accuracy"]
         low, high = wilson(hits, len(target))
+        if {"image_input", "audio_input"} <= by_name.keys():
+            metrics |= confusion(by_name, target)
         chance = target.bincount().max().item() / len(target)
         return metrics | dict(
             standard_error=(hits * (1 - hits) / len(target)) ** 0.5,
@@ -306,6 +337,8 @@ class Classification(JudgedTask):
         right = f"{round(metrics[kind] * clips)} of {clips}"
         rows = [("", kind, "95 % interval", "right"), ("all heads", metrics[kind], ends, right)]
         alone.append(("most frequent class", metrics["chance"]))
+        confused = {name: share for name, share in metrics.items() if name.startswith("confusion_")}
+        alone += [(WRONG_TOGETHER.format(name.split("_")[1]), share) for name, share in confused.items()]
         return [[*rows, *((*row, None, None) for row in alone)]]
 
     def doubt(self, metrics):

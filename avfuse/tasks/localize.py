@@ -23,6 +23,7 @@ from ..data.sounding_shapes.truths import ShapeBoxes
 from ..encoder import AVEncoder
 from ..inputs import InputSettings
 from ..pretrained import Pretrained
+from ..training.conditions import CONDITIONS
 from ..training.judge import starting_encoder, to_columns, to_rows
 from ..training.loop import program
 from ..training.pictures import figure_grid, save
@@ -30,6 +31,7 @@ from .scenes import SIZE, SceneModel, SceneTask, model_inputs, outline, show_map
 
 THRESHOLDS = 21  # from 0 to 1, of the curve under which the area is
 SUCCESS = 0.5  # a picture counts as localized at this consensus IoU
+BASELINES = {"whole_": "the whole picture", "centre_": "the centre"}  # answers to every picture
 
 
 # --- model --------------------------------------------------------------------------------------------------
@@ -135,6 +137,24 @@ def best_map(truth: Tensor) -> Tensor:
     return truth.double() + places.view_as(truth[0]) / (10 * len(places))
 
 
+def judge_baselines(truth: Tensor) -> dict[str, Tensor]:
+    """What two answers score that look at nothing. The whole picture: every place sounds, and which is the
+    highest is left to chance. The centre, the baseline of Arandjelovic and Zisserman (Objects that Sound,
+    ECCV 2018): the nearer to it, the higher a place is, and cIoU calls the nearer half sounding, a disc.
+
+    Args:
+        truth: (B, H, W) in 0..1.
+    """
+    rows, columns = (torch.linspace(-1, 1, size, device=truth.device) for size in truth.shape[1:])
+    centre = -(rows[:, None] ** 2 + columns**2)[None]
+    return dict(
+        whole_ciou=consensus_iou(torch.zeros_like(centre), truth),
+        whole_pointing=(truth > 0).double().mean((1, 2)),
+        centre_ciou=consensus_iou(centre, truth),
+        centre_pointing=pointing(centre.expand_as(truth), truth),
+    )
+
+
 def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, rows, columns) -> (B, height, width), bilinear"""
     return interpolate(maps[:, None].float(), size=size, mode="bilinear")[:, 0]
@@ -147,6 +167,7 @@ class Localization(SceneTask):
     """Trains a `Localizer` by binary cross-entropy per pixel."""
 
     name, shape_truth, truth = "localization", ShapeBoxes, "sounding"
+    conditions, headline = tuple(CONDITIONS), ("pointing", "ciou", "auc")
     protocol = (
         "Flickr-SoundNet: whole picture squeezed to 224 x 224, threshold at the median of the map, consensus "
         "min(boxes / 2, 1) of the annotators (Sounding Shapes: the box of the sounding object), ciou = share "
@@ -179,6 +200,7 @@ class Localization(SceneTask):
     def judge(self, model, inputs, batch):
         truth = inputs["sounding"]
         columns = dict(best=consensus_iou(best_map(truth), truth), area=(truth > 0).double().mean((1, 2)))
+        columns |= judge_baselines(truth)
         for prefix, maps in self.maps(model, inputs).items():
             columns[f"{prefix}ciou"] = consensus_iou(maps, truth)
             columns[f"{prefix}pointing"] = pointing(maps, truth)
@@ -191,7 +213,7 @@ class Localization(SceneTask):
 
     def summarize(self, rows):
         columns, metrics = to_columns(rows), {}
-        for prefix in ("", "attention_"):
+        for prefix in ("", "attention_", *BASELINES):
             if f"{prefix}ciou" in columns:
                 ciou = columns[f"{prefix}ciou"].double()
                 metrics[f"{prefix}pointing"] = columns[f"{prefix}pointing"].double().mean().item()
@@ -206,6 +228,8 @@ class Localization(SceneTask):
         names = ("pointing", "ciou", "auc")
         prefixes = [prefix for prefix in TITLES if f"{prefix}ciou" in metrics]
         rows = [(TITLES[prefix], *(metrics[f"{prefix}{name}"] for name in names)) for prefix in prefixes]
+        always = [prefix for prefix in BASELINES if f"{prefix}ciou" in metrics]
+        rows += [(BASELINES[prefix], *(metrics[f"{prefix}{name}"] for name in names)) for prefix in always]
         random = ("a random place", metrics["pointing_chance"], None, None)
         best = ("best possible", None, None, metrics["best_possible_auc"])
         return [[(self.heading, *names), *rows, random, best]]

@@ -26,6 +26,7 @@ from ..data.sounding_shapes.truths import ShapeMasks
 from ..encoder import AVEncoder
 from ..inputs import InputSettings
 from ..pretrained import Pretrained
+from ..training.conditions import CONDITIONS
 from ..training.judge import starting_encoder, to_columns, to_rows
 from ..training.loop import program
 from ..training.pictures import figure_grid, save
@@ -231,6 +232,7 @@ class Segmentation(SceneTask):
     """Trains a `Segmenter` by cross-entropy at every pixel."""
 
     shape_truth, truth = ShapeMasks, "classes"
+    conditions, headline = tuple(CONDITIONS), ("miou", "f_score", "miou_without_background")
 
     def __init__(self, config: SegmentConfig, found: Found):
         super().__init__(config, found)

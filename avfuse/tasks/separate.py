@@ -25,6 +25,7 @@ from ..data.clips import Clip, ClipDataset, Failure, check_one_frame
 from ..data.find import Found
 from ..data.transforms import evaluation_image, random_gain
 from ..inputs import InputSettings
+from ..training.conditions import ALWAYS
 from ..training.judge import JudgedTask, first_clips, starting_encoder
 from ..training.loop import Task, program
 from ..training.pictures import figure_grid, rgb, save, show_sound
@@ -132,6 +133,7 @@ class Separation(JudgedTask):
         "sources; skipped: pairs with a stem or sum of an energy below 1e-5, or of the same sound twice; NMF "
         "and RPCA in their better order; oracle = the mask trained towards"
     )
+    conditions, headline = ALWAYS, ("sdr", "sir", "sar")
 
     def __init__(self, config: SeparateConfig, found: Found):
         super().__init__(config, found)

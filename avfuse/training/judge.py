@@ -5,7 +5,10 @@ tasks start from.
 import datetime
 import hashlib
 import os
+from collections.abc import Hashable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..data.clips import Failure
+from ..data.clips import Clip, Failure
 from ..data.find import Found
 from ..encoder import AVEncoder
 from ..files import printable, write_json
@@ -21,6 +24,7 @@ from ..loading import load_encoder
 from ..presets import create_encoder
 from ..pretrained import load_strictly, parameter_groups
 from ..progress import progress_bar
+from .conditions import CONDITIONS, BesideOthers, condition_table, derangement, has_sound
 from .loop import Run, Task, evaluation_batches
 from .plan import count_parameters
 from .report import write_report
@@ -71,6 +75,8 @@ class JudgedTask(Task):
     protocol: str
     recipe = ("checkpoint", "epochs", "batch_size", "base_lr", "weight_decay", "precision", "seed")
     has_unused_parameters = True  # such as the last audio block where only image tokens are read
+    conditions: tuple[str, ...] = ()  # of conditions.py, under which the trained model is judged again
+    headline: tuple[str, ...] = ()  # metrics that tell what became of it
 
     def judge(self, model: nn.Module, inputs: dict[str, Tensor], batch: dict) -> list[dict]:
         """One row of numbers and small arrays for each clip of a batch, whatever else is in the batch.
@@ -81,6 +87,14 @@ class JudgedTask(Task):
             batch: as read, on the CPU.
         """
         raise NotImplementedError
+
+    def judge_again(self, model: nn.Module, inputs: dict[str, Tensor], batch: dict) -> list[dict]:
+        """The same where a condition has changed the inputs: what the headline is made from is enough."""
+        return self.judge(model, inputs, batch)
+
+    def kind(self, clip: Clip) -> Hashable:
+        """What clips have in common whose sounds may stand for each other: labels, or being the same clip."""
+        return tuple(clip.labels.values()) or clip.path
 
     def summarize(self, rows: list[dict]) -> dict:
         """The metrics by name, from the rows of all test clips in their order."""
@@ -126,22 +140,40 @@ class JudgedTask(Task):
     # --- how it is carried out ---
 
     def measure(self, run, model, step, when):
-        rows, failures = judge_all(run, model)
+        judged, failures = judge_all(run, model)
+        changed = {}
+        if when == "after" and judged and self.conditions:
+            changed, more = judge_conditions(run, model, judged)
+            failures += more
         if run.accelerator.is_main_process:
-            self.conclude(run, model, step, when, rows)
+            self.conclude(run, model, step, when, [clip.row for clip in judged.values()], changed)
         return failures
 
-    def conclude(self, run: Run, model: nn.Module, step: int, when: str, rows: list[dict]) -> None:
-        """Prints, records and draws what the judges found, and at the end saves the model."""
+    def conclude(
+        self,
+        run: Run,
+        model: nn.Module,
+        step: int,
+        when: str,
+        rows: list[dict],
+        changed: dict[str, list[dict]] | None = None,
+    ) -> None:
+        """Prints, records and draws what the judges found, as it is and by conditions where these `changed`
+        what the model was given; and at the end saves the model.
+        """
         folder, clips = run.config.run, run.found.test_name
         metrics = self.summarize(rows) if rows else {}
+        tested = self.tested(changed) if changed else {}
         if rows:
             tqdm.write(f"{when} training, {len(rows)} {printable(clips)}:")
-            for table in self.tables(metrics):
+            told = dict(conditions=tested) if tested else {}
+            own = metrics | dict(judged=len(rows))
+            tables = [*self.tables(metrics), *([condition_table(own, tested)] if tested else [])]
+            for table in tables:
                 tqdm.write(aligned(table) + "\n")
-            run.metrics.write(step=step, when=when, clips=clips, **self.record(len(rows), metrics))
+            run.metrics.write(step=step, when=when, clips=clips, **self.record(len(rows), metrics), **told)
             run.accelerator.log(self.numbers(metrics), step=step)
-            model.facts = self.facts(step, metrics)
+            model.facts = self.facts(step, metrics, tables)
         else:
             tqdm.write(f"{when} training: none of the {clips} to measure on could be read")
         if when == "after" and rows and (doubt := self.doubt(metrics)):
@@ -150,7 +182,7 @@ class JudgedTask(Task):
         if when == "after":
             self.save(folder, model)
         if when == "after" and rows:
-            write_json(folder / "results.json", self.results(model, step, len(rows), metrics))
+            write_json(folder / "results.json", self.results(model, step, len(rows), metrics) | told)
         try:
             self.show(run, model, step, rows)
             write_report(folder)
@@ -166,7 +198,16 @@ class JudgedTask(Task):
             inputs = to_device(self.inputs(batch), run.accelerator.device)
             self.draw(run.config.run / "pictures", model, inputs, batch, step)
 
-    def facts(self, step: int, metrics: dict) -> dict:
+    def tested(self, changed: dict[str, list[dict]]) -> dict[str, dict]:
+        """The headline under each condition, and of how many clips."""
+        found = {name: (len(rows), self.summarize(rows)) for name, rows in changed.items()}
+        return {
+            name: {metric: metrics[metric] for metric in self.headline if metric in metrics}
+            | dict(judged=judged)
+            for name, (judged, metrics) in found.items()
+        }
+
+    def facts(self, step: int, metrics: dict, tables: Sequence[list[tuple]]) -> dict:
         """What the model card tells of the run."""
         config, found = self.config, self.found
         coverage = {side: f"{there} of {expected}" for side, (there, expected) in found.coverage.items()}
@@ -183,7 +224,7 @@ class JudgedTask(Task):
                 coverage=coverage,
             ),
             metrics=self.numbers(metrics),
-            tables=[[list(row) for row in table] for table in self.tables(metrics)],
+            tables=[[list(row) for row in table] for table in tables],
         )
 
     def results(self, model: nn.Module, step: int, judged: int, metrics: dict) -> dict:
@@ -204,13 +245,20 @@ class JudgedTask(Task):
         )
 
 
+class Judged(NamedTuple):
+    """What came out of one test clip."""
+
+    row: dict
+    has_sound: bool
+
+
 @torch.no_grad()
-def judge_all(run: Run, model: nn.Module) -> tuple[list[dict], list[Failure]]:
-    """The rows of all test clips in their order, each judged by one of the processes and none twice; and the
-    clips that this process could not read.
+def judge_all(run: Run, model: nn.Module) -> tuple[dict[int, Judged], list[Failure]]:
+    """All test clips that can be read, by number and in order, each judged by one of the processes and none
+    twice; and the clips that this process could not read.
     """
     accelerator, task = run.accelerator, run.task
-    rows, failures = [], []
+    judged, failures = [], []
     model.eval()
     indices = range(accelerator.process_index, len(run.found.test), accelerator.num_processes)
     batches = evaluation_batches(run, indices)
@@ -218,9 +266,43 @@ def judge_all(run: Run, model: nn.Module) -> tuple[list[dict], list[Failure]]:
     for batch in progress_bar(batches, desc="judging", leave=False, shown=shown):
         failures += batch["failures"]
         if len(batch["index"]):
-            judged = task.judge(model, to_device(task.inputs(batch), accelerator.device), batch)
-            rows += zip(batch["index"].tolist(), judged, strict=True)
-    return [row for _, row in sorted(gather_object(rows), key=lambda pair: pair[0])], failures
+            rows = task.judge(model, to_device(task.inputs(batch), accelerator.device), batch)
+            clips = map(Judged, rows, has_sound(batch).tolist())
+            judged += zip(batch["index"].tolist(), clips, strict=True)
+    return dict(sorted(gather_object(judged))), failures
+
+
+@torch.no_grad()
+def judge_conditions(
+    run: Run, model: nn.Module, judged: dict[int, Judged]
+) -> tuple[dict[str, list[dict]], list[Failure]]:
+    """The rows of the same clips, in the same order, under each of the task's conditions that changes what
+    the model is given; and the clips that this process could not read again.
+    """
+    accelerator, task, clips = run.accelerator, run.task, run.found.test
+    given = getattr(run.config, "modalities", "both")
+    names = [name for name in task.conditions if given in ("both", CONDITIONS[name].modality)]
+    kinds = {n: task.kind(clips[n]) for n, clip in judged.items() if clip.has_sound}
+    others = derangement(kinds) if "other_sound" in names else {}
+    names = [name for name in names if name != "other_sound" or others]
+    model.eval()
+    indices = [n for n in judged if n % accelerator.num_processes == accelerator.process_index]
+    shown = accelerator.is_main_process and not run.config.quiet
+    rows, failures = [], []
+    with progress_bar(total=len(indices), desc="judging", unit="clip", leave=False, shown=shown) as progress:
+        for batch in evaluation_batches(run, indices, partial(BesideOthers, others=others)):
+            failures += batch["failures"]
+            numbers = batch["index"].tolist()
+            inputs = to_device(task.inputs(batch), accelerator.device)
+            for name in names if numbers else ():
+                progress.set_postfix_str(f"heard and seen: {CONDITIONS[name].title}")
+                changed = CONDITIONS[name].change(inputs, batch, model.encoder.inputs)
+                again = task.judge_again(model, changed, batch)
+                rows += zip([name] * len(numbers), numbers, again, strict=True)
+            progress.update(len(numbers))
+    rows = sorted(gather_object(rows), key=lambda row: row[:2])
+    by_name = {name: [row for of, _, row in rows if of == name] for name in names}
+    return {name: of for name, of in by_name.items() if of}, failures
 
 
 def to_device(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -513,11 +513,15 @@ def measure(run: Run, step: int, when: str) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def evaluation_batches(run: Run, indices: Sequence[int]) -> Iterator[dict]:
-    """Batches of the test clips with these indices, as they are read for evaluation."""
+def evaluation_batches(
+    run: Run, indices: Sequence[int], wrap: Callable[[Dataset], Dataset] | None = None
+) -> Iterator[dict]:
+    """Batches of the test clips with these indices, as they are read for evaluation; `wrap` makes another
+    data set out of that which reads them.
+    """
     size = max(1, min(run.schedule.micro_batch, EVALUATION_BATCH, len(indices)))
     keys = [(0, index) for index in indices]
-    with make_loader(run.task, run.config, run.found.test, train=False) as loader:
+    with make_loader(run.task, run.config, run.found.test, train=False, wrap=wrap) as loader:
         yield from loader.batches([keys[i : i + size] for i in range(0, len(keys), size)])
 
 
@@ -542,7 +546,15 @@ def optimizer_groups(task: Task, config: LoopConfig, lr: float) -> list[dict]:
     return [dict(ramp=False) | group | dict(lr=lr * decay ** (top - group["layer"])) for group in groups]
 
 
-def make_loader(task: Task, config: LoopConfig, clips: Sequence[Clip], *, train: bool) -> ClipLoader:
+def make_loader(
+    task: Task,
+    config: LoopConfig,
+    clips: Sequence[Clip],
+    *,
+    train: bool,
+    wrap: Callable[[Dataset], Dataset] | None = None,
+) -> ClipLoader:
     """A loader of clips, as the task sees them."""
     dataset = task.dataset(clips, train=train)
+    dataset = dataset if wrap is None else wrap(dataset)
     return ClipLoader(dataset, workers=config.workers, timeout=config.clip_timeout)

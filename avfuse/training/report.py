@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..files import in_html, read_rows, write_text
+from .conditions import condition_table
 from .neighbours import interval
 from .pictures import BLUE, GREY, ORANGE
 from .run_folder import FILE, read_run
@@ -24,6 +25,10 @@ BINS = 250  # of a long curve; each keeps its lowest and highest value
 MOMENTS, WIDTH = 8, 1100  # of a series of pictures; their pixels
 NAMES, HEADER = 200, ("path", "reason", "when")  # of unreadable clips
 
+TESTED = (
+    "The same model, given something else than the sounds or the pictures of the clips; what is true of them "
+    "stays. A number that does not fall tells that the model makes no use of what was taken from it."
+)
 INK, GREEN, PINK = "#010203", "#009E73", "#CC79A7"  # text and axes; two more colours of the palette
 VARIABLES = {INK: "ink", BLUE: "image", ORANGE: "audio", GREEN: "fusion", PINK: "sum", GREY: "grey"}
 FEATURES = dict(image=(BLUE, "o-"), audio=(ORANGE, "s--"), fusion=(GREEN, "^-."), sum=(PINK, "D:"))
@@ -113,6 +118,7 @@ def page(run: Path, config: dict) -> str:
         section("Status", status, config, metrics, steps, measures),
         section("Curves", curves, steps, measures),
         section("Results", results, [row for row in measures if isinstance(row.get("metrics"), dict)]),
+        section("Hearing and seeing, tested", tested, [row for row in measures if row.get("conditions")]),
         section("Nearest-neighbour probe", probes, [row for row in measures if row.get("probes")]),
         section("Pictures over time", pictures, run / "pictures"),
         section("Clips that could not be read", quarantine, read_objects(run / "quarantine.jsonl")),
@@ -263,6 +269,15 @@ def results(measures: list[dict]) -> str:
     steps = [f"step {row['step']}" for row in first_and_last]
     judged = first_and_last[-1].get("judged", "?")
     return paragraph(f"{judged} {first_and_last[-1].get('clips', 'clips')}") + table(cells, ["", *steps])
+
+
+def tested(measures: list[dict]) -> str:
+    """The metrics of the trained model beside those of the same model that hears or sees something else."""
+    if not measures:
+        return ""
+    row = measures[-1]
+    header, *cells = condition_table(row["metrics"] | dict(judged=row.get("judged")), row["conditions"])
+    return paragraph(TESTED) + table((map(short, cell) for cell in cells), header)
 
 
 def short(value: object) -> str:
