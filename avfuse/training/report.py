@@ -113,6 +113,7 @@ def page(run: Path, config: dict) -> str:
         section("Status", status, config, metrics, steps, measures),
         section("Curves", curves, steps, measures),
         section("Results", results, [row for row in measures if isinstance(row.get("metrics"), dict)]),
+        section("Protocol of the final results", protocol, run / "results.json"),
         section("Nearest-neighbour probe", probes, [row for row in measures if row.get("probes")]),
         section("Pictures over time", pictures, run / "pictures"),
         section("Clips that could not be read", quarantine, read_objects(run / "quarantine.jsonl")),
@@ -263,6 +264,12 @@ def results(measures: list[dict]) -> str:
     steps = [f"step {row['step']}" for row in first_and_last]
     judged = first_and_last[-1].get("judged", "?")
     return paragraph(f"{judged} {first_and_last[-1].get('clips', 'clips')}") + table(cells, ["", *steps])
+
+
+def protocol(path: Path) -> str:
+    """How the final results are defined, once there are some."""
+    text = json.loads(path.read_text(encoding="utf-8")).get("protocol") if path.is_file() else None
+    return paragraph(text) if text else ""
 
 
 def short(value: object) -> str:
