@@ -15,7 +15,14 @@ from .data.table import ClipTable
 from .data.workers import share_cores
 from .files import printable
 from .loading import load_encoder
-from .training.features import FEATURES, extract, name_failures, read_features, save_features
+from .training.features import (
+    FEATURES,
+    extract,
+    name_failures,
+    read_features,
+    save_features,
+    windows_of,
+)
 
 __all__ = ["FEATURES", "FeaturesConfig", "extract", "main", "read_features", "save_features"]
 
@@ -33,12 +40,14 @@ def main(config: FeaturesConfig) -> None:
     clips = found.train
     if found.test is not clips:
         clips = ClipTable((*clips, *found.test), classes=found.classes, root=clips.root)
-    features = extract(
-        encoder, clips, every=config.every, tokens=config.tokens, batch_size=config.batch_size, **options
-    )
+    options |= dict(every=config.every, windows=config.windows, tokens=config.tokens)
+    features = extract(encoder, clips, batch_size=config.batch_size, **options)
     broken = [Failure(-1, error.path, error.reason) for error in found.unreadable]
     features = features._replace(failures=broken + features.failures)
-    save_features(config.out, features, config.folder, config.checkpoint)
+    protocol = windows_of(encoder.inputs, config.windows, "features")
+    if config.every is not None:
+        protocol += f", every {config.every:g} s"
+    save_features(config.out, features, config.folder, config.checkpoint, protocol)
     shapes = ", ".join(f"{name} {tuple(features.tensors[name].shape)}" for name in FEATURES)
     print(printable(f"{config.out}: {shapes}"))
     if features.failures:

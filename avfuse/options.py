@@ -19,7 +19,7 @@ class FeaturesConfig:
     """Pooled image, audio and fusion features of every clip of a data set, or of a folder of videos.
 
     Of a clip, the model sees one frame and the seconds of sound that it takes (3 s by default): those in the
-    middle, or with --every as many windows as there are.
+    middle, with --windows the mean over several, or with --every as many windows as there are, a row each.
 
     What comes out is one safetensors file: image, audio, fusion (clips, width), and image_present and
     audio_present, which are False where a clip lacks that modality (its row is zeros), and label_NAME for
@@ -45,6 +45,9 @@ class FeaturesConfig:
     every: Annotated[float | None, SAID] = None
     """Seconds between the beginnings of windows, as long as a whole one is left. Default: the one in the
     middle of each clip."""
+    windows: int = 1
+    """Windows of each clip, evenly from its start to its end, over which features are averaged; 1 = the
+    middle."""
     tokens: bool = False
     """Add all tokens: image_tokens, audio_tokens, fusion_tokens (clips, tokens, width). Everything is held in
     memory until it is written."""
@@ -73,6 +76,10 @@ class FeaturesConfig:
             raise ValueError("--data and --out are both needed")
         check_folder(self.folder)
         check_every(self.every)
+        if self.windows < 1:
+            raise ValueError(f"--windows must be positive, got {self.windows}")
+        if self.windows > 1 and (self.every is not None or self.tokens):
+            raise ValueError(f"--windows {self.windows} are averaged: leave out --every and --tokens")
         if self.threads < 0:
             raise ValueError(f"--threads must not be negative, got {self.threads}")
         if self.out.suffix != ".safetensors" or self.out.is_dir():

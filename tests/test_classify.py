@@ -10,9 +10,11 @@ import torch
 from models import make_encoder, make_inputs, relative_error
 from safetensors import SafetensorError, safe_open
 from sklearn.metrics import average_precision_score, roc_auc_score
+from trees import vggsound
 from videos import write_video
 
-from avfuse import InputSettings, create_encoder, load_encoder
+from avfuse import InputSettings, create_encoder, load_encoder, read_clip
+from avfuse.data import decode
 from avfuse.data.class_folders import labelled
 from avfuse.data.clips import Clip, ClipDataset, collate
 from avfuse.data.decode import Part
@@ -27,6 +29,7 @@ from avfuse.tasks.classify import (
     ClassifyConfig,
     WindowDataset,
     accuracy,
+    average,
     check_label,
     confusion,
     linear_probe,
@@ -37,8 +40,10 @@ from avfuse.tasks.classify import (
 from avfuse.tasks.localize import Localizer
 from avfuse.tasks.segment import Segmenter
 from avfuse.tasks.separator import Separator
-from avfuse.training.judge import starting_encoder, weights_hash, with_drop_path
-from avfuse.training.loop import program, set_up, train
+from avfuse.training.judge import judge_all, starting_encoder, weights_hash, with_drop_path
+from avfuse.training.loop import Run, program, set_up, train
+from avfuse.training.run_folder import former_settings
+from avfuse.training.settings import checked, learning_rate
 from avfuse.weight_files import write_safetensors
 
 GOLDEN = Path(__file__).parent / "golden" / "classifier.safetensors"
@@ -331,6 +336,36 @@ def test_windows_are_evenly_spaced(folder):
     assert (levels[2] - levels[1]).item() == pytest.approx((levels[1] - levels[0]).item(), rel=0.1)
 
 
+@pytest.mark.parametrize("frames", [1, 3])
+def test_windows_are_those_of_single_calls_out_of_one_open_file(tmp_path, monkeypatch, frames):
+    path, opened, decoded = write_video(tmp_path / "a.mp4", 5.3), [], []
+    settings = InputSettings(image_size=32, mel_bins=16, hop=375, image_frames=frames)
+    starts = [n * 2.3 / 9 for n in range(10)]
+    single = [read_clip(path, settings, start=start) for start in starts]
+    really_open, really_decode = decode._open, decode.ClipReader._decode_run
+    monkeypatch.setattr(decode, "_open", lambda *args: opened.append(args) or really_open(*args))
+    monkeypatch.setattr(
+        decode.ClipReader, "_decode_run", lambda *args: decoded.append(args) or really_decode(*args)
+    )
+    item = WindowDataset([Clip(path, {"class": 0})], settings, windows=10)[0]
+    assert len(opened) == len(decoded) == 1  # one pass over the pictures of all windows
+    assert torch.equal(item["image"], torch.cat([clip.image for clip in single]))
+    assert torch.equal(item["audio"], torch.cat([clip.audio for clip in single]))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_averages_of_probabilities_against_their_definition(several):
+    logits = 4 * torch.randn(10, 3, 5, dtype=torch.float64)
+    odds = (lambda x: x.sigmoid()) if several else (lambda x: x.softmax(-1))
+    assert torch.equal(average(logits, "logits", several=several), logits.mean(0))
+    mean = average(logits, "probabilities", several=several)
+    torch.testing.assert_close(odds(mean), odds(logits).mean(0))
+    torch.testing.assert_close(odds(average(logits[:1], "probabilities", several=several)), odds(logits[0]))
+    large = torch.tensor([[[400.0, 200.0]], [[300.0, 200.0]]])  # whose probabilities are 1 and 0 in float32
+    first, second = average(large, "probabilities", several=several)[0].tolist()
+    assert -torch.inf < second < first < torch.inf
+
+
 # --- program ------------------------------------------------------------------------------------------------
 
 
@@ -384,6 +419,68 @@ def test_a_run_leaves_a_classifier_and_its_results(folder, tmp_path, probe):
         )
         < 1e-6
     )
+
+
+VGG_SECONDS = 5.3
+
+
+@pytest.fixture(scope="module")
+def vgg(tmp_path_factory):
+    """VGGSound, of clips in which windows differ."""
+    root = tmp_path_factory.mktemp("vggsound")
+    sources = [write_video(root / f"sources/{n}.mp4", VGG_SECONDS, fps=8 + n) for n in range(5)]
+    return vggsound(root / "data", sources)
+
+
+def judged(data, run_folder, **options) -> tuple[dict, list[dict], Run]:
+    """Fine-tuning of a step: its results.json, the rows of the test clips, and the run."""
+    config = ClassifyConfig(checkpoint="none", data=data, run=run_folder, workers=0, batch_size=3, **options)
+    config.epochs, config.warmup_epochs = 1, 0
+    run = set_up(config, Classification)
+    assert train(run) == 0
+    return json.loads((run_folder / "results.json").read_text()), judge_all(run, run.task.model)[0], run
+
+
+@pytest.mark.parametrize("what", ["logits", "probabilities"])
+def test_ten_windows_are_the_average_of_ten_calls(vgg, tmp_path, what):
+    results, rows, run = judged(vgg, tmp_path / "run", test_windows=10, average=what)
+    model, hits, clips = load_classifier(tmp_path / "run"), 0, run.found.test
+    assert len(rows) == len(clips) == 2
+    for row, clip in zip(rows, clips, strict=True):
+        total = {"": 0, "image_input": 0, "audio_input": 0}
+        for n in range(10):
+            read = read_clip(clip.path, model.encoder.inputs, start=n * (VGG_SECONDS - 3) / 9)
+            for name, inputs in (
+                ("", read),
+                ("image_input", (read.image, None)),
+                ("audio_input", (None, read.audio)),
+            ):
+                with torch.no_grad():
+                    logits = model(*inputs).logits[0]
+                total[name] += (logits if what == "logits" else logits.softmax(0)) / 10
+        for name, by_hand in total.items():
+            ours = torch.from_numpy(row[name])
+            torch.testing.assert_close(
+                ours if what == "logits" else ours.softmax(0), by_hand, atol=1e-5, rtol=1e-4
+            )
+        hits += total[""].argmax().item() == clip.labels["class"]
+    assert results["metrics"]["accuracy"] == hits / 2
+    protocol = f"10 windows of 3.0 s, {what} averaged, middle frame"
+    card, page = ((tmp_path / "run" / name).read_text() for name in ("model/README.md", "index.html"))
+    assert results["protocol"].endswith(protocol) and protocol in card and protocol in page
+
+
+def test_results_differ_by_the_windows_alone(vgg, tmp_path):
+    kinds = {"1": {}, "same": dict(average="probabilities"), "10": dict(test_windows=10)}
+    found = {name: judged(vgg, tmp_path / name, **options)[0] for name, options in kinds.items()}
+    for results in found.values():
+        results.pop("date")
+    assert found["1"] == found["same"] and found["1"]["protocol"].endswith(
+        "; 1 window of 3.0 s, middle frame"
+    )
+    others = [found[name] | dict(protocol="", metrics={}) for name in ("1", "10")]
+    assert others[0] == others[1] and found["1"]["protocol"] != found["10"]["protocol"]
+    assert found["1"]["metrics"].keys() == found["10"]["metrics"].keys()
 
 
 def save_as_before(folder, model, options):
@@ -505,6 +602,26 @@ def test_clips_with_several_classes_and_batches_without_any(folder):
     ]
     metrics = task.summarize(rows)
     assert metrics["mAP"] == metrics["mAP_image_input"] == 1.0 and metrics["classes_without_positives"] == 1
+
+
+def test_windows_have_two_spellings_and_runs_of_before_keep_theirs():
+    assert parse(["--windows", "3"]).test_windows == parse(["--test-windows", "3"]).test_windows == 3
+    with pytest.raises(ValueError, match="windows must be positive, got 0"):
+        ClassifyConfig(test_windows=0)
+    before = dict(settings=dict(test_windows=10))
+    assert former_settings(ClassifyConfig(), before)["average"] == "logits"
+    assert "test_windows" not in former_settings(ClassifyConfig(), before)
+
+
+def test_presets_are_the_published_settings():
+    tuned, probe = (checked(parse)(["--preset", f"vggsound-{name}"]) for name in ("finetune", "probe"))
+    assert (learning_rate(tuned, 512), learning_rate(probe, 128)) == (6e-4, 1e-4)
+    assert (tuned.epochs, tuned.test_windows, tuned.average, tuned.probe) == (100, 10, "logits", False)
+    assert (probe.epochs, probe.test_windows, probe.probe, probe.batch_norm) == (50, 1, True, True)
+    paper = checked(parse)(
+        ["--preset=vggsound-finetune", "--epochs=50", "--batch-size=128", "--base-lr=2e-4"]
+    )
+    assert (learning_rate(paper, 128), paper.epochs, paper.layer_decay) == (1e-4, 50, 0.75)
 
 
 def test_the_command_line_has_defaults_for_both_protocols():

@@ -15,6 +15,7 @@ from avfuse.data.clips import ClipDataset
 from avfuse.data.find import find_data
 from avfuse.data.shards import shard
 from avfuse.features import FEATURES, FeaturesConfig, extract, main, read_features
+from avfuse.weight_files import read_metadata
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,28 @@ def test_windows_of_every_clip(saved, tmp_path, capsys):
             assert torch.allclose(tensors[name][row], expected, atol=1e-4), (path, start, name)
 
 
+def test_means_over_windows_of_every_clip(saved, tmp_path):
+    """Each row against the encoder on ten windows of that file; the file says what its rows are."""
+    folder, out, seconds = tmp_path / "clips", tmp_path / "out.safetensors", {"a.mp4": 5.3, "deaf.mp4": 4.3}
+    for name in seconds:
+        write_video(folder / name, seconds[name], audio=name != "deaf.mp4")
+    main(FeaturesConfig(folder=folder, out=out, checkpoint=str(saved), windows=10, workers=0))
+    tensors, paths = read_features(out)
+    encoder = AVEncoder.from_pretrained(saved)
+    assert sorted(paths) == [*seconds]
+    for row, path in enumerate(paths):
+        starts = [n * (seconds[path] - 3) / 9 for n in range(10)]
+        with torch.no_grad():
+            outputs = [encoder(*read_clip(folder / path, encoder.inputs, start=start)) for start in starts]
+        for name in FEATURES:
+            tokens = [getattr(output, name) for output in outputs if getattr(output, name) is not None]
+            mean = torch.stack([t[0].mean(0) for t in tokens]).mean(0) if tokens else torch.zeros(1)
+            assert torch.allclose(tensors[name][row], mean, atol=1e-4), (path, name)
+    assert read_metadata(out)["protocol"] == "10 windows of 3.0 s, features averaged, middle frame"
+    main(FeaturesConfig(folder=folder, out=out, checkpoint=str(saved), every=0.5, workers=0))
+    assert read_metadata(out)["protocol"] == "1 window of 3.0 s, middle frame, every 0.5 s"
+
+
 def hollow(video: bytes) -> bytes:
     """Headers as they were, zeros where the pictures and the sound were."""
     start = video.index(b"mdat") + 4
@@ -157,6 +180,9 @@ def test_mistakes_are_explained(folder, saved, tmp_path):
         (dict(out=tmp_path / "out.pt"), "out must be a .safetensors file"),
         (dict(every=0.0), "--every must be a positive number of seconds, got 0.0"),
         (dict(folder=tmp_path / "none"), "--data .*none does not exist"),
+        (dict(windows=0), "--windows must be positive, got 0"),
+        (dict(windows=2, every=1.0), "--windows 2 are averaged: leave out --every and --tokens"),
+        (dict(windows=2, tokens=True), "--windows 2 are averaged: leave out --every and --tokens"),
         (dict(out=None), "--data and --out are both needed"),
         (dict(paths=(folder, tmp_path)), "give FOLDER OUT, or --data and --out, got "),
     ):
@@ -167,3 +193,5 @@ def test_mistakes_are_explained(folder, saved, tmp_path):
         read_features(folder / "broken.mp4")
     with pytest.raises(ValueError, match="batch_size"):
         extract(create_encoder("tiny"), [], batch_size=0)
+    with pytest.raises(ValueError, match="windows=2 are averaged: neither every nor tokens"):
+        extract(create_encoder("tiny"), [], windows=2, every=1.0)

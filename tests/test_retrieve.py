@@ -5,16 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 from videos import write_video
 
+from avfuse import read_clip
 from avfuse.data.find import Found
 from avfuse.tasks.classify import Task
 from avfuse.tasks.retrieve import Retrieval, RetrieveConfig, recalls
-from avfuse.training.loop import program
+from avfuse.training.judge import judge_all
+from avfuse.training.loop import program, set_up
 from avfuse.training.neighbours import nearest_neighbour_probes
 
 
@@ -118,6 +121,30 @@ def test_clips_of_several_classes_are_drawn(folder, tmp_path, monkeypatch):
     found = results(RetrieveConfig(checkpoint="none", data=folder, k=(1,), run=tmp_path / "run", workers=0))
     assert found["metrics"]["class_recall@1_chance"] == pytest.approx(1 / 6)  # two of four share b
     assert (tmp_path / "run" / "pictures" / "neighbours-000000.png").exists()
+
+
+def test_windows_are_averaged_before_clips_are_compared(tmp_path):
+    """Against the encoder on each window of each file."""
+    data, options = tmp_path / "clips", dict(checkpoint="none", k=(1,), workers=0)
+    for number in range(4):
+        write_video(data / ("bird", "cat")[number % 2] / f"{number}.mp4", 5.3, fps=8 + number)
+    one = results(RetrieveConfig(data=data, run=tmp_path / "1", **options))
+    config = RetrieveConfig(data=data, run=tmp_path / "3", windows=3, **options)
+    three = results(config)
+    assert one["protocol"].endswith("nearest; 1 window of 3.0 s, middle frame")
+    assert three["protocol"].endswith("nearest; 3 windows of 3.0 s, pooled tokens averaged, middle frame")
+    assert (tmp_path / "3" / "pictures" / "neighbours-000000.png").exists()
+
+    run = set_up(config, Retrieval)
+    with run.lock or nullcontext():
+        rows, _ = judge_all(run, run.task.model)
+    for row, clip in zip(rows, run.found.test, strict=True):
+        with torch.no_grad():
+            clips = [read_clip(clip.path, run.task.model.inputs, start=start) for start in (0.0, 1.15, 2.3)]
+            tokens = [run.task.model(*clip) for clip in clips]
+        for name in "image", "audio", "fusion":
+            mean = torch.stack([getattr(one, name)[0].mean(0) for one in tokens]).mean(0)
+            torch.testing.assert_close(torch.from_numpy(row[name]), mean, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "model"])

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from ..checks import is_number
+from ..checks import check_count, is_number
 from ..files import printable
 from ..inputs import InputSettings
 from .decode import ClipError, ClipReader, Streams
@@ -151,22 +151,14 @@ class ClipDataset(Dataset):
         reader: ClipReader,
         generator: torch.Generator | None,
         moment: float = 0.5,
+        images: Sequence[Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """The window of sound from `start` on, in seconds, and the frame at a moment of it in 0..1; several
-        `image_frames` have times of their own.
+        `image_frames` have times of their own. Frames that were read before are given as `images`.
         """
-        settings = self.settings
-        if settings.image_frames == 1:
-            times = [start + moment * min(settings.audio_seconds, streams.seconds)]
-        else:
-            times = [start + time for time in settings.frame_times]
-        images = [torch.zeros(3, *settings.image_shape)] * len(times)
-        if streams.video:
-            frames = (torch.from_numpy(frame).permute(2, 0, 1) for frame in reader.frames(times))
-            if self.train:
-                images = training_images(frames, settings, generator)
-            else:
-                images = [evaluation_image(frame, settings) for frame in frames]
+        settings, times = self.settings, self.times_of(start, streams, moment)
+        if images is None:
+            images = self.images_at(times, streams, reader, generator)
         audio = torch.zeros(1, settings.mel_bins, settings.frames)
         if streams.audio:
             waveform = torch.from_numpy(reader.audio(start, settings.audio_seconds, settings.sample_rate))
@@ -181,6 +173,28 @@ class ClipDataset(Dataset):
             shown = sum(time < reader.picture_end for time in times) if streams.video else 0
             item["frames_shown"] = torch.tensor(shown)
         return item
+
+    def times_of(self, start: float, streams: Streams, moment: float = 0.5) -> list[float]:
+        """When the frames of a window are shown, in seconds of the clip."""
+        settings = self.settings
+        if settings.image_frames == 1:
+            return [start + moment * min(settings.audio_seconds, streams.seconds)]
+        return [start + time for time in settings.frame_times]
+
+    def images_at(
+        self,
+        times: Sequence[float],
+        streams: Streams,
+        reader: ClipReader,
+        generator: torch.Generator | None,
+    ) -> list[Tensor]:
+        """The frames shown at rising times, as the model sees them; zeros where there are no pictures."""
+        if not streams.video:
+            return [torch.zeros(3, *self.settings.image_shape)] * len(times)
+        frames = (torch.from_numpy(frame).permute(2, 0, 1) for frame in reader.frames(times))
+        if self.train:
+            return training_images(frames, self.settings, generator)
+        return [evaluation_image(frame, self.settings) for frame in frames]
 
     def _complete(self, item: dict[str, Tensor], clip: Clip, generator: torch.Generator) -> dict[str, Tensor]:
         """With the clip's labels, and what `extras` returns."""
@@ -251,6 +265,35 @@ def window_starts(seconds: float, length: float, every: float) -> list[float]:
     clip that is shorter has one.
     """
     return [n * every for n in range(int(max(0.0, seconds - length) / every + 1e-9) + 1)]
+
+
+class WindowDataset(ClipDataset):
+    """Clips for evaluation: `windows` of each, evenly spaced from its start to its end, as image
+    (windows, 3, height, width) and audio (windows, 1, mel, time). One window is the middle one. Of several
+    frames, image is (windows, T, 3, height, width) and frames_shown (windows,).
+
+    A clip is opened once, and what windows have in common of its pictures is decoded once.
+    """
+
+    def __init__(self, clips: Sequence[Clip], settings: InputSettings, *, windows: int = 1):
+        super().__init__(clips, settings, train=False)
+        check_count("windows", windows)
+        self.places = np.linspace(0, 1, windows).tolist() if windows > 1 else [0.5]
+
+    def item(self, clip, reader, generator):
+        streams = clip.streams or reader.streams
+        room = max(0.0, streams.seconds - self.settings.audio_seconds)
+        starts = [place * room for place in self.places]
+        times = np.array([self.times_of(start, streams) for start in starts])
+        order = times.argsort(axis=None, kind="stable")
+        images = self.images_at(times.flatten()[order].tolist(), streams, reader, generator)
+        images = torch.stack(images)[order.argsort()].unflatten(0, times.shape)
+        items = [
+            self.window_from(start, streams, reader, generator, images=list(own))
+            for start, own in zip(starts, images, strict=True)
+        ]
+        each = items[0].keys() & {"image", "audio", "frames_shown"}
+        return items[0] | {name: torch.stack([item[name] for item in items]) for name in each}
 
 
 class WindowsDataset(ClipDataset):

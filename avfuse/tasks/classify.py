@@ -8,29 +8,31 @@ from .options import linear_probe as linear_probe
 if __name__ == "__main__":
     begin("avfuse.tasks.classify", checked(parse), explained=())
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from timm.data.mixup import mixup_target
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, logsigmoid
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
+from tqdm import tqdm
 
-from ..checks import check_count
 from ..data.class_folders import read_class_list, with_classes
-from ..data.clips import Clip, ClipDataset
+from ..data.clips import ClipDataset, WindowDataset
 from ..data.find import Found
 from ..files import printable
 from ..training.conditions import ALWAYS
+from ..training.features import windows_of
 from ..training.judge import JudgedTask, starting_encoder, to_columns, to_rows
 from ..training.loop import Task, program
 from ..training.neighbours import interval, wilson
 from ..training.pictures import BLUE, GREY, ORANGE, middle_frame, rgb, save, show_sound
+from . import vggsounder
 from .classifier import Classifier, presence
 
 LIGHT = "#C9CED3"
@@ -71,6 +73,24 @@ def mix(
         w = weight.reshape(-1, *[1] * (inputs[name].ndim - 1))
         mixed[name] = w * inputs[name] + (1 - w) * inputs[name].flip(0)
     return mixed, mixup_target(target, classes, lam=weight, **options)
+
+
+# --- windows ------------------------------------------------------------------------------------------------
+
+
+def average(logits: Tensor, what: str, *, several: bool) -> Tensor:
+    """Logits (windows, ..., classes) as those of one: their mean, or what gives the mean of their
+    "probabilities", by softmax, or by sigmoid where a clip may have several classes.
+    """
+    if what == "logits":
+        return logits.mean(0)
+    if several:
+        return log_mean(logsigmoid(logits)) - log_mean(logsigmoid(-logits))
+    return log_mean(logits.log_softmax(-1))
+
+
+def log_mean(logs: Tensor) -> Tensor:
+    return logs.logsumexp(0) - math.log(len(logs))
 
 
 # --- metrics ------------------------------------------------------------------------------------------------
@@ -161,23 +181,6 @@ def check_label(found: Found, label: str) -> str:
     return label
 
 
-class WindowDataset(ClipDataset):
-    """Clips for evaluation: `windows` of each, evenly spaced from its start to its end, as image
-    (windows, 3, height, width) and audio (windows, 1, mel, time). One window is the middle one. Of several
-    frames, image is (windows, T, 3, height, width) and frames_shown (windows,).
-    """
-
-    def __init__(self, clips: Sequence[Clip], settings, *, windows: int = 1):
-        super().__init__(clips, settings, train=False)
-        check_count("windows", windows)
-        self.places = np.linspace(0, 1, windows).tolist() if windows > 1 else [0.5]
-
-    def item(self, clip, reader, generator):
-        items = [self.window(clip, reader, generator, place) for place in self.places]
-        each = items[0].keys() & {"image", "audio", "frames_shown"}
-        return items[0] | {name: torch.stack([item[name] for item in items]) for name in each}
-
-
 # --- task ---------------------------------------------------------------------------------------------------
 
 
@@ -205,11 +208,12 @@ class Classification(JudgedTask):
         norm = " with BatchNorm" if config.batch_norm else ""
         metric = "mAP, AUC, d', macro over classes" if self.is_multi_label else "top-1 accuracy"
         given = "image and audio" if config.modalities == "both" else f"the {config.modalities} alone"
-        windows = f"{config.test_windows} window{'s' * (config.test_windows != 1)}"
+        windows = windows_of(self.model.encoder.inputs, config.test_windows, config.average)
         self.protocol = (
             f"{how}{norm}, {self.label} of {len(self.classes)} classes: {metric}; given {given}; logits "
-            f"averaged over the heads ({', '.join(config.features)}) and {windows} of each clip"
+            f"averaged over the heads ({', '.join(config.features)}); {windows}"
         )
+        self.columns = vggsounder.columns(self.classes, found.test) if config.export else []
 
     @staticmethod
     def find(config, say):
@@ -258,9 +262,9 @@ class Classification(JudgedTask):
         return dict(class_loss=(losses * read).sum() / read.sum().clamp(min=1))
 
     def judge(self, model, inputs, batch):
-        """Logits of each clip by what they are from, the mean over its windows."""
+        """Logits of each clip by what they are from, averaged over its windows."""
         scores = {name: logits.float() for name, logits in self.scores(model, inputs).items()}
-        return to_rows(dict(target=inputs["target"]) | scores)
+        return to_rows(dict(target=inputs["target"], index=batch["index"]) | scores)
 
     def judge_again(self, model, inputs, batch):
         """Without what a head or a modality alone would say."""
@@ -288,23 +292,26 @@ class Classification(JudgedTask):
         return scores
 
     def over_windows(self, model, inputs, only) -> dict[str, Tensor]:
-        """The mean over the windows, by head, of a classifier that is given only some modalities."""
+        """The average over the windows, by head, of a classifier that is given only some modalities."""
         present = {f"{n}_present": inputs[f"{n}_present"] for n in only if f"{n}_present" in inputs}
-        windows = inputs[only[0]].shape[1]
-        total: dict[str, Tensor] = {}
-        for window in range(windows):
+        by_head: dict[str, list[Tensor]] = {}
+        for window in range(inputs[only[0]].shape[1]):
             pixels = [inputs[n][:, window] if n in only else None for n in ("image", "audio")]
             output = model(*pixels, **present)
-            by_head = output.heads if len(output.heads) > 1 else {}
-            read = output.read | {"": torch.stack(list(output.read.values())).any(0)}
-            for name, logits in {"": output.logits, **by_head}.items():
-                logits = logits.masked_fill(~read[name][:, None], -torch.inf)
-                total[name] = total.get(name, 0) + logits / windows
-        return {f"{name}_head" if name else "": logits for name, logits in total.items()}
+            heads = output.heads if len(output.heads) > 1 else {}
+            for name, logits in {"": output.logits, **heads}.items():
+                by_head.setdefault(name, []).append(logits)
+        read = output.read | {"": torch.stack(list(output.read.values())).any(0)}
+        scores = {}
+        for name, logits in by_head.items():
+            mean = average(torch.stack(logits), self.config.average, several=self.is_multi_label)
+            scores[f"{name}_head" if name else ""] = mean.masked_fill(~read[name][:, None], -torch.inf)
+        return scores
 
     def summarize(self, rows):
         by_name = to_columns(rows)
         target = by_name.pop("target")
+        by_name.pop("index", None)
         if self.is_multi_label:
             metrics = ranking_metrics(by_name.pop(""), target)
             of_others = {n: ranking_metrics(s, target) for n, s in by_name.items()}
@@ -352,6 +359,13 @@ class Classification(JudgedTask):
         frequent = f"naming the most frequent class, {chance:.3f}"
         accuracy = f"accuracy {metrics['accuracy']:.3f} (95 % interval {interval(low, high)})"
         return f"{accuracy} is not clearly better than {frequent}"
+
+    def conclude(self, run, model, step, when, rows, changed=None):
+        super().conclude(run, model, step, when, rows, changed)
+        path = self.config.export
+        if path is not None and when == "after" and rows:
+            coverage = vggsounder.write(path, self.found.test, rows, self.columns)
+            tqdm.write(printable(f"{path}: logits by image, by sound and by both of {coverage}"))
 
     def draw(self, folder, model, inputs, batch, step):
         scores = {name: s.float().cpu() for name, s in self.scores(model, inputs).items()}

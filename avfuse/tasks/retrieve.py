@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..data.class_folders import with_classes
-from ..data.clips import Clip, ClipDataset
+from ..data.clips import Clip, ClipDataset, WindowDataset
 from ..data.find import Found
 from ..files import printable, write_rows
 from ..inputs import InputSettings
-from ..training.features import FEATURES, encode, pool
+from ..training.features import FEATURES, pool_windows, windows_of
 from ..training.judge import JudgedTask, starting_encoder, to_columns, to_rows
 from ..training.loop import Task, evaluation_batches, program
 from ..training.neighbours import chance_at, neighbours, recall_at, related
@@ -87,11 +87,6 @@ class Retrieval(JudgedTask):
     """Test clips by their neighbours, in the eyes of an encoder as it is."""
 
     name = "retrieve"
-    protocol = (
-        "mean-pooled tokens compared by cosine; neighbours among the other test clips; sum = the three "
-        "cosines added; recall@k = share of the queries with a clip of their label (one of several: in "
-        "common) among the k nearest"
-    )
 
     def __init__(self, config: RetrieveConfig, found: Found):
         super().__init__(config, found)
@@ -99,6 +94,11 @@ class Retrieval(JudgedTask):
         self.ks = [k for k in (1, 5, 10) if k <= others] if config.k is None else config.k
         check_k(self.ks, len(found.test))
         self.model = starting_encoder(config)
+        self.protocol = (
+            "mean-pooled tokens compared by cosine; neighbours among the other test clips; sum = the three "
+            "cosines added; recall@k = share of the queries with a clip of their label (one of several: in "
+            f"common) among the k nearest; {windows_of(self.model.inputs, config.windows, 'pooled tokens')}"
+        )
 
     @staticmethod
     def find(config, say):
@@ -116,7 +116,9 @@ class Retrieval(JudgedTask):
         """The encoder alone is there to begin with."""
 
     def dataset(self, clips, *, train):
-        return ClipDataset(clips, self.model.inputs, train=train, seed=self.config.seed)
+        if train:
+            return ClipDataset(clips, self.model.inputs, train=True, seed=self.config.seed)
+        return WindowDataset(clips, self.model.inputs, windows=self.config.windows)
 
     def inputs(self, batch):
         return {name: batch[name] for name in INPUTS}
@@ -126,9 +128,7 @@ class Retrieval(JudgedTask):
 
     def judge(self, model, inputs, batch):
         """Pooled tokens of each clip, zeros where it lacks the modality, and its labels."""
-        features = {name: mean.float() for name, mean in pool(encode(model, **inputs)).items()}
-        for name in "image", "audio":
-            features[name] = features[name] * inputs[f"{name}_present"][:, None]
+        features = pool_windows(model, **inputs)
         labels = {name: batch[name] for name in batch if name.startswith(("label_", "index"))}
         return to_rows(features | labels)
 
@@ -171,7 +171,8 @@ class Retrieval(JudgedTask):
         shown = torch.cat([queries[:, None], *nearest.values()], dim=1).unique().tolist()
         items = {}
         for batch in evaluation_batches(run, [indices[row] for row in shown]):
-            pixels = zip(batch["image"], batch["audio"], strict=True)
+            middle = batch["image"].shape[1] // 2
+            pixels = zip(batch["image"][:, middle], batch["audio"][:, middle], strict=True)
             items |= dict(zip(batch["index"].tolist(), pixels, strict=True))
         items = {row: items.get(indices[row]) for row in shown}
         titles = {row: self.title(run.found.test[indices[row]], label) for row in queries.tolist()}

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..checks import check_count
-from ..data.clips import Clip, ClipDataset, ClipLoader, Failure, WindowsDataset
+from ..data.clips import Clip, ClipDataset, ClipLoader, Failure, WindowDataset, WindowsDataset
 from ..encoder import AVEncoder, EncoderOutput
 from ..files import printable, some
+from ..inputs import InputSettings
 from ..progress import progress_bar
 from ..weight_files import read_metadata, read_safetensors, write_safetensors
 
@@ -46,6 +47,41 @@ def pool(tokens: EncoderOutput) -> dict[str, Tensor]:
     return {name: t.flatten(1, -2).mean(1) for name in FEATURES if (t := getattr(tokens, name)) is not None}
 
 
+def pool_windows(
+    encoder: AVEncoder,
+    image: Tensor,
+    audio: Tensor,
+    image_present: Tensor,
+    audio_present: Tensor,
+    *,
+    tokens: bool = False,
+) -> dict[str, Tensor]:
+    """The pooled tokens of clips (B, D), and if asked for all `tokens` as NAME_tokens: their means over the
+    windows of `WindowDataset`, zeros where a clip lacks the modality.
+    """
+    total: dict[str, Tensor] = {}
+    for pixels, sound in zip(image.unbind(1), audio.unbind(1), strict=True):
+        output = encode(encoder, pixels, sound, image_present, audio_present)
+        row = pool(output)
+        if tokens:
+            row |= {f"{name}_tokens": getattr(output, name) for name in FEATURES}
+        for name, value in row.items():
+            total[name] = total.get(name, 0) + value.float() / image.shape[1]
+    for name, present in (("image", image_present), ("audio", audio_present)):
+        for kind in {name, f"{name}_tokens"} & total.keys():  # the tokens of what is not there mean nothing
+            total[kind] = total[kind] * present.view(-1, *[1] * (total[kind].ndim - 1))
+    return total
+
+
+def windows_of(inputs: InputSettings, windows: int, averaged: str) -> str:
+    """What a model is given of each clip: '10 windows of 3.0 s, logits averaged, middle frame'."""
+    seconds, frames = f"{inputs.audio_seconds:.1f} s", inputs.image_frames
+    given = (
+        f"{windows} windows of {seconds}, {averaged} averaged" if windows > 1 else f"1 window of {seconds}"
+    )
+    return f"{given}, {'middle frame' if frames == 1 else f'{frames} frames'}"
+
+
 # --- a whole data set ---------------------------------------------------------------------------------------
 
 
@@ -54,8 +90,9 @@ class Features(NamedTuple):
 
     `tensors` holds image, audio, fusion (N, D), the means of the tokens; image_present, audio_present (N,)
     bool, where False means a row of zeros; what the clips' labels are; of several frames, frames_shown (N,)
-    as `ClipDataset` has it; of windows, their start in seconds; if asked for, image_tokens, audio_tokens,
-    fusion_tokens (N, n, D), of several frames image_tokens (N, T, n, D).
+    or (N, windows), as the data set has it; of windows every so many seconds, their start in seconds; if
+    asked for, image_tokens, audio_tokens, fusion_tokens (N, n, D), of several frames image_tokens
+    (N, T, n, D).
     """
 
     tensors: dict[str, Tensor]
@@ -69,6 +106,7 @@ def extract(
     clips: Sequence[Clip],
     *,
     every: float | None = None,
+    windows: int = 1,
     tokens: bool = False,
     batch_size: int = 32,
     workers: int = 2,
@@ -76,21 +114,26 @@ def extract(
     progress: bool = True,
 ) -> Features:
     """Features of the middle of each clip, as `ClipDataset` reads it for evaluation, on the encoder's device;
-    or of windows, one every so many seconds, as `WindowsDataset` does.
+    or their mean over several `windows` of it, as `WindowDataset` reads them; or of each window, one every so
+    many seconds, as `WindowsDataset` does.
 
     The batch size changes speed and memory, not what comes out, beyond rounding.
 
     Raises:
-        ValueError: no clips, or none that can be read.
+        ValueError: no clips, or none that can be read; several windows with `every` or `tokens`.
     """
     check_count("batch_size", batch_size)
+    if windows != 1 and (every is not None or tokens):
+        raise ValueError(f"windows={windows} are averaged: neither every nor tokens goes with them")
     encoder.eval()
     device = encoder.fusion_tokens.device
     parts, failures = [], []
-    if every is None:
-        dataset = ClipDataset(clips, encoder.inputs, train=False)
-    else:
+    if every is not None:
         dataset = WindowsDataset(clips, encoder.inputs, every=every)
+    elif windows != 1:
+        dataset = WindowDataset(clips, encoder.inputs, windows=windows)
+    else:
+        dataset = ClipDataset(clips, encoder.inputs, train=False)
     keys = [(0, index) for index in range(len(dataset))]
     with (
         ClipLoader(dataset, workers=workers, timeout=timeout) as loader,
@@ -101,7 +144,7 @@ def extract(
             failures += failed
             bar.update(len(failed) + len(batch["index"]))
             if len(batch["index"]):
-                parts.append(_features(encoder, batch, tokens, device))
+                parts.append(_features(encoder, batch, windows, tokens, device))
     if not parts:
         raise ValueError(f"none of the {len(clips)} clips can be read: {name_failures(failures)}")
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -109,25 +152,22 @@ def extract(
     return Features(tensors, [dataset.clips[i] for i in tensors.pop("index").tolist()], failures)
 
 
-def _features(encoder, batch, tokens, device) -> dict[str, Tensor]:
-    inputs = {n: batch[n].to(device) for n in ("image", "audio", "image_present", "audio_present")}
-    output = encode(encoder, **inputs)
-    row = pool(output)
-    if tokens:
-        row |= {f"{name}_tokens": getattr(output, name) for name in FEATURES}
-    for name in list(row):  # the tokens of what is not there mean nothing
-        if name.startswith(("image", "audio")):
-            present = inputs[f"{name[:5]}_present"]
-            row[name] = row[name] * present.view(-1, *[1] * (row[name].ndim - 1))
-    row = {name: value.float().cpu() for name, value in row.items()}
-    return row | {name: value for name, value in batch.items() if name not in ("image", "audio")}
+def _features(encoder, batch, windows, tokens, device) -> dict[str, Tensor]:
+    inputs = {n: batch.pop(n).to(device) for n in ("image", "audio")}
+    if windows == 1:
+        inputs = {name: pixels[:, None] for name, pixels in inputs.items()}
+    inputs |= {n: batch[n].to(device) for n in ("image_present", "audio_present")}
+    row = pool_windows(encoder, **inputs, tokens=tokens)
+    return {name: value.cpu() for name, value in row.items()} | batch
 
 
-def save_features(path: Path, features: Features, folder: Path, checkpoint: str) -> None:
+def save_features(path: Path, features: Features, folder: Path, checkpoint: str, protocol: str = "") -> None:
     """Writes one safetensors file, whole or not at all. Its metadata hold, as JSON, the `paths` of the rows
-    relative to `folder`, and of the clips that are `unreadable` path and reason.
+    relative to `folder`, and of the clips that are `unreadable` path and reason; and by what `protocol` clips
+    were looked at.
     """
     metadata = dict(
+        protocol=protocol,
         folder=printable(folder.resolve()),  # metadata are Unicode, which a name need not be
         checkpoint=printable(checkpoint),
         paths=json.dumps([os.path.relpath(clip.path, folder) for clip in features.clips]),

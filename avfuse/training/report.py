@@ -119,6 +119,7 @@ def page(run: Path, config: dict) -> str:
         section("Curves", curves, steps, measures),
         section("Results", results, [row for row in measures if isinstance(row.get("metrics"), dict)]),
         section("Hearing and seeing, tested", tested, [row for row in measures if row.get("conditions")]),
+        section("Protocol of the final results", protocol, run / "results.json"),
         section("Nearest-neighbour probe", probes, [row for row in measures if row.get("probes")]),
         section("Pictures over time", pictures, run / "pictures"),
         section("Clips that could not be read", quarantine, read_objects(run / "quarantine.jsonl")),
@@ -278,6 +279,12 @@ def tested(measures: list[dict]) -> str:
     row = measures[-1]
     header, *cells = condition_table(row["metrics"] | dict(judged=row.get("judged")), row["conditions"])
     return paragraph(TESTED) + table((map(short, cell) for cell in cells), header)
+
+
+def protocol(path: Path) -> str:
+    """How the final results are defined, once there are some."""
+    text = json.loads(path.read_text(encoding="utf-8")).get("protocol") if path.is_file() else None
+    return paragraph(text) if text else ""
 
 
 def short(value: object) -> str:
