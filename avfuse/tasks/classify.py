@@ -304,7 +304,7 @@ class Classification(JudgedTask):
         read = output.read | {"": torch.stack(list(output.read.values())).any(0)}
         scores = {}
         for name, logits in by_head.items():
-            mean = average(torch.stack(logits), self.config.average, several=self.is_multi_label)
+            mean = average(torch.stack(logits).float(), self.config.average, several=self.is_multi_label)
             scores[f"{name}_head" if name else ""] = mean.masked_fill(~read[name][:, None], -torch.inf)
         return scores
 

@@ -63,8 +63,8 @@ class ClassifyConfig(TaskConfig):
     """Windows of each test clip, evenly from its start to its end; 1 = the middle (released: 10 over 10 s in
     fine-tuning, 1 in the probe)."""
     average: Annotated[Literal["logits", "probabilities"], Formerly("logits")] = "logits"
-    """What is averaged over the windows: logits (released, DeepAVFusion), or the probabilities of softmax, of
-    several classes of sigmoid (released, CAV-MAE)."""
+    """What is averaged over the windows: logits, as DeepAVFusion's released code does, or probabilities (of
+    softmax, where a clip may have several classes of sigmoid), as CAV-MAE's."""
     export: Annotated[Path | None, SAID, ONCE] = None
     """File such as NAME.pkl for the logits of VGGSound's test clips by image alone, sound alone and both, as
     the package vggsounder reads them; needs avfuse[eval]."""
