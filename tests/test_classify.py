@@ -438,7 +438,8 @@ def judged(data, run_folder, **options) -> tuple[dict, list[dict], Run]:
     config.epochs, config.warmup_epochs = 1, 0
     run = set_up(config, Classification)
     assert train(run) == 0
-    return json.loads((run_folder / "results.json").read_text()), judge_all(run, run.task.model)[0], run
+    rows = [clip.row for clip in judge_all(run, run.task.model)[0].values()]
+    return json.loads((run_folder / "results.json").read_text()), rows, run
 
 
 @pytest.mark.parametrize("what", ["logits", "probabilities"])
@@ -478,7 +479,7 @@ def test_results_differ_by_the_windows_alone(vgg, tmp_path):
     assert found["1"] == found["same"] and found["1"]["protocol"].endswith(
         "; 1 window of 3.0 s, middle frame"
     )
-    others = [found[name] | dict(protocol="", metrics={}) for name in ("1", "10")]
+    others = [found[name] | dict(protocol="", metrics={}, conditions={}) for name in ("1", "10")]
     assert others[0] == others[1] and found["1"]["protocol"] != found["10"]["protocol"]
     assert found["1"]["metrics"].keys() == found["10"]["metrics"].keys()
 
