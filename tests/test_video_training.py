@@ -18,9 +18,10 @@ from avfuse.loading import load_encoder
 from avfuse.predict import PredictConfig
 from avfuse.predict import main as predict
 from avfuse.tasks.classify import Classification
-from avfuse.tasks.localize import Localization
-from avfuse.tasks.options import ClassifyConfig, LocalizeConfig, RetrieveConfig
+from avfuse.tasks.options import ClassifyConfig, RetrieveConfig, SegmentConfig, SeparateConfig
 from avfuse.tasks.retrieve import Retrieval
+from avfuse.tasks.segment import Segmentation
+from avfuse.tasks.separate import Separation
 from avfuse.train import Pretraining
 from avfuse.training.checkpoints import list_checkpoints
 from avfuse.training.loop import program, set_up, train
@@ -132,5 +133,9 @@ def test_what_is_read_is_what_is_answered(options, tmp_path):
 def test_tasks_of_single_frames_refuse_several(options, capsys):
     config = pretraining(options)
     assert program(config, Pretraining) == 0
-    task = LocalizeConfig(**options | dict(run=config.run.parent / "localize", checkpoint=str(config.run)))
-    assert "image_frames" in program(task, Localization)
+    for name, kind, settings, task in (
+        ("segmentation", "segment", SegmentConfig, Segmentation),
+        ("separation", "separate", SeparateConfig, Separation),
+    ):
+        asked = settings(**options | dict(run=config.run.parent / kind, checkpoint=str(config.run)))
+        assert f"image_frames must be 1 for {name}, got 4" in program(asked, task)
