@@ -1,19 +1,29 @@
-"""Localization: the protocol of Flickr-SoundNet by hand and by its published steps; what the model uses."""
+"""Localization: the protocol of Flickr-SoundNet by hand and by its published steps; what the model uses; and
+the same over time.
+"""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from models import make_vit, randomized, relative_error
+from PIL import Image
 from scene_trees import SHAPES, write_flickr_soundnet
 from sklearn.metrics import auc
 
+import avfuse
+from avfuse import AVEncoder, presets
 from avfuse.data import sounding_shapes
 from avfuse.data.clips import Failure, collate
 from avfuse.data.find import Found
-from avfuse.inputs import InputSettings
+from avfuse.files import read_rows
+from avfuse.inputs import InputSettings, audio_times
 from avfuse.loading import load_model
+from avfuse.predict import PredictConfig
+from avfuse.predict import main as predict
 from avfuse.presets import create_encoder
 from avfuse.tasks.localize import (
     Localization,
@@ -28,9 +38,11 @@ from avfuse.tasks.localize import (
     success_rate,
 )
 from avfuse.tasks.scenes import model_inputs
+from avfuse.training.checkpoints import list_checkpoints
 from avfuse.training.conditions import CONDITIONS
 from avfuse.training.judge import weights_hash
-from avfuse.training.loop import program
+from avfuse.training.loop import program, set_up, train
+from avfuse.training.pictures import save
 
 INPUTS = InputSettings(image_size=64, mel_bins=32, hop=750)  # 16 + 8 tokens
 
@@ -358,3 +370,308 @@ def test_mistakes_are_explained(shapes, tmp_path):
         64,
         64,
     )
+
+
+# --- over time ----------------------------------------------------------------------------------------------
+
+FRAMES = InputSettings(image_size=32, mel_bins=32, audio_seconds=1.0, hop=500, image_frames=4)
+NEAR = {  # which of 4 columns of audio tokens are around each of so many frames of the same second
+    1: [(0, 1, 2, 3)],
+    2: [(0, 1), (2, 3)],
+    3: [(0,), (1, 2), (3,)],
+    4: [(0,), (1,), (2,), (3,)],
+    5: [(0,), (1,), (1, 2), (2,), (3,)],
+    8: [(0,), (0,), (1,), (1,), (2,), (2,), (3,), (3,)],
+    14: [(0,)] * 3 + [(0, 1)] + [(1,)] * 3 + [(2,)] * 3 + [(2, 3)] + [(3,)] * 3,
+}
+
+
+def localizer(interactions="dense", pair_bias="time", **options) -> Localizer:
+    """Of 4 frames of 4 x 4 tokens and 4 rows of 4 columns of audio tokens, random in float64."""
+    torch.manual_seed(0)
+    encoder = AVEncoder(
+        make_vit((3, 32, 32)),
+        make_vit((1, 32, 32)),
+        interactions=interactions,
+        pair_bias=pair_bias,
+        fusion_tokens=4,
+        inputs=FRAMES,
+        **options,
+    )
+    return randomized(Localizer(encoder, dim=8))
+
+
+def film(frames=4, batch=2):
+    torch.manual_seed(1)
+    return torch.randn(batch, frames, 3, 32, 32).double(), torch.randn(batch, 1, 32, 32).double()
+
+
+def by_hand(model, tokens, clip, frame, place, columns):
+    """The logit of one place of one frame: its cosine with the mean of the audio tokens in these columns."""
+    heard = [4 * row + column for row in range(4) for column in columns]
+    sound = model.audio_head(sum(tokens.audio[clip, n] for n in heard) / len(heard))
+    seen = model.image_head(tokens.image[clip, frame, place])
+    cosine = (seen * sound).sum() / (seen.square().sum() * sound.square().sum()).sqrt()
+    return (model.scale * cosine + model.offset).item()
+
+
+@pytest.mark.parametrize("frames", NEAR)
+@torch.no_grad()
+def test_maps_are_of_cosines_with_the_sound_around_each_frame(frames):
+    model, (image, audio) = localizer(), film(frames)
+    logits, tokens = model(image, audio), model.encoder(image, audio)
+    assert logits.shape == (2, frames, 4, 4)
+    for clip in range(2):
+        for frame, columns in enumerate(NEAR[frames]):
+            for place in range(16):
+                truth = by_hand(model, tokens, clip, frame, place, columns)
+                assert abs(logits[clip, frame, place // 4, place % 4].item() - truth) < 1e-12
+    alone = torch.cat([model(image[n : n + 1], audio[n : n + 1]) for n in range(2)])
+    assert relative_error(alone, logits) < 1e-12
+
+
+@torch.no_grad()
+def test_absent_sound_is_not_looked_at():
+    model, (image, audio) = localizer(), film()
+    silent = torch.tensor([True, False])
+    logits = model(image, audio, silent)
+    other = torch.stack([audio[0], torch.full_like(audio[1], torch.nan)])
+    assert torch.equal(model(image, other, silent), logits) and logits.isfinite().all()
+    tokens = model.encoder(image, audio, audio_present=silent)
+    for frame, columns in enumerate(NEAR[4]):
+        for place in range(16):
+            truth = by_hand(model, tokens, 1, frame, place, columns)
+            assert abs(logits[1, frame, place // 4, place % 4].item() - truth) < 1e-12
+    assert relative_error(model(image, audio)[0], logits[0]) < 1e-12
+    assert relative_error(model(image, audio)[1], logits[1]) > 1e-3
+
+
+@torch.no_grad()
+def test_weights_of_one_frame_say_the_same_of_one_frame():
+    torch.manual_seed(0)
+    inputs = replace(FRAMES, image_frames=1)
+    one = AVEncoder(make_vit((3, 32, 32)), make_vit((1, 32, 32)), fusion_tokens=4, inputs=inputs)
+    of_one = randomized(Localizer(one, dim=8))
+    several = Localizer(of_one.encoder.with_frames(4, pair_bias="time"), dim=8).double().eval()
+    several.load_state_dict(several.state_dict() | of_one.state_dict())
+    image, audio = film(1)
+    assert relative_error(several(image, audio)[:, 0], of_one(image[:, 0], audio)) < 1e-12
+    for name, attention in zip(("cosines", "attention"), several.look(image, audio), strict=True):
+        still = dict(zip(("cosines", "attention"), of_one.look(image[:, 0], audio), strict=True))[name]
+        assert relative_error(attention[:, 0], still) < 1e-12, name
+
+
+@pytest.mark.parametrize("frames", [2, 3, 8, 20, 64, 100])
+def test_what_is_around_a_frame_has_its_time(frames):
+    """Of audio tokens that hold their times; those of filter banks of 10 s go on for 0.24 s, of zeros."""
+    inputs = InputSettings.audiomae(image_size=32, image_frames=frames)
+    image, audio = make_vit((3, 32, 32), depth=1), make_vit((1, 128, 1024), patch_size=16, depth=1)
+    model = Localizer(AVEncoder(image, audio, inputs=inputs))
+    times = audio_times(inputs, audio.patch_embed)
+    assert times[-1] > 10
+    around = model.around(times[None, :, None], frames)[0, :, 0]
+    assert (around - torch.tensor(inputs.frame_times)).abs().max() <= 0.08 + 1e-4  # half a token
+    assert around.diff().min() >= 0
+
+
+@pytest.mark.parametrize("interactions", ["dense", "factorized", "token", "joint", "cross", "none"])
+def test_gradients_of_several_frames_reach_the_encoder(interactions):
+    model = localizer(interactions, pair_bias="time" if interactions == "dense" else False)
+    model(*film()).square().mean().backward()
+    for name in "image.patch_embed.proj.weight", "audio.patch_embed.proj.weight", "frame_embed":
+        gradient = model.encoder.get_parameter(name).grad
+        assert gradient.isfinite().all() and gradient.abs().max() > 0, name
+    if interactions == "dense":
+        assert model.encoder.fusion_blocks["0"].time_bias.table.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("interactions", ["dense", "bilinear", "factorized", "token"])
+def test_attention_over_all_frames_is_that_of_the_encoder(interactions):
+    model, (image, audio) = localizer(interactions, pair_bias=False), film(3)
+    logits, attention = model.look(image, audio)
+    weights, _ = model.encoder.fusion_attention(image, audio)
+    assert attention.shape == logits.shape == (2, 3, 4, 4)
+    assert relative_error(attention.flatten(1), weights.mean((1, 2))) < 1e-12
+    if interactions != "token":  # where image and audio share one softmax
+        assert relative_error(attention.sum((1, 2, 3)), torch.ones(2).double()) < 1e-12
+
+
+def test_a_saved_localizer_of_several_frames_says_the_same(tmp_path):
+    model, (image, audio) = localizer().float(), film()
+    model.save_pretrained(tmp_path / "model")
+    loaded = avfuse.load(tmp_path / "model")
+    assert type(loaded) is Localizer and loaded.encoder.frames == 4
+    assert torch.equal(loaded(image.float(), audio.float()), model(image.float(), audio.float()))
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    root = tmp_path_factory.mktemp("synchrony")
+    options = dict(scene="synchrony", train=4, test=4, size=64, workers=1, progress=False)
+    return sounding_shapes.generate(root, **options)
+
+
+@pytest.fixture
+def over_time(films, tmp_path, monkeypatch):
+    """Settings of a small run on scenes of synchrony."""
+    monkeypatch.setitem(presets.SIZES, "tiny", (16, 2, 2, INPUTS))
+    common = dict(data=films, run=tmp_path / "run", checkpoint="none", frames=4, pair_bias="time")
+    return LocalizeConfig(**common, epochs=2, warmup_epochs=0, batch_size=2, workers=0, min_steps=0)
+
+
+@torch.no_grad()
+def test_every_frame_is_judged_at_its_own_time(over_time):
+    found = Localization.find(over_time, lambda _: None)
+    assert found.coverage == dict(train=(160, 160), test=(4, 4)) and len(found.test) == 4
+    task = Localization(over_time, found)
+    task.model.double().eval()
+    dataset = task.dataset(found.test, train=False)
+    batch = collate([dataset[n] for n in range(4)], dataset.blank)
+    inputs = {name: x.double() if x.is_floating_point() else x for name, x in task.inputs(batch).items()}
+    assert task.counts(inputs) == dict(map_loss=4 * 4 * 224 * 224)
+    logits, attention = task.model.look(inputs["image"], inputs["audio"])
+    rows = task.judge(task.model, inputs, batch)
+    for clip, entry in enumerate(sounding_shapes.read_manifest(over_time.data, "test")):
+        _, boxes = sounding_shapes.load_masks(over_time.data, entry)
+        for n, number in enumerate((8, 16, 23, 31)):  # 0.875, 1.625, 2.375, 3.125 s, ten a second
+            x0, y0, x1, y1 = (int(3.5 * edge) for edge in boxes[0, number])
+            truth = torch.zeros(1, 224, 224)
+            truth[0, y0:y1, x0:x1] = 1
+            assert torch.equal(inputs["sounding"][clip, n], truth[0].double())
+            assert rows[clip]["area"][n] == truth.double().mean().item()
+            assert rows[clip]["best"][n] == consensus_iou(best_map(truth), truth).item()
+            for prefix, maps in ("", logits), ("attention_", attention):
+                shown = resized(maps[clip, n][None], (224, 224))
+                assert rows[clip][f"{prefix}ciou"][n] == consensus_iou(shown, truth).item()
+                assert rows[clip][f"{prefix}pointing"][n] == pointing(shown, truth).item()
+    metrics = task.summarize(rows)
+    frames = [{name: value[n] for name, value in row.items()} for row in rows for n in range(4)]
+    assert metrics == pytest.approx(task.summarize(frames))  # as of so many pictures
+    loss = task.losses(task.model, inputs)["map_loss"]
+    odds = resized(logits, (224, 224)).double().sigmoid()
+    right = torch.where(inputs["sounding"] > 0, odds, 1 - odds)
+    assert loss.item() == pytest.approx(-right.log().mean().item(), rel=1e-5)
+
+
+def test_the_control_of_several_frames_hears_nothing(over_time):
+    found = Localization.find(over_time, lambda _: None)
+    control = Localization(replace(over_time, modalities="image"), found)
+    dataset = control.dataset(found.test, train=False)
+    batch = collate([dataset[n] for n in range(2)], dataset.blank)
+    changed = batch | dict(audio=torch.randn_like(batch["audio"]))
+    inputs = control.inputs(batch)
+    assert not inputs["audio"].any() and not inputs["audio_present"].any()
+    with torch.no_grad():
+        same = [control.model.eval()(**model_inputs(control.inputs(b))) for b in (batch, changed)]
+    assert torch.equal(*same)
+
+
+def test_a_batch_of_several_frames_without_clips_counts_nothing(over_time):
+    task = Localization(over_time, found := Localization.find(over_time, lambda _: None))
+    blank = task.dataset(found.train, train=True).blank
+    inputs = task.inputs(collate([Failure(0, "x", "gone")], blank))
+    assert task.counts(inputs) == dict(map_loss=0)
+    assert task.losses(task.model, inputs)["map_loss"].isfinite()
+
+
+@pytest.mark.parametrize("modalities", ["both", "image"])
+def test_a_run_over_time_from_end_to_end(over_time, modalities, tmp_path):
+    config = replace(over_time, modalities=modalities)
+    assert program(config, Localization) == 0
+    results = json.loads((config.run / "results.json").read_text())
+    assert "; 4 frames of each clip" in results["protocol"]
+    assert results["coverage"] == dict(judged=4, expected=4)
+    model = load_model(Localizer, config.run)
+    assert weights_hash(model) == results["weights_sha256"]
+    assert (model.encoder.frames, model.encoder.settings["pair_bias"]) == (4, "time")
+    assert all(0 <= value <= 1 for value in results["metrics"].values())
+    pictures = sorted(path.name for path in (config.run / "pictures").glob("*.png"))
+    assert pictures == ["localization-000000.png", "localization-000004.png"]
+    for frames in 1, 8:  # which begin with all of it
+        more = replace(config, run=tmp_path / str(frames), checkpoint=str(config.run), frames=frames)
+        said = []
+        task = set_up(more, Localization).task
+        task.begin(said.append)
+        assert task.model.encoder.frames == frames
+        assert "which is all there is" in said[0] and "image_head" in said[0]
+
+
+def test_a_run_over_time_resumes_with_the_losses_of_one_that_went_through(over_time, tmp_path):
+    config = replace(over_time, checkpoint_every=1, keep_checkpoints=9)
+    train(set_up(config, Localization))
+    part = replace(config, run=tmp_path / "part")
+    shutil.copytree(config.run, part.run)
+    for later in list_checkpoints(part.run)[:-2]:  # the newest first: those of the first two steps are left
+        shutil.rmtree(later)
+    train(set_up(part, Localization))
+    whole, resumed = (
+        {row["step"]: row["loss"] for row in read_rows(run / "metrics.jsonl") if "loss" in row}
+        for run in (config.run, part.run)
+    )
+    assert len(whole) == 4 and resumed == whole
+    hashes = [weights_hash(load_model(Localizer, run)) for run in (config.run, part.run)]
+    assert hashes[0] == hashes[1]
+
+
+def test_flickr_soundnet_has_single_frames(shapes, tmp_path):
+    write_flickr_soundnet(tmp_path / "data", shapes, names=tuple("abcdef"))
+    message = run(tmp_path / "run", data=tmp_path / "data", frames=2, test_share=0.2)
+    assert "image_frames must be 1 for Flickr-SoundNet" in message and "got 2" in message
+
+
+def test_the_answer_of_several_frames_is_a_map_of_each_and_when(films, tmp_path):
+    model = localizer().float()
+    path = next((films / "test").glob("*.mp4"))
+    answer = model.predict(path, start=0.5)
+    image, audio = avfuse.read_clip(path, FRAMES, start=0.5)
+    with torch.no_grad():
+        logits = model(image, audio)
+    assert answer["map"].shape == (4, 32, 32) and answer["moments"].shape == (4,)
+    for n in range(4):
+        assert relative_error(answer["map"][n], resized(logits[:, n].sigmoid(), (32, 32))[0]) < 1e-6
+        assert answer["moments"][n] == answer["map"][n].max()
+    with pytest.raises(ValueError, match="it has no sound, and both are needed"):
+        model.predicted(image, None)
+
+    model.save_pretrained(tmp_path / "model")
+    out, looks = tmp_path / "answers.json", tmp_path / "looks"
+    config = PredictConfig(str(tmp_path / "model"), (path,), every=2.0, out=out, pictures=looks)
+    assert predict(config) == 0
+    said = json.loads(out.read_text())
+    assert [window["start"] for window in said] == [0.0, 2.0]
+    for window in said:
+        again = model.predict(path, start=window["start"])
+        assert torch.tensor(window["moments"]).allclose(again["moments"])
+        assert torch.tensor(window["map"]).allclose(again["map"])
+    assert len(list(looks.glob("*.png"))) == 2
+    assert all(Image.open(look).width > 600 for look in looks.iterdir())  # four frames side by side
+
+
+def test_strips_show_every_frame_and_when(over_time, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr("avfuse.tasks.localize.save", lambda *saved: drawn.append(saved) or save(*saved))
+    task = Localization(over_time, found := Localization.find(over_time, lambda _: None))
+    dataset = task.dataset(found.test, train=False)
+    batch = collate([dataset[n] for n in range(4)], dataset.blank)
+    inputs = task.inputs(batch)
+    with torch.no_grad():
+        task.draw(tmp_path, task.model.eval(), inputs, batch, 7)
+        logits, attention = task.model.look(inputs["image"], inputs["audio"])
+    ((figure, path),) = drawn
+    assert path == tmp_path / "localization-000007.png" and Image.open(path).width > 600
+    assert len(figure.axes) == 3 * 6  # frames, two maps with a curve each, and sound, of three clips
+    for clip in range(3):
+        frames, cosines, likely, looks, share, sound = figure.axes[6 * clip : 6 * clip + 6]
+        assert [axis.get_title() for axis in (frames, sound)] == ["frames", "sound"]
+        assert frames.images[0].get_array().shape == (64, 4 * 64, 3)
+        for axis, maps in (cosines, logits), (looks, attention):
+            shown = resized(maps[clip], (224, 224))
+            places = [divmod(int(map_.argmax()), 224) for map_ in shown]
+            crosses = [tuple(line.get_xydata()[0]) for line in axis.lines]
+            assert crosses == [(224 * n + x + 0.5, y + 0.5) for n, (y, x) in enumerate(places)]
+            inside = [bool(batch["sounding"][clip, n][place]) for n, place in enumerate(places)]
+            assert [line.get_color() for line in axis.lines] == ["w" if there else "r" for there in inside]
+        heights = [axis.patches[0].get_data().values for axis in (likely, share)]
+        np.testing.assert_allclose(heights[0], logits[clip].sigmoid().amax((1, 2)), rtol=1e-6)
+        np.testing.assert_allclose(heights[1], 4 * attention[clip].sum((1, 2)), rtol=1e-5)
+        assert likely.get_xlim() == share.get_xlim() == (0, 3) and likely.get_ylim() == (0, 1)

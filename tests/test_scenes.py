@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from scene_trees import SHAPES, annotation, write_avsbench, write_flickr_soundnet, write_metadata, write_sound
-from videos import read_audio, read_frame
+from videos import read_audio, read_frame, write_video
 
 from avfuse.data import sounding_shapes
 from avfuse.data.clips import Failure
@@ -185,6 +185,110 @@ def test_sounding_shapes(shapes):
         assert box[y0:y1, x0:x1].all() and box.sum() == (x1 - x0) * (y1 - y0)
     middle = middle_moments(split)
     assert middle.found == middle.expected == 3 and middle.scenes[1].moments == scene.moments[5:6]
+
+
+# --- several frames -----------------------------------------------------------------------------------------
+
+
+FOUR = replace(PLAIN, image_frames=4)
+
+
+def test_a_frame_is_that_which_the_reader_gives_then(shapes):
+    scene = sounding_shapes_scenes(shapes, "test", ShapeMasks).scenes[0]
+    frames = sounding_shapes.read_frames(scene.path)
+    assert len(scene.frames) == len(frames) == 10  # two a second
+    for seconds, number in (
+        *((n / 2, n) for n in range(10)),
+        *((n / 2 + 0.5 - 1e-3, n) for n in range(10)),
+        (1.5 - 1e-9, 3),  # meant to be 1.5
+        (-1.0, 0),
+        (5.1, 9),
+    ):
+        assert scene.frame_at(seconds).truth.frame == number
+        assert np.array_equal(read_frame(scene.path, seconds), frames[number])
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+@pytest.mark.parametrize("truth", [ShapeMasks, ShapeBoxes])
+def test_every_frame_has_the_truth_of_its_time(shapes, frame, truth):
+    """In evaluation: the middle 3 of 5 s, two frames a second; as each frame alone."""
+    split = middle_moments(sounding_shapes_scenes(shapes, "test", truth))
+    dataset = SceneDataset(moment_by_moment(split.scenes), FOUR, train=False, size=32, frame=frame)
+    for index, scene in enumerate(dataset.clips):
+        item = dataset[index]
+        assert item["image"].shape == (4, 3, 96, 96)
+        assert item["sounding"].shape == item["classes"].shape == (4, 32, 32)
+        with scene.open() as reader:
+            start = (reader.streams.seconds - 3) / 2  # its sound is a little longer
+        for n, time in enumerate(FOUR.frame_times):
+            number = int((start + time) * 2)
+            alone = replace(scene, moments=scene.frames[number : number + 1])
+            still = SceneDataset([alone], PLAIN, train=False, size=32, frame=frame)[0]
+            for name in "image", "sounding", "classes":
+                assert torch.equal(item[name][n], still[name]), (name, n)
+        waveform = torch.from_numpy(read_audio(scene.path, start, 3.0, 16_000))
+        assert torch.equal(item["audio"], Spectrogram(FOUR)(waveform))
+
+
+@pytest.fixture
+def film(tmp_path):
+    """A scene whose frames, five a second for four seconds, are white where something sounds: a square that
+    is elsewhere in each.
+    """
+    masks = np.zeros((20, 60, 90), np.uint8)
+    for number, mask in enumerate(masks):
+        mask[number : number + 30, 3 * number : 3 * number + 30] = 1
+    video = np.repeat(255 * masks[..., None], 3, axis=3)
+    path = write_video(tmp_path / "film.mp4", seconds=4.0, fps=5, video=video, crf="10")
+    frames = []
+    for number, mask in enumerate(masks):
+        Image.fromarray(mask).save(tmp_path / f"{number}.png")
+        truth = PngMask(tmp_path / f"{number}.png", 2)
+        frames.append(Moment(truth=truth, seconds=(number + 0.5) / 5))
+    return Scene(path=path, sound=path, moments=tuple(frames), frames=tuple(frames))
+
+
+@pytest.mark.parametrize("size", [96, (48, 80)])
+@pytest.mark.parametrize("train", [True, False])
+def test_all_frames_show_the_same_place_as_their_truths(film, train, size):
+    dataset = SceneDataset([film], replace(FOUR, image_size=size), train=train)
+    seen = [dataset[(epoch, 0)] for epoch in range(8)]
+    for item in seen:
+        white = item["image"][:, 0] > 0.5
+        for n in range(4):
+            assert overlap(white[n], item["sounding"][n] > 0) > 0.9
+            assert n == 0 or overlap(white[n], item["sounding"][n - 1] > 0) < 0.9
+    assert len({item["image"].numpy().tobytes() for item in seen}) == (8 if train else 1)
+    assert len({item["audio"].numpy().tobytes() for item in seen}) == (8 if train else 1)
+
+
+def test_after_its_end_a_film_shows_its_last_frame_and_truth(film):
+    item = SceneDataset([film], replace(FOUR, audio_seconds=12.0), train=False)[0]
+    last, _ = film.frames[-1].truth.read(View(60, 90, (0, 0, 60, 90)), (96, 96))
+    for n, number in enumerate((7, 19, 19, 19)):  # at 1.5, 4.5, 7.5 and 10.5 s of 4
+        truth, _ = film.frames[number].truth.read(View(60, 90, (0, 0, 60, 90)), (96, 96))
+        assert np.array_equal(item["sounding"][n].numpy(), truth)
+        assert overlap(item["image"][n, 0] > 0.5, torch.from_numpy(truth) > 0) > 0.9
+
+
+def test_a_blank_of_several_frames_is_like_an_item(film):
+    dataset = SceneDataset([film], FOUR, train=True, size=24)
+    blank, item = dataset.blank(), dataset[0]
+    assert blank.keys() == item.keys() - {"index"}
+    for name, value in blank.items():
+        assert (value.shape, value.dtype) == (item[name].shape, item[name].dtype) and not value.any(), name
+
+
+def test_pictures_that_change_in_size_are_a_failure(film, monkeypatch):
+    frames = lambda reader, times: (np.zeros((60 + n, 90, 3), np.uint8) for n in range(len(times)))  # noqa: E731
+    monkeypatch.setattr("avfuse.data.decode.ClipReader.frames", frames)
+    item = SceneDataset([film], FOUR, train=False)[0]
+    assert isinstance(item, Failure) and item.reason == "changes the size of its pictures"
+
+
+def test_single_pictures_are_no_films(blob, film):
+    with pytest.raises(ValueError, match=r"image_frames must be 1 for .*picture.png, .* got 4"):
+        SceneDataset([film, blob], FOUR, train=True)
 
 
 def test_clips_that_are_gone_are_counted(shapes, tmp_path):

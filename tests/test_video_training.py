@@ -18,13 +18,15 @@ from avfuse.loading import load_encoder
 from avfuse.predict import PredictConfig
 from avfuse.predict import main as predict
 from avfuse.tasks.classify import Classification
-from avfuse.tasks.localize import Localization
-from avfuse.tasks.options import ClassifyConfig, LocalizeConfig, RetrieveConfig
+from avfuse.tasks.options import ClassifyConfig, RetrieveConfig, SegmentConfig, SeparateConfig
 from avfuse.tasks.retrieve import Retrieval
+from avfuse.tasks.segment import Segmentation
+from avfuse.tasks.separate import Separation
 from avfuse.train import Pretraining
 from avfuse.training.checkpoints import list_checkpoints
 from avfuse.training.loop import program, set_up, train
 from avfuse.training.recipes import TrainConfig
+from avfuse.training.starts import TIME_PEAK
 
 INPUTS = InputSettings(image_size=32, mel_bins=16, hop=500)  # 4 tokens a frame, 6 of sound
 
@@ -111,7 +113,10 @@ def test_a_model_of_one_frame_becomes_one_of_several(options, tmp_path):
     assert encoder.frames == 4 and encoder.settings["pair_bias"] == "time"
     weights = load_encoder(config.run).state_dict()
     for name, weight in encoder.state_dict().items():
-        assert torch.equal(weight, weights.get(name, torch.zeros_like(weight))), name
+        if name.endswith("time_bias.table"):  # highest where frame and sound are at one time
+            assert weight[:, weight.shape[1] // 2].eq(TIME_PEAK).all() and weight.amin() == 0
+        else:
+            assert torch.equal(weight, weights.get(name, torch.zeros_like(weight))), name
 
 
 def test_what_is_read_is_what_is_answered(options, tmp_path):
@@ -132,5 +137,9 @@ def test_what_is_read_is_what_is_answered(options, tmp_path):
 def test_tasks_of_single_frames_refuse_several(options, capsys):
     config = pretraining(options)
     assert program(config, Pretraining) == 0
-    task = LocalizeConfig(**options | dict(run=config.run.parent / "localize", checkpoint=str(config.run)))
-    assert "image_frames" in program(task, Localization)
+    for name, kind, settings, task in (
+        ("segmentation", "segment", SegmentConfig, Segmentation),
+        ("separation", "separate", SeparateConfig, Separation),
+    ):
+        asked = settings(**options | dict(run=config.run.parent / kind, checkpoint=str(config.run)))
+        assert f"image_frames must be 1 for {name}, got 4" in program(asked, task)

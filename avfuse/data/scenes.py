@@ -7,7 +7,7 @@ unknown origin: `inside` keeps them in the data folder, and a file that is not w
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..checks import check_choice, check_count
 from ..files import inside, printable
 from ..inputs import InputSettings
 from .clips import Clip, ClipDataset, check_one_frame
-from .decode import MAX_PIXELS, ClipError, ClipReader
+from .decode import EPSILON, MAX_PIXELS, ClipError, ClipReader
 from .find import Found
 from .transforms import cropped_image, evaluation_image, evaluation_size, random_gain, random_view
 
@@ -71,9 +71,14 @@ class Scene(Clip):
 
     sound: Path
     moments: tuple[Moment, ...]
+    frames: tuple[Moment, ...] = ()  # those of all frames of the video, where all are annotated
 
     def open(self) -> ClipReader:
         return ClipReader(self.sound)
+
+    def frame_at(self, seconds: float) -> Moment:
+        """The one of `frames` that a reader gives at a time: before the first and after the last, these."""
+        return min(self.frames, key=lambda frame: abs(frame.seconds - seconds - EPSILON))
 
 
 @dataclass
@@ -249,13 +254,15 @@ def read_image(path: Path, formats: tuple[str, ...] = ("JPEG", "PNG")) -> Image.
 
 
 class SceneDataset(ClipDataset):
-    """Scenes as one annotated picture and the sound around it.
+    """Scenes as one annotated picture and the sound around it, or as several frames and their sound.
 
     Asked for `(epoch, index)`, or for `index`, which is epoch 0. In training the moment, crop, flip and gain
     are random; in evaluation it is the first moment of the scene, see `moment_by_moment`. It is always in the
     middle of the window of sound: where the file does not reach, that is silent before, and mirrored behind.
+    Of T > 1 `image_frames`, windows are those of `ClipDataset`, frames those shown at `frame_times` of them,
+    with one crop and flip for all, and the truth of each is that of its own time.
 
-    An item is a dictionary:
+    An item is a dictionary, of T > 1 frames with (T, ...) for images and truths:
         image: (3, height, width) float32.
         audio: (1, mel_bins, frames) float32.
         image_present, audio_present: () bool.
@@ -274,7 +281,8 @@ class SceneDataset(ClipDataset):
         frame: what evaluation shows, the "whole" frame, squeezed, or the "central" crop of pretraining.
 
     Raises:
-        ValueError: no scenes, one without a moment, or another argument that is wrong.
+        ValueError: no scenes, one without a moment, several frames of one of which only single pictures are
+            annotated, or another argument that is wrong.
     """
 
     def __init__(
@@ -288,70 +296,96 @@ class SceneDataset(ClipDataset):
         frame: str = "whole",
     ):
         super().__init__(scenes, settings, train=train, seed=seed)
-        check_one_frame(settings.image_frames, "annotated pictures")
         check_choice("frame", frame, FRAMES)
         for scene in scenes:
             if not scene.moments:
                 raise ValueError(f"scenes: {scene.path} has no annotated moment")
+            if not scene.frames:
+                check_one_frame(settings.image_frames, f"{scene.path}, an annotated picture")
         if size is not None:
             check_count("size", size)
         self.shape, self.frame = settings.image_shape if size is None else (size, size), frame
 
     def item(self, clip, reader, generator):
-        choice = float(torch.rand((), generator=generator)) if self.train else 0.0
-        moment = clip.moments[int(choice * len(clip.moments))]
-        seconds = reader.streams.seconds / 2 if moment.seconds is None else moment.seconds
-        start = seconds - self.settings.audio_seconds / 2
-        waveform = reader.audio(start, self.settings.audio_seconds, self.settings.sample_rate)
-        waveform = torch.from_numpy(waveform)
+        settings, is_still = self.settings, self.settings.image_frames == 1
+        choice = float(torch.rand((), generator=generator)) if self.train else 0.0 if is_still else 0.5
+        if is_still:
+            moment = clip.moments[int(choice * len(clip.moments))]
+            seconds = reader.streams.seconds / 2 if moment.seconds is None else moment.seconds
+            start = seconds - settings.audio_seconds / 2
+            moments, pictures = [moment], self._picture(clip, moment, reader, seconds)
+        else:
+            start = choice * max(0.0, reader.streams.seconds - settings.audio_seconds)
+            times = [start + time for time in settings.frame_times]
+            moments, pictures = list(map(clip.frame_at, times)), reader.frames(times)
+        waveform = torch.from_numpy(reader.audio(start, settings.audio_seconds, settings.sample_rate))
         if self.train:
             waveform = random_gain(waveform, generator)
-        shown = torch.from_numpy(self._picture(clip, moment, reader, seconds)).permute(2, 0, 1)
-        image, view = self._view(shown, generator)
-        sounding, classes = moment.truth.read(view, self.shape)
+        images, view = self._images(clip, pictures, generator)
+        sounding, classes = zip(*(moment.truth.read(view, self.shape) for moment in moments), strict=True)
         return {
-            "image": image,
+            "image": self._stacked(images),
             "audio": self.spectrogram(waveform),
             "image_present": torch.tensor(True),
             "audio_present": torch.tensor(True),
-            "sounding": torch.from_numpy(sounding),
-            "classes": torch.from_numpy(classes),
+            "sounding": self._stacked(map(torch.from_numpy, sounding)),
+            "classes": self._stacked(map(torch.from_numpy, classes)),
         }
 
     def blank(self):
         settings = self.settings
+        shape = (settings.image_frames, *self.shape)
         return {
-            "image": torch.zeros(3, *settings.image_shape),
+            "image": self._stacked(torch.zeros(settings.image_frames, 3, *settings.image_shape)),
             "audio": torch.zeros(1, settings.mel_bins, settings.frames),
             "image_present": torch.tensor(False),
             "audio_present": torch.tensor(False),
-            "sounding": torch.zeros(self.shape),
-            "classes": torch.zeros(self.shape, dtype=torch.long),
+            "sounding": self._stacked(torch.zeros(shape)),
+            "classes": self._stacked(torch.zeros(shape, dtype=torch.long)),
         }
 
-    def _picture(self, scene: Scene, moment: Moment, reader: ClipReader, seconds: float) -> np.ndarray:
-        """(height, width, 3) uint8"""
+    def _stacked(self, of_frames: Iterable[Tensor]) -> Tensor:
+        """(T, ...), or that of the only frame."""
+        stacked = torch.stack(tuple(of_frames))
+        return stacked[0] if self.settings.image_frames == 1 else stacked
+
+    def _picture(
+        self, scene: Scene, moment: Moment, reader: ClipReader, seconds: float
+    ) -> Iterator[np.ndarray]:
+        """One picture (height, width, 3) uint8, read when it is asked for."""
         if moment.picture is not None:
             with read_image(moment.picture) as image:
-                return np.array(image.convert("RGB"))
-        if scene.path == scene.sound:
-            return reader.frame(seconds)
-        with ClipReader(scene.path) as video:
-            return video.frame(seconds)
+                yield np.array(image.convert("RGB"))
+        elif scene.path == scene.sound:
+            yield reader.frame(seconds)
+        else:
+            with ClipReader(scene.path) as video:
+                yield video.frame(seconds)
 
-    def _view(self, picture: Tensor, generator: torch.Generator) -> tuple[Tensor, View]:
-        """The picture as the model sees it, and which part of it that is."""
-        height, width = picture.shape[-2:]
+    def _images(
+        self, scene: Scene, pictures: Iterable[np.ndarray], generator: torch.Generator
+    ) -> tuple[list[Tensor], View]:
+        """The pictures as the model sees them, and which part of them that is."""
+        images, view = [], None
+        for picture in pictures:
+            view = view or self._view(*picture.shape[:2], generator)
+            if picture.shape[:2] != (view.height, view.width):
+                raise ClipError(scene.path, "changes the size of its pictures")
+            shown = torch.from_numpy(picture).permute(2, 0, 1)
+            if self.train or self.frame == "whole":
+                images.append(cropped_image(shown, self.settings, view.crop, mirrored=view.mirrored))
+            else:
+                images.append(evaluation_image(shown, self.settings))
+        return images, view
+
+    def _view(self, height: int, width: int, generator: torch.Generator) -> View:
+        """The part of a picture of this size that the model sees."""
         if self.train:
-            crop, mirrored = random_view(height, width, self.settings, generator)
-            image = cropped_image(picture, self.settings, crop, mirrored=mirrored)
-            return image, View(height, width, crop, mirrored)
+            return View(height, width, *random_view(height, width, self.settings, generator))
         if self.frame == "whole":
-            crop = (0, 0, height, width)
-            return cropped_image(picture, self.settings, crop), View(height, width, crop)
+            return View(height, width, (0, 0, height, width))
         rows, columns = self.settings.image_shape
         resized = evaluation_size(height, width, self.settings)
         before, after = min(zip((height, width), resized, strict=True), key=lambda side: side[0] / side[1])
         shown = rows * before / after, columns * before / after
-        crop = ((height - shown[0]) / 2, (width - shown[1]) / 2, *shown)
-        return evaluation_image(picture, self.settings), View(height, width, crop)
+        return View(height, width, ((height - shown[0]) / 2, (width - shown[1]) / 2, *shown))

@@ -10,9 +10,11 @@ if __name__ == "__main__":
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, interpolate, normalize
+from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 
 from ..data.clips import check_one_frame
 from ..data.find import Found
@@ -21,14 +23,14 @@ from ..data.sets.flickr_soundnet import is_flickr_soundnet, read_flickr_soundnet
 from ..data.sets.folders import SPLITS
 from ..data.sounding_shapes.truths import ShapeBoxes
 from ..encoder import AVEncoder
-from ..inputs import InputSettings
 from ..pretrained import Pretrained
 from ..training.conditions import CONDITIONS
 from ..training.judge import starting_encoder, to_columns, to_rows
 from ..training.loop import program
-from ..training.pictures import figure_grid, save
-from .scenes import SIZE, SceneModel, SceneTask, model_inputs, outline, show_map, show_scene
+from ..training.pictures import FRAMES, draw_moments, draw_steps, figure_grid, in_a_row, rgb, save, show_sound
+from .scenes import SIZE, SceneModel, SceneTask, model_inputs, outline, resized, show_map, show_scene
 
+STRIPS = 3  # clips of several frames in a picture
 THRESHOLDS = 21  # from 0 to 1, of the curve under which the area is
 SUCCESS = 0.5  # a picture counts as localized at this consensus IoU
 BASELINES = {"whole_": "the whole picture", "centre_": "the centre"}  # answers to every picture
@@ -41,6 +43,8 @@ class Localizer(SceneModel, Pretrained):
     """Cosines between the mean audio token and each image token, after a linear layer each (paper App. A.2).
 
     As a cosine is no logit, a learned scale and offset follow, which do not change the order of the places.
+    Each of several frames is compared with the mean of the audio tokens around its time, so that the maps
+    tell when as well as where.
 
     Args:
         encoder: whose tokens are read; trained along.
@@ -51,7 +55,6 @@ class Localizer(SceneModel, Pretrained):
 
     def __init__(self, encoder: AVEncoder, dim: int = 128):
         super().__init__()
-        check_one_frame(encoder.frames, "localization")
         self.encoder, self.settings = encoder, dict(dim=dim)
         self.image_head = nn.Linear(encoder.dims["image"], dim)
         self.audio_head = nn.Linear(encoder.dims["audio"], dim)
@@ -59,18 +62,20 @@ class Localizer(SceneModel, Pretrained):
         self.offset = nn.Parameter(torch.tensor(-3.0))  # most places are silent
 
     def forward(self, image: Tensor, audio: Tensor, audio_present: Tensor | None = None) -> Tensor:
-        """Logits (B, rows, columns) of the patches; arguments as for `SceneModel.read`."""
+        """Logits (B, rows, columns) of the patches, of several frames (B, T, rows, columns); arguments as for
+        `SceneModel.read`.
+        """
         places, sound = self.read(image, audio, audio_present)
         places, sound = normalize(self.image_head(places), dim=-1), normalize(self.audio_head(sound), dim=-1)
-        return self.on_grid(self.scale * torch.einsum("bnd,bd->bn", places, sound) + self.offset)
+        return self.on_grid(self.scale * torch.einsum("...nd,...d->...n", places, sound) + self.offset)
 
     @torch.no_grad()
     def look(
         self, image: Tensor, audio: Tensor, audio_present: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """The same logits and, out of the same pass, where the fusion tokens look in the last fused layer,
-        the mean over heads and tokens: (B, rows, columns) both. The latter is None if there is no fusion, or
-        it does not tell.
+        the mean over heads and tokens: of one shape both. The latter is None if there is no fusion, or it
+        does not tell.
         """
         encoder, seen = self.encoder, []
         if not encoder.shows_attention:
@@ -85,7 +90,7 @@ class Localizer(SceneModel, Pretrained):
             logits = self(image, audio, audio_present)
         finally:
             hook.remove()
-        return logits, self.on_grid(seen[0].mean((1, 2)))
+        return logits, seen[0].mean((1, 2)).view_as(logits)
 
 
 # --- metrics ------------------------------------------------------------------------------------------------
@@ -155,16 +160,13 @@ def judge_baselines(truth: Tensor) -> dict[str, Tensor]:
     )
 
 
-def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, rows, columns) -> (B, height, width), bilinear"""
-    return interpolate(maps[:, None].float(), size=size, mode="bilinear")[:, 0]
-
-
 # --- task ---------------------------------------------------------------------------------------------------
 
 
 class Localization(SceneTask):
-    """Trains a `Localizer` by binary cross-entropy per pixel."""
+    """Trains a `Localizer` by binary cross-entropy per pixel. Each of several frames is judged at its own
+    time; metrics are means over all frames of all clips.
+    """
 
     name, shape_truth, truth = "localization", ShapeBoxes, "sounding"
     conditions, headline = tuple(CONDITIONS), ("pointing", "ciou", "auc")
@@ -177,6 +179,11 @@ class Localization(SceneTask):
     def __init__(self, config: LocalizeConfig, found: Found):
         super().__init__(config, found)
         self.model = Localizer(starting_encoder(config), dim=config.dim)
+        frames = self.model.encoder.frames
+        if not all(scene.frames for scene in (*found.train, *found.test)):
+            check_one_frame(frames, "Flickr-SoundNet, of which single pictures are annotated")
+        if frames > 1:
+            self.protocol += f"; {frames} frames of each clip, each at its own time"
         if config.modalities == "image":
             self.name = "localization without sound (control)"
 
@@ -198,18 +205,20 @@ class Localization(SceneTask):
         return dict(map_loss=binary_cross_entropy_with_logits(maps, inputs["sounding"].to(maps.dtype)))
 
     def judge(self, model, inputs, batch):
-        truth = inputs["sounding"]
+        """Of each clip, what is true of its picture, (), or of its frames, (T,)."""
+        lead, truth = inputs["sounding"].shape[:-2], inputs["sounding"].flatten(0, -3)
         columns = dict(best=consensus_iou(best_map(truth), truth), area=(truth > 0).double().mean((1, 2)))
         columns |= judge_baselines(truth)
         for prefix, maps in self.maps(model, inputs).items():
+            maps = resized(maps, (SIZE, SIZE)).flatten(0, -3)
             columns[f"{prefix}ciou"] = consensus_iou(maps, truth)
             columns[f"{prefix}pointing"] = pointing(maps, truth)
-        return to_rows(columns)
+        return to_rows({name: column.unflatten(0, lead) for name, column in columns.items()})
 
     def maps(self, model, inputs) -> dict[str, Tensor]:
-        """What is scored, (B, 224, 224) each, by the prefix of its metrics."""
+        """What is scored, (B, rows, columns) or (B, T, rows, columns) each, by the prefix of its metrics."""
         maps = zip(("", "attention_"), model.look(**model_inputs(inputs)), strict=True)
-        return {prefix: resized(shown, (SIZE, SIZE)) for prefix, shown in maps if shown is not None}
+        return {prefix: shown for prefix, shown in maps if shown is not None}
 
     def summarize(self, rows):
         columns, metrics = to_columns(rows), {}
@@ -239,33 +248,66 @@ class Localization(SceneTask):
         return f"pointing {hits:.3f} is no better than a random place, {chance:.3f}" if hits <= chance else ""
 
     def draw(self, folder, model, inputs, batch, step):
-        maps = self.maps(model, inputs)
-        draw_maps(inputs, maps, model.encoder.inputs, folder / f"localization-{step:06d}.png")
+        drawn = draw_maps if model.encoder.frames == 1 else draw_strips
+        drawn(inputs, self.maps(model, inputs), model.encoder, folder / f"localization-{step:06d}.png")
 
 
 # --- pictures -----------------------------------------------------------------------------------------------
 
 TITLES = {"": "cosine map", "attention_": "fusion attention"}
+CURVES = {"": "how likely its highest place sounds", "attention_": "how much of it is at each time"}
 
 
-def draw_maps(
-    inputs: dict[str, Tensor], maps: dict[str, Tensor], settings: InputSettings, path: Path
-) -> None:
+def draw_maps(inputs: dict[str, Tensor], maps: dict[str, Tensor], encoder: AVEncoder, path: Path) -> None:
     """Frames with the outline of what sounds, each map over its frame, and the sound; a cross marks the
     highest point of a map, white on the source and red beside it.
     """
     titles = ("frame", *map(TITLES.get, maps))
     figure, grid = figure_grid(len(inputs["image"]), titles, ("sound",))
+    over = [resized(shown, (SIZE, SIZE)).cpu() for shown in maps.values()]
     for row, axes in enumerate(grid):
         truth = inputs["sounding"][row].cpu()
-        frame = show_scene(axes, inputs, row, truth, settings)
-        for axis, shown in zip(axes[1:-1], maps.values(), strict=True):
-            hot = shown[row].cpu()
-            show_map(axis, hot, frame, cmap="inferno", alpha=0.65)
-            outline(axis, truth)
-            y, x = divmod(int(hot.flatten().argmax()), SIZE)
-            axis.plot(x + 0.5, y + 0.5, "x", ms=9, mew=2.5, color="w" if truth[y, x] > 0 else "r")
+        frame = show_scene(axes, inputs, row, truth, encoder.inputs)
+        for axis, shown in zip(axes[1:-1], over, strict=True):
+            lay_over(axis, shown[row], truth, frame)
     save(figure, path)
+
+
+def draw_strips(inputs: dict[str, Tensor], maps: dict[str, Tensor], encoder: AVEncoder, path: Path) -> None:
+    """The same of several frames in a row, and below each map a curve over time: which moment binds."""
+    titles = ["frames", *(kind[prefix] for prefix in maps for kind in (TITLES, CURVES)), "sound"]
+    clips, settings = min(STRIPS, len(inputs["image"])), encoder.inputs
+    in_row = min(FRAMES, inputs["image"].shape[1])
+    figure, grid = figure_grid(clips * len(titles), ("",), (), in_row)
+    figure.set_figheight(1.15 * figure.get_figheight())  # so that titles do not make strips narrower
+    for axis, title in zip(grid.flat, titles * clips, strict=True):
+        axis.set_title(title, fontsize=10)
+    for clip, (first, *axes, last) in enumerate(grid.reshape(clips, -1)):
+        frame = rgb(inputs["image"][clip].cpu(), settings).numpy()
+        truth = in_a_row(inputs["sounding"][clip].cpu())
+        show_map(first, frame, frame, in_row)
+        outline(first, truth)
+        for (prefix, shown), axis, curve in zip(maps.items(), axes[::2], axes[1::2], strict=True):
+            show_map(axis, frame.mean(-1), frame, in_row, cmap="gray", vmin=0, vmax=1.3)
+            lay_over(axis, in_a_row(resized(shown[clip], (SIZE, SIZE))).cpu(), truth, frame)
+            if prefix == "attention_":
+                draw_moments(curve, encoder, shown[clip].sum((1, 2)))
+            else:
+                draw_steps(curve, shown[clip].sigmoid().amax((1, 2)), settings.audio_seconds, highest=1)
+        show_sound(last, inputs["audio"][clip, 0])
+    save(figure, path)
+
+
+def lay_over(axis: Axes, map_: Tensor, truth: Tensor, frame: np.ndarray) -> None:
+    """A map over its frame, (SIZE, SIZE), or the maps of several in a row, with the outline of what sounds
+    and a cross at the highest point of each.
+    """
+    show_map(axis, map_, frame, map_.shape[1] // SIZE, cmap="inferno", alpha=0.65)
+    outline(axis, truth)
+    for n, (shown, there) in enumerate(zip(map_.split(SIZE, 1), truth.split(SIZE, 1), strict=True)):
+        y, x = divmod(int(shown.flatten().argmax()), SIZE)
+        colour = "w" if there[y, x] > 0 else "r"
+        axis.plot(n * SIZE + x + 0.5, y + 0.5, "x", ms=9, mew=2.5, color=colour)
 
 
 main = partial(program, kind=Localization)

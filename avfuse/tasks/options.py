@@ -346,7 +346,8 @@ class LocalizeConfig(SceneConfig):
     `ciou` and `auc` follow the protocol of Flickr-SoundNet, see `consensus_iou`. It calls half of every
     picture sounding, which no box of Sounding Shapes comes near: there, look at `pointing`, the share of
     pictures whose highest point lies in a box, which a guess among the three objects brings to a third.
-    Those that begin with `attention` are of the map that needs no labels: where the fusion tokens look.
+    Those that begin with `attention` are of the map that needs no labels: where the fusion tokens look. Of
+    several frames (--frames, on Sounding Shapes) there is a map for each, and the metrics are their means.
 
     Known limit: from the 256 clips of the demo the tiny model learns where objects are, but not which of them
     sounds. It fits them better than the control does, and stays at the control on held-out ones. From 2,048

@@ -13,9 +13,9 @@ from ..data.find import Found, build_demo
 from ..data.scenes import SceneDataset, as_found, middle_moments
 from ..data.sets.folders import SPLITS
 from ..data.sounding_shapes.truths import SHAPE_CLASSES, sounding_shapes_scenes
-from ..inputs import InputSettings
+from ..inputs import InputSettings, audio_times, middles
 from ..training.judge import JudgedTask
-from ..training.pictures import figure_grid, rgb, save, show_sound
+from ..training.pictures import FRAMES, draw_steps, figure_grid, in_a_row, rgb, save, show_sound
 from ..vit import split_prefix
 from .model import TaskModel
 from .options import SceneConfig
@@ -31,18 +31,34 @@ class SceneModel(TaskModel):
 
     def read(self, image: Tensor, audio: Tensor, audio_present: Tensor | None) -> tuple[Tensor, Tensor]:
         """Images (B, 3, height, width), spectrograms (B, 1, mel, time) and which of the latter are there (B,)
-        bool, None = all -> image patch tokens (B, I, D), and the mean of the audio patch tokens (B, D)
+        bool, None = all -> image patch tokens (B, I, D), and the mean of the audio patch tokens (B, D). Of
+        several frames, (B, T, 3, height, width), they are (B, T, I, D) and (B, T, D), a mean for each frame.
         """
         encoder = self.encoder
         tokens = encoder(image, audio, audio_present=audio_present)
         places = split_prefix(encoder.image, tokens.image)[1]
-        return places, split_prefix(encoder.audio, tokens.audio)[1].mean(1)
+        sound = split_prefix(encoder.audio, tokens.audio)[1]
+        return places, sound.mean(1) if encoder.frames == 1 else self.around(sound, places.shape[1])
+
+    def around(self, sound: Tensor, frames: int) -> Tensor:
+        """Audio tokens (B, A, D) -> (B, T, D), the mean of those in each frame's part of the window, or else
+        of the nearest. One mean for all frames would not tell which of them sounds; that of the only frame is
+        the paper's, of all tokens.
+        """
+        inputs = self.encoder.inputs
+        shown, part = middles(frames, inputs.audio_seconds), inputs.audio_seconds / frames
+        apart = (audio_times(inputs, self.encoder.audio.patch_embed) - shown[:, None]).abs()
+        reach = apart.amin(1, keepdim=True).clamp(min=part / 2) + 1e-3 * part  # times are rounded
+        near = (apart <= reach).to(sound)
+        return torch.einsum("ta,bad->btd", near / near.sum(1, keepdim=True), sound)
 
     def predicted(self, image: Tensor | None, audio: Tensor | None) -> dict[str, Tensor]:
-        """{"map": (height, width)}: how likely each pixel of the image is part of what sounds, 0 to 1."""
+        """{"map": (height, width)}: how likely each pixel of the image is part of what sounds, 0 to 1. Of T
+        frames it is (T, height, width), and "moments" (T,) tells the highest of each: when it is most likely.
+        """
         self.check_both(image, audio)
-        sounding = self.sounding(self(image, audio).float())
-        return dict(map=interpolate(sounding[:, None], image.shape[-2:], mode="bilinear")[0, 0].cpu())
+        map_ = resized(self.sounding(self(image, audio).float()), image.shape[-2:])[0].cpu()
+        return dict(map=map_) if map_.ndim == 2 else dict(map=map_, moments=map_.amax((1, 2)))
 
     def sounding(self, logits: Tensor) -> Tensor:
         """Outputs of the model -> probabilities (B, rows, columns) of being part of what sounds."""
@@ -51,6 +67,12 @@ class SceneModel(TaskModel):
     def on_grid(self, values: Tensor) -> Tensor:
         """(B, ..., I) -> (B, ..., rows, columns)"""
         return values.unflatten(-1, self.encoder.image.patch_embed.grid_size)
+
+
+def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """(..., rows, columns) -> (..., height, width), bilinear"""
+    flat = maps.flatten(0, -3)[:, None].float()
+    return interpolate(flat, size=size, mode="bilinear")[:, 0].unflatten(0, maps.shape[:-2])
 
 
 # --- task ---------------------------------------------------------------------------------------------------
@@ -132,19 +154,30 @@ def show_scene(
 
 
 def draw_map(image: Tensor, map_: Tensor, settings: InputSettings, path: Path) -> None:
-    """A frame (3, height, width) as a model reads it, and a map (height, width) laid over it."""
-    figure, grid = figure_grid(1, ("frame", "what sounds"), ())
-    frame = rgb(image, settings).numpy()
-    show_map(grid[0, 0], frame, frame)
-    show_map(grid[0, 1], frame.mean(-1), frame, cmap="gray", vmin=0, vmax=1.3)
-    show_map(grid[0, 1], map_, frame, cmap="inferno", alpha=0.6, vmin=0, vmax=1)
+    """A frame (3, height, width) as a model reads it, and a map (height, width) laid over it. Of T frames the
+    two stand below each other, and below them how high each map is at its highest.
+    """
+    shown = 1 if image.ndim == 3 else min(FRAMES, len(image))
+    if image.ndim == 3:
+        figure, grid = figure_grid(1, ("frame", "what sounds"), ())
+    else:
+        figure, grid = figure_grid(3, ("frames, what sounds, and when",), (), shown)
+        draw_steps(grid[2, 0], map_.amax((1, 2)), settings.audio_seconds, highest=1)
+        map_ = in_a_row(map_)
+    frame, (first, second) = rgb(image, settings).numpy(), grid.flat[:2]
+    show_map(first, frame, frame, shown)
+    show_map(second, frame.mean(-1), frame, shown, cmap="gray", vmin=0, vmax=1.3)
+    show_map(second, map_, frame, shown, cmap="inferno", alpha=0.6, vmin=0, vmax=1)
     save(figure, path)
 
 
-def show_map(axis: Axes, pixels: np.ndarray | Tensor, frame: np.ndarray, **options) -> None:
-    """Pixels laid over the whole of a frame, which keeps its shape, and is SIZE x SIZE in coordinates."""
+def show_map(axis: Axes, pixels: np.ndarray | Tensor, frame: np.ndarray, frames: int = 1, **options) -> None:
+    """Pixels laid over the whole of a frame, or of several in a row, which keep their shape, and are
+    SIZE x SIZE in coordinates.
+    """
     height, width = frame.shape[:2]
-    axis.imshow(np.asarray(pixels), extent=(0, SIZE, SIZE, 0), aspect=height / width, **options)
+    extent, aspect = (0, frames * SIZE, SIZE, 0), frames * height / width
+    axis.imshow(np.asarray(pixels), extent=extent, aspect=aspect, **options)
 
 
 def outline(axis: Axes, truth: Tensor) -> None:

@@ -106,11 +106,16 @@ def draw_attention(encoder: AVEncoder, inputs: dict[str, Tensor], path: Path, cl
 
 def draw_moments(axis, encoder: AVEncoder, weights: Tensor) -> None:
     """How much of the attention falls on each of equal parts of the window, in multiples of an even share."""
-    shares, seconds = (weights * len(weights)).cpu(), encoder.inputs.audio_seconds
-    axis.axis("on")
-    axis.stairs(shares.numpy(), np.linspace(0, seconds, len(shares) + 1), color=BLUE, fill=True)
+    draw_steps(axis, weights * len(weights), encoder.inputs.audio_seconds)
     axis.axhline(1, color=GREY, lw=0.8)
-    axis.set(xlim=(0, seconds), ylim=(0, None))
+
+
+def draw_steps(axis, values: Tensor, seconds: float, *, highest: float | None = None) -> None:
+    """A value, 0 or above, for each of equal parts of a window."""
+    axis.axis("on")
+    edges = np.linspace(0, seconds, len(values) + 1)
+    axis.stairs(values.cpu().numpy(), edges, color=BLUE, fill=True)
+    axis.set(xlim=(0, seconds), ylim=(0, highest))
     axis.tick_params(labelsize=7)
     axis.spines[["top", "right"]].set_visible(False)
 

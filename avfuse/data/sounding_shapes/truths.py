@@ -49,11 +49,11 @@ def sounding_shapes_scenes(root: str | Path, split: str, truth: type[ShapeMasks]
         with found.noting_missing():
             path, masks = check_file(root, entry.file), check_file(root, entry.masks)
             classes = tuple(SHAPE_CLASSES.index(entry.objects[n]["shape"]) for n in entry.sounding)
-            moments = (
+            moments = tuple(
                 Moment(truth=truth(masks, frame, classes), seconds=(frame + 0.5) / entry.fps)
                 for frame in range(frames)
             )
-            found.scenes.append(Scene(path=path, sound=path, moments=tuple(moments)))
+            found.scenes.append(Scene(path=path, sound=path, moments=moments, frames=moments))
     return found
 
 
