@@ -26,6 +26,7 @@ from .checks import (
     check_rate,
     check_tensor,
     check_tokens,
+    is_number,
 )
 from .ops.pair_attention import (
     PAIRS,
@@ -335,8 +336,17 @@ class TimeBias(nn.Module):
         self.table = nn.Parameter(torch.zeros(num_heads, knots))
 
     def favour_together(self, height: float, width: float) -> None:
-        """Adds a triangle to the table: `height` logits at no time difference, 0 from `width` seconds on."""
+        """Adds a triangle to the table: `height` logits at no time difference, 0 from `width` seconds on; no
+        narrower than the knots allow.
+
+        Raises:
+            ValueError: a height that is no number, or a width that is not positive.
+        """
+        if not is_number(height):
+            raise ValueError(f"height must be a number of logits, got {height!r}")
+        check_positive("width", width)
         knots = torch.linspace(-self.reach, self.reach, self.table.shape[1], device=self.table.device)
+        width = max(width, 2 * self.reach / (len(knots) - 1))
         with torch.no_grad():
             self.table += height * (1 - knots.abs() / width).clamp(min=0)
 

@@ -210,9 +210,9 @@ def test_metrics_stand_beside_what_they_compare_with(task):
         Classification, hits | dict(confusion_image=0.1, confusion_audio=0.2, confusion_each=0.3)
     )
     assert confused[5:] == [
-        ["wrong, and right by image alone", "0.100"],
-        ["wrong, and right by audio alone", "0.200"],
-        ["wrong, and right by each alone", "0.300"],
+        ["wrong by both, right by image alone", "0.100"],
+        ["wrong by both, right by audio alone", "0.200"],
+        ["wrong by both, right by each alone", "0.300"],
     ]
     several = dict(mAP=0.5, AUC=None, d_prime=None, classes_without_positives=0, mAP_fusion_head=0.25)
     assert table(Classification, several) == [

@@ -285,6 +285,8 @@ def test_scenes_have_defaults_of_their_own():
     assert (classification.label, classification.mixup, classification.model) == ("colour", 0.0, "micro")
     assert parse([*command, "--model", "tiny", "--frames", "4"]).frames == 4
     assert parse_classify([*command, "--mixup", "0.5"]).mixup == 0.5
+    probe = parse_classify([*command, "--probe"])
+    assert (probe.label, probe.model, probe.probe, probe.base_lr) == ("colour", "micro", True, 8e-3)
     assert parse([]).model == "tiny" and parse_classify([]).mixup == 0.8
     assert "at 2,048 clips (the demo's)" in plan(pretraining)
 

@@ -381,6 +381,14 @@ def test_a_bias_of_time_can_begin_with_a_peak():
     for encoder in fresh, copied:
         for block in encoder.fusion_blocks.values():
             assert torch.allclose(block.time_bias.table, expected, atol=1e-6)
+    bias = TimeBias(1, 3.0, 16)  # of which no knot lies at 0
+    bias.favour_together(2.0, 0.1)
+    assert bias.table[0, 7:9].tolist() == pytest.approx(
+        [1.0, 1.0]
+    ) and bias.table.sum().item() == pytest.approx(2)
+    for wrong in (3.0, 0.0), (3.0, -1.0), (float("nan"), 1.0), ("high", 1.0):
+        with pytest.raises(ValueError, match="width must be|height must be"):
+            bias.favour_together(*wrong)
 
 
 def test_a_block_of_its_own_reads_times():

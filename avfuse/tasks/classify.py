@@ -37,7 +37,7 @@ from .classifier import Classifier, presence
 
 LIGHT = "#C9CED3"
 SHOWN = 6  # classes of a clip in the picture
-WRONG_TOGETHER = "wrong, and right by {} alone"
+WRONG_TOGETHER = "wrong by both, right by {} alone"
 
 
 # --- loss ---------------------------------------------------------------------------------------------------

@@ -255,7 +255,7 @@ class Localization(SceneTask):
 # --- pictures -----------------------------------------------------------------------------------------------
 
 TITLES = {"": "cosine map", "attention_": "fusion attention"}
-CURVES = {"": "how likely its highest place sounds", "attention_": "how much of it is at each time"}
+CURVES = {"": "how likely its highest place sounds", "attention_": "its share at each time; 1: an even one"}
 
 
 def draw_maps(inputs: dict[str, Tensor], maps: dict[str, Tensor], encoder: AVEncoder, path: Path) -> None:

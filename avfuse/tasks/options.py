@@ -93,6 +93,12 @@ class ClassifyConfig(TaskConfig):
     def __post_init__(self):
         super().__post_init__()
         check_rules(self)
+        if self.preset != "demo" and (self.probe != self.preset.endswith("probe") or self.scene != "binding"):
+            raise ValueError(
+                f"--preset {self.preset} decides about --probe, and is of no --scene: leave them out"
+            )
+        if self.average != "logits" and self.test_windows == 1:
+            raise ValueError(f"--average {self.average} has no effect on one window: give more --windows")
         if self.probe and self.drop_path:
             raise ValueError(f"--drop-path {self.drop_path} has no effect on the frozen encoder of a probe")
         if self.batch_norm and 1 in (self.micro_batch, self.batch_size):
@@ -115,34 +121,33 @@ class ClassifyConfig(TaskConfig):
             )
 
 
+PROBE = dict(
+    probe=True,
+    batch_norm=True,
+    mixup=0.0,
+    smoothing=0.0,
+    drop_path=0.0,
+    base_lr=8e-3,
+    weight_decay=0.0,
+    layer_decay=1.0,
+)
+SYNCHRONY = dict(  # what is mixed or dropped hides which moments belong together
+    scene="synchrony",
+    label="colour",
+    model="micro",
+    mixup=0.0,
+    smoothing=0.0,
+    drop_path=0.0,
+    layer_decay=1.0,
+    base_lr=2.4e-2,
+    epochs=16,
+    warmup_epochs=2,
+)
+
+
 def linear_probe() -> ClassifyConfig:
     """Defaults of the linear probe."""
-    return ClassifyConfig(
-        probe=True,
-        batch_norm=True,
-        mixup=0.0,
-        smoothing=0.0,
-        drop_path=0.0,
-        base_lr=8e-3,
-        weight_decay=0.0,
-        layer_decay=1.0,
-    )
-
-
-def of_synchrony() -> ClassifyConfig:
-    """Defaults of scenes of synchrony: what is mixed or dropped hides which moments belong together."""
-    return ClassifyConfig(
-        scene="synchrony",
-        label="colour",
-        model="micro",
-        mixup=0.0,
-        smoothing=0.0,
-        drop_path=0.0,
-        layer_decay=1.0,
-        base_lr=2.4e-2,
-        epochs=16,
-        warmup_epochs=2,
-    )
+    return ClassifyConfig(**PROBE)
 
 
 def vggsound_finetune() -> ClassifyConfig:
@@ -210,8 +215,8 @@ def parse(args: Sequence[str] | None = None, prog: str | None = None) -> Classif
     """The command line of classification; --preset, --probe and --scene synchrony set the defaults."""
     args = sys.argv[1:] if args is None else args
     chosen = given(args, scene="binding", preset="demo")
-    demo = of_synchrony if chosen.scene == "synchrony" else ClassifyConfig
-    default = PRESETS.get(chosen.preset, linear_probe if "--probe" in args else demo)()
+    options = (SYNCHRONY if chosen.scene == "synchrony" else {}) | (PROBE if "--probe" in args else {})
+    default = PRESETS[chosen.preset]() if chosen.preset in PRESETS else ClassifyConfig(**options)
     default.run = None  # which depends on the other options
     return read(ClassifyConfig)(args=args, prog=prog, default=default)
 
@@ -345,7 +350,8 @@ class LocalizeConfig(SceneConfig):
 
     `ciou` and `auc` follow the protocol of Flickr-SoundNet, see `consensus_iou`. It calls half of every
     picture sounding, which no box of Sounding Shapes comes near: there, look at `pointing`, the share of
-    pictures whose highest point lies in a box, which a guess among the three objects brings to a third.
+    pictures whose highest point lies in a box, which a guess among the objects brings to a third (of
+    synchrony, to a quarter).
     Those that begin with `attention` are of the map that needs no labels: where the fusion tokens look. Of
     several frames (--frames, on Sounding Shapes) there is a map for each, and the metrics are their means.
 

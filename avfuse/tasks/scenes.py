@@ -12,7 +12,7 @@ from ..data import sounding_shapes
 from ..data.find import Found, build_demo
 from ..data.scenes import SceneDataset, as_found, middle_moments
 from ..data.sets.folders import SPLITS
-from ..data.sounding_shapes.truths import SHAPE_CLASSES, sounding_shapes_scenes
+from ..data.sounding_shapes.truths import SHAPE_CLASSES, ShapeMasks, sounding_shapes_scenes
 from ..inputs import InputSettings, audio_times, middles
 from ..training.judge import JudgedTask
 from ..training.pictures import FRAMES, draw_steps, figure_grid, in_a_row, rgb, save, show_sound
@@ -109,11 +109,16 @@ class SceneTask(JudgedTask):
         """
         raise NotImplementedError
 
+    def kind(self, clip):
+        """Of Sounding Shapes, the shapes that sound."""
+        truth = clip.moments[0].truth
+        return truth.classes if isinstance(truth, ShapeMasks) else super().kind(clip)
+
     @property
     def heading(self) -> str:
         """Of a table: what its numbers are of, and beside what to hold them."""
         given = self.config.modalities
-        return "image alone" if given == "image" else "control: --modalities image"
+        return "image alone" if given == "image" else "image and sound (control: --modalities image)"
 
     def dataset(self, clips, *, train):
         size, frame = (None, "whole") if train else (SIZE, self.frame)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data.clips import ClipDataset, Failure, generator_of
-from ..data.transforms import FLOOR, KALDI_FLOOR, Spectrogram
+from ..data.transforms import FLOOR, KALDI_FLOOR, PREEMPHASIS, Spectrogram, kaldi_filters
 from ..inputs import InputSettings
 
 Inputs = dict[str, Tensor]
@@ -100,10 +100,20 @@ def power(spectrogram: Tensor, settings: InputSettings) -> Tensor:
     level = spectrogram.double() * settings.audio_std + settings.audio_mean
     if settings.front_end == "kaldi":
         whole = 1 + (settings.samples - settings.window) // settings.hop  # zeros follow, which are no power
-        power = level[..., :whole].exp() - KALDI_FLOOR
+        power = (level[..., :whole].exp() - KALDI_FLOOR) / preemphasis_of(kaldi_filters(settings))[:, None]
     else:
         power = 10**level - FLOOR
     return power.clamp(min=0).sum((-3, -2, -1))
+
+
+def preemphasis_of(filters: Tensor) -> Tensor:
+    """(bins of the spectrum, mel_bins) -> (mel_bins,): by how much Kaldi's pre-emphasis raises the power of
+    each band, which is far below 1 for low ones; inf for a band so narrow that no bin lies in it.
+    """
+    turns = torch.linspace(0, torch.pi, len(filters), dtype=torch.float64)
+    gain = 1 + PREEMPHASIS**2 - 2 * PREEMPHASIS * turns.cos()
+    raised = gain @ filters.double() / filters.double().sum(0)
+    return raised.nan_to_num(torch.inf)
 
 
 def derangement(kinds: dict[int, Hashable]) -> dict[int, int]:

@@ -21,8 +21,11 @@ def saved_settings(checkpoint: str) -> dict:
 
 
 def new_bias(config: LoopConfig) -> dict:
-    """Options of an encoder whose pair bias, if settings ask for one, is new."""
-    return dict(pair_bias=config.pair_bias or False, time_peak=TIME_PEAK * (config.pair_bias == "time"))
+    """Options of an encoder whose pair bias, if settings ask for one, is new. One that is frozen, as in a
+    probe, stays what it was.
+    """
+    has_peak = config.pair_bias == "time" and not getattr(config, "probe", False)
+    return dict(pair_bias=config.pair_bias or False, time_peak=TIME_PEAK * has_peak)
 
 
 def for_clips(encoder: AVEncoder, config: LoopConfig) -> AVEncoder:
