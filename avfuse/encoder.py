@@ -80,8 +80,8 @@ class AVEncoder(nn.Module, Pretrained):
             first: "position" (or True) for each pair of an image and an audio position, "time" a function of
             how far frame and sound are apart, see `avfuse.fusion.TimeBias`; False for none.
         time_peak: height in logits of a triangle with which tables of "time" begin, at no time difference; it
-            falls to 0 at the next frame, or step of audio tokens if that is longer. Default 0; of 3,
-            synchrony is learned several times as fast.
+            falls to 0 at the next frame, or step of audio tokens if that is longer. Default 0; with 3,
+            synchrony is learned sooner.
         frames: T, of a clip; default that of `inputs`, or 1. Of several, the image transformer runs on each
             alone, with a learned position of the frame added (zero at first), and fusion reads their patch
             tokens one frame after the other. Such an encoder also takes more or fewer frames, evenly over the
