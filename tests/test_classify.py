@@ -402,7 +402,7 @@ def test_a_run_leaves_a_classifier_and_its_results(folder, tmp_path, probe):
     assert results["metrics"]["chance"] == pytest.approx(2 / 3)
     assert (config.run / "pictures" / "predictions-000001.png").exists()
     card = (config.run / "model/README.md").read_text()
-    assert "| the sound of another clip |" in card and "| wrong, and right by image alone |" in card
+    assert "| the sound of another clip |" in card and "| wrong by both, right by image alone |" in card
     assert "Hearing and seeing, tested" in (config.run / "index.html").read_text()
     assert sum("conditions" in row for row in read_rows(config.run / "metrics.jsonl")) == 1  # at the end
     assert "In the order of the outputs: bird, cat." in card and "| most frequent class | 0.6667 |" in card

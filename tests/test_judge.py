@@ -231,7 +231,7 @@ def test_metrics_stand_beside_what_they_compare_with(task):
     ]
     assert table(Retrieval, dict(clips=9)) == []
     assert table(Segmentation, dict(miou=0.5, f_score=0.6, miou_everywhere=0.1)) == [
-        ["control: --modalities image", "mIoU", "F"],
+        ["image and sound (control: --modalities image)", "mIoU", "F"],
         ["model", "0.500", "0.600"],
         ["all called sounding", "0.100"],
     ]
