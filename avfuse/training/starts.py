@@ -31,11 +31,9 @@ def new_bias(config: LoopConfig) -> dict:
 def for_clips(encoder: AVEncoder, config: LoopConfig) -> AVEncoder:
     """The encoder of a checkpoint, for clips of as many frames as settings ask for, with their pair bias."""
     frames, own = config.frames or encoder.frames, encoder.settings["pair_bias"]
-    if own:  # another one is refused there
-        kept = config.pair_bias in ("", own) and frames == encoder.frames
-        return encoder if kept else encoder.with_frames(frames, pair_bias=config.pair_bias or own)
-    is_same = not config.pair_bias and frames == encoder.frames
-    return encoder if is_same else encoder.with_frames(frames, **new_bias(config))
+    options = dict(pair_bias=config.pair_bias or own) if own else new_bias(config)
+    is_same = (frames, options["pair_bias"]) == (encoder.frames, own)
+    return encoder if is_same else encoder.with_frames(frames, **options)
 
 
 def begin_from(model: nn.Module, checkpoint: str, say: Callable[[str], object]) -> None:
