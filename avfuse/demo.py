@@ -217,14 +217,20 @@ def page(models: dict[str, nn.Module], faults: dict[str, str], clips: list[Path]
     def in_words(error: ValueError, path: str) -> str:
         return printable(error).replace(path, Path(path).name)  # not where the server keeps it
 
-    def show(path, start, other, *names):
+    def seconds_of(text: str) -> float | None:
+        try:
+            return float(text) if text.strip() else None
+        except ValueError:
+            raise ValueError(f"start must be a number of seconds, got {text!r}") from None
+
+    def show(path, text, other, *names):
         if path is None:
             return None, None, None
         target = Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR")), "looks.mp4")
         parts = (
-            lambda encoder: (looks(encoder, path, start, target), str(target))[1],
-            lambda classifier: says(classifier, path, start, other),
-            lambda separator: to_click(separator, path, start),
+            lambda encoder: (looks(encoder, path, seconds_of(text), target), str(target))[1],
+            lambda classifier: says(classifier, path, seconds_of(text), other),
+            lambda separator: to_click(separator, path, seconds_of(text)),
         )
         messages, results = {}, []
         for part, kind, name in zip(parts, kinds, names, strict=True):
@@ -237,10 +243,10 @@ def page(models: dict[str, nn.Module], faults: dict[str, str], clips: list[Path]
             gr.Warning(message, duration=None)
         return results
 
-    def hear(path, start, name, where: gr.SelectData):
+    def hear(path, text, name, where: gr.SelectData):
         try:
             x, y = (place / size for place, size in zip(where.index, size_of(kinds[2][name]), strict=True))
-            sound, picture = hears(kinds[2][name], path, start, x, y)
+            sound, picture = hears(kinds[2][name], path, seconds_of(text), x, y)
         except ValueError as error:
             raise gr.Error(in_words(error, path), duration=None) from None
         rate = kinds[2][name].encoder.inputs.sample_rate
@@ -249,7 +255,7 @@ def page(models: dict[str, nn.Module], faults: dict[str, str], clips: list[Path]
     with gr.Blocks(title="avfuse demo", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         with gr.Row():
             clip = gr.File(label="a video: drop it here, or choose one below")
-            start = gr.Number(None, label="start of the window in seconds; empty: in the middle")
+            start = gr.Textbox(label="start of the window in seconds; empty: in the middle")
             other = gr.File(
                 label="a clip whose sound may replace it", value=str(clips[-1]) if clips else None
             )
@@ -266,15 +272,23 @@ def page(models: dict[str, nn.Module], faults: dict[str, str], clips: list[Path]
         with gr.Row():
             with gr.Column():
                 choices[0].render()
-                video = gr.Video(autoplay=True, loop=True, show_label=False, visible=bool(kinds[0]))
+                video = gr.Video(
+                    buttons=["download"], autoplay=True, loop=True, show_label=False, visible=bool(kinds[0])
+                )
             with gr.Column(visible=bool(kinds[2])):
                 choices[2].render()
                 with gr.Row():
                     frame = gr.Image(
-                        label="click on an object", interactive=False, format="png", elem_id="frame"
+                        label="click on an object",
+                        elem_id="frame",
+                        format="png",
+                        buttons=[],
+                        interactive=False,
                     )
-                    shown = gr.Image(label="what the model saw", interactive=False, format="png")
-                sound = gr.Audio(label="its sound", interactive=False, autoplay=True, elem_id="sound")
+                    shown = gr.Image(label="what the model saw", format="png", buttons=[], interactive=False)
+                sound = gr.Audio(
+                    label="its sound", buttons=["download"], interactive=False, autoplay=True, elem_id="sound"
+                )
         choices[1].render()
         headers = ["heard and seen", "by image", "by sound", "by both"]
         table = gr.Dataframe(headers=headers, interactive=False, wrap=True, visible=bool(kinds[1]))
