@@ -190,21 +190,3 @@ def test_page_names_what_is_broken(browser, address, tmp_path):
     upload(browser, broken)
     toast = until(browser, lambda: browser.find_element("css selector", ".toast-body").text)
     assert "broken.mp4 cannot be" in toast and "Traceback" not in browser.page_source
-
-
-def test_ten_clicks_at_once(browser, address, models, clip):
-    places, windows = [0.1 + 0.08 * n for n in range(10)], []
-    for number in range(10):
-        if number:
-            browser.switch_to.new_window("window")
-        windows.append(browser.current_window_handle)
-        browser.get(address)
-        upload(browser, clip)
-    for window, x in zip(windows, places, strict=True):
-        browser.switch_to.window(window)
-        click(browser, x, 0.5)
-    truths = np.stack([hears(models["separate"], clip, None, x, 0.5)[0] for x in places])
-    for number, window in enumerate(windows):
-        browser.switch_to.window(window)
-        away = abs(heard(browser)[1] / 32767 - truths).mean(1)
-        assert away.argmin() == number
