@@ -62,9 +62,8 @@ def export(model: AVEncoder | Classifier, path: str | Path) -> None:
         raise ValueError(f"path must end on .onnx or .pt2, got {str(path)!r}")
     if path.suffix == ".onnx":
         check_onnx()
-    encoder, module = (
-        (model, Tokens(model)) if isinstance(model, AVEncoder) else (model.encoder, Logits(model))
-    )
+    encoder = getattr(model, "encoder", model)
+    module = Tokens(model) if model is encoder else Logits(model)
     about = dict(
         inputs=json.dumps(None if encoder.given_inputs is None else asdict(encoder.given_inputs)),
         class_names=json.dumps(getattr(model, "class_names", None)),

@@ -150,7 +150,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
         avfuse.export(made(), tmp_path / "a.onnx")
 
 
-# --- without a file: see docs/deploy.md ----------------------------------------------------------------------
+# --- without a file: see docs/deploy.md ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("interactions", ["dense", "token"])

@@ -1,4 +1,4 @@
-"""A model goes to the hub and comes back: push_to_hub and from_pretrained against a small hub on this machine."""
+"""A model goes to the hub and comes back: push_to_hub and from_pretrained against a small hub of the test."""
 
 import base64
 import hashlib
