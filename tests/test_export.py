@@ -174,7 +174,7 @@ def test_bfloat16_on_a_cpu(interactions):
 def test_torch_compile_of_an_encoder(options):
     torch._dynamo.reset()
     encoder = made(**options)
-    compiled = torch.compile(encoder, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         for count in 2, 5:
             clips = clips_of(encoder, count)
