@@ -44,6 +44,7 @@ setup(
     ],
     extras_require={
         "test": [
+            "fast-bss-eval>=0.1.4",
             "mir_eval>=0.8,<0.9",
             "psutil>=6",
             "pytest>=8",

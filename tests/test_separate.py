@@ -54,6 +54,18 @@ def test_bss_eval_is_that_of_mir_eval(seed):
             torch.testing.assert_close(found[place].clamp(max=80), truth, rtol=1e-4, atol=1e-3)
 
 
+def test_bss_eval_is_that_of_fast_bss_eval():
+    """A second oracle: mir_eval drops its own in 0.9. Its NumPy branch fails beside NumPy 2."""
+    theirs = pytest.importorskip("fast_bss_eval", reason="needs fast-bss-eval, of avfuse[test]")
+    generator = torch.Generator().manual_seed(3)
+    sources = torch.randn(2, 6_000, generator=generator, dtype=torch.float64)
+    mixed = sources + 0.3 * sources.flip(0) + 0.1 * torch.randn(2, 6_000, generator=generator)
+    options = dict(filter_length=512, compute_permutation=False)
+    truth = theirs.bss_eval_sources(sources, mixed, **options)
+    for name, found, expected in zip("sdr sir sar".split(), bss_eval(sources, mixed), truth, strict=False):
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-3, err_msg=name)
+
+
 def test_a_perfect_separation_and_the_mixture_itself():
     sources = tones(220, 470)
     perfect = bss_eval(sources, sources)
