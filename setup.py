@@ -56,7 +56,9 @@ setup(
         # not import beside torch 2.15, and breaks peft there: constraints-newest.txt goes without.
         "adapters": ["peft>=0.21", "torchao>=0.18"],
         "torchaudio": ["torchaudio>=2.11"],
+        "demo": ["gradio>=6.31,<7"],  # needs pillow<13
         "eval": ["vggsounder>=1.0,<2"],  # labels of VGGSounder, and its metrics
+        "onnx": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"],
         "xformers": ["xformers>=0.0.35"],  # operators for CUDA alone, built for torch 2.10: none beside 2.15
     },
 )

@@ -16,7 +16,8 @@ COMMANDS = {  # the module that `python -m` runs, too
     "predict": ("avfuse.predict", "what a trained model says of videos"),
     "features": ("avfuse.features", "features of a folder of videos in one file"),
     "data": ("avfuse.data", "check a data folder, or pack it into shards"),
-    "demo": ("avfuse.data.sounding_shapes", "write the embedded data set, Sounding Shapes"),
+    "shapes": ("avfuse.data.sounding_shapes", "write the embedded data set, Sounding Shapes"),
+    "demo": ("avfuse.demo", "a page to click: what models see, hear and say"),
     "report": ("avfuse.report", "the index.html of a run"),
 }
 

@@ -130,6 +130,33 @@ class PredictConfig:
             raise ValueError(f"--out must end in {', '.join(SUFFIXES)}, got {self.out}")
 
 
+@dataclass(kw_only=True)
+class DemoConfig:
+    """A page in the browser, over the models that training has left: where their fusion tokens look and
+    listen, what a classifier says with sound or picture taken away, and the sound of what is clicked on.
+
+    Needs avfuse[demo]. Only this machine can open it unless --host says otherwise. Ctrl-C ends it; files that
+    were dropped on it are deleted.
+    """
+
+    runs: Path = Path("runs")
+    """Folder of run folders, whose models are found by themselves."""
+    clips: Path = Path("data")
+    """Folder of videos, a few of which are offered to choose from."""
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 = all, open to whoever reaches this machine."""
+    port: int = 7860
+    """Port to listen at."""
+    threads: int = 0
+    """Threads of torch on the CPU. 0 = one for each core; OMP_NUM_THREADS goes before that."""
+
+    def __post_init__(self):
+        if not 0 < self.port < 65536:
+            raise ValueError(f"--port must be in 1..65535, got {self.port}")
+        if self.threads < 0:
+            raise ValueError(f"--threads must not be negative, got {self.threads}")
+
+
 def check_every(seconds: float | None) -> None:
     if seconds is not None and not 0 < seconds < math.inf:
         raise ValueError(f"--every must be a positive number of seconds, got {seconds}")

@@ -41,7 +41,7 @@ def test_one_command_lists_all():
     done = run("-X", "importtime", "-m", "avfuse", "--help")
     assert done.returncode == 0 and not imported(done) & HEAVY
     listed = {line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")}
-    names = "train predict features classify retrieve segment localize separate data demo report"
+    names = "train predict features classify retrieve segment localize separate data shapes demo report"
     assert listed == set(names.split())
     assert run("-m", "avfuse").stdout == done.stdout
 
@@ -160,7 +160,7 @@ def test_ctrl_c_while_libraries_are_imported(module, tmp_path):
 
 def test_ctrl_c_while_a_package_of_avfuse_is_imported(tmp_path):
     (tmp_path / "av.py").write_text(INTERRUPTED)
-    done = run("-m", "avfuse", "demo", str(tmp_path / "out"), PYTHONPATH=str(tmp_path))
+    done = run("-m", "avfuse", "shapes", str(tmp_path / "out"), PYTHONPATH=str(tmp_path))
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 

@@ -178,7 +178,7 @@ def test_decoded_files_name_the_object_too(built):
     assert np.mean(right) > 0.95
 
 
-def named(root, entry, frames=8):
+def named(root, entry, frames=16):
     """The colour whose visible area goes with the loudness, from a decoded file."""
     pictures, sound = read_frames(root / entry.file), read_sound(root / entry.file)
     times = frame_times(frames)
