@@ -5,22 +5,26 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, layer_norm, normalize, pad
 
-from .checks import check_count, check_flag, check_mask, check_tensor, is_number
-from .encoder import AVEncoder
+from .checks import check_count, check_flag, check_mask, check_tensor, is_number, without_autocast
+from .encoder import AVEncoder, EncoderOutput
 from .fusion import initialize_linear
 from .pretrained import Pretrained, parameter_groups
 from .vit import input_shape, per_frame, split_prefix
 
 TARGET_EPS = 1e-6
+TEMPERATURE = 0.05  # of the contrastive term, as in CAV-MAE (Gong et al. 2023)
 
 
 class MAEOutput(NamedTuple):
     """Losses (scalars), predictions (B, N, values) of all patches, and which were hidden (B, N) bool; of
-    several frames, (B, T, N, values) and (B, T, N).
+    several frames, (B, T, N, values) and (B, T, N). `loss` is the sum of the others, `contrastive_loss` with
+    its weight in it; None without.
     """
 
     loss: Tensor
@@ -30,6 +34,7 @@ class MAEOutput(NamedTuple):
     audio_pred: Tensor
     image_removed: Tensor
     audio_removed: Tensor
+    contrastive_loss: Tensor | None = None
 
 
 class AVMAE(nn.Module, Pretrained):
@@ -42,6 +47,8 @@ class AVMAE(nn.Module, Pretrained):
             several frames the same number in each.
         tubes: of several frames, hide the same places in all of them; default False.
         norm_target: rebuild each patch normalised by its own mean and deviation; default True.
+        contrastive: weight of CAV-MAE's contrastive term (0.01 there): of the clips of a batch, which image
+            goes with which sound, by tokens that do not know of one another yet, see `unfused`; default 0.
 
     Raises:
         ValueError: naming the argument that is wrong, such as a ratio that hides nothing or everything.
@@ -58,6 +65,7 @@ class AVMAE(nn.Module, Pretrained):
         audio_mask_ratio=0.8,
         norm_target=True,
         tubes=False,
+        contrastive: float = 0.0,
     ):
         super().__init__()
         if not isinstance(encoder, AVEncoder):
@@ -73,6 +81,7 @@ class AVMAE(nn.Module, Pretrained):
         check_flag("tubes", tubes)
         if tubes and encoder.frames == 1:
             raise ValueError("tubes hide the same places in several frames: encoder has one")
+        check_contrastive(contrastive, encoder)
         self.encoder = encoder
         self.settings = dict(
             decoder_dim=decoder_dim,
@@ -82,8 +91,9 @@ class AVMAE(nn.Module, Pretrained):
             audio_mask_ratio=audio_mask_ratio,
             norm_target=norm_target,
             tubes=tubes,
+            contrastive=contrastive,
         )
-        self.norm_target, self.tubes = norm_target, tubes
+        self.norm_target, self.tubes, self.contrastive = norm_target, tubes, contrastive
         self.image_mask_ratio, self.audio_mask_ratio = image_mask_ratio, audio_mask_ratio
         for name, vit, ratio in (
             ("image_mask_ratio", encoder.image, image_mask_ratio),
@@ -129,18 +139,24 @@ class AVMAE(nn.Module, Pretrained):
             audio_keep=audio_keep,
             image_present=image_present,
             audio_present=audio_present,
+            return_layers=self.contrastive > 0,
         )
         image_pred, audio_pred = self.decode(latent, image_keep, audio_keep)
         image_loss = self.loss("image", image, image_pred, image_removed, image_present)
         audio_loss = self.loss("audio", audio, audio_pred, audio_removed, audio_present)
+        loss, contrastive_loss = image_loss + audio_loss, None
+        if self.contrastive:
+            contrastive_loss = self.contrastive * self.contrast(latent, image_present, audio_present)
+            loss = loss + contrastive_loss
         return MAEOutput(
-            image_loss + audio_loss,
+            loss,
             image_loss,
             audio_loss,
             image_pred,
             audio_pred,
             image_removed,
             audio_removed,
+            contrastive_loss,
         )
 
     def mask(self, name, pixels, removed):
@@ -184,6 +200,20 @@ class AVMAE(nn.Module, Pretrained):
         error = (pred.float() - target).square().mean(-1)  # (B, N)
         counted = removed if present is None else removed & present
         return (error * counted).sum() / counted.sum().clamp(min=1)
+
+    def contrast(self, latent, image_present, audio_present):
+        """Which sound goes with an image, and which image with a sound, among those of all clips that have
+        both: of all processes where gradients are recorded, which is when all take a step together. The mean
+        of their losses, weighted by such clips, is the loss of one process with all clips.
+        """
+        image, audio = unfused(self.encoder, latent)
+        paired = image.new_ones(len(image), dtype=torch.bool)
+        for present in image_present, audio_present:
+            paired = paired if present is None else paired & present
+        with without_autocast(image.device):
+            return info_nce(
+                image.float(), audio.float(), paired, across=self.training and torch.is_grad_enabled()
+            )
 
     def target(self, name: str, pixels: Tensor) -> Tensor:
         """Targets of the "image" or "audio" decoder, (B, N, values): pixels, normalised within a patch."""
@@ -249,6 +279,69 @@ class Decoder(nn.Module):
         for block in self.blocks:
             tokens = block(tokens)
         return self.pred(self.norm(tokens[:, fusion.shape[1] :])).unflatten(0, lead)
+
+
+# --- contrastive term ---------------------------------------------------------------------------------------
+
+
+def unfused(encoder: AVEncoder, latent: EncoderOutput) -> tuple[Tensor, Tensor]:
+    """Means (B, D) of the image and of the audio tokens, each normalised, before the first fused layer (after
+    the last one, where none is fused). `latent` has `layers`.
+    """
+    before = latent.layers[encoder.fusion_layers[0] - 1 if encoder.fusion_layers else -1]
+    return tuple(layer_norm(x, x.shape[-1:]).flatten(1, -2).mean(1) for x in (before.image, before.audio))
+
+
+def info_nce(image: Tensor, audio: Tensor, paired: Tensor, *, across: bool = False) -> Tensor:
+    """The mean over the pairs of the two cross-entropies of finding one half by the other, among the halves
+    of all pairs (van den Oord et al. 2018), by cosines over TEMPERATURE; 0 without pairs.
+
+    Args:
+        image, audio: (B, D). paired: (B,) bool, which clips are pairs; the others take no part.
+        across: find them among the pairs of all processes, if there are several. All must call.
+    """
+    image, audio, first = normalize(image, dim=1), normalize(audio, dim=1), 0
+    images, audios, pairs = image, audio, paired
+    if across and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        images, audios, pairs = (gathered(x) for x in (image, audio, paired.to(image)))
+        first, pairs = dist.get_rank() * (len(images) // dist.get_world_size()), pairs.bool()
+    own = first + torch.arange(len(image), device=image.device)
+    losses = 0
+    for queries, keys in (image, audios), (audio, images):
+        logits = (queries @ keys.T / TEMPERATURE).masked_fill(~pairs, torch.finfo(image.dtype).min)
+        losses = losses + cross_entropy(logits, own, reduction="none") / 2
+    return losses.where(paired, 0).sum() / paired.sum().clamp(min=1)
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """The rows (B, ...) of all processes, with gradients; each process's are filled up with zeros to the
+    largest B.
+    """
+    from torch.distributed.nn.functional import all_gather  # not in every build of torch
+
+    most = torch.tensor(len(rows), device=rows.device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    filled = pad(rows, (0, 0) * (rows.ndim - 1) + (0, int(most) - len(rows)))
+    return torch.cat(all_gather(filled))
+
+
+def check_contrastive(weight: float, encoder: AVEncoder) -> None:
+    """Raises ValueError unless this is the weight of a term that the encoder can have."""
+    if not is_number(weight) or weight < 0:
+        raise ValueError(f"contrastive must be a weight of 0 or more, got {weight!r}")
+    if weight and encoder.fusion_layers[:1] == (0,):
+        raise ValueError(
+            f"contrastive={weight} compares image and audio tokens before the first fused layer, and layer 0 "
+            "is fused: fused tokens give away which belong together. Let fusion_layers begin later"
+        )
+    if weight and encoder.dims["image"] != encoder.dims["audio"]:
+        raise ValueError(
+            f"contrastive={weight} needs transformers of one width, got {encoder.dims['image']} for image and"
+            f" {encoder.dims['audio']} for audio"
+        )
+
+
+# --- patches ------------------------------------------------------------------------------------------------
 
 
 def patchify(pixels: Tensor, patch_size: tuple[int, int]) -> Tensor:

@@ -86,12 +86,14 @@ class Pretraining(JudgedTask):
         return {name: batch[name] for name in INPUTS if name not in everywhere}  # no mask: a faster path
 
     def counts(self, inputs):
-        """Over how many patches each modality has a loss."""
-        return {f"{name}_loss": count_hidden(inputs, name) for name in ("image", "audio")}
+        """Over how many patches each modality has a loss, and over how many clips the contrastive term."""
+        counts = {f"{name}_loss": count_hidden(inputs, name) for name in ("image", "audio")}
+        return counts | (dict(contrastive_loss=count_paired(inputs)) if self.config.contrastive else {})
 
     def losses(self, model, inputs):
         output = model(**inputs)
-        return dict(image_loss=output.image_loss, audio_loss=output.audio_loss)
+        losses = dict(image_loss=output.image_loss, audio_loss=output.audio_loss)
+        return losses | (dict(contrastive_loss=output.contrastive_loss) if self.config.contrastive else {})
 
     def parameter_groups(self, weight_decay):
         """The model's groups, with those of transformers that start from weights apart (`ramp`)."""
@@ -175,6 +177,14 @@ def count_hidden(inputs: dict[str, Tensor], name: str) -> int:
     """Over how many patches of one modality a batch has a loss."""
     removed, present = inputs[f"{name}_removed"], inputs.get(f"{name}_present")
     return int(removed.sum() if present is None else removed[present].sum())
+
+
+def count_paired(inputs: dict[str, Tensor]) -> int:
+    """How many clips of a batch have both modalities."""
+    paired = torch.ones(len(inputs["image"]), dtype=torch.bool)
+    for name in PRESENT:
+        paired &= inputs.get(name, True)
+    return int(paired.sum())
 
 
 def load_branch(option: str, load: Callable, mae: AVMAE, path: Path | None) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import few_labels
+import grid
 import loading
 import many_clips
 import measure
@@ -22,7 +23,7 @@ import traffic
 from measure import RESULTS, ROOT
 from tables import MISSING, filled, markdown, origin
 
-PAGES = (study, synchrony, few_labels)  # results that have a page of their own
+PAGES = (study, synchrony, few_labels, grid)  # results that have a page of their own
 PLACES = {  # how the name of a file ends, and how its tables are introduced
     "cpu": "CPU",
     "cpu-compiled": "CPU, torch.compile",

@@ -167,7 +167,7 @@ def train_cells(
     """
     free = (*free, "workers", "report")
     fixed = {name: value for name, value in asdict(options).items() if name not in free}
-    record = begin_record(name, fixed | dict(device="cpu", **settings), "") | dict(cells=[])
+    record = begin_record(name, fixed | dict(device="cpu") | settings, "") | dict(cells=[])
     if result.exists():
         before = json.loads(result.read_text())
         if before["settings"] != record["settings"]:
@@ -218,16 +218,16 @@ def train_cell(options: Options, cell: tuple[str, str, int]) -> dict:
     return dict(row=row, start=start, seed=seed, colour=colour, shape=shape, curve=curve, seconds=seconds)
 
 
-def make_encoder(row: Row) -> AVEncoder:
+def make_encoder(row, **options) -> AVEncoder:
+    """The interactions and layers of a row; `options` of the encoder."""
     sizes = dict(patch_size=PATCH, embed_dim=DIM, depth=DEPTH, num_heads=HEADS)
     return AVEncoder(
         plain_vit(3, SMALL_INPUTS.image_shape, **sizes),
         plain_vit(1, (SMALL_INPUTS.mel_bins, SMALL_INPUTS.frames), **sizes),
         interactions=row.interactions,
         fusion_layers=row.layers,
-        fusion_tokens=8,
-        attn_ratio=1.0,
         inputs=SMALL_INPUTS,
+        **(dict(fusion_tokens=8, attn_ratio=1.0) | options),
     )
 
 

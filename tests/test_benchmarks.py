@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import few_labels  # noqa: E402
+import grid  # noqa: E402
 import loading  # noqa: E402
 import many_clips  # noqa: E402
 import measure  # noqa: E402
@@ -409,7 +410,9 @@ def test_report_notices_other_numbers():
     assert changed == {ROOT / "benchmarks/README.md", ROOT / "docs/data.md"}
     pages = ["README.md", "benchmarks/README.md"]
     pages += [f"docs/{name}.md" for name in ("dense", "data", "tasks", "video")]
-    assert set(before) == {*(ROOT / page for page in pages), study.PAGE, synchrony.PAGE, few_labels.PAGE}
+    of_their_own = {page.PAGE for page in report.PAGES if page.RESULT.exists()}
+    assert {study.PAGE, synchrony.PAGE, few_labels.PAGE} <= of_their_own
+    assert set(before) == {*(ROOT / page for page in pages), *of_their_own}
     assert plots.plots(results)[ROOT / "docs/scaling.png"][0] == plots.drawn_from(ROOT / "docs/scaling.png")
     with pytest.raises(ValueError, match="one <!-- speed -->"):
         report.filled("no markers", {"speed": ""})
@@ -566,3 +569,40 @@ def test_the_page_and_the_plot_of_the_study_are_those_of_its_results():
     text = study.PAGE.read_text()
     assert text == report.filled(text, study.sections(record))
     assert plots.drawn_from(study.PLOT) == plots.digest(record)
+
+
+# --- the grid -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", grid.ROWS)
+def test_every_row_of_the_grid_is_the_encoder_that_it_names(name):
+    row, encoder = grid.ROWS[name], grid.encoder_of(grid.ROWS[name])
+    layers = dict(all=(0, 1, 2, 3), none=()).get(row.layers, row.layers)
+    assert encoder.fusion_layers == layers and encoder.num_fusion_tokens == row.fusion_tokens
+    assert encoder.num_state_tokens == row.fusion_tokens + 2 * row.aggregation_tokens * (
+        row.interactions == "factorized"
+    )
+    assert not row.contrastive or 0 not in layers
+
+
+def test_the_grid_tells_what_is_not_run_and_judges_by_hand():
+    reached = dict(all=(0.6, 0.8), none=(0.1, 0.1), half=(0.7,))
+    cells = [
+        dict(row=row, seed=seed, linear=value, sdr=10 * value, miou=value / 2, chance=0.2, mixture_sdr=0.1)
+        for row, values in reached.items()
+        for seed, value in enumerate(values)
+    ]
+    (_, *rows), (_, *claims) = (table(dict(cells=cells)) for table in (grid.results_table, grid.claims_table))
+    rows, claims = ({name: values for name, *values in table} for table in (rows, claims))
+    assert rows[grid.ROWS["all"].label][0] == "0.700 ± 0.141 (n=2)"
+    assert rows[grid.ROWS["scratch"].label] == ["not yet measured"] * 3
+    # The variance of 0.6 and 0.8 is 0.02; sqrt(0.02 / 2) = 0.1
+    assert claims["fusion in all layers over none"][:2] == ["+0.600 ± 0.100: yes", "+6.000 ± 1.000: yes"]
+    assert claims["all layers over the upper half"][0] == "+0.000 (one seed)"
+    assert claims["upper half over the last layer"] == ["not yet measured"] * 3
+
+
+def test_the_page_of_the_grid_is_that_of_its_results():
+    if grid.RESULT.exists():
+        text = grid.PAGE.read_text()
+        assert text == report.filled(text, grid.sections(json.loads(grid.RESULT.read_text())))

@@ -21,17 +21,17 @@ from torch import nn
 
 from avfuse import AVMAE, AVEncoder, InputSettings, create_encoder
 from avfuse.fusion import VARIANTS
-from avfuse.mae import MaskSampler, count_removed, patchify, random_removed, unpatchify
+from avfuse.mae import MaskSampler, count_removed, info_nce, patchify, random_removed, unpatchify
 
 EXACT = 1e-11  # float64 rounding through the model, relative to the largest value
 TOKENS = dict(image=IMAGE_TOKENS, audio=AUDIO_TOKENS)
 every_interaction = pytest.mark.parametrize("interactions", VARIANTS)
 
 
-def make_mae(interactions="dense", *, vit=None, **options):
+def make_mae(interactions="dense", *, vit=None, layers="all", **options):
     """Decoders of width 16, 2 layers and 2 heads; keeps 2 of 9 image and 3 of 10 audio patches."""
     settings = dict(decoder_dim=16, decoder_depth=2, decoder_heads=2, audio_mask_ratio=0.7) | options
-    return randomized(AVMAE(make_encoder(interactions, vit=vit), **settings))
+    return randomized(AVMAE(make_encoder(interactions, vit=vit, fusion_layers=layers), **settings))
 
 
 def make_removed(batch=2, image=7, audio=7):
@@ -266,6 +266,7 @@ def test_the_papers_defaults():
         audio_mask_ratio=0.8,
         norm_target=True,
         tubes=False,
+        contrastive=0.0,
     )
     assert mae.mask_sampler() == MaskSampler(196, 96, 0.75, 0.8)
     for decoder, values in (mae.image_decoder, 768), (mae.audio_decoder, 256):
@@ -420,3 +421,79 @@ def test_audio_and_image_shapes_of_the_tiny_models():
         16,
         40,
     )
+
+
+# --- contrastive term ---------------------------------------------------------------------------------------
+
+
+def contrastive_by_hand(image, audio, paired):
+    """Both cross-entropies, pair by pair, by Python's own exponentials and logarithms."""
+    pairs = [n for n in range(len(paired)) if paired[n]]
+    unit = [[v / v.norm() for v in rows] for rows in (image, audio)]
+    total = 0
+    for queries, keys in unit, unit[::-1]:
+        for n in pairs:
+            logits = [(queries[n] * keys[other]).sum() / 0.05 for other in pairs]
+            total = total - (logits[pairs.index(n)].exp() / sum(x.exp() for x in logits)).log()
+    return total / (2 * len(pairs))
+
+
+@pytest.mark.parametrize(
+    "paired", [[True] * 5, [True, False, True, True, False], [False, True] + [False] * 3]
+)
+def test_the_contrastive_term_by_hand(paired):
+    image, audio = (torch.randn(5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    ours, truth = info_nce(image, audio, torch.tensor(paired)), contrastive_by_hand(image, audio, paired)
+    assert ours.item() == pytest.approx(truth.item(), rel=1e-12, abs=1e-12)
+    grads = (torch.autograd.grad(loss, (image, audio)) for loss in (ours, truth))
+    for name, mine, true in zip(("image", "audio"), *grads, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_without_pairs_the_contrastive_term_is_0_and_so_are_its_gradients():
+    image, audio = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
+    loss = info_nce(image, audio, torch.zeros(3, dtype=torch.bool))
+    loss.backward()
+    assert loss == 0 and not image.grad.any() and not audio.grad.any()
+
+
+@pytest.mark.parametrize("layers", [(1,), "none"])
+def test_the_contrastive_term_is_of_visible_tokens_before_fusion(layers):
+    """Those of each transformer alone on its visible patches; clips that lack a modality take no part."""
+    mae = make_mae(layers=layers, contrastive=0.5)
+    image, audio = make_inputs(4)
+    masks = make_removed(4)
+    present = torch.tensor([True, True, False, True])
+    output = mae(image, audio, **masks, image_present=present)
+    means = []
+    for name, pixels in ("image", image), ("audio", audio):
+        other = dict(image=None, audio=None) | {name: pixels}
+        keep = {f"{name}_keep": keep_of(masks[f"{name}_removed"])}
+        layer = mae.encoder(**other, **keep, return_layers=True).layers[0 if layers == (1,) else -1]
+        tokens = getattr(layer, name)
+        centred = tokens - tokens.mean(-1, keepdim=True)
+        means.append((centred / (tokens.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()).mean(1))
+    truth = 0.5 * contrastive_by_hand(*means, present.tolist())
+    assert output.contrastive_loss.item() == pytest.approx(truth.item(), rel=1e-5)
+    assert output.loss == output.image_loss + output.audio_loss + output.contrastive_loss
+
+
+def test_without_weight_nothing_changes():
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        plain = make_mae(layers=(1,))
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        weightless = make_mae(layers=(1,), contrastive=0.0)
+    inputs, masks = make_inputs(3), make_removed(3)
+    outputs = [mae(*inputs, **masks) for mae in (plain, weightless)]
+    assert outputs[0].loss == outputs[1].loss and outputs[1].contrastive_loss is None
+    assert plain.state_dict().keys() == weightless.state_dict().keys()
+
+
+def test_a_contrastive_term_of_fused_tokens_is_refused():
+    with pytest.raises(ValueError, match="layer 0 is fused: fused tokens give away which belong together"):
+        make_mae(contrastive=0.1)
+    for weight in -1, float("nan"), True, "much":
+        with pytest.raises(ValueError, match="contrastive must be a weight of 0 or more, got"):
+            make_mae(layers=(1,), contrastive=weight)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from functools import partial
 
 import psutil
 import pytest
+from videos import write_video
 
 from avfuse.data import sounding_shapes
 from avfuse.files import read_rows
@@ -130,6 +132,33 @@ sys.exit(program(config, Told))
     saved = json.loads((run / "results.json").read_text())
     judged = {path.name: path.read_text() for path in run.glob(f"judged-{saved['step']}-*")}
     assert judged == dict.fromkeys(("judged-2-0", "judged-2-1"), saved["weights_sha256"])
+
+
+def test_pairs_are_told_apart_over_all_processes(data, tmp_path):
+    """The contrastive term and its gradients are those of one process with the whole batch, in shares of
+    unequal size (3, 2, 2) and with a clip that has no sound.
+    """
+    options = "--epochs", "2", "--batch-size", "7", "--workers", "0", "--contrastive", "0.5"
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for path in (data / "train").glob("*.mp4"):
+        shutil.copy(path, folder)
+    write_video(folder / "silent.mp4", 4.0, audio=False)
+    options += "--missing", "keep", "--test-share", "0"
+    rows = {}
+    for processes in 1, 3:
+        run = tmp_path / str(processes)
+        train(folder, run, *options, processes=processes)
+        rows[processes] = [row for row in read_rows(run / "metrics.jsonl") if "loss" in row]
+    names = "loss", "contrastive_loss", "grad_norm"
+    ours, truth = ([[row[name] for name in names] for row in rows[count]] for count in (3, 1))
+    assert len(truth) == 4
+    for step, (mine, true) in enumerate(zip(ours, truth, strict=True)):
+        assert mine == pytest.approx(true, rel=2e-5), f"step {step}"
+    first = rows[1][0]
+    assert first["loss"] == pytest.approx(
+        first["image_loss"] + first["audio_loss"] + first["contrastive_loss"]
+    )
 
 
 def hollow(video: bytes) -> bytes:

@@ -256,3 +256,11 @@ def test_a_small_data_set_shrinks_the_batch_but_every_process_needs_a_clip():
 )
 def test_a_run_folder_has_the_name_of_the_data(config, run):
     assert str(config.run) == run
+
+
+def test_a_contrastive_term_needs_the_clips_of_a_step_together():
+    with pytest.raises(ValueError, match="--contrastive 0.1 compares .* give --micro-batch 0, not 4"):
+        TrainConfig(contrastive=0.1, micro_batch=4)
+    assert make_model(TrainConfig(contrastive=0.1, fusion_layers=(3,))).contrastive == 0.1
+    with pytest.raises(ValueError, match="Let fusion_layers begin later"):
+        make_model(TrainConfig(contrastive=0.1))

@@ -12,13 +12,15 @@ import torch
 from torch.nn.functional import cosine_similarity
 from videos import write_video
 
-from avfuse import read_clip
+from avfuse import create_encoder, read_clip
 from avfuse.data.find import Found
 from avfuse.tasks.classify import Task
-from avfuse.tasks.retrieve import Retrieval, RetrieveConfig, recalls
+from avfuse.tasks.retrieve import Retrieval, RetrieveConfig, apart, cross_recalls, recalls
 from avfuse.training.judge import judge_all
 from avfuse.training.loop import program, set_up
 from avfuse.training.neighbours import nearest_neighbour_probes
+
+PAIRS = "image_to_audio_recall", "audio_to_image_recall", "pair_chance"
 
 
 def make_features(clips=12):
@@ -46,6 +48,45 @@ def test_recall_at_1_is_the_probe():
     for name, probe in probes.items():
         assert metrics[f"kind_recall@1_{name}"] == probe["accuracy"]
         assert metrics["kind_recall@1_chance"] == probe["chance"]
+
+
+def test_recall_across_modalities_by_hand_count():
+    """Cosines of three images (rows) with three sounds: the own one is nearest to 1 image of 3, and among the
+    two nearest to 2; to 2 sounds of 3, and to all."""
+    image, audio = torch.eye(3), torch.tensor([[0.9, 0.3, 0.1], [0.5, 0.4, 0.2], [0.95, 0.5, 0.15]])
+    metrics = cross_recalls(image, audio, [1, 2, 3, 4])
+    cosines = [[cosine_similarity(i, a, dim=0).item() for a in audio] for i in image]
+    for way, table in ("image_to_audio", cosines), ("audio_to_image", [*zip(*cosines, strict=True)]):
+        for k in 1, 2, 3:
+            hits = sum(sorted(row, reverse=True).index(row[n]) < k for n, row in enumerate(table))
+            assert metrics[f"{way}_recall@{k}"] == hits / 3
+    assert [metrics[f"pair_chance@{k}"] for k in (1, 2, 3)] == [1 / 3, 2 / 3, 1] and len(metrics) == 9
+
+
+def test_features_that_are_all_alike_find_nothing():
+    same = torch.ones(8, 4)
+    assert cross_recalls(same, same, [1])["image_to_audio_recall@1"] == 0
+
+
+def test_recall_across_modalities_of_random_features_is_chance(monkeypatch):
+    monkeypatch.setattr("avfuse.tasks.retrieve.AT_ONCE", 300)
+    metrics = cross_recalls(torch.randn(1000, 16), torch.randn(1000, 16), [100])
+    for way in "image_to_audio", "audio_to_image":  # 0.1 +- 4 standard errors
+        assert metrics[f"{way}_recall@100"] == pytest.approx(metrics["pair_chance@100"], abs=0.038)
+
+
+@pytest.mark.parametrize("layers", ["all", (1,), "none"])
+def test_features_apart_know_of_one_modality_alone(layers):
+    encoder = create_encoder("micro", fusion_layers=layers).eval()
+    image, audio = (torch.randn(3, 2, *shape) for shape in encoder.input_shapes.values())
+    present = dict.fromkeys(("image_present", "audio_present"), torch.ones(3, dtype=torch.bool))
+    with torch.no_grad():
+        own = apart(encoder, image, audio, **present)
+        deaf = apart(encoder, image, torch.randn_like(audio), **present)
+        blind = apart(encoder, torch.randn_like(image), audio, **present)
+    assert torch.equal(own["image_alone"], deaf["image_alone"])
+    assert torch.equal(own["audio_alone"], blind["audio_alone"])
+    assert not torch.equal(own["audio_alone"], deaf["audio_alone"])
 
 
 @pytest.mark.parametrize("ks", [(3,), (0,), (1, -1), ()])
@@ -160,7 +201,8 @@ def test_a_folder_without_labels_shows_neighbours(folder, tmp_path, capsys):
         shutil.copy(path, tmp_path / "clips" / f"$x$-{path.name}")  # no formula
     options = dict(checkpoint="none", data=tmp_path / "clips", k=(1, 2), workers=0)
     found = results(RetrieveConfig(**options, run=tmp_path / "run"))
-    assert found["metrics"] == dict(clips=4)
+    pairs = {f"{way}@{k}" for way in PAIRS for k in (1, 2)}
+    assert found["metrics"].keys() == {"clips"} | pairs and found["metrics"]["clips"] == 4
     assert "neighbours without recall, as there are no classes: --data" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "run" / "neighbours.jsonl").read_text().splitlines()]
     clips = [row["clip"] for row in rows]

@@ -14,16 +14,19 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from ..data.class_folders import with_classes
 from ..data.clips import Clip, ClipDataset, WindowDataset
 from ..data.find import Found
+from ..encoder import AVEncoder
 from ..files import printable, write_rows
 from ..inputs import InputSettings
-from ..training.features import FEATURES, pool_windows, windows_of
+from ..mae import unfused
+from ..training.features import FEATURES, encode, pool, pool_windows, windows_of
 from ..training.judge import JudgedTask, starting_encoder, to_columns, to_rows
 from ..training.loop import Task, evaluation_batches, program
-from ..training.neighbours import chance_at, neighbours, recall_at, related
+from ..training.neighbours import AT_ONCE, chance_at, neighbours, recall_at, related
 from ..training.pictures import BLUE, middle_frame, rgb, save, show_sound
 from ..training.run_folder import begun_with, has_trained_on_all, read_sides
 
@@ -49,6 +52,39 @@ def recalls(features: dict[str, Tensor], ks: Sequence[int]) -> dict[str, float]:
                 metrics[f"{label}_recall@{k}_{feature}"] = recall_at(indices, same, k)
             metrics[f"{label}_recall@{k}_chance"] = chance_at(same, k)
     return metrics
+
+
+def cross_recalls(image: Tensor, audio: Tensor, ks: Sequence[int]) -> dict[str, float]:
+    """Share of the images whose own sound is among the k nearest of all sounds, and the reverse, by cosine of
+    features (N, D), with its chance; a sound as near as the own one goes before it.
+    """
+    metrics, clips = {}, len(image)
+    image, audio = normalize(image.double(), dim=1), normalize(audio.double(), dim=1)
+    for way, queries, keys in ("image_to_audio", image, audio), ("audio_to_image", audio, image):
+        ranks = []
+        for part in torch.arange(clips).split(AT_ONCE):
+            cosines = queries[part] @ keys.T
+            ranks.append((cosines >= cosines.gather(1, part[:, None])).sum(1))
+        for k in [k for k in ks if k <= clips]:
+            metrics[f"{way}_recall@{k}"] = (torch.cat(ranks) <= k).double().mean().item()
+            metrics[f"pair_chance@{k}"] = k / clips
+    return metrics
+
+
+def apart(encoder: AVEncoder, image: Tensor, audio: Tensor, **present: Tensor) -> dict[str, Tensor]:
+    """Pooled tokens (B, D) that know of one modality alone, "image_alone" and "audio_alone", as their means
+    over windows: those before the first fused layer, which a contrastive term trains; where layer 0 is fused,
+    those of the encoder given image or sound alone.
+    """
+    total = 0
+    for pixels, sound in zip(image.unbind(1), audio.unbind(1), strict=True):
+        if encoder.fusion_layers[:1] == (0,):
+            alone = [pool(encode(encoder, pixels, None, **present))["image"]]
+            alone.append(pool(encode(encoder, None, sound, **present))["audio"])
+        else:
+            alone = unfused(encoder, encoder(pixels, sound, **present, return_layers=True))
+        total = total + torch.stack([*alone]).float() / image.shape[1]
+    return dict(image_alone=total[0], audio_alone=total[1])
 
 
 def check_k(ks: Sequence[int], clips: int) -> None:
@@ -129,19 +165,28 @@ class Retrieval(JudgedTask):
     def judge(self, model, inputs, batch):
         """Pooled tokens of each clip, zeros where it lacks the modality, and its labels."""
         features = pool_windows(model, **inputs)
+        if model.dims["image"] == model.dims["audio"]:
+            features |= apart(model, **inputs) | dict(paired=batch["image_present"] & batch["audio_present"])
         labels = {name: batch[name] for name in batch if name.startswith(("label_", "index"))}
         return to_rows(features | labels)
 
     def summarize(self, rows):
-        return dict(clips=len(rows)) | recalls(to_columns(rows), self.ks)
+        columns = to_columns(rows)
+        metrics = dict(clips=len(rows)) | recalls(columns, self.ks)
+        if "paired" in columns:
+            pairs = [columns[name][columns["paired"]] for name in ("image_alone", "audio_alone")]
+            metrics |= cross_recalls(*pairs, self.ks)
+        return metrics
 
     def tables(self, metrics):
         names = (*FEATURES, "sum", "chance")
         ends = [name.removesuffix("_chance") for name in metrics if name.endswith("_chance")]
-        if not ends:
-            return []
         rows = [(end.replace("_", " "), *(metrics[f"{end}_{name}"] for name in names)) for end in ends]
-        return [[("", *names), *rows]]
+        ways = ("image_to_audio_recall", "audio_to_image_recall", "pair_chance")
+        pairs = [k for k in self.ks if f"pair_chance@{k}" in metrics]
+        crossed = [(f"own, recall@{k}", *(metrics[f"{way}@{k}"] for way in ways)) for k in pairs]
+        tables = [("", *names), *rows], [("", "image to audio", "audio to image", "chance"), *crossed]
+        return [table for table in tables if len(table) > 1]
 
     def doubt(self, metrics):
         ends = [name.removesuffix("_sum") for name in metrics if name.endswith("_sum")]

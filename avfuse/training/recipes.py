@@ -73,6 +73,10 @@ class TrainConfig(LoopConfig):
     """Hide the same places in all frames of a clip, as VideoMAE does (Tong et al. 2022)."""
     audio_mask_ratio: float = 0.8
     """Share of the audio patches that are hidden (the paper's)."""
+    contrastive: Annotated[float, NOT_NEGATIVE, Formerly(0.0)] = 0.0
+    """Weight of CAV-MAE's contrastive term, 0.01 there, beside the two losses: which image goes with which
+    sound, among the clips of a step, by tokens before the first of --fusion-layers. These must begin above 0:
+    fused tokens give the answer away."""
     image_weights: Annotated[Path | None, SAID] = None
     """Weights that the image transformer starts from: a file with MAE's or timm's names. Default:
     fresh ones."""
@@ -105,6 +109,11 @@ class TrainConfig(LoopConfig):
         if branches and self.checkpoint != FRESH:
             raise ValueError(
                 f"{option(branches[0])} would take the place of weights of --checkpoint: give one"
+            )
+        if self.contrastive and self.micro_batch:
+            raise ValueError(
+                f"--contrastive {self.contrastive:g} compares the clips of a step with one another, and "
+                f"micro-batches do not hold them together: give --micro-batch 0, not {self.micro_batch}"
             )
 
 
