@@ -51,9 +51,10 @@ setup(
             "ruff>=0.17",
             "setuptools>=77",
         ],
-        # More for tests, which skip what is not there. Adapters need a newer huggingface_hub than avfuse:
-        # constraints-oldest.txt goes without. The last torchaudio, with which spectrograms are compared, does
-        # not import beside torch 2.15, and breaks peft there: constraints-newest.txt goes without.
+        # More for tests, which skip what is not there. Adapters and eval need a newer huggingface_hub than
+        # avfuse: constraints-oldest.txt goes without. The last torchaudio, with which spectrograms are
+        # compared, does not import beside torch 2.15, and breaks peft there: constraints-newest.txt goes
+        # without.
         "adapters": ["peft>=0.21", "torchao>=0.18"],
         "torchaudio": ["torchaudio>=2.11"],
         "demo": ["gradio>=6.31,<7"],  # needs pillow<13
