@@ -123,8 +123,8 @@ def test_the_wheel_brings_the_command(wheels):
 
 UNTESTED = {  # see setup.py
     "": ("gradio",),  # tested beside another pillow
-    "-oldest": ("gradio", "xformers", "peft", "torchao", "vggsounder"),
-    "-newest": ("gradio", "xformers", "torchaudio"),
+    "-oldest": ("gradio", "mteb", "xformers", "peft", "torchao", "vggsounder"),
+    "-newest": ("gradio", "mteb", "xformers", "torchaudio"),
 }
 
 
