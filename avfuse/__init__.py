@@ -13,6 +13,7 @@ if not Path(__file__).with_name("kernels").is_dir():
 if TYPE_CHECKING:
     from .data.clips import read_clip
     from .encoder import AVEncoder
+    from .exporting import export
     from .fusion import DenseFusion, FactorizedFusion, TokenFusion
     from .inputs import InputSettings
     from .loading import load_encoder
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 HOMES = {
     "data.clips": ("read_clip",),
     "encoder": ("AVEncoder",),
+    "exporting": ("export",),
     "fusion": ("DenseFusion", "FactorizedFusion", "TokenFusion"),
     "inputs": ("InputSettings",),
     "loading": ("load_encoder",),
@@ -63,6 +65,7 @@ __all__ = [
     "InputSettings",
     "TokenFusion",
     "create_encoder",
+    "export",
     "from_deepavfusion",
     "load",
     "load_audio_weights",

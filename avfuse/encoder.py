@@ -289,6 +289,12 @@ class AVEncoder(nn.Module, Pretrained):
             layers if return_layers else None,
         )
 
+    def _slow_forward(self, *_, **__):  # runs in the place of `forward` while PyTorch traces
+        raise ValueError(
+            "torch.jit.trace and torch.onnx.export(dynamo=False) would keep the batch size they see:"
+            " avfuse.export(model, 'model.onnx' or 'model.pt2') does not"
+        )
+
     def tokens_of(self, image: Branch | None, audio: Branch | None, fusion: Tensor) -> EncoderOutput:
         """What stands in the branches after a layer."""
         tokens = (None if branch is None else branch.output for branch in (image, audio))

@@ -109,7 +109,7 @@ class FoldedDense(nn.Module):
         paired = []
         for x, (tokens, *_) in zip(projected, streams, strict=True):
             B, N, _ = tokens.shape
-            own = there.new_zeros(B, N, width) if x is None else x[:, -(B * N // len(x)) :, -width:]
+            own = there.new_zeros(B, N, width) if x is None else x[:, -(B * N // x.shape[0]) :, -width:]
             paired.append(own.reshape(B, N, width))
         return paired
 

@@ -1,5 +1,5 @@
 """Turns the files in results/ into the tables of README.md, docs/, benchmarks/README.md and
-benchmarks/study.md, and the plots in docs/.
+the pages of the study, and the plots in docs/.
 
 `python benchmarks/report.py` rewrites what stands between the markers; `--check` says whether it would.
 """
@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import few_labels
 import loading
 import many_clips
 import measure
@@ -21,7 +22,7 @@ import traffic
 from measure import RESULTS, ROOT
 from tables import MISSING, filled, markdown, origin
 
-PAGES = (study, synchrony)  # results that have a page of their own
+PAGES = (study, synchrony, few_labels)  # results that have a page of their own
 PLACES = {  # how the name of a file ends, and how its tables are introduced
     "cpu": "CPU",
     "cpu-compiled": "CPU, torch.compile",

@@ -19,6 +19,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import few_labels  # noqa: E402
 import loading  # noqa: E402
 import many_clips  # noqa: E402
 import measure  # noqa: E402
@@ -408,7 +409,7 @@ def test_report_notices_other_numbers():
     assert changed == {ROOT / "benchmarks/README.md", ROOT / "docs/data.md"}
     pages = ["README.md", "benchmarks/README.md"]
     pages += [f"docs/{name}.md" for name in ("dense", "data", "tasks", "video")]
-    assert set(before) == {*(ROOT / page for page in pages), study.PAGE, synchrony.PAGE}
+    assert set(before) == {*(ROOT / page for page in pages), study.PAGE, synchrony.PAGE, few_labels.PAGE}
     assert plots.plots(results)[ROOT / "docs/scaling.png"][0] == plots.drawn_from(ROOT / "docs/scaling.png")
     with pytest.raises(ValueError, match="one <!-- speed -->"):
         report.filled("no markers", {"speed": ""})
@@ -499,6 +500,46 @@ def test_a_cell_of_its_second_page_does_too(monkeypatch, row, frames):
     options = synchrony.Options(steps=2, batch_size=4, train=8, test=4)
     first, second = (synchrony.train_cell(options, (row, frames, 2, 1)) for _ in range(2))
     assert first == second and first["curve"][-1][0] == 2 and first["frames"] == frames
+
+
+@pytest.mark.parametrize("start", study.STARTS)
+@pytest.mark.parametrize("row", few_labels.ROWS)
+def test_a_cell_with_few_labels_does_too_and_sees_no_other_label(monkeypatch, row, start):
+    options = few_labels.Options(steps=2, pretraining_steps=1, batch_size=4, train=8, test=4, labelled=(6,))
+    cells = []
+    for hidden in (False, True):  # labels of the scenes that have none are not looked at
+
+        def splits(self, hidden=hidden):
+            train, test = drawn_splits(self)
+            for label in few_labels.LABELS:
+                train[label][:6] = torch.tensor([0, 1, 2, 0, 1, 2])
+                train[label][6:] = -100 if hidden else 3
+            return train, test
+
+        monkeypatch.setattr(study.Scenes, "splits", splits)
+        cells.append(few_labels.train_cell(options, (row, start, 1)))
+    assert cells[0] == cells[1]
+    names = [(one["way"], one["labelled"], one["label"]) for one in cells[0]["accuracies"]]
+    assert sorted(names) == [(way, 6, label) for way in few_labels.WAYS for label in ("colour", "shape")]
+    assert all(one["accuracy"] * 4 in range(5) for one in cells[0]["accuracies"])
+
+
+def test_few_labels_tells_gains_by_hand():
+    cells = [
+        dict(
+            row="dense",
+            start=start,
+            seed=seed,
+            accuracies=[dict(way="probe", labelled=256, label="shape", accuracy=a)],
+        )
+        for start, accuracies in (("scratch", (0.1, 0.1)), ("pretrained", (0.4, 0.6)))
+        for seed, a in enumerate(accuracies)
+    ]
+    record = dict(cells=cells, settings=dict(labelled=[256]))
+    (line,) = few_labels.table(record, "shape")[1:]
+    # The variance of 0.4 and 0.6 is 0.02; sqrt(0.02 / 2) = 0.1
+    assert line[1:] == ("256", "0.100 ± 0.000 (n=2)", "0.500 ± 0.141 (n=2)", "+0.400 ± 0.100: yes")
+    assert few_labels.table(record, "colour")[1:] == []
 
 
 def test_the_study_tells_means_differences_and_verdicts_by_hand():

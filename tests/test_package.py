@@ -178,7 +178,7 @@ def test_kernels_import_nothing_of_avfuse():
 def test_public_names_are_the_documented_ones():
     layers = {"DenseFusion", "FactorizedFusion", "TokenFusion", "AVEncoder", "AVMAE", "InputSettings"}
     functions = {"pair_attention", "pair_attention_weights", "create_encoder", "from_deepavfusion"}
-    functions |= {"load_encoder", "load_image_weights", "load_audio_weights", "load", "read_clip"}
+    functions |= {"load_encoder", "load_image_weights", "load_audio_weights", "load", "read_clip", "export"}
     assert set(avfuse.__all__) == layers | functions
     assert all(hasattr(avfuse, name) for name in avfuse.__all__)
 

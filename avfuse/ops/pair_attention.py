@@ -36,7 +36,7 @@ from torch import Tensor
 from ..checks import check_choice, check_mask, check_tensor, is_number, without_autocast
 from .marginals import PairMarginals
 from .operators import PairAttention
-from .streaming import BilinearPairAttention
+from .streaming import BilinearPairAttention, stream_marginals
 
 PAIRS = {"additive": torch.add, "bilinear": torch.mul}  # how a pair combines two keys, and two values
 BACKENDS = ("triton", "torch", "xformers", "reference")
@@ -253,7 +253,8 @@ def _marginals(image_logits, audio_logits, pair_bias):
     """Marginals of the joint softmax under a bias (1 or B, 1 or H, S, T)."""
     image_blocks, image_within = _in_blocks(image_logits, pair_bias.shape[-2])
     audio_blocks, audio_within = _in_blocks(audio_logits, pair_bias.shape[-1])
-    weights = PairMarginals.apply(image_blocks, audio_blocks, pair_bias)
+    marginals = stream_marginals if torch.compiler.is_exporting() else PairMarginals.apply
+    weights = marginals(image_blocks, audio_blocks, pair_bias)
     return tuple(
         of_blocks if within is None else (of_blocks[..., None] * within).flatten(-2)
         for of_blocks, within in zip(weights, (image_within, audio_within), strict=True)
@@ -336,13 +337,14 @@ def select_backend(
     interaction: str = "additive",
 ) -> str:
     """The backend that `pair_attention` runs for these inputs when `backend` is requested: the one place
-    where this is decided. None is "triton" for what its kernels can do on CUDA, and "torch" for all else.
+    where this is decided. None is "triton" for what its kernels can do on CUDA, and "torch" for all else; and
+    for export, whose graph then holds plain operators alone, which run where avfuse is not.
 
     Raises:
         ValueError: the backend is unknown, or cannot run these inputs here.
     """
     if backend is None:
-        on_cuda = query is not None and query.is_cuda
+        on_cuda = query is not None and query.is_cuda and not torch.compiler.is_exporting()
         return "triton" if on_cuda and not _triton_limit(query, value, interaction) else "torch"
     check_choice("backend", backend, BACKENDS)
     limit = None

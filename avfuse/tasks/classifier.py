@@ -124,19 +124,26 @@ class Classifier(TaskModel, Pretrained):
 
         The probabilities of a clip's classes sum to 1, unless it may have `several`.
         """
-        names, given = self.class_names or range(self.classes), {}
-        if image is not None and {"image", "fusion"} & set(self.features):
-            given["image"] = image, None
-        if audio is not None and {"audio", "fusion"} & set(self.features):
-            given["audio"] = None, audio
-        if image is not None and audio is not None:
-            given["both"] = image, audio
+        names = self.class_names or range(self.classes)
         answers = {}
-        for what, inputs in given.items():
+        for what, inputs in self.ways(image, audio).items():
             logits = self(*inputs).logits[0].float()
             odds = (logits.sigmoid() if self.several else logits.softmax(0)).cpu()
             answers[what] = {names[n]: odds[n].item() for n in odds.argsort(descending=True).tolist()}
         return answers
+
+    def ways(
+        self, image: Tensor | None, audio: Tensor | None
+    ) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+        """What of a clip "image", "audio" and "both" are judged by, as far as it is there and has a head."""
+        ways = {}
+        if image is not None and {"image", "fusion"} & set(self.features):
+            ways["image"] = image, None
+        if audio is not None and {"audio", "fusion"} & set(self.features):
+            ways["audio"] = None, audio
+        if image is not None and audio is not None:
+            ways["both"] = image, audio
+        return ways
 
     def normalised(self, name: str, pooled: Tensor, there: Tensor) -> Tensor:
         """Pooled tokens (B, D) standardised; those of clips without the modality are no part of the
@@ -158,7 +165,7 @@ class Classifier(TaskModel, Pretrained):
 def presence(image, audio, image_present, audio_present) -> dict[str, Tensor]:
     """Which clips have something that the image, the audio and the fusion tokens stem from: (B,) bool."""
     like = audio if image is None else image
-    everyone = torch.ones(len(like), dtype=torch.bool, device=like.device)
+    everyone = torch.ones(like.shape[0], dtype=torch.bool, device=like.device)
     there = {
         name: ~everyone if pixels is None else everyone if present is None else present
         for name, pixels, present in (("image", image, image_present), ("audio", audio, audio_present))

@@ -1,0 +1,213 @@
+"""Is pretraining worth it where labels are few? Masked autoencoding on many scenes, of which few have labels.
+
+The study (study.py) pretrains on scenes whose labels never run out, where it has nothing to give. Here all
+scenes serve pretraining, and 256 or 1,024 of them have labels.
+"""
+
+import itertools
+import json
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import measure
+import study
+import torch
+from matplotlib.figure import Figure
+from measure import RESULTS, ROOT
+from plots import BLUE, GREY, ORANGE, digest, save
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from study import KEYS, STARTS, Namer, difference, draw_seeds, make_encoder, mean_cell, name_rows, prepared
+from tables import filled, markdown, origin, terminal
+from torch import Tensor
+
+from avfuse import AVMAE
+
+PAGE, PLOT = ROOT / "benchmarks/few_labels.md", ROOT / "docs/few-labels.png"
+RESULT = RESULTS / "few-labels-cpu.json"
+ROWS = {name: study.ROWS[name] for name in ("dense", "none")}
+RowName = Literal[*ROWS]
+WAYS = {"probe": "linear probe", "tuned": "fine-tuned"}
+LABELS = ("shape", "colour")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Trains with few labels, from scratch and after masked pretraining on many scenes without labels.
+
+    One cell is one row, from fresh weights or after pretraining, with one seed; it is probed (the encoder
+    frozen, a logistic regression of its pooled tokens) and fine-tuned with each number of labels. Cells that
+    the result file holds are not trained again: the same command goes on where it was stopped. Models,
+    scenes, learning rates and losses are those of study.py. `shape` is told by the sound alone, `colour`
+    takes both.
+    """
+
+    rows: tuple[RowName, ...] = tuple(ROWS)
+    """With fusion in all layers, and without."""
+    starts: tuple[Literal[*STARTS], ...] = tuple(STARTS)
+    """From fresh weights, or after pretraining."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of weights and order; scenes, and which of them have labels, are the same for all."""
+    labelled: tuple[int, ...] = (256, 1024)
+    """Scenes that have labels."""
+    pretraining_steps: int = 1500
+    """Steps of masked autoencoding on all scenes."""
+    steps: int = 300
+    """Steps of fine-tuning."""
+    batch_size: int = 64
+    lr: float = 2e-3
+    """Of AdamW; both rates rise for a fifteenth of the steps, stay, and fall to 0 over the second half."""
+    muon_lr: float = 0.03
+    """Of Muon, which trains the matrices of all blocks."""
+    shown_weight: float = 1.0
+    """Of the loss of naming what the image shows."""
+    objects: int = 3
+    """In a scene; one of them sounds."""
+    train: int = 8_000
+    """Scenes to pretrain on; drawn once and kept under data/."""
+    test: int = 2_000
+    """Scenes to judge on."""
+    workers: int = 2
+    """Processes that train cells side by side, one thread each."""
+    report: bool = False
+    """Only write page and plot from the result file."""
+
+
+def main(options: Options) -> None:
+    if not options.report:
+        wanted = itertools.product(options.seeds, options.rows, options.starts)
+        cells = [(row, start, seed) for seed, row, start in wanted]
+        study.scenes_of(options).draw(options.workers)
+        free = ("rows", "starts", "seeds")
+        study.train_cells("few_labels", options, KEYS, cells, train_cell, RESULT, write_page, free)
+    record = json.loads(RESULT.read_text())
+    write_page(record)
+    print(terminal([table(record, label) for label in LABELS]))
+
+
+def train_cell(options: Options, cell: tuple[str, str, int]) -> dict:
+    """One row from one start with one seed: accuracies of probe and fine-tuning, by the number of labels."""
+    row, start, seed = cell
+    train, test = study.scenes_of(options).splits()
+    torch.manual_seed(seed)
+    encoder = make_encoder(ROWS[row])
+    if start == "pretrained":
+        mae = AVMAE(encoder, decoder_dim=64, decoder_depth=2, decoder_heads=2)
+        steps = options.pretraining_steps
+        list(study.fit(mae, lambda b: mae(b["image"], b["audio"]).loss, train, steps, options, steps))
+    weights = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    pooled = {
+        name: pool(encoder, ROWS[row].features, scenes) for name, scenes in (("train", train), ("test", test))
+    }
+    accuracies = []
+    for labelled in options.labelled:
+        few = {name: tensor[:labelled] for name, tensor in train.items()}
+        for label in LABELS:
+            probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+            probe.fit(pooled["train"][:labelled], few[label])
+            right = probe.score(pooled["test"], test[label])
+            accuracies.append(dict(way="probe", labelled=labelled, label=label, accuracy=right))
+        encoder.load_state_dict(weights)
+        model = Namer(encoder, ROWS[row].features)
+        loss = partial(model.loss, shown_weight=options.shown_weight)
+        list(study.fit(model, loss, few, options.steps, options, options.steps))
+        for label, right in zip(("colour", "shape"), study.accuracies(model, test), strict=True):
+            accuracies.append(dict(way="tuned", labelled=labelled, label=label, accuracy=right))
+    return dict(row=row, start=start, seed=seed, accuracies=accuracies)
+
+
+@torch.no_grad()
+def pool(encoder, features: tuple[str, ...], scenes: dict[str, Tensor]) -> Tensor:
+    """Mean-pooled tokens of each kind, side by side: (scenes, features x width)."""
+    encoder.eval()
+    rows = []
+    for index in torch.arange(min(2048, len(scenes["image"]))).split(256):
+        batch = prepared(scenes, index)
+        tokens = encoder(batch["image"], batch["audio"])
+        rows.append(torch.cat([getattr(tokens, name).flatten(1, -2).mean(1) for name in features], 1))
+    return torch.cat(rows)
+
+
+# --- results ------------------------------------------------------------------------------------------------
+
+
+def by_cell(record: dict, label: str) -> dict[tuple[str, str, str, int], list[float]]:
+    """Row, start, way and number of labels -> accuracies by seed."""
+    found = {}
+    for cell in sorted(record["cells"], key=lambda cell: cell["seed"]):
+        for one in cell["accuracies"]:
+            if one["label"] == label:
+                key = (cell["row"], cell["start"], one["way"], one["labelled"])
+                found.setdefault(key, []).append(one["accuracy"])
+    return found
+
+
+def table(record: dict, label: str) -> list[tuple]:
+    """Accuracies of one label, and what pretraining changed."""
+    found = by_cell(record, label)
+    rows = [(label, "labels", *STARTS.values(), "gain by pretraining")]
+    for row, way, labelled in itertools.product(ROWS, WAYS, record["settings"]["labelled"]):
+        scratch, pretrained = (found.get((row, start, way, labelled)) for start in STARTS)
+        if scratch or pretrained:
+            name = f"{ROWS[row].label}, {WAYS[way]}"
+            rows.append(
+                (
+                    name,
+                    f"{labelled:,}",
+                    mean_cell(scratch),
+                    mean_cell(pretrained),
+                    difference(pretrained, scratch),
+                )
+            )
+    return rows
+
+
+def write_page(record: dict) -> None:
+    PAGE.write_text(filled(PAGE.read_text(), sections(record)))
+    save(plots(record))
+
+
+def plots(record: dict) -> dict:
+    return {PLOT: (digest(record), partial(draw_plot, record))}
+
+
+def sections(record: dict) -> dict[str, str]:
+    """What the section of the page should hold."""
+    settings = record["settings"]
+    page = [
+        *(table(record, label) for label in LABELS),
+        f"Accuracy on {settings['test']:,} scenes, mean ± standard deviation over seeds, after "
+        f"{settings['pretraining_steps']:,} steps of pretraining on {settings['train']:,} scenes without "
+        f"labels and {settings['steps']} of fine-tuning. A probe from scratch is one of random weights. "
+        "Gain: difference of the means ± its standard error, *yes* beyond twice that, *no, the reverse* as "
+        "far below, else *within the spread*.",
+        "![Accuracy with few labels](../docs/few-labels.png)",
+        origin(record),
+    ]
+    return {"few-labels": markdown(page)}
+
+
+def draw_plot(record: dict) -> Figure:
+    """Every seed a dot, the mean a bar; from scratch and pretrained; one panel a label."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    rows = list(itertools.product(ROWS, WAYS, record["settings"]["labelled"]))
+    for axis, label in zip(figure.subplots(1, 2, sharey=True), LABELS, strict=True):
+        found = by_cell(record, label)
+        for offset, start, colour, marker in (
+            (-0.17, "scratch", BLUE, "o"),
+            (0.17, "pretrained", ORANGE, "s"),
+        ):
+            for place, (row, way, labelled) in enumerate(rows):
+                if values := found.get((row, start, way, labelled)):
+                    name = None if place else STARTS[start]
+                    draw_seeds(axis, place + offset, values, 0.3, colour, marker, name)
+        axis.axvline(1 / 6, color=GREY, ls="--", lw=1)
+        name_rows(axis, [f"{ROWS[row].label}\n{WAYS[way]}, {labelled:,}" for row, way, labelled in rows])
+        axis.set(xlabel=f"accuracy of the {label} of what sounds")
+    return figure
+
+
+if __name__ == "__main__":
+    measure.run(main, Options)
