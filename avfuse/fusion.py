@@ -635,7 +635,7 @@ def check_times(name: str, stream: Stream) -> None:
         raise ValueError(f"{name} is needed: the time bias asks how far image and audio tokens are apart")
     check_tensor(name, stream.times, "floating point", device=stream.tokens.device)
     *lead, count = stream.times.shape or (0,)
-    if lead not in ([], [B]) or not count or N % count:
+    if (lead and lead != [B]) or not count or N % count:
         shape = tuple(stream.times.shape)
         raise ValueError(f"{name} must be (S,) or ({B}, S), where S divides the {N} tokens, got {shape}")
 

@@ -170,11 +170,12 @@ def test_bfloat16_on_a_cpu(interactions):
             assert 0 < (given - of_truth).abs().max() < 16 * torch.finfo(torch.bfloat16).eps
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("options", [{}, dict(frames=4, pair_bias="time")], ids=["image", "frames"])
-def test_torch_compile_of_an_encoder(options):
+def test_torch_compile_of_an_encoder(options, dynamic):
     torch._dynamo.reset()
     encoder = made(**options)
-    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(encoder, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     with torch.no_grad():
         for count in 2, 5:
             clips = clips_of(encoder, count)
