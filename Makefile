@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python -m
 ARGS ?=
 WORKERS ?= 2
 # Extras that the versions allow, see setup.py.
-EXTRAS = test$(if $(findstring oldest,$(CONSTRAINTS)),,,adapters)$(if $(findstring newest,$(CONSTRAINTS)),,,torchaudio)
+EXTRAS = test$(if $(findstring oldest,$(CONSTRAINTS)),,,adapters,eval)$(if $(findstring newest,$(CONSTRAINTS)),,,torchaudio)
 
 .DEFAULT_GOAL := help
 .PHONY: help train test bench gpu lint clean

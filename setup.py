@@ -52,13 +52,15 @@ setup(
             "ruff>=0.17",
             "setuptools>=77",
         ],
-        # More for tests, which skip what is not there. Adapters need a newer huggingface_hub than avfuse:
-        # constraints-oldest.txt goes without. The last torchaudio, with which spectrograms are compared, does
-        # not import beside torch 2.15, and breaks peft there: constraints-newest.txt goes without.
+        # More for tests, which skip what is not there. Adapters and eval need a newer huggingface_hub than
+        # avfuse: constraints-oldest.txt goes without. The last torchaudio, with which spectrograms are
+        # compared, does not import beside torch 2.15, and breaks peft there: constraints-newest.txt goes
+        # without.
         "adapters": ["peft>=0.21", "torchao>=0.18"],
         "torchaudio": ["torchaudio>=2.11"],
         "demo": ["gradio>=6.31,<7"],  # needs pillow<13
         "eval": ["vggsounder>=1.0,<2"],  # labels of VGGSounder, and its metrics
+        "mteb": ["mteb>=2.26,<3"],  # tested by hand: a harness of text models, with what these need
         "onnx": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"],
         "xformers": ["xformers>=0.0.35"],  # operators for CUDA alone, built for torch 2.10: none beside 2.15
     },

@@ -1,9 +1,11 @@
 """The model card of a saved model: what it is, how it was trained and measured, whose licence it is under."""
 
+import re
 from collections.abc import Sequence
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .checks import is_number
 from .files import in_markdown, printable
 
 HEADINGS = {"recipe": "Training", "data": "Data", "metrics": "Measures"}
@@ -54,6 +56,7 @@ def model_card(
         facts: of its run, all optional: `recipe`, `data` and `metrics`, dictionaries (nested or not) of what
             the card shows; `tables`, each a list of rows of cells, the first of them the header, which show
             the metrics beside what they compare with; and `licence`, under which the weights are published.
+            Where the data have a `name`, the metrics go into the `model-index`, which the hub shows.
         origins: by branch, the pretrained weights it began with: {"weights", "family", "licence"}.
         classes: the names of what it tells apart.
 
@@ -63,8 +66,11 @@ def model_card(
     check_facts(facts)
     licence = licence_of(facts, origins)
     title, pipeline, task = KINDS.get(saved_as, (saved_as.lower(), None, None))
+    results = measured(facts, pipeline or "other", task or title)
     data = ModelCardData(
         library_name="avfuse",
+        model_name=f"Audio-visual {title}" if results else None,
+        eval_results=results or None,
         license=printable(licence).lower() if licence else None,
         pipeline_tag=pipeline,
         tags=["audio-visual", *([task] if task else [])],
@@ -118,6 +124,34 @@ def strictness(licence: str) -> int:
     if words & {UNKNOWN, "other"}:
         return 3
     return 2 if "nc" in words else 1 if words & {"sa", "gpl", "lgpl", "agpl"} else 0
+
+
+def measured(facts: dict, pipeline: str, task: str) -> list[EvalResult]:
+    """The metrics, and on what they were measured: data set, split, coverage and protocol."""
+    data = {name: printable(value) for name, value in flat(facts.get("data", {}))}
+    if "name" not in data:
+        return []
+    told = {"coverage": data.get("coverage test"), "protocol": data.get("measured_by")}
+    return [
+        EvalResult(
+            task_type=pipeline,
+            task_name=task,
+            dataset_type=identifier(data["name"], "-"),
+            dataset_name=data["name"],
+            dataset_split=re.sub(r"^\d+ ", "", data.get("measured_on", "")) or None,
+            dataset_args={name: value for name, value in told.items() if value} or None,
+            metric_type=identifier(name, "_"),
+            metric_name=printable(name.replace("_", " ")),
+            metric_value=value,
+        )
+        for name, value in flat(facts.get("metrics", {}))
+        if is_number(value) and not isinstance(value, int)  # whole numbers count clips
+    ]
+
+
+def identifier(name: str, joint: str) -> str:
+    """A name as the hub writes those of data sets and metrics."""
+    return re.sub(r"[^a-z0-9@.]+", joint, name.lower()).strip(joint) or UNKNOWN
 
 
 # --- the parts of the card ----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from models import make_encoder, make_inputs, relative_error
 from safetensors import SafetensorError, safe_open
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -407,6 +408,10 @@ def test_a_run_leaves_a_classifier_and_its_results(folder, tmp_path, probe):
     assert sum("conditions" in row for row in read_rows(config.run / "metrics.jsonl")) == 1  # at the end
     assert "In the order of the outputs: bird, cat." in card and "| most frequent class | 0.6667 |" in card
     assert "| measured on | 3 " in card and str(tmp_path) not in card
+    of = {result.metric_name: result for result in ModelCard(card).data.eval_results}
+    assert of["accuracy"].metric_value == results["metrics"]["accuracy"]
+    assert of["accuracy"].dataset_split == results["split"] and "clips" not in of
+    assert of["accuracy"].dataset_args == dict(coverage="3 of 3", protocol=results["protocol"])
     config.checkpoint = str(config.run)
     assert task.facts(1, results["metrics"], [])["recipe"]["checkpoint"] == "run"
     loaded = load_classifier(config.run)

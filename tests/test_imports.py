@@ -23,7 +23,7 @@ ROOMS = {
     "data": "data",
     "training": "training",
     "tasks": "tasks",
-    "commands": "options train exporting features predict report demo __main__",
+    "commands": "options train exporting features predict evaluation report demo __main__",
     "front door": "__init__",
 }
 LEVELS = {name: level for level, names in enumerate(ROOMS.values()) for name in names.split()}

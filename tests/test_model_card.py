@@ -1,9 +1,10 @@
 """Model cards tell what went in, what came out and whose licence holds, and follow the model."""
 
 import json
+import math
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard, metadata_load
 from models import make_encoder
 from safetensors import safe_open
 
@@ -63,6 +64,66 @@ def test_the_strictest_licence_is_that_of_the_card():
         families = {origin["family"] for origin in origins.values()}
         assert ("He, Kaiming" in card.text) == ("MAE" in families)
         assert ("Huang, Po-Yao" in card.text) == ("AudioMAE" in families)
+
+
+MEASURED = dict(
+    licence="MIT",
+    data=dict(
+        name="VGG Sound",
+        measured_on="3 clips of test.csv",
+        measured_by="10 windows: logits averaged",
+        coverage=dict(train="7 of 9", test="3 of 4"),
+    ),
+    metrics={"accuracy": 0.25, "probes": {"shape_recall@1": 1.0}, "clips": 3, "lost": math.nan},
+)
+
+
+def test_the_hub_reads_what_was_measured_on_what(tmp_path):
+    card = model_card("Classifier", MEASURED, {"image": MAE})
+    card.save(tmp_path / "README.md")
+    on = dict(
+        task_type="video-classification",
+        task_name="audio-visual-classification",
+        dataset_type="vgg-sound",
+        dataset_name="VGG Sound",
+        dataset_split="clips of test.csv",
+        dataset_args=dict(coverage="3 of 4", protocol="10 windows: logits averaged"),
+    )
+    results = [
+        EvalResult(metric_type="accuracy", metric_name="accuracy", metric_value=0.25, **on),
+        EvalResult(
+            metric_type="probes_shape_recall@1", metric_name="probes shape recall@1", metric_value=1.0, **on
+        ),
+    ]
+    loaded = ModelCard.load(tmp_path / "README.md")
+    assert loaded.data.eval_results == card.data.eval_results == results
+    assert (loaded.data.license, loaded.data.pipeline_tag) == ("cc-by-nc-4.0", "video-classification")
+    (index,) = metadata_load(tmp_path / "README.md")["model-index"]
+    assert index["name"] == "Audio-visual classifier" == loaded.data.model_name
+    (result,) = index["results"]  # of one task and data set
+    assert [metric["value"] for metric in result["metrics"]] == [0.25, 1.0]
+    assert str(loaded) == str(card)
+
+
+def test_what_was_measured_on_no_data_with_a_name_is_not_for_the_hub():
+    for facts in {}, FACTS, MEASURED | dict(metrics={}), MEASURED | dict(data={}), dict(metrics={"a": 0.5}):
+        card = ModelCard(str(model_card("AVEncoder", facts, {})))
+        assert card.data.eval_results is None and "model-index" not in card.content
+
+
+@pytest.mark.parametrize(
+    "name", ["a\n---\nb", "x: [", "\x1b[2J", "\u202eg", "yes", "", "'\"{}#&*!|>%@`", 7, [1, "a"]]
+)
+def test_names_from_files_stay_what_they_are(name):
+    facts = dict(
+        data=dict(name=name, measured_on=name, measured_by=name, coverage=name), metrics={f"{name}": 0.5}
+    )
+    card = model_card("AVEncoder", facts, {})
+    (result,) = ModelCard(str(card)).data.eval_results
+    said = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
+    assert (result.dataset_name, result.metric_value) == (said, 0.5)
+    assert result.metric_name == said and str(card).count("\n---\n") == 1
+    assert all(line.isprintable() for line in str(card).split("\n"))
 
 
 def test_facts_follow_the_model(tmp_path):
