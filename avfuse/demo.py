@@ -9,6 +9,7 @@ if __name__ == "__main__":
 import os
 import tempfile
 from fractions import Fraction
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -214,35 +215,6 @@ def page(models: dict[str, nn.Module], faults: dict[str, str], clips: list[Path]
         {name: model for name, model in models.items() if isinstance(model, Separator)},
     )
 
-    def in_words(error: ValueError, path: str) -> str:
-        return printable(error).replace(path, Path(path).name)  # not where the server keeps it
-
-    def seconds_of(text: str) -> float | None:
-        try:
-            return float(text) if text.strip() else None
-        except ValueError:
-            raise ValueError(f"start must be a number of seconds, got {text!r}") from None
-
-    def show(path, text, other, *names):
-        if path is None:
-            return None, None, None
-        target = Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR")), "looks.mp4")
-        parts = (
-            lambda encoder: (looks(encoder, path, seconds_of(text), target), str(target))[1],
-            lambda classifier: says(classifier, path, seconds_of(text), other),
-            lambda separator: to_click(separator, path, seconds_of(text)),
-        )
-        messages, results = {}, []
-        for part, kind, name in zip(parts, kinds, names, strict=True):
-            try:
-                results.append(part(kind[name]) if name else None)
-            except ValueError as error:
-                results.append(None)
-                messages[in_words(error, path)] = None  # what all parts say is said once
-        for message in messages:
-            gr.Warning(message, duration=None)
-        return results
-
     def hear(path, text, name, where: gr.SelectData):
         try:
             x, y = (place / size for place, size in zip(where.index, size_of(kinds[2][name]), strict=True))
@@ -293,9 +265,44 @@ def page(models: dict[str, nn.Module], faults: dict[str, str], clips: list[Path]
         headers = ["heard and seen", "by image", "by sound", "by both"]
         table = gr.Dataframe(headers=headers, interactive=False, wrap=True, visible=bool(kinds[1]))
         asked, options = [clip, start, other, *choices], dict(trigger_mode="always_last", api_name=False)
-        gr.on([part.change for part in asked], show, asked, [video, table, frame], **options)
+        gr.on([part.change for part in asked], partial(show, kinds), asked, [video, table, frame], **options)
         frame.select(hear, [clip, start, choices[2]], [sound, shown], **options)
     return blocks
+
+
+def in_words(error: ValueError, path: str) -> str:
+    return printable(error).replace(path, Path(path).name)  # not where the server keeps it
+
+
+def seconds_of(text: str) -> float | None:
+    try:
+        return float(text) if text.strip() else None
+    except ValueError:
+        raise ValueError(f"start must be a number of seconds, got {text!r}") from None
+
+
+def show(kinds: tuple[dict[str, nn.Module], ...], path, text: str, other, *names):
+    """What the chosen models, one of each kind or none, make of a clip; what cannot be had is a warning."""
+    import gradio as gr
+
+    if path is None:
+        return None, None, None
+    target = Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR")), "looks.mp4")
+    parts = (
+        lambda encoder: (looks(encoder, path, seconds_of(text), target), str(target))[1],
+        lambda classifier: says(classifier, path, seconds_of(text), other),
+        lambda separator: to_click(separator, path, seconds_of(text)),
+    )
+    messages, results = {}, []
+    for part, kind, name in zip(parts, kinds, names, strict=True):
+        try:
+            results.append(part(kind[name]) if name else None)
+        except ValueError as error:
+            results.append(None)
+            messages[in_words(error, path)] = None  # what all parts say is said once
+    for message in messages:
+        gr.Warning(message, duration=None)
+    return results
 
 
 def to_click(separator: Separator, path: str | Path, start: float | None) -> np.ndarray:

@@ -15,11 +15,22 @@ import study
 import torch
 from matplotlib.figure import Figure
 from measure import RESULTS, ROOT
-from plots import BLUE, GREY, ORANGE, digest, save
+from plots import BLUE, ORANGE, digest, save
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from study import KEYS, STARTS, Namer, difference, draw_seeds, make_encoder, mean_cell, name_rows, prepared
+from study import (
+    KEYS,
+    STARTS,
+    Namer,
+    difference,
+    draw_chances,
+    draw_seeds,
+    make_encoder,
+    mean_cell,
+    name_rows,
+    prepared,
+)
 from tables import filled, markdown, origin, terminal
 from torch import Tensor
 
@@ -34,7 +45,7 @@ LABELS = ("shape", "colour")
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(study.Options):
     """Trains with few labels, from scratch and after masked pretraining on many scenes without labels.
 
     One cell is one row, from fresh weights or after pretraining, with one seed; it is probed (the encoder
@@ -46,33 +57,14 @@ class Options:
 
     rows: tuple[RowName, ...] = tuple(ROWS)
     """With fusion in all layers, and without."""
-    starts: tuple[Literal[*STARTS], ...] = tuple(STARTS)
-    """From fresh weights, or after pretraining."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Of weights and order; scenes, and which of them have labels, are the same for all."""
     labelled: tuple[int, ...] = (256, 1024)
-    """Scenes that have labels."""
+    """Scenes that have labels, the same for all seeds."""
     pretraining_steps: int = 1500
     """Steps of masked autoencoding on all scenes."""
     steps: int = 300
     """Steps of fine-tuning."""
-    batch_size: int = 64
-    lr: float = 2e-3
-    """Of AdamW; both rates rise for a fifteenth of the steps, stay, and fall to 0 over the second half."""
-    muon_lr: float = 0.03
-    """Of Muon, which trains the matrices of all blocks."""
-    shown_weight: float = 1.0
-    """Of the loss of naming what the image shows."""
-    objects: int = 3
-    """In a scene; one of them sounds."""
     train: int = 8_000
     """Scenes to pretrain on; drawn once and kept under data/."""
-    test: int = 2_000
-    """Scenes to judge on."""
-    workers: int = 2
-    """Processes that train cells side by side, one thread each."""
-    report: bool = False
-    """Only write page and plot from the result file."""
 
 
 def main(options: Options) -> None:
@@ -98,16 +90,15 @@ def train_cell(options: Options, cell: tuple[str, str, int]) -> dict:
         steps = options.pretraining_steps
         list(study.fit(mae, lambda b: mae(b["image"], b["audio"]).loss, train, steps, options, steps))
     weights = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    pooled = {
-        name: pool(encoder, ROWS[row].features, scenes) for name, scenes in (("train", train), ("test", test))
-    }
+    seen = {name: tensor[: max(options.labelled)] for name, tensor in train.items()}
+    of_train, of_test = (pool(encoder, ROWS[row].features, scenes) for scenes in (seen, test))
     accuracies = []
     for labelled in options.labelled:
         few = {name: tensor[:labelled] for name, tensor in train.items()}
         for label in LABELS:
             probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
-            probe.fit(pooled["train"][:labelled], few[label])
-            right = probe.score(pooled["test"], test[label])
+            probe.fit(of_train[:labelled], few[label])
+            right = probe.score(of_test, test[label])
             accuracies.append(dict(way="probe", labelled=labelled, label=label, accuracy=right))
         encoder.load_state_dict(weights)
         model = Namer(encoder, ROWS[row].features)
@@ -123,7 +114,7 @@ def pool(encoder, features: tuple[str, ...], scenes: dict[str, Tensor]) -> Tenso
     """Mean-pooled tokens of each kind, side by side: (scenes, features x width)."""
     encoder.eval()
     rows = []
-    for index in torch.arange(min(2048, len(scenes["image"]))).split(256):
+    for index in torch.arange(len(scenes["image"])).split(256):
         batch = prepared(scenes, index)
         tokens = encoder(batch["image"], batch["audio"])
         rows.append(torch.cat([getattr(tokens, name).flatten(1, -2).mean(1) for name in features], 1))
@@ -203,9 +194,10 @@ def draw_plot(record: dict) -> Figure:
                 if values := found.get((row, start, way, labelled)):
                     name = None if place else STARTS[start]
                     draw_seeds(axis, place + offset, values, 0.3, colour, marker, name)
-        axis.axvline(1 / 6, color=GREY, ls="--", lw=1)
         name_rows(axis, [f"{ROWS[row].label}\n{WAYS[way]}, {labelled:,}" for row, way, labelled in rows])
-        axis.set(xlabel=f"accuracy of the {label} of what sounds")
+        axis.set(xlim=(0, 1.02), xlabel=f"accuracy of the {label} of what sounds")
+    draw_chances(axis, record["settings"]["objects"])  # of the colour
+    figure.axes[0].get_legend().remove()  # the other's serves both, where no bar is behind it
     return figure
 
 

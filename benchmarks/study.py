@@ -485,12 +485,16 @@ def draw_plot(record: dict) -> Figure:
             if values:
                 label = None if place else STARTS[start]
                 draw_seeds(axis, place + offset, values, 0.3, colour, marker, label)
-    image_alone = 1 / record["settings"]["objects"]
-    for chance, what, side in ((1 / len(COLOURS), "sound", "right"), (image_alone, "image", "left")):
-        axis.axvline(chance, color=GREY, ls="--", lw=1)
-        axis.text(chance, -0.7, f" chance, {what} ", color=GREY, fontsize=8, ha=side)
+    draw_chances(axis, record["settings"]["objects"])
     name_rows(axis, [ROWS[name].label for name in names])
     return figure
+
+
+def draw_chances(axis, objects: int) -> None:
+    """Lines where the sound alone ends, and the image alone, of scenes of so many objects."""
+    for chance, what, side in ((1 / len(COLOURS), "sound", "right"), (1 / objects, "image", "left")):
+        axis.axvline(chance, color=GREY, ls="--", lw=1)
+        axis.text(chance, -0.7, f" chance, {what} ", color=GREY, fontsize=8, ha=side)
 
 
 def draw_seeds(
