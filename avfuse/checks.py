@@ -139,3 +139,8 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
 def casts(device: torch.device) -> bool:
     """Whether autocast is on; "meta" has none."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def is_exporting() -> bool:
+    """Whether torch.export traces. Inside torch.compile its own `is_exporting` is True as well."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()

@@ -37,7 +37,7 @@ from torch import Tensor
 from avfuse import AVMAE
 
 PAGE, PLOT = ROOT / "benchmarks/few_labels.md", ROOT / "docs/few-labels.png"
-RESULT = RESULTS / "few-labels-cpu.json"
+RESULT = RESULTS / "few_labels-cpu.json"
 ROWS = {name: study.ROWS[name] for name in ("dense", "none")}
 RowName = Literal[*ROWS]
 WAYS = {"probe": "linear probe", "tuned": "fine-tuned"}

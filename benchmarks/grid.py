@@ -29,7 +29,10 @@ from avfuse.training.recipes import TrainConfig
 from avfuse.training.settings import LoopConfig
 from avfuse.weights import load_audio_weights, load_image_weights
 
-PAGE, RESULT = ROOT / "benchmarks/grid.md", RESULTS / "grid.json"
+PAGE = ROOT / "benchmarks/grid.md"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ON_GPU, HERE = RESULTS / "grid-cuda.json", RESULTS / f"grid-{DEVICE}.json"
+RESULT = ON_GPU if ON_GPU.exists() else HERE  # whose cells the page shows
 METRICS = dict(linear="linear accuracy", sdr="separation SDR, dB", miou="segmentation mIoU")
 KEYS = ("row", "seed")  # of a cell
 
@@ -136,10 +139,9 @@ def main(options: Options) -> None:
             options.clips(objects)
         for seed in options.seeds if options.workers > 1 else ():  # which cells of one seed share
             unimodal(options, seed)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        settings = dict(device=device, dim=DIM, depth=DEPTH)
+        settings = dict(device=DEVICE, dim=DIM, depth=DEPTH)
         free = ("rows", "seeds")
-        train_cells("grid", options, KEYS, cells, train_cell, RESULT, write_page, free, **settings)
+        train_cells("grid", options, KEYS, cells, train_cell, HERE, write_page, free, **settings)
     record = json.loads(RESULT.read_text())
     write_page(record)
     print(terminal([results_table(record), claims_table(record)]))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import avfuse
+from avfuse.checks import is_exporting
 from avfuse.tasks.classifier import Classifier
 
 WAYS = [(way, {}) for way in ("dense", "bilinear", "factorized", "token", "joint", "cross", "none")]
@@ -138,6 +139,9 @@ def test_tracing_is_refused(wrapped, tmp_path):
             ValueError, match=r"torch\.onnx\.export\(dynamo=False\) would keep the batch size"
         ):
             torch.onnx.export(model, clips, tmp_path / "old.onnx", dynamo=False)
+    torch.set_autocast_cache_enabled(
+        True
+    )  # which that exporter turns off, and on again only where it succeeds
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
@@ -148,6 +152,18 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ValueError, match=r'path \.onnx takes onnxscript, pip install "avfuse\[onnx\]"'):
         avfuse.export(made(), tmp_path / "a.onnx")
+
+
+def test_compiling_is_not_exporting():
+    """In a graph of torch.compile the kernels and the chunks of pairs are those of eager mode."""
+
+    class Asks(torch.nn.Module):
+        def forward(self, x):
+            return x + is_exporting()
+
+    x = torch.zeros(1)
+    assert not is_exporting() and torch.compile(Asks(), fullgraph=True, backend="eager")(x) == 0
+    assert torch.export.export(Asks(), (x,)).module()(x) == 1
 
 
 # --- without a file: see docs/deploy.md ---------------------------------------------------------------------

@@ -454,6 +454,7 @@ def test_settings_are_inferred_without_a_config(interactions, options):
             audio_mask_ratio=0.8,
             norm_target=True,
             tubes=False,
+            contrastive=0.0,
         )
         assert model(torch.randn(1, 3, 48, 48), torch.randn(1, 1, 128, 32)).loss.isfinite()
 

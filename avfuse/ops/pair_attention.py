@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_choice, check_mask, check_tensor, is_number, without_autocast
+from ..checks import check_choice, check_mask, check_tensor, is_exporting, is_number, without_autocast
 from .marginals import PairMarginals
 from .operators import PairAttention
 from .streaming import BilinearPairAttention, stream_marginals
@@ -253,7 +253,7 @@ def _marginals(image_logits, audio_logits, pair_bias):
     """Marginals of the joint softmax under a bias (1 or B, 1 or H, S, T)."""
     image_blocks, image_within = _in_blocks(image_logits, pair_bias.shape[-2])
     audio_blocks, audio_within = _in_blocks(audio_logits, pair_bias.shape[-1])
-    marginals = stream_marginals if torch.compiler.is_exporting() else PairMarginals.apply
+    marginals = stream_marginals if is_exporting() else PairMarginals.apply
     weights = marginals(image_blocks, audio_blocks, pair_bias)
     return tuple(
         of_blocks if within is None else (of_blocks[..., None] * within).flatten(-2)
@@ -344,7 +344,7 @@ def select_backend(
         ValueError: the backend is unknown, or cannot run these inputs here.
     """
     if backend is None:
-        on_cuda = query is not None and query.is_cuda and not torch.compiler.is_exporting()
+        on_cuda = query is not None and query.is_cuda and not is_exporting()
         return "triton" if on_cuda and not _triton_limit(query, value, interaction) else "torch"
     check_choice("backend", backend, BACKENDS)
     limit = None

@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from ..checks import is_exporting
 from .operators import once_differentiable
 
 CHUNK = 2**22  # elements of the largest temporary (16 MiB in float32), if one token's row of pairs fits in it
@@ -164,7 +165,7 @@ def chunks_of(tokens, row):
     """Slices over `tokens` such that a temporary of `row` elements per token stays within CHUNK. An exported
     graph, which serves any batch size, has one.
     """
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return [slice(None)]
     step = max(1, CHUNK // max(1, row))
     return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]

@@ -183,7 +183,7 @@ class Retrieval(JudgedTask):
         ends = [name.removesuffix("_chance") for name in metrics if name.endswith("_chance")]
         rows = [(end.replace("_", " "), *(metrics[f"{end}_{name}"] for name in names)) for end in ends]
         ways = ("image_to_audio_recall", "audio_to_image_recall", "pair_chance")
-        pairs = [k for k in self.ks if f"pair_chance@{k}" in metrics]
+        pairs = [name.rpartition("@")[2] for name in metrics if name.startswith("pair_chance@")]
         crossed = [(f"own, recall@{k}", *(metrics[f"{way}@{k}"] for way in ways)) for k in pairs]
         tables = [("", *names), *rows], [("", "image to audio", "audio to image", "chance"), *crossed]
         return [table for table in tables if len(table) > 1]
