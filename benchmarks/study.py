@@ -167,7 +167,8 @@ def train_cells(
     """
     free = (*free, "workers", "report")
     fixed = {name: value for name, value in asdict(options).items() if name not in free}
-    record = begin_record(name, fixed | dict(device="cpu") | settings, "") | dict(cells=[])
+    fixed = json.loads(json.dumps(fixed | dict(device="cpu") | settings))  # as they come back from the file
+    record = begin_record(name, fixed, "") | dict(cells=[])
     if result.exists():
         before = json.loads(result.read_text())
         if before["settings"] != record["settings"]:

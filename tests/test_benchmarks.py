@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -525,6 +525,19 @@ def test_a_cell_with_few_labels_does_too_and_sees_no_other_label(monkeypatch, ro
     names = [(one["way"], one["labelled"], one["label"]) for one in cells[0]["accuracies"]]
     assert sorted(names) == [(way, 6, label) for way in few_labels.WAYS for label in ("colour", "shape")]
     assert all(one["accuracy"] * 4 in range(5) for one in cells[0]["accuracies"])
+
+
+def test_cells_that_are_there_are_not_trained_again(tmp_path):
+    """Settings of several values too are those that a file gives back."""
+    options, free, result = few_labels.Options(), ("rows", "starts", "seeds"), tmp_path / "few.json"
+    settings = {name: value for name, value in asdict(options).items() if name not in free}
+    settings = {name: value for name, value in settings.items() if name not in ("workers", "report")}
+    cell = dict(zip(study.KEYS, ("dense", "scratch", 0), strict=True))
+    result.write_text(json.dumps(dict(settings=settings | dict(device="cpu"), cells=[cell])))
+    go_on = partial(study.train_cells, "few_labels", keys=study.KEYS, cells=[tuple(cell.values())], free=free)
+    go_on(options=options, train_cell=None, result=result, write_page=None)
+    with pytest.raises(ValueError, match="holds cells of other settings"):
+        go_on(options=replace(options, lr=1e-3), train_cell=None, result=result, write_page=None)
 
 
 def test_few_labels_tells_gains_by_hand():
