@@ -355,6 +355,7 @@ class AVEncoder(nn.Module, Pretrained):
         return context, context if self.context_to_audio is None else self.context_to_audio(context)
 
     def run_unimodal(self, layer, branch, context=None):
+        """The branch after its own block of this layer, which reads `context`, the fusion tokens, too."""
         if branch is None or layer not in branch.layers:
             return branch
         context = None if context is None else per_frame(context, branch.frames)
@@ -363,6 +364,7 @@ class AVEncoder(nn.Module, Pretrained):
         return branch._replace(tokens=block(branch.tokens, context=context, attn_mask=key_mask))
 
     def run_fusion(self, layer, fusion, image, audio):
+        """The fusion tokens after the fusion block of this layer."""
         image, audio = self.streams(image, audio)
         return self.checkpointed(self.block(layer))(
             fusion,
@@ -385,6 +387,7 @@ class AVEncoder(nn.Module, Pretrained):
         return self.run_unimodal(layer, image), self.run_unimodal(layer, audio)
 
     def run_joint(self, layer, image, audio):
+        """Both branches after a layer in which each attends to the tokens of both."""
         both = image, audio
         blocks = tuple(branch.vit.blocks[branch.layers.index(layer)] for branch in both)
         image_tokens, audio_tokens = self.checkpointed(run_jointly)(
@@ -393,6 +396,7 @@ class AVEncoder(nn.Module, Pretrained):
         return image._replace(tokens=image_tokens), audio._replace(tokens=audio_tokens)
 
     def run_cross(self, layer, image, audio):
+        """Both branches after each has attended to the patch tokens of the other."""
         image_tokens, audio_tokens = self.checkpointed(self.block(layer))(
             per_clip(image.tokens, image.frames), audio.tokens, image.stream, audio.stream
         )
@@ -526,6 +530,7 @@ class AVEncoder(nn.Module, Pretrained):
         self.grad_checkpointing = enable
 
     def checkpointed(self, function):
+        """The function, which keeps no activations where `grad_checkpointing` says so in training."""
         if not (self.grad_checkpointing and self.training and torch.is_grad_enabled()):
             return function
         return lambda *args, **kwargs: checkpoint(function, *args, use_reentrant=False, **kwargs)
@@ -552,6 +557,7 @@ class AVEncoder(nn.Module, Pretrained):
 
     @classmethod
     def from_config(cls, config: dict) -> "AVEncoder":
+        """An encoder with fresh weights, as config.json describes it."""
         config, cls = dict(config), cls.kind_of(config)
         config.pop(cls.mark, None)
         image, audio = build_vit(config.pop("image")), build_vit(config.pop("audio"))

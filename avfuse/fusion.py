@@ -54,13 +54,6 @@ class Stream(NamedTuple):
 class Fusion(nn.Module):
     """The call that all fusion blocks share: check, attend, update.
 
-    `block(fusion, image, audio, *, image_mask=None, audio_mask=None, image_positions=None,
-    audio_positions=None, image_times=None, audio_times=None)`, (B, F, D), (B, I, D), (B, A, D) -> (B, F, D).
-    Masks (B, N) bool, True = attend. Positions (B, N) long say which tokens are left after masking; None =
-    all, in order. Times in seconds, (S,) or (B, S) of image and (T,) or (B, T) of audio tokens, are those of
-    S and T equal parts of the tokens, one after the other, such as frames. Positions only matter to a pair
-    bias, times to a time bias.
-
     A block defines `attend` and `update`, or `fuse` as a whole, and `weights` if it can show them.
     """
 
@@ -83,6 +76,13 @@ class Fusion(nn.Module):
         image_times: Tensor | None = None,
         audio_times: Tensor | None = None,
     ) -> Tensor:
+        """Fusion tokens (B, F, D) that have read image (B, I, D) and audio tokens (B, A, D).
+
+        Masks (B, N) bool, True = attend. Positions (B, N) long say which tokens are left after masking; None
+        = all, in order. Times in seconds, (S,) or (B, S) of image and (T,) or (B, T) of audio tokens, are
+        those of S and T equal parts of the tokens, one after the other, such as frames. Positions only
+        matter to a pair bias, times to a time bias.
+        """
         image = Stream(image, image_mask, image_positions, image_times)
         audio = Stream(audio, audio_mask, audio_positions, audio_times)
         self.check(fusion, image, audio)
@@ -113,6 +113,7 @@ class Fusion(nn.Module):
         return self.weights(fusion, image, audio)
 
     def check(self, fusion: Tensor, image: Stream, audio: Stream) -> None:
+        """ValueError for what does not fit this block or one another."""
         weight = self.weight
         check_tokens("fusion", fusion, self.dim)
         check_dtype("fusion", fusion, weight)
@@ -125,9 +126,11 @@ class Fusion(nn.Module):
             check_dtype(name, tokens, weight)
 
     def split_heads(self, tokens: Tensor) -> Tensor:
+        """(B, N, H * K) -> (B, H, N, K)"""
         return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def merge_heads(self, tokens: Tensor) -> Tensor:
+        """(B, H, N, V) -> (B, N, H * V)"""
         return tokens.transpose(1, 2).flatten(2)
 
 
@@ -250,6 +253,7 @@ class DenseFusion(FusionBlock):
         initialize_linear(self)
 
     def attend(self, fusion: Tensor, image: Stream, audio: Stream) -> Tensor:
+        """What the fusion tokens read from all pairs, (B, F, width)."""
         return self.attend_projected(self.queries(fusion), self.projected(image, audio), image, audio)
 
     def attend_projected(
@@ -263,6 +267,7 @@ class DenseFusion(FusionBlock):
         return attended + value_bias_of_pairs(self.value_bias, image.mask, audio.mask)
 
     def weights(self, fusion: Tensor, image: Stream, audio: Stream) -> tuple[Tensor, Tensor]:
+        """The marginals of the weights of pairs, (B, H, F, I) and (B, H, F, A)."""
         sides, bias = self.sides(self.projected(image, audio), image, audio), self.bias(image, audio)
         return pair_weights(self.queries(fusion), *sides, bias, interaction=self.interaction)
 
@@ -467,6 +472,7 @@ class TokenFusion(FusionBlock):
         initialize_linear(self)
 
     def attend(self, fusion: Tensor, image: Stream, audio: Stream) -> Tensor:
+        """What the fusion tokens read from the tokens of all three, (B, F, width)."""
         query, key, value, mask = self.union(fusion, image, audio)
         return self.merge_heads(masked_attention(query, key, value, mask))
 

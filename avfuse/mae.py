@@ -241,6 +241,7 @@ class AVMAE(nn.Module, Pretrained):
 
     @classmethod
     def from_config(cls, config: dict) -> "AVMAE":
+        """An autoencoder with fresh weights, as config.json describes it."""
         config, cls = dict(config), cls.kind_of(config["encoder"])
         return cls(AVEncoder.from_config(config.pop("encoder")), **config)
 

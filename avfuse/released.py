@@ -239,7 +239,7 @@ def from_deepavfusion(state_dict_or_path, *, config: dict | None = None) -> nn.M
 
     Raises:
         ValueError: weights of none of these models, an unknown config key, or weights that do not fit
-        strictly.
+            strictly.
 
     The weights began as MAE's and AudioMAE's, whose licence `AVEncoder.origins` names.
     """

@@ -117,7 +117,7 @@ def pair_attention(
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value is wrong, or the backend that is
-        missing.
+            missing.
     """
     keys = dict(query=query, image_key=image_key, audio_key=audio_key)
     _check_tokens(**keys, image_value=image_value, audio_value=audio_value)
