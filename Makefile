@@ -9,10 +9,10 @@ RUN := $(VENV)/bin/python -m
 ARGS ?=
 WORKERS ?= 2
 # Extras that the versions allow, see setup.py.
-EXTRAS = test$(if $(findstring oldest,$(CONSTRAINTS)),,,adapters,eval)$(if $(findstring newest,$(CONSTRAINTS)),,,torchaudio)
+EXTRAS = test$(if $(findstring oldest,$(CONSTRAINTS)),,,adapters,docs,eval)$(if $(findstring newest,$(CONSTRAINTS)),,,torchaudio)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench gpu lint clean
+.PHONY: help train test bench gpu lint docs clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ gpu:  ## measure all that only a GPU can tell: make gpu PART=1; rehearse: make g
 
 lint: $(VENV)/complete  ## check the style
 	$(RUN) ruff check .
+
+docs: $(VENV)/complete  ## build the documentation as a site, build/docs; no link may be broken
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build
 
 clean:  ## remove caches and build products (not .venv, data or runs)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -58,6 +58,7 @@ setup(
         # without.
         "adapters": ["peft>=0.21", "torchao>=0.18"],
         "torchaudio": ["torchaudio>=2.11"],
+        "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
         "demo": ["gradio>=6.31,<7"],  # needs pillow<13
         "eval": ["vggsounder>=1.0,<2"],  # labels of VGGSounder, and its metrics
         "mteb": ["mteb>=2.26,<3"],  # tested by hand: a harness of text models, with what these need
