@@ -27,9 +27,9 @@ def on_files(files, config):
 
 def on_pre_build(config):
     """A public name needs a docstring, and so do the functions of a class, or those that they override."""
-    package = griffe.load("avfuse", search_paths=[ROOT])
+    package = griffe.load("avfuse", search_paths=[ROOT], try_relative_path=False)
     for name in package.exports:
-        public = package[name].final_target
+        public = package[name]
         if not public.has_docstring:
             warn("%s has no docstring", public.path)
         for call in public.functions.values() if public.is_class else ():
