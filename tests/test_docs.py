@@ -4,6 +4,8 @@ import ast
 import importlib.util
 import os
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from videos import write_video
 
 import avfuse
 from avfuse import AVMAE
+from avfuse.__main__ import COMMANDS
 from avfuse.tasks.classifier import Classifier
 from avfuse.tasks.localize import Localizer
 
@@ -61,6 +64,34 @@ def test_python_of_a_page_runs(page, workspace, tmp_path, monkeypatch, capsys):
             assert shapes in printed.splitlines(), f"block at line {line}"
     if lacking:
         pytest.skip(f"ran but for blocks that need {', '.join(sorted(lacking))}")
+
+
+COMMAND = re.compile(r"(?:^|&& )(?:accelerate launch -m |python -m )?avfuse([ .][^#\n]*?)(?= &&| *#|$)", re.M)
+
+
+def commands() -> list[str]:
+    """Those that stand in blocks of their own, as one would type them after `avfuse`."""
+    texts = [page.read_text().replace("\\\n", "") for folder in FOLDERS for page in folder.glob("*.md")]
+    blocks = [block for text in texts for block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)]
+    return sorted({command for kind, block in blocks if not kind for command in COMMAND.findall(block)})
+
+
+def test_options_of_commands_are_there(tmp_path, monkeypatch):
+    """The folders that they name are, too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "avfuse.command.begin", lambda _, parse, *__, **___: sys.exit(parse(args=sys.argv[1:], prog=""))
+    )
+    for name in "FOLDER", "OTHER", "vgg", "data/sounding-shapes", "data/shapes-2048", "data/solos":
+        Path(name).mkdir(parents=True)
+    assert len(commands()) > 30
+    for command in commands():
+        name, *arguments = shlex.split(command)
+        module = f"avfuse{name}" if name.startswith(".") else COMMANDS[name][0]
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module(module, run_name="__main__")
+        assert not isinstance(ended.value.code, int | str), command  # but the options
 
 
 # --- troubleshooting ----------------------------------------------------------------------------------------
@@ -118,7 +149,11 @@ def test_every_message_that_is_explained_stands_in_the_code():
 
 
 def test_every_message_of_the_code_is_explained():
-    places = {told(node): f"{path}:{node.lineno}" for path, node in NODES if says_something(told(node))}
+    places = {
+        told(node): f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path, node in NODES
+        if says_something(told(node))
+    }
     known = [pattern(each) for each in explained() if says_something(each)]
     missing = [f"{place}: {m}" for m, place in places.items() if not any(each.fullmatch(m) for each in known)]
     assert len(places) > 250 and not missing, "\n".join(missing)
