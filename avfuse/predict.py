@@ -22,13 +22,11 @@ from .data.clips import open_window, read_clip, window_starts
 from .data.workers import share_cores
 from .encoder import AVEncoder
 from .files import aside, printable
-from .mae import AVMAE
 from .progress import progress_bar
 from .tasks.saved import load
 from .tasks.scenes import draw_map
 from .tasks.separate import write_wav
 from .tasks.separator import Separator
-from .training.features import pool
 from .training.pictures import draw_attention
 
 
@@ -45,7 +43,6 @@ def main(config: PredictConfig) -> int:
         raise ValueError("--out .parquet needs pyarrow: pip install pyarrow, or write .csv")
     share_cores(config.threads, workers=0)
     model = load(config.model)
-    model = model.encoder if isinstance(model, AVMAE) else model
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model, answers, failed = model.to(device), [], 0
     encoder = getattr(model, "encoder", model)
@@ -57,7 +54,7 @@ def main(config: PredictConfig) -> int:
         try:
             where, missing = starts(path, encoder, config.every)
             for start in where:
-                answer = dict(video=str(path), start=round(start, 3)) | say(model, path, start)
+                answer = dict(video=str(path), start=round(start, 3)) | model.predict(path, start=start)
                 answer["missing"] = missing
                 tqdm.write(describe(answer, config.top))
                 if config.pictures is not None:
@@ -84,16 +81,6 @@ def starts(path: Path, encoder: AVEncoder, every: float | None) -> tuple[list[fl
         if every is None:
             return [middle], missing
         return window_starts(streams.seconds, encoder.inputs.audio_seconds, every), missing
-
-
-@torch.no_grad()
-def say(model: nn.Module, path: Path, start: float) -> dict:
-    """The answer for one window: that of the model of a task, or the features of an encoder."""
-    if not isinstance(model, AVEncoder):
-        return model.predict(path, start=start)
-    device = model.fusion_tokens.device
-    clip = (None if x is None else x.to(device) for x in read_clip(path, model.inputs, start=start))
-    return {name: tokens[0].float().cpu() for name, tokens in pool(model(*clip)).items()}
 
 
 def describe(answer: dict, top: int) -> str:

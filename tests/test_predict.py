@@ -303,6 +303,7 @@ def test_features_of_an_encoder(files, tmp_path, pretrained):
     encoder = make(AVEncoder)
     saved = AVMAE(encoder, decoder_dim=16, decoder_depth=1, decoder_heads=2) if pretrained else encoder
     saved.save_pretrained(tmp_path / "model")
+    answer = avfuse.load(tmp_path / "model").predict(files["both"], start=1.5)
     assert main(PredictConfig(str(tmp_path / "model"), (files["both"],), out=tmp_path / "f.csv")) == 0
     (row,) = csv.DictReader((tmp_path / "f.csv").open())
     truth = pool(encoder(*read_clip(files["both"], INPUTS)))
@@ -310,6 +311,9 @@ def test_features_of_an_encoder(files, tmp_path, pretrained):
         assert [float(row[f"{name}_{n}"]) for n in range(32)] == pytest.approx(
             truth[name][0].tolist(), rel=1e-4, abs=1e-5
         )
+        assert answer[name].tolist() == [float(row[f"{name}_{n}"]) for n in range(32)]
+    silent = saved.train().predict(files["silent"])
+    assert silent.keys() == {"image", "fusion"} and saved.training
 
 
 def test_features_of_what_has_no_pictures_or_no_sound(files, tmp_path, capsys):

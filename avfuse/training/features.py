@@ -11,13 +11,11 @@ from torch import Tensor
 
 from ..checks import check_count
 from ..data.clips import Clip, ClipDataset, ClipLoader, Failure, WindowDataset, WindowsDataset
-from ..encoder import AVEncoder, EncoderOutput
+from ..encoder import FEATURES, AVEncoder, EncoderOutput, pool
 from ..files import printable, some
 from ..inputs import InputSettings
 from ..progress import progress_bar
 from ..weight_files import read_metadata, read_safetensors, write_safetensors
-
-FEATURES = ("image", "audio", "fusion")
 
 
 def encode(
@@ -40,11 +38,6 @@ def encode(
         image_present=None if image is None else image_present,
         audio_present=None if audio is None else audio_present,
     )
-
-
-def pool(tokens: EncoderOutput) -> dict[str, Tensor]:
-    """The means of all image, audio and fusion tokens, (B, D) each; what is None is left out."""
-    return {name: t.flatten(1, -2).mean(1) for name in FEATURES if (t := getattr(tokens, name)) is not None}
 
 
 def pool_windows(
