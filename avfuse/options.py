@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,7 +12,7 @@ from .choices import DataSet
 from .command import SAID
 from .training.settings import check_folder
 
-SUFFIXES = (".json", ".csv", ".parquet")
+TABLES = (".csv", ".parquet")
 
 
 @dataclass(kw_only=True)
@@ -21,11 +22,17 @@ class FeaturesConfig:
     Of a clip, the model sees one frame and the seconds of sound that it takes (3 s by default): those in the
     middle, with --windows the mean over several, or with --every as many windows as there are, a row each.
 
-    What comes out is one safetensors file: image, audio, fusion (clips, width), and image_present and
-    audio_present, which are False where a clip lacks that modality (its row is zeros), and label_NAME for
-    each label of a data set. The paths of the rows are in the file's metadata, and so are the clips that
-    cannot be read, with the reason; these have no row. Windows have a start, in seconds.
-    `avfuse.features.read_features` reads it back. It is written at the end, whole or not at all.
+    What comes out is one file, by its suffix a table or safetensors, written at the end, whole or not at all.
+    Clips that cannot be read have no row.
+
+    A table, .csv or .parquet (which needs avfuse[parquet]), has a row for each clip or window: video, its
+    path below --data; start, in seconds; label_NAME for each label of a data set; missing, what the clip
+    lacks; and image_0, image_1, ... audio_0, ... fusion_0, ..., empty where it does.
+
+    safetensors hold image, audio, fusion (clips, width), and image_present and audio_present, which are False
+    where a clip lacks that modality (its row is zeros), label_NAME, and of --every the start. The paths of
+    the rows are in the file's metadata, and so are the clips that cannot be read, with the reason.
+    `avfuse.features.read_features` reads it back.
     """
 
     paths: tyro.conf.Positional[
@@ -38,7 +45,7 @@ class FeaturesConfig:
     data_set: DataSet = "auto"
     """How that folder is laid out; auto tells by its manifest (`python -m avfuse.data check`) or files."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], help_behavior_hint="(required)")] = None
-    """File to write, such as features.safetensors; one that is there is replaced."""
+    """File to write: .csv, .parquet or .safetensors; one that is there is replaced."""
     checkpoint: str
     """Whose encoder: a run folder, a saved model, a name on the Hugging Face hub, or a released DeepAVFusion
     file."""
@@ -82,8 +89,9 @@ class FeaturesConfig:
             raise ValueError(f"--windows {self.windows} are averaged: leave out --every and --tokens")
         if self.threads < 0:
             raise ValueError(f"--threads must not be negative, got {self.threads}")
-        if self.out.suffix != ".safetensors" or self.out.is_dir():
-            raise ValueError(f"--out must be a .safetensors file, got {self.out}")
+        check_suffix(self.out, (".safetensors", *TABLES))
+        if self.tokens and self.out.suffix in TABLES:
+            raise ValueError(f"--tokens are more than a table holds: write .safetensors, not {self.out}")
 
 
 @dataclass
@@ -108,8 +116,9 @@ class PredictConfig:
     top: int = 3
     """Classes that are shown on the screen; a file gets all."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], help_behavior_hint="")] = None
-    """File for all answers: .json, .csv or .parquet (which needs pyarrow). It is written at the end, whole or
-    not at all."""
+    """File for all answers: .json, .csv or .parquet (which needs avfuse[parquet]). It is written at the end,
+    whole or not at all. Of a map a table has the peak, at map_y, map_x of the picture that the model sees,
+    and of a sound the file in --pictures; .json has them in full."""
     pictures: Annotated[Path | None, SAID] = None
     """Folder for pictures: where the model looks and listens, maps of what sounds; of a separator, the
     sounds."""
@@ -126,8 +135,8 @@ class PredictConfig:
             raise ValueError(f"--threads must not be negative, got {self.threads}")
         if self.top < 1:
             raise ValueError(f"--top must be a positive integer, got {self.top}")
-        if self.out is not None and self.out.suffix not in SUFFIXES:
-            raise ValueError(f"--out must end in {', '.join(SUFFIXES)}, got {self.out}")
+        if self.out is not None:
+            check_suffix(self.out, (".json", *TABLES))
 
 
 @dataclass(kw_only=True)
@@ -155,6 +164,13 @@ class DemoConfig:
             raise ValueError(f"--port must be in 1..65535, got {self.port}")
         if self.threads < 0:
             raise ValueError(f"--threads must not be negative, got {self.threads}")
+
+
+def check_suffix(out: Path, suffixes: tuple[str, ...]) -> None:
+    if out.suffix not in suffixes:
+        raise ValueError(f"--out must end in {', '.join(suffixes)}, got {out}")
+    if out.suffix == ".parquet" and not find_spec("pyarrow"):
+        raise ValueError("--out .parquet needs pyarrow: pip install 'avfuse[parquet]', or write .csv")
 
 
 def check_every(seconds: float | None) -> None:

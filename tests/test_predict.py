@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import wave
 from pathlib import Path
@@ -17,6 +18,7 @@ import avfuse
 from avfuse import AVMAE, AVEncoder, InputSettings, read_clip
 from avfuse.data.clips import Clip, ClipDataset
 from avfuse.loading import load_model
+from avfuse.options import FeaturesConfig
 from avfuse.predict import PredictConfig, main
 from avfuse.tasks.classifier import Classifier
 from avfuse.tasks.localize import Localizer
@@ -226,19 +228,56 @@ def classifier(tmp_path):
 
 
 def test_what_parquet_needs_is_said_before_the_work(classifier, files, tmp_path, monkeypatch):
-    monkeypatch.setattr("avfuse.predict.find_spec", lambda name: None)
-    monkeypatch.setattr("avfuse.predict.load", lambda path: pytest.fail("the work began"))
-    with pytest.raises(ValueError, match="--out .parquet needs pyarrow: pip install pyarrow, or write .csv"):
-        main(PredictConfig(classifier, (files["both"],), out=tmp_path / "answers.parquet"))
+    monkeypatch.setattr("avfuse.options.find_spec", lambda name: None)
+    message = r"--out .parquet needs pyarrow: pip install 'avfuse\[parquet\]', or write .csv"
+    with pytest.raises(ValueError, match=message):
+        PredictConfig(classifier, (files["both"],), out=tmp_path / "answers.parquet")
+    with pytest.raises(ValueError, match=message):
+        FeaturesConfig(folder=tmp_path, checkpoint=classifier, out=tmp_path / "features.parquet")
 
 
-def test_a_parquet_file_has_the_rows_of_a_csv_file(classifier, files, tmp_path):
+@pytest.mark.parametrize("kind", [Classifier, AVEncoder])
+def test_a_parquet_file_has_the_rows_of_a_csv_file(kind, files, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
+    make(kind).save_pretrained(tmp_path / "model")
+    videos = files["dark"], files["both"]  # the first has fewer columns
     for name in "answers.csv", "answers.parquet":
-        assert main(PredictConfig(classifier, (files["both"],), out=tmp_path / name)) == 0
+        assert main(PredictConfig(str(tmp_path / "model"), videos, out=tmp_path / name)) == 0
     rows = parquet.read_table(tmp_path / "answers.parquet").to_pylist()
     with open(tmp_path / "answers.csv") as file:
-        assert [{k: str(v) for k, v in row.items()} for row in rows] == list(csv.DictReader(file))
+        told = [{k: "" if v is None else str(v) for k, v in row.items()} for row in rows]
+        assert told == list(csv.DictReader(file))
+
+
+def test_names_that_are_no_unicode_are_escaped_in_a_table(classifier, files, tmp_path):
+    odd = Path(os.fsdecode(bytes(tmp_path) + b"/\xff.mp4"))
+    shutil.copy(files["both"], odd)
+    assert main(PredictConfig(classifier, (odd,), out=tmp_path / "answers.csv")) == 0
+    rows = list(csv.DictReader((tmp_path / "answers.csv").open()))
+    assert {row["video"] for row in rows} == {f"{tmp_path}/\\xff.mp4"}
+
+
+def test_a_table_has_the_peak_of_a_map(files, tmp_path):
+    make(Localizer).save_pretrained(tmp_path / "model")
+    out, pictures = tmp_path / "a.csv", tmp_path / "looks"
+    main(PredictConfig(str(tmp_path / "model"), (files["both"],), out=out, pictures=pictures))
+    (row,) = csv.DictReader(out.open())
+    assert list(row) == ["video", "start", "map_peak", "map_y", "map_x", "missing", "file"]
+    sounding = make(Localizer).predict(files["both"])["map"]
+    assert float(row["map_peak"]) == pytest.approx(sounding[int(row["map_y"]), int(row["map_x"])].item())
+    assert float(row["map_peak"]) == pytest.approx(sounding.max().item()) and Path(row["file"]).is_file()
+
+
+def test_a_table_names_the_files_of_sounds(files, tmp_path, monkeypatch):
+    make(Separator).save_pretrained(tmp_path / "model")
+    options = dict(out=tmp_path / "a.csv", pictures=tmp_path / "sounds")
+    main(PredictConfig(str(tmp_path / "model"), (files["both"],), **options))
+    (row,) = csv.DictReader((tmp_path / "a.csv").open())
+    assert row["file"] == str(tmp_path / "sounds/both-1.5s.wav") and Path(row["file"]).is_file()
+    assert list(row) == ["video", "start", "sound_peak", "sample_rate", "missing", "file"]
+    monkeypatch.setattr(Separator, "predict", lambda *_: pytest.fail("the work began"))
+    with pytest.raises(ValueError, match="a.csv names the files of sounds, which --pictures FOLDER writes"):
+        main(PredictConfig(str(tmp_path / "model"), (files["both"],), out=tmp_path / "a.csv"))
 
 
 @pytest.mark.parametrize("suffix", ["json", "csv"])

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -168,6 +168,38 @@ def save_features(path: Path, features: Features, folder: Path, checkpoint: str,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(path, features.tensors, metadata)
+
+
+def table_rows(
+    features: Features, folder: Path, classes: Mapping[str, Sequence[str]], window: float | None
+) -> Iterator[dict]:
+    """The same as rows of a table, with the paths and the names of labels in them.
+
+    Args:
+        classes: the names of the values of each label.
+        window: seconds of the one in the middle of a clip; None = rows are means over several.
+    """
+    tensors = features.tensors
+    for n, clip in enumerate(features.clips):
+        row = dict(video=os.path.relpath(clip.path, folder))
+        if "start" in tensors:
+            row["start"] = round(tensors["start"][n].item(), 3)
+        elif window is not None:
+            row["start"] = round(max(0.0, clip.streams.seconds - window) / 2, 3)
+        for name, label in clip.labels.items():
+            numbers = label if isinstance(label, tuple) else (label,)
+            row[f"label_{name}"] = "; ".join(classes[name][number] for number in numbers)
+        lacks = dict(image="pictures", audio="sound")
+        lacks = {name: what for name, what in lacks.items() if not tensors[f"{name}_present"][n]}
+        row["missing"] = "".join(lacks.values())
+        for name in FEATURES:
+            row |= {} if name in lacks else numbered(name, tensors[name][n])
+        yield row
+
+
+def numbered(name: str, values: Tensor) -> dict[str, float]:
+    """{"NAME_0": the first value, ...}"""
+    return {f"{name}_{n}": value for n, value in enumerate(values.tolist())}
 
 
 def read_features(path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
