@@ -169,10 +169,11 @@ def _hold_out(
     train, test = hold_out(clips, base, share=share, seed=seed, sides=known)
     if not test:
         return {}
-    drawn = f"--test-share {share:g} of the recordings, by their names and --seed {seed}"
+    drawn = f"--test-share {share:g}, by the names of recordings and --seed {seed}"
     if any(known):
         drawn = f"{sum(map(bool, known))} clips stay on the side that they had, others: {drawn}"
-    say(printable(f"{root} names no clips to test on: {len(test)} of {len(clips)} are held out ({drawn})"))
+    held = f"{len(test)} of {len(clips)} are held out, {len(test) / len(clips):.1%}"
+    say(printable(f"{root} names no clips to test on: {held} ({drawn})"))
     return dict(train=train, test=test)
 
 

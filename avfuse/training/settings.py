@@ -61,9 +61,10 @@ class LoopConfig:
     train_split: Annotated[str, SAID] = ""
     """The split to train on where there are several, such as balanced_train of AudioSet. Default: all."""
     test_share: Annotated[float, RATE, Formerly(0.0)] = 0.2
-    """About which share of the clips to hold out and test on, where the data name none. Names and --seed
-    decide: files that are added leave the others on their side; pieces of one recording (talk_001, talk_002)
-    stay together, and each class has clips on both sides. 0 = measure on the training clips."""
+    """Share of the clips to hold out and test on, where the data name none. Names and --seed decide which;
+    pieces of one recording (talk_001, talk_002) stay together, and each class has clips on both sides. From
+    200 recordings on each is drawn by itself: then files that are added leave the others on their side.
+    0 = measure on the training clips."""
     run: Annotated[Path | None, tyro.conf.arg(name="run-dir", help_behavior_hint=""), FREE] = None
     """Run folder: settings, metrics, checkpoints, pictures, results, report, final model. Default: under
     runs/, by the name of --data and of the task."""
