@@ -203,6 +203,10 @@ def test_a_folder_that_names_them_is_taken_at_its_word(folder, tmp_path, name):
     (tmp_path / name).symlink_to(folder / "cat")
     found, said = find(tmp_path, test_share=0.2)
     assert (len(found.train), len(found.test)) == (10, 5) and not found.held_out
+    assert said[-1] == f"splits: train/ to train on, {name}/ to test on, by the names of folders"
+    said = []
+    Pretraining.find(TrainConfig(data=tmp_path, workers=0, run=tmp_path / "run"), said.append)
+    assert said[-1].startswith("labels: none, and pretraining needs none")
 
 
 def test_train_alone_holds_the_classes(folder, tmp_path):
