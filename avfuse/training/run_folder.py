@@ -45,6 +45,10 @@ def check_run(config: LoopConfig) -> LoopConfig:
     run = config.run
     if run.exists() and not run.is_dir():
         raise ValueError(f"--run-dir {printable(run)} is not a folder")
+    above = next(path for path in (run, *run.absolute().parents) if path.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        why = "is read-only" if above.is_dir() else "is not a folder"
+        raise ValueError(f"--run-dir {printable(run)} cannot be written: {printable(above)} {why}")
     for name in (LOCK, FILE, FILE_BEFORE, "metrics.jsonl", "quarantine.jsonl"):
         if os.path.lexists(run / name) and not (run / name).is_file():  # a pipe would be waited for
             raise ValueError(f"--run-dir {printable(run)}: {name} is no regular file")
