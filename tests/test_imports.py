@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # for a module, and for all that is in it if it is a folder.
 ROOMS = {
     "kernels": "kernels",
-    "ground": "checks choices command files lazy process progress weight_files",
+    "ground": "checks choices command files lazy process progress rules weight_files",
     "ops": "ops",
     "parts": "inputs vit branch fusion folding graphs",
     "data": "data",

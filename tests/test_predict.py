@@ -371,7 +371,7 @@ def test_features_of_what_has_no_pictures_or_no_sound(files, tmp_path, capsys):
     [
         (dict(videos=()), "VIDEO... must name at least one file"),
         (dict(every=0.0), "--every must be a positive number"),
-        (dict(top=0), "--top must be a positive integer"),
+        (dict(top=0), "--top must be positive, got 0"),
         (dict(out="answers.txt"), "--out must end in .json, .csv, .parquet"),
     ],
 )

@@ -22,8 +22,9 @@ from ..data.find import Found
 from ..data.hold_out import Sides
 from ..data.sets.folders import TESTS
 from ..files import append_row, printable, read_rows, some, write_json, write_rows, write_text
+from ..rules import marks, option
 from .faults import RunError
-from .settings import FRESH, RUN_FILES, Formerly, LoopConfig, marks, option, settings_of
+from .settings import FRESH, RUN_FILES, Formerly, LoopConfig, settings_of
 
 HELD_OUT = "held-out.txt"  # the clips that were, where the data name none to test on
 SIDES = "sides.json"  # these and those that were trained on, for the runs that begin with this one
@@ -68,7 +69,7 @@ def check_run(config: LoopConfig) -> LoopConfig:
     former = former_settings(config, before)
     config = replace(config, **former)
     differences = ", ".join(
-        printable(f"{option(name)} {before['settings'].get(name)} -> {value}")
+        printable(f"{option(type(config), name)} {before['settings'].get(name)} -> {value}")
         for name, value in sorted(settings_of(config, fixed=True).items())
         if before["settings"].get(name, former.get(name)) != value
     )

@@ -2,9 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from inspect import get_annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,14 +11,7 @@ import tyro
 
 from ..choices import DataSet, Interactions, Scene, Size
 from ..command import SAID
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Which values a setting may have, and how a message says so."""
-
-    wish: str
-    holds: Callable[[float], bool]
+from ..rules import COUNT, NOT_NEGATIVE, RATE, SECONDS, Rule, check_rules, marks
 
 
 @dataclass(frozen=True)
@@ -29,10 +21,6 @@ class Formerly:
     value: object
 
 
-COUNT = Rule("must be positive", lambda value: value >= 1)
-NOT_NEGATIVE = Rule("must not be negative", lambda value: 0 <= value < math.inf)
-RATE = Rule("must be in [0, 1)", lambda value: 0 <= value < 1)
-SECONDS = Rule("must be a positive number of seconds", lambda value: 0 < value < math.inf)
 DEMO_RUN = Path("runs/demo")
 DEMO_RUNS = {"binding": DEMO_RUN, "synchrony": Path("runs/synchrony-demo")}  # by scenes
 FRESH = "none"  # in place of a checkpoint
@@ -189,19 +177,6 @@ def checked(parse: Callable[..., LoopConfig]) -> Callable[..., LoopConfig]:
     return parse_and_check
 
 
-# --- what is declared beside a setting ----------------------------------------------------------------------
-
-
-def marks(kind: type) -> Iterator[tuple[str, object]]:
-    """Each setting of a class with each of its marks, those of the classes it builds on first: a class that
-    declares a setting anew, for another default, keeps the marks.
-    """
-    for base in reversed(kind.__mro__):
-        for name, hint in get_annotations(base).items():
-            for mark in getattr(hint, "__metadata__", ()):
-                yield name, mark
-
-
 def check_config(config: LoopConfig) -> None:
     """Raises ValueError naming the option that makes no sense; --data first, which is most often mistaken."""
     if config.data is not None:
@@ -220,25 +195,12 @@ def check_folder(data: Path) -> None:
         raise ValueError(f"--data {data} {what}")
 
 
-def check_rules(config: LoopConfig) -> None:
-    """Raises ValueError naming the option whose value is none that it may have."""
-    rules = {name: mark for name, mark in marks(type(config)) if isinstance(mark, Rule)}
-    for name, rule in rules.items():
-        if not rule.holds(getattr(config, name)):
-            raise ValueError(f"{option(name)} {rule.wish}, got {getattr(config, name)}")
-
-
 def settings_of(config: LoopConfig, *, fixed: bool = False) -> dict:
     """The settings that describe a run, ready for JSON; or only those that are fixed from its first start."""
     names = {name for name, mark in marks(type(config)) if mark is ONCE or fixed and mark in (FREE, LENGTH)}
     settings = {name: value for name, value in asdict(config).items() if name not in names}
     paths = {name: str(value.resolve()) for name, value in settings.items() if isinstance(value, Path)}
     return json.loads(json.dumps(settings | paths))
-
-
-def option(name: str) -> str:
-    """The name of a setting on the command line."""
-    return "--" + name.replace("_", "-")
 
 
 # --- the way through the data -------------------------------------------------------------------------------
