@@ -280,6 +280,15 @@ def test_a_table_names_the_files_of_sounds(files, tmp_path, monkeypatch):
         main(PredictConfig(str(tmp_path / "model"), (files["both"],), out=tmp_path / "a.csv"))
 
 
+def test_where_nothing_can_be_written_nothing_is_said(classifier, files, tmp_path, monkeypatch):
+    monkeypatch.setattr("avfuse.predict.load", lambda path: pytest.fail("the work began"))
+    (tmp_path / "a.csv").mkdir()
+    (tmp_path / "file").touch()
+    for option, path in ("out", "a.csv"), ("out", "file/a.json"), ("pictures", "file"):
+        with pytest.raises(ValueError, match=f"--{option} .*{path}.* cannot be written: "):
+            main(PredictConfig(classifier, (files["both"],), **{option: tmp_path / path}))
+
+
 @pytest.mark.parametrize("suffix", ["json", "csv"])
 def test_windows_of_several_videos_in_one_file(classifier, files, tmp_path, suffix, capsys):
     videos, out = (files["both"], files["broken"], files["silent"]), tmp_path / f"new/answers.{suffix}"

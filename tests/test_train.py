@@ -247,6 +247,8 @@ def test_a_run_folder_that_cannot_be_written_is_refused_before_the_data_are_look
         ValueError, match="--run-dir .*/file/runs/a cannot be written: .*/file is not a folder"
     ):
         loop.set_up(config, Pretraining)
+    with pytest.raises(ValueError, match="--run-dir .* is the folder of --data"):
+        loop.set_up(replace(config, run=tmp_path / "shut/.."), Pretraining)
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path / "shut")  # as of a guest
     config = replace(config, run=tmp_path / "shut/runs/a")
     with pytest.raises(ValueError, match="--run-dir .*/runs/a cannot be written: .*/shut is read-only"):

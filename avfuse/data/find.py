@@ -175,7 +175,8 @@ def _hold_out(
         return {}
     drawn = f"--test-share {share:g}, by the names of recordings and --seed {seed}"
     if any(known):
-        drawn = f"{sum(map(bool, known))} clips stay on the side that they had, others: {drawn}"
+        others = "" if all(known) else f", others: {drawn}"
+        drawn = f"{sum(map(bool, known))} clips stay on the side that they had{others}"
     held = f"{len(test)} of {len(clips)} are held out, {len(test) / len(clips):.1%}"
     say(printable(f"{root} names no clips to test on: {held} ({drawn})"))
     return dict(train=train, test=test)

@@ -46,6 +46,8 @@ def check_run(config: LoopConfig) -> LoopConfig:
     run = config.run
     if run.exists() and not run.is_dir():
         raise ValueError(f"--run-dir {printable(run)} is not a folder")
+    if config.data is not None and run.resolve() == config.data.resolve():
+        raise ValueError(f"--run-dir {printable(run)} is the folder of --data: give it its own")
     above = next(path for path in (run, *run.absolute().parents) if path.exists())
     if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
         why = "is read-only" if above.is_dir() else "is not a folder"
