@@ -62,6 +62,7 @@ setup(
         "demo": ["gradio>=6.31,<7"],  # needs pillow<13
         "eval": ["vggsounder>=1.0,<2"],  # labels of VGGSounder, and its metrics
         "mteb": ["mteb>=2.26,<3"],  # tested by hand: a harness of text models, with what these need
+        "parquet": ["pyarrow>=21"],  # tables of features and of answers
         "onnx": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"],
         "xformers": ["xformers>=0.0.35"],  # operators for CUDA alone, built for torch 2.10: none beside 2.15
     },

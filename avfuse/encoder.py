@@ -27,6 +27,7 @@ from .fusion import NORM_EPS, STATE, VARIANTS, Stream, Variant
 from .graphs import CudaGraphs
 from .inputs import InputSettings, ask_for_inputs, audio_times, check_inputs, default_inputs, middles
 from .ops.residual_norm import residual_norm
+from .predictor import Predictor
 from .pretrained import Pretrained, parameter_groups
 from .vit import (
     build_vit,
@@ -41,6 +42,8 @@ from .vit import (
     without_head,
 )
 
+FEATURES = ("image", "audio", "fusion")
+
 
 class EncoderOutput(NamedTuple):
     """Normalised tokens of the last layer; `layers`, on request, those of every layer before the norm."""
@@ -51,7 +54,12 @@ class EncoderOutput(NamedTuple):
     layers: "list[EncoderOutput] | None" = None
 
 
-class AVEncoder(nn.Module, Pretrained):
+def pool(tokens: EncoderOutput) -> dict[str, Tensor]:
+    """The means of all image, audio and fusion tokens, (B, D) each; what is None is left out."""
+    return {name: t.flatten(1, -2).mean(1) for name in FEATURES if (t := getattr(tokens, name)) is not None}
+
+
+class AVEncoder(nn.Module, Predictor, Pretrained):
     """Early-fusion audio-visual encoder (paper Sec. 3.1): two timm ViTs joined by fusion tokens.
 
     In a fused layer, all three branches update from the layer before (Eq. 1-3): the fusion block reads the
@@ -288,6 +296,12 @@ class AVEncoder(nn.Module, Pretrained):
             self.fusion_norm(last.fusion),
             layers if return_layers else None,
         )
+
+    def predicted(self, image: Tensor | None, audio: Tensor | None) -> dict[str, Tensor]:
+        """{"image", "audio", "fusion"} -> the mean (D,) of these tokens of a batch of one, on the CPU,
+        without what the clip lacks.
+        """
+        return {name: mean[0].float().cpu() for name, mean in pool(self(image, audio)).items()}
 
     def _slow_forward(self, *_, **__):  # runs in the place of `forward` while PyTorch traces
         raise ValueError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .encoder import AVEncoder
-from .files import aside
+from .files import aside, check_target
 from .tasks.classifier import Classifier
 
 ONE_FILE = 2**30  # bytes of weights: protobuf has no file of 2 GiB
@@ -60,6 +60,7 @@ def export(model: AVEncoder | Classifier, path: str | Path) -> None:
         raise ValueError(f"model must be an AVEncoder or a Classifier, got a {type(model).__name__}")
     if path.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"path must end on .onnx or .pt2, got {str(path)!r}")
+    check_target("path", path)
     if path.suffix == ".onnx":
         check_onnx()
     encoder = getattr(model, "encoder", model)
@@ -71,7 +72,6 @@ def export(model: AVEncoder | Classifier, path: str | Path) -> None:
     # The graph of a single clip would be for single clips.
     clips = {name: encoder.fusion_tokens.new_zeros(3, *shape) for name, shape in encoder.input_shapes.items()}
     training = model.training
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         model.eval()
         write = write_onnx if path.suffix == ".onnx" else write_program

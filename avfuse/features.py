@@ -1,7 +1,7 @@
 """Features of any folder of videos in one file: `python -m avfuse.features FOLDER OUT.safetensors`."""
 
 from .command import begin, read
-from .options import FeaturesConfig
+from .options import TABLES, FeaturesConfig
 
 if __name__ == "__main__":
     begin("avfuse.features", read(FeaturesConfig))
@@ -13,7 +13,7 @@ from .data.clips import Failure
 from .data.find import find_data
 from .data.table import ClipTable
 from .data.workers import share_cores
-from .files import printable
+from .files import check_target, printable, write_table
 from .loading import load_encoder
 from .training.features import (
     FEATURES,
@@ -21,6 +21,7 @@ from .training.features import (
     name_failures,
     read_features,
     save_features,
+    table_rows,
     windows_of,
 )
 
@@ -31,7 +32,7 @@ def main(config: FeaturesConfig) -> None:
     """Raises:
     ValueError: a setting is wrong, or there is no clip that can be read.
     """
-    config.out.parent.mkdir(parents=True, exist_ok=True)  # if that fails, then before the work
+    check_target("--out", config.out)
     share_cores(config.threads, config.workers)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     encoder = load_encoder(config.checkpoint).to(device)
@@ -44,10 +45,14 @@ def main(config: FeaturesConfig) -> None:
     features = extract(encoder, clips, batch_size=config.batch_size, **options)
     broken = [Failure(-1, error.path, error.reason) for error in found.unreadable]
     features = features._replace(failures=broken + features.failures)
-    protocol = windows_of(encoder.inputs, config.windows, "features")
-    if config.every is not None:
-        protocol += f", every {config.every:g} s"
-    save_features(config.out, features, config.folder, config.checkpoint, protocol)
+    if config.out.suffix in TABLES:
+        window = encoder.inputs.audio_seconds if config.windows == 1 else None
+        write_table(config.out, table_rows(features, config.folder, clips.classes, window))
+    else:
+        protocol = windows_of(encoder.inputs, config.windows, "features")
+        if config.every is not None:
+            protocol += f", every {config.every:g} s"
+        save_features(config.out, features, config.folder, config.checkpoint, protocol)
     shapes = ", ".join(f"{name} {tuple(features.tensors[name].shape)}" for name in FEATURES)
     print(printable(f"{config.out}: {shapes}"))
     if features.failures:

@@ -1,7 +1,8 @@
-"""Files: written whole or not at all, kept inside a folder; text from outside, made fit for a terminal,
-Markdown or HTML.
+"""Files and tables: written whole or not at all, kept inside a folder; text from outside, made fit for a
+terminal, Markdown or HTML.
 """
 
+import csv
 import html
 import json
 import os
@@ -26,7 +27,7 @@ def aside(path: Path, *, synced: bool = False) -> Iterator[Path]:
         path: the file to write; if it is a link, the link is replaced, not what it leads to.
         synced: whether the content must be on the disk before the file gets its name.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial = partial_of(path)
     try:
         partial.unlink(missing_ok=True)  # it may be a link
         yield partial
@@ -38,6 +39,10 @@ def aside(path: Path, *, synced: bool = False) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def partial_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
 def write_text(path: Path, text: str, *, errors: str = "strict", synced: bool = False) -> None:
     """Writes a text file aside, in UTF-8; `errors` says what becomes of characters that it cannot hold."""
     with aside(path, synced=synced) as partial:
@@ -46,6 +51,38 @@ def write_text(path: Path, text: str, *, errors: str = "strict", synced: bool = 
 
 def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def check_target(option: str, path: Path) -> None:
+    """Raises ValueError unless a file can be written at `path`, by beginning one; folders above are made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        partial = partial_of(path)
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        raise ValueError(f"{option} {printable(path)} cannot be written: {error.strerror}") from error
+
+
+def write_table(path: Path, rows: Iterable[dict]) -> None:
+    """Writes a .csv or, by pyarrow, a .parquet file: a column for each name that a row has. What a row lacks
+    stays empty; bytes of names that are no Unicode are escaped.
+    """
+    rows = list(rows)
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    for cells in columns.values():
+        cells[:] = [unicode(cell) if isinstance(cell, str) else cell for cell in cells]
+    with aside(path) as partial:
+        if path.suffix == ".parquet":
+            from pyarrow import parquet, table
+
+            parquet.write_table(table(columns), partial)
+            return
+        with open(partial, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([columns, *zip(*columns.values(), strict=True)])
 
 
 # --- JSON lines ---------------------------------------------------------------------------------------------
@@ -113,6 +150,11 @@ def some(names: Sequence[object], most: int = NAMED, *, separator: str = ", ") -
 def printable(text: object) -> str:
     """For a terminal: one line, in which what is not printable is escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def unicode(name: str) -> str:
+    """A name of a file, or of a class, in which bytes that are no UTF-8 are escaped."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def in_html(text: object) -> str:

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, layer_norm, normalize, pad
 from .checks import check_count, check_flag, check_mask, check_tensor, is_number, without_autocast
 from .encoder import AVEncoder, EncoderOutput
 from .fusion import initialize_linear
+from .predictor import Predictor
 from .pretrained import Pretrained, parameter_groups
 from .vit import input_shape, per_frame, split_prefix
 
@@ -37,7 +38,7 @@ class MAEOutput(NamedTuple):
     contrastive_loss: Tensor | None = None
 
 
-class AVMAE(nn.Module, Pretrained):
+class AVMAE(nn.Module, Predictor, Pretrained):
     """Audio-visual masked autoencoder (paper Eq. 14-16).
 
     Args:
@@ -158,6 +159,10 @@ class AVMAE(nn.Module, Pretrained):
             audio_removed,
             contrastive_loss,
         )
+
+    def predicted(self, image: Tensor | None, audio: Tensor | None) -> dict[str, Tensor]:
+        """What its encoder says, see `AVEncoder.predicted`."""
+        return self.encoder.predicted(image, audio)
 
     def mask(self, name, pixels, removed):
         """Hidden patches (B, N) bool, given or drawn at the ratio, and the indices (B, n) of the others."""

@@ -158,9 +158,6 @@ def identifier(name: str, joint: str) -> str:
 
 
 def introduction(title: str, saved_as: str, home: str) -> str:
-    use = 'model.predict("VIDEO.mp4")'
-    if saved_as in ("AVMAE", "AVEncoder"):
-        use = 'encoder(*avfuse.read_clip("VIDEO.mp4", encoder.inputs))'
     return f"""# Audio-visual {title}
 
 A model of the library avfuse: image and audio transformers joined by fusion tokens. `config.json` carries its
@@ -173,7 +170,7 @@ import avfuse
 
 model = avfuse.load("FOLDER_OR_NAME")  # {home}.{saved_as}.from_pretrained("FOLDER_OR_NAME")
 encoder = avfuse.load_encoder("FOLDER_OR_NAME")  # an AVEncoder, in eval mode
-print({use})
+print(model.predict("VIDEO.mp4"))
 ```"""
 
 

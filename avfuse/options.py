@@ -1,7 +1,7 @@
 """What the commands without a run folder can be told. Nothing here brings torch."""
 
-import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,9 +9,10 @@ import tyro
 
 from .choices import DataSet
 from .command import SAID
+from .rules import COUNT, NOT_NEGATIVE, SECONDS, Rule, check_rules
 from .training.settings import check_folder
 
-SUFFIXES = (".json", ".csv", ".parquet")
+TABLES = (".csv", ".parquet")
 
 
 @dataclass(kw_only=True)
@@ -21,11 +22,17 @@ class FeaturesConfig:
     Of a clip, the model sees one frame and the seconds of sound that it takes (3 s by default): those in the
     middle, with --windows the mean over several, or with --every as many windows as there are, a row each.
 
-    What comes out is one safetensors file: image, audio, fusion (clips, width), and image_present and
-    audio_present, which are False where a clip lacks that modality (its row is zeros), and label_NAME for
-    each label of a data set. The paths of the rows are in the file's metadata, and so are the clips that
-    cannot be read, with the reason; these have no row. Windows have a start, in seconds.
-    `avfuse.features.read_features` reads it back. It is written at the end, whole or not at all.
+    What comes out is one file, by its suffix a table or safetensors, written at the end, whole or not at all.
+    Clips that cannot be read have no row.
+
+    A table, .csv or .parquet (which needs avfuse[parquet]), has a row for each clip or window: video, its
+    path below --data; start, in seconds; label_NAME for each label of a data set; missing, what the clip
+    lacks; and image_0, image_1, ... audio_0, ... fusion_0, ..., empty where it does.
+
+    safetensors hold image, audio, fusion (clips, width), and image_present and audio_present, which are False
+    where a clip lacks that modality (its row is zeros), label_NAME, and of --every the start. The paths of
+    the rows are in the file's metadata, and so are the clips that cannot be read, with the reason.
+    `avfuse.features.read_features` reads it back.
     """
 
     paths: tyro.conf.Positional[
@@ -38,28 +45,28 @@ class FeaturesConfig:
     data_set: DataSet = "auto"
     """How that folder is laid out; auto tells by its manifest (`python -m avfuse.data check`) or files."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], help_behavior_hint="(required)")] = None
-    """File to write, such as features.safetensors; one that is there is replaced."""
+    """File to write: .csv, .parquet or .safetensors; one that is there is replaced."""
     checkpoint: str
     """Whose encoder: a run folder, a saved model, a name on the Hugging Face hub, or a released DeepAVFusion
     file."""
-    every: Annotated[float | None, SAID] = None
+    every: Annotated[float | None, SAID, SECONDS] = None
     """Seconds between the beginnings of windows, as long as a whole one is left. Default: the one in the
     middle of each clip."""
-    windows: int = 1
+    windows: Annotated[int, COUNT] = 1
     """Windows of each clip, evenly from its start to its end, over which features are averaged; 1 = the
     middle."""
     tokens: bool = False
     """Add all tokens: image_tokens, audio_tokens, fusion_tokens (clips, tokens, width). Everything is held in
     memory until it is written."""
-    batch_size: int = 32
+    batch_size: Annotated[int, COUNT] = 32
     """Clips that are encoded at once; changes speed and memory, not what comes out."""
     missing: Literal["drop", "keep"] = "keep"
     """What becomes of clips without sound or without pictures."""
-    clip_timeout: float = 60.0
+    clip_timeout: Annotated[float, SECONDS] = 60.0
     """Seconds a worker may take over one clip before it is given up as unreadable."""
-    workers: Annotated[int, tyro.conf.arg(aliases=["-j"])] = 2
+    workers: Annotated[int, tyro.conf.arg(aliases=["-j"]), NOT_NEGATIVE] = 2
     """Processes that read clips."""
-    threads: int = 0
+    threads: Annotated[int, NOT_NEGATIVE] = 0
     """Threads of torch on the CPU. 0 = the cores that the workers leave, at least one; OMP_NUM_THREADS goes
     before that."""
     quiet: Annotated[bool, tyro.conf.arg(aliases=["-q"])] = False
@@ -75,15 +82,12 @@ class FeaturesConfig:
         if self.folder is None or self.out is None:
             raise ValueError("--data and --out are both needed")
         check_folder(self.folder)
-        check_every(self.every)
-        if self.windows < 1:
-            raise ValueError(f"--windows must be positive, got {self.windows}")
+        check_rules(self)
         if self.windows > 1 and (self.every is not None or self.tokens):
             raise ValueError(f"--windows {self.windows} are averaged: leave out --every and --tokens")
-        if self.threads < 0:
-            raise ValueError(f"--threads must not be negative, got {self.threads}")
-        if self.out.suffix != ".safetensors" or self.out.is_dir():
-            raise ValueError(f"--out must be a .safetensors file, got {self.out}")
+        check_suffix(self.out, (".safetensors", *TABLES))
+        if self.tokens and self.out.suffix in TABLES:
+            raise ValueError(f"--tokens are more than a table holds: write .safetensors, not {self.out}")
 
 
 @dataclass
@@ -102,18 +106,19 @@ class PredictConfig:
         tyro.conf.arg(metavar="VIDEO...", help_behavior_hint="(required)"),
     ]
     """Video or sound files."""
-    every: Annotated[float | None, SAID] = None
+    every: Annotated[float | None, SAID, SECONDS] = None
     """Seconds between the beginnings of windows, as long as a whole one is left. Default: the one in the
     middle."""
-    top: int = 3
+    top: Annotated[int, COUNT] = 3
     """Classes that are shown on the screen; a file gets all."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], help_behavior_hint="")] = None
-    """File for all answers: .json, .csv or .parquet (which needs pyarrow). It is written at the end, whole or
-    not at all."""
+    """File for all answers: .json, .csv or .parquet (which needs avfuse[parquet]). It is written at the end,
+    whole or not at all. Of a map a table has the peak, at map_y, map_x of the picture that the model sees,
+    and of a sound the file in --pictures; .json has them in full."""
     pictures: Annotated[Path | None, SAID] = None
     """Folder for pictures: where the model looks and listens, maps of what sounds; of a separator, the
     sounds."""
-    threads: int = 0
+    threads: Annotated[int, NOT_NEGATIVE] = 0
     """Threads of torch on the CPU. 0 = one for each core; OMP_NUM_THREADS goes before that."""
     quiet: Annotated[bool, tyro.conf.arg(aliases=["-q"])] = False
     """Show no progress, only what came out, and faults."""
@@ -121,13 +126,9 @@ class PredictConfig:
     def __post_init__(self):
         if not self.videos:
             raise ValueError("VIDEO... must name at least one file")
-        check_every(self.every)
-        if self.threads < 0:
-            raise ValueError(f"--threads must not be negative, got {self.threads}")
-        if self.top < 1:
-            raise ValueError(f"--top must be a positive integer, got {self.top}")
-        if self.out is not None and self.out.suffix not in SUFFIXES:
-            raise ValueError(f"--out must end in {', '.join(SUFFIXES)}, got {self.out}")
+        check_rules(self)
+        if self.out is not None:
+            check_suffix(self.out, (".json", *TABLES))
 
 
 @dataclass(kw_only=True)
@@ -145,21 +146,20 @@ class DemoConfig:
     """Folder of videos, a few of which are offered to choose from."""
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 = all, open to whoever reaches this machine."""
-    port: int = 7860
+    port: Annotated[int, Rule("must be in 1..65535", lambda value: 0 < value < 65536)] = 7860
     """Port to listen at."""
-    threads: int = 0
+    threads: Annotated[int, NOT_NEGATIVE] = 0
     """Threads of torch on the CPU. 0 = one for each core; OMP_NUM_THREADS goes before that."""
 
     def __post_init__(self):
-        if not 0 < self.port < 65536:
-            raise ValueError(f"--port must be in 1..65535, got {self.port}")
-        if self.threads < 0:
-            raise ValueError(f"--threads must not be negative, got {self.threads}")
+        check_rules(self)
 
 
-def check_every(seconds: float | None) -> None:
-    if seconds is not None and not 0 < seconds < math.inf:
-        raise ValueError(f"--every must be a positive number of seconds, got {seconds}")
+def check_suffix(out: Path, suffixes: tuple[str, ...]) -> None:
+    if out.suffix not in suffixes:
+        raise ValueError(f"--out must end in {', '.join(suffixes)}, got {out}")
+    if out.suffix == ".parquet" and not find_spec("pyarrow"):
+        raise ValueError("--out .parquet needs pyarrow: pip install 'avfuse[parquet]', or write .csv")
 
 
 def run_folder(run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]) -> Path:

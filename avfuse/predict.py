@@ -6,12 +6,11 @@ from .options import PredictConfig
 if __name__ == "__main__":
     begin("avfuse.predict", read(PredictConfig), "cli")
 
-import csv
 import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -21,15 +20,16 @@ from tqdm import tqdm
 from .data.clips import open_window, read_clip, window_starts
 from .data.workers import share_cores
 from .encoder import AVEncoder
-from .files import aside, printable
-from .mae import AVMAE
+from .files import aside, check_target, printable, write_table
 from .progress import progress_bar
 from .tasks.saved import load
 from .tasks.scenes import draw_map
 from .tasks.separate import write_wav
 from .tasks.separator import Separator
-from .training.features import pool
+from .training.features import numbered
 from .training.pictures import draw_attention
+
+WHERE, AFTER = ("video", "start"), ("missing", "file")  # columns before and after what the model says
 
 
 def main(config: PredictConfig) -> int:
@@ -38,14 +38,14 @@ def main(config: PredictConfig) -> int:
     Raises:
         ValueError: a setting is wrong, or there is no model.
     """
-    for folder in (config.out and config.out.parent, config.pictures):
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)  # if that fails, then before the work
-    if config.out is not None and config.out.suffix == ".parquet" and not find_spec("pyarrow"):
-        raise ValueError("--out .parquet needs pyarrow: pip install pyarrow, or write .csv")
+    for option, target in ("--out", config.out), ("--pictures", config.pictures and config.pictures / "*"):
+        if target is not None:
+            check_target(option, target)
     share_cores(config.threads, workers=0)
     model = load(config.model)
-    model = model.encoder if isinstance(model, AVMAE) else model
+    is_table = config.out is not None and config.out.suffix != ".json"
+    if is_table and isinstance(model, Separator) and config.pictures is None:
+        raise ValueError(f"--out {config.out} names the files of sounds, which --pictures FOLDER writes")
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model, answers, failed = model.to(device), [], 0
     encoder = getattr(model, "encoder", model)
@@ -57,11 +57,12 @@ def main(config: PredictConfig) -> int:
         try:
             where, missing = starts(path, encoder, config.every)
             for start in where:
-                answer = dict(video=str(path), start=round(start, 3)) | say(model, path, start)
+                answer = dict(video=str(path), start=round(start, 3)) | model.predict(path, start=start)
                 answer["missing"] = missing
                 tqdm.write(describe(answer, config.top))
                 if config.pictures is not None:
-                    draw(answer, model, path, start, config.pictures / f"{name}-{start:g}s.png")
+                    drawn = draw(answer, model, path, start, config.pictures / f"{name}-{start:g}s.png")
+                    answer["file"] = str(drawn or "")
                 answers.append(answer)
         except ValueError as error:
             failed += 1
@@ -86,16 +87,6 @@ def starts(path: Path, encoder: AVEncoder, every: float | None) -> tuple[list[fl
         return window_starts(streams.seconds, encoder.inputs.audio_seconds, every), missing
 
 
-@torch.no_grad()
-def say(model: nn.Module, path: Path, start: float) -> dict:
-    """The answer for one window: that of the model of a task, or the features of an encoder."""
-    if not isinstance(model, AVEncoder):
-        return model.predict(path, start=start)
-    device = model.fusion_tokens.device
-    clip = (None if x is None else x.to(device) for x in read_clip(path, model.inputs, start=start))
-    return {name: tokens[0].float().cpu() for name, tokens in pool(model(*clip)).items()}
-
-
 def describe(answer: dict, top: int) -> str:
     """Lines for the screen."""
     lacks = f", without {answer['missing']}" if answer["missing"] else ""
@@ -109,52 +100,53 @@ def describe(answer: dict, top: int) -> str:
     return "\n".join(lines)
 
 
-def draw(answer: dict, model: nn.Module, path: Path, start: float, target: Path) -> None:
+def draw(answer: dict, model: nn.Module, path: Path, start: float, target: Path) -> Path | None:
+    """The file that was written: what there was to draw, or the sound to hear."""
     encoder = getattr(model, "encoder", model)
     if isinstance(model, Separator):
-        write_wav(target.with_suffix(".wav"), answer["sound"], answer["sample_rate"])
-        return
+        target = target.with_suffix(".wav")
+        write_wav(target, answer["sound"], answer["sample_rate"])
+        return target
     image, audio = read_clip(path, encoder.inputs, start=start)
     if "map" in answer:
         draw_map(image[0], answer["map"], encoder.inputs, target)
     elif encoder.shows_attention and image is not None and audio is not None:
         device = encoder.fusion_tokens.device
         draw_attention(encoder, dict(image=image.to(device), audio=audio.to(device)), target)
+    else:
+        return None
+    return target
 
 
 def rows(answers: list[dict]) -> Iterator[dict]:
     """Flat rows: of a classifier one for each class, else one for each window, numbers in columns."""
     for answer in answers:
-        where, missing = {name: answer[name] for name in ("video", "start")}, {"missing": answer["missing"]}
-        said = {name: value for name, value in answer.items() if name not in where | missing}
+        where, after = ({name: answer[name] for name in names if name in answer} for names in (WHERE, AFTER))
+        said = {name: value for name, value in answer.items() if name not in where | after}
         if all(isinstance(value, dict) for value in said.values()):
             for by, classes in said.items():
                 odds = ({"by": by, "class": c, "probability": p} for c, p in classes.items())
-                yield from (where | row | missing for row in odds)
+                yield from (where | row | after for row in odds)
         else:
-            columns = {}
-            for name, value in said.items():
-                flat = value.flatten().tolist() if isinstance(value, torch.Tensor) else value
-                columns |= (
-                    {f"{name}_{n}": x for n, x in enumerate(flat)} if isinstance(flat, list) else {name: flat}
-                )
-            yield where | columns | missing
+            columns = (columns_of(name, value) for name, value in said.items())
+            yield where | dict(chain.from_iterable(c.items() for c in columns)) | after
+
+
+def columns_of(name: str, value: torch.Tensor | int) -> dict:
+    """For a table: of a map its highest place, of a sound its highest level, of other values all numbers."""
+    if name == "map":
+        axes = ("frame", "y", "x")[-value.ndim :]
+        place = dict(zip(axes, torch.unravel_index(value.argmax(), value.shape), strict=True))
+        return {"map_peak": value.max().item()} | {f"map_{axis}": n.item() for axis, n in place.items()}
+    if name == "sound":
+        return {"sound_peak": value.abs().max().item()}
+    return numbered(name, value) if isinstance(value, torch.Tensor) else {name: value}
 
 
 def write(path: Path, answers: list[dict]) -> None:
     """All answers in one file, written whole or not at all."""
+    if path.suffix != ".json":
+        write_table(path, rows(answers))
+        return
     with aside(path) as partial:
-        if path.suffix == ".json":
-            partial.write_text(json.dumps(answers, default=torch.Tensor.tolist, indent=1) + "\n")
-            return
-        table = list(rows(answers))
-        names = list(dict.fromkeys(name for row in table for name in row))
-        if path.suffix == ".csv":
-            with open(partial, "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, names)
-                writer.writeheader()
-                writer.writerows(table)
-            return
-        from pyarrow import Table, parquet
-
-        parquet.write_table(Table.from_pylist(table), partial)
+        partial.write_text(json.dumps(answers, default=torch.Tensor.tolist, indent=1) + "\n")

@@ -28,6 +28,9 @@ from .training.settings import FRESH
 from .weights import load_audio_weights, load_image_weights
 
 NO_BETTER = 0.99  # of the loss of predicting zero
+NO_LABELS = (
+    "labels: none, and pretraining needs none; avfuse classify and retrieve take sub-folders for classes"
+)
 PRESENT = ("image_present", "audio_present")
 INPUTS = ("image", "audio", "image_removed", "audio_removed", *PRESENT)
 
@@ -64,7 +67,10 @@ class Pretraining(JudgedTask):
 
     @staticmethod
     def find(config, say):
-        return first_clips(Task.find(config, say), config.probe_clips)
+        found = first_clips(Task.find(config, say), config.probe_clips)
+        if not found.classes:
+            say(NO_LABELS)
+        return found
 
     def describe(self) -> str:
         sizes = [f"{count_parameters(module) / 1e6:.1f} M" for module in (self.model.encoder, self.model)]

@@ -5,16 +5,30 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from typing import get_args
 
 import pytest
+import tyro
 
 from avfuse.__main__ import COMMANDS
 from avfuse.choices import Interactions, Size
+from avfuse.command import read
+from avfuse.data.__main__ import Check, Shard
 from avfuse.data.__main__ import parse as parse_data
+from avfuse.data.sounding_shapes.__main__ import Command
 from avfuse.fusion import VARIANTS
+from avfuse.options import DemoConfig, FeaturesConfig, PredictConfig
 from avfuse.presets import SIZES
-from avfuse.training.recipes import parse
+from avfuse.rules import Rule, check_rules, marks, option
+from avfuse.tasks.options import (
+    ClassifyConfig,
+    LocalizeConfig,
+    RetrieveConfig,
+    SegmentConfig,
+    SeparateConfig,
+)
+from avfuse.training.recipes import TrainConfig, parse
 from avfuse.training.settings import checked
 
 HEAVY = {"torch", "timm", "matplotlib", "accelerate", "torchvision", "huggingface_hub", "sklearn"}
@@ -78,7 +92,10 @@ def test_help_may_be_cut_short(arguments):
         (["classify", "--drop-path", "1"], "--drop-path must be in [0, 1), got 1.0"),
         (["segment", "--missing", "keep"], "--missing keep: each annotated picture needs its sound"),
         (["predict", "run"], "VIDEO... must name at least one file"),
+        (["predict", "run", "a.mp4", "--every", "0"], "--every must be a positive number of seconds"),
+        (["classify", "--windows", "0"], "--windows must be positive, got 0"),
         (["data", "chekc"], "check"),
+        (["data", "shard", "a", "b", "--megabytes", "0"], "--megabytes must be positive, got 0"),
         (["fetures"], "error: no command 'fetures': did you mean features?"),
         (["x"], "error: no command 'x': there are train, classify"),
     ],
@@ -87,6 +104,31 @@ def test_mistakes_are_told_as_soon(arguments, message):
     done = run("-X", "importtime", "-m", "avfuse", *arguments)
     assert done.returncode != 0 and message in done.stdout + done.stderr
     assert "Traceback" not in done.stderr and not imported(done) & HEAVY
+
+
+KINDS = (TrainConfig, ClassifyConfig, RetrieveConfig, SeparateConfig, LocalizeConfig, SegmentConfig)
+OTHERS = (FeaturesConfig, PredictConfig, DemoConfig, Check, Shard, Command)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *OTHERS], ids=lambda kind: kind.__name__)
+def test_errors_name_options_as_the_help_does(kind, capsys):
+    """Of every option with a rule, and of those that say with which settings a run began."""
+    (hidden,) = tyro.conf.Suppress[int].__metadata__
+    suppressed = {name for name, mark in marks(kind) if mark is hidden}
+    ruled = {name for name, mark in marks(kind) if isinstance(mark, Rule)} - suppressed
+    named = {field.name for field in fields(kind)} - suppressed if kind in KINDS else ruled
+    markers = (tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes) if kind is Command else ()
+    with pytest.raises(SystemExit):
+        read(kind, *markers)(args=["--help"])
+    words = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    assert ruled and {option(kind, name) for name in named} <= words
+    for name in ruled:
+        config = object.__new__(kind)
+        for field in fields(kind):
+            object.__setattr__(config, field.name, None)
+        object.__setattr__(config, name, -1)
+        with pytest.raises(ValueError, match=rf"^{option(kind, name)} must .*, got -1$"):
+            check_rules(config)
 
 
 def test_former_names_of_options_are_taken():

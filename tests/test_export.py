@@ -147,6 +147,9 @@ def test_tracing_is_refused(wrapped, tmp_path):
 def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="model must be an AVEncoder or a Classifier, got a AVMAE"):
         avfuse.export(avfuse.AVMAE(made()), tmp_path / "a.onnx")
+    with pytest.raises(ValueError, match="path .*a.pt2 cannot be written: it is a folder"):
+        (tmp_path / "a.pt2").mkdir()
+        avfuse.export(made(), tmp_path / "a.pt2")
     with pytest.raises(ValueError, match=r"path must end on \.onnx or \.pt2, got"):
         avfuse.export(made(), tmp_path / "a.pth")
     monkeypatch.setitem(sys.modules, "onnxscript", None)

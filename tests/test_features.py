@@ -1,5 +1,6 @@
 """Feature files: against the encoder itself, whatever the batch; and what is left out of them."""
 
+import csv
 import os
 import shutil
 from pathlib import Path
@@ -12,8 +13,9 @@ from videos import write_video
 from avfuse import AVEncoder, create_encoder, read_clip
 from avfuse.data.check import check
 from avfuse.data.clips import ClipDataset
-from avfuse.data.find import find_data
+from avfuse.data.find import find_data, list_data
 from avfuse.data.shards import shard
+from avfuse.data.sounding_shapes.build import generate
 from avfuse.features import FEATURES, FeaturesConfig, extract, main, read_features
 from avfuse.weight_files import read_metadata
 
@@ -87,6 +89,45 @@ def test_windows_of_every_clip(saved, tmp_path, capsys):
         for name in FEATURES:
             expected = torch.zeros(1) if getattr(truth, name) is None else getattr(truth, name)[0].mean(0)
             assert torch.allclose(tensors[name][row], expected, atol=1e-4), (path, start, name)
+
+
+@pytest.mark.parametrize("every", [None, 1.0])
+def test_a_table_has_the_rows_of_the_tensors(saved, tmp_path, every):
+    folder = tmp_path / "clips"
+    for name, seconds in (("a/long.mp4", 5.0), ("a/short.mp4", 1.0), ("b/deaf.mp4", 4.0)):
+        write_video(folder / name, seconds, audio="deaf" not in name)
+    options = dict(folder=folder, checkpoint=str(saved), every=every, workers=0)
+    for name in "f.safetensors", "f.csv":
+        main(FeaturesConfig(out=tmp_path / name, **options))
+    tensors, paths = read_features(tmp_path / "f.safetensors")
+    with open(tmp_path / "f.csv") as file:
+        rows = list(csv.DictReader(file))
+    starts = dict(long=[1.0], short=[0.0], deaf=[0.5])
+    if every:
+        starts = dict(long=[0.0, 1.0, 2.0], short=[0.0], deaf=[0.0, 1.0])
+    assert [row["video"] for row in rows] == paths
+    files = dict.fromkeys(paths)
+    assert [float(row["start"]) for row in rows] == [s for path in files for s in starts[Path(path).stem]]
+    for n, row in enumerate(rows):
+        assert row["missing"] == ("sound" if "deaf" in row["video"] else "")
+        for name in FEATURES:
+            cells = [row[f"{name}_{column}"] for column in range(192)]
+            if row["missing"] and name == "audio":
+                assert cells == [""] * 192
+            else:
+                assert [float(cell) for cell in cells] == tensors[name][n].tolist()
+
+
+def test_a_table_names_the_labels(saved, tmp_path):
+    folder = generate(tmp_path / "shapes", train=2, test=1, size=64, progress=False)
+    main(FeaturesConfig(folder=folder, out=tmp_path / "f.csv", checkpoint=str(saved), workers=0))
+    listing = list_data(folder)
+    clips = {str(clip.path.relative_to(folder)): clip for _, clip in listing.clips()}
+    with open(tmp_path / "f.csv") as file:
+        for row in csv.DictReader(file):
+            labels = {f"label_{n}": listing.classes[n][k] for n, k in clips.pop(row["video"]).labels.items()}
+            assert len(labels) == 2 and labels.items() <= row.items()
+    assert not clips
 
 
 def test_means_over_windows_of_every_clip(saved, tmp_path):
@@ -167,17 +208,20 @@ def test_names_that_are_not_unicode(folder, saved, tmp_path):
     assert [os.fsencode(path) for path in read_features(tmp_path / "out.safetensors")[1]] == [b"\xfe.mp4"]
 
 
-def test_where_nothing_can_be_written_nothing_is_computed(folder, saved, tmp_path):
+def test_where_nothing_can_be_written_nothing_is_computed(saved, tmp_path, monkeypatch):
     (tmp_path / "a.safetensors").mkdir()
     (tmp_path / "file").touch()
-    for out, error in ("a.safetensors", ValueError), ("file/a.safetensors", OSError):
-        with pytest.raises(error, match=out.split("/")[0]):
+    monkeypatch.setattr("avfuse.features.load_encoder", lambda path: pytest.fail("the work began"))
+    for out in "a.safetensors", "file/a.safetensors", "/proc/a.csv", f"{'a' * 250}.csv":
+        with pytest.raises(ValueError, match=f"--out .*{out} cannot be written: "):
             main(FeaturesConfig(folder=tmp_path, out=tmp_path / out, checkpoint=str(saved)))
+    assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "file"}
 
 
 def test_mistakes_are_explained(folder, saved, tmp_path):
     for wrong, message in (
-        (dict(out=tmp_path / "out.pt"), "out must be a .safetensors file"),
+        (dict(out=tmp_path / "out.pt"), "--out must end in .safetensors, .csv, .parquet, got"),
+        (dict(out=tmp_path / "out.csv", tokens=True), "--tokens are more than a table holds"),
         (dict(every=0.0), "--every must be a positive number of seconds, got 0.0"),
         (dict(folder=tmp_path / "none"), "--data .*none does not exist"),
         (dict(windows=0), "--windows must be positive, got 0"),

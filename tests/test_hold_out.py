@@ -47,6 +47,36 @@ def test_the_seed_and_the_name_decide():
     assert split([f"birds/{n}.mp4" for n in range(99)] + MANY)[1][-len(test) :] == test
 
 
+@pytest.mark.parametrize("share", [0.2, 0.4])
+@pytest.mark.parametrize("names", ["{}/{}", "clips/{1}", "{}/{}x/1"], ids=str)
+@pytest.mark.parametrize("count", [29, 30, 92])
+def test_of_few_clips_the_nearest_number_is_held_out(names, count, share):
+    """Of each class one at least, and of each four."""
+    names = [names.format("abcd"[n % 4], n) + ".mp4" for n in range(count)]
+    for seed in range(20):
+        train, test = split(names, share=share, seed=seed)
+        assert len(test) == round(share * count)
+        if names[0].startswith("a/"):
+            assert {name[0] for name in test} == {name[0] for name in train} == set("abcd")
+
+
+def test_the_share_counts_clips_however_many_a_recording_has():
+    sizes = [30, 12, 7, 5, 4, 3, 3, 2, 2, 1, 1, 1]
+    names = [f"a/talk{chr(97 + r)}_{n}.mp4" for r, size in enumerate(sizes) for n in range(size)]
+    for seed in range(20):
+        train, test = split(names, seed=seed)
+        assert abs(len(test) - 14.2) < 2
+        left = {sum(name.startswith(one[:7]) for name in train) for one in train}
+        assert min(abs(len(test) + size - 14.2) for size in left) >= abs(len(test) - 14.2)
+
+
+def test_a_class_is_not_held_out_whole_for_the_share():
+    names = [f"{kind}/{n}.mp4" for kind in "ab" for n in range(2)]
+    for seed in range(20):
+        train, test = split(names, share=0.9, seed=seed)
+        assert {name[0] for name in train} == {name[0] for name in test} == set("ab")
+
+
 @pytest.mark.parametrize("count", [2, 3, 7])
 @pytest.mark.parametrize("seed", range(20))
 def test_every_class_is_on_both_sides(count, seed):
@@ -151,8 +181,8 @@ def test_what_is_held_out_is_said_first(folder):
     found, said = find(folder, test_share=0.2)
     held = len(found.test)
     assert said[0] == (
-        f"{folder} names no clips to test on: {held} of 10 are held out (--test-share 0.2 of the recordings, "
-        "by their names and --seed 0)"
+        f"{folder} names no clips to test on: 2 of 10 are held out, 20.0% (--test-share 0.2, by the names of "
+        "recordings and --seed 0)"
     )
     assert not {clip.path for clip in found.train} & {clip.path for clip in found.test} and found.held_out
     assert found.coverage == dict(train=(10 - held, 10 - held), test=(held, held))
@@ -173,6 +203,10 @@ def test_a_folder_that_names_them_is_taken_at_its_word(folder, tmp_path, name):
     (tmp_path / name).symlink_to(folder / "cat")
     found, said = find(tmp_path, test_share=0.2)
     assert (len(found.train), len(found.test)) == (10, 5) and not found.held_out
+    assert said[-1] == f"splits: train/ to train on, {name}/ to test on, by the names of folders"
+    said = []
+    Pretraining.find(TrainConfig(data=tmp_path, workers=0, run=tmp_path / "run"), said.append)
+    assert said[-1].startswith("labels: none, and pretraining needs none")
 
 
 def test_train_alone_holds_the_classes(folder, tmp_path):
@@ -198,6 +232,19 @@ def test_pretraining_and_tasks_hold_out_the_same_and_keep_it(folder, tmp_path, m
         assert results["split"] == "held-out clips (a share of 0.2, seed 0)"
         assert results["coverage"]["judged"] == len(held[-1].splitlines()) == results["coverage"]["expected"]
     assert held[0] == held[1]
+
+
+def test_a_run_that_held_out_another_number_goes_on_with_that(folder, tmp_path, monkeypatch):
+    """As runs did for which each recording was drawn by itself, however few there were."""
+    monkeypatch.setattr(Pretraining, "draw", lambda *_: None)
+    options = dict(data=folder, epochs=1, warmup_epochs=0, batch_size=4, workers=0, run=tmp_path / "run")
+    with monkeypatch.context() as before:
+        before.setattr("avfuse.data.hold_out.ALONE", 0)
+        assert program(TrainConfig(**options, seed=6), Pretraining) == 0
+    held = (tmp_path / "run/held-out.txt").read_text()
+    assert len(held.splitlines()) == 4 != len(find(folder, test_share=0.2, seed=6)[0].test)
+    assert program(TrainConfig(**options, seed=6), Pretraining) == 0
+    assert (tmp_path / "run/held-out.txt").read_text() == held
 
 
 def test_a_run_of_before_goes_on_without(folder, tmp_path, monkeypatch):
@@ -269,7 +316,7 @@ def test_a_task_tests_on_no_clip_that_its_encoder_was_trained_on(folder, pretrai
     found = Classification.find(ClassifyConfig(**options, **more), said.append)
     held = (pretrained / "held-out.txt").read_text().splitlines()
     assert [str(clip.path) for clip in found.test] == held and len(found.train) == 10 - len(held)
-    assert "10 clips stay on the side that they had" in said[0]
+    assert said[0].endswith("(10 clips stay on the side that they had)")
     assert found.test_name == "held-out clips (a share of 0.2, seed 0)"
 
 

@@ -16,11 +16,11 @@ ROOT = Path(__file__).parents[1]
 # for a module, and for all that is in it if it is a folder.
 ROOMS = {
     "kernels": "kernels",
-    "ground": "checks choices command files lazy process progress weight_files",
+    "ground": "checks choices command files lazy process progress rules weight_files",
     "ops": "ops",
     "parts": "inputs vit branch fusion folding graphs",
-    "model": "encoder mae presets model_card pretrained released loading weights",
     "data": "data",
+    "model": "predictor encoder mae presets model_card pretrained released loading weights",
     "training": "training",
     "tasks": "tasks",
     "commands": "options train exporting features predict evaluation report demo __main__",

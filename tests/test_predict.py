@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import wave
 from pathlib import Path
@@ -17,6 +18,7 @@ import avfuse
 from avfuse import AVMAE, AVEncoder, InputSettings, read_clip
 from avfuse.data.clips import Clip, ClipDataset
 from avfuse.loading import load_model
+from avfuse.options import FeaturesConfig
 from avfuse.predict import PredictConfig, main
 from avfuse.tasks.classifier import Classifier
 from avfuse.tasks.localize import Localizer
@@ -226,19 +228,65 @@ def classifier(tmp_path):
 
 
 def test_what_parquet_needs_is_said_before_the_work(classifier, files, tmp_path, monkeypatch):
-    monkeypatch.setattr("avfuse.predict.find_spec", lambda name: None)
-    monkeypatch.setattr("avfuse.predict.load", lambda path: pytest.fail("the work began"))
-    with pytest.raises(ValueError, match="--out .parquet needs pyarrow: pip install pyarrow, or write .csv"):
-        main(PredictConfig(classifier, (files["both"],), out=tmp_path / "answers.parquet"))
+    monkeypatch.setattr("avfuse.options.find_spec", lambda name: None)
+    message = r"--out .parquet needs pyarrow: pip install 'avfuse\[parquet\]', or write .csv"
+    with pytest.raises(ValueError, match=message):
+        PredictConfig(classifier, (files["both"],), out=tmp_path / "answers.parquet")
+    with pytest.raises(ValueError, match=message):
+        FeaturesConfig(folder=tmp_path, checkpoint=classifier, out=tmp_path / "features.parquet")
 
 
-def test_a_parquet_file_has_the_rows_of_a_csv_file(classifier, files, tmp_path):
+@pytest.mark.parametrize("kind", [Classifier, AVEncoder])
+def test_a_parquet_file_has_the_rows_of_a_csv_file(kind, files, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
+    make(kind).save_pretrained(tmp_path / "model")
+    videos = files["dark"], files["both"]  # the first has fewer columns
     for name in "answers.csv", "answers.parquet":
-        assert main(PredictConfig(classifier, (files["both"],), out=tmp_path / name)) == 0
+        assert main(PredictConfig(str(tmp_path / "model"), videos, out=tmp_path / name)) == 0
     rows = parquet.read_table(tmp_path / "answers.parquet").to_pylist()
     with open(tmp_path / "answers.csv") as file:
-        assert [{k: str(v) for k, v in row.items()} for row in rows] == list(csv.DictReader(file))
+        told = [{k: "" if v is None else str(v) for k, v in row.items()} for row in rows]
+        assert told == list(csv.DictReader(file))
+
+
+def test_names_that_are_no_unicode_are_escaped_in_a_table(classifier, files, tmp_path):
+    odd = Path(os.fsdecode(bytes(tmp_path) + b"/\xff.mp4"))
+    shutil.copy(files["both"], odd)
+    assert main(PredictConfig(classifier, (odd,), out=tmp_path / "answers.csv")) == 0
+    rows = list(csv.DictReader((tmp_path / "answers.csv").open()))
+    assert {row["video"] for row in rows} == {f"{tmp_path}/\\xff.mp4"}
+
+
+def test_a_table_has_the_peak_of_a_map(files, tmp_path):
+    make(Localizer).save_pretrained(tmp_path / "model")
+    out, pictures = tmp_path / "a.csv", tmp_path / "looks"
+    main(PredictConfig(str(tmp_path / "model"), (files["both"],), out=out, pictures=pictures))
+    (row,) = csv.DictReader(out.open())
+    assert list(row) == ["video", "start", "map_peak", "map_y", "map_x", "missing", "file"]
+    sounding = make(Localizer).predict(files["both"])["map"]
+    assert float(row["map_peak"]) == pytest.approx(sounding[int(row["map_y"]), int(row["map_x"])].item())
+    assert float(row["map_peak"]) == pytest.approx(sounding.max().item()) and Path(row["file"]).is_file()
+
+
+def test_a_table_names_the_files_of_sounds(files, tmp_path, monkeypatch):
+    make(Separator).save_pretrained(tmp_path / "model")
+    options = dict(out=tmp_path / "a.csv", pictures=tmp_path / "sounds")
+    main(PredictConfig(str(tmp_path / "model"), (files["both"],), **options))
+    (row,) = csv.DictReader((tmp_path / "a.csv").open())
+    assert row["file"] == str(tmp_path / "sounds/both-1.5s.wav") and Path(row["file"]).is_file()
+    assert list(row) == ["video", "start", "sound_peak", "sample_rate", "missing", "file"]
+    monkeypatch.setattr(Separator, "predict", lambda *_: pytest.fail("the work began"))
+    with pytest.raises(ValueError, match="a.csv names the files of sounds, which --pictures FOLDER writes"):
+        main(PredictConfig(str(tmp_path / "model"), (files["both"],), out=tmp_path / "a.csv"))
+
+
+def test_where_nothing_can_be_written_nothing_is_said(classifier, files, tmp_path, monkeypatch):
+    monkeypatch.setattr("avfuse.predict.load", lambda path: pytest.fail("the work began"))
+    (tmp_path / "a.csv").mkdir()
+    (tmp_path / "file").touch()
+    for option, path in ("out", "a.csv"), ("out", "file/a.json"), ("pictures", "file"):
+        with pytest.raises(ValueError, match=f"--{option} .*{path}.* cannot be written: "):
+            main(PredictConfig(classifier, (files["both"],), **{option: tmp_path / path}))
 
 
 @pytest.mark.parametrize("suffix", ["json", "csv"])
@@ -303,6 +351,7 @@ def test_features_of_an_encoder(files, tmp_path, pretrained):
     encoder = make(AVEncoder)
     saved = AVMAE(encoder, decoder_dim=16, decoder_depth=1, decoder_heads=2) if pretrained else encoder
     saved.save_pretrained(tmp_path / "model")
+    answer = avfuse.load(tmp_path / "model").predict(files["both"], start=1.5)
     assert main(PredictConfig(str(tmp_path / "model"), (files["both"],), out=tmp_path / "f.csv")) == 0
     (row,) = csv.DictReader((tmp_path / "f.csv").open())
     truth = pool(encoder(*read_clip(files["both"], INPUTS)))
@@ -310,6 +359,9 @@ def test_features_of_an_encoder(files, tmp_path, pretrained):
         assert [float(row[f"{name}_{n}"]) for n in range(32)] == pytest.approx(
             truth[name][0].tolist(), rel=1e-4, abs=1e-5
         )
+        assert answer[name].tolist() == [float(row[f"{name}_{n}"]) for n in range(32)]
+    silent = saved.train().predict(files["silent"])
+    assert silent.keys() == {"image", "fusion"} and saved.training
 
 
 def test_features_of_what_has_no_pictures_or_no_sound(files, tmp_path, capsys):
@@ -328,7 +380,7 @@ def test_features_of_what_has_no_pictures_or_no_sound(files, tmp_path, capsys):
     [
         (dict(videos=()), "VIDEO... must name at least one file"),
         (dict(every=0.0), "--every must be a positive number"),
-        (dict(top=0), "--top must be a positive integer"),
+        (dict(top=0), "--top must be positive, got 0"),
         (dict(out="answers.txt"), "--out must end in .json, .csv, .parquet"),
     ],
 )

@@ -238,6 +238,23 @@ def test_data_are_looked_for_before_all_else(finished, tmp_path, monkeypatch):
         main(replace(finished, data=tmp_path / "a.mp4"))
 
 
+def test_a_run_folder_that_cannot_be_written_is_refused_before_the_data_are_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(Pretraining, "find", lambda *_: pytest.fail("the work began"))
+    (tmp_path / "file").touch()
+    (tmp_path / "shut").mkdir()
+    config = TrainConfig(data=tmp_path, run=tmp_path / "file/runs/a")
+    with pytest.raises(
+        ValueError, match="--run-dir .*/file/runs/a cannot be written: .*/file is not a folder"
+    ):
+        loop.set_up(config, Pretraining)
+    with pytest.raises(ValueError, match="--run-dir .* is the folder of --data"):
+        loop.set_up(replace(config, run=tmp_path / "shut/.."), Pretraining)
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path / "shut")  # as of a guest
+    config = replace(config, run=tmp_path / "shut/runs/a")
+    with pytest.raises(ValueError, match="--run-dir .*/runs/a cannot be written: .*/shut is read-only"):
+        loop.set_up(config, Pretraining)
+
+
 def test_restart_deletes_only_run_folders(finished, tmp_path):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.tex").write_text("")

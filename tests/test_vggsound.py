@@ -46,6 +46,10 @@ def test_they_are_read_like_any_others(root, sources):
     said = []
     found = find_data(root, said.append, progress=False, workers=0)
     assert said[0].startswith("VGGSound: train 3 of 4 clips found (75.0%)")
+    assert said[-2:] == [
+        "splits: train to train on, test to test on, by vggsound.csv",
+        "labels: class (4 classes), by annotations/vggsound.csv",
+    ]
     assert found.coverage == {"train": (3, 4), "test": (2, 2)}
     assert found.test_name == "clips of vggsound.csv" and len(found.classes["class"]) == 4
     folder = find_data(sources[0].parent, said.append, progress=False, workers=0)

@@ -17,7 +17,7 @@ from avfuse.data.clips import Clip
 from avfuse.tasks import vggsounder
 from avfuse.tasks.classifier import load_classifier
 from avfuse.tasks.classify import Classification, ClassifyConfig
-from avfuse.training.loop import program
+from avfuse.training.loop import Task, program
 
 KINDS = ("a", "v", "av")
 
@@ -104,6 +104,13 @@ def test_options_that_leave_logits_out_are_refused(tmp_path):
         with pytest.raises(ValueError, match="--export must be a .pkl file, got"):
             ClassifyConfig(export=path)
     assert ClassifyConfig(export=Path("a.pkl"), features=("image", "audio")).export == Path("a.pkl")
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_data_are_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(Task, "find", lambda *_: pytest.fail("the work began"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="--export .*/file/a.pkl cannot be written: "):
+        Classification.find(ClassifyConfig(export=tmp_path / "file/a.pkl"), print)
 
 
 # --- what its package makes of it ---------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import tyro
 
 from ..choices import DataSet
 from ..command import SAID, begin, read
+from ..rules import COUNT, NOT_NEGATIVE, SECONDS, check_rules
 
 FORMER = {"--timeout": "--clip-timeout", "--pictures": "--decode"}
 
@@ -30,12 +31,15 @@ class Check:
     """How the folder is laid out; auto tells by its files."""
     decode: Literal["all", "key-frames"] = "all"
     """Which pictures: key frames alone take a fraction of the time, and miss damage in between."""
-    workers: Annotated[int, tyro.conf.arg(aliases=["-j"])] = 8
+    workers: Annotated[int, tyro.conf.arg(aliases=["-j"]), NOT_NEGATIVE] = 8
     """Processes that decode."""
-    clip_timeout: float = 600.0
+    clip_timeout: Annotated[float, SECONDS] = 600.0
     """Seconds that a clip may take."""
     quiet: Annotated[bool, tyro.conf.arg(aliases=["-q"])] = False
     """Show no progress."""
+
+    def __post_init__(self):
+        check_rules(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +54,17 @@ class Shard:
     """The data folder; `check` it first."""
     out: tyro.conf.Positional[Path]
     """Folder for the shards; made if need be."""
-    megabytes: int = 1000
+    megabytes: Annotated[int, COUNT] = 1000
     """Size of a shard, about."""
     seed: int = 0
     """Of the order in which clips are dealt to shards."""
-    workers: Annotated[int, tyro.conf.arg(aliases=["-j"])] = 4
+    workers: Annotated[int, tyro.conf.arg(aliases=["-j"]), NOT_NEGATIVE] = 4
     """Processes that write."""
     quiet: Annotated[bool, tyro.conf.arg(aliases=["-q"])] = False
     """Show no progress."""
+
+    def __post_init__(self):
+        check_rules(self)
 
 
 def parse(args: Sequence[str], prog: str) -> Check | Shard:

@@ -46,6 +46,7 @@ LISTS = {
     "music": music.LIST,
     "music21": music.LIST_21,
 }
+FROM = {"sounding-shapes": "manifest.jsonl", "folder": "the names of folders"}  # where there is no list
 
 
 class Found(NamedTuple):
@@ -128,6 +129,9 @@ def find_data(
         say(printable(line))
     for side, scanned in scans.items():
         say(printable(f"{side}: {scanned.summary()}" if len(scans) > 1 else scanned.summary()))
+    where = manifest.FILE if is_checked else LISTS.get(data_set) or FROM[data_set]
+    for line in _origins(root, listing, sides, data_set, str(where)):
+        say(printable(line))
     test_name = f"clips of {listing.test_list}" if listing.test_list else "held-out clips"
     coverage = {}
     for side, scanned in scans.items():
@@ -169,11 +173,25 @@ def _hold_out(
     train, test = hold_out(clips, base, share=share, seed=seed, sides=known)
     if not test:
         return {}
-    drawn = f"--test-share {share:g} of the recordings, by their names and --seed {seed}"
+    drawn = f"--test-share {share:g}, by the names of recordings and --seed {seed}"
     if any(known):
-        drawn = f"{sum(map(bool, known))} clips stay on the side that they had, others: {drawn}"
-    say(printable(f"{root} names no clips to test on: {len(test)} of {len(clips)} are held out ({drawn})"))
+        others = "" if all(known) else f", others: {drawn}"
+        drawn = f"{sum(map(bool, known))} clips stay on the side that they had{others}"
+    held = f"{len(test)} of {len(clips)} are held out, {len(test) / len(clips):.1%}"
+    say(printable(f"{root} names no clips to test on: {held} ({drawn})"))
     return dict(train=train, test=test)
+
+
+def _origins(root: Path, listing: Listing, sides: dict[str, str], data_set: str, where: str) -> Iterator[str]:
+    """Where the splits of a data set come from, unless clips are held out, and its labels, if it has any."""
+    called = {s: f"{f.name}/" for s, f in folders.split_folders(root).items()} if data_set == "folder" else {}
+    by_side = {side: [called.get(s, s) for s in sides if sides[s] == side] for side in ("train", "test")}
+    if by_side["test"]:
+        train, test = (some(names, most=9) for names in by_side.values())
+        yield f"splits: {train} to train on, {test} to test on, by {listing.test_list or where}"
+    if listing.classes:
+        labels = [f"{name} ({len(names)} classes)" for name, names in listing.classes.items()]
+        yield f"labels: {some(labels, most=9)}, by {where}"
 
 
 # --- how a folder is laid out -------------------------------------------------------------------------------

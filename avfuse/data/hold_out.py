@@ -16,6 +16,7 @@ PIECE = re.compile(
     r"(?:(?:[ ._-]+(?:scene|part|clip|seg|segment|chunk))?+[ ._(-]*+[0-9]++\)?+)++$", re.IGNORECASE
 )
 CAMERA = re.compile(r"[A-Z0-9_]{4}[0-9]{4}|[A-Z]{3}[_-][0-9]{8}[_-].*")  # names by DCF and by telephones
+ALONE = 200  # recordings: of as many each is drawn by itself, and their share is near enough
 SCHEME = 0.75  # share of each class of a clip whose names begin alike: dog_01, dog_02 are no pieces
 
 
@@ -48,13 +49,15 @@ def hold_out(
 ) -> tuple[ClipTable, ClipTable]:
     """Clips to train on and clips to test on, both in their order; the latter are none of a single recording.
 
-    A recording is held out where a hash of seed and name, in 0..1, is below `share`: files that are added
-    leave the others on their side. Beyond that each class that has two recordings has one on either side.
+    A hash of seed and name, in 0..1, orders the recordings. Each class that has two has one on either side;
+    beyond that those with the lowest hashes are held out, until the share of clips is as near as it can be.
+    Where there are `ALONE` or more, they are those below `share`: files that are added leave the others on
+    their side.
 
     Args:
         clips: with labels, or else in sub-folders that name the classes.
         base: the folder that these are in.
-        share: of the recordings, about.
+        share: of the clips.
         seed: another one, another draw.
         sides: on which each clip stays, "train" or "test", and the unknown pieces of its recording with it;
             None is one to draw.
@@ -67,7 +70,8 @@ def hold_out(
     for name, side in zip(names, sides, strict=True):
         if side:
             kept[name] = side == "test" and kept.get(name, True)
-    held = {name for name, draw in draws.items() if kept.get(name, draw < share)}
+    drawn_alone = len(draws) >= ALONE
+    held = {name for name, draw in draws.items() if kept.get(name, drawn_alone and draw < share)}
     members = defaultdict(Counter)  # class -> recording -> clips
     for name, of_clip in zip(names, classes, strict=True):
         for kind in of_clip:
@@ -75,11 +79,28 @@ def hold_out(
     orders = [sorted(of, key=lambda name: (of[name], draws[name])) for of in members.values() if len(of) > 1]
     free = [(order, [name for name in order if name not in kept]) for order in orders]
     held -= {drawn[-1] for order, drawn in free if drawn and held.issuperset(order)}
-    held |= {drawn[0] for order, drawn in free if drawn and held.isdisjoint(order)}
+    for order, drawn in free:
+        if drawn and held.isdisjoint(order):
+            held.add(drawn[0])
+    if not drawn_alone:
+        _fill(held, sorted(draws.keys() - kept.keys(), key=draws.get), Counter(names), share, orders)
     train, test = (ClipTable(classes=clips.classes, root=clips.root) for _ in range(2))
     for clip, name, side in zip(clips, names, sides, strict=True):
         (test if (side or ("train", "test")[name in held]) == "test" else train).append(clip)
     return train, test
+
+
+def _fill(held: set[str], drawn: list[str], clips: Counter, share: float, orders: list[list[str]]) -> None:
+    """Holds out more of the recordings that were drawn, the first first: those that fit into the share of
+    clips, then one that passes it by less than it lacks. Each class keeps one to train on.
+    """
+    lacking = share * clips.total() - sum(clips[name] for name in held)
+    for most in 1, 2:
+        for name in drawn:
+            fits = name not in held and clips[name] < most * lacking
+            if fits and not any(held | {name} >= {*order} for order in orders):
+                held.add(name)
+                lacking -= clips[name]
 
 
 def _classes(clip: Clip, base: Path) -> Iterable[Hashable]:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ..data.class_folders import read_class_list, with_classes
 from ..data.clips import ClipDataset, WindowDataset
 from ..data.find import Found
-from ..files import printable
+from ..files import check_target, printable
 from ..training.conditions import ALWAYS
 from ..training.features import windows_of
 from ..training.judge import JudgedTask, starting_encoder, to_columns, to_rows
@@ -217,6 +217,8 @@ class Classification(JudgedTask):
 
     @staticmethod
     def find(config, say):
+        if config.export is not None:
+            check_target("--export", config.export)
         names = read_class_list(config.class_list) if config.class_list else None
         return with_classes(Task.find(config, say), config.data, names, say)
 

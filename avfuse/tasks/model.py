@@ -1,52 +1,20 @@
 """The model of a task: an encoder and a head, saved and loaded as one."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..data.clips import read_clip
 from ..encoder import AVEncoder
+from ..predictor import Predictor
 
 
-class TaskModel(nn.Module):
+class TaskModel(nn.Module, Predictor):
     """An `encoder`, and what a task puts on it. A subclass is `avfuse.pretrained.Pretrained`, too, and keeps
     in `settings` the arguments that it was made with besides the encoder, ready for JSON.
     """
 
     encoder: AVEncoder
     settings: dict
-
-    @torch.no_grad()
-    def predict(self, path: str | Path, *, start: float | None = None) -> dict[str, Any]:
-        """What the model says of one window of a file, in evaluation mode.
-
-        Args:
-            path: a video or sound file.
-            start: of the window, in seconds; None = the window in the middle.
-
-        Returns:
-            What `predicted` of the class says.
-
-        Raises:
-            ValueError: the file cannot be read, lacks what the model needs, or `start` is not within it.
-        """
-        training, device = self.training, self.encoder.fusion_tokens.device
-        image, audio = read_clip(path, self.encoder.inputs, start=start)
-        try:
-            return self.eval().predicted(
-                None if image is None else image.to(device), None if audio is None else audio.to(device)
-            )
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        finally:
-            self.train(training)
-
-    def predicted(self, image: Tensor | None, audio: Tensor | None) -> dict[str, Any]:
-        """The answer for one clip, a batch of one; None is a modality that it lacks."""
-        raise NotImplementedError
 
     @staticmethod
     def check_both(image: Tensor | None, audio: Tensor | None) -> None:

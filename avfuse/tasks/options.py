@@ -9,17 +9,8 @@ from typing import Annotated, Literal
 import tyro
 
 from ..command import SAID, given, read
-from ..training.settings import (
-    COUNT,
-    FREE,
-    NOT_NEGATIVE,
-    ONCE,
-    RATE,
-    RUN_FILES,
-    Formerly,
-    TaskConfig,
-    check_rules,
-)
+from ..rules import COUNT, NOT_NEGATIVE, RATE, check_rules
+from ..training.settings import FREE, ONCE, RUN_FILES, Formerly, TaskConfig
 
 
 @dataclass(kw_only=True)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,13 +11,11 @@ from torch import Tensor
 
 from ..checks import check_count
 from ..data.clips import Clip, ClipDataset, ClipLoader, Failure, WindowDataset, WindowsDataset
-from ..encoder import AVEncoder, EncoderOutput
+from ..encoder import FEATURES, AVEncoder, EncoderOutput, pool
 from ..files import printable, some
 from ..inputs import InputSettings
 from ..progress import progress_bar
 from ..weight_files import read_metadata, read_safetensors, write_safetensors
-
-FEATURES = ("image", "audio", "fusion")
 
 
 def encode(
@@ -40,11 +38,6 @@ def encode(
         image_present=None if image is None else image_present,
         audio_present=None if audio is None else audio_present,
     )
-
-
-def pool(tokens: EncoderOutput) -> dict[str, Tensor]:
-    """The means of all image, audio and fusion tokens, (B, D) each; what is None is left out."""
-    return {name: t.flatten(1, -2).mean(1) for name in FEATURES if (t := getattr(tokens, name)) is not None}
 
 
 def pool_windows(
@@ -175,6 +168,38 @@ def save_features(path: Path, features: Features, folder: Path, checkpoint: str,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(path, features.tensors, metadata)
+
+
+def table_rows(
+    features: Features, folder: Path, classes: Mapping[str, Sequence[str]], window: float | None
+) -> Iterator[dict]:
+    """The same as rows of a table, with the paths and the names of labels in them.
+
+    Args:
+        classes: the names of the values of each label.
+        window: seconds of the one in the middle of a clip; None = rows are means over several.
+    """
+    tensors = features.tensors
+    for n, clip in enumerate(features.clips):
+        row = dict(video=os.path.relpath(clip.path, folder))
+        if "start" in tensors:
+            row["start"] = round(tensors["start"][n].item(), 3)
+        elif window is not None:
+            row["start"] = round(max(0.0, clip.streams.seconds - window) / 2, 3)
+        for name, label in clip.labels.items():
+            numbers = label if isinstance(label, tuple) else (label,)
+            row[f"label_{name}"] = "; ".join(classes[name][number] for number in numbers)
+        lacks = dict(image="pictures", audio="sound")
+        lacks = {name: what for name, what in lacks.items() if not tensors[f"{name}_present"][n]}
+        row["missing"] = "".join(lacks.values())
+        for name in FEATURES:
+            row |= {} if name in lacks else numbered(name, tensors[name][n])
+        yield row
+
+
+def numbered(name: str, values: Tensor) -> dict[str, float]:
+    """{"NAME_0": the first value, ...}"""
+    return {f"{name}_{n}": value for n, value in enumerate(values.tolist())}
 
 
 def read_features(path: str | Path) -> tuple[dict[str, Tensor], list[str]]:

@@ -17,10 +17,11 @@ from ..files import printable
 from ..loading import load_encoder
 from ..mae import AVMAE, count_removed
 from ..presets import SIZES, create_encoder
+from ..rules import option
 from .costs import CARDS, LAUNCHES, SHARE, launch_seconds, step_flops, step_seconds
 from .length import with_enough_steps
 from .recipes import TrainConfig
-from .settings import FRESH, learning_rate, option, schedule_of
+from .settings import FRESH, learning_rate, schedule_of
 from .starts import for_clips, new_bias, saved_settings
 
 OF_ENCODER = (  # settings that a checkpoint decides
@@ -72,10 +73,9 @@ def check_encoder(config: TrainConfig, encoder: AVEncoder) -> None:
         for e in (wanted, encoder)
     ]
     if kinds[0] != kinds[1]:
-        raise ValueError(
-            f"--checkpoint {printable(config.checkpoint)} has another encoder than "
-            f"{', '.join(f'{option(name)} {getattr(config, name)}' for name in asked)}: leave these out"
-        )
+        given = ", ".join(f"{option(TrainConfig, name)} {getattr(config, name)}" for name in asked)
+        source = printable(config.checkpoint)
+        raise ValueError(f"--checkpoint {source} has another encoder than {given}: leave these out")
 
 
 def make_encoder(config: TrainConfig) -> AVEncoder:

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 from ..choices import Interactions, Size
 from ..command import SAID, given, read
-from .settings import COUNT, FREE, FRESH, NOT_NEGATIVE, ONCE, Formerly, LoopConfig, option
+from ..rules import COUNT, NOT_NEGATIVE, option
+from .settings import FREE, FRESH, ONCE, Formerly, LoopConfig
 
 
 @dataclass(kw_only=True)
@@ -107,9 +108,8 @@ class TrainConfig(LoopConfig):
         super().__post_init__()
         branches = [name for name in ("image_weights", "audio_weights") if getattr(self, name)]
         if branches and self.checkpoint != FRESH:
-            raise ValueError(
-                f"{option(branches[0])} would take the place of weights of --checkpoint: give one"
-            )
+            given = option(TrainConfig, branches[0])
+            raise ValueError(f"{given} would take the place of weights of --checkpoint: give one")
         if self.contrastive and self.micro_batch:
             raise ValueError(
                 f"--contrastive {self.contrastive:g} compares the clips of a step with one another, and "

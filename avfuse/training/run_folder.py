@@ -22,8 +22,9 @@ from ..data.find import Found
 from ..data.hold_out import Sides
 from ..data.sets.folders import TESTS
 from ..files import append_row, printable, read_rows, some, write_json, write_rows, write_text
+from ..rules import marks, option
 from .faults import RunError
-from .settings import FRESH, RUN_FILES, Formerly, LoopConfig, marks, option, settings_of
+from .settings import FRESH, RUN_FILES, Formerly, LoopConfig, settings_of
 
 HELD_OUT = "held-out.txt"  # the clips that were, where the data name none to test on
 SIDES = "sides.json"  # these and those that were trained on, for the runs that begin with this one
@@ -45,6 +46,12 @@ def check_run(config: LoopConfig) -> LoopConfig:
     run = config.run
     if run.exists() and not run.is_dir():
         raise ValueError(f"--run-dir {printable(run)} is not a folder")
+    if config.data is not None and run.resolve() == config.data.resolve():
+        raise ValueError(f"--run-dir {printable(run)} is the folder of --data: give it its own")
+    above = next(path for path in (run, *run.absolute().parents) if path.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        why = "is read-only" if above.is_dir() else "is not a folder"
+        raise ValueError(f"--run-dir {printable(run)} cannot be written: {printable(above)} {why}")
     for name in (LOCK, FILE, FILE_BEFORE, "metrics.jsonl", "quarantine.jsonl"):
         if os.path.lexists(run / name) and not (run / name).is_file():  # a pipe would be waited for
             raise ValueError(f"--run-dir {printable(run)}: {name} is no regular file")
@@ -64,7 +71,7 @@ def check_run(config: LoopConfig) -> LoopConfig:
     former = former_settings(config, before)
     config = replace(config, **former)
     differences = ", ".join(
-        printable(f"{option(name)} {before['settings'].get(name)} -> {value}")
+        printable(f"{option(type(config), name)} {before['settings'].get(name)} -> {value}")
         for name, value in sorted(settings_of(config, fixed=True).items())
         if before["settings"].get(name, former.get(name)) != value
     )

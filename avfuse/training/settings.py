@@ -2,9 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from inspect import get_annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,14 +11,7 @@ import tyro
 
 from ..choices import DataSet, Interactions, Scene, Size
 from ..command import SAID
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Which values a setting may have, and how a message says so."""
-
-    wish: str
-    holds: Callable[[float], bool]
+from ..rules import COUNT, NOT_NEGATIVE, RATE, SECONDS, Rule, check_rules, marks
 
 
 @dataclass(frozen=True)
@@ -29,10 +21,6 @@ class Formerly:
     value: object
 
 
-COUNT = Rule("must be positive", lambda value: value >= 1)
-NOT_NEGATIVE = Rule("must not be negative", lambda value: 0 <= value < math.inf)
-RATE = Rule("must be in [0, 1)", lambda value: 0 <= value < 1)
-SECONDS = Rule("must be a positive number of seconds", lambda value: 0 < value < math.inf)
 DEMO_RUN = Path("runs/demo")
 DEMO_RUNS = {"binding": DEMO_RUN, "synchrony": Path("runs/synchrony-demo")}  # by scenes
 FRESH = "none"  # in place of a checkpoint
@@ -61,9 +49,10 @@ class LoopConfig:
     train_split: Annotated[str, SAID] = ""
     """The split to train on where there are several, such as balanced_train of AudioSet. Default: all."""
     test_share: Annotated[float, RATE, Formerly(0.0)] = 0.2
-    """About which share of the clips to hold out and test on, where the data name none. Names and --seed
-    decide: files that are added leave the others on their side; pieces of one recording (talk_001, talk_002)
-    stay together, and each class has clips on both sides. 0 = measure on the training clips."""
+    """Share of the clips to hold out and test on, where the data name none. Names and --seed decide which;
+    pieces of one recording (talk_001, talk_002) stay together, and each class has clips on both sides. From
+    200 recordings on each is drawn by itself: then files that are added leave the others on their side.
+    0 = measure on the training clips."""
     run: Annotated[Path | None, tyro.conf.arg(name="run-dir", help_behavior_hint=""), FREE] = None
     """Run folder: settings, metrics, checkpoints, pictures, results, report, final model. Default: under
     runs/, by the name of --data and of the task."""
@@ -188,19 +177,6 @@ def checked(parse: Callable[..., LoopConfig]) -> Callable[..., LoopConfig]:
     return parse_and_check
 
 
-# --- what is declared beside a setting ----------------------------------------------------------------------
-
-
-def marks(kind: type) -> Iterator[tuple[str, object]]:
-    """Each setting of a class with each of its marks, those of the classes it builds on first: a class that
-    declares a setting anew, for another default, keeps the marks.
-    """
-    for base in reversed(kind.__mro__):
-        for name, hint in get_annotations(base).items():
-            for mark in getattr(hint, "__metadata__", ()):
-                yield name, mark
-
-
 def check_config(config: LoopConfig) -> None:
     """Raises ValueError naming the option that makes no sense; --data first, which is most often mistaken."""
     if config.data is not None:
@@ -219,25 +195,12 @@ def check_folder(data: Path) -> None:
         raise ValueError(f"--data {data} {what}")
 
 
-def check_rules(config: LoopConfig) -> None:
-    """Raises ValueError naming the option whose value is none that it may have."""
-    rules = {name: mark for name, mark in marks(type(config)) if isinstance(mark, Rule)}
-    for name, rule in rules.items():
-        if not rule.holds(getattr(config, name)):
-            raise ValueError(f"{option(name)} {rule.wish}, got {getattr(config, name)}")
-
-
 def settings_of(config: LoopConfig, *, fixed: bool = False) -> dict:
     """The settings that describe a run, ready for JSON; or only those that are fixed from its first start."""
     names = {name for name, mark in marks(type(config)) if mark is ONCE or fixed and mark in (FREE, LENGTH)}
     settings = {name: value for name, value in asdict(config).items() if name not in names}
     paths = {name: str(value.resolve()) for name, value in settings.items() if isinstance(value, Path)}
     return json.loads(json.dumps(settings | paths))
-
-
-def option(name: str) -> str:
-    """The name of a setting on the command line."""
-    return "--" + name.replace("_", "-")
 
 
 # --- the way through the data -------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from ...command import begin, read
+from ...rules import COUNT, check_rules
 from .build import Settings, generate
 
 
@@ -20,12 +21,15 @@ class Command:
     root: Path
     """Folder for the data set; made if need be."""
     settings: Settings
-    workers: Annotated[int | None, tyro.conf.arg(aliases=["-j"], help_behavior_hint="")] = None
+    workers: Annotated[int | None, tyro.conf.arg(aliases=["-j"], help_behavior_hint=""), COUNT] = None
     """Processes. Default: one per core."""
     quiet: Annotated[bool, tyro.conf.arg(aliases=["-q"])] = False
     """Show no progress."""
     contact_sheet: bool = True
     """Draw some clips with their sounds into contact_sheet.png in that folder."""
+
+    def __post_init__(self):
+        check_rules(self)
 
 
 def main(command: Command) -> None:
