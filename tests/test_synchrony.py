@@ -273,8 +273,8 @@ def test_each_scene_has_a_demo_of_its_own(built, monkeypatch):
     Localization.find(LocalizeConfig(scene="synchrony", **quiet), lambda line: None)
     synchrony = (Path("data/synchrony"), "synchrony")
     assert asked == [(Path("data/sounding-shapes"), "binding"), synchrony, synchrony]
-    with pytest.raises(ValueError, match="scene must be .*'silence'"):
-        find.find_data(None, scene="silence")
+    with pytest.raises(ValueError, match="demo must be .*'silence'"):
+        find.find_data(None, demo="silence")
 
 
 def test_scenes_have_defaults_of_their_own():
