@@ -28,7 +28,7 @@ from .workers import WorkerFailure, WorkerPool
 
 DEMOS: dict[Demo, tuple[Path, dict]] = {  # their folders, and their settings
     "binding": (Path("data/sounding-shapes"), dict(scene="binding")),
-    "many": (Path("data/sounding-shapes-2048"), dict(scene="binding", train=2048)),  # 256 do not teach to bind
+    "many": (Path("data/sounding-shapes-2048"), dict(scene="binding", train=2048)),  # 256 teach no binding
     "solos": (Path("data/sounding-shapes-solos"), dict(scene="binding", objects=1, train=2048)),
     "synchrony": (Path("data/synchrony"), dict(scene="synchrony", train=2048, test=512, size=64)),
 }

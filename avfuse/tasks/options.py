@@ -301,8 +301,8 @@ class SeparateConfig(TaskConfig):
     """Separate what an image shows from a mixture of sounds (DeepAVFusion, Sec. 4 and App. A.3).
 
     Without arguments it mixes clips of the embedded data set, Sounding Shapes, and fine-tunes the encoder
-    that segmentation has left in runs/segment, else that of runs/demo, else a fresh one. It leaves a run folder with pictures,
-    sounds to listen to, results.json and an index.html.
+    that segmentation has left in runs/segment, else that of runs/demo, else a fresh one. It leaves a run
+    folder with pictures, sounds to listen to, results.json and an index.html.
 
     The embedded clips show one object each: where an image shows several, it does not always tell which of
     their sounds is meant.
