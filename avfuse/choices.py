@@ -7,4 +7,5 @@ Interactions = Literal[  # `avfuse.fusion.VARIANTS`
     "dense", "bilinear", "factorized", "token", "joint", "cross", "none"
 ]
 Scene = Literal["binding", "synchrony"]  # of Sounding Shapes
+Demo = Literal[Scene, "many", "solos"]  # Sounding Shapes that are built where no folder is given
 Size = Literal["micro", "tiny", "small", "base", "large"]  # of both transformers, see `avfuse.presets`

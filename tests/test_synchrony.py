@@ -29,7 +29,7 @@ from avfuse.data.sounding_shapes.synthesis import (
     shape_from,
 )
 from avfuse.tasks.localize import Localization
-from avfuse.tasks.options import LocalizeConfig
+from avfuse.tasks.options import ClassifyConfig, LocalizeConfig, SegmentConfig, SeparateConfig
 from avfuse.tasks.options import parse as parse_classify
 from avfuse.training.loop import Task
 from avfuse.training.plan import plan
@@ -273,8 +273,14 @@ def test_each_scene_has_a_demo_of_its_own(built, monkeypatch):
     Localization.find(LocalizeConfig(scene="synchrony", **quiet), lambda line: None)
     synchrony = (Path("data/synchrony"), "synchrony")
     assert asked == [(Path("data/sounding-shapes"), "binding"), synchrony, synchrony]
-    with pytest.raises(ValueError, match="scene must be .*'silence'"):
-        find.find_data(None, scene="silence")
+    asked.clear()
+    Localization.find(LocalizeConfig(**quiet), lambda line: None)
+    Task.find(ClassifyConfig(label="colour", **quiet), lambda line: None)
+    Task.find(SeparateConfig(**quiet), lambda line: None)
+    many = (Path("data/sounding-shapes-2048"), "binding")
+    assert asked == [many, many, (Path("data/sounding-shapes-solos"), "binding")]
+    with pytest.raises(ValueError, match="demo must be .*'silence'"):
+        find.find_data(None, demo="silence")
 
 
 def test_scenes_have_defaults_of_their_own():
@@ -301,5 +307,15 @@ def test_tasks_begin_from_the_demo_of_their_scene(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for run in ("demo", "synchrony-demo"):
         (tmp_path / "runs" / run / "model").mkdir(parents=True)
-    checkpoints = [LocalizeConfig(scene=scene).checkpoint for scene in ("binding", "synchrony")]
-    assert checkpoints == ["runs/demo", "runs/synchrony-demo"]
+    scenes = "binding", "synchrony"
+    assert [LocalizeConfig(scene=scene).checkpoint for scene in scenes] == [
+        "runs/demo",
+        "runs/synchrony-demo",
+    ]
+    (tmp_path / "runs/segment/model").mkdir(parents=True)  # has learned what others need not learn again
+    assert [LocalizeConfig(scene=scene).checkpoint for scene in scenes] == [
+        "runs/segment",
+        "runs/synchrony-demo",
+    ]
+    assert SeparateConfig().checkpoint == ClassifyConfig(label="colour").checkpoint == "runs/segment"
+    assert (ClassifyConfig().checkpoint, SegmentConfig().checkpoint) == ("runs/demo", "none")

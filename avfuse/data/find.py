@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 from ..checks import check_choice
-from ..choices import DataSet, Scene
+from ..choices import DataSet, Demo
 from ..files import printable, some
 from ..progress import progress_bar
 from . import manifest, sounding_shapes
@@ -26,10 +26,11 @@ from .sets import audioset, folders, music, vggsound
 from .table import Clip, ClipTable
 from .workers import WorkerFailure, WorkerPool
 
-DEMOS = {"binding": Path("data/sounding-shapes"), "synchrony": Path("data/synchrony")}  # by their scenes
-DEMO_SETTINGS = {
-    "binding": dict(scene="binding"),
-    "synchrony": dict(scene="synchrony", train=2048, test=512, size=64),
+DEMOS: dict[Demo, tuple[Path, dict]] = {  # their folders, and their settings
+    "binding": (Path("data/sounding-shapes"), dict(scene="binding")),
+    "many": (Path("data/sounding-shapes-2048"), dict(scene="binding", train=2048)),  # 256 teach no binding
+    "solos": (Path("data/sounding-shapes-solos"), dict(scene="binding", objects=1, train=2048)),
+    "synchrony": (Path("data/synchrony"), dict(scene="synchrony", train=2048, test=512, size=64)),
 }
 DATA_SETS = get_args(DataSet)
 READERS = {
@@ -66,7 +67,7 @@ def find_data(
     folder: str | Path | None,
     say: Callable[[str], object] = print,
     *,
-    scene: Scene = "binding",
+    demo: Demo = "binding",
     data_set: str = "auto",
     train_split: str = "",
     missing: str = "drop",
@@ -86,7 +87,7 @@ def find_data(
         folder: VGGSound, AudioSet, MUSIC, Sounding Shapes, shards of these, or any videos, which train/ and
             test/ inside the folder part into the splits.
         say: what is found is told through it, line by line.
-        scene: of which demo, if there is no folder.
+        demo: which one, if there is no folder.
         data_set: how the folder is laid out, one of `DATA_SETS`, for which its manifest is passed over;
             "auto" tells by its files.
         train_split: the one split to train on where there are several, such as "balanced_train" of AudioSet.
@@ -104,7 +105,7 @@ def find_data(
     """
     check_choice("missing", missing, ("drop", "keep"))
     check_choice("data_set", data_set, DATA_SETS)
-    root = build_demo(scene, progress) if folder is None else Path(folder)
+    root = build_demo(demo, progress) if folder is None else Path(folder)
     is_checked = data_set == "auto" and manifest.has_manifest(root)
     data_set = recognise(root) if data_set == "auto" else data_set
     listing = Manifest("", root) if is_checked else READERS[data_set](root)
@@ -154,10 +155,11 @@ def find_data(
     )
 
 
-def build_demo(scene: Scene, progress: bool) -> Path:
-    """The folder of the demo of such scenes, which is built if it is not."""
-    check_choice("scene", scene, tuple(DEMOS))
-    return sounding_shapes.generate(DEMOS[scene], progress=progress, **DEMO_SETTINGS[scene])
+def build_demo(demo: Demo, progress: bool) -> Path:
+    """The folder of a demo's data, which are built if they are not."""
+    check_choice("demo", demo, tuple(DEMOS))
+    folder, settings = DEMOS[demo]
+    return sounding_shapes.generate(folder, progress=progress, **settings)
 
 
 def _hold_out(

@@ -12,6 +12,8 @@ from ..command import SAID, given, read
 from ..rules import COUNT, NOT_NEGATIVE, RATE, check_rules
 from ..training.settings import FREE, ONCE, RUN_FILES, Formerly, TaskConfig
 
+SEGMENTER = Path("runs/segment")  # has learned what looks like it sounds, which others need not learn again
+
 
 @dataclass(kw_only=True)
 class ClassifyConfig(TaskConfig):
@@ -81,6 +83,17 @@ class ClassifyConfig(TaskConfig):
     def kind(self):
         return "classify-probe" if self.probe else "classify"
 
+    @property
+    def demo(self):
+        return "many" if self.is_binding_colour() else self.scene
+
+    def starts(self):
+        return [*([SEGMENTER] if self.is_binding_colour() else []), *super().starts()]
+
+    def is_binding_colour(self) -> bool:
+        """Whether the label takes picture and sound, which few clips do not teach."""
+        return self.label == "colour" and self.scene == "binding"
+
     def __post_init__(self):
         super().__post_init__()
         check_rules(self)
@@ -133,6 +146,11 @@ SYNCHRONY = dict(  # what is mixed or dropped hides which moments belong togethe
     base_lr=2.4e-2,
     epochs=16,
     warmup_epochs=2,
+)
+
+
+COLOUR = dict(  # so do they the place of what sounds; and there are clips enough
+    label="colour", mixup=0.0, smoothing=0.0, drop_path=0.0, layer_decay=1.0, epochs=12, warmup_epochs=1
 )
 
 
@@ -203,10 +221,14 @@ PRESETS = {"vggsound-finetune": vggsound_finetune, "vggsound-probe": vggsound_pr
 
 
 def parse(args: Sequence[str] | None = None, prog: str | None = None) -> ClassifyConfig:
-    """The command line of classification; --preset, --probe and --scene synchrony set the defaults."""
+    """The command line of classification; --preset, --probe, --scene synchrony and, of the demo's data,
+    --label colour set the defaults.
+    """
     args = sys.argv[1:] if args is None else args
-    chosen = given(args, scene="binding", preset="demo")
-    options = (SYNCHRONY if chosen.scene == "synchrony" else {}) | (PROBE if "--probe" in args else {})
+    chosen = given(args, scene="binding", preset="demo", label="", data="")
+    needs_both = chosen.label == "colour" and not chosen.data
+    options = SYNCHRONY if chosen.scene == "synchrony" else COLOUR if needs_both else {}
+    options = options | (PROBE if "--probe" in args else {})
     default = PRESETS[chosen.preset]() if chosen.preset in PRESETS else ClassifyConfig(**options)
     default.run = None  # which depends on the other options
     return read(ClassifyConfig)(args=args, prog=prog, default=default)
@@ -270,12 +292,11 @@ class SeparateConfig(TaskConfig):
     """Separate what an image shows from a mixture of sounds (DeepAVFusion, Sec. 4 and App. A.3).
 
     Without arguments it mixes clips of the embedded data set, Sounding Shapes, and fine-tunes the encoder
-    that `python -m avfuse.train` has left in runs/demo, or a fresh one. It leaves a run folder with pictures,
-    sounds to listen to, results.json and an index.html.
+    that segmentation has left in runs/segment, else that of runs/demo, else a fresh one. It leaves a run
+    folder with pictures, sounds to listen to, results.json and an index.html.
 
-    Known limit: from the 256 clips of the demo it is not learned, and where an image shows several objects it
-    does not always tell which of their sounds is meant. From 4,096 clips of one object (--objects 1 of
-    `python -m avfuse.data.sounding_shapes`) and the encoder of a segmenter it is: docs/tasks.md.
+    The embedded clips show one object each: where an image shows several, it does not always tell which of
+    their sounds is meant.
 
     Published settings: 20 epochs of Adam at a learning rate of 1e-4, batch 128 (paper); AdamW at a base rate
     of 3e-4, batch 512, 300 epochs of which 40 warm up, layer decay 0.75 (released code).
@@ -283,11 +304,12 @@ class SeparateConfig(TaskConfig):
 
     kind = "separate"
 
-    epochs: int = 40
+    epochs: int = 6
     """Passes over the data, each clip mixed with another one every time; the paper's are 20, the released
     code's 300."""
-    warmup_epochs: int = 2
+    warmup_epochs: int = 1
     """Epochs of linear warm-up before the cosine decay; the released code's are 40 of 300."""
+    min_steps: int = 640
     batch_size: int = 16
     """Mixtures per step, over all processes; the paper's is 128, the released code's 512."""
     base_lr: float = 2.4e-2
@@ -307,6 +329,13 @@ class SeparateConfig(TaskConfig):
         super().__post_init__()
         if self.pairs < 2:
             raise ValueError(f"--pairs must be 2 or more, got {self.pairs}")
+
+    @property
+    def demo(self):
+        return "solos" if self.scene == "binding" else self.scene
+
+    def starts(self):
+        return [*([SEGMENTER] if self.scene == "binding" else []), *super().starts()]
 
 
 @dataclass(kw_only=True)
@@ -330,6 +359,10 @@ class SceneConfig(TaskConfig):
         if self.data_set not in ("auto", "sounding-shapes"):
             raise ValueError(f"--data-set {self.data_set} has no annotated pictures: leave it at auto")
 
+    @property
+    def demo(self):
+        return "many" if self.scene == "binding" else self.scene
+
 
 @dataclass(kw_only=True)
 class LocalizeConfig(SceneConfig):
@@ -346,9 +379,8 @@ class LocalizeConfig(SceneConfig):
     Those that begin with `attention` are of the map that needs no labels: where the fusion tokens look. Of
     several frames (--frames, on Sounding Shapes) there is a map for each, and the metrics are their means.
 
-    Known limit: from the 256 clips of the demo the tiny model learns where objects are, but not which of them
-    sounds. It fits them better than the control does, and stays at the control on held-out ones. From 2,048
-    clips and the encoder of a segmenter it does learn it: docs/tasks.md.
+    Run `python -m avfuse.tasks.segment` first: from the encoder that it leaves in runs/segment the tiny model
+    learns which of the objects sounds, and from fewer clips or fresh weights just where objects are.
     """
 
     kind = "localize"
@@ -360,9 +392,10 @@ class LocalizeConfig(SceneConfig):
     dim: Annotated[int, COUNT] = 128
     """Width of the space in which sound and places are compared."""
 
-    epochs: int = 32
+    epochs: int = 6
     """Passes over the clips; the paper's are 30."""
-    warmup_epochs: int = 3
+    min_steps: int = 1024
+    warmup_epochs: int = 1
     """Epochs of linear warm-up before the cosine decay; the paper names none."""
     base_lr: float = 1.6e-2
     """Learning rate per 256 clips: lr = base_lr * batch / 256. The paper's is 1e-4 for its batch of 128,
@@ -372,6 +405,9 @@ class LocalizeConfig(SceneConfig):
         super().__post_init__()
         if not 0 < self.test_share < 1:
             raise ValueError(f"--test-share must be between 0 and 1, got {self.test_share}")
+
+    def starts(self):
+        return [*([SEGMENTER] if self.scene == "binding" else []), *super().starts()]
 
 
 @dataclass(kw_only=True)
@@ -405,9 +441,10 @@ class SegmentConfig(SceneConfig):
     dim: Annotated[int, COUNT] = 64
     """Width of the decoder after its first block; twice that before, half after the last."""
 
-    epochs: int = 64
+    epochs: int = 12
     """Passes over the clips; the paper's are 20, the released code's 100."""
-    warmup_epochs: int = 6
+    min_steps: int = 2048
+    warmup_epochs: int = 1
     """Epochs of linear warm-up before the cosine decay; the paper names none."""
     batch_size: int = 8
     """Clips per step; the paper's are 128, the released code's 512."""
@@ -421,3 +458,6 @@ class SegmentConfig(SceneConfig):
         super().__post_init__()
         if self.target == "semantic" and self.protocol != "avsbench":
             raise ValueError(f"--protocol {self.protocol} does not define --target semantic; avsbench does")
+
+    def starts(self):
+        return []  # fresh weights learn it as soon

@@ -92,7 +92,7 @@ class SceneTask(JudgedTask):
         """Sounding Shapes, which is built first where no folder is given, or what else the task knows."""
         root = config.data
         if root is None:
-            root = build_demo(config.scene, progress=not config.quiet)
+            root = build_demo(config.demo, progress=not config.quiet)
         if sounding_shapes.is_built(root):
             train, test = (sounding_shapes_scenes(root, split, cls.shape_truth) for split in SPLITS)
             return as_found(train, middle_moments(test), "held-out clips", say, shape=SHAPE_CLASSES)

@@ -83,7 +83,7 @@ class Task:
         found = find_data(
             config.data,
             say,
-            scene=config.scene,
+            demo=config.demo,
             data_set=config.data_set,
             train_split=config.train_split,
             missing=config.missing,

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..data import sounding_shapes
-from ..data.find import DEMO_SETTINGS
+from ..data.find import DEMOS
 from ..data.listing import SUFFIXES
 from ..data.sets.folders import split_folders
 from ..encoder import AVEncoder
@@ -162,7 +162,7 @@ def count_clips(config: TrainConfig) -> tuple[int, str]:
     if config.data is None and config.preset in PUBLISHED_CLIPS:
         return PUBLISHED_CLIPS[config.preset], "as published"
     if config.data is None:
-        return sounding_shapes.Settings(**DEMO_SETTINGS[config.scene]).train, "the demo's"
+        return sounding_shapes.Settings(**DEMOS[config.demo][1]).train, "the demo's"
     if not config.data.is_dir():
         raise ValueError(f"--data {config.data} is not a folder")
     splits = split_folders(config.data)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ..choices import DataSet, Interactions, Scene, Size
+from ..choices import DataSet, Demo, Interactions, Scene, Size
 from ..command import SAID
 from ..rules import COUNT, NOT_NEGATIVE, RATE, SECONDS, Rule, check_rules, marks
 
@@ -132,6 +132,11 @@ class LoopConfig:
         if self.run is None:
             self.run = self.default_run()
 
+    @property
+    def demo(self) -> Demo:
+        """Which data are built where no folder is given."""
+        return self.scene
+
     def default_run(self) -> Path:
         """Of the demo's data runs/KIND, else runs/DATA-KIND; never the folder of the demo for other data."""
         if self.data is None:
@@ -157,8 +162,12 @@ class TaskConfig(LoopConfig):
     def __post_init__(self):
         super().__post_init__()
         if not self.checkpoint:  # found out once: a run that is resumed must find the same
-            demo = DEMO_RUNS[self.scene]
-            self.checkpoint = str(demo) if (demo / "model").is_dir() else FRESH
+            left = (str(run) for run in self.starts() if (run / "model").is_dir())
+            self.checkpoint = next(left, FRESH)
+
+    def starts(self) -> Sequence[Path]:
+        """The runs to start from, of which the first that is there is taken."""
+        return [DEMO_RUNS[self.scene]]
 
 
 def checked(parse: Callable[..., LoopConfig]) -> Callable[..., LoopConfig]:
