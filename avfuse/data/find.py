@@ -113,18 +113,16 @@ def find_data(
     scans = scan(listing, sides, missing=missing, progress=progress, workers=workers, timeout=timeout)
     if data_set == "folder" and not is_checked:
         _check_folder(listing, scans)
-    if is_checked and (
-        stale := _stale(root, listing, data_set, scans)
-    ):  # no reason to refuse a run its clips
+    stale = _stale(root, listing, data_set, scans) if is_checked else ""
+    if stale:  # no reason to refuse a run its clips
         say(
             f"WARNING: {printable(stale)}, which is used as it is: python -m avfuse.data check"
             f" {printable(str(root))} brings it up to date"
         )
-    tables = {side: scanned.clips for side, scanned in scans.items()}
-    held_out = f"held-out clips (a share of {test_share:g}, seed {seed})"
+    tables, held_out = {side: scanned.clips for side, scanned in scans.items()}, ""
     if test_share and "test" not in tables:
         known = before.of(tables["train"], root) if before else []
-        held_out = before.said if any(known) else held_out
+        held_out = before.said if any(known) else f"held-out clips (a share of {test_share:g}, seed {seed})"
         tables |= _hold_out(root, tables["train"], test_share, seed, known, say)
     for line in listing.summary():
         say(printable(line))
@@ -133,6 +131,13 @@ def find_data(
     where = manifest.FILE if is_checked else LISTS.get(data_set) or FROM[data_set]
     for line in _origins(root, listing, sides, data_set, str(where)):
         say(printable(line))
+    return _found(listing, sides, scans, tables, held_out)
+
+
+def _found(
+    listing: Listing, sides: dict[str, str], scans: dict, tables: dict[str, ClipTable], held_out: str
+) -> Found:
+    """The clips of each side, and how many of those that there should be; `held_out` says by what, if any."""
     test_name = f"clips of {listing.test_list}" if listing.test_list else "held-out clips"
     coverage = {}
     for side, scanned in scans.items():
