@@ -17,6 +17,7 @@ from ..training.settings import (
     RATE,
     RUN_FILES,
     Formerly,
+    Rule,
     TaskConfig,
     check_rules,
 )
@@ -345,8 +346,9 @@ class LocalizeConfig(SceneConfig):
     """Localize sound sources: a map of cosines between the sound and each place of the picture.
 
     Without arguments it trains on Sounding Shapes, the embedded data set, in which one of three objects
-    sounds. With --data it takes Flickr-SoundNet (folders frames, audio, Annotations). --modalities image
-    trains the control, which never hears the sound: what is above it, the sound has told.
+    sounds. With --data it takes Flickr-SoundNet (folders frames, audio, Annotations) or VGG-SS (frames,
+    audio, vggss.json), of which flickr_test.csv or vggss_test.csv beside them says what is tested on.
+    --modalities image trains the control, which never hears the sound: what is above it, the sound has told.
 
     `ciou` and `auc` follow the protocol of Flickr-SoundNet, see `consensus_iou`. It calls half of every
     picture sounding, which no box of Sounding Shapes comes near: there, look at `pointing`, the share of
@@ -363,14 +365,18 @@ class LocalizeConfig(SceneConfig):
     kind = "localize"
 
     data: Annotated[Path | None, SAID] = None
-    """Flickr-SoundNet or Sounding Shapes. Default: the latter, built once."""
-    test_share: float = 0.5
-    """Share of the pictures of Flickr-SoundNet to test on; the names decide which."""
+    """Flickr-SoundNet, VGG-SS or Sounding Shapes. Default: the latter, built once."""
+    test_share: Annotated[float, Rule("must be in (0, 1]", lambda value: 0 < value <= 1)] = 0.5
+    """Share of the pictures of Flickr-SoundNet or VGG-SS to test on, where no list says which; the names
+    decide. 1 takes --epochs 0."""
+    protocol: Annotated[Literal["flickr-soundnet", "slavc"], Formerly("flickr-soundnet")] = "flickr-soundnet"
+    """Definition of the metrics. slavc, that of the extended sets, adds pictures with the sound of another
+    clip (flickr_test_plus_silent.csv, vggss_test_plus_silent.csv), AP and max-F1."""
     dim: Annotated[int, COUNT] = 128
     """Width of the space in which sound and places are compared."""
 
-    epochs: int = 32
-    """Passes over the clips; the paper's are 30."""
+    epochs: Annotated[int, NOT_NEGATIVE] = 32
+    """Passes over the clips; the paper's are 30. 0 = judge --checkpoint as it is, on all test pictures."""
     warmup_epochs: int = 3
     """Epochs of linear warm-up before the cosine decay; the paper names none."""
     base_lr: float = 1.6e-2
@@ -379,8 +385,8 @@ class LocalizeConfig(SceneConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.test_share < 1:
-            raise ValueError(f"--test-share must be between 0 and 1, got {self.test_share}")
+        if self.test_share == 1 and self.epochs:
+            raise ValueError("--test-share must be below 1, or nothing is trained on (--epochs 0)")
 
 
 @dataclass(kw_only=True)
