@@ -311,7 +311,7 @@ class SeparateConfig(TaskConfig):
     """What masks are trained towards: 1 where the source is the louder one (the paper's), or its share of the
     magnitudes."""
     pairs: int = 64
-    """Test clips that are mixed with another and judged."""
+    """Test clips that are mixed with another and judged, or mixtures of MUSIC's anno/test_sep.csv."""
 
     def __post_init__(self):
         super().__post_init__()
