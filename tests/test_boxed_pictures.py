@@ -168,6 +168,9 @@ def test_flickr_soundnet_by_its_list(root):
     write_silent(root, "flickr", [(NAMES[1], NAMES[3]), (NAMES[3], NAMES[0])])  # whose sound is trained on
     more = read_flickr_soundnet(root, negatives=True)
     assert named(more)[2:] == [(NAMES[1], NAMES[3], 0)] and more.expected == 3
+    (root / f"Annotations/{NAMES[0]}.xml").unlink()  # then it is no longer: published pairs have such clips
+    more = read_flickr_soundnet(root, negatives=True)
+    assert named(more)[2:] == [(NAMES[1], NAMES[3], 0), (NAMES[3], NAMES[0], 0)] and more.expected == 4
 
 
 def test_negatives_follow_and_have_no_box(root):

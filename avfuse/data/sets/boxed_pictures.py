@@ -42,46 +42,45 @@ def read_pictures(
         split: "train" or "test".
         test_share: how many of the pictures are to test on, where no list says which. A hash of its name
             decides for each, so that it stays where it is when others come or go.
-        negatives: whether to read their list. Both clips of such a pair are of the test split.
+        negatives: whether to read their list, but for pairs with a clip that is trained on.
     """
     check_choice("split", split, SPLITS)
     if not 0 <= test_share <= 1:
         raise ValueError(f"test_share must be in 0..1, got {test_share}")
-    found, tested = Scenes(), None
+    names, found, wrong = set(names), Scenes(), []
     if path := test_list(root, kind):
-        tested = {name for (name,) in _read_list(path, _parse_name, found)}
+        tested = {name for (name,) in _read_list(path, _parse_name, wrong)}
+    else:
+        tested = {name for name in names if _share_of(name) < test_share}
+    trained = names - tested
 
-    def is_wanted(name: str) -> bool:
-        is_tested = _share_of(name) < test_share if tested is None else name in tested
-        return is_tested == (split == "test")
-
-    if split == "train":
-        found = Scenes()  # wrong rows are of the test split
-    for name in sorted(filter(is_wanted, {*names, *(tested or ())})):
+    def add(picture: str, sound: str, boxes_of: Callable[[str], Boxes]) -> None:
         found.expected += 1
         with found.noting_missing():
-            found.scenes.append(_scene(root, name, name, boxes_of(name)))
-    if negatives and split == "test":
-        for ((picture, sound),) in _read_list(root / f"{kind}_test_plus_silent.csv", _parse_silent, found):
-            if is_wanted(picture) and is_wanted(sound):
-                found.expected += 1
-                with found.noting_missing():
-                    found.scenes.append(_scene(root, picture, sound, Boxes(())))
+            boxes, path = boxes_of(picture), check_file(root, f"frames/{picture}.jpg")
+            moment = Moment(truth=boxes, picture=path)
+            sound = check_file(root, f"audio/{sound}.wav")
+            found.scenes.append(Scene(path=path, sound=sound, moments=(moment,)))
+
+    for name in sorted(trained if split == "train" else tested):
+        add(name, name, boxes_of)
+    if split == "test":
+        if negatives:
+            for ((picture, sound),) in _read_list(
+                root / f"{kind}_test_plus_silent.csv", _parse_silent, wrong
+            ):
+                if not trained & {picture, sound}:
+                    add(picture, sound, lambda _: Boxes(()))
+        found.expected += len(wrong)
+        found.missing += wrong
     return found
 
 
-def _scene(root: Path, picture: str, sound: str, boxes: Boxes) -> Scene:
-    path = check_file(root, f"frames/{picture}.jpg")
-    moment = Moment(truth=boxes, picture=path)
-    return Scene(path=path, sound=check_file(root, f"audio/{sound}.wav"), moments=(moment,))
-
-
-def _read_list(path: Path, parse: Callable[[list[str]], Row], found: Scenes) -> list[Row]:
-    """The rows of a list; wrong ones are missing."""
+def _read_list(path: Path, parse: Callable[[list[str]], Row], wrong: list[ClipError]) -> list[Row]:
+    """The rows of a list; those that are wrong become errors."""
     listing = Listing("", path.parent)
     listed = list(rows(listing, path, parse))
-    found.expected += len(listing.wrong)
-    found.missing += [ClipError(path, text.partition(", ")[2]) for text in listing.wrong]
+    wrong += [ClipError(path, text.partition(", ")[2]) for text in listing.wrong]
     return listed
 
 
