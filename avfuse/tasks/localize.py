@@ -312,17 +312,15 @@ class Localization(SceneTask):
         )
 
     def tables(self, metrics):
-        titles = {
-            prefix: title for prefix, title in (TITLES | BASELINES).items() if f"{prefix}ciou" in metrics
+        answers = {
+            title: {name: metrics.get(f"{prefix}{name}") for name in self.headline}
+            for prefix, title in (TITLES | BASELINES).items()
+            if f"{prefix}ciou" in metrics
         }
-        rows = [
-            (title, *(metrics.get(f"{prefix}{name}") for name in self.headline))
-            for prefix, title in titles.items()
-        ]
-        nothing = [None] * (len(self.headline) - 3)
-        random = ("a random place", metrics["pointing_chance"], None, None, *nothing)
-        best = ("best possible", None, None, metrics["best_possible_auc"], *nothing)
-        return [[(self.heading, *self.headline), *rows, random, best]]
+        answers["a random place"] = dict(pointing=metrics["pointing_chance"])
+        answers["best possible"] = dict(auc=metrics["best_possible_auc"])
+        rows = [(title, *map(of.get, self.headline)) for title, of in answers.items()]
+        return [[(self.heading, *self.headline), *rows]]
 
     def doubt(self, metrics):
         hits, chance = metrics["pointing"], metrics["pointing_chance"]
