@@ -1,8 +1,10 @@
-"""Small trees in the layouts of AVSBench and Flickr-SoundNet, made of Sounding Shapes clips."""
+"""Small trees in the layouts of AVSBench, Flickr-SoundNet and VGG-SS, made of Sounding Shapes clips."""
 
 import csv
 import json
+import shutil
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image
@@ -67,6 +69,24 @@ def write_flickr_soundnet(root: Path, shapes: Path, names: tuple[str, ...] = ())
             (root / f"Annotations/{name}.xml").write_text(annotation(boxes), encoding="utf-8")
             ids.append(name)
     return ids
+
+
+def write_vggss(root: Path, shapes: Path) -> list[str]:
+    """The same pictures and sounds in the layout of VGG-SS, boxes by one person: their names."""
+    names = write_flickr_soundnet(root, shapes, names=tuple(f"{letter * 11}_000030" for letter in "abcdef"))
+    entries = []
+    for name in names:
+        box = ElementTree.parse(root / f"Annotations/{name}.xml").find(".//bbox")
+        entries.append({"file": name, "class": "x", "bbox": [[int(at.text) / 256 for at in box[1:]]]})
+    shutil.rmtree(root / "Annotations")
+    (root / "vggss.json").write_text(json.dumps(entries), encoding="utf-8")
+    return names
+
+
+def write_silent(root: Path, kind: str, pairs: list[tuple[str, str]]) -> None:
+    """SLAVC's list of pictures with the sounds of other clips."""
+    rows = "".join(f"{picture},{sound},non-sounding\n" for picture, sound in pairs)
+    (root / f"{kind}_test_plus_silent.csv").write_text("video,audio,label\n" + rows, encoding="utf-8")
 
 
 def annotation(boxes: list[list[int]]) -> str:

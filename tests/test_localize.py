@@ -12,7 +12,7 @@ import torch
 from models import make_vit, randomized, relative_error
 from PIL import Image
 from scene_trees import SHAPES, write_flickr_soundnet
-from sklearn.metrics import auc
+from sklearn.metrics import auc, average_precision_score, precision_recall_curve
 
 import avfuse
 from avfuse import AVEncoder, presets
@@ -29,10 +29,14 @@ from avfuse.tasks.localize import (
     Localization,
     LocalizeConfig,
     Localizer,
+    average_precision,
     best_map,
+    confidence,
     consensus_iou,
     judge_baselines,
+    max_f1,
     pointing,
+    precision_and_recall,
     resized,
     success_area,
     success_rate,
@@ -138,6 +142,69 @@ def test_pointing_by_hand():
     maps = torch.tensor([[[0.0, 0.9], [0.1, 0.2]], [[-1.0, -5.0], [-0.5, -2.0]], [[1.0, 1.0], [1.0, 1.0]]])
     truth = torch.tensor([[[0.0, 0.5], [0.0, 0.0]], [[1.0, 1.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]]])
     assert pointing(maps, truth).tolist() == [True, False, False]
+
+
+SURE = [
+    0.9,
+    0.8,
+    0.7,
+    0.6,
+    0.5,
+    0.4,
+]  # of six pictures: found, without a box, found, elsewhere, found, without
+
+
+def test_slavc_by_hand():
+    """The six, at thresholds that each of them just reaches."""
+    found, boxed = torch.tensor([[1, 0, 1, 0, 1, 0], [1, 0, 1, 1, 1, 0]]).bool()
+    order = torch.tensor([3, 0, 5, 1, 4, 2])  # theirs does not matter
+    rows = [column[order] for column in (found, torch.tensor(SURE), boxed)]
+    precision, recall = precision_and_recall(*rows, torch.tensor(SURE))
+    assert precision.tolist() == pytest.approx([1, 1 / 2, 2 / 3, 2 / 4, 3 / 5, 3 / 6])
+    assert recall.tolist() == pytest.approx([1 / 4, 1 / 4, 2 / 4, 2 / 3, 1, 1])
+    # from the second threshold on recall rises by 1/4, 1/6, 1/3 and 0; the best precision from there
+    assert average_precision(*rows) == pytest.approx((2 / 3) / 4 + (2 / 3) / 6 + (3 / 5) / 3)
+    assert max_f1(*rows) == pytest.approx(2 * 3 / 5 / (1 + 3 / 5))
+
+
+def test_slavc_where_nothing_is_found_or_boxed():
+    none, some = torch.zeros(4).bool(), torch.ones(4).bool()
+    sure = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    assert average_precision(none, sure, some) == 0 and max_f1(none, sure, some) == 0
+    assert average_precision(none, sure, none) == 0 and max_f1(none, sure, none) == 0
+    precision, recall = precision_and_recall(none, sure, none, torch.tensor([0.5]))
+    assert precision.tolist() == recall.tolist() == [1]  # none is called, none is there
+
+
+@pytest.mark.parametrize("count", [2, 60, 199, 400, 1000])
+def test_slavc_is_that_of_scikit_learn_where_every_source_is_found(count):
+    """Then precision and recall are the usual ones: at SLAVC's thresholds those of scikit-learn."""
+    random = np.random.default_rng(count)
+    boxed = random.random(count) < 0.5
+    boxed[:2] = True, False
+    sure = np.round(random.normal(size=count) + boxed, 2)  # with ties
+    precision, recall, thresholds = precision_recall_curve(boxed, sure)
+    at = dict(zip(thresholds.tolist(), zip(precision[:-1], recall[:-1], strict=True), strict=True))
+    rows = torch.from_numpy(boxed), torch.from_numpy(sure), torch.from_numpy(boxed)
+    for threshold, (p, r) in at.items():
+        ours = precision_and_recall(*rows, torch.tensor([threshold], dtype=torch.float64))
+        assert [value.item() for value in ours] == pytest.approx([p, r])
+    used = np.sort(sure)[:-1][:: -max(1, count // 200)]
+    p, r = np.array([at[threshold] for threshold in used.tolist()]).T
+    expected = sum(p[n:].max() * (r[n + 1] - r[n]) for n in range(len(used) - 1))
+    assert average_precision(*rows) == pytest.approx(expected)
+    tenths = [at[threshold] for threshold in np.sort(sure)[:: max(1, count // 10)].tolist()]
+    assert max_f1(*rows) == pytest.approx(max(2 * p * r / (p + r) for p, r in tenths))
+    if count > 100:  # what is left: the best precision from each point on, and the first points
+        assert average_precision(*rows) == pytest.approx(average_precision_score(boxed, sure), abs=0.03)
+
+
+def test_confidence_is_the_mean_of_the_highest_quarter():
+    maps = torch.tensor([[[1.0, -4.0], [3.0, 2.0]], [[7.0, 7.0], [7.0, 7.0]]])
+    assert confidence(maps).tolist() == [3, 7]
+    torch.testing.assert_close(
+        confidence(torch.arange(64.0).view(1, 8, 8)), torch.arange(48.0, 64).mean()[None]
+    )
 
 
 def test_no_map_beats_the_best():

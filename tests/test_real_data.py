@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 from trees import audioset, plant, vggsound, videos, write_list
 
+from avfuse.data.clips import ClipDataset
 from avfuse.data.sets import music as reader
 from avfuse.tasks.classify import Classification, ClassifyConfig
 from avfuse.tasks.separate import SeparateConfig, Separation
@@ -63,3 +65,33 @@ def test_solos_are_mixed_and_separated(sources, tmp_path):
     )
     assert program(config, Separation) == 0
     assert results(tmp_path / "run")["coverage"] == dict(judged=2, expected=2)
+
+
+def test_listed_mixtures_are_separated(sources, tmp_path, capsys):
+    """By the splits and pairs of published lists, of which a clip and a video are not there."""
+    data = music(tmp_path / "data", sources)
+    names = [f"{('cello', 'flute')[n % 2]}/v{n:010d}" for n in range(9)]
+    write_list(data / reader.TRAIN, "".join(f"/{name}.wav,/{name}.mp4,99\n" for name in names[:4]))
+    write_list(data / reader.TESTS[0], "".join(f"/{name}.wav,/{name}.mp4,99\n" for name in names[4:]))
+    pairs = [(4, 5), (7, 6), (4, 8), (4, 7), (4, 5)]
+    write_list(data / reader.MIXTURES, "".join(f"/{names[a]}.wav, /{names[b]}.wav\n" for a, b in pairs))
+    options = dict(data=data, checkpoint="none", decoder_dim=16, **TINY)
+    found = Separation.find(SeparateConfig(run=tmp_path / "run", pairs=64, **options), print)
+    said = capsys.readouterr().out
+    assert "mixtures of test_sep.csv: test 4 of 5 clips found" in said
+    assert "1 mixtures lack a clip, such as v0000000008" in said
+    assert [(clip.path.stem[-1], clip.other.path.stem[-1]) for clip in found.test] == [
+        *(("4", "5"), ("7", "6"), ("4", "7"), ("4", "5"))
+    ]
+    assert {clip.path.stem[-1] for clip in found.train} == set("0123")
+    task = Separation(SeparateConfig(run=tmp_path / "run", **options), found)
+    mixed, alone = task.dataset(found.test, train=False), task.dataset([*found.test[:2]], train=False)
+    item = mixed[(0, 1)]
+    for place, clip in enumerate((found.test[1], found.test[1].other)):
+        expected = ClipDataset([clip], task.model.encoder.inputs, train=False)[0]["audio"]
+        torch.testing.assert_close(mixed.spectrogram(item["sounds"][place]), expected)
+    assert torch.equal(item["audio"], alone[(0, 1)]["audio"])
+    assert program(SeparateConfig(run=tmp_path / "run", pairs=64, **options), Separation) == 0
+    record = results(tmp_path / "run")
+    assert record["split"] == "mixtures of test_sep.csv"
+    assert record["coverage"] == dict(judged=4, expected=5)

@@ -33,6 +33,7 @@ from avfuse.tasks.segment import (
     f_curve,
     highest_of_mean,
     mean_of_highest,
+    mean_over_videos,
 )
 from avfuse.training.conditions import CONDITIONS
 from avfuse.training.judge import weights_hash
@@ -151,6 +152,42 @@ def test_the_protocols_differ_in_where_they_take_the_maximum():
     # the second is right, while of the first a quarter of what is called sounding is: P = 1/4, R = 1
     both = (1 + 1.3 / 4 / (0.3 / 4 + 1)) / 2
     assert highest_of_mean(curves) == pytest.approx(both)
+
+
+def official(prob, truth, videos) -> tuple[float, float]:
+    """The steps of AVSBench's test program, one video at a time: its mean IoU and F."""
+    ious, scores = [], []
+    for video in dict.fromkeys(videos):
+        curves, iou = [], []
+        for p, t in ((p, t) for p, t, of in zip(prob, truth, videos, strict=True) if of == video):
+            called, pixels = p > 0.5, p.size
+            both, either = (called & t).sum(), (called | t).sum()
+            if not t.any():
+                both, either = (~called & ~t).sum(), pixels
+            iou.append(both / (either + 1e-7))
+            at = [p >= threshold for threshold in np.linspace(0, 1 - 1e-10, 255, dtype=np.float32)]
+            precision = np.array([(called & t).sum() / (called.sum() + 1e-20) for called in at])
+            recall = np.array([(called & t).sum() / (t.sum() + 1e-20) for called in at])
+            with np.errstate(invalid="ignore"):
+                f = 1.3 * precision * recall / (0.3 * precision + recall)
+            curves += [np.where(np.isnan(f), 0, f)] if t.any() else []
+        ious.append(np.mean(iou))
+        scores.append(np.mean(curves, axis=0).max() if curves else 0.0)
+    return np.mean(ious), np.mean(scores)
+
+
+def test_official_f_is_that_of_each_video():
+    prob, truth = random_pictures(count=20)
+    videos = np.repeat(np.arange(4), 5)
+    truth[5:10] = False  # a video in which nothing sounds
+    iou, f = official(prob.numpy(), truth.numpy(), videos)
+    assert avsbench_iou(prob, truth).mean().item() == pytest.approx(iou, abs=1e-6)
+    curves = f_curve(prob, truth)
+    assert mean_over_videos(curves, torch.from_numpy(videos)) == pytest.approx(f, abs=1e-6)
+    assert mean_over_videos(curves, torch.arange(20)) == pytest.approx(
+        mean_of_highest(curves) * truth.flatten(1).any(1).double().mean().item()
+    )
+    assert mean_over_videos(curves, torch.zeros(20)) == pytest.approx(highest_of_mean(curves))
 
 
 def test_pictures_in_which_nothing_sounds_leave_f_alone():
@@ -322,6 +359,10 @@ def test_runs_on_avsbench(shapes, tmp_path):
     assert results["protocol"].startswith("deepavfusion: central picture, 224 x 224")
     assert results["coverage"]["expected"] == 15  # each picture of each clip
     assert "AVSBench S4 test" in results["split"]
+    assert "video_f_score" not in results["metrics"]
+    assert run(tmp_path / "c", data=tmp_path / "data") == 0
+    metrics = json.loads((tmp_path / "c/results.json").read_text())["metrics"]
+    assert metrics["video_f_score"] >= metrics["f_score"]  # a maximum for each of three videos, or for all
     assert run(tmp_path / "b", data=tmp_path / "data", target="semantic", subset="AVSS") == 0
     results = json.loads((tmp_path / "b/results.json").read_text())
     assert "mean over 7 classes with background" in results["protocol"]

@@ -41,11 +41,12 @@ READERS = {
     "sounding-shapes": sounding_shapes.read,
     "folder": folders.read,
 }
-LISTS = {
-    "vggsound": vggsound.LIST,
-    "audioset": audioset.CLASS_LIST,
-    "music": music.LIST,
-    "music21": music.LIST_21,
+LISTS = {  # by which data sets are recognised
+    vggsound.LIST: "vggsound",
+    audioset.CLASS_LIST: "audioset",
+    music.TRAIN: "music",
+    music.LIST: "music",
+    music.LIST_21: "music21",
 }
 FROM = {"sounding-shapes": "manifest.jsonl", "folder": "the names of folders"}  # where there is no list
 
@@ -213,7 +214,7 @@ def list_data(root: str | Path, data_set: str = "auto") -> Listing:
 
 def recognise(root: Path) -> str:
     """Which of `DATA_SETS` a folder is, by its files."""
-    for name, path in LISTS.items():
+    for path, name in LISTS.items():
         if (root / path).exists():
             return name
     return "sounding-shapes" if sounding_shapes.is_built(root) else "folder"
@@ -265,7 +266,7 @@ def _changed(root: Path, scans: Iterable["Scan"]) -> Path | None:
     folders = {Path(folder) for scanned in scans for folder in scanned.clips.folders}
     folders |= {above for folder in folders for above in folder.parents if root in above.parents}
     written = (root / manifest.FILE).stat().st_mtime_ns
-    for path in [root / name for name in (*LISTS.values(), *vggsound.OFFICIAL.values())] + sorted(
+    for path in [root / name for name in (*LISTS, *music.TESTS, *vggsound.OFFICIAL.values())] + sorted(
         folders - {root}
     ):
         try:

@@ -182,7 +182,7 @@ class Boxes:
     them are enough to be sure.
     """
 
-    boxes: tuple[tuple[int, int, int, int], ...]
+    boxes: tuple[tuple[float, float, float, float], ...]
     canvas: int = 256
     annotators: int = 2
 
@@ -211,7 +211,7 @@ def check_size(shape: tuple[int, int], view: View, path: Path) -> None:
 
 
 def consensus(
-    boxes: Sequence[Sequence[int]],
+    boxes: Sequence[Sequence[float]],
     canvas: tuple[int, int],
     view: View,
     shape: tuple[int, int],

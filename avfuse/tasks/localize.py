@@ -19,8 +19,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 from ..data.clips import check_one_frame
 from ..data.find import Found
 from ..data.scenes import as_found
+from ..data.sets.boxed_pictures import test_list
 from ..data.sets.flickr_soundnet import is_flickr_soundnet, read_flickr_soundnet
 from ..data.sets.folders import SPLITS
+from ..data.sets.vggss import is_vggss, read_vggss
 from ..data.sounding_shapes.truths import ShapeBoxes
 from ..encoder import AVEncoder
 from ..pretrained import Pretrained
@@ -33,6 +35,18 @@ from .scenes import SIZE, SceneModel, SceneTask, model_inputs, outline, resized,
 STRIPS = 3  # clips of several frames in a picture
 THRESHOLDS = 21  # from 0 to 1, of the curve under which the area is
 SUCCESS = 0.5  # a picture counts as localized at this consensus IoU
+CURVE, F_SCORES = 200, 10  # SLAVC's thresholds of confidence: about so many
+PROTOCOLS = {
+    "flickr-soundnet": (
+        "Flickr-SoundNet: whole picture squeezed to 224 x 224, threshold at the median of the map, consensus "
+        "min(boxes / 2, 1) of the annotators (VGG-SS: the boxes; Sounding Shapes: the box of the sounding "
+        "object), ciou = share of pictures with cIoU >= 0.5, auc over 21 thresholds"
+    )
+}
+PROTOCOLS["slavc"] = PROTOCOLS["flickr-soundnet"] + (
+    "; SLAVC: these of the pictures with a box, whose ciou is LocAcc; ap and max_f1 of these and of pictures "
+    "with the sound of another clip, at cIoU >= 0.5 and by the mean of the highest quarter of the map"
+)
 BASELINES = {"whole_": "the whole picture", "centre_": "the centre"}  # answers to every picture
 
 
@@ -119,7 +133,9 @@ def consensus_iou(maps: Tensor, truth: Tensor) -> Tensor:
 
 
 def success_rate(ciou: Tensor, threshold: float = SUCCESS) -> float:
-    """The headline: the share of pictures whose cIoU reaches a threshold."""
+    """The headline: the share of pictures whose cIoU reaches a threshold. It is SLAVC's LocAcc, too, whose
+    program prints the share above the threshold beside: this one is how its AP and earlier papers count.
+    """
     return (ciou >= threshold).double().mean().item()
 
 
@@ -160,6 +176,48 @@ def judge_baselines(truth: Tensor) -> dict[str, Tensor]:
     )
 
 
+def confidence(maps: Tensor) -> Tensor:
+    """SLAVC: how sure maps (B, H, W) are that anything sounds, the mean of their highest quarter: (B,)"""
+    return maps.flatten(1).topk(-(-maps[0].numel() // 4)).values.mean(1)
+
+
+def precision_and_recall(
+    found: Tensor, confidence: Tensor, boxed: Tensor, thresholds: Tensor
+) -> tuple[Tensor, Tensor]:
+    """SLAVC (Mo and Morgado, NeurIPS 2022), at each threshold of confidence: the share of the pictures at or
+    above it whose source is found; and of these sources and the `boxed` pictures below it the share that is
+    found, so that one looked for in the wrong place costs precision alone. Either is 1 where it is 0 / 0.
+
+    Args:
+        found, confidence, boxed: (N,), whether cIoU reaches 0.5, how sure the map is, and whether there is a
+            box: others have the sound of another clip.
+        thresholds: (T,)
+
+    Returns:
+        (T,) each
+    """
+    called = confidence >= thresholds[:, None]
+    right, missed = (called & boxed & found).sum(1), (~called & boxed).sum(1)
+    return tuple((right.double() / total).nan_to_num(1) for total in (called.sum(1), right + missed))
+
+
+def average_precision(found: Tensor, confidence: Tensor, boxed: Tensor) -> float:
+    """AP of SLAVC: the best precision from each of about 200 thresholds downwards, the second highest
+    confidence first, weighted by the recall that the next one adds. Arguments as above.
+    """
+    thresholds = confidence.sort().values[:-1].flip(0)[:: max(1, len(confidence) // CURVE)]
+    precision, recall = precision_and_recall(found, confidence, boxed, thresholds)
+    best = precision.flip(0).cummax(0).values.flip(0)
+    return (best[:-1] * recall.diff()).sum().item()
+
+
+def max_f1(found: Tensor, confidence: Tensor, boxed: Tensor) -> float:
+    """max-F1 of SLAVC: the highest of about 10 thresholds, each tenth confidence from the lowest on."""
+    thresholds = confidence.sort().values[:: max(1, len(confidence) // F_SCORES)]
+    precision, recall = precision_and_recall(found, confidence, boxed, thresholds)
+    return (2 * precision * recall / (precision + recall)).nan_to_num(0).max().item()
+
+
 # --- task ---------------------------------------------------------------------------------------------------
 
 
@@ -170,18 +228,19 @@ class Localization(SceneTask):
 
     name, shape_truth, truth = "localization", ShapeBoxes, "sounding"
     conditions, headline = tuple(CONDITIONS), ("pointing", "ciou", "auc")
-    protocol = (
-        "Flickr-SoundNet: whole picture squeezed to 224 x 224, threshold at the median of the map, consensus "
-        "min(boxes / 2, 1) of the annotators (Sounding Shapes: the box of the sounding object), ciou = share "
-        "of pictures with cIoU >= 0.5, auc over 21 thresholds"
-    )
 
     def __init__(self, config: LocalizeConfig, found: Found):
         super().__init__(config, found)
         self.model = Localizer(starting_encoder(config), dim=config.dim)
-        frames = self.model.encoder.frames
+        self.protocol, frames = PROTOCOLS[config.protocol], self.model.encoder.frames
+        if config.protocol == "slavc":
+            self.headline += ("ap", "max_f1")
+            if not any(getattr(scene.moments[0].truth, "boxes", ()) for scene in found.test):
+                raise ValueError(
+                    "--protocol slavc takes boxes of Flickr-SoundNet or VGG-SS: give their --data"
+                )
         if not all(scene.frames for scene in (*found.train, *found.test)):
-            check_one_frame(frames, "Flickr-SoundNet, of which single pictures are annotated")
+            check_one_frame(frames, "Flickr-SoundNet and VGG-SS, of which single pictures are annotated")
         if frames > 1:
             self.protocol += f"; {frames} frames of each clip, each at its own time"
         if config.modalities == "image":
@@ -189,13 +248,20 @@ class Localization(SceneTask):
 
     @staticmethod
     def find_annotated(root, config, say):
-        if not is_flickr_soundnet(root):
+        if is_vggss(root):
+            name, kind, read_pictures = "VGG-SS", "vggss", read_vggss
+        elif is_flickr_soundnet(root):
+            name, kind, read_pictures = "Flickr-SoundNet", "flickr", read_flickr_soundnet
+        else:
             raise ValueError(
-                f"--data {root} is neither Sounding Shapes nor Flickr-SoundNet (frames, audio, Annotations)"
+                f"--data {root} is neither Sounding Shapes nor Flickr-SoundNet (frames, audio, Annotations) "
+                "nor VGG-SS (frames, audio, vggss.json)"
             )
-        share = config.test_share
-        train, test = (read_flickr_soundnet(root, split, test_share=share) for split in SPLITS)
-        return as_found(train, test, f"pictures, {share:g} of Flickr-SoundNet", say)
+        options = dict(test_share=config.test_share, negatives=config.protocol == "slavc")
+        train, test = (read_pictures(root, split, **options) for split in SPLITS)
+        share = path.name if (path := test_list(root, kind)) else f"{config.test_share:g}"
+        found = as_found(train, test, f"pictures, {share} of {name}", say)
+        return found if config.epochs else found._replace(train=found.test)  # none are trained on
 
     def counts(self, inputs):
         return dict(map_loss=int(inputs["clips"]) * inputs["sounding"][0].numel())
@@ -209,10 +275,15 @@ class Localization(SceneTask):
         lead, truth = inputs["sounding"].shape[:-2], inputs["sounding"].flatten(0, -3)
         columns = dict(best=consensus_iou(best_map(truth), truth), area=(truth > 0).double().mean((1, 2)))
         columns |= judge_baselines(truth)
+        if self.config.protocol == "slavc":
+            boxes = [self.found.test[n].moments[0].truth.boxes for n in batch["index"].tolist()]
+            columns["boxed"] = torch.tensor([len(of) > 0 for of in boxes], device=truth.device)
         for prefix, maps in self.maps(model, inputs).items():
             maps = resized(maps, (SIZE, SIZE)).flatten(0, -3)
             columns[f"{prefix}ciou"] = consensus_iou(maps, truth)
             columns[f"{prefix}pointing"] = pointing(maps, truth)
+            if "boxed" in columns:
+                columns[f"{prefix}confidence"] = confidence(maps)
         return to_rows({name: column.unflatten(0, lead) for name, column in columns.items()})
 
     def maps(self, model, inputs) -> dict[str, Tensor]:
@@ -222,6 +293,13 @@ class Localization(SceneTask):
 
     def summarize(self, rows):
         columns, metrics = to_columns(rows), {}
+        if (boxed := columns.get("boxed")) is not None:
+            for prefix in "", "attention_":
+                if f"{prefix}confidence" in columns:
+                    found = columns[f"{prefix}ciou"] >= SUCCESS, columns[f"{prefix}confidence"], boxed
+                    metrics[f"{prefix}ap"] = average_precision(*found)
+                    metrics[f"{prefix}max_f1"] = max_f1(*found)
+            columns = {name: column[boxed] for name, column in columns.items()}
         for prefix in ("", "attention_", *BASELINES):
             if f"{prefix}ciou" in columns:
                 ciou = columns[f"{prefix}ciou"].double()
@@ -234,14 +312,15 @@ class Localization(SceneTask):
         )
 
     def tables(self, metrics):
-        names = ("pointing", "ciou", "auc")
-        prefixes = [prefix for prefix in TITLES if f"{prefix}ciou" in metrics]
-        rows = [(TITLES[prefix], *(metrics[f"{prefix}{name}"] for name in names)) for prefix in prefixes]
-        always = [prefix for prefix in BASELINES if f"{prefix}ciou" in metrics]
-        rows += [(BASELINES[prefix], *(metrics[f"{prefix}{name}"] for name in names)) for prefix in always]
-        random = ("a random place", metrics["pointing_chance"], None, None)
-        best = ("best possible", None, None, metrics["best_possible_auc"])
-        return [[(self.heading, *names), *rows, random, best]]
+        answers = {
+            title: {name: metrics.get(f"{prefix}{name}") for name in self.headline}
+            for prefix, title in (TITLES | BASELINES).items()
+            if f"{prefix}ciou" in metrics
+        }
+        answers["a random place"] = dict(pointing=metrics["pointing_chance"])
+        answers["best possible"] = dict(auc=metrics["best_possible_auc"])
+        rows = [(title, *map(of.get, self.headline)) for title, of in answers.items()]
+        return [[(self.heading, *self.headline), *rows]]
 
     def doubt(self, metrics):
         hits, chance = metrics["pointing"], metrics["pointing_chance"]

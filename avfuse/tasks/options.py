@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ..command import SAID, given, read
-from ..rules import COUNT, NOT_NEGATIVE, RATE, check_rules
+from ..rules import COUNT, NOT_NEGATIVE, RATE, Rule, check_rules
 from ..training.settings import FREE, ONCE, RUN_FILES, Formerly, TaskConfig
 
 SEGMENTER = Path("runs/segment")  # has learned what looks like it sounds, which others need not learn again
@@ -323,7 +323,7 @@ class SeparateConfig(TaskConfig):
     """What masks are trained towards: 1 where the source is the louder one (the paper's), or its share of the
     magnitudes."""
     pairs: int = 64
-    """Test clips that are mixed with another and judged."""
+    """Test clips that are mixed with another and judged, or mixtures of MUSIC's anno/test_sep.csv."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -369,8 +369,9 @@ class LocalizeConfig(SceneConfig):
     """Localize sound sources: a map of cosines between the sound and each place of the picture.
 
     Without arguments it trains on Sounding Shapes, the embedded data set, in which one of three objects
-    sounds. With --data it takes Flickr-SoundNet (folders frames, audio, Annotations). --modalities image
-    trains the control, which never hears the sound: what is above it, the sound has told.
+    sounds. With --data it takes Flickr-SoundNet (folders frames, audio, Annotations) or VGG-SS (frames,
+    audio, vggss.json), of which flickr_test.csv or vggss_test.csv beside them says what is tested on.
+    --modalities image trains the control, which never hears the sound: what is above it, the sound has told.
 
     `ciou` and `auc` follow the protocol of Flickr-SoundNet, see `consensus_iou`. It calls half of every
     picture sounding, which no box of Sounding Shapes comes near: there, look at `pointing`, the share of
@@ -386,14 +387,18 @@ class LocalizeConfig(SceneConfig):
     kind = "localize"
 
     data: Annotated[Path | None, SAID] = None
-    """Flickr-SoundNet or Sounding Shapes. Default: the latter, built once."""
-    test_share: float = 0.5
-    """Share of the pictures of Flickr-SoundNet to test on; the names decide which."""
+    """Flickr-SoundNet, VGG-SS or Sounding Shapes. Default: the latter, built once."""
+    test_share: Annotated[float, Rule("must be in (0, 1]", lambda value: 0 < value <= 1)] = 0.5
+    """Share of the pictures of Flickr-SoundNet or VGG-SS to test on, where no list says which; the names
+    decide. 1 takes --epochs 0."""
+    protocol: Annotated[Literal["flickr-soundnet", "slavc"], Formerly("flickr-soundnet")] = "flickr-soundnet"
+    """Definition of the metrics. slavc, that of the extended sets, adds pictures with the sound of another
+    clip (flickr_test_plus_silent.csv, vggss_test_plus_silent.csv), AP and max-F1."""
     dim: Annotated[int, COUNT] = 128
     """Width of the space in which sound and places are compared."""
 
-    epochs: int = 6
-    """Passes over the clips; the paper's are 30."""
+    epochs: Annotated[int, NOT_NEGATIVE] = 6
+    """Passes over the clips; the paper's are 30. 0 = judge --checkpoint as it is, on all test pictures."""
     min_steps: int = 1024
     warmup_epochs: int = 1
     """Epochs of linear warm-up before the cosine decay; the paper names none."""
@@ -403,8 +408,8 @@ class LocalizeConfig(SceneConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.test_share < 1:
-            raise ValueError(f"--test-share must be between 0 and 1, got {self.test_share}")
+        if self.test_share == 1 and self.epochs:
+            raise ValueError("--test-share must be below 1, or nothing is trained on (--epochs 0)")
 
     def starts(self):
         return [*([SEGMENTER] if self.scene == "binding" else []), *super().starts()]

@@ -12,7 +12,8 @@ if __name__ == "__main__":
     begin("avfuse.tasks.separate", checked(read(SeparateConfig)), explained=())
 
 import wave
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ..data.clips import Clip, ClipDataset, Failure, check_one_frame
 from ..data.find import Found
+from ..data.listing import Listing
+from ..data.sets import music
 from ..data.transforms import evaluation_image, random_gain
+from ..files import printable, some
 from ..inputs import InputSettings
 from ..training.conditions import ALWAYS
 from ..training.judge import JudgedTask, first_clips, starting_encoder
@@ -37,12 +41,20 @@ SAME = 30.0  # dB: a mixture as close as that to both of its sources has one sou
 LIGHTEST, HEAVIEST = 1e-3, 10.0  # weights of a bin in the loss (Zhao et al. 2018, released code)
 
 
+@dataclass(frozen=True)
+class Mixture(Clip):
+    """A clip, and the one that a list mixes it with."""
+
+    other: Clip | None = None
+
+
 class MixtureDataset(ClipDataset):
     """Mixtures of two clips, by `(epoch, index)`: clip `index`, and one drawn from seed, epoch and index.
 
     The partner is never the clip itself and shares no label with it, if there is such a clip. In evaluation
-    it depends on seed and index alone. The frame is the one in the middle of the sound. In training window,
-    gain of each clip and mirroring are random; images are not cropped, as a crop may hide the source.
+    it depends on seed and index alone, or is the one that a `Mixture` names. The frame is the one in the
+    middle of the sound. In training window, gain of each clip and mirroring are random; images are not
+    cropped, as a crop may hide the source.
 
     An item is a dictionary; S = 2 sources, the clip and its partner:
         image: (S, 3, height, width) float32. audio: (1, mel_bins, frames) float32, the mixture.
@@ -69,6 +81,10 @@ class MixtureDataset(ClipDataset):
                     owners.append(index)
                     classes.append(numbers.setdefault((name, kind), len(numbers)))
         self.owners, self.labels = np.array(owners, np.int32), np.array(classes, np.int32)
+        others = [clip.other for clip in clips if isinstance(clip, Mixture)]
+        self.listed = len(others)
+        if others:
+            self.clips += others
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Tensor] | Failure:
         epoch, index = key if isinstance(key, tuple) else (0, key)
@@ -91,7 +107,9 @@ class MixtureDataset(ClipDataset):
         return both | dict(audio=self.spectrogram(both["sounds"].sum(0)))
 
     def partner(self, index: int, draw: float) -> int:
-        """The clip that a uniform draw from [0, 1) chooses for clip `index`."""
+        """The clip that a uniform draw from [0, 1) chooses for clip `index`, where no list does."""
+        if self.listed:
+            return self.listed + index
         free = np.ones(len(self), bool)
         free[self.owners[np.isin(self.labels, self.labels[self.owners == index])]] = False
         free[index] = False
@@ -142,8 +160,11 @@ class Separation(JudgedTask):
 
     @staticmethod
     def find(config, say):
-        """The data set, of whose test clips the first `pairs` are mixed with one another."""
-        found = first_clips(Task.find(config, say), config.pairs)
+        """The data set, of which the first `pairs` are judged: of its test clips, or of mixtures it lists."""
+        found = Task.find(config, say)
+        if config.data is not None and (config.data / music.MIXTURES).exists():
+            found = listed_mixtures(found, config.data, say)
+        found = first_clips(found, config.pairs)
         for split, clips in (("train", found.train), ("test", found.test)):
             if len(clips) < 2:
                 raise ValueError(f"--data: a mixture needs two clips or more, {split} has {len(clips)}")
@@ -251,6 +272,18 @@ class Separation(JudgedTask):
             for name, sound in sounds.items():
                 path = folder.parent / "sounds" / f"{index:06d}-{name}.wav"
                 write_wav(path, sound / peak, model.encoder.inputs.sample_rate)
+
+
+def listed_mixtures(found: Found, root: Path, say: Callable[[str], object]) -> Found:
+    """The same data, to be judged by the mixtures that MUSIC lists; those that lack a clip are named."""
+    listing = Listing(f"mixtures of {music.MIXTURES.name}", root)
+    test = [Mixture(**vars(clip), other=other) for clip, other in music.read_mixtures(listing, found.test)]
+    for line in listing.summary():
+        say(printable(line))
+    if missing := listing.missing.get("test"):
+        say(printable(f"{len(missing)} mixtures lack a clip, such as {some(missing)}"))
+    coverage = found.coverage | dict(test=(len(test), listing.expected["test"]))
+    return found._replace(test=test, test_name=listing.name, coverage=coverage)
 
 
 def ideal_masks(sources: Tensor, kind: str) -> Tensor:

@@ -1,18 +1,16 @@
 """Flickr-SoundNet: pictures with sound, and boxes that people drew around what sounds (Senocak et al.).
 
-A folder holds frames/<id>.jpg, audio/<id>.wav and Annotations/<id>.xml. The published test set has 250 of
-them; no split to train on comes with the annotations, so one is made here.
+A folder holds frames/<id>.jpg, audio/<id>.wav and Annotations/<id>.xml. No split comes with the annotations:
+flickr_test.csv of SLAVC names the 250 that are tested on, or else a share of all is.
 """
 
-import hashlib
 from pathlib import Path
 from xml.etree import ElementTree
 
-from ...checks import check_choice
 from ..decode import ClipError
-from ..scenes import Boxes, Moment, Scene, Scenes, check_file
+from ..scenes import Boxes, Scenes, check_file
+from .boxed_pictures import read_pictures
 
-SPLITS = ("train", "test")
 CANVAS = 256  # pixels: the pictures that people drew in were that wide and high
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 MAX_BYTES = 2**20  # of an annotation; real ones have about a thousand
@@ -23,34 +21,19 @@ def is_flickr_soundnet(root: Path) -> bool:
     return all((root / name).is_dir() for name in ("frames", "audio", "Annotations"))
 
 
-def read_flickr_soundnet(root: str | Path, split: str = "test", *, test_share: float = 1.0) -> Scenes:
-    """The annotated pictures, in the order of their names, each with the sound around the middle of its file.
-
-    Args:
-        root: the data folder.
-        split: "train" or "test".
-        test_share: how many of the pictures are to test on. A hash of its name decides for each, so that it
-            stays where it is when others come or go.
-    """
+def read_flickr_soundnet(
+    root: str | Path, split: str = "test", *, test_share: float = 1.0, negatives: bool = False
+) -> Scenes:
+    """The annotated pictures; arguments as for `read_pictures`."""
     root = Path(root)
-    check_choice("split", split, SPLITS)
-    if not 0 <= test_share <= 1:
-        raise ValueError(f"test_share must be in 0..1, got {test_share}")
     if not is_flickr_soundnet(root):
         raise ValueError(f"{root} must hold the folders frames, audio and Annotations")
-    found = Scenes()
-    for annotation in sorted((root / "Annotations").glob("*.xml")):
-        name = annotation.stem
-        if (_share_of(name) < test_share) != (split == "test"):
-            continue
-        found.expected += 1
-        with found.noting_missing():
-            boxes = read_boxes(check_file(root, f"Annotations/{annotation.name}"))
-            picture = check_file(root, f"frames/{name}.jpg")
-            sound = check_file(root, f"audio/{name}.wav")
-            moment = Moment(truth=Boxes(boxes, CANVAS), picture=picture)
-            found.scenes.append(Scene(path=picture, sound=sound, moments=(moment,)))
-    return found
+
+    def boxes_of(name: str) -> Boxes:
+        return Boxes(read_boxes(check_file(root, f"Annotations/{name}.xml")), CANVAS)
+
+    names = (path.stem for path in (root / "Annotations").glob("*.xml"))
+    return read_pictures(root, "flickr", names, boxes_of, split, test_share=test_share, negatives=negatives)
 
 
 def read_boxes(path: Path) -> tuple[tuple[int, int, int, int], ...]:
@@ -86,8 +69,3 @@ def _corners(box: ElementTree.Element) -> tuple[int, int, int, int]:
         numbers = [child.text for child in box][1:]
     x0, y0, x1, y1 = (min(max(int(number or ""), 0), CANVAS) for number in numbers)
     return x0, y0, x1, y1
-
-
-def _share_of(name: str) -> float:
-    """A number in [0, 1) that depends on nothing but the name."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:6]) / 2**48
