@@ -5,6 +5,7 @@ import shutil
 import wave
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
+from itertools import combinations
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
@@ -21,6 +22,7 @@ from avfuse.tasks.classifier import Classifier
 from avfuse.tasks.separator import Separator
 
 NAMES = ["red", "green", "blue", "grey"]
+ROUNDING = 2 / 32767  # of a sound on its way to the page
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +183,38 @@ def test_page(browser, address, models, clip, tmp_path):
     urls = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
     loaded = {u for u in urls if urlsplit(u).scheme in ("http", "https", "ws", "wss")}
     assert {urlsplit(u).hostname for u in loaded} == {"127.0.0.1"}
+
+
+CLICKS = """return Array.from({ length: 10 }, (_, n) => {
+  const page = pages[n % pages.length], frame = page.document.querySelector("#frame img");
+  const box = frame.getBoundingClientRect(), clientY = Math.round(box.y + box.height / 2);
+  const clientX = Math.round(box.x + box.width * (2 * n + 1) / 20);
+  frame.dispatchEvent(new page.MouseEvent("click", { bubbles: true, clientX, clientY }));
+  return [(clientX - box.x) / box.width, (clientY - box.y) / box.height];
+})"""
+
+
+@pytest.mark.parametrize("number", [10, 1])
+def test_ten_clicks_at_once_do_not_mix(browser, address, models, tmp_path, number):
+    """In ten pages each gets the sound of its own click; in one page that of the last click stays."""
+    clip = write_video(tmp_path / "short.mp4", 1.0)
+    browser.get(address)
+    browser.execute_script(f"pages = [window]; while (pages.length < {number}) pages.push(open(location))")
+    browser.execute_script("pages.forEach((page, n) => page.name = n - pages.length)")
+    opener = browser.current_window_handle
+    for window in browser.window_handles:
+        browser.switch_to.window(window)
+        upload(browser, clip)
+        browser.find_element("css selector", "#frame img")
+    browser.switch_to.window(opener)
+    places = browser.execute_script(CLICKS)  # none is answered before the last is made
+    places = np.round(np.array(places) * SIDE) / SIDE  # to pixels
+    sounds = [hears(models["separate"], clip, None, *place)[0] for place in places]
+    assert min(abs(a - b).max() for a, b in combinations(sounds, 2)) > 2 * ROUNDING
+    for window in browser.window_handles:
+        browser.switch_to.window(window)
+        sound = sounds[int(browser.execute_script("return name"))]
+        until(browser, lambda sound=sound: abs(heard(browser)[1] / 32767 - sound).max() < ROUNDING)
 
 
 def test_page_names_what_is_broken(browser, address, tmp_path):
