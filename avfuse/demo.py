@@ -43,7 +43,7 @@ BATCH = 16  # windows at once
 REACH = 0.22  # of the shorter side: what is left of a picture around a click
 TOLD = 3  # classes in a cell
 OFFERED = 8  # clips to choose from
-POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"  # nothing from elsewhere
+POLICY = b"default-src 'self' 'unsafe-inline' data: blob:"  # nothing from elsewhere
 
 
 # --- what the models make of a clip -------------------------------------------------------------------------

@@ -131,7 +131,7 @@ def browser(address, tmp_path):
         f"no-first-run window-size=1400,1200 user-data-dir={tmp_path}/profile"
     ).split():
         options.add_argument(f"--{option}")
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     service = webdriver.ChromeService(shutil.which("chromedriver"))
     driver = webdriver.Chrome(options=options, service=service)
     driver.implicitly_wait(60)
@@ -183,6 +183,8 @@ def test_page(browser, address, models, clip, tmp_path):
     urls = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
     loaded = {u for u in urls if urlsplit(u).scheme in ("http", "https", "ws", "wss")}
     assert {urlsplit(u).hostname for u in loaded} == {"127.0.0.1"}
+    # nor does the policy refuse what the page needs
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
 CLICKS = """return Array.from({ length: 10 }, (_, n) => {
