@@ -1,9 +1,15 @@
 """The demo page: its parts as arrays, and in a real Chromium."""
 
 import json
+import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 import wave
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from io import BytesIO
 from itertools import combinations
 from urllib.parse import urlsplit
@@ -16,7 +22,8 @@ from videos import write_video
 
 from avfuse import create_encoder
 from avfuse.data.decode import ClipReader
-from avfuse.demo import SIDE, find_models, hears, looks, page, says, serve
+from avfuse.demo import MAKERS, SIDE, cli, find_models, hears, looks, page, says, serve
+from avfuse.options import DemoConfig
 from avfuse.presets import SMALL_INPUTS
 from avfuse.tasks.classifier import Classifier
 from avfuse.tasks.separator import Separator
@@ -27,7 +34,8 @@ ROUNDING = 2 / 32767  # of a sound on its way to the page
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """As training leaves them: a classifier of clips of several frames, a separator, and a damaged model."""
+    """As training leaves them: a classifier of clips of several frames, a separator, a damaged model, and
+    a run that goes on."""
     torch.manual_seed(0)
     runs = tmp_path_factory.mktemp("runs")
     moving = create_encoder("micro", pair_bias="time", frames=4)
@@ -36,13 +44,15 @@ def runs(tmp_path_factory):
     separator.save_pretrained(runs / "separate/model")
     (runs / "damaged/model").mkdir(parents=True)
     (runs / "damaged/model/config.json").write_text("{")
+    (runs / "training/checkpoints").mkdir(parents=True)
     return runs
 
 
 @pytest.fixture(scope="module")
 def models(runs):
     models, faults = find_models(runs)
-    assert models.keys() == {"classify", "separate"} and faults.keys() == {"damaged"}
+    assert models.keys() == {"classify", "separate"} and faults.keys() == {"damaged", "training"}
+    assert "a run that has not ended" in faults["training"]
     return models
 
 
@@ -105,6 +115,30 @@ def test_what_a_clip_lacks_is_named(models, tmp_path):
             call()
 
 
+# --- as a command -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_command_serves_until_it_is_told_to_end(tmp_path, number):
+    """With no run at all the page says how to make some; at the end nothing of visitors is left."""
+    pytest.importorskip("gradio", reason="needs the extra: pip install 'avfuse[demo]'")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"cannot listen at .*--port {port}: Address already in use"):
+            cli(DemoConfig(port=port))
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    command = [sys.executable, "-m", "avfuse", "demo", "--port", str(port)]
+    environment = dict(os.environ, TMPDIR=str(folder), PYTHONPATH=os.pathsep.join(sys.path))
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    address = f"http://127.0.0.1:{port}/"
+    assert process.stdout.readline() == f"{address} (Ctrl-C ends it)\n"
+    shown = urlopen(address, timeout=60).read().decode()
+    assert all(f"no run has a model for it; `{command}` makes one" in shown for command in MAKERS.values())
+    process.send_signal(number)
+    assert process.wait(60) == 0 and list(folder.iterdir()) == []
+
+
 # --- in a browser -------------------------------------------------------------------------------------------
 
 
@@ -114,7 +148,7 @@ def address(models, tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
     blocks = page(models, {"damaged": "no model"}, [])
-    yield serve(blocks, prevent_thread_lock=True, server_name="127.0.0.1", quiet=True)[1]
+    yield serve(blocks, "127.0.0.1", prevent_thread_lock=True, quiet=True)[1]
     blocks.close(verbose=False)
     patch.undo()
 
@@ -137,6 +171,14 @@ def browser(address, tmp_path):
     driver.implicitly_wait(60)
     yield driver
     driver.quit()
+
+
+@pytest.mark.parametrize("name, status", [("localhost", 200), ("127.0.0.1", 200), ("evil.example", 400)])
+def test_page_answers_to_the_names_of_this_machine_alone(address, name, status):
+    """A site whose name leads here is refused: browsers would let it read what the page says."""
+    connection = HTTPConnection(urlsplit(address).netloc, timeout=60)
+    connection.request("GET", "/config", headers={"Host": f"{name}:80"})
+    assert connection.getresponse().status == status
 
 
 def upload(browser, path):
