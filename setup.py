@@ -59,6 +59,7 @@ setup(
         "adapters": ["peft>=0.21", "torchao>=0.18"],
         "torchaudio": ["torchaudio>=2.11"],
         "demo": ["gradio>=6.31,<7"],  # needs pillow<13
+        "browser": ["selenium>=4.51"],  # for tests of the demo: make browser
         "eval": ["vggsounder>=1.0,<2"],  # labels of VGGSounder, and its metrics
         "mteb": ["mteb>=2.26,<3"],  # tested by hand: a harness of text models, with what these need
         "onnx": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"],

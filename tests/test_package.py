@@ -122,9 +122,9 @@ def test_the_wheel_brings_the_command(wheels):
 
 
 UNTESTED = {  # see setup.py
-    "": ("gradio",),  # tested beside another pillow
-    "-oldest": ("gradio", "mteb", "xformers", "peft", "torchao", "vggsounder"),
-    "-newest": ("gradio", "mteb", "xformers", "torchaudio"),
+    "": (),
+    "-oldest": ("gradio", "selenium", "mteb", "xformers", "peft", "torchao", "vggsounder"),
+    "-newest": ("gradio", "selenium", "mteb", "xformers", "torchaudio"),
 }
 
 
