@@ -219,8 +219,10 @@ def page(models: dict[str, nn.Module], faults: dict[str, str], clips: list[Path]
 
     def hear(path, text, name, where: gr.SelectData):
         try:
-            x, y = (place / size for place, size in zip(where.index, size_of(kinds[2][name]), strict=True))
+            size = size_of(kinds[2][name])
+            x, y = (place / length for place, length in zip(where.index, size, strict=True))
             sound, picture = hears(kinds[2][name], path, seconds_of(text), x, y)
+            picture = enlarged(picture, *size)
         except ValueError as error:
             raise gr.Error(in_words(error, path), duration=None, print_exception=False) from None
         rate = kinds[2][name].encoder.inputs.sample_rate
