@@ -12,7 +12,7 @@ WORKERS ?= 2
 EXTRAS = test$(if $(findstring oldest,$(CONSTRAINTS)),,,adapters,docs,eval)$(if $(findstring newest,$(CONSTRAINTS)),,,torchaudio)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench gpu lint docs clean
+.PHONY: help train test browser bench gpu lint docs clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,12 @@ train: $(VENV)/complete  ## train; with no ARGS, the demo: make train ARGS="--he
 
 test: $(VENV)/complete  ## run the tests: make test ARGS="-k pair_attention" WORKERS=4
 	$(RUN) pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+browser: $(VENV)/complete  ## test the demo's page in Chromium (Debian: apt install chromium chromium-driver)
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+	  echo "chromium or chromedriver is missing. On Debian: apt install chromium chromium-driver" >&2; exit 1; }
+	$(RUN) pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[demo,browser]'
+	$(RUN) pytest tests/test_demo.py $(ARGS)
 
 bench: $(VENV)/complete  ## time the attention over pairs: make bench ARGS="--variants bias"
 	$(VENV)/bin/python benchmarks/pair_attention.py $(ARGS)

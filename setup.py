@@ -60,6 +60,7 @@ setup(
         "torchaudio": ["torchaudio>=2.11"],
         "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
         "demo": ["gradio>=6.31,<7"],  # needs pillow<13
+        "browser": ["selenium>=4.51"],  # for tests of the demo: make browser
         "eval": ["vggsounder>=1.0,<2"],  # labels of VGGSounder, and its metrics
         "mteb": ["mteb>=2.26,<3"],  # tested by hand: a harness of text models, with what these need
         "parquet": ["pyarrow>=21"],  # tables of features and of answers

@@ -7,6 +7,8 @@ if __name__ == "__main__":
     begin("avfuse.demo", read(DemoConfig), "cli")
 
 import os
+import signal
+import socket
 import tempfile
 from fractions import Fraction
 from functools import partial
@@ -43,7 +45,7 @@ BATCH = 16  # windows at once
 REACH = 0.22  # of the shorter side: what is left of a picture around a click
 TOLD = 3  # classes in a cell
 OFFERED = 8  # clips to choose from
-POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"  # nothing from elsewhere
+POLICY = b"default-src 'self' 'unsafe-inline' data: blob:"  # nothing from elsewhere
 
 
 # --- what the models make of a clip -------------------------------------------------------------------------
@@ -53,7 +55,7 @@ def find_models(runs: Path) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """By the names of the runs, the models that training has left, and why others cannot be loaded."""
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     models, faults = {}, {}
-    for run in sorted(path.parent for path in runs.glob("*/model")):
+    for run in sorted({path.parent for name in ("model", "checkpoints") for path in runs.glob(f"*/{name}")}):
         try:
             models[run.name] = load(run).to(device)
         except ValueError as error:
@@ -217,16 +219,18 @@ def page(models: dict[str, nn.Module], faults: dict[str, str], clips: list[Path]
 
     def hear(path, text, name, where: gr.SelectData):
         try:
-            x, y = (place / size for place, size in zip(where.index, size_of(kinds[2][name]), strict=True))
+            size = size_of(kinds[2][name])
+            x, y = (place / length for place, length in zip(where.index, size, strict=True))
             sound, picture = hears(kinds[2][name], path, seconds_of(text), x, y)
+            picture = enlarged(picture, *size)
         except ValueError as error:
-            raise gr.Error(in_words(error, path), duration=None) from None
+            raise gr.Error(in_words(error, path), duration=None, print_exception=False) from None
         rate = kinds[2][name].encoder.inputs.sample_rate
         return (rate, (32767 * sound.clip(-1, 1)).astype(np.int16)), (255 * picture).byte().numpy()
 
-    with gr.Blocks(title="avfuse demo", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
+    with gr.Blocks(title="avfuse demo", analytics_enabled=False) as blocks:
         with gr.Row():
-            clip = gr.File(label="a video: drop it here, or choose one below")
+            clip = gr.File(label="a video: drop it here" + (", or choose one below" if clips else ""))
             start = gr.Textbox(label="start of the window in seconds; empty: in the middle")
             other = gr.File(
                 label="a clip whose sound may replace it", value=str(clips[-1]) if clips else None
@@ -334,17 +338,27 @@ class Sealed:
         await self.app(scope, receive, sealed)
 
 
-def serve(blocks, **options):
-    """Starts the page's server, see `gradio.Blocks.launch`, without any address outside this machine."""
+def serve(blocks, host: str, **options):
+    """Starts the page's server, see `gradio.Blocks.launch`, without any address outside this machine.
+
+    Where only this machine can reach it, it answers to no other name: a site that has its own name lead here
+    would read the page through the visitor's browser.
+    """
     import gradio as gr
     from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+    is_local = socket.gethostbyname(host).startswith("127.")
+    names = [host, "localhost", "127.0.0.1"] if is_local else ["*"]
     return blocks.launch(
+        server_name=host,
         share=False,
         ssr_mode=False,
         footer_links=[],
         theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-        app_kwargs=dict(middleware=[Middleware(Sealed)]),
+        app_kwargs=dict(
+            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=names), Middleware(Sealed)]
+        ),
         **options,
     )
 
@@ -353,10 +367,18 @@ def cli(config: DemoConfig) -> int:
     """The work of a command line, until Ctrl-C.
 
     Raises:
-        ValueError: Gradio is missing.
+        ValueError: Gradio is missing, or the address cannot be listened at.
     """
     if not find_spec("gradio"):
         raise ValueError("avfuse demo needs Gradio: pip install 'avfuse[demo]'")
+    try:
+        socket.create_server((config.host, config.port)).close()
+    except OSError as error:
+        place = f"--host {config.host} --port {config.port}"
+        raise ValueError(f"cannot listen at {place}: {error.strerror}") from None
+    for number in (signal.SIGTERM, signal.SIGHUP):  # also end it in order
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
     share_cores(config.threads, workers=0)
     models, faults = find_models(config.runs)
     for name, model in models.items():
@@ -366,5 +388,8 @@ def cli(config: DemoConfig) -> int:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with tempfile.TemporaryDirectory(prefix="avfuse-") as folder:  # what visitors drop is gone at the end
         os.environ["GRADIO_TEMP_DIR"] = folder
-        serve(page(models, faults, clips), server_name=config.host, server_port=config.port)
+        blocks, options = page(models, faults, clips), dict(prevent_thread_lock=True, quiet=True)
+        address = serve(blocks, config.host, server_port=config.port, **options)[1]
+        print(f"{address} (Ctrl-C ends it)", flush=True)
+        blocks.block_thread()
     return 0

@@ -1,10 +1,17 @@
 """The demo page: its parts as arrays, and in a real Chromium."""
 
 import json
+import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 import wave
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from io import BytesIO
+from itertools import combinations
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
@@ -15,17 +22,20 @@ from videos import write_video
 
 from avfuse import create_encoder
 from avfuse.data.decode import ClipReader
-from avfuse.demo import SIDE, find_models, hears, looks, page, says, serve
+from avfuse.demo import MAKERS, SIDE, cli, find_models, hears, looks, page, says, serve
+from avfuse.options import DemoConfig
 from avfuse.presets import SMALL_INPUTS
 from avfuse.tasks.classifier import Classifier
 from avfuse.tasks.separator import Separator
 
 NAMES = ["red", "green", "blue", "grey"]
+ROUNDING = 2 / 32767  # of a sound on its way to the page
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """As training leaves them: a classifier of clips of several frames, a separator, and a damaged model."""
+    """As training leaves them: a classifier of clips of several frames, a separator, a damaged model, and
+    a run that goes on."""
     torch.manual_seed(0)
     runs = tmp_path_factory.mktemp("runs")
     moving = create_encoder("micro", pair_bias="time", frames=4)
@@ -34,13 +44,15 @@ def runs(tmp_path_factory):
     separator.save_pretrained(runs / "separate/model")
     (runs / "damaged/model").mkdir(parents=True)
     (runs / "damaged/model/config.json").write_text("{")
+    (runs / "training/checkpoints").mkdir(parents=True)
     return runs
 
 
 @pytest.fixture(scope="module")
 def models(runs):
     models, faults = find_models(runs)
-    assert models.keys() == {"classify", "separate"} and faults.keys() == {"damaged"}
+    assert models.keys() == {"classify", "separate"} and faults.keys() == {"damaged", "training"}
+    assert "a run that has not ended" in faults["training"]
     return models
 
 
@@ -103,6 +115,30 @@ def test_what_a_clip_lacks_is_named(models, tmp_path):
             call()
 
 
+# --- as a command -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_command_serves_until_it_is_told_to_end(tmp_path, number):
+    """With no run at all the page says how to make some; at the end nothing of visitors is left."""
+    pytest.importorskip("gradio", reason="needs the extra: pip install 'avfuse[demo]'")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"cannot listen at .*--port {port}: Address already in use"):
+            cli(DemoConfig(port=port))
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    command = [sys.executable, "-m", "avfuse", "demo", "--port", str(port)]
+    environment = dict(os.environ, TMPDIR=str(folder), PYTHONPATH=os.pathsep.join(sys.path))
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    address = f"http://127.0.0.1:{port}/"
+    assert process.stdout.readline() == f"{address} (Ctrl-C ends it)\n"
+    shown = urlopen(address, timeout=60).read().decode()
+    assert all(f"no run has a model for it; `{command}` makes one" in shown for command in MAKERS.values())
+    process.send_signal(number)
+    assert process.wait(60) == 0 and list(folder.iterdir()) == []
+
+
 # --- in a browser -------------------------------------------------------------------------------------------
 
 
@@ -112,7 +148,7 @@ def address(models, tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
     blocks = page(models, {"damaged": "no model"}, [])
-    yield serve(blocks, prevent_thread_lock=True, server_name="127.0.0.1", quiet=True)[1]
+    yield serve(blocks, "127.0.0.1", prevent_thread_lock=True, quiet=True)[1]
     blocks.close(verbose=False)
     patch.undo()
 
@@ -129,7 +165,7 @@ def browser(address, tmp_path):
         f"no-first-run window-size=1400,1200 user-data-dir={tmp_path}/profile"
     ).split():
         options.add_argument(f"--{option}")
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     service = webdriver.ChromeService(shutil.which("chromedriver"))
     driver = webdriver.Chrome(options=options, service=service)
     driver.implicitly_wait(60)
@@ -137,8 +173,30 @@ def browser(address, tmp_path):
     driver.quit()
 
 
-def upload(browser, path):
-    browser.find_element("css selector", "input[type=file]").send_keys(str(path))
+@pytest.mark.parametrize("name, status", [("localhost", 200), ("127.0.0.1", 200), ("evil.example", 400)])
+def test_page_answers_to_the_names_of_this_machine_alone(address, name, status):
+    """A site whose name leads here is refused: browsers would let it read what the page says."""
+    connection = HTTPConnection(urlsplit(address).netloc, timeout=60)
+    connection.request("GET", "/config", headers={"Host": f"{name}:80"})
+    assert connection.getresponse().status == status
+
+
+def drop(browser, path):
+    """As from a folder beside the browser, which hands a file over only by an input, here one of our own."""
+    ours = browser.execute_script("""
+        const ours = document.createElement("input");
+        ours.type = "file";
+        return document.body.appendChild(ours)""")
+    ours.send_keys(str(path))
+    zone = browser.find_element("css selector", "[aria-dropeffect=copy]")
+    browser.execute_script(
+        """const [ours, zone] = arguments, dataTransfer = new DataTransfer();
+        dataTransfer.items.add(ours.files[0]);
+        ours.remove();
+        zone.dispatchEvent(new DragEvent("drop", { dataTransfer, bubbles: true, cancelable: true }))""",
+        ours,
+        zone,
+    )
 
 
 def click(browser, x, y):
@@ -167,7 +225,7 @@ def heard(browser, before=""):
 
 def test_page(browser, address, models, clip, tmp_path):
     browser.get(address)
-    upload(browser, clip)
+    drop(browser, clip)
     click(browser, 0.25, 0.5)
     source, left = heard(browser)
     click(browser, 0.75, 0.5)
@@ -181,12 +239,46 @@ def test_page(browser, address, models, clip, tmp_path):
     urls = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
     loaded = {u for u in urls if urlsplit(u).scheme in ("http", "https", "ws", "wss")}
     assert {urlsplit(u).hostname for u in loaded} == {"127.0.0.1"}
+    # nor does the policy refuse what the page needs
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+CLICKS = """return Array.from({ length: 10 }, (_, n) => {
+  const page = pages[n % pages.length], frame = page.document.querySelector("#frame img");
+  const box = frame.getBoundingClientRect(), clientY = Math.round(box.y + box.height / 2);
+  const clientX = Math.round(box.x + box.width * (2 * n + 1) / 20);
+  frame.dispatchEvent(new page.MouseEvent("click", { bubbles: true, clientX, clientY }));
+  return [(clientX - box.x) / box.width, (clientY - box.y) / box.height];
+})"""
+
+
+@pytest.mark.parametrize("number", [10, 1])
+def test_ten_clicks_at_once_do_not_mix(browser, address, models, tmp_path, number):
+    """In ten pages each gets the sound of its own click; in one page that of the last click stays."""
+    clip = write_video(tmp_path / "short.mp4", 1.0)
+    browser.get(address)
+    browser.execute_script(f"pages = [window]; while (pages.length < {number}) pages.push(open(location))")
+    browser.execute_script("pages.forEach((page, n) => page.name = n - pages.length)")
+    opener = browser.current_window_handle
+    for window in browser.window_handles:
+        browser.switch_to.window(window)
+        drop(browser, clip)
+        browser.find_element("css selector", "#frame img")
+    browser.switch_to.window(opener)
+    places = browser.execute_script(CLICKS)  # none is answered before the last is made
+    places = np.round(np.array(places) * SIDE) / SIDE  # to pixels
+    sounds = [hears(models["separate"], clip, None, *place)[0] for place in places]
+    assert min(abs(a - b).max() for a, b in combinations(sounds, 2)) > 2 * ROUNDING
+    for window in browser.window_handles:
+        browser.switch_to.window(window)
+        sound = sounds[int(browser.execute_script("return name"))]
+        until(browser, lambda sound=sound: abs(heard(browser)[1] / 32767 - sound).max() < ROUNDING)
 
 
 def test_page_names_what_is_broken(browser, address, tmp_path):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video\n" * 500)
     browser.get(address)
-    upload(browser, broken)
+    drop(browser, broken)
     toast = until(browser, lambda: browser.find_element("css selector", ".toast-body").text)
     assert "broken.mp4 cannot be" in toast and "Traceback" not in browser.page_source
