@@ -110,6 +110,7 @@ def variants(few):
             yield dict(dtype=dtype, B=64, F=16, N=196, K=32, V=32), "-"
             yield dict(dtype=dtype, B=64, F=16, N=196, K=16, V=16), "-"
             yield dict(dtype=dtype, B=64, F=16, N=196, K=16, V=16, bias=1), "bias"
+            yield dict(dtype=dtype, B=1, F=16, N=784, K=16, V=16, bias=1), "bias+split"
     for dtype in DTYPES[:1] if few else (*DTYPES, torch.float16):
         yield dict(dtype=dtype, B=2, K=16, V=16) | frames, "frames+masks"
         if not few:

@@ -72,7 +72,7 @@ class Case(NamedTuple):
     def shapes(self) -> list[str]:
         if self.small:
             return ["tiny"]
-        split = ["long"] if self.kernel == "pair_attention" else []  # a bias splits nothing
+        split = ["long"] if self.kernel == "pair_attention" else []  # whose pairs would be too many
         return ["paper", "pretraining", *split]
 
 
@@ -106,9 +106,9 @@ def cases_of_before(out: Path, record: dict) -> dict:
 
 def candidates(case: Case) -> list[dict]:
     """The defaults, then everything else that a card may have."""
-    sizes = (64, 12, case.queries, 196, 96) if case.kernel == "pair_attention" else ()
+    sizes = 64, 12, case.queries, 196, 96, case.width, case.width
     dtype, default = measure.DTYPES[case.dtype], DEFAULTS[case.kernel]
-    default = default(dtype, *sizes, case.width, case.width, backward=case.backward)
+    default = default(dtype, *sizes, backward=case.backward)
     default = {name: default[name] for name in cards.OWN}
     every = (dict(zip(cards.OWN, values, strict=True)) for values in itertools.product(*cards.OWN.values()))
     others = [own for own in every if cards.may_be_own(own) and own != default]

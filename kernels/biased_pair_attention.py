@@ -11,10 +11,11 @@ s_i = c q.k_i, t_j = c q.k_j, u = exp(s - max s), w = exp(t - max t) and E = exp
 and w (E' u), times exp(max s + max t + max b). The products underflow where b removes the pairs that hold the
 maxima. Each pair loses less than 2**-126 of the largest such bound of a tile, so that a sum of weights of at
 least SAFE = 2**-76 of it is right to float32. A program that ends with a query below SAFE starts again with
-EXACT tiles: exponentials of all logits, (BLOCK_N, BLOCK_N, BLOCK_F), relative to the largest. So the result
+EXACT tiles: exponentials of all logits of one query after the other, relative to the largest. So the result
 is exact for any finite logits and any pattern of -inf.
 
-A modality whose tokens are all masked stands as one token with key, value and bias 0.
+Few heads with many pairs are split by their tokens (SPLITS), as in pair_attention.py. A modality whose tokens
+are all masked stands as one token with key, value and bias 0.
 """
 
 import torch
@@ -22,6 +23,7 @@ import triton
 import triton.language as tl
 
 from .cards import own_settings
+from .pair_attention import PROGRAMS, merge_kernel, part, store_statistics
 from .tiles import (
     add_slots,
     broadcast_strides,
@@ -43,22 +45,24 @@ from .tiles import (
     store_rows,
 )
 
+SPLIT_PAIRS = 4 * 64**2  # the fewest pairs that are worth a program of their own
+BIAS_PROGRAMS = 1024  # what shares a tile of the bias is divided until there are so many
 SAFE = tl.constexpr(2.0**-76)
-TOKENS, ALIVE = tl.constexpr(5), tl.constexpr(6)  # of what `side` returns
+MASK, TOKENS, ALIVE = tl.constexpr(2), tl.constexpr(5), tl.constexpr(6)  # of what `side` returns
 
 
 @triton.jit
 def forward_kernel(
     query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias,
-    output,
+    output, statistics, partial,
     query_strides, image_key_strides, image_value_strides, audio_key_strides, audio_value_strides,
     image_mask_stride, audio_mask_stride, bias_strides,
     H, F, I, A, scale: tl.float32,
-    K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # One program owns BLOCK_F queries of one head of one clip.
-    b, h = tl.program_id(0) // H, tl.program_id(0) % H
+    # One program owns BLOCK_F queries of one head of one clip, and one of SPLITS parts of the image tokens.
+    b, h, split = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(2)
     queries = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     image = side(
         image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride, b, h, I
@@ -69,52 +73,130 @@ def forward_kernel(
     bias = (head(pair_bias, bias_strides, b, h), bias_strides[2], bias_strides[3])
     q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
 
-    out, safe = attend(q, image, audio, bias, scale, K, V, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, False)
+    asked = tl.minimum(F - tl.program_id(1) * BLOCK_F, BLOCK_F)
+    found, _ = attend_safely(
+        q, None, asked, image, audio, bias, split, scale,
+        K, V, SPLITS, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N,
+    )  # fmt: skip
+    top, image_sum, audio_sum, image_out, audio_out = found
+    if SPLITS == 1:
+        out = image_out * reciprocal(image_sum) + audio_out * reciprocal(audio_sum)
+        store_rows(slot_head(output, 0, 1, b, h, H, F, V), H * V, queries, queries < F, tl.trans(out), V)
+    else:
+        store_statistics(statistics, 0, split, b, h, H, queries, F, top, image_sum, 0.0, SPLITS)
+        store_statistics(statistics, 1, split, b, h, H, queries, F, top, audio_sum, 0.0, SPLITS)
+        image_partial = slot_head(partial, split, 2 * SPLITS, b, h, H, F, V)
+        audio_partial = slot_head(partial, SPLITS + split, 2 * SPLITS, b, h, H, F, V)
+        store_rows(image_partial, H * V, queries, queries < F, tl.trans(image_out), V)
+        store_rows(audio_partial, H * V, queries, queries < F, tl.trans(audio_out), V)
+
+
+@triton.jit
+def attend_safely(
+    q, do, asked, image, audio, bias, split, scale,
+    K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What `attend` finds, and whether it needed no exact tiles."""
+    found = attend(
+        q, do, asked, image, audio, bias, split, scale,
+        K, V, SPLITS, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, False,
+    )  # fmt: skip
+    top, image_total, audio_total, _, _ = found
+    right = (top == float("-inf")) | ((image_total >= SAFE) & (audio_total >= SAFE))
+    safe = tl.min(tl.where(right, 1, 0), 0) == 1
     if not safe:
-        out, safe = attend(
-            q, image, audio, bias, scale, K, V, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, True
-        )
-    store_rows(slot_head(output, 0, 1, b, h, H, F, V), H * V, queries, queries < F, tl.trans(out), V)
+        found = attend(
+            q, do, asked, image, audio, bias, split, scale,
+            K, V, SPLITS, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, True,
+        )  # fmt: skip
+    return found, safe
 
 
 @triton.jit
 def attend(
-    q, image, audio, bias, scale,
-    K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr,
+    q, do, asked, image, audio, bias, split, scale,
+    K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Output (V, BLOCK_F), and whether it is exact."""
+    """Largest logit (or its bound); and by the marginal of each modality, sum of weights (BLOCK_F,) and what
+    `weighted` returns.
+    """
     top = tl.full((BLOCK_F,), float("-inf"), tl.float32)
     image_total, audio_total = tl.zeros((BLOCK_F,), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
-    image_out, audio_out = (
-        tl.zeros((padded(V), BLOCK_F), tl.float32),
-        tl.zeros((padded(V), BLOCK_F), tl.float32),
-    )
-    for i in range(0, image[TOKENS], BLOCK_N):
-        image_logits, image_k, image_v = load_logits(q, image, i, scale, K, V, PRECISION, BLOCK_N)
+    if do is None:
+        image_out = tl.zeros((padded(V), BLOCK_F), tl.float32)
+    else:
+        image_out = tl.zeros((BLOCK_F,), tl.float32)
+    audio_out = image_out
+    first, last = part(image[TOKENS], split, SPLITS, BLOCK_N)
+    for i in range(first, last, BLOCK_N):
+        image_logits, image_k, image_v, image_attended = load_logits(
+            q, image, i, scale, K, V, PRECISION, BLOCK_N
+        )
+        before = top
+        image_weights = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
         for j in range(0, audio[TOKENS], BLOCK_N):
-            audio_logits, audio_k, audio_v = load_logits(q, audio, j, scale, K, V, PRECISION, BLOCK_N)
-            tile = load_bias(bias, image, audio, i, j, BLOCK_N)
+            audio_logits, audio_k, audio_v, audio_attended = load_logits(
+                q, audio, j, scale, K, V, PRECISION, BLOCK_N
+            )
+            tile = load_bias(bias, image, audio, i, j, image_attended, audio_attended, BLOCK_N)
             previous = top
-            image_weights, audio_weights, top = marginals(
-                image_logits, audio_logits, tile, top, PAIR_PRECISION, EXACT
+            more_weights, audio_weights, top = marginals(
+                image_logits, audio_logits, tile, top, asked, PAIR_PRECISION, BLOCK_F, BLOCK_N, EXACT
             )
             rescale = tl.exp(previous - finite(top))
-            image_total = image_total * rescale + tl.sum(image_weights, 0)
+            image_weights = image_weights * rescale + more_weights
             audio_total = audio_total * rescale + tl.sum(audio_weights, 0)
-            image_out *= rescale
-            audio_out *= rescale
-            image_out += tl.dot(
-                tl.trans(image_v).to(tl.float32), image_weights, input_precision=PAIR_PRECISION
-            )
-            audio_out += tl.dot(
-                tl.trans(audio_v).to(tl.float32), audio_weights, input_precision=PAIR_PRECISION
-            )
-    out = image_out * reciprocal(image_total) + audio_out * reciprocal(audio_total)
-    return out, is_safe(top, image_total, audio_total)
+            audio_out = audio_out * rescale + weighted(audio_weights, audio_v, do, PRECISION, PAIR_PRECISION)
+        rescale = tl.exp(before - finite(top))
+        image_total = image_total * rescale + tl.sum(image_weights, 0)
+        image_out = image_out * rescale + weighted(image_weights, image_v, do, PRECISION, PAIR_PRECISION)
+    return top, image_total, audio_total, image_out, audio_out
+
+
+@triton.jit
+def weighted(weights, v, do, PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr):
+    """Sums of weighted values (V, BLOCK_F); or, with the gradient do, of weighted do.v (BLOCK_F,)."""
+    if do is None:
+        return tl.dot(tl.trans(v).to(tl.float32), weights, input_precision=PAIR_PRECISION)
+    else:
+        return tl.sum(weights * tl.dot(v, tl.trans(do), input_precision=PRECISION), 0)
 
 
 # --- backward -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def statistics_kernel(
+    query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, output_grad,
+    statistics,
+    query_strides, image_key_strides, image_value_strides, audio_key_strides, audio_value_strides,
+    image_mask_stride, audio_mask_stride, bias_strides, output_grad_strides,
+    H, F, I, A, scale: tl.float32,
+    K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # One program owns BLOCK_F queries of one head of one clip, and one of SPLITS parts of the image tokens.
+    b, h, split = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(2)
+    queries = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    image = side(
+        image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride, b, h, I
+    )
+    audio = side(
+        audio_key, audio_value, audio_mask, audio_key_strides, audio_value_strides, audio_mask_stride, b, h, A
+    )
+    bias = (head(pair_bias, bias_strides, b, h), bias_strides[2], bias_strides[3])
+    q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
+    do = head(output_grad, output_grad_strides, b, h)
+    do = load_rows(do, output_grad_strides[2], queries, queries < F, V)
+    asked = tl.minimum(F - tl.program_id(1) * BLOCK_F, BLOCK_F)
+    found, safe = attend_safely(
+        q, do, asked, image, audio, bias, split, scale,
+        K, V, SPLITS, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N,
+    )  # fmt: skip
+    store_found(statistics, split, b, h, H, queries, F, found, safe, SPLITS)
 
 
 @triton.jit
@@ -124,13 +206,15 @@ def backward_kernel(
     query_strides, image_key_strides, image_value_strides, audio_key_strides, audio_value_strides,
     image_mask_stride, audio_mask_stride, bias_strides, output_grad_strides,
     H, F, I, A, scale: tl.float32,
-    K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # One program owns BLOCK_F queries of one head of one clip. It walks the pairs three times: for the
-    # statistics of the softmax, by image tokens and by audio tokens.
-    b, h, part, parts = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1), tl.num_programs(1)
-    queries = part * BLOCK_F + tl.arange(0, BLOCK_F)
+    # One program owns BLOCK_F queries of one head of one clip, and one of SPLITS parts of the tokens of each
+    # modality. It walks their pairs by image tokens and by audio tokens; before, for the statistics of the
+    # softmax, if it owns all.
+    b, h, split = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(2)
+    tile, tiles = tl.program_id(1), tl.num_programs(1)
+    queries = tile * BLOCK_F + tl.arange(0, BLOCK_F)
     image = side(
         image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride, b, h, I
     )
@@ -139,123 +223,94 @@ def backward_kernel(
     )
     bias = (head(pair_bias, bias_strides, b, h), bias_strides[2], bias_strides[3])
     q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
-    do = load_rows(
-        head(output_grad, output_grad_strides, b, h), output_grad_strides[2], queries, queries < F, V
-    )
+    do = head(output_grad, output_grad_strides, b, h)
+    do = load_rows(do, output_grad_strides[2], queries, queries < F, V)
     image_grads = (
-        slot_head(image_key_grad, part, parts, b, h, H, I, K),
-        slot_head(image_value_grad, part, parts, b, h, H, I, V), H,
+        slot_head(image_key_grad, tile, tiles, b, h, H, I, K),
+        slot_head(image_value_grad, tile, tiles, b, h, H, I, V), H,
     )  # fmt: skip
     audio_grads = (
-        slot_head(audio_key_grad, part, parts, b, h, H, A, K),
-        slot_head(audio_value_grad, part, parts, b, h, H, A, V), H,
+        slot_head(audio_key_grad, tile, tiles, b, h, H, A, K),
+        slot_head(audio_value_grad, tile, tiles, b, h, H, A, V), H,
     )  # fmt: skip
 
-    stats, safe = survey(
-        q, do, image, audio, bias, scale, K, V, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, False
-    )
+    asked = tl.minimum(F - tile * BLOCK_F, BLOCK_F)
+    if SPLITS == 1:
+        found, safe = attend_safely(
+            q, do, asked, image, audio, bias, split, scale,
+            K, V, SPLITS, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N,
+        )  # fmt: skip
+        if statistics is not None:  # for bias_kernel
+            store_found(statistics, split, b, h, H, queries, F, found, safe, SPLITS)
+        top, image_total, audio_total, image_mean, audio_mean = found
+        image_inverse, audio_inverse = reciprocal(image_total), reciprocal(audio_total)
+        image_mean, audio_mean = image_mean * image_inverse, audio_mean * audio_inverse
+    else:
+        top, image_inverse, audio_inverse, image_mean, audio_mean, safe = load_found(
+            statistics, b, h, H, queries, F, SPLITS
+        )
+    stats = top, image_inverse, audio_inverse, image_mean, audio_mean
     if safe:
         dq = differentiate(
-            q, do, image, audio, bias, stats, image_grads, audio_grads, scale,
-            K, V, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, False,
+            q, do, asked, image, audio, bias, stats, image_grads, audio_grads, split, scale,
+            K, V, SPLITS, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, False,
         )  # fmt: skip
     else:
-        stats, _ = survey(
-            q, do, image, audio, bias, scale, K, V, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, True
-        )
         dq = differentiate(
-            q, do, image, audio, bias, stats, image_grads, audio_grads, scale,
-            K, V, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, True,
+            q, do, asked, image, audio, bias, stats, image_grads, audio_grads, split, scale,
+            K, V, SPLITS, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, True,
         )  # fmt: skip
-    store_rows(
-        slot_head(query_grad, 0, 1, b, h, H, F, K), H * K, queries, queries < F, tl.trans(dq * scale), K
-    )
-    if statistics is not None:  # for bias_kernel
-        statistics = statistics + ((b.to(tl.int64) * 6 * H + h) * F + queries)
-        for n in tl.static_range(5):
-            tl.store(statistics + n * H * F, stats[n], mask=queries < F)
-        tl.store(
-            statistics + 5 * H * F,
-            tl.where(safe, 1.0, 0.0) + tl.zeros((BLOCK_F,), tl.float32),
-            mask=queries < F,
-        )
-
-
-@triton.jit
-def survey(
-    q, do, image, audio, bias, scale,
-    K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """Largest logit (or its bound), 1 / sum of weights and mean of do.v by the marginal of each modality, and
-    whether this is exact.
-    """
-    top = tl.full((BLOCK_F,), float("-inf"), tl.float32)
-    image_total, audio_total = tl.zeros((BLOCK_F,), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
-    image_mean, audio_mean = tl.zeros((BLOCK_F,), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
-    for i in range(0, image[TOKENS], BLOCK_N):
-        image_logits, image_k, image_v = load_logits(q, image, i, scale, K, V, PRECISION, BLOCK_N)
-        image_grad = tl.dot(image_v, tl.trans(do), input_precision=PRECISION)
-        for j in range(0, audio[TOKENS], BLOCK_N):
-            audio_logits, audio_k, audio_v = load_logits(q, audio, j, scale, K, V, PRECISION, BLOCK_N)
-            audio_grad = tl.dot(audio_v, tl.trans(do), input_precision=PRECISION)
-            tile = load_bias(bias, image, audio, i, j, BLOCK_N)
-            previous = top
-            image_weights, audio_weights, top = marginals(
-                image_logits, audio_logits, tile, top, PAIR_PRECISION, EXACT
-            )
-            rescale = tl.exp(previous - finite(top))
-            image_total = image_total * rescale + tl.sum(image_weights, 0)
-            audio_total = audio_total * rescale + tl.sum(audio_weights, 0)
-            image_mean = image_mean * rescale + tl.sum(image_weights * image_grad, 0)
-            audio_mean = audio_mean * rescale + tl.sum(audio_weights * audio_grad, 0)
-    safe = is_safe(top, image_total, audio_total)
-    image_inverse, audio_inverse = reciprocal(image_total), reciprocal(audio_total)
-    return (top, image_inverse, audio_inverse, image_mean * image_inverse, audio_mean * audio_inverse), safe
+    query_grad = slot_head(query_grad, split, SPLITS, b, h, H, F, K)
+    store_rows(query_grad, H * K, queries, queries < F, tl.trans(dq * scale), K)
 
 
 @triton.jit
 def differentiate(
-    q, do, image, audio, bias, stats, image_grads, audio_grads, scale,
-    K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr,
+    q, do, asked, image, audio, bias, stats, image_grads, audio_grads, split, scale,
+    K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Stores the gradients of keys and values; returns that of the queries / scale, (K, BLOCK_F)."""
     top, image_inverse, audio_inverse, image_mean, audio_mean = stats
     transposed = (bias[0], bias[2], bias[1])
     dq = differentiate_side(
-        q, do, image, audio, bias, top, image_inverse, image_mean, audio_mean, image_grads, scale,
-        K, V, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, EXACT,
+        q, do, asked, image, audio, bias, top, image_inverse, image_mean, audio_mean, image_grads, split,
+        scale, K, V, SPLITS, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, EXACT,
     )  # fmt: skip
     dq += differentiate_side(
-        q, do, audio, image, transposed, top, audio_inverse, audio_mean, image_mean, audio_grads, scale,
-        K, V, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, EXACT,
+        q, do, asked, audio, image, transposed, top, audio_inverse, audio_mean, image_mean, audio_grads,
+        split, scale, K, V, SPLITS, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, EXACT,
     )  # fmt: skip
     return dq
 
 
 @triton.jit
 def differentiate_side(
-    q, do, own, other, bias, top, inverse, own_mean, other_mean, grads, scale,
-    K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr,
+    q, do, asked, own, other, bias, top, inverse, own_mean, other_mean, grads, split, scale,
+    K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Stores the gradients of keys and values of one modality; returns its part of that of the queries."""
     dq = tl.zeros((padded(K), BLOCK_F), tl.float32)
-    for i in range(0, own[TOKENS], BLOCK_N):
-        logits, k, v = load_logits(q, own, i, scale, K, V, PRECISION, BLOCK_N)
-        own_grad = tl.dot(v, tl.trans(do), input_precision=PRECISION) - own_mean
+    first, last = part(own[TOKENS], split, SPLITS, BLOCK_N)
+    for i in range(first, last, BLOCK_N):
+        logits, k, v, attended = load_logits(q, own, i, scale, K, V, PRECISION, BLOCK_N)
         weights = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)  # p_i
         others = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)  # sum_j P_ij g_j
         for j in range(0, other[TOKENS], BLOCK_N):
-            other_logits, other_k, other_v = load_logits(q, other, j, scale, K, V, PRECISION, BLOCK_N)
+            other_logits, other_k, other_v, other_attended = load_logits(
+                q, other, j, scale, K, V, PRECISION, BLOCK_N
+            )
             other_grad = tl.dot(other_v, tl.trans(do), input_precision=PRECISION) - other_mean
-            tile = load_bias(bias, own, other, i, j, BLOCK_N)
+            tile = load_bias(bias, own, other, i, j, attended, other_attended, BLOCK_N)
             more_weights, more_others = weighted_by_other(
-                logits, other_logits, other_grad, tile, top, PAIR_PRECISION, EXACT
+                logits, other_logits, other_grad, tile, top, asked, PAIR_PRECISION, BLOCK_F, BLOCK_N, EXACT
             )
             weights += more_weights
             others += more_others
+        own_grad = tl.dot(v, tl.trans(do), input_precision=PRECISION) - own_mean
         weights *= inverse
         logits_grad = weights * own_grad + others * inverse
         tokens = i + tl.arange(0, BLOCK_N)
@@ -275,85 +330,117 @@ def bias_kernel(
     query_strides, image_key_strides, image_value_strides, audio_key_strides, audio_value_strides,
     image_mask_stride, audio_mask_stride, bias_strides, output_grad_strides, bias_sizes,
     B, H, F, I, A, scale: tl.float32,
-    K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # One program owns a tile of the bias, and walks all clips, heads and queries that share it.
+    # One program owns a tile of the bias, and walks a part of the clips, heads and queries that share it,
+    # over which products of u and w are added up before their sum is multiplied with E.
     tiles = tl.cdiv(I, BLOCK_N)
-    tiles_of_head = tiles * tl.cdiv(A, BLOCK_N)
-    matrix, own_tile = tl.program_id(0) // tiles_of_head, tl.program_id(0) % tiles_of_head
+    tiles_of_matrix = tiles * tl.cdiv(A, BLOCK_N)
+    matrix, own_tile = tl.program_id(0) // tiles_of_matrix, tl.program_id(0) % tiles_of_matrix
+    i, j = own_tile % tiles * BLOCK_N, own_tile // tiles * BLOCK_N
     first_b, last_b = shared_range(matrix // bias_sizes[1], bias_sizes[0], B)
     first_h, last_h = shared_range(matrix % bias_sizes[1], bias_sizes[1], H)
-    i, j = own_tile % tiles * BLOCK_N, own_tile // tiles * BLOCK_N
-    grad = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
-    for b in range(first_b, last_b):
-        for h in range(first_h, last_h):
-            image = side(
-                image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride,
-                b, h, I,
-            )  # fmt: skip
-            audio = side(
-                audio_key, audio_value, audio_mask, audio_key_strides, audio_value_strides, audio_mask_stride,
-                b, h, A,
-            )  # fmt: skip
-            bias = (head(pair_bias, bias_strides, b, h), bias_strides[2], bias_strides[3])
-            for first_query in range(0, F, BLOCK_F):
-                queries = first_query + tl.arange(0, BLOCK_F)
-                q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
-                do = load_rows(
-                    head(output_grad, output_grad_strides, b, h),
-                    output_grad_strides[2],
-                    queries,
-                    queries < F,
-                    V,
-                )
-                top, inverse, image_mean, audio_mean, safe = load_statistics(statistics, b, h, H, queries, F)
-                image_logits, image_k, image_v = load_logits(q, image, i, scale, K, V, PRECISION, BLOCK_N)
-                image_grad = tl.dot(image_v, tl.trans(do), input_precision=PRECISION) - image_mean
-                audio_logits, audio_k, audio_v = load_logits(q, audio, j, scale, K, V, PRECISION, BLOCK_N)
-                audio_grad = tl.dot(audio_v, tl.trans(do), input_precision=PRECISION) - audio_mean
-                tile = load_bias(bias, image, audio, i, j, BLOCK_N)
-                if safe and PRECISION != "ieee":  # whose products take too many registers
-                    more = pair_grads(
-                        image_logits, audio_logits, image_grad, audio_grad, tile, top, inverse,
-                        PAIR_PRECISION, False,
-                    )  # fmt: skip
-                else:
-                    more = pair_grads(
-                        image_logits, audio_logits, image_grad, audio_grad, tile, top, inverse,
-                        PAIR_PRECISION, True,
-                    )  # fmt: skip
-                grad += tl.where(image[ALIVE] & audio[ALIVE], more, 0.0)
+    matrices = bias_sizes[0] * bias_sizes[1]
+    heads, blocks = last_h - first_h, tl.cdiv(F, BLOCK_F)
+    shares = (last_b - first_b) * heads * blocks
+    share = tl.cdiv(shares, tl.num_programs(1))
+    first, last = tl.program_id(1) * share, tl.minimum(tl.program_id(1) * share + share, shares)
+    whole = (head(pair_bias, bias_strides, first_b, first_h), bias_strides[2], bias_strides[3])
+    tile = load_pairs(whole, i, j, I, A, float("-inf"), BLOCK_N)
+    top_bias = tl.max(tl.max(tile, 0), 0)
+    E = tl.exp(tile - finite(top_bias))
+    products, sums = tl.zeros((BLOCK_N, BLOCK_N), tl.float32), tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
+    for n in range(first, last):
+        b, h = first_b + n // (heads * blocks), first_h + n // blocks % heads
+        first_query = n % blocks * BLOCK_F
+        queries = first_query + tl.arange(0, BLOCK_F)
+        image = side(
+            image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride,
+            b, h, I,
+        )  # fmt: skip
+        audio = side(
+            audio_key, audio_value, audio_mask, audio_key_strides, audio_value_strides, audio_mask_stride,
+            b, h, A,
+        )  # fmt: skip
+        q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
+        do = head(output_grad, output_grad_strides, b, h)
+        do = load_rows(do, output_grad_strides[2], queries, queries < F, V)
+        top, inverse, _, image_mean, audio_mean, safe = load_found(statistics, b, h, H, queries, F, SPLITS)
+        s, image_k, image_v, _ = load_logits(q, image, i, scale, K, V, PRECISION, BLOCK_N)
+        t, audio_k, audio_v, _ = load_logits(q, audio, j, scale, K, V, PRECISION, BLOCK_N)
+        image_grad = tl.dot(image_v, tl.trans(do), input_precision=PRECISION) - image_mean
+        audio_grad = tl.dot(audio_v, tl.trans(do), input_precision=PRECISION) - audio_mean
+        top = tl.where(image[ALIVE] & audio[ALIVE], top, float("inf"))  # a dead modality's pairs have no bias
+        if safe:
+            u, top_s = exponentials(s)
+            w, top_t = exponentials(t)
+            u *= tl.exp(top_s + top_t + top_bias - finite(top)) * inverse
+            products += tl.dot(u * image_grad, tl.trans(w), input_precision=PAIR_PRECISION)
+            products += tl.dot(u, tl.trans(w * audio_grad), input_precision=PAIR_PRECISION)
+        else:
+            asked = tl.minimum(F - first_query, BLOCK_F)
+            sums += exact_grads(s, t, image_grad, audio_grad, tile, top, inverse, asked, BLOCK_F, BLOCK_N)
     rows, columns = i + tl.arange(0, BLOCK_N), j + tl.arange(0, BLOCK_N)
-    bias_grad += (matrix.to(tl.int64) * I + rows[:, None]) * A + columns[None, :]
-    tl.store(bias_grad, grad, mask=(rows < I)[:, None] & (columns < A)[None, :])
+    rows_before = (tl.program_id(1) * matrices + matrix).to(tl.int64) * I
+    bias_grad += (rows_before + rows[:, None]) * A + columns[None, :]
+    tl.store(bias_grad, E * products + sums, mask=(rows < I)[:, None] & (columns < A)[None, :])
 
 
 @triton.jit
-def load_statistics(statistics, b, h, H, queries, F):
-    statistics = statistics + ((tl.cast(b, tl.int64) * 6 * H + h) * F + queries)
-    inside = queries < F
-    top = tl.load(statistics, mask=inside, other=float("inf"))  # what is not there weighs nothing
-    inverse = tl.load(statistics + H * F, mask=inside, other=0.0)
-    image_mean = tl.load(statistics + 3 * H * F, mask=inside, other=0.0)
-    audio_mean = tl.load(statistics + 4 * H * F, mask=inside, other=0.0)
-    safe = tl.min(tl.load(statistics + 5 * H * F, mask=inside, other=1.0), 0) > 0.0
-    return top, inverse, image_mean, audio_mean, safe
+def store_found(statistics, split, b, h, H, queries, F, found, safe, SPLITS: tl.constexpr):
+    """Keeps what one split found about its queries in a tensor (B, quantity, SPLITS, F, H)."""
+    statistics = slot_head(statistics, split, 6 * SPLITS, b, h, H, F, 1) + queries * H
+    for n in tl.static_range(5):
+        tl.store(statistics + n * SPLITS * F * H, found[n], mask=queries < F)
+    tl.store(statistics + 5 * SPLITS * F * H, tl.where(safe, 1.0, 0.0), mask=queries < F)
+
+
+@triton.jit
+def load_found(statistics, b, h, H, queries, F, SPLITS: tl.constexpr):
+    """Merges the splits: largest logit (or its bound); by the marginal of each modality, 1 / sum of weights
+    and mean of do.v, (BLOCK_F,) each; and whether none of them needed exact tiles.
+    """
+    statistics = slot_head(statistics, 0, 6 * SPLITS, b, h, H, F, 1)
+    pointers = statistics + tl.arange(0, SPLITS)[:, None] * F * H + queries[None, :] * H  # (SPLITS, BLOCK_F)
+    step, inside = SPLITS * F * H, (queries < F)[None, :]
+    tops = tl.load(pointers, mask=inside, other=float("-inf"))
+    top = finite(tl.max(tops, 0))
+    rescale = tl.exp(tops - top[None, :])
+    image_inverse = reciprocal(tl.sum(tl.load(pointers + step, mask=inside, other=0.0) * rescale, 0))
+    audio_inverse = reciprocal(tl.sum(tl.load(pointers + 2 * step, mask=inside, other=0.0) * rescale, 0))
+    image_sum = tl.sum(tl.load(pointers + 3 * step, mask=inside, other=0.0) * rescale, 0)
+    audio_sum = tl.sum(tl.load(pointers + 4 * step, mask=inside, other=0.0) * rescale, 0)
+    safe = tl.min(tl.min(tl.load(pointers + 5 * step, mask=inside, other=1.0), 0), 0) > 0.0
+    top = tl.where(queries < F, top, float("inf"))  # what is not there weighs nothing
+    return top, image_inverse, audio_inverse, image_sum * image_inverse, audio_sum * audio_inverse, safe
 
 
 # --- tiles of pairs -----------------------------------------------------------------------------------------
 
 
 @triton.jit
-def marginals(s, t, bias, top, PRECISION: tl.constexpr, EXACT: tl.constexpr):
-    """Sums over j and over i of exp(s_i + t_j + b_ij - top), (BLOCK, BLOCK_F) each, and the new top."""
+def marginals(
+    s, t, bias, top, asked,
+    PRECISION: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Sums over j and over i of exp(s_i + t_j + b_ij - top), (BLOCK_N, BLOCK_F) each, and the new top."""
     if EXACT:
-        logits = s[:, None, :] + t[None, :, :] + bias[:, :, None]
-        top = tl.maximum(top, tl.max(tl.max(logits, 0), 0))
-        weights = tl.exp(logits - finite(top))
-        image_weights, audio_weights = tl.sum(weights, 1), tl.sum(weights, 0)
+        image_weights = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
+        audio_weights = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
+        for query in range(asked):
+            own = tl.arange(0, BLOCK_F) == query
+            logits = logits_of_query(s, t, bias[0], own)
+            own_top = tl.maximum(of_query(top, own), tl.max(tl.max(logits, 0), 0))
+            weights = tl.exp(logits - finite(own_top))
+            image_weights = tl.where(own[None, :], tl.sum(weights, 1)[:, None], image_weights)
+            audio_weights = tl.where(own[None, :], tl.sum(weights, 0)[:, None], audio_weights)
+            top = tl.where(own, own_top, top)
     else:
-        u, w, E, limit = factors(s, t, bias)
+        u, top_s = exponentials(s)
+        w, top_t = exponentials(t)
+        E, top_bias = tl.exp(bias[0] - finite(bias[1])), bias[1]
+        limit = top_s + top_t + top_bias
         top = tl.maximum(top, limit)
         u *= tl.exp(limit - finite(top))
         image_weights = u * tl.dot(E, w, input_precision=PRECISION)
@@ -362,49 +449,64 @@ def marginals(s, t, bias, top, PRECISION: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def weighted_by_other(s, t, other, bias, top, PRECISION: tl.constexpr, EXACT: tl.constexpr):
-    """Sums over j of exp(s_i + t_j + b_ij - top), alone and times other_j, (BLOCK, BLOCK_F) each."""
+def weighted_by_other(
+    s, t, other, bias, top, asked,
+    PRECISION: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Sums over j of exp(s_i + t_j + b_ij - top), alone and times other_j, (BLOCK_N, BLOCK_F) each."""
     if EXACT:
-        weights = tl.exp(s[:, None, :] + t[None, :, :] + bias[:, :, None] - finite(top))
-        own, others = tl.sum(weights, 1), tl.sum(weights * other[None, :, :], 1)
+        alone = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
+        others = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
+        for query in range(asked):
+            own = tl.arange(0, BLOCK_F) == query
+            weights = tl.exp(logits_of_query(s, t, bias[0], own) - finite(of_query(top, own)))
+            alone = tl.where(own[None, :], tl.sum(weights, 1)[:, None], alone)
+            weights *= of_query(other, own)[None, :]
+            others = tl.where(own[None, :], tl.sum(weights, 1)[:, None], others)
     else:
-        u, w, E, limit = factors(s, t, bias)
-        u *= tl.exp(limit - finite(top))
-        own = u * tl.dot(E, w, input_precision=PRECISION)
+        u, top_s = exponentials(s)
+        w, top_t = exponentials(t)
+        E, top_bias = tl.exp(bias[0] - finite(bias[1])), bias[1]
+        u *= tl.exp(top_s + top_t + top_bias - finite(top))
+        alone = u * tl.dot(E, w, input_precision=PRECISION)
         others = u * tl.dot(E, w * other, input_precision=PRECISION)
-    return own, others
+    return alone, others
 
 
 @triton.jit
-def pair_grads(s, t, image, audio, bias, top, inverse, PRECISION: tl.constexpr, EXACT: tl.constexpr):
-    """Sums over queries of P_ij (image_i + audio_j), (BLOCK, BLOCK)."""
-    if EXACT:
-        weights = tl.exp(s[:, None, :] + t[None, :, :] + bias[:, :, None] - finite(top)) * inverse
-        grads = tl.sum(weights * (image[:, None, :] + audio[None, :, :]), 2)
+def exact_grads(
+    s, t, image, audio, bias, top, inverse, asked, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Sums over queries of P_ij (image_i + audio_j), (BLOCK_N, BLOCK_N)."""
+    sums = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
+    for query in range(asked):
+        own = tl.arange(0, BLOCK_F) == query
+        weights = tl.exp(logits_of_query(s, t, bias, own) - finite(of_query(top, own)))
+        grads = of_query(image, own)[:, None] + of_query(audio, own)[None, :]
+        sums += weights * of_query(inverse, own) * grads
+    return sums
+
+
+@triton.jit
+def exponentials(logits):
+    """Of each query, relative to the largest (BLOCK_F,)."""
+    top = tl.max(logits, 0)
+    return tl.exp(logits - finite(top)), top
+
+
+@triton.jit
+def logits_of_query(s, t, bias, own):
+    """(BLOCK_N, BLOCK_N)"""
+    return of_query(s, own)[:, None] + of_query(t, own)[None, :] + bias
+
+
+@triton.jit
+def of_query(x, own):
+    """What belongs to one query: (BLOCK_F,) -> a number, (BLOCK_N, BLOCK_F) -> (BLOCK_N,)."""
+    if len(x.shape) == 1:
+        return tl.sum(tl.where(own, x, 0.0), 0)
     else:
-        u, w, E, limit = factors(s, t, bias)
-        u *= tl.exp(limit - finite(top)) * inverse
-        grads = tl.dot(u * image, tl.trans(w), input_precision=PRECISION)
-        grads += tl.dot(u, tl.trans(w * audio), input_precision=PRECISION)
-        grads *= E
-    return grads
-
-
-@triton.jit
-def factors(s, t, bias):
-    """u_i, w_j and E_ij, at most 1 each, and limit with exp(s_i + t_j + b_ij) = u_i w_j E_ij exp(limit)."""
-    attended = (tl.max(s, 1) > float("-inf"))[:, None] & (tl.max(t, 1) > float("-inf"))[None, :]
-    bias = tl.where(attended, bias, float("-inf"))
-    top_s, top_t, top_bias = tl.max(s, 0), tl.max(t, 0), tl.max(tl.max(bias, 0), 0)
-    u, w, E = tl.exp(s - finite(top_s)), tl.exp(t - finite(top_t)), tl.exp(bias - finite(top_bias))
-    return u, w, E, top_s + top_t + top_bias
-
-
-@triton.jit
-def is_safe(top, image_total, audio_total):
-    """Whether what underflowed is below the precision of float32, for all queries."""
-    safe = (top == float("-inf")) | ((image_total >= SAFE) & (audio_total >= SAFE))
-    return tl.min(tl.where(safe, 1, 0), 0) == 1
+        return tl.sum(tl.where(own[None, :], x, 0.0), 1)
 
 
 @triton.jit
@@ -427,25 +529,41 @@ def load_logits(
     q, side, start, scale,
     K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Logits (BLOCK_N, BLOCK_F), keys and values of a tile of tokens; a dead modality has one, all 0."""
+    """Logits (BLOCK_N, BLOCK_F), keys and values of a tile of tokens, and which may be attended to; a dead
+    modality has one, all 0.
+    """
     key, value, mask, key_stride, value_stride, N, alive = side
     tokens = start + tl.arange(0, BLOCK_N)
     attended = load_mask(mask, tokens, N)
     k = load_rows(key, key_stride, tokens, attended, K)
     v = load_rows(value, value_stride, tokens, attended, V)
-    stands_in = (tokens == 0) & (alive == 0)
-    return logits_of(q, k, attended | stands_in, scale, PRECISION), k, v
+    attended = attended | ((tokens == 0) & (alive == 0))
+    return logits_of(q, k, attended, scale, PRECISION), k, v, attended
 
 
 @triton.jit
-def load_bias(bias, own, other, i, j, BLOCK_N: tl.constexpr):
-    """A tile of the bias in float32; 0 where a modality is dead."""
+def load_bias(bias, own, other, i, j, attended, other_attended, BLOCK_N: tl.constexpr):
+    """A tile of the bias in float32, 0 where a modality is dead, -inf at masked tokens; and the largest of
+    all, of masked tokens as well: what `bias_kernel` computes for all clips at once is relative to it.
+    """
+    alive = own[ALIVE] & other[ALIVE]
+    tokens, otherwise = tl.where(alive, own[TOKENS], 0), tl.where(alive, float("-inf"), 0.0)
+    tile = load_pairs(bias, i, j, tokens, other[TOKENS], otherwise, BLOCK_N)
+    top = tl.max(tl.max(tile, 0), 0)
+    if own[MASK].dtype.is_ptr() or other[MASK].dtype.is_ptr():
+        tile = tl.where(attended[:, None] & other_attended[None, :], tile, float("-inf"))
+    return tile, top
+
+
+@triton.jit
+def load_pairs(bias, i, j, I, A, otherwise, BLOCK_N: tl.constexpr):
+    """A tile of the bias in float32; something else outside of it."""
     pointer, row_stride, column_stride = bias
-    rows, columns = i + tl.arange(0, BLOCK_N), j + tl.arange(0, BLOCK_N)
-    present = tl.where(own[ALIVE] & other[ALIVE], own[TOKENS], 0)
-    inside = (rows < present)[:, None] & (columns < other[TOKENS])[None, :]
-    offsets = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
-    return tl.load(pointer + offsets, mask=inside, other=0.0).to(tl.float32)
+    pointer += tl.cast(i, tl.int64) * row_stride + tl.cast(j, tl.int64) * column_stride
+    own = tl.arange(0, BLOCK_N)
+    offsets = own.to(tl.int64)[:, None] * row_stride + own.to(tl.int64)[None, :] * column_stride
+    inside = (own < I - i)[:, None] & (own < A - j)[None, :]
+    return tl.load(pointer + offsets, mask=inside, other=otherwise).to(tl.float32)
 
 
 # --- the host's side ----------------------------------------------------------------------------------------
@@ -454,13 +572,25 @@ def load_bias(bias, own, other, i, j, BLOCK_N: tl.constexpr):
 def forward(query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, scale):
     """As `forward` of pair_attention.py, with pair_bias (B or 1, H or 1, I, A)."""
     tensors = query, image_key, image_value, audio_key, audio_value
-    inputs, (B, H, F, I, A, K, V), strides = prepared(tensors, (image_mask, audio_mask))
-    options = settings(query.dtype, K, V, device=query.device)
+    inputs, sizes, strides = prepared(tensors, (image_mask, audio_mask))
+    B, H, F, I, A, K, V = sizes
+    options = settings(query.dtype, *sizes, device=query.device)
+    splits, tiles = options["SPLITS"], triton.cdiv(F, options["BLOCK_F"])
     output = query.new_empty((B, F, H, V))
+    statistics = partial = None
+    if splits > 1:
+        statistics = query.new_empty((B, 2, 3, splits, F, H), dtype=torch.float32)
+        partial = query.new_empty((B, 2, splits, F, H, V), dtype=torch.float32)
     with on_device_of(query):
-        forward_kernel[B * H, triton.cdiv(F, options["BLOCK_F"])](
-            *inputs, pair_bias, output, *strides, broadcast_strides(pair_bias), H, F, I, A, scale, **options,
+        forward_kernel[B * H, tiles, splits](
+            *inputs, pair_bias, output, statistics, partial, *strides, broadcast_strides(pair_bias),
+            H, F, I, A, scale, **options,
         )  # fmt: skip
+        if splits > 1:
+            merge_kernel[B * H, tiles](
+                statistics, partial, output, H, F, V=V, SPLITS=splits, BLOCK_F=options["BLOCK_F"],
+                enable_fp_fusion=options["enable_fp_fusion"],
+            )  # fmt: skip
     return output.transpose(1, 2)
 
 
@@ -470,42 +600,56 @@ def backward(
 ):  # fmt: skip
     """Gradients of query, image_key, image_value, audio_key, audio_value; pair_bias if `bias_grad`."""
     tensors = query, image_key, image_value, audio_key, audio_value
-    inputs, (B, H, F, I, A, K, V), strides = prepared(tensors, (image_mask, audio_mask))
+    inputs, sizes, strides = prepared(tensors, (image_mask, audio_mask))
+    B, H, F, I, A, K, V = sizes
     output_grad = rows_of(output_grad)
-    options = settings(query.dtype, K, V, backward=True, device=query.device)
-    parts = triton.cdiv(F, options["BLOCK_F"])
-    grads = [empty_slots(query, 1), *(empty_slots(tensor, parts) for tensor in tensors[1:])]
-    statistics = query.new_empty((B, 6, H, F), dtype=torch.float32) if bias_grad else None
+    options = settings(query.dtype, *sizes, backward=True, device=query.device)
+    splits, tiles = options["SPLITS"], triton.cdiv(F, options["BLOCK_F"])
+    grads = [empty_slots(query, splits), *(empty_slots(tensor, tiles) for tensor in tensors[1:])]
+    statistics = None
+    if splits > 1 or bias_grad:
+        statistics = query.new_empty((B, 6, splits, F, H), dtype=torch.float32)
     strides += [broadcast_strides(pair_bias), output_grad.stride()]
     with on_device_of(query):
-        backward_kernel[B * H, parts](
-            *inputs, pair_bias, output_grad, *grads, statistics, *strides,
-            H, F, I, A, scale, **options,
-        )  # fmt: skip
+        if splits > 1:
+            statistics_kernel[B * H, tiles, splits](
+                *inputs, pair_bias, output_grad, statistics, *strides, H, F, I, A, scale, **options
+            )
+        backward_kernel[B * H, tiles, splits](
+            *inputs, pair_bias, output_grad, *grads, statistics, *strides, H, F, I, A, scale, **options
+        )
         results = [add_slots(grad, query.dtype) for grad in grads]
         if bias_grad:
-            sizes, block = tuple(pair_bias.shape), options["BLOCK_N"]
-            results.append(pair_bias.new_empty(sizes))
-            tiles = triton.cdiv(sizes[2], block) * triton.cdiv(sizes[3], block)
-            bias_kernel[sizes[0] * sizes[1] * tiles,](  # all in one dimension: the others end at 65535
-                *inputs, pair_bias, output_grad, statistics, results[-1], *strides, sizes,
+            shape, block = tuple(pair_bias.shape), options["BLOCK_N"]
+            programs = shape[0] * shape[1] * triton.cdiv(I, block) * triton.cdiv(A, block)
+            parts, shares = 1, B // shape[0] * (H // shape[1]) * tiles
+            while 2 * parts * programs <= BIAS_PROGRAMS and 2 * parts <= shares:
+                parts *= 2
+            dtype = pair_bias.dtype if parts == 1 else torch.float32
+            slots = pair_bias.new_empty((parts, *shape), dtype=dtype)
+            bias_kernel[programs, parts](
+                *inputs, pair_bias, output_grad, statistics, slots, *strides, shape,
                 B, H, F, I, A, scale, **options,
             )  # fmt: skip
+            results.append(slots[0] if parts == 1 else slots.sum(0).to(pair_bias.dtype))
         return results
 
 
-def settings(dtype, K, V, *, backward=False, device=None):
+def settings(dtype, B, H, F, I, A, K, V, *, backward=False, device=None):
     """As `settings` of pair_attention.py."""
     precision, single = precision_of(dtype), dtype == torch.float32
-    few_warps = 2 if backward else 1  # whose tiles need no exchange through shared memory
+    splits, programs = 1, B * H * triton.cdiv(F, 16)
+    while 2 * splits * programs <= PROGRAMS and 2 * splits * SPLIT_PAIRS <= I * A and 64 * splits <= I:
+        splits *= 2
     return dict(
         K=K,
         V=V,
+        SPLITS=splits,
         PRECISION=precision,
         PAIR_PRECISION=precision if single else "tf32",  # float16 has too few exponents
         BLOCK_F=16,
-        BLOCK_N=16,
-        num_warps=8 if single else few_warps if max(K, V) <= 32 else 4,
+        BLOCK_N=16 if single and backward else 32,
+        num_warps=8 if single else 2 if max(K, V) <= 32 and not backward else 4,
         num_stages=1,
         enable_fp_fusion=True,
         maxnreg=255,

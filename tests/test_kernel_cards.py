@@ -58,9 +58,9 @@ def test_both_kernels_and_directions_have_their_own(folder):
     }
     (folder / "some.json").write_text(json.dumps(TABLE | dict(settings=own)))
     found = []
-    for module, lengths in (pair_attention, (1, 12, 5, 70, 33)), (biased_pair_attention, ()):
+    for module in pair_attention, biased_pair_attention:
         for backward, width in itertools.product((False, True), (16, 64)):
-            arguments = torch.float32, *lengths, width, width
+            arguments = torch.float32, 1, 12, 5, 70, 33, width, width
             found.append(module.settings(*arguments, backward=backward, device=CARD))
     assert [{name: options[name] for name in OWN} for options in found] == list(own.values())
 
@@ -100,7 +100,7 @@ def test_the_defaults_are_among_what_a_card_may_have():
         every = [
             pair_attention.settings(dtype, *sizes(F, width), backward=backward) for F in (1, 16, 17, 32, 33)
         ]
-        every.append(biased_pair_attention.settings(dtype, width, width, backward=backward))
+        every.append(biased_pair_attention.settings(dtype, *sizes(16, width), backward=backward))
         for options in every:
             assert cards.may_be_own({name: options[name] for name in cards.OWN}), options
 

@@ -220,8 +220,8 @@ def force_splits(monkeypatch, splits, block_n):
     """
     settings, biased_settings = kernels.settings, biased_kernels.settings
     usual = {} if DEVICE == "cuda" else dict(BLOCK_N=block_n)
-    large = {} if DEVICE == "cuda" else dict(BLOCK_N=128, BLOCK_F=32)
-    forced = {**usual, "SPLITS": splits}
+    large = {} if DEVICE == "cuda" else dict(BLOCK_N=128 // splits)
+    forced, large = {**usual, "SPLITS": splits}, {**large, "SPLITS": splits}
     monkeypatch.setattr(kernels, "settings", lambda *sizes, **way: {**settings(*sizes, **way), **forced})
     monkeypatch.setattr(
         biased_kernels, "settings", lambda *sizes, **way: {**biased_settings(*sizes, **way), **large}
