@@ -279,3 +279,10 @@ def test_losses_stand_beside_those_of_predicting_zero(task):
         ["image", "0.500", "0.40 to 0.60"],
         ["random clip", "0.250"],
     ]
+
+
+def test_rows_keep_no_memory_of_their_batch():
+    columns = dict(each=torch.arange(6.0).view(3, 2), whole=torch.tensor([1, 2, 3]))
+    rows = to_rows(columns)
+    assert all(row["each"].base is None and row["whole"].base is None for row in rows)
+    assert all(torch.equal(column, columns[name]) for name, column in to_columns(rows).items())
