@@ -12,6 +12,7 @@ import tyro
 
 from ..choices import DataSet, Interactions, Scene, Size
 from ..command import SAID
+from ..files import address
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class LoopConfig:
     data: Annotated[Path | None, SAID, FREE] = (
         None  # which clips it holds may not differ, see `describe_data`
     )
-    """Folder of videos (searched recursively; train/ and test/ inside it are the splits). Default: Sounding
-    Shapes, built once."""
+    """Folder of videos (searched recursively; train/ and test/ inside it are the splits), or the address of
+    one that has a manifest, such as https://HOST/SHARDS. Default: Sounding Shapes, built once."""
     scene: Annotated[Scene, Formerly("binding")] = "binding"
     """Which Sounding Shapes those are: shapes that sound differently, and pulse (binding), or alike, told
     apart by when they pulse (synchrony: takes several frames)."""
@@ -213,8 +214,8 @@ def check_config(config: LoopConfig) -> None:
 
 
 def check_folder(data: Path) -> None:
-    """Raises ValueError unless --data is a folder."""
-    if not data.is_dir():
+    """Raises ValueError unless --data is a folder, or an address."""
+    if not data.is_dir() and not address(data):
         what = "is not a folder" if data.exists() else "does not exist"
         raise ValueError(f"--data {data} {what}")
 
