@@ -20,9 +20,11 @@ from avfuse.data.check import check
 from avfuse.data.clips import ClipDataset, ClipLoader, Failure
 from avfuse.data.find import find_data
 from avfuse.data.shards import shard
-from avfuse.files import address, read_rows
+from avfuse.files import address, read_rows, write_json
 from avfuse.inputs import InputSettings
-from avfuse.training.run_folder import describe_data
+from avfuse.training.recipes import TrainConfig
+from avfuse.training.run_folder import describe_data, has_trained_on_all
+from avfuse.training.settings import check_folder, settings_of
 
 SETTINGS = InputSettings(image_size=32, audio_seconds=1.0, mel_bins=32)
 QUIET = dict(progress=False, workers=0)
@@ -198,6 +200,16 @@ def test_no_list_makes_an_address_of_a_path(shards, serve, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     item = ClipDataset(find(Path()).train, SETTINGS, train=False)[0]
     assert "no such file" in item.reason and not asked
+
+
+def test_an_address_is_on_record_as_it_is(tmp_path):
+    config = TrainConfig(data=Path("https://host/data"), test_share=0.0)
+    assert config.run == Path("runs/data") and settings_of(config)["data"] == "https://host/data"
+    check_folder(config.data)
+    write_json(tmp_path / "run.json", dict(settings=settings_of(config)))
+    for data in config.data, config.data / "music":
+        assert has_trained_on_all(tmp_path, data)
+    assert not has_trained_on_all(tmp_path, Path("https://host/other"))
 
 
 @pytest.mark.slow

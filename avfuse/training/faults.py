@@ -75,8 +75,8 @@ def together():
         if not isinstance(error, torch.distributed.DistError) and "/gloo/" not in str(error):
             raise
         raise RunError(
-            f"another process of this run has ended or cannot be reached ({error}). What it printed says why, "
-            "unless its host is gone; then, on all hosts, the same command goes on from the last checkpoint"
+            f"another process of this run has ended or cannot be reached ({error}). What it printed says "
+            "why, if its host is there; then, on all hosts, the same command goes on from the last checkpoint"
         ) from error
 
 

@@ -232,7 +232,8 @@ def settings_of(config: LoopConfig, *, fixed: bool = False) -> dict:
     """The settings that describe a run, ready for JSON; or only those that are fixed from its first start."""
     names = {name for name, mark in marks(type(config)) if mark is ONCE or fixed and mark in (FREE, LENGTH)}
     settings = {name: value for name, value in asdict(config).items() if name not in names}
-    paths = {name: str(value.resolve()) for name, value in settings.items() if isinstance(value, Path)}
+    paths = {name: path for name, path in settings.items() if isinstance(path, Path)}
+    paths = {name: address(path) or str(path.resolve()) for name, path in paths.items()}
     return json.loads(json.dumps(settings | paths))
 
 
