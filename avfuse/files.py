@@ -130,6 +130,12 @@ def leads_out(path: Path, root: Path) -> bool:
         return True  # or, before Python 3.13, a link that leads to itself, which is its own target since then
 
 
+def address(folder: Path) -> str | None:
+    """The address in the place of a folder, of which `Path` has made one slash of two; None of a folder."""
+    parts = re.fullmatch("([a-z][a-z0-9+]+):/(.+)", str(folder))
+    return f"{parts[1]}://{parts[2]}" if parts else None
+
+
 def is_regular(path: str | os.PathLike) -> bool:
     """Whether this is a file as on a disk, itself no link: a pipe or a device may be read for ever."""
     try:

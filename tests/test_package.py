@@ -20,6 +20,8 @@ from avfuse.training import features as training_features
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "avfuse").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
+BESIDE = ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")  # what builds the package
+BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
 
 # Run in a new interpreter, whose site-packages also holds a foreign package `kernels`. The dependencies'
 # folder joins without its .pth files: one of them may lead to the avfuse that runs this test.
@@ -45,24 +47,38 @@ def checkout(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("checkout")
     for folder in ("avfuse", "kernels"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, root)
+    (root / "tests").mkdir()
+    for name in (*BESIDE, "CHANGELOG.md", "tests/test_package.py"):
+        shutil.copy(ROOT / name, root / name)
     (root / "kernels/dummy.py").write_text("OWNER = 'avfuse'\n")
     return root
 
 
-@pytest.fixture(scope="module")
-def wheels(checkout, tmp_path_factory) -> dict[str, zipfile.ZipFile]:
-    """The wheel and the editable wheel of the checkout, made by the calls that pip makes."""
+def build(kind: str, checkout: Path, folder: Path) -> Path:
+    """A wheel, an editable wheel or a source distribution, by the call that pip and build make."""
     pytest.importorskip("setuptools", minversion="77")
-    wheels = {}
-    for kind in ("wheel", "editable"):
-        folder = tmp_path_factory.mktemp(kind)
-        build = f"from setuptools import build_meta; build_meta.build_{kind}({str(folder)!r})"
-        done = subprocess.run([sys.executable, "-c", build], cwd=checkout, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        wheels[kind] = zipfile.ZipFile(next(folder.glob("*.whl")))
-    return wheels
+    command = [sys.executable, "-c", BUILD, f"build_{kind}", folder]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return next(folder.glob("*.tar.gz" if kind == "sdist" else "*.whl"))
+
+
+@pytest.fixture(scope="module")
+def source(checkout, tmp_path_factory) -> Path:
+    """The source distribution, unpacked."""
+    folder = tmp_path_factory.mktemp("source")
+    shutil.unpack_archive(build("sdist", checkout, folder), folder, filter="data")
+    return folder / f"avfuse-{avfuse.__version__}"
+
+
+@pytest.fixture(scope="module")
+def wheels(checkout, source, tmp_path_factory) -> dict[str, zipfile.ZipFile]:
+    """The wheel and the editable wheel of the checkout, and the wheel of its source distribution."""
+    made = dict(wheel=("wheel", checkout), editable=("editable", checkout), source=("wheel", source))
+    return {
+        name: zipfile.ZipFile(build(kind, root, tmp_path_factory.mktemp(name)))
+        for name, (kind, root) in made.items()
+    }
 
 
 @pytest.mark.parametrize("kind", ["checkout", "editable", "wheel"])
@@ -94,26 +110,40 @@ def test_wheel_holds_the_whole_package_and_nothing_else(wheels):
     assert wheels["wheel"].getinfo(f"avfuse-{avfuse.__version__}.dist-info/licenses/LICENSE")
 
 
-def test_the_source_distribution_makes_the_same_wheel(wheels, checkout, tmp_path):
-    build = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
-
-    def run(kind, folder):
-        command = [sys.executable, "-c", build, kind, str(tmp_path)]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-
-    run("build_sdist", checkout)
-    shutil.unpack_archive(next(tmp_path.glob("*.tar.gz")), tmp_path, filter="data")
-    run("build_wheel", tmp_path / f"avfuse-{avfuse.__version__}")
-    again = zipfile.ZipFile(next(tmp_path.glob("*.whl")))
-    contents = [{info.filename: info.CRC for info in wheel.infolist()} for wheel in (wheels["wheel"], again)]
+def test_the_source_distribution_holds_the_sources_and_makes_the_same_wheel(wheels, source):
+    files = (path.relative_to(source) for path in source.rglob("*") if path.is_file())
+    inside = {str(path) for path in files if path.parts[0] not in ("avfuse.egg-info", "build")}
+    sources = {str(path.relative_to(ROOT)) for path in SOURCES + KERNELS}
+    about = {"PKG-INFO", "setup.cfg"}  # which setuptools writes
+    assert inside == sources | {"avfuse/py.typed", "kernels/README.md", "kernels/dummy.py", *BESIDE} | about
+    contents = [{i.filename: i.CRC for i in wheels[name].infolist()} for name in ("wheel", "source")]
     for files in contents:
         files.pop(f"avfuse-{avfuse.__version__}.dist-info/RECORD")  # lists the files in another order
     assert contents[0] == contents[1]
 
 
-def test_the_version_to_cite_is_this_one():
+@pytest.mark.parametrize("kind", ["wheel", "source"])
+def test_the_ten_lines_of_the_readme_run_from_it(kind, wheels, tmp_path):
+    """Outside of the checkout, beside the dependencies alone."""
+    ten_lines = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert "avfuse.AVMAE(encoder)" in ten_lines
+    wheels[kind].extractall(tmp_path)
+    paths = f"import sys; sys.path += {[str(tmp_path), sysconfig.get_path('purelib')]}\n"
+    where = f"assert avfuse.__file__.startswith({str(tmp_path)!r}), avfuse.__file__\n"
+    command = [sys.executable, "-I", "-S", "-c", paths + ten_lines + where]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "torch.Size([2, 197, 192]) torch.Size([2, 97, 192]) torch.Size([2, 16, 192])\n"
+
+
+def test_a_release_is_described():
+    """By the version that avfuse has, which setup.py reads from it, too."""
     assert f"\nversion: {avfuse.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    latest = re.search(r"^## \[(.+?)\] - ", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert latest[1] == avfuse.__version__
+    assert "Report a vulnerability" in (ROOT / "SECURITY.md").read_text()
+    assert len(list((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"))) >= 2
+    assert "run: bash .ci/run\n" in (ROOT / ".github/workflows/ci.yml").read_text()
 
 
 def test_the_wheel_brings_the_command(wheels):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -244,6 +245,66 @@ def test_killed_at_random_moments_it_ends_with_the_same_losses(data, tmp_path, p
     print(f"killed {len(reached)} times, at steps {reached} of {len(truth)}")
     assert train(data, tmp_path / "killed", *options, processes=processes) == truth
     assert len(set(reached)) > 3  # else it was not killed at many different moments
+
+
+@pytest.fixture
+def hosts():
+    """Two network namespaces with a wire between them, by their addresses."""
+    names = {f"10.77.0.{n}": f"avfuse-{os.getpid()}-{n}" for n in (1, 2)}
+
+    def ip(*words) -> str:
+        return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
+
+    try:
+        for name in names.values():
+            ip("netns", "add", name)
+        one, two = names.values()
+        ip(*f"link add wire netns {one} type veth peer name wire netns {two}".split())
+        for address, name in names.items():
+            ip("-n", name, "address", "add", f"{address}/24", "dev", "wire")
+            for device in "lo", "wire":
+                ip("-n", name, "link", "set", device, "up")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"network namespaces cannot be made here: {error}")
+    else:
+        yield names
+    finally:
+        for name in names.values():
+            with contextlib.suppress(OSError, subprocess.CalledProcessError):
+                for process in map(int, ip("netns", "pids", name).split()):
+                    os.kill(process, signal.SIGKILL)
+                ip("netns", "del", name)
+
+
+@pytest.mark.slow
+def test_two_hosts_one_of_which_dies(hosts, data, tmp_path):
+    """The losses are those of one process; the host that is left names the other, and both go on."""
+    options = "--epochs", "20", "--batch-size", "8", "--checkpoint-every", "3"
+    truth = train(data, tmp_path / "one", *options)
+    run, (first, second) = tmp_path / "two", hosts
+
+    def start(address: str) -> subprocess.Popen:
+        launcher = (
+            f"--nnodes 2 --node-rank {int(address == second)} --master-addr {first} --master-port 29500"
+        )
+        words = [sys.executable, "-m", "torch.distributed.run", *launcher.split()]
+        words = ["ip", "netns", "exec", hosts[address], *words, *command(data, run, *options)[1:]]
+        with open(tmp_path / address, "w") as said:
+            wire = environment() | dict(GLOO_SOCKET_IFNAME="wire")
+            return subprocess.Popen(words, stdout=said, stderr=said, env=wire)
+
+    for lost, left in (first, second), (second, first):
+        begun = max(losses(run), default=0)
+        running = {address: start(address) for address in hosts}
+        wait_until(running[left], lambda begun=begun: max(losses(run), default=0) > begun + 4)
+        kill_all(running[lost])
+        assert running[left].wait(timeout=300) != 0
+        said = (tmp_path / left).read_text()
+        assert re.search(rf"error: another process .*{re.escape(lost)}.* the same command goes on", said)
+        assert max(losses(run)) < max(truth)
+    for process in [start(address) for address in hosts]:
+        assert process.wait(timeout=900) == 0
+    assert_close(losses(run), truth)
 
 
 def wait_until(process: subprocess.Popen, condition) -> None:

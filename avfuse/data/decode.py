@@ -76,6 +76,7 @@ class Part(NamedTuple):
     file: Path
     start: int  # bytes
     size: int
+    sha256: str = ""  # of these bytes, where they are to be fetched
 
 
 class ClipReader:

@@ -14,7 +14,7 @@ from typing import NamedTuple, get_args
 
 from ..checks import check_choice
 from ..choices import DataSet, Demo
-from ..files import printable, some
+from ..files import address, printable, some
 from ..progress import progress_bar
 from . import manifest, sounding_shapes
 from .clips import MEMORY
@@ -86,7 +86,7 @@ def find_data(
 
     Args:
         folder: VGGSound, AudioSet, MUSIC, Sounding Shapes, shards of these, or any videos, which train/ and
-            test/ inside the folder part into the splits.
+            test/ inside the folder part into the splits; or the address of a folder that has a manifest.
         say: what is found is told through it, line by line.
         demo: which one, if there is no folder.
         data_set: how the folder is laid out, one of `DATA_SETS`, for which its manifest is passed over;
@@ -114,8 +114,8 @@ def find_data(
     scans = scan(listing, sides, missing=missing, progress=progress, workers=workers, timeout=timeout)
     if data_set == "folder" and not is_checked:
         _check_folder(listing, scans)
-    stale = _stale(root, listing, data_set, scans) if is_checked else ""
-    if stale:  # no reason to refuse a run its clips
+    is_here = is_checked and not address(root)
+    if is_here and (stale := _stale(root, listing, data_set, scans)):  # no reason to refuse a run its clips
         say(
             f"WARNING: {printable(stale)}, which is used as it is: python -m avfuse.data check"
             f" {printable(str(root))} brings it up to date"

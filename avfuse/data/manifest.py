@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass, field, fields
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 
-from ..files import aside, is_regular, leads_out, printable
+from ..files import address, aside, is_regular, leads_out, printable
 from .decode import ClipError, Part, Streams
 from .listing import Listing
+from .remote import fetch_file
 from .table import Clip
 
 FILE = "avfuse-manifest.jsonl"
@@ -101,12 +102,16 @@ class Entry:
 
     def clip(self, root: Path) -> Clip:
         """The clip, for a manifest in the folder `root`."""
-        path = root / self.path
+        path, part = root / self.path, None
+        if self.start >= 0:
+            part = Part(path.parent, self.start, self.bytes)
+        if address(root):
+            part = Part(path.parent if part else path, max(0, self.start), self.bytes, self.sha256)
         return Clip(
             path=path,
             labels={name: tuple(v) if isinstance(v, list) else v for name, v in self.labels.items()},
             streams=Streams(self.video, self.audio, float(self.seconds), float(self.fps)),
-            part=Part(path.parent, self.start, self.bytes) if self.start >= 0 else None,
+            part=part,
             size=self.bytes,
             root=root,
         )
@@ -114,14 +119,16 @@ class Entry:
 
 @dataclass
 class Manifest(Listing):
-    """A data set by its manifest alone: that of the folder `root`.
+    """A data set by its manifest alone: that of the folder, or below the address, `root`.
 
     Clips that it knows to be broken are not opened again. One that has gone since is found out when it is
     read, so that the data stay those that a run began with.
     """
 
     def __post_init__(self):
-        self.header = read_header(self.root)
+        self.copy = fetch_file(self.root / FILE, self.root) if address(self.root) else None
+        self.file = Path(self.copy.name) if self.copy else None
+        self.header = read_header(self.root, self.file)
         self.name, self.classes, self.expected = self.header.name, self.header.classes, self.header.expected
         self.test_list = self.header.test_list
         self.counts: Counter[str] = Counter()  # folder -> clips, once all have been read
@@ -129,7 +136,7 @@ class Manifest(Listing):
     def clips(self):
         exchanged: dict[Path, bool] = {}
         counts: Counter[str] = Counter()
-        for entry in read_entries(self.root):
+        for entry in read_entries(self.root, self.file):
             counts[os.path.dirname(entry.path)] += 1
             clip, error = entry.clip(self.root), entry.error
             if clip.part is not None and not error:
@@ -178,11 +185,11 @@ def describes_another(shard: Path, entry: Entry) -> bool:
     return False
 
 
-def read_header(root: Path) -> Header:
-    """The first line of the folder's manifest."""
+def read_header(root: Path, file: Path | None = None) -> Header:
+    """The first line of the folder's manifest, of which `file` may be a copy."""
     if leads_out(root / FILE, root):
         raise ValueError(f"{printable(root / FILE)} leads out of the data folder: it is not read")
-    with open(root / FILE, encoding="utf-8", errors="replace") as lines:
+    with open(file or root / FILE, encoding="utf-8", errors="replace") as lines:
         try:
             header = Header(**json.loads(next(lines, "")))
         except (TypeError, ValueError, RecursionError) as error:
@@ -196,9 +203,9 @@ def read_header(root: Path) -> Header:
     return header
 
 
-def read_entries(root: Path) -> Iterator[Entry]:
+def read_entries(root: Path, file: Path | None = None) -> Iterator[Entry]:
     """The clips of the folder's manifest, in order."""
-    with open(root / FILE, encoding="utf-8", errors="replace") as lines:
+    with open(file or root / FILE, encoding="utf-8", errors="replace") as lines:
         next(lines, None)
         for number, line in enumerate(lines, start=2):
             try:
@@ -231,4 +238,5 @@ def dump(entry: Entry) -> str:
 
 
 def has_manifest(root: Path) -> bool:
-    return (root / FILE).is_file()
+    """Whether a folder has one; an address must."""
+    return address(root) is not None or (root / FILE).is_file()

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import leads_out, printable
+from ..files import address, leads_out, printable
 from .decode import ClipError, ClipReader, Part, Streams
+from .remote import open_part
 
 KNOWN, VIDEO, AUDIO = 1, 2, 4  # flags of a clip's streams
 RECORD = struct.Struct("<IqBddq")  # folder, end of its text, flags, seconds, frames per second, bytes
@@ -43,6 +44,8 @@ class Clip:
         """
         if self.root is not None and leads_out(self.part.file if self.part else self.path, self.root):
             raise ClipError(self.path, "leads out of the data folder")
+        if self.part and self.root and address(self.root):
+            return open_part(self.path, self.part, self.root)
         if self.part is not None:
             self.check_part(self.part)
         return ClipReader(self.path, self.part)
@@ -109,7 +112,8 @@ class ClipTable(Sequence[Clip]):
         if clip.part is not None:
             self._shards.extend([-1] * (len(self) - len(self._shards)))
             self._shards.append(self._files.add(os.fspath(clip.part.file)))
-            more, size = [*more, clip.part.start], clip.part.size
+            _, *place, size, sha256 = clip.part
+            more += [*place, sha256] if sha256 else place
         self._texts += os.fsencode(name)
         if more:
             self._texts += b"\0" + json.dumps(more, separators=(",", ":")).encode()
@@ -139,9 +143,8 @@ class ClipTable(Sequence[Clip]):
         begin = RECORD.unpack_from(self._records, (index - 1) * RECORD.size)[1] if index else 0
         name, _, more = bytes(self._texts[begin:end]).partition(b"\0")
         labels = [tuple(value) if isinstance(value, list) else value for value in json.loads(more or "[]")]
-        part = None
-        if len(labels) > len(self._labels):
-            part = Part(Path(self._files[self._shards[index]]), labels.pop(), size)
+        labels, place = labels[: len(self._labels)], labels[len(self._labels) :]
+        part = Part(Path(self._files[self._shards[index]]), place[0], size, *place[1:]) if place else None
         return Clip(
             path=Path(self._folders[folder], os.fsdecode(name)),
             labels=dict(zip(self._labels, labels, strict=True)),

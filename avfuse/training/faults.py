@@ -66,6 +66,20 @@ def memory_advice(micro_batch: int, *, checkpointing: bool, precision: str):
         raise RunError(f"out of memory with micro-batches of {micro_batch} clips: try {advice}") from error
 
 
+@contextmanager
+def together():
+    """Turns the loss of another process of the run into a `RunError` that names it."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo has no type of its own
+        if not isinstance(error, torch.distributed.DistError) and "/gloo/" not in str(error):
+            raise
+        raise RunError(
+            f"another process of this run has ended or cannot be reached ({error}). What it printed says "
+            "why, if its host is there; then, on all hosts, the same command goes on from the last checkpoint"
+        ) from error
+
+
 def examine(
     model: nn.Module,
     losses: Callable[[dict[str, Tensor]], dict[str, Tensor]],

@@ -312,8 +312,8 @@ def to_device(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tens
 def to_rows(columns: dict[str, Tensor]) -> list[dict]:
     """Columns (B, ...) by name -> one row for each clip, of arrays, which go to another process by value.
 
-    Rows are copies. Views would keep the columns, which lie between the large tensors of a batch: malloc could
-    not use the place of these again, and each batch took as much memory anew.
+    Rows are copies. Views would keep the columns, which lie between the large tensors of a batch: malloc
+    could not use the place of these again, and each batch took as much memory anew.
     """
     arrays = [column.detach().cpu().numpy() for column in columns.values()]
     rows = ([value.copy() for value in row] for row in zip(*arrays, strict=True))

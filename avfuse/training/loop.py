@@ -40,7 +40,7 @@ from ..data.workers import share_cores
 from ..files import printable, some
 from ..progress import progress_bar
 from .checkpoints import load_checkpoint, save_checkpoint
-from .faults import RunError, Signals, examine, memory_advice, write_fault
+from .faults import RunError, Signals, examine, memory_advice, together, write_fault
 from .length import settle_length
 from .run_folder import (
     MetricsFile,
@@ -169,13 +169,15 @@ def program(config: LoopConfig, kind: type[Task]) -> int | str:
     traceback.
     """
     try:
-        run = set_up(config, kind)
+        with together():
+            run = set_up(config, kind)
     except (ValueError, OSError, RunError) as error:
         return f"error: {printable(error)}"
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     try:
-        return train(run)
+        with together():
+            return train(run)
     except (OSError, SafetensorError, RunError) as error:
         return f"error: {printable(error)}"
 

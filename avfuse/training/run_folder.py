@@ -21,7 +21,7 @@ from ..data.decode import ClipError
 from ..data.find import Found
 from ..data.hold_out import Sides
 from ..data.sets.folders import TESTS
-from ..files import append_row, printable, read_rows, some, write_json, write_rows, write_text
+from ..files import address, append_row, printable, read_rows, some, write_json, write_rows, write_text
 from ..rules import marks, option
 from .faults import RunError
 from .settings import FRESH, RUN_FILES, Formerly, LoopConfig, settings_of
@@ -221,7 +221,7 @@ def read_sides(run: Path | None) -> Sides | None:
 
 def has_trained_on_all(run: Path, data: Path) -> bool:
     """Whether a run has trained on all clips of a folder, which it was given, or one above it."""
-    above, folder = Path(str(read_run(run)["settings"].get("data"))), data.resolve()
+    above, folder = Path(str(read_run(run)["settings"].get("data"))), Path(address(data) or data.resolve())
     if (run / HELD_OUT).exists() or above not in (folder, *folder.parents):
         return False
     return folder.relative_to(above).parts[:1] not in [(name,) for name in TESTS]

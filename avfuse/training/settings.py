@@ -11,6 +11,7 @@ import tyro
 
 from ..choices import DataSet, Demo, Interactions, Scene, Size
 from ..command import SAID
+from ..files import address
 from ..rules import COUNT, NOT_NEGATIVE, RATE, SECONDS, Rule, check_rules, marks
 
 
@@ -39,8 +40,8 @@ class LoopConfig:
     data: Annotated[Path | None, SAID, FREE] = (
         None  # which clips it holds may not differ, see `describe_data`
     )
-    """Folder of videos (searched recursively; train/ and test/ inside it are the splits). Default: Sounding
-    Shapes, built once."""
+    """Folder of videos (searched recursively; train/ and test/ inside it are the splits), or the address of
+    one that has a manifest, such as https://HOST/SHARDS. Default: Sounding Shapes, built once."""
     scene: Annotated[Scene, Formerly("binding")] = "binding"
     """Which Sounding Shapes those are: shapes that sound differently, and pulse (binding), or alike, told
     apart by when they pulse (synchrony: takes several frames)."""
@@ -198,8 +199,8 @@ def check_config(config: LoopConfig) -> None:
 
 
 def check_folder(data: Path) -> None:
-    """Raises ValueError unless --data is a folder."""
-    if not data.is_dir():
+    """Raises ValueError unless --data is a folder, or an address."""
+    if not data.is_dir() and not address(data):
         what = "is not a folder" if data.exists() else "does not exist"
         raise ValueError(f"--data {data} {what}")
 
@@ -208,7 +209,8 @@ def settings_of(config: LoopConfig, *, fixed: bool = False) -> dict:
     """The settings that describe a run, ready for JSON; or only those that are fixed from its first start."""
     names = {name for name, mark in marks(type(config)) if mark is ONCE or fixed and mark in (FREE, LENGTH)}
     settings = {name: value for name, value in asdict(config).items() if name not in names}
-    paths = {name: str(value.resolve()) for name, value in settings.items() if isinstance(value, Path)}
+    paths = {name: path for name, path in settings.items() if isinstance(path, Path)}
+    paths = {name: address(path) or str(path.resolve()) for name, path in paths.items()}
     return json.loads(json.dumps(settings | paths))
 
 
