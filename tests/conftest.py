@@ -22,7 +22,7 @@ def seed():
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Runs draw neither pictures nor their report, which takes ten times as long as to train models this small."""
+    """Runs draw no pictures and no report: to draw takes ten times as long as to train models this small."""
     monkeypatch.setattr("avfuse.training.judge.JudgedTask.show", lambda *_: None)
     monkeypatch.setattr("avfuse.training.judge.write_report", lambda *_: None)
 

@@ -22,7 +22,7 @@ MODULES = [module for module, _ in COMMANDS.values()]
 
 
 def run(*arguments, on_ctrl_c=signal.SIG_DFL, **environment) -> subprocess.CompletedProcess:
-    """What a command said. Ctrl-C reaches it even where the tests run in the background and do not hear it."""
+    """What a command said. It hears Ctrl-C even where the tests run in the background and do not."""
     return subprocess.run(
         [sys.executable, *arguments],
         capture_output=True,
