@@ -20,6 +20,13 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Runs draw no pictures and no report: to draw takes ten times as long as to train models this small."""
+    monkeypatch.setattr("avfuse.training.judge.JudgedTask.show", lambda *_: None)
+    monkeypatch.setattr("avfuse.training.judge.write_report", lambda *_: None)
+
+
 def pytest_runtest_setup(item):
     """Skips from here rather than from a fixture, so that pytest reports all of them in one line."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():

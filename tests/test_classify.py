@@ -43,6 +43,7 @@ from avfuse.tasks.segment import Segmenter
 from avfuse.tasks.separator import Separator
 from avfuse.training.judge import judge_all, starting_encoder, weights_hash, with_drop_path
 from avfuse.training.loop import Run, program, set_up, train
+from avfuse.training.report import write_report
 from avfuse.training.run_folder import former_settings
 from avfuse.training.settings import checked, learning_rate
 from avfuse.weight_files import write_safetensors
@@ -448,6 +449,7 @@ def judged(data, run_folder, **options) -> tuple[dict, list[dict], Run]:
 
 
 @pytest.mark.parametrize("what", ["logits", "probabilities"])
+@pytest.mark.usefixtures("undrawn")
 def test_ten_windows_are_the_average_of_ten_calls(vgg, tmp_path, what):
     results, rows, run = judged(vgg, tmp_path / "run", test_windows=10, average=what)
     model, hits, clips = load_classifier(tmp_path / "run"), 0, run.found.test
@@ -472,10 +474,11 @@ def test_ten_windows_are_the_average_of_ten_calls(vgg, tmp_path, what):
         hits += total[""].argmax().item() == clip.labels["class"]
     assert results["metrics"]["accuracy"] == hits / 2
     protocol = f"10 windows of 3.0 s, {what} averaged, middle frame"
-    card, page = ((tmp_path / "run" / name).read_text() for name in ("model/README.md", "index.html"))
+    card, page = (tmp_path / "run/model/README.md").read_text(), write_report(tmp_path / "run").read_text()
     assert results["protocol"].endswith(protocol) and protocol in card and protocol in page
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_results_differ_by_the_windows_alone(vgg, tmp_path):
     kinds = {"1": {}, "10": dict(test_windows=10)}
     found = {name: judged(vgg, tmp_path / name, **options)[0] for name, options in kinds.items()}
@@ -572,6 +575,7 @@ def short(folder, tmp_path):
     return config
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_model_is_saved_though_no_test_clip_can_be_read(short, monkeypatch):
     monkeypatch.setattr("avfuse.training.judge.judge_all", lambda run, model: ({}, []))
     assert program(short, Classification) == 0
@@ -579,6 +583,7 @@ def test_a_model_is_saved_though_no_test_clip_can_be_read(short, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [OSError("No space left"), SafetensorError("No space left")])
+@pytest.mark.usefixtures("undrawn")
 def test_a_model_that_cannot_be_saved_is_an_error(short, monkeypatch, error):
     def full_disk(*_):
         raise error

@@ -35,13 +35,15 @@ HEAVY = {"torch", "timm", "matplotlib", "accelerate", "torchvision", "huggingfac
 MODULES = [module for module, _ in COMMANDS.values()]
 
 
-def run(*arguments, **environment) -> subprocess.CompletedProcess:
+def run(*arguments, on_ctrl_c=signal.SIG_DFL, **environment) -> subprocess.CompletedProcess:
+    """What a command said. It hears Ctrl-C even where the tests run in the background and do not."""
     return subprocess.run(
         [sys.executable, *arguments],
         capture_output=True,
         text=True,
         timeout=300,
         env=os.environ | dict(COLUMNS="120") | environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, on_ctrl_c),
     )
 
 
@@ -216,11 +218,5 @@ def test_ctrl_c_at_other_moments(moment, said):
 
 def test_ctrl_c_is_ignored_where_it_was_ignored():
     """As in the background of a shell, or under nohup."""
-    done = subprocess.run(
-        [sys.executable, "-c", WORK, "working"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
-    )
+    done = run("-c", WORK, "working", on_ctrl_c=signal.SIG_IGN)
     assert (done.returncode, done.stdout) == (0, "in order again\n")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from avfuse import AVMAE, train
+from avfuse import AVMAE
 from avfuse.data import sounding_shapes
 from avfuse.train import Pretraining, main
 from avfuse.training import loop
@@ -18,16 +18,13 @@ from avfuse.training.faults import RunError, Signals, examine, memory_advice
 from avfuse.training.loop import set_up
 from avfuse.training.recipes import TrainConfig
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("shapes")
     return sounding_shapes.generate(root, train=8, test=2, workers=1, progress=False)
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr(train.Pretraining, "draw", lambda *_: None)
 
 
 @pytest.fixture

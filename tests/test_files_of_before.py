@@ -104,10 +104,10 @@ def test_models_of_the_tasks(tensors):
         assert relative_error(output, tensors[name]) < PRECISE, name
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_goes_on_from_its_checkpoint(golden, expected, monkeypatch):
     """With the losses of the run that went through; the rows before the checkpoint stay as they are."""
     monkeypatch.setitem(presets.SIZES, "tiny", (8, 2, 2, INPUTS))
-    monkeypatch.setattr(train.Pretraining, "draw", lambda *_: None)
     assert damage(golden / "pretrain/checkpoints/step-00000002") == ""
     settings = moved(golden / "pretrain", golden)
     kept = [row for row in read_rows(golden / "pretrain/metrics.jsonl") if row["step"] <= 2]

@@ -20,6 +20,8 @@ from avfuse.training.loop import Task, program, set_up
 from avfuse.training.recipes import TrainConfig
 from avfuse.training.run_folder import has_trained_on_all
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 ROOT = Path("/videos")
 
 
@@ -218,9 +220,7 @@ def test_train_alone_holds_the_classes(folder, tmp_path):
     assert [c.path.name for c in found.test] == [c.path.name for c in find(folder, test_share=0.2)[0].test]
 
 
-def test_pretraining_and_tasks_hold_out_the_same_and_keep_it(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(Pretraining, "draw", lambda *_: None)
-    monkeypatch.setattr(Classification, "draw", lambda *_: None)
+def test_pretraining_and_tasks_hold_out_the_same_and_keep_it(folder, tmp_path):
     options = dict(data=folder, epochs=1, warmup_epochs=0, batch_size=4, workers=0)
     pretraining = TrainConfig(run=tmp_path / "pretrain", **options)
     classify = ClassifyConfig(run=tmp_path / "classify", checkpoint="none", **options)
@@ -236,7 +236,6 @@ def test_pretraining_and_tasks_hold_out_the_same_and_keep_it(folder, tmp_path, m
 
 def test_a_run_that_held_out_another_number_goes_on_with_that(folder, tmp_path, monkeypatch):
     """As runs did for which each recording was drawn by itself, however few there were."""
-    monkeypatch.setattr(Pretraining, "draw", lambda *_: None)
     options = dict(data=folder, epochs=1, warmup_epochs=0, batch_size=4, workers=0, run=tmp_path / "run")
     with monkeypatch.context() as before:
         before.setattr("avfuse.data.hold_out.ALONE", 0)
@@ -247,8 +246,7 @@ def test_a_run_that_held_out_another_number_goes_on_with_that(folder, tmp_path, 
     assert (tmp_path / "run/held-out.txt").read_text() == held
 
 
-def test_a_run_of_before_goes_on_without(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(Pretraining, "draw", lambda *_: None)
+def test_a_run_of_before_goes_on_without(folder, tmp_path):
     options = dict(data=folder, epochs=1, warmup_epochs=0, batch_size=4, workers=0, run=tmp_path / "run")
     assert program(TrainConfig(test_share=0.0, **options), Pretraining) == 0
     path = tmp_path / "run" / "run.json"
@@ -320,8 +318,7 @@ def test_a_task_tests_on_no_clip_that_its_encoder_was_trained_on(folder, pretrai
     assert found.test_name == "held-out clips (a share of 0.2, seed 0)"
 
 
-def test_what_was_held_out_is_passed_on_from_run_to_run(folder, pretrained, tmp_path, monkeypatch):
-    monkeypatch.setattr(Classification, "draw", lambda *_: None)
+def test_what_was_held_out_is_passed_on_from_run_to_run(folder, pretrained, tmp_path):
     options = dict(data=folder, epochs=1, warmup_epochs=0, batch_size=4, workers=0)
     source = pretrained
     for seed in 1, 2:
@@ -358,8 +355,7 @@ def test_retrieval_leaves_out_what_the_encoder_was_trained_on(folder, pretrained
     assert len(found.test) == 10 and "WARNING: recall is better than it is" in "".join(said)
 
 
-def test_a_run_that_held_out_none_is_warned_of(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(Pretraining, "draw", lambda *_: None)
+def test_a_run_that_held_out_none_is_warned_of(folder, tmp_path):
     options = dict(data=folder, epochs=1, warmup_epochs=0, batch_size=4, workers=0)
     config = TrainConfig(run=tmp_path / "all", test_share=0.0, **options)
     assert program(config, Pretraining) == 0

@@ -395,6 +395,7 @@ def test_a_run_from_end_to_end(shapes, tmp_path):
     )
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_on_flickr_soundnet(shapes, tmp_path):
     write_flickr_soundnet(tmp_path / "data", shapes, names=tuple("abcdef"))
     assert run(tmp_path / "run", data=tmp_path / "data", modalities="image", test_share=0.2) == 0
@@ -403,6 +404,7 @@ def test_a_run_on_flickr_soundnet(shapes, tmp_path):
     assert results["conditions"].keys() == {"grey_picture"}  # it never hears anything
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_pictures_that_are_missing_stop_a_run_unless_allowed(shapes, tmp_path):
     write_flickr_soundnet(tmp_path / "data", shapes, names=tuple("abcdef"))
     (tmp_path / "data/audio/b.wav").unlink()
@@ -663,6 +665,7 @@ def test_a_run_over_time_from_end_to_end(over_time, modalities, tmp_path):
         assert "which is all there is" in said[0] and "image_head" in said[0]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_over_time_resumes_with_the_losses_of_one_that_went_through(over_time, tmp_path):
     config = replace(over_time, checkpoint_every=1, keep_checkpoints=9)
     train(set_up(config, Localization))

@@ -20,6 +20,8 @@ from avfuse.data.check import JOURNAL, MISSING, REPORT, check
 from avfuse.data.clips import ClipDataset, Failure
 from avfuse.data.find import find_data
 from avfuse.inputs import InputSettings
+from avfuse.train import cli
+from avfuse.training.recipes import parse
 from avfuse.training.run_folder import describe_data
 
 SETTINGS = InputSettings(image_size=32, audio_seconds=1.0, mel_bins=32)
@@ -248,8 +250,7 @@ def test_a_killed_check_leaves_nothing_half_written(root):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (root / manifest.FILE).exists() or len(entries(root)) == 5
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "5 clips looked at" in done.stdout
+    assert "5 clips looked at" in check(root, **QUIET)
     assert len(entries(root)) == 5
 
 
@@ -346,13 +347,13 @@ def test_the_command(root, tmp_path):
 
 
 @pytest.mark.parametrize("tree", [vggsound, audioset])
-def test_training_by_the_command(tree, tmp_path, sources):
+@pytest.mark.usefixtures("undrawn")
+def test_training_by_the_command_line(tree, tmp_path, sources, capsys):
     root, run = tree(tmp_path / "data", sources), tmp_path / "run"
     check(root, **QUIET)
-    command = [sys.executable, "-m", "avfuse.train", "--data", str(root), "--run-dir", str(run), *TINY]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert "clips found (75.0%)" in done.stdout or "clips found (66.7%)" in done.stdout
+    assert cli(parse(["--data", str(root), "--run-dir", str(run), *TINY])) == 0
+    said = capsys.readouterr().out
+    assert "clips found (75.0%)" in said or "clips found (66.7%)" in said
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["clips"] for row in rows if "loss" in row] == [2]
     assert torch.isfinite(torch.tensor([row["loss"] for row in rows if "loss" in row])).all()

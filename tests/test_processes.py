@@ -14,11 +14,19 @@ from functools import partial
 
 import psutil
 import pytest
+from forked import run_together
 from videos import write_video
 
 from avfuse.data import sounding_shapes
 from avfuse.files import read_rows
+from avfuse.tasks.classify import Classification, linear_probe
+from avfuse.train import Pretraining
 from avfuse.training.checkpoints import list_checkpoints, step_of
+from avfuse.training.judge import weights_hash
+from avfuse.training.loop import program
+from avfuse.training.recipes import parse
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 TINY = (
     *("--warmup-epochs", "1", "--decoder-dim", "32", "--decoder-depth", "1", "--decoder-heads", "2"),
@@ -32,11 +40,14 @@ def data(tmp_path_factory):
     return sounding_shapes.generate(root, train=17, test=2, workers=1, progress=False)
 
 
+def arguments(data, run, *options) -> list[str]:
+    return ["--data", str(data), "--run-dir", str(run), *TINY, *options]
+
+
 def command(data, run, *options, processes=1) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     launcher = launcher if processes > 1 else []
-    paths = "--data", str(data), "--run-dir", str(run)
-    return [sys.executable, *launcher, "-m", "avfuse.train", *paths, *TINY, *options]
+    return [sys.executable, *launcher, "-m", "avfuse.train", *arguments(data, run, *options)]
 
 
 def environment() -> dict[str, str]:
@@ -49,7 +60,18 @@ def losses(run) -> dict[int, list[float]]:
     return {row["step"]: [row[name] for name in names] for row in rows if "loss" in row}
 
 
+def train_here(data, run, *options, processes=1) -> dict[int, list[float]]:
+    """In this process, or in several that are forked from it."""
+    config = parse(arguments(data, run, *options, "--workers", "0"))
+    if processes > 1:
+        run_together(config, Pretraining, processes)
+    else:
+        assert program(config, Pretraining) == 0
+    return losses(run)
+
+
 def train(data, run, *options, processes=1) -> dict[int, list[float]]:
+    """By the command."""
     result = subprocess.run(
         command(data, run, *options, processes=processes),
         capture_output=True,
@@ -69,11 +91,11 @@ def assert_close(ours, truth):
 
 def test_losses_do_not_depend_on_the_number_of_processes(data, tmp_path):
     """Nor on micro-batches; batches of 8 out of 17 clips, dealt out to 1, 2 and 4 processes."""
-    options = "--epochs", "2", "--batch-size", "8", "--workers", "0"
-    truth = train(data, tmp_path / "1", *options)
+    options = "--epochs", "2", "--batch-size", "8"
+    truth = train_here(data, tmp_path / "1", *options)
     assert sorted(truth) == [1, 2, 3, 4]
     assert_close(train(data, tmp_path / "2", *options, "--micro-batch", "3", processes=2), truth)
-    assert_close(train(data, tmp_path / "4", *options, processes=4), truth)
+    assert_close(train_here(data, tmp_path / "4", *options, processes=4), truth)
 
 
 def test_broken_clips_do_not_either(data, tmp_path):
@@ -86,8 +108,8 @@ def test_broken_clips_do_not_either(data, tmp_path):
         index = int(path.stem)
         (folder / path.name).write_bytes(content if index % 2 or index > 8 else hollow(content))
     options = "--epochs", "2", "--batch-size", "4", "--max-unreadable", "0.9"
-    truth = train(folder, tmp_path / "1", *options)
-    assert_close(train(folder, tmp_path / "2", *options, processes=2), truth)
+    truth = train_here(folder, tmp_path / "1", *options)
+    assert_close(train_here(folder, tmp_path / "2", *options, processes=2), truth)
     for run in "1", "2":
         rows = [json.loads(line) for line in (tmp_path / run / "quarantine.jsonl").read_text().splitlines()]
         assert sorted(row["path"][-5] for row in rows) == ["0", "2", "4", "6", "8"]
@@ -95,41 +117,23 @@ def test_broken_clips_do_not_either(data, tmp_path):
 
 def test_all_processes_judge_the_model_that_is_saved(data, tmp_path):
     """With the running statistics of a BatchNorm, too, which each process has of its own clips."""
-    script = tmp_path / "probe.py"
-    script.write_text(
-        """
-import sys
-from pathlib import Path
-from avfuse.training.loop import program
-from avfuse.tasks.classify import Classification, linear_probe
-from avfuse.training.judge import weights_hash
-
-class Told(Classification):
-    def judge(self, model, inputs, batch):
-        told = config.run / f"judged-{self.step}-{batch['index'][0]}"
-        told.write_text(weights_hash(model))
-        return super().judge(model, inputs, batch)
-
-    def measure(self, run, model, step, when):
-        self.step = step
-        return super().measure(run, model, step, when)
-
-config = linear_probe()
-config.data, config.run = map(Path, sys.argv[1:])
-config.checkpoint, config.epochs, config.warmup_epochs, config.batch_size, config.workers = "none", 1, 0, 8, 0
-sys.exit(program(config, Told))
-"""
-    )
     run = tmp_path / "run"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    result = subprocess.run(
-        [*launcher, str(script), str(data), str(run)],
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        env=environment(),
-    )
-    assert result.returncode == 0, result.stderr
+
+    class Told(Classification):
+        def judge(self, model, inputs, batch):
+            told = run / f"judged-{self.step}-{batch['index'][0]}"
+            told.write_text(weights_hash(model))
+            return super().judge(model, inputs, batch)
+
+        def measure(self, run, model, step, when):
+            self.step = step
+            return super().measure(run, model, step, when)
+
+    config = linear_probe()
+    config.data, config.run = data, run
+    config.checkpoint, config.epochs, config.warmup_epochs = "none", 1, 0
+    config.batch_size, config.workers = 8, 0
+    run_together(config, Told, 2)
     saved = json.loads((run / "results.json").read_text())
     judged = {path.name: path.read_text() for path in run.glob(f"judged-{saved['step']}-*")}
     assert judged == dict.fromkeys(("judged-2-0", "judged-2-1"), saved["weights_sha256"])
@@ -139,7 +143,7 @@ def test_pairs_are_told_apart_over_all_processes(data, tmp_path):
     """The contrastive term and its gradients are those of one process with the whole batch, in shares of
     unequal size (3, 2, 2) and with a clip that has no sound.
     """
-    options = "--epochs", "2", "--batch-size", "7", "--workers", "0", "--contrastive", "0.5"
+    options = "--epochs", "2", "--batch-size", "7", "--contrastive", "0.5"
     folder = tmp_path / "videos"
     folder.mkdir()
     for path in (data / "train").glob("*.mp4"):
@@ -149,7 +153,7 @@ def test_pairs_are_told_apart_over_all_processes(data, tmp_path):
     rows = {}
     for processes in 1, 3:
         run = tmp_path / str(processes)
-        train(folder, run, *options, processes=processes)
+        train_here(folder, run, *options, processes=processes)
         rows[processes] = [row for row in read_rows(run / "metrics.jsonl") if "loss" in row]
     names = "loss", "contrastive_loss", "grad_norm"
     ours, truth = ([[row[name] for name in names] for row in rows[count]] for count in (3, 1))

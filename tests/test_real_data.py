@@ -14,6 +14,8 @@ from avfuse.train import main
 from avfuse.training.loop import program
 from avfuse.training.recipes import TrainConfig
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):

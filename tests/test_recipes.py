@@ -2,8 +2,6 @@
 
 import math
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +13,7 @@ from avfuse.tasks.classify import ClassifyConfig
 from avfuse.tasks.classify import parse as parse_classify
 from avfuse.tasks.retrieve import RetrieveConfig
 from avfuse.tasks.segment import SegmentConfig
+from avfuse.train import cli
 from avfuse.training import costs
 from avfuse.training import plan as plans
 from avfuse.training.length import with_enough_steps
@@ -67,7 +66,11 @@ def test_presets_are_the_papers_runs(preset, clips, epochs, batch, lr, steps_per
         "dense interactions",
     ):
         assert fact in said
-    said = plan(replace(config, interactions="factorized"), processes=8)  # the paper's
+
+
+def test_the_plan_of_the_papers_interactions():
+    config = replace(parse(["--preset", "vggsound-ablation"]), interactions="factorized")
+    said = plan(config, processes=8)
     assert "audio 96 tokens, 19 seen; 32 fusion" in said and "factorized interactions" in said
 
 
@@ -167,10 +170,10 @@ def test_wrong_options_end_the_program(wrong, capsys):
     assert wrong[0] in capsys.readouterr().err
 
 
-def test_plan_starts_nothing(tmp_path):
-    command = [sys.executable, "-m", "avfuse.train", "--preset", "audioset", "--plan"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0 and "4096 clips" in result.stdout and not list(tmp_path.iterdir())
+def test_plan_starts_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli(parse(["--preset", "audioset", "--plan"])) == 0
+    assert "4096 clips" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])

@@ -1,14 +1,12 @@
 """Retrieval against brute force, and its run from end to end, with one process and with two."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from contextlib import nullcontext
 
 import pytest
 import torch
+from forked import run_together
 from torch.nn.functional import cosine_similarity
 from videos import write_video
 
@@ -132,17 +130,9 @@ def test_a_run_leaves_results_and_a_picture(folder, tmp_path):
 
 
 def test_two_processes_find_the_same(folder, tmp_path):
-    alone = results(RetrieveConfig(checkpoint="none", data=folder, k=(1, 2), run=tmp_path / "1"))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    arguments = ["--data", folder, "--run-dir", tmp_path / "2", "--checkpoint", "none", "--k", "1", "2"]
-    done = subprocess.run(
-        [*launcher, "-m", "avfuse.tasks.retrieve", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=os.environ | dict(OMP_NUM_THREADS="1"),
-    )
-    assert done.returncode == 0, done.stderr
+    options = dict(checkpoint="none", data=folder, k=(1, 2), workers=0)
+    alone = results(RetrieveConfig(**options, run=tmp_path / "1"))
+    run_together(RetrieveConfig(**options, run=tmp_path / "2"), Retrieval, 2)
     together = json.loads((tmp_path / "2" / "results.json").read_text())
     assert together["metrics"] == alone["metrics"]
     assert together["weights_sha256"] == alone["weights_sha256"]

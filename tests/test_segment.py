@@ -352,6 +352,7 @@ def test_a_run_from_end_to_end(shapes, tmp_path, target):
     assert ("outputs: background, circle, square," in card) == (target == "semantic")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_runs_on_avsbench(shapes, tmp_path):
     write_avsbench(tmp_path / "data", shapes)
     assert run(tmp_path / "a", data=tmp_path / "data", protocol="deepavfusion") == 0
@@ -368,6 +369,7 @@ def test_runs_on_avsbench(shapes, tmp_path):
     assert "mean over 7 classes with background" in results["protocol"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_class_list_that_does_not_match_stops_the_run(shapes, tmp_path):
     write_avsbench(tmp_path / "data", shapes)
     (tmp_path / "data/label2idx.json").write_text(json.dumps(dict(background=1)))
@@ -376,6 +378,7 @@ def test_a_class_list_that_does_not_match_stops_the_run(shapes, tmp_path):
     assert "while there are 1" in quarantine
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_masks_that_are_missing_stop_a_run_unless_allowed(shapes, tmp_path):
     uids = write_avsbench(tmp_path / "data", shapes)
     (tmp_path / f"data/v1s/{uids[4]}/labels_semantic/1.png").unlink()

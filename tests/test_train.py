@@ -31,6 +31,8 @@ from avfuse.training.recipes import TrainConfig
 from avfuse.training.run_folder import check_run
 from avfuse.training.settings import raised_warmup_cosine, warmup_cosine
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -44,13 +46,6 @@ def finished(data, tmp_path_factory):
     config = tiny(data, tmp_path_factory.mktemp("runs") / "whole")
     main(config)
     return config
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(request, monkeypatch):
-    """Pictures take longer than all else: only those who look at them have them drawn."""
-    if "interaction" not in request.node.name:
-        monkeypatch.setattr(Pretraining, "show", lambda *_: None)
 
 
 def tiny(data, run, **changes) -> TrainConfig:
@@ -369,7 +364,10 @@ def test_keeps_clips_with_an_absent_modality(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("interactions", ["bilinear", "factorized", "token", "joint", "cross", "none"])
-def test_every_interaction_trains(data, tmp_path, interactions):
+def test_every_interaction_trains(data, tmp_path, monkeypatch, interactions):
+    monkeypatch.undo()  # attention is drawn here, and nothing else
+    monkeypatch.setattr("avfuse.train.draw_reconstructions", lambda *_: None)
+    monkeypatch.setattr("avfuse.training.judge.write_report", lambda *_: None)
     config = tiny(
         data, tmp_path / "run", interactions=interactions, epochs=1, fusion_layers=(), probe_clips=4
     )

@@ -139,6 +139,7 @@ def test_its_benchmark_and_confusion_of_made_up_logits(package, tmp_path):
     assert [confused[name] for name in names] == [n % 2 == 1 for n in range(len(names))]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_exports_what_its_benchmark_reads(package, tmp_path):
     benchmark, labels = package
     names, data, export = some_clips(labels), tmp_path / "vgg", tmp_path / "models" / "ours.pkl"

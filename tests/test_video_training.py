@@ -28,6 +28,8 @@ from avfuse.training.loop import program, set_up, train
 from avfuse.training.recipes import TrainConfig
 from avfuse.training.starts import TIME_PEAK
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 INPUTS = InputSettings(image_size=32, mel_bins=16, hop=500)  # 4 tokens a frame, 6 of sound
 
 
@@ -39,16 +41,20 @@ def shapes(tmp_path_factory):
     )
 
 
-@pytest.fixture(autouse=True)
-def small_model(monkeypatch):
-    monkeypatch.setitem(presets.SIZES, "tiny", (16, 2, 2, INPUTS))
+@pytest.fixture(scope="module", autouse=True)
+def small_model():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(presets.SIZES, "tiny", (16, 2, 2, INPUTS))
+        yield
+
+
+def options_of(data, run) -> dict:
+    return dict(data=data, run=run, epochs=2, warmup_epochs=0, batch_size=3, workers=0, min_steps=0)
 
 
 @pytest.fixture
 def options(shapes, tmp_path):
-    return dict(
-        data=shapes, run=tmp_path / "run", epochs=2, warmup_epochs=0, batch_size=3, workers=0, min_steps=0
-    )
+    return options_of(shapes, tmp_path / "run")
 
 
 def pretraining(options, **changes) -> TrainConfig:
@@ -56,10 +62,20 @@ def pretraining(options, **changes) -> TrainConfig:
     return TrainConfig(**options | decoder | dict(frames=4, pair_bias="time") | changes)
 
 
+@pytest.fixture(scope="module")
+def pretrained(shapes, tmp_path_factory, small_model):
+    """Settings of two runs that went through, without tubes and with them; their pictures are drawn."""
+    configs = {}
+    for tubes in False, True:
+        options = options_of(shapes, tmp_path_factory.mktemp("pretrained") / "run")
+        configs[tubes] = pretraining(options, tubes=tubes)
+        assert program(configs[tubes], Pretraining) == 0
+    return configs
+
+
 @pytest.mark.parametrize("tubes", [False, True])
-def test_pretraining_and_what_begins_with_it(options, tmp_path, tubes):
-    config = pretraining(options, tubes=tubes)
-    assert program(config, Pretraining) == 0
+def test_pretraining_and_what_begins_with_it(pretrained, options, tmp_path, tubes):
+    config = pretrained[tubes]
     encoder = load_encoder(config.run)
     assert (encoder.frames, encoder.inputs.image_frames, encoder.settings["pair_bias"]) == (4, 4, "time")
     assert all(block.time_bias.table.any() for block in encoder.fusion_blocks.values()), "it was trained"
@@ -119,10 +135,9 @@ def test_a_model_of_one_frame_becomes_one_of_several(options, tmp_path):
             assert torch.equal(weight, weights.get(name, torch.zeros_like(weight))), name
 
 
-def test_what_is_read_is_what_is_answered(options, tmp_path):
-    config = pretraining(options)
-    assert program(config, Pretraining) == 0
-    clip = next((options["data"] / "test").glob("*.mp4"))
+def test_what_is_read_is_what_is_answered(pretrained, tmp_path):
+    config = pretrained[False]
+    clip = next((config.data / "test").glob("*.mp4"))
     out, pictures = tmp_path / "said.json", tmp_path / "pictures"
     said = PredictConfig(model=str(config.run), videos=(clip,), out=out, pictures=pictures)
     assert predict(said) == 0 and len(list(pictures.glob("*.png"))) == 1
@@ -134,12 +149,11 @@ def test_what_is_read_is_what_is_answered(options, tmp_path):
     assert relative_error(torch.tensor(answer["image"]), tokens.image.mean((1, 2))[0]) < 1e-4
 
 
-def test_tasks_of_single_frames_refuse_several(options, capsys):
-    config = pretraining(options)
-    assert program(config, Pretraining) == 0
+def test_tasks_of_single_frames_refuse_several(pretrained, options, tmp_path):
+    config = pretrained[False]
     for name, kind, settings, task in (
         ("segmentation", "segment", SegmentConfig, Segmentation),
         ("separation", "separate", SeparateConfig, Separation),
     ):
-        asked = settings(**options | dict(run=config.run.parent / kind, checkpoint=str(config.run)))
+        asked = settings(**options | dict(run=tmp_path / kind, checkpoint=str(config.run)))
         assert f"image_frames must be 1 for {name}, got 4" in program(asked, task)
