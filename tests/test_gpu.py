@@ -1,33 +1,34 @@
 """`make gpu`, rehearsed on the CPU with every step at its smallest: no slip may cost the time of a GPU."""
 
+import itertools
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu  # noqa: E402
+import measure  # noqa: E402
 
 
-@pytest.mark.parametrize("part", gpu.PARTS)
-def test_rehearsal(part, tmp_path):
-    """Through make, as it is typed, also from the make that runs the tests."""
-    options = f"PART={part}", "DEVICE=cpu", "SMALL=1", f"PYTHON={sys.executable}"  # where there is no .venv
+def test_rehearsal(tmp_path):
+    """Of all parts, through make, as it is typed, also from the make that runs the tests."""
+    parts = " ".join(map(str, gpu.PARTS))
+    options = f"PART={parts}", "DEVICE=cpu", "SMALL=1", f"PYTHON={sys.executable}"  # where there is no .venv
     command = ["make", "--no-print-directory", "gpu", *options, f"ARGS=--out {tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = tmp_path.iterdir()
-    record, table = (
-        json.loads((folder / "gpu.json").read_text()),
-        done.stdout.splitlines()[-len(gpu.PARTS[part]) :],
-    )
-    assert record["commit"] and list(record["steps"]) == [step.name for step in gpu.PARTS[part]]
-    for step, line in zip(gpu.PARTS[part], table, strict=True):
+    record, steps = json.loads((folder / "gpu.json").read_text()), [*itertools.chain(*gpu.PARTS.values())]
+    assert record["commit"] and list(record["steps"]) == [step.name for step in steps]
+    for step, line in zip(steps, done.stdout.splitlines()[-len(steps) :], strict=True):
         result, needs = record["steps"][step.name], "{sanitizer}" in step.command
         assert line.split()[0] == step.name and result["state"] == ("left out" if needs else "done")
         assert needs or result["said"] and (folder / f"{step.name}.log").exists()
@@ -45,22 +46,6 @@ def test_a_part_fits_nine_minutes_and_its_page_says_so(part):
         assert step.file.format(device="cuda") in line
 
 
-STEPS = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, "benchmarks")
-import gpu
-
-def step(name, code, limit=60):
-    return gpu.Step(name, limit, f"{{python}} -c 'from step import *; {code}'", "", bad="SUMMARY: [1-9]")
-
-gpu.PARTS = {1: [
-    step("first", "count(1)"), step("second", "count(2); interrupt()"),
-    step("failing", "count(3); sys.exit(5)"), step("telling", "tell()"),
-    step("endless", "signal.pause()", limit=LIMIT),
-]}
-gpu.main(gpu.Options(part=(1,), device="cpu", small=True, out=Path(sys.argv[1]) / "out"))
-"""
 STEP = """
 import os, signal, sys
 from pathlib import Path
@@ -82,13 +67,27 @@ def interrupt():
 """
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     (tmp_path / "step.py").write_text(STEP)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    options = gpu.Options(part=(1,), device="cpu", small=True, out=tmp_path / "out")
 
-    def run(limit=0, **variables):
-        command = [sys.executable, "-c", STEPS.replace("LIMIT", str(limit)), tmp_path]
-        environment = os.environ | dict(AVFUSE_COMMIT="0123456789ab", PYTHONPATH=str(tmp_path)) | variables
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    def step(name, code, limit=60):
+        return gpu.Step(name, limit, f"{{python}} -c 'from step import *; {code}'", "", bad="SUMMARY: [1-9]")
+
+    steps = (
+        step("first", "count(1)"), step("second", "count(2); interrupt()"),
+        step("failing", "count(3); sys.exit(5)"), step("telling", "tell()"),
+        step("endless", "signal.pause()", limit=0),
+    )  # fmt: skip
+    monkeypatch.setattr(gpu, "PARTS", {1: steps})
+
+    def run(commit="0123456789ab"):
+        monkeypatch.setenv("AVFUSE_COMMIT", commit)
+        process = multiprocessing.get_context("fork").Process(target=gpu.main, args=(options,))
+        process.start()
+        process.join()
+        return process.exitcode
 
     def pids(step):
         path = tmp_path / f"{step}.pids"
@@ -98,24 +97,24 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
         steps = json.loads((tmp_path / "out" / folder / "gpu.json").read_text())["steps"]
         return [result["state"] for result in steps.values()]
 
-    assert run().returncode == 143 and states() == ["done"]
+    assert run() == 143 and states() == ["done"]
     assert [len(pids(step)) for step in (1, 2, 3)] == [1, 1, 0]
     with pytest.raises(ProcessLookupError):  # the step under way has ended, too
         os.kill(int(pids(2)[0]), 0)
-    assert run().returncode == 1 and states() == ["done", "done", "failed", "failed", "stopped"]
+    assert run() == 1 and states() == ["done", "done", "failed", "failed", "stopped"]
     assert [len(pids(step)) for step in (1, 2, 3)] == [1, 2, 1]
     run()
     assert [len(pids(step)) for step in (1, 2, 3)] == [1, 2, 2], "what failed runs again"
-    run(AVFUSE_COMMIT="ba9876543210")
+    run("ba9876543210")
     assert [len(pids(step)) for step in (1, 2, 3)] == [2, 3, 3] and len(states()) == 5
     for _ in range(2):
-        run(AVFUSE_COMMIT="ba9876543210 with changes")
+        run("ba9876543210 with changes")
     assert [len(pids(step)) for step in (1, 2, 3)] == [4, 5, 5]
 
 
 @pytest.mark.parametrize("wrong", ["--device cuda --small", "--device cpu"])
-def test_a_rehearsal_has_to_be_asked_for(wrong):
-    environment = os.environ | dict(CUDA_VISIBLE_DEVICES="")
-    command = [sys.executable, "benchmarks/gpu.py", *wrong.split()]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and "--small" in done.stderr
+def test_a_rehearsal_has_to_be_asked_for(wrong, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["benchmarks/gpu.py", *wrong.split()])
+    with pytest.raises(SystemExit, match="^error: .*--small"):
+        measure.run(gpu.main, gpu.Options)

@@ -228,7 +228,7 @@ def force_splits(monkeypatch, splits, block_n):
     )
 
 
-@pytest.mark.parametrize("case", pairwise(OPTIONS, 100), ids=name_of)
+@pytest.mark.parametrize("case", pairwise(OPTIONS, 61), ids=name_of)
 def test_output_and_gradients(monkeypatch, case):
     check(monkeypatch, **case)
 
@@ -250,7 +250,7 @@ BLOCK_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("case", pairwise(BLOCK_OPTIONS, 44), ids=name_of)
+@pytest.mark.parametrize("case", pairwise(BLOCK_OPTIONS, 38), ids=name_of)
 def test_output_and_gradients_of_a_bias_in_blocks(monkeypatch, case):
     check_blocks(monkeypatch, **case)
 
@@ -274,7 +274,7 @@ TF32_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("case", pairwise(TF32_OPTIONS, 24), ids=name_of)
+@pytest.mark.parametrize("case", pairwise(TF32_OPTIONS, 22), ids=name_of)
 def test_output_and_gradients_in_tf32(monkeypatch, case):
     with float32_products("tf32"):
         check(monkeypatch, **case)
@@ -321,29 +321,33 @@ COMPILING = {
 }
 
 
-def assert_no_register_is_spilled(*arguments):
-    """Runs benchmarks/kernel_resources.py for 8.0 to 12.0 at once and prints what it prints."""
+GPUS = ("80", "90", "100", "120")
+
+
+def assert_no_register_is_spilled(*runs):
+    """Runs benchmarks/kernel_resources.py with each of these arguments at once and prints what it prints."""
     options = dict(env=COMPILING, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    commands = [[sys.executable, SCRIPT, arch, *arguments] for arch in ("80", "90", "100", "120")]
+    commands, found = [[sys.executable, SCRIPT, *arguments] for arguments in runs], set()
     for process in [subprocess.Popen(command, **options) for command in commands]:
         printed, errors = process.communicate(timeout=1800)
         assert process.returncode == 0, errors
         columns, *lines = printed.splitlines()
         print("", columns, *lines, sep="\n")
         rows = [dict(zip(columns.split(), line.split(), strict=True)) for line in lines]
-        assert {row["kernel"] for row in rows} == KERNELS
+        found |= {(row["sm"], row["kernel"]) for row in rows}
         for row in rows:
             assert row["STACK"] == "0", row
             assert int(row["SHARED"]) <= 99 * 1024, row  # what a program may have on any GPU from 8.0 on
+    assert found == {*itertools.product(GPUS, KERNELS)}
 
 
 def test_kernels_compile_without_spilling_registers():
-    assert_no_register_is_spilled("--few")
+    assert_no_register_is_spilled([*GPUS, "--few"])
 
 
 @pytest.mark.slow
 def test_every_variant_compiles_without_spilling_registers():
-    assert_no_register_is_spilled()
+    assert_no_register_is_spilled(*([gpu] for gpu in GPUS))
 
 
 def test_kernels_are_compiled_once_for_all_numbers_of_tokens():

@@ -232,9 +232,9 @@ def test_a_manifest(videos, where, capsys):
     assert_for_a_terminal(capsys.readouterr().out)
 
 
-def test_a_run_folder_and_what_lies_in_it(videos, tmp_path, capsys, monkeypatch):
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_folder_and_what_lies_in_it(videos, tmp_path, capsys):
     """Its name, its data folder's, its clips', and what another wrote into its files."""
-    monkeypatch.setattr(Pretraining, "draw", lambda *_: None)
     name = re.sub("/", ":", EVIL)
     data = videos.rename(tmp_path / f"data {name}")
     (data / manifest.FILE).unlink()
