@@ -129,8 +129,9 @@ def find_data(
         say(printable(line))
     for side, scanned in scans.items():
         say(printable(f"{side}: {scanned.summary()}" if len(scans) > 1 else scanned.summary()))
-    where = manifest.FILE if is_checked else LISTS.get(data_set) or FROM[data_set]
-    for line in _origins(root, listing, sides, data_set, str(where)):
+    for line in _origins(
+        root, listing, sides, data_set, manifest.FILE if is_checked else _list(root, data_set)
+    ):
         say(printable(line))
     return _found(listing, sides, scans, tables, held_out)
 
@@ -218,6 +219,12 @@ def recognise(root: Path) -> str:
         if (root / path).exists():
             return name
     return "sounding-shapes" if sounding_shapes.is_built(root) else "folder"
+
+
+def _list(root: Path, data_set: str) -> str:
+    """The file, or what stands for it, that gives a data set its splits and labels."""
+    lists = (str(path) for path, name in LISTS.items() if name == data_set and (root / path).exists())
+    return FROM.get(data_set) or next(lists, "its lists")
 
 
 def _sides(root: Path, splits: Iterable[str], train_split: str) -> dict[str, str]:
