@@ -56,13 +56,6 @@ TASKS = (
         f"{COMMONEST}, image alone {{accuracy_image_input:.3f}}",
     ),
     (
-        "colour of what sounds",
-        "2,048",
-        "colour",
-        ACCURACY,
-        "image alone {accuracy_image_input:.3f}, a guess among the three objects 0.333",
-    ),
-    (
         "colour in scenes of synchrony, 8 frames",
         "2,048",
         "colour-synchrony",
@@ -75,7 +68,7 @@ TASKS = (
     ("localization", "2,048", "localize-2048", "pointing {pointing:.3f}", IMAGE_ALONE),
     (
         "separation of one-object clips",
-        "2,048",
+        "4,096",
         "separate-solos",
         f"{SDR} (SIR {{sir:.1f}}, SAR {{sar:.1f}})",
         SEPARATIONS,

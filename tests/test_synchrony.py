@@ -275,10 +275,9 @@ def test_each_scene_has_a_demo_of_its_own(built, monkeypatch):
     assert asked == [(Path("data/sounding-shapes"), "binding"), synchrony, synchrony]
     asked.clear()
     Localization.find(LocalizeConfig(**quiet), lambda line: None)
-    Task.find(ClassifyConfig(label="colour", **quiet), lambda line: None)
     Task.find(SeparateConfig(**quiet), lambda line: None)
     many = (Path("data/sounding-shapes-2048"), "binding")
-    assert asked == [many, many, (Path("data/sounding-shapes-solos"), "binding")]
+    assert asked == [many, (Path("data/sounding-shapes-solos"), "binding")]
     with pytest.raises(ValueError, match="demo must be .*'silence'"):
         find.find_data(None, demo="silence")
 
@@ -317,5 +316,5 @@ def test_tasks_begin_from_the_demo_of_their_scene(tmp_path, monkeypatch):
         "runs/segment",
         "runs/synchrony-demo",
     ]
-    assert SeparateConfig().checkpoint == ClassifyConfig(label="colour").checkpoint == "runs/segment"
+    assert SeparateConfig().checkpoint == "runs/segment"
     assert (ClassifyConfig().checkpoint, SegmentConfig().checkpoint) == ("runs/demo", "none")

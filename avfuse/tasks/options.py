@@ -83,17 +83,6 @@ class ClassifyConfig(TaskConfig):
     def kind(self):
         return "classify-probe" if self.probe else "classify"
 
-    @property
-    def demo(self):
-        return "many" if self.is_binding_colour() else self.scene
-
-    def starts(self):
-        return [*([SEGMENTER] if self.is_binding_colour() else []), *super().starts()]
-
-    def is_binding_colour(self) -> bool:
-        """Whether the label takes picture and sound, which few clips do not teach."""
-        return self.label == "colour" and self.scene == "binding"
-
     def __post_init__(self):
         super().__post_init__()
         check_rules(self)
@@ -146,11 +135,6 @@ SYNCHRONY = dict(  # what is mixed or dropped hides which moments belong togethe
     base_lr=2.4e-2,
     epochs=16,
     warmup_epochs=2,
-)
-
-
-COLOUR = dict(  # so do they the place of what sounds; and there are clips enough
-    label="colour", mixup=0.0, smoothing=0.0, drop_path=0.0, layer_decay=1.0, epochs=12, warmup_epochs=1
 )
 
 
@@ -221,14 +205,10 @@ PRESETS = {"vggsound-finetune": vggsound_finetune, "vggsound-probe": vggsound_pr
 
 
 def parse(args: Sequence[str] | None = None, prog: str | None = None) -> ClassifyConfig:
-    """The command line of classification; --preset, --probe, --scene synchrony and, of the demo's data,
-    --label colour set the defaults.
-    """
+    """The command line of classification; --preset, --probe and --scene synchrony set the defaults."""
     args = sys.argv[1:] if args is None else args
-    chosen = given(args, scene="binding", preset="demo", label="", data="")
-    needs_both = chosen.label == "colour" and not chosen.data
-    options = SYNCHRONY if chosen.scene == "synchrony" else COLOUR if needs_both else {}
-    options = options | (PROBE if "--probe" in args else {})
+    chosen = given(args, scene="binding", preset="demo")
+    options = (SYNCHRONY if chosen.scene == "synchrony" else {}) | (PROBE if "--probe" in args else {})
     default = PRESETS[chosen.preset]() if chosen.preset in PRESETS else ClassifyConfig(**options)
     default.run = None  # which depends on the other options
     return read(ClassifyConfig)(args=args, prog=prog, default=default)

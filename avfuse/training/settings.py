@@ -154,7 +154,8 @@ class TaskConfig(LoopConfig):
     """Whose weights to start from: a run folder, a saved model, a name on the Hugging Face hub, a released
     DeepAVFusion file, or "none" for fresh weights. Its encoder is taken, and of a model of the same task
     whatever fits; what is new is said. Default: runs/demo (of --scene synchrony runs/synchrony-demo), if
-    `python -m avfuse.train` has left one there, else none."""
+    `python -m avfuse.train` has left one there, else none; to localize and separate rather runs/segment, if
+    `python -m avfuse.tasks.segment` has; to segment none."""
     model: Size = "tiny"
     """Size of both transformers, if weights are fresh."""
     interactions: Interactions = "dense"
