@@ -82,7 +82,7 @@ def test_options_of_commands_are_there(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "avfuse.command.begin", lambda _, parse, *__, **___: sys.exit(parse(args=sys.argv[1:], prog=""))
     )
-    for name in "FOLDER", "OTHER", "vgg", "data/sounding-shapes", "data/solos":
+    for name in "FOLDER", "OTHER", "vgg", "data/few", "data/sounding-shapes", "data/solos":
         Path(name).mkdir(parents=True)
     assert len(commands()) > 30
     for command in commands():
