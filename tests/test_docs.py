@@ -70,8 +70,8 @@ COMMAND = re.compile(r"(?:^|&& )(?:accelerate launch -m |python -m )?avfuse([ .]
 
 
 def commands() -> list[str]:
-    """Those that stand in blocks of their own, as one would type them after `avfuse`; a shell has to read those
-    of results.md, and does in its own test.
+    """Those that stand in blocks of their own, as one would type them after `avfuse`. Those of
+    results.md a shell has to read, which it does in a test of their own.
     """
     pages = [page for folder in FOLDERS for page in folder.glob("*.md") if page.name != "results.md"]
     texts = [page.read_text().replace("\\\n", "") for page in pages]
