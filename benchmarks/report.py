@@ -39,7 +39,7 @@ RECALL = (
     "image {shape_recall@1_image:.3f}, audio {shape_recall@1_audio:.3f}, fusion {shape_recall@1_fusion:.3f}"
 )
 MIOU, MIOU_OF_IMAGE = "mIoU {miou:.3f}, F {f_score:.3f}", "mIoU {image[miou]:.3f}, F {image[f_score]:.3f}"
-SDR = "SDR {sdr:.1f} dB"
+SEPARATED = "SDR {sdr:.1f} dB (SIR {sir:.1f}, SAR {sar:.1f})"
 SEPARATIONS = (
     "mixture {mixture_sdr:.1f}, NMF {nmf_sdr:.1f}, RPCA {rpca_sdr:.1f}, ideal mask {oracle_sdr:.1f} dB"
 )
@@ -66,13 +66,8 @@ TASKS = (
     ("retrieval by shape, recall at 1", "256", "retrieve", RECALL, "chance {shape_recall@1_chance:.3f}"),
     ("semantic segmentation", "2,048", "segment-2048", MIOU, f"image alone: {MIOU_OF_IMAGE}"),
     ("localization", "2,048", "localize-2048", "pointing {pointing:.3f}", IMAGE_ALONE),
-    (
-        "separation of one-object clips",
-        "4,096",
-        "separate-solos",
-        f"{SDR} (SIR {{sir:.1f}}, SAR {{sar:.1f}})",
-        SEPARATIONS,
-    ),
+    ("separation of one-object clips", "2,048", "separate", SEPARATED, SEPARATIONS),
+    ("separation of one-object clips", "4,096", "separate-solos", SEPARATED, SEPARATIONS),
 )
 COUNTED = f"Counted, batch {traffic.BATCH}: "
 OP = "GPU: pair_attention forward + backward"
