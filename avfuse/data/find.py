@@ -129,9 +129,8 @@ def find_data(
         say(printable(line))
     for side, scanned in scans.items():
         say(printable(f"{side}: {scanned.summary()}" if len(scans) > 1 else scanned.summary()))
-    for line in _origins(
-        root, listing, sides, data_set, manifest.FILE if is_checked else _list(root, data_set)
-    ):
+    where = manifest.FILE if is_checked else _list(root, data_set)
+    for line in _origins(root, listing, sides, data_set, where):
         say(printable(line))
     return _found(listing, sides, scans, tables, held_out)
 

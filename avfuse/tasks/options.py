@@ -10,9 +10,10 @@ import tyro
 
 from ..command import SAID, given, read
 from ..rules import COUNT, NOT_NEGATIVE, RATE, Rule, check_rules
-from ..training.settings import FREE, ONCE, RUN_FILES, Formerly, TaskConfig
+from ..training.settings import DEMO_RUN, FREE, ONCE, RUN_FILES, Formerly, TaskConfig
 
-SEGMENTER = Path("runs/segment")  # has learned what looks like it sounds, which others need not learn again
+# A segmenter has learned what each sound looks like, which others need not learn again.
+AFTER_SEGMENTING = TaskConfig.starts | dict(binding=(Path("runs/segment"), DEMO_RUN))
 
 
 @dataclass(kw_only=True)
@@ -282,7 +283,7 @@ class SeparateConfig(TaskConfig):
     of 3e-4, batch 512, 300 epochs of which 40 warm up, layer decay 0.75 (released code).
     """
 
-    kind = "separate"
+    kind, demos, starts = "separate", {"binding": "solos"}, AFTER_SEGMENTING
 
     epochs: int = 6
     """Passes over the data, each clip mixed with another one every time; the paper's are 20, the released
@@ -310,17 +311,12 @@ class SeparateConfig(TaskConfig):
         if self.pairs < 2:
             raise ValueError(f"--pairs must be 2 or more, got {self.pairs}")
 
-    @property
-    def demo(self):
-        return "solos" if self.scene == "binding" else self.scene
-
-    def starts(self):
-        return [*([SEGMENTER] if self.scene == "binding" else []), *super().starts()]
-
 
 @dataclass(kw_only=True)
 class SceneConfig(TaskConfig):
     """Settings of both; `dim` is the subclass's."""
+
+    demos = {"binding": "many"}
 
     modalities: Literal["both", "image"] = "both"
     """What the model gets: "image" is the control, to which every sound is silence."""
@@ -338,10 +334,6 @@ class SceneConfig(TaskConfig):
             raise ValueError(f"--train-split must be train with annotated pictures, got {self.train_split!r}")
         if self.data_set not in ("auto", "sounding-shapes"):
             raise ValueError(f"--data-set {self.data_set} has no annotated pictures: leave it at auto")
-
-    @property
-    def demo(self):
-        return "many" if self.scene == "binding" else self.scene
 
 
 @dataclass(kw_only=True)
@@ -361,10 +353,10 @@ class LocalizeConfig(SceneConfig):
     several frames (--frames, on Sounding Shapes) there is a map for each, and the metrics are their means.
 
     Run `python -m avfuse.tasks.segment` first: from the encoder that it leaves in runs/segment the tiny model
-    learns which of the objects sounds, and from fewer clips or fresh weights just where objects are.
+    learns which of the objects sounds; from 256 clips it has learned just where objects are.
     """
 
-    kind = "localize"
+    kind, starts = "localize", AFTER_SEGMENTING
 
     data: Annotated[Path | None, SAID] = None
     """Flickr-SoundNet, VGG-SS or Sounding Shapes. Default: the latter, built once."""
@@ -391,9 +383,6 @@ class LocalizeConfig(SceneConfig):
         if self.test_share == 1 and self.epochs:
             raise ValueError("--test-share must be below 1, or nothing is trained on (--epochs 0)")
 
-    def starts(self):
-        return [*([SEGMENTER] if self.scene == "binding" else []), *super().starts()]
-
 
 @dataclass(kw_only=True)
 class SegmentConfig(SceneConfig):
@@ -411,7 +400,7 @@ class SegmentConfig(SceneConfig):
     `class_scores` in avfuse/tasks/segment.py for the definitions.
     """
 
-    kind = "segment"
+    kind, starts = "segment", dict.fromkeys(TaskConfig.starts, ())  # fresh weights, as was measured
 
     data: Annotated[Path | None, SAID] = None
     """AVSBench or Sounding Shapes. Default: the latter, built once."""
@@ -443,6 +432,3 @@ class SegmentConfig(SceneConfig):
         super().__post_init__()
         if self.target == "semantic" and self.protocol != "avsbench":
             raise ValueError(f"--protocol {self.protocol} does not define --target semantic; avsbench does")
-
-    def starts(self):
-        return []  # fresh weights learn it as soon

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -36,6 +36,7 @@ class LoopConfig:
     """Settings of a training loop."""
 
     kind = ""  # of run, in the name of its folder
+    demos: ClassVar[dict[Scene, Demo]] = {}  # by scenes, where it takes other data than all programs do
 
     data: Annotated[Path | None, SAID, FREE] = (
         None  # which clips it holds may not differ, see `describe_data`
@@ -136,7 +137,7 @@ class LoopConfig:
     @property
     def demo(self) -> Demo:
         """Which data are built where no folder is given."""
-        return self.scene
+        return self.demos.get(self.scene, self.scene)
 
     def default_run(self) -> Path:
         """Of the demo's data runs/KIND, else runs/DATA-KIND; never the folder of the demo for other data."""
@@ -149,6 +150,9 @@ class LoopConfig:
 @dataclass(kw_only=True)
 class TaskConfig(LoopConfig):
     """Settings that all tasks have."""
+
+    # By scenes, the runs to start from, of which the first that is there is taken.
+    starts: ClassVar[dict[Scene, tuple[Path, ...]]] = {scene: (run,) for scene, run in DEMO_RUNS.items()}
 
     checkpoint: Annotated[str, SAID] = ""
     """Whose weights to start from: a run folder, a saved model, a name on the Hugging Face hub, a released
@@ -164,12 +168,8 @@ class TaskConfig(LoopConfig):
     def __post_init__(self):
         super().__post_init__()
         if not self.checkpoint:  # found out once: a run that is resumed must find the same
-            left = (str(run) for run in self.starts() if (run / "model").is_dir())
+            left = (str(run) for run in self.starts[self.scene] if (run / "model").is_dir())
             self.checkpoint = next(left, FRESH)
-
-    def starts(self) -> Sequence[Path]:
-        """The runs to start from, of which the first that is there is taken."""
-        return [DEMO_RUNS[self.scene]]
 
 
 def checked(parse: Callable[..., LoopConfig]) -> Callable[..., LoopConfig]:
