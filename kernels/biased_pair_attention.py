@@ -648,7 +648,7 @@ def settings(dtype, B, H, F, I, A, K, V, *, backward=False, device=None):
         PRECISION=precision,
         PAIR_PRECISION=precision if single else "tf32",  # float16 has too few exponents
         BLOCK_F=16,
-        BLOCK_N=16 if single and backward else 32,
+        BLOCK_N=16 if backward and (single or max(K, V) > 32) else 32,  # else registers are spilled
         num_warps=8 if single else 2 if max(K, V) <= 32 and not backward else 4,
         num_stages=1,
         enable_fp_fusion=True,
