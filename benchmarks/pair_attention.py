@@ -84,8 +84,12 @@ def main(options: Options) -> dict:
 
 
 def cells(shapes: Iterable[Shape], variants: Iterable[Variant]) -> Iterator[tuple[str, Shape, Variant]]:
-    """What is measured, in this order, by the name that results have for it."""
+    """What is measured, in this order, by the name that results have for it. No bias of 4096 x 4096 pairs:
+    one call would take as long as all others.
+    """
     for variant, shape in itertools.product(variants, shapes):
+        if (shape, variant) == ("long", "bias"):
+            continue
         yield shape if variant == "plain" else f"{shape}, {variant}", shape, variant
 
 

@@ -155,9 +155,10 @@ def disagreement(options: Options, blocks: dict, row: RowName, tokens: int) -> s
     """
     dtype, inputs = measure.DTYPES[options.dtype], make_inputs(options, tokens)
     few = [inputs[0][:1, :QUERIES], *(tensor[:1] for tensor in inputs[1:])]
-    double, pairs = [tensor.double() for tensor in few], math.prod(counts(options, tokens))
-    stored = blocks["materialized"].double()
-    exact = blocks["dense" if row == "dense" or options.by == "tokens" else "dense-time"].double()
+    on_device = dict(device=options.device, dtype=torch.float64)
+    double, pairs = [tensor.to(**on_device) for tensor in few], math.prod(counts(options, tokens))
+    stored = blocks["materialized"].to(**on_device)
+    exact = blocks["dense" if row == "dense" or options.by == "tokens" else "dense-time"].to(**on_device)
     weights = folded(stored.state_dict())
     exact.load_state_dict({name: weights[name] for name in exact.state_dict()})
     when = times(options, row, tokens, double[0])
@@ -170,7 +171,7 @@ def disagreement(options: Options, blocks: dict, row: RowName, tokens: int) -> s
     rounded = with_rounded_sums(exact, *double, when, terms=terms)
     block = blocks[row].to(options.device, dtype)
     inputs = [tensor.to(options.device, dtype) for tensor in inputs]
-    ours = block(*inputs, **times(options, row, tokens, inputs[0]))[:1, :QUERIES].double().cpu()
+    ours = block(*inputs, **times(options, row, tokens, inputs[0]))[:1, :QUERIES].double()
     error = measure.relative_error(ours, truth)
     allowed = 16 * torch.finfo(dtype).eps + measure.relative_error(rounded, truth)
     return None if error < allowed else f"disagrees by {error:.1e}, allowed {allowed:.1e}"
@@ -190,7 +191,7 @@ def with_rounded_sums(block: DenseFusion, fusion, image, audio, when: dict, term
         block.merge_heads(sum(w @ v for w, v in zip(weights, of_values, strict=True)))
         for of_values in (values, [value.abs() for value in values])
     )
-    signs = torch.randn(size.shape, generator=torch.Generator().manual_seed(0)).sign()
+    signs = torch.randn(size.shape, generator=torch.Generator().manual_seed(0)).sign().to(size)
     rounding = math.sqrt(terms) * torch.finfo(torch.float32).eps / 2 * size * signs
     return block.update(fusion, attended + block.value_bias + rounding)
 

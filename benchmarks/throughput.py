@@ -323,7 +323,8 @@ def compared_models(options: Options, mode: Mode, rows: dict) -> dict:
         if kind not in known:
             reference = reference_of(model, ROWS[name], stored)
             plain = outputs(placed(copy.deepcopy(reference), options, mode), *clips, removed, dtype)
-            double = outputs(reference.double().cpu(), image.double(), audio.double(), removed, torch.float64)
+            reference.to(options.device, torch.float64)
+            double = outputs(reference, *(clip.double() for clip in clips), removed, torch.float64)
             known[kind] = double, plain
         truth, plain = known[kind]
         ours = outputs(compiled(model, options.compile), *clips, removed, dtype)

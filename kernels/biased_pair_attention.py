@@ -160,7 +160,7 @@ def attend(
 def weighted(weights, v, do, PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr):
     """Sums of weighted values (V, BLOCK_F); or, with the gradient do, of weighted do.v (BLOCK_F,)."""
     if do is None:
-        return tl.dot(tl.trans(v).to(tl.float32), weights, input_precision=PAIR_PRECISION)
+        return pair_dot(tl.trans(v), weights, PAIR_PRECISION)
     else:
         return tl.sum(weights * tl.dot(v, tl.trans(do), input_precision=PRECISION), 0)
 
@@ -315,9 +315,9 @@ def differentiate_side(
         logits_grad = weights * own_grad + others * inverse
         tokens = i + tl.arange(0, BLOCK_N)
         inside, alive = tokens < own[TOKENS], own[ALIVE]
-        dk = tl.dot(logits_grad, q.to(tl.float32), input_precision=PAIR_PRECISION) * scale
-        dv = tl.dot(weights, do.to(tl.float32), input_precision=PAIR_PRECISION)
-        dq += tl.dot(tl.trans(k).to(tl.float32), logits_grad, input_precision=PAIR_PRECISION)
+        dk = pair_dot(logits_grad, q, PAIR_PRECISION) * scale
+        dv = pair_dot(weights, do, PAIR_PRECISION)
+        dq += pair_dot(tl.trans(k), logits_grad, PAIR_PRECISION)
         store_rows(grads[0], grads[2] * K, tokens, inside, tl.where(alive, dk, 0.0), K)
         store_rows(grads[1], grads[2] * V, tokens, inside, tl.where(alive, dv, 0.0), V)
     return dq
@@ -376,8 +376,8 @@ def bias_kernel(
             u, top_s = exponentials(s)
             w, top_t = exponentials(t)
             u *= tl.exp(top_s + top_t + top_bias - finite(top)) * inverse
-            products += tl.dot(u * image_grad, tl.trans(w), input_precision=PAIR_PRECISION)
-            products += tl.dot(u, tl.trans(w * audio_grad), input_precision=PAIR_PRECISION)
+            products += pair_dot(u * image_grad, tl.trans(w), PAIR_PRECISION)
+            products += pair_dot(u, tl.trans(w * audio_grad), PAIR_PRECISION)
         else:
             asked = tl.minimum(F - first_query, BLOCK_F)
             sums += exact_grads(s, t, image_grad, audio_grad, tile, top, inverse, asked, BLOCK_F, BLOCK_N)
@@ -422,7 +422,7 @@ def load_found(statistics, b, h, H, queries, F, SPLITS: tl.constexpr):
 @triton.jit
 def marginals(
     s, t, bias, top, asked,
-    PRECISION: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
+    PAIR_PRECISION: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Sums over j and over i of exp(s_i + t_j + b_ij - top), (BLOCK_N, BLOCK_F) each, and the new top."""
     if EXACT:
@@ -443,15 +443,15 @@ def marginals(
         limit = top_s + top_t + top_bias
         top = tl.maximum(top, limit)
         u *= tl.exp(limit - finite(top))
-        image_weights = u * tl.dot(E, w, input_precision=PRECISION)
-        audio_weights = w * tl.dot(tl.trans(E), u, input_precision=PRECISION)
+        image_weights = u * pair_dot(E, w, PAIR_PRECISION)
+        audio_weights = w * pair_dot(tl.trans(E), u, PAIR_PRECISION)
     return image_weights, audio_weights, top
 
 
 @triton.jit
 def weighted_by_other(
     s, t, other, bias, top, asked,
-    PRECISION: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
+    PAIR_PRECISION: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Sums over j of exp(s_i + t_j + b_ij - top), alone and times other_j, (BLOCK_N, BLOCK_F) each."""
     if EXACT:
@@ -468,8 +468,8 @@ def weighted_by_other(
         w, top_t = exponentials(t)
         E, top_bias = tl.exp(bias[0] - finite(bias[1])), bias[1]
         u *= tl.exp(top_s + top_t + top_bias - finite(top))
-        alone = u * tl.dot(E, w, input_precision=PRECISION)
-        others = u * tl.dot(E, w * other, input_precision=PRECISION)
+        alone = u * pair_dot(E, w, PAIR_PRECISION)
+        others = u * pair_dot(E, w * other, PAIR_PRECISION)
     return alone, others
 
 
@@ -485,6 +485,15 @@ def exact_grads(
         grads = of_query(image, own)[:, None] + of_query(audio, own)[None, :]
         sums += weights * of_query(inverse, own) * grads
     return sums
+
+
+@triton.jit
+def pair_dot(left, right, PAIR_PRECISION: tl.constexpr):
+    """A product with weights, or with what they are made of."""
+    if PAIR_PRECISION == "bf16":
+        return tl.dot(left.to(tl.bfloat16), right.to(tl.bfloat16))
+    else:
+        return tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision=PAIR_PRECISION)
 
 
 @triton.jit
@@ -646,10 +655,11 @@ def settings(dtype, B, H, F, I, A, K, V, *, backward=False, device=None):
         V=V,
         SPLITS=splits,
         PRECISION=precision,
-        PAIR_PRECISION=precision if single else "tf32",  # float16 has too few exponents
+        # As the inputs, but that weights span more than the exponents of float16.
+        PAIR_PRECISION={torch.float16: "tf32", torch.bfloat16: "bf16"}.get(dtype, precision),
         BLOCK_F=16,
         BLOCK_N=16 if backward and (single or max(K, V) > 32) else 32,  # else registers are spilled
-        num_warps=8 if single else 2 if max(K, V) <= 32 and not backward else 4,
+        num_warps=8 if single else 1 if max(K, V) <= 16 else 2 if max(K, V) <= 32 and not backward else 4,
         num_stages=1,
         enable_fp_fusion=True,
         maxnreg=255,

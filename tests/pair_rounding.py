@@ -39,9 +39,8 @@ class Precision:
         if dtype == torch.float32:
             lost = cut if tf32 else nothing
             return cls(lost, lost, underflow, on_gpu)
-        return cls(
-            nothing, cut if biased else rounded, underflow, on_gpu
-        )  # beside a bias, weights go in tf32
+        in_tf32 = biased and dtype == torch.float16  # whose weights have too few exponents beside a bias
+        return cls(nothing, cut if in_tf32 else rounded, underflow, on_gpu)
 
 
 @dataclass
@@ -120,7 +119,8 @@ def draw_pairs(query, image: Side, audio: Side, pair_bias, output_grad, precisio
     left = logits > -math.inf
     sizes = pairs(finite(image.logits).abs(), finite(audio.logits).abs()) + finite(bias).abs()[:, :, None]
     sizes = torch.where(left, sizes, 0.0)
-    logits = logits + noise(FLOAT32 * (sizes + sizes.amax((-2, -1), keepdim=True)))
+    largest = sizes.amax((-2, -1), keepdim=True)
+    logits = logits + noise(FLOAT32 * (sizes + largest))
 
     logits = logits.masked_fill(~left.any((-2, -1), keepdim=True), 0.0)
     exact = torch.where(left, logits.flatten(-2).softmax(-1).view_as(logits), 0.0)
@@ -139,14 +139,19 @@ def draw_pairs(query, image: Side, audio: Side, pair_bias, output_grad, precisio
         # A weight of 1 is exact, and its own mean. A GPU's compiler may add in two orders in the two walks.
         rounded = rounded * ((1 - exact) / FLOAT32).clamp(max=1)
     logits_grad = weights * (grads - shift) + noise(FLOAT32 * rounded)
+    own_rounding = FLOAT32 * rounded if pair_bias is not None else torch.zeros_like(rounded)
     if pair_bias is not None:  # each modality's part is weighted by itself
         apart = pairs(image_grad.abs(), audio_grad.abs())
         logits_grad = logits_grad + (lose(exact, precision.computed) - exact) * apart
+    if pair_bias is not None and precision.on_gpu:
+        # Another walk finds another sum of weights: exponentials, whose rounding grows with their arguments.
+        weights = weights * (1 + noise(FLOAT32 * largest))
 
     inputs, computed = precision.inputs, precision.computed
     results = dict(output=0.0, query=0.0)
     for name, side, other in ("image", image, -1), ("audio", audio, -2):
         own_weights, own_grad = weights.sum(other), logits_grad.sum(other)  # (B, H, F, N)
+        own_grad = own_grad + noise(own_rounding.sum(other))  # the parts of both modalities cancel at last
         results["output"] += product(own_weights, side.value, computed, inputs)
         results["query"] += product(own_grad, side.key, computed, inputs) * scale
         results[f"{name}_value"] = product(own_weights.mT, output_grad, computed, inputs) * side.alive

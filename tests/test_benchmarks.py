@@ -101,6 +101,7 @@ def test_flops_are_those_of_the_paper_size():
 
 def allocate(mib: int, limit_gib: float) -> int:
     measure.limit_memory("cpu", limit_gib)
+    torch.ones(8, 2**18) @ torch.ones(2**18)  # pages in what multiplies
     with measure.PeakMemory("cpu") as peak:
         numbers = torch.ones(mib, 2**18)  # float32
         numbers @ numbers[0]
