@@ -25,8 +25,10 @@ import triton.language as tl
 from .cards import own_settings
 from .pair_attention import PROGRAMS, merge_kernel, part, store_statistics
 from .tiles import (
+    add_bias_slots,
     add_slots,
     broadcast_strides,
+    empty_bias_slots,
     empty_slots,
     finite,
     head,
@@ -35,6 +37,7 @@ from .tiles import (
     logits_of,
     modality,
     on_device_of,
+    own_shares,
     padded,
     precision_of,
     prepared,
@@ -46,7 +49,6 @@ from .tiles import (
 )
 
 SPLIT_PAIRS = 4 * 64**2  # the fewest pairs that are worth a program of their own
-BIAS_PROGRAMS = 1024  # what shares a tile of the bias is divided until there are so many
 SAFE = tl.constexpr(2.0**-76)
 MASK, TOKENS, ALIVE = tl.constexpr(2), tl.constexpr(5), tl.constexpr(6)  # of what `side` returns
 
@@ -343,9 +345,7 @@ def bias_kernel(
     first_h, last_h = shared_range(matrix % bias_sizes[1], bias_sizes[1], H)
     matrices = bias_sizes[0] * bias_sizes[1]
     heads, blocks = last_h - first_h, tl.cdiv(F, BLOCK_F)
-    shares = (last_b - first_b) * heads * blocks
-    share = tl.cdiv(shares, tl.num_programs(1))
-    first, last = tl.program_id(1) * share, tl.minimum(tl.program_id(1) * share + share, shares)
+    first, last = own_shares((last_b - first_b) * heads * blocks)
     whole = (head(pair_bias, bias_strides, first_b, first_h), bias_strides[2], bias_strides[3])
     tile = load_pairs(whole, i, j, I, A, float("-inf"), BLOCK_N)
     top_bias = tl.max(tl.max(tile, 0), 0)
@@ -630,17 +630,13 @@ def backward(
         results = [add_slots(grad, query.dtype) for grad in grads]
         if bias_grad:
             shape, block = tuple(pair_bias.shape), options["BLOCK_N"]
-            programs = shape[0] * shape[1] * triton.cdiv(I, block) * triton.cdiv(A, block)
-            parts, shares = 1, B // shape[0] * (H // shape[1]) * tiles
-            while 2 * parts * programs <= BIAS_PROGRAMS and 2 * parts <= shares:
-                parts *= 2
-            dtype = pair_bias.dtype if parts == 1 else torch.float32
-            slots = pair_bias.new_empty((parts, *shape), dtype=dtype)
-            bias_kernel[programs, parts](
+            tiles_of_bias = triton.cdiv(I, block) * triton.cdiv(A, block)
+            slots = empty_bias_slots(pair_bias, tiles_of_bias, B * H * tiles)
+            bias_kernel[shape[0] * shape[1] * tiles_of_bias, len(slots)](
                 *inputs, pair_bias, output_grad, statistics, slots, *strides, shape,
                 B, H, F, I, A, scale, **options,
             )  # fmt: skip
-            results.append(slots[0] if parts == 1 else slots.sum(0).to(pair_bias.dtype))
+            results.append(add_bias_slots(slots, pair_bias.dtype))
         return results
 
 

@@ -26,7 +26,9 @@ import triton.language as tl
 
 from . import pair_attention
 from .tiles import (
+    add_bias_slots,
     broadcast_strides,
+    empty_bias_slots,
     finite,
     head,
     load_rows,
@@ -34,16 +36,16 @@ from .tiles import (
     logits_of,
     modality,
     on_device_of,
+    own_shares,
     prepared,
     reciprocal,
     rows_of,
     shared_range,
 )
 
-# Of the kernels that read no tokens: tiles (BLOCK, BLOCK, BLOCK_F) of two blocks and a query each. A product
-# that is fused with the first sum of a reduction over lanes is rounded in one of them and not in the other:
-# they would leave different numbers in the same place of shared memory.
-TILES = dict(BLOCK_F=16, BLOCK=16, num_warps=4, enable_fp_fusion=False, maxnreg=255)
+# Of the kernels that read no tokens.
+BLOCK_F, BLOCK = 16, 16
+LAUNCH = dict(num_warps=2, enable_fp_fusion=True, maxnreg=255)
 
 
 class Blocks(NamedTuple):
@@ -111,7 +113,10 @@ def block_kernel(
         if output_grad is not None:
             weights_grad = tl.dot(v, tl.trans(do), input_precision=PRECISION)
             weights_grad = tl.reshape(weights_grad, (OWN, ROWS, BLOCK_F))
-            weighted = weighted * rescale + tl.sum(weights * weights_grad, 1)
+            # Chosen, so that no product is fused with the first sum over lanes: it would be rounded in one
+            # lane and not in the other, and they would leave different numbers in one place.
+            products = tl.where(weights > 0.0, weights * weights_grad, 0.0)
+            weighted = weighted * rescale + tl.sum(products, 1)
     offsets, inside = tile_of(b, h, H, first + tl.arange(0, OWN), N // size, queries, F)
     tl.store(block_logits + offsets, top + log(total), mask=inside)
     if output_grad is not None:
@@ -125,112 +130,120 @@ def beside_kernel(
     BLOCK_F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # One program owns BLOCK_F queries of one head of one clip, and BLOCK of the N blocks of one modality. It
-    # walks the M blocks of the other.
+    # walks the M blocks of the other one by one, twice: so no thread waits for what another adds up.
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
     queries = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     own = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    bias = (head(bias, bias_strides, b, h), bias_strides[2], bias_strides[3])
+    row, asked = first_row(b, h, H, M, F) + queries[None, :], (queries < F)[None, :]
+    bias = steps(head(bias, bias_strides, b, h), own[:, None], bias_strides[2])
+    present = (own < N)[:, None]
 
-    largest = tl.full((BLOCK_F,), float("-inf"), tl.float32)  # without a bias
+    largest = tl.full((1, BLOCK_F), float("-inf"), tl.float32)  # without a bias
     top = tl.full((BLOCK, BLOCK_F), float("-inf"), tl.float32)
+    for m in range(M):
+        logits = tl.load(other_logits + row + m * F, mask=asked, other=float("-inf"))
+        own_bias = tl.load(steps(bias, m, bias_strides[3]), mask=present, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, logits)
+        top = tl.maximum(top, logits + own_bias)
     total, weighted = tl.zeros((BLOCK, BLOCK_F), tl.float32), tl.zeros((BLOCK, BLOCK_F), tl.float32)
-    for start in range(0, M, BLOCK):
-        other = start + tl.arange(0, BLOCK)
-        offsets, inside = tile_of(b, h, H, other, M, queries, F)
-        logits = tl.load(other_logits + offsets, mask=inside, other=float("-inf"))
-        largest = tl.maximum(largest, tl.max(logits, 0))
-        logits = logits[None, :, :] + load_bias(bias, own, other, N, M)[:, :, None]
-        previous, top = top, tl.maximum(top, tl.max(logits, 1))
-        weights = tl.exp(logits - finite(top)[:, None, :])
-        rescale = tl.exp(previous - finite(top))
-        total = total * rescale + tl.sum(weights, 1)
+    for m in range(M):
+        logits = tl.load(other_logits + row + m * F, mask=asked, other=float("-inf"))
+        own_bias = tl.load(steps(bias, m, bias_strides[3]), mask=present, other=0.0).to(tl.float32)
+        weights = tl.exp(logits + own_bias - finite(top))
+        total += weights
         if other_grads is not None:
-            grads = tl.load(other_grads + offsets, mask=inside, other=0.0)
-            weighted = weighted * rescale + tl.sum(weights * grads[None, :, :], 1)
+            weighted += weights * tl.load(other_grads + row + m * F, mask=asked, other=0.0)
+
     offsets, inside = tile_of(b, h, H, own, N, queries, F)
-    dead = (largest == float("-inf"))[None, :]
-    tl.store(beside + offsets, tl.where(dead, 0.0, top + log(total)), mask=inside)
+    tl.store(beside + offsets, tl.where(largest == float("-inf"), 0.0, top + log(total)), mask=inside)
     if other_grads is not None:
         tl.store(grads_beside + offsets, weighted * reciprocal(total), mask=inside)
 
 
+@triton.jit(do_not_specialize=["F", "S"])
+def softmax_kernel(
+    image_logits, image_grads, beside, grads_beside, statistics, H, F, S, BLOCK_F: tl.constexpr
+):  # fmt: skip
+    # One program owns BLOCK_F queries of one head of one clip. Of the softmax over their pairs of blocks it
+    # leaves the largest logit, 1 / sum of weights, and delta in a tensor (B, H, 3, F).
+    b, h = tl.program_id(0) // H, tl.program_id(0) % H
+    queries = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    row, asked = first_row(b, h, H, S, F) + queries, queries < F
+    top = tl.full((BLOCK_F,), float("-inf"), tl.float32)
+    for s in range(S):
+        logits = tl.load(image_logits + row + s * F, mask=asked, other=float("-inf"))
+        top = tl.maximum(top, logits + tl.load(beside + row + s * F, mask=asked, other=0.0))
+    total, weighted = tl.zeros((BLOCK_F,), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
+    for s in range(S):
+        logits = tl.load(image_logits + row + s * F, mask=asked, other=float("-inf"))
+        logits += tl.load(beside + row + s * F, mask=asked, other=0.0)
+        grads = tl.load(image_grads + row + s * F, mask=asked, other=0.0)
+        grads += tl.load(grads_beside + row + s * F, mask=asked, other=0.0)
+        weights = tl.exp(logits - finite(top))
+        total += weights
+        weighted += weights * grads
+    statistics += first_row(b, h, H, 3, F) + queries
+    tl.store(statistics, finite(top), mask=asked)
+    tl.store(statistics + F, reciprocal(total), mask=asked)
+    tl.store(statistics + 2 * F, weighted * reciprocal(total), mask=asked)
+
+
 @triton.jit(do_not_specialize=["F"])
 def block_bias_kernel(
-    image_logits, image_grads, beside, grads_beside, audio_logits, audio_grads, bias, bias_grad,
+    image_logits, image_grads, audio_logits, audio_grads, statistics, bias, bias_grad,
     bias_strides, bias_sizes, B, H, F,
-    BLOCK_F: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # One program owns a tile of the bias, and walks all clips, heads and queries that share it.
+    # One program owns a tile of the bias, and walks a part of the clips and heads that share it, query by
+    # query.
     S, T = bias_sizes[2], bias_sizes[3]
     tiles = tl.cdiv(S, BLOCK)
     tiles_of_head = tiles * tl.cdiv(T, BLOCK)
     matrix, tile = tl.program_id(0) // tiles_of_head, tl.program_id(0) % tiles_of_head
     first_b, last_b = shared_range(matrix // bias_sizes[1], bias_sizes[0], B)
     first_h, last_h = shared_range(matrix % bias_sizes[1], bias_sizes[1], H)
-    rows = tile % tiles * BLOCK + tl.arange(0, BLOCK)
-    columns = tile // tiles * BLOCK + tl.arange(0, BLOCK)
+    heads = last_h - first_h
+    first, last = own_shares((last_b - first_b) * heads)
+    rows = (tile % tiles * BLOCK + tl.arange(0, BLOCK))[:, None]
+    columns = (tile // tiles * BLOCK + tl.arange(0, BLOCK))[None, :]
+    bias = steps(head(bias, bias_strides, first_b, first_h), rows, bias_strides[2])
+    bias = steps(bias, columns, bias_strides[3])
+    inside = (rows < S) & (columns < T)
+    own_bias = tl.load(bias, mask=inside, other=0.0).to(tl.float32)
     grad = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for b in range(first_b, last_b):
-        for h in range(first_h, last_h):
-            own_bias = (head(bias, bias_strides, b, h), bias_strides[2], bias_strides[3])
-            own_bias = load_bias(own_bias, rows, columns, S, T)
-            for start in range(0, F, BLOCK_F):
-                queries = start + tl.arange(0, BLOCK_F)
-                top, inverse, delta = mean(
-                    image_logits, image_grads, beside, grads_beside, b, h, H, S, queries, F, BLOCK_F, BLOCK
-                )
-                offsets, inside = tile_of(b, h, H, rows, S, queries, F)
-                image = tl.load(image_logits + offsets, mask=inside, other=float("-inf"))
-                image_grad = tl.load(image_grads + offsets, mask=inside, other=0.0)
-                offsets, inside = tile_of(b, h, H, columns, T, queries, F)
-                audio = tl.load(audio_logits + offsets, mask=inside, other=float("-inf"))
-                audio_grad = tl.load(audio_grads + offsets, mask=inside, other=0.0)
-                logits = image[:, None, :] + audio[None, :, :] + own_bias[:, :, None]
-                weights = tl.exp(logits - top) * inverse
-                grads = image_grad[:, None, :] + audio_grad[None, :, :] - delta
-                grad += tl.sum(weights * grads, 2)
-    bias_grad += (matrix.to(tl.int64) * S + rows[:, None]) * T + columns[None, :]
-    tl.store(bias_grad, grad, mask=(rows < S)[:, None] & (columns < T)[None, :])
+    for n in range(first, last):
+        b, h = first_b + n // heads, first_h + n % heads
+        image, audio = first_row(b, h, H, S, F) + rows * F, first_row(b, h, H, T, F) + columns * F
+        of_softmax = statistics + first_row(b, h, H, 3, F)
+        for query in range(F):
+            logits = tl.load(image_logits + image + query, mask=rows < S, other=float("-inf"))
+            logits += tl.load(audio_logits + audio + query, mask=columns < T, other=float("-inf"))
+            grads = tl.load(image_grads + image + query, mask=rows < S, other=0.0)
+            grads += tl.load(audio_grads + audio + query, mask=columns < T, other=0.0)
+            top, inverse = tl.load(of_softmax + query), tl.load(of_softmax + F + query)
+            delta = tl.load(of_softmax + 2 * F + query)
+            grad += tl.exp(logits + own_bias - top) * inverse * (grads - delta)
+    matrices = bias_sizes[0] * bias_sizes[1]
+    bias_grad += ((tl.program_id(1) * matrices + matrix).to(tl.int64) * S + rows) * T + columns
+    tl.store(bias_grad, grad, mask=inside)
 
 
 @triton.jit
-def mean(
-    image_logits, image_grads, beside, grads_beside, b, h, H, S, queries, F,
-    BLOCK_F: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Largest logit, 1 / sum of weights, and delta of all pairs of blocks, (BLOCK_F,) each."""
-    top = tl.full((BLOCK_F,), float("-inf"), tl.float32)
-    total, weighted = tl.zeros((BLOCK_F,), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
-    for start in range(0, S, BLOCK):
-        offsets, inside = tile_of(b, h, H, start + tl.arange(0, BLOCK), S, queries, F)
-        logits = tl.load(image_logits + offsets, mask=inside, other=float("-inf"))
-        logits += tl.load(beside + offsets, mask=inside, other=0.0)
-        grads = tl.load(image_grads + offsets, mask=inside, other=0.0)
-        grads += tl.load(grads_beside + offsets, mask=inside, other=0.0)
-        previous, top = top, tl.maximum(top, tl.max(logits, 0))
-        weights = tl.exp(logits - finite(top))
-        rescale = tl.exp(previous - finite(top))
-        total = total * rescale + tl.sum(weights, 0)
-        weighted = weighted * rescale + tl.sum(weights * grads, 0)
-    inverse = reciprocal(total)
-    return finite(top), inverse, weighted * inverse
+def first_row(b, h, H, N, F):
+    """Where the numbers of one head of one clip begin in (B, H, N, F)."""
+    return (tl.cast(b, tl.int64) * H + h) * N * F
+
+
+@triton.jit
+def steps(pointer, n, stride):
+    return pointer + tl.cast(n, tl.int64) * stride
 
 
 @triton.jit
 def tile_of(b, h, H, blocks, N, queries, F):
     """Where a tile (blocks, queries) of one head of one clip lies in (B, H, N, F), and what is there."""
-    matrix = (tl.cast(b, tl.int64) * H + h) * N * F
     inside = (blocks < N)[:, None] & (queries < F)[None, :]
-    return matrix + blocks.to(tl.int64)[:, None] * F + queries[None, :], inside
-
-
-@triton.jit
-def load_bias(bias, rows, columns, N, M):
-    """A tile of the bias in float32."""
-    pointer, row_stride, column_stride = bias
-    offsets = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
-    inside = (rows < N)[:, None] & (columns < M)[None, :]
-    return tl.load(pointer + offsets, mask=inside, other=0.0).to(tl.float32)
+    return first_row(b, h, H, N, F) + blocks.to(tl.int64)[:, None] * F + queries[None, :], inside
 
 
 @triton.jit
@@ -256,14 +269,19 @@ def backward(output_grad, *inputs):
     blocks = image.beside_tokens, audio.beside_tokens
     grads = pair_attention.backward(output_grad, *inputs, scale, blocks)
     if bias_grad:
-        (B, H, F, _), sizes = inputs[0].shape, tuple(pair_bias.shape)
-        grads.append(pair_bias.new_empty(sizes))
-        tiles = triton.cdiv(sizes[2], TILES["BLOCK"]) * triton.cdiv(sizes[3], TILES["BLOCK"])
+        (B, H, F, _), sizes, query = inputs[0].shape, tuple(pair_bias.shape), inputs[0]
+        tiles = triton.cdiv(sizes[2], BLOCK) * triton.cdiv(sizes[3], BLOCK)
+        statistics = query.new_empty((B, H, 3, F), dtype=torch.float32)
+        slots = empty_bias_slots(pair_bias, tiles, B * H)
         with on_device_of(pair_bias):
-            block_bias_kernel[sizes[0] * sizes[1] * tiles,](  # all in one dimension: the others end at 65535
-                *image[:4], *audio[:2], pair_bias, grads[-1], broadcast_strides(pair_bias), sizes, B, H, F,
-                **TILES,
+            softmax_kernel[B * H, triton.cdiv(F, BLOCK_F)](
+                *image[:4], statistics, H, F, sizes[2], BLOCK_F=BLOCK_F, **LAUNCH
+            )
+            block_bias_kernel[sizes[0] * sizes[1] * tiles, len(slots)](  # the first dimension may be large
+                *image[:2], *audio[:2], statistics, pair_bias, slots, broadcast_strides(pair_bias), sizes,
+                B, H, F, BLOCK=BLOCK, **LAUNCH,
             )  # fmt: skip
+        grads.append(add_bias_slots(slots, pair_bias.dtype))
     return grads
 
 
@@ -292,10 +310,11 @@ def blocks_of(inputs, pair_bias, scale, output_grad=None):
                 strides[0], *(strides[n] for n in which), grad_strides,
                 H, F, N, own.size, scale, ROWS=rows, **options,
             )  # fmt: skip
-        tiles = triton.cdiv(F, TILES["BLOCK_F"])
+        tiles = triton.cdiv(F, BLOCK_F)
         for own, other, bias in (image, audio, pair_bias), (audio, image, pair_bias.mT):
-            beside_kernel[B * H, tiles, triton.cdiv(own.number, TILES["BLOCK"])](
+            beside_kernel[B * H, tiles, triton.cdiv(own.number, BLOCK)](
                 other.logits, other.grads, bias, own.beside, own.grads_beside,
-                broadcast_strides(bias), H, F, own.number, other.number, **TILES,
+                broadcast_strides(bias), H, F, own.number, other.number,
+                BLOCK_F=BLOCK_F, BLOCK=BLOCK, **LAUNCH,
             )  # fmt: skip
     return image, audio

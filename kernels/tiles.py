@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+BIAS_PROGRAMS = 1024  # what shares a tile of the bias is divided until there are so many
+
 
 @triton.constexpr_function
 def padded(width):
@@ -98,6 +100,13 @@ def shared_range(own, size, full):
     return tl.where(size == 1, 0, own), tl.where(size == 1, full, own + 1)
 
 
+@triton.jit
+def own_shares(shares):
+    """First and last + 1 of those that are this program's; the second dimension of the grid divides them."""
+    size = tl.cdiv(shares, tl.num_programs(1))
+    return tl.program_id(1) * size, tl.minimum(tl.program_id(1) * size + size, shares)
+
+
 # --- the host's side ----------------------------------------------------------------------------------------
 
 
@@ -139,6 +148,22 @@ def add_slots(results, dtype):
     """(B, N, H, WIDTH) or (B, slots, N, H, WIDTH) -> (B, H, N, WIDTH)"""
     total = results if results.ndim == 4 else results.sum(1).to(dtype)
     return total.transpose(1, 2)
+
+
+def empty_bias_slots(pair_bias, tiles, shares):
+    """Room for the gradient of a bias (slots, B or 1, H or 1, I, A) of so many tiles: as many slots as let
+    BIAS_PROGRAMS programs share the work, of which each matrix of the bias has a part.
+    """
+    shape, slots = tuple(pair_bias.shape), 1
+    matrices = shape[0] * shape[1]
+    while 2 * slots * matrices * tiles <= BIAS_PROGRAMS and 2 * slots <= shares // matrices:
+        slots *= 2
+    dtype = pair_bias.dtype if slots == 1 else torch.float32
+    return pair_bias.new_empty((slots, *shape), dtype=dtype)
+
+
+def add_bias_slots(slots, dtype):
+    return slots[0] if len(slots) == 1 else slots.sum(0).to(dtype)
 
 
 def prepared(tensors, masks):
