@@ -134,20 +134,8 @@ class AVEncoder(nn.Module, Predictor, Pretrained):
         super().__init__()
         check_vit("image", image, channels=3)
         check_vit("audio", audio, channels=1)
-        check_choice("interactions", interactions, tuple(self.variants))
-        same_width = image.embed_dim == audio.embed_dim
-        if not (same_width or interactions == "none" or "audio_dim" in self.variants[interactions].options):
-            raise ValueError(
-                f"interactions={interactions!r} needs transformers of one width, got {image.embed_dim} for"
-                f" image and {audio.embed_dim} for audio"
-            )
         pair_bias = "position" if pair_bias is True else pair_bias
-        check_choice("pair_bias", pair_bias, (False, "position", "time"))
-        if pair_bias and "pair_bias" not in self.variants[interactions].options:
-            able = [name for name, variant in self.variants.items() if "pair_bias" in variant.options]
-            raise ValueError(
-                f"pair_bias needs interactions {' or '.join(map(repr, able))}, got {interactions!r}"
-            )
+        self.check_variant(interactions, pair_bias, image.embed_dim, audio.embed_dim)
         num_heads = image.blocks[0].attn.num_heads if num_heads is None else num_heads
         check_count("num_heads", num_heads)
         norm_eps = image.blocks[0].norm1.eps if norm_eps is None else norm_eps
@@ -187,6 +175,26 @@ class AVEncoder(nn.Module, Predictor, Pretrained):
             norm_eps=norm_eps,
             block_layers=None if block_layers is None else list(block_layers),
         )
+        self.add_fusion(time_peak)
+
+    def check_variant(self, interactions: str, pair_bias: bool | str, image_dim: int, audio_dim: int) -> None:
+        """Raises ValueError where this way to fuse is unknown, or cannot do what is asked of it."""
+        check_choice("interactions", interactions, tuple(self.variants))
+        options = self.variants[interactions].options
+        if not (image_dim == audio_dim or interactions == "none" or "audio_dim" in options):
+            raise ValueError(
+                f"interactions={interactions!r} needs transformers of one width, got {image_dim} for"
+                f" image and {audio_dim} for audio"
+            )
+        check_choice("pair_bias", pair_bias, (False, "position", "time"))
+        if pair_bias and "pair_bias" not in options:
+            able = [name for name, variant in self.variants.items() if "pair_bias" in variant.options]
+            raise ValueError(
+                f"pair_bias needs interactions {' or '.join(map(repr, able))}, got {interactions!r}"
+            )
+
+    def add_fusion(self, time_peak: float) -> None:
+        """Makes what the transformers do not bring: blocks, tokens, their norm and positions."""
         with_block = self.fusion_layers if self.variant.block else ()
         self.fusion_blocks = nn.ModuleDict({str(layer): self.make_block() for layer in with_block})
         self.favour_together(time_peak)
@@ -198,8 +206,8 @@ class AVEncoder(nn.Module, Predictor, Pretrained):
             nn.Parameter(torch.zeros(1, self.frames, self.embed_dim)) if self.frames > 1 else None
         )
         self.context_to_audio = None
-        if self.fusion_layers and not same_width and not self.variant.direct:
-            self.context_to_audio = nn.Linear(self.embed_dim, audio.embed_dim)
+        if self.fusion_layers and self.audio.embed_dim != self.embed_dim and not self.variant.direct:
+            self.context_to_audio = nn.Linear(self.embed_dim, self.audio.embed_dim)
 
     @property
     def inputs(self) -> InputSettings:

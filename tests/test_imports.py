@@ -88,3 +88,15 @@ def test_import_avfuse_is_enough_for_every_name():
         assert importlib.import_module(package).__getattr__(name).__name__ == f"{package}.{name}"
     code = "import avfuse; avfuse.tasks.classifier.Classifier; assert not hasattr(avfuse.tasks, 'nothing')"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_no_function_is_longer_than_a_screen():
+    """Kernels are not held to it: what they are called with takes twenty lines."""
+    sources = [path for name, path in read_modules().items() if not name.startswith("avfuse.kernels")]
+    functions = (
+        (node.end_lineno - node.lineno + 1, path.name, node.name)
+        for path in (*sources, *(ROOT / "benchmarks").glob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    )
+    assert max(functions)[0] < 70
