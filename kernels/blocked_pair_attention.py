@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from . import pair_attention
+from .pair_attention import COUNTS
 from .tiles import (
     add_bias_slots,
     broadcast_strides,
@@ -80,25 +81,55 @@ class Blocks(NamedTuple):
 # --- kernels ------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["F", "N", "size", "mask_stride"])
+@triton.jit(do_not_specialize=[*COUNTS, "image_size", "audio_size"])
 def block_kernel(
-    query, key, value, mask, output_grad, block_logits, block_grads,
-    query_strides, key_strides, value_strides, mask_stride, output_grad_strides,
-    H, F, N, size, scale: tl.float32,
+    query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, output_grad,
+    image_logits, image_grads, audio_logits, audio_grads,
+    query_strides, image_key_strides, image_value_strides, audio_key_strides, audio_value_strides,
+    image_mask_stride, audio_mask_stride, output_grad_strides,
+    H, F, I, A, image_size, audio_size, scale: tl.float32,
     K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, IMAGE_ROWS: tl.constexpr, AUDIO_ROWS: tl.constexpr,
 ):  # fmt: skip
-    # One program owns BLOCK_F queries of one head of one clip, and as many blocks as BLOCK_N has ROWS.
+    # One program owns BLOCK_F queries of one head of one clip, and as many blocks of one modality as BLOCK_N
+    # has ROWS; first come those of the image.
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
     queries = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    side = modality(key, value, mask, key_strides, value_strides, mask_stride, b, h, N)
     q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
+    do = output_grad
     if output_grad is not None:
         do = head(output_grad, output_grad_strides, b, h)
         do = load_rows(do, output_grad_strides[2], queries, queries < F, V)
+    number, image_programs = tl.program_id(2), tl.cdiv(I // image_size, BLOCK_N // IMAGE_ROWS)
+    if number < image_programs:
+        side = modality(
+            image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride,
+            b, h, I,
+        )  # fmt: skip
+        survey_blocks(
+            q, do, side, image_logits, image_grads, number, b, h, H, queries, F, I, image_size, scale,
+            K, V, PRECISION, BLOCK_F, BLOCK_N, IMAGE_ROWS,
+        )  # fmt: skip
+    else:
+        side = modality(
+            audio_key, audio_value, audio_mask, audio_key_strides, audio_value_strides, audio_mask_stride,
+            b, h, A,
+        )  # fmt: skip
+        survey_blocks(
+            q, do, side, audio_logits, audio_grads, number - image_programs, b, h, H, queries, F, A,
+            audio_size, scale, K, V, PRECISION, BLOCK_F, BLOCK_N, AUDIO_ROWS,
+        )  # fmt: skip
 
+
+@triton.jit
+def survey_blocks(
+    q, do, side, block_logits, block_grads, number, b, h, H, queries, F, N, size, scale,
+    K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Stores L_s and, with the gradient do, G_s of the blocks of one program."""
     OWN: tl.constexpr = BLOCK_N // ROWS
-    first, rows = tl.program_id(2) * OWN, tl.arange(0, BLOCK_N)
+    first, rows = number * OWN, tl.arange(0, BLOCK_N)
     top = tl.full((OWN, BLOCK_F), float("-inf"), tl.float32)
     total, weighted = tl.zeros((OWN, BLOCK_F), tl.float32), tl.zeros((OWN, BLOCK_F), tl.float32)
     for start in range(0, size, ROWS):
@@ -110,7 +141,7 @@ def block_kernel(
         weights = tl.exp(logits - finite(top)[:, None, :])
         rescale = tl.exp(previous - finite(top))
         total = total * rescale + tl.sum(weights, 1)
-        if output_grad is not None:
+        if do is not None:
             weights_grad = tl.dot(v, tl.trans(do), input_precision=PRECISION)
             weights_grad = tl.reshape(weights_grad, (OWN, ROWS, BLOCK_F))
             # Chosen, so that no product is fused with the first sum over lanes: it would be rounded in one
@@ -119,36 +150,59 @@ def block_kernel(
             weighted = weighted * rescale + tl.sum(products, 1)
     offsets, inside = tile_of(b, h, H, first + tl.arange(0, OWN), N // size, queries, F)
     tl.store(block_logits + offsets, top + log(total), mask=inside)
-    if output_grad is not None:
+    if do is not None:
         tl.store(block_grads + offsets, weighted * reciprocal(total), mask=inside)
 
 
-@triton.jit(do_not_specialize=["F", "N", "M"])
+@triton.jit(do_not_specialize=["F", "S", "T"])
 def beside_kernel(
-    other_logits, other_grads, bias, beside, grads_beside,
-    bias_strides, H, F, N, M,
+    image_logits, image_grads, audio_logits, audio_grads, bias,
+    image_beside, image_grads_beside, audio_beside, audio_grads_beside,
+    bias_strides, H, F, S, T,
     BLOCK_F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # One program owns BLOCK_F queries of one head of one clip, and BLOCK of the N blocks of one modality. It
-    # walks the M blocks of the other one by one, twice: so no thread waits for what another adds up.
+    # One program owns BLOCK_F queries of one head of one clip, and BLOCK blocks of one modality; first come
+    # those of the image.
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
     queries = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    own = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    number, image_programs = tl.program_id(2), tl.cdiv(S, BLOCK)
+    bias = head(bias, bias_strides, b, h)
+    if number < image_programs:
+        look_beside(
+            audio_logits, audio_grads, (bias, bias_strides[2], bias_strides[3]), image_beside,
+            image_grads_beside, number, b, h, H, queries, F, S, T, BLOCK_F, BLOCK,
+        )  # fmt: skip
+    else:
+        look_beside(
+            image_logits, image_grads, (bias, bias_strides[3], bias_strides[2]), audio_beside,
+            audio_grads_beside, number - image_programs, b, h, H, queries, F, T, S, BLOCK_F, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def look_beside(
+    other_logits, other_grads, bias, beside, grads_beside, number, b, h, H, queries, F, N, M,
+    BLOCK_F: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Stores a_s and, with gradients, h_s of the blocks of one program. It walks the M blocks of the other
+    modality one by one, twice: so no thread waits for what another adds up.
+    """
+    own = number * BLOCK + tl.arange(0, BLOCK)
     row, asked = first_row(b, h, H, M, F) + queries[None, :], (queries < F)[None, :]
-    bias = steps(head(bias, bias_strides, b, h), own[:, None], bias_strides[2])
+    bias, step = steps(bias[0], own[:, None], bias[1]), bias[2]
     present = (own < N)[:, None]
 
     largest = tl.full((1, BLOCK_F), float("-inf"), tl.float32)  # without a bias
     top = tl.full((BLOCK, BLOCK_F), float("-inf"), tl.float32)
     for m in range(M):
         logits = tl.load(other_logits + row + m * F, mask=asked, other=float("-inf"))
-        own_bias = tl.load(steps(bias, m, bias_strides[3]), mask=present, other=0.0).to(tl.float32)
+        own_bias = tl.load(steps(bias, m, step), mask=present, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, logits)
         top = tl.maximum(top, logits + own_bias)
     total, weighted = tl.zeros((BLOCK, BLOCK_F), tl.float32), tl.zeros((BLOCK, BLOCK_F), tl.float32)
     for m in range(M):
         logits = tl.load(other_logits + row + m * F, mask=asked, other=float("-inf"))
-        own_bias = tl.load(steps(bias, m, bias_strides[3]), mask=present, other=0.0).to(tl.float32)
+        own_bias = tl.load(steps(bias, m, step), mask=present, other=0.0).to(tl.float32)
         weights = tl.exp(logits + own_bias - finite(top))
         total += weights
         if other_grads is not None:
@@ -292,29 +346,25 @@ def blocks_of(inputs, pair_bias, scale, output_grad=None):
     inputs, sizes, strides = prepared(inputs[:5], inputs[5:])
     query, (B, H, F, I, A, *_) = inputs[0], sizes
     with_grads, output_grad = output_grad is not None, rows_of(output_grad)
-    grad_strides = output_grad.stride() if with_grads else None
+    strides.append(output_grad.stride() if with_grads else None)
     options = pair_attention.settings(
         query.dtype, *sizes, backward=with_grads, device=query.device, blocked=True
     )
     options = {name: value for name, value in options.items() if name != "SPLITS"}
-    tiles = triton.cdiv(F, options["BLOCK_F"])
-    image, audio = (
-        Blocks.empty(query, tokens, blocks, with_grads)
-        for tokens, blocks in zip((I, A), pair_bias.shape[2:], strict=True)
-    )
+    S, T = pair_bias.shape[2:]
+    image, audio = Blocks.empty(query, I, S, with_grads), Blocks.empty(query, A, T, with_grads)
+    rows = [min(triton.next_power_of_2(own.size), options["BLOCK_N"]) for own in (image, audio)]
+    programs = [
+        triton.cdiv(own.number, options["BLOCK_N"] // each)
+        for own, each in zip((image, audio), rows, strict=True)
+    ]
     with on_device_of(query):
-        for own, N, which in (image, I, (1, 2, 5)), (audio, A, (3, 4, 6)):  # key, value, mask
-            rows = min(triton.next_power_of_2(own.size), options["BLOCK_N"])
-            block_kernel[B * H, tiles, triton.cdiv(own.number, options["BLOCK_N"] // rows)](
-                query, *(inputs[n] for n in which), output_grad, own.logits, own.grads,
-                strides[0], *(strides[n] for n in which), grad_strides,
-                H, F, N, own.size, scale, ROWS=rows, **options,
-            )  # fmt: skip
-        tiles = triton.cdiv(F, BLOCK_F)
-        for own, other, bias in (image, audio, pair_bias), (audio, image, pair_bias.mT):
-            beside_kernel[B * H, tiles, triton.cdiv(own.number, BLOCK)](
-                other.logits, other.grads, bias, own.beside, own.grads_beside,
-                broadcast_strides(bias), H, F, own.number, other.number,
-                BLOCK_F=BLOCK_F, BLOCK=BLOCK, **LAUNCH,
-            )  # fmt: skip
+        block_kernel[B * H, triton.cdiv(F, options["BLOCK_F"]), sum(programs)](
+            *inputs, output_grad, *image[:2], *audio[:2], *strides, H, F, I, A, image.size, audio.size, scale,
+            IMAGE_ROWS=rows[0], AUDIO_ROWS=rows[1], **options,
+        )  # fmt: skip
+        beside_kernel[B * H, triton.cdiv(F, BLOCK_F), triton.cdiv(S, BLOCK) + triton.cdiv(T, BLOCK)](
+            *image[:2], *audio[:2], pair_bias, *image[2:4], *audio[2:4], broadcast_strides(pair_bias),
+            H, F, S, T, BLOCK_F=BLOCK_F, BLOCK=BLOCK, **LAUNCH,
+        )  # fmt: skip
     return image, audio
