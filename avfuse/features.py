@@ -35,7 +35,8 @@ def main(config: FeaturesConfig) -> None:
     check_target("--out", config.out)
     share_cores(config.threads, config.workers)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    encoder = load_encoder(config.checkpoint).to(device)
+    encoder = load_encoder(config.checkpoint)
+    encoder = (encoder.with_frames(config.frames) if config.frames else encoder).to(device)
     options = dict(workers=config.workers, timeout=config.clip_timeout, progress=not config.quiet)
     found = find_data(config.folder, data_set=config.data_set, missing=config.missing, **options)
     clips = found.train

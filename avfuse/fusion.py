@@ -360,7 +360,7 @@ class TimeBias(nn.Module):
         last = self.table.shape[1] - 1
         apart = image_times[..., :, None] - audio_times[..., None, :]
         place = ((apart / self.reach + 1) * (last / 2)).clamp(0, last)  # in knots
-        left = place.long().clamp(max=last - 1)
+        left = place.long().clamp(0, last - 1)  # NaN would be a place outside
         bias = self.table[:, left].lerp(self.table[:, left + 1], (place - left).to(self.table.dtype))
         return bias[None] if bias.ndim == 3 else bias.transpose(0, 1)
 

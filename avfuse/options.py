@@ -55,6 +55,9 @@ class FeaturesConfig:
     windows: Annotated[int, COUNT] = 1
     """Windows of each clip, evenly from its start to its end, over which features are averaged; 1 = the
     middle."""
+    frames: Annotated[int, NOT_NEGATIVE] = 0
+    """Frames of a window, evenly over it; 0 = as many as --checkpoint takes. Of another number, positions are
+    interpolated."""
     tokens: bool = False
     """Add all tokens: image_tokens, audio_tokens, fusion_tokens (clips, tokens, width). Everything is held in
     memory until it is written."""

@@ -64,6 +64,7 @@ def test_the_frame_shown_at_any_time(tmp_path, suffix, codec, options):
     [
         ("avi", "libx264", {"x264-params": LEADING}),
         ("avi", "libx264", {"x264-params": OPEN}),
+        ("avi", "libx264", {"bf": "0"}),
         ("avi", "mpeg4", {"g": "10", "bf": "1", "qmax": "2", "sc_threshold": "1000000000"}),
         ("avi", "mpeg4", {"g": "10", "bf": "2", "qmax": "2", "sc_threshold": "1000000000"}),
         ("avi", "mpeg2video", {"g": "10", "bf": "2", "qmax": "2", "sc_threshold": "1000000000"}),
@@ -117,6 +118,18 @@ def test_frames_of_program_streams(tmp_path, suffix):
         assert clip.streams.seconds == pytest.approx(12.0, abs=0.2)
         for number in (*range(0, 120, 7), 119, 60, 3):
             assert number_of(clip.frame(number / 10 + 0.05)) == number % 32
+
+
+def test_frames_after_a_seek_that_ends_between_key_frames(tmp_path):
+    """Of pictures whose key frame was not read, MPEG-4 makes grey ones, and calls them whole."""
+    texture = np.random.default_rng(0).integers(-60, 61, (1, 96, 128, 1))  # so that they refer to others
+    video = (numbered_frames(30, (128, 96)) // 2 + 64 + texture).astype(np.uint8)
+    path = write_video(tmp_path / "a.ts", video=video, audio=False, codecs=("mpeg4", ""), g="12", qmax="2")
+    for times in ([n / 10 + 0.05] for n in range(30)), ([0.35, 1.65, 1.75, 2.85],):
+        for own in times:
+            with ClipReader(path) as clip:
+                shown = [frame.mean() for frame in clip.frames(own)]
+            assert np.allclose(shown, [video[int(10 * time)].mean() for time in own], atol=1.5), own
 
 
 @pytest.mark.parametrize("suffix", ["ts", "mpg"])

@@ -3,6 +3,7 @@
 import csv
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,26 @@ def hollow(video: bytes) -> bytes:
     start = video.index(b"mdat") + 4
     size = int.from_bytes(video[start - 8 : start - 4], "big") - 8
     return video[:start] + bytes(size) + video[start + size :]
+
+
+def test_another_number_of_frames(folder, tmp_path):
+    """They are those of the encoder itself, given so many of each window."""
+    path, settings = tmp_path / "model", dict(checkpoint=str(tmp_path / "model"), workers=0)
+    encoder = create_encoder("tiny", frames=4, pair_bias="time").eval()
+    torch.nn.init.normal_(encoder.frame_embed)
+    encoder.save_pretrained(path)
+    for frames, read in (0, 4), (2, 2):
+        main(FeaturesConfig(folder=folder, out=tmp_path / "f.safetensors", frames=frames, **settings))
+        tensors, paths = read_features(tmp_path / "f.safetensors")
+        row = paths.index("1.mp4")
+        clip = read_clip(folder / "1.mp4", replace(encoder.inputs, image_frames=read))
+        with torch.no_grad():
+            tokens = encoder(*clip)
+        assert tokens.image.shape[1] == read == tensors["frames_shown"][row]
+        for name in FEATURES:
+            expected = getattr(tokens, name)[0].flatten(0, -2).mean(0)
+            assert relative_error(tensors[name][row], expected) < 1e-5, (frames, name)
+    assert "2 frames" in read_metadata(tmp_path / "f.safetensors")["protocol"]
 
 
 def test_checked_folders_and_shards_are_read_too(folder, saved, tmp_path, capsys):

@@ -39,6 +39,7 @@ KINDS = {
     "interlaced.mp4": ("libx264", {"x264-params": f"interlaced=1:{B_FRAMES}"}),
     "timeless.avi": ("libx264", {"x264-params": B_FRAMES}),
     "timeless_mpeg4.avi": ("mpeg4", {"g": "10", "bf": "2", "qmax": "2", "sc_threshold": "1000000000"}),
+    "timeless_baseline.avi": ("libx264", {"bf": "0", "g": "10"}),
     "mpeg4.avi": ("mpeg4", {"g": "10", "qmax": "2"}),
     "hevc.mp4": ("libx265", {"x265-params": "keyint=10:log-level=none"}),
     "av1.mp4": ("libsvtav1", {"preset": "12"}),

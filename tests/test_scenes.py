@@ -1,5 +1,6 @@
 """Annotated frames: picture and truth show the same place, and no name in an annotation leads outside."""
 
+import csv
 import json
 import pickle
 from dataclasses import replace
@@ -409,6 +410,17 @@ def test_avsbench_names_what_is_missing(tree):
     assert [moment.seconds for moment in test.scenes[0].moments] == [0.5, 1.5, 3.5]
     assert [error.path.name for error in test.missing] == ["2.png", "4.jpg", "audio.wav"]
     assert "8 of 15 annotated pictures in 2 clips; 3 files missing or refused" in test.summary()
+
+
+def test_avsbench_takes_no_clip_twice(tree):
+    root, uids = tree(write_avsbench)
+    rows = list(csv.DictReader((root / "metadata.csv").open()))
+    write_metadata(root, [*rows, rows[5], rows[0] | dict(split="test"), rows[1] | dict(uid="other")])
+    train, test = (read_avsbench(root, split) for split in ("train", "test"))
+    assert [scene.path.parent.name for scene in (*train.scenes, *test.scenes)] == uids
+    assert (test.found, test.expected) == (15, 25)
+    assert [error.path.name for error in test.missing] == [uids[5], uids[0]]
+    assert {error.reason for error in test.missing} == {"has a row before in metadata.csv"}
 
 
 def test_avsbench_opens_nothing_outside(tree, tmp_path):

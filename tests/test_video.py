@@ -1,6 +1,7 @@
 """Encoder and autoencoder on clips of several frames, against every frame and clip on its own, by hand."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -368,6 +369,11 @@ def test_a_time_bias_is_linear_between_its_knots_and_constant_beyond():
     assert relative_error(bias(image_times.double(), audio_times.double())[0], torch.from_numpy(truth)) < 1e-6
     by_clip = bias(torch.stack([image_times, image_times + 1]), torch.stack([audio_times, audio_times + 1]))
     assert by_clip.shape == (2, 2, 3, 11) and relative_error(by_clip[1], by_clip[0]) < 1e-5
+
+
+def test_a_time_that_is_no_number_gives_no_number_rather_than_a_place_outside_the_table():
+    bias = randomized(TimeBias(2, 1.5, 7))(torch.tensor([0.0, math.nan]), torch.zeros(1))
+    assert bias[..., 0, :].isfinite().all() and bias[..., 1, :].isnan().all()
 
 
 def test_a_bias_of_time_can_begin_with_a_peak():

@@ -355,6 +355,8 @@ class ClipReader:
         if wanted is None:
             return None
         shown, (first, last) = None, _needed(packets, wanted)
+        if not (at_start or packets[first].is_keyframe):
+            return None  # of what refers to nothing MPEG-4 makes a grey picture, and says nothing
         # One frame is kept: all of a group would be gigabytes where pictures are large.
         for frame in self._whole(self._decoded(packets[first : last + 1], {wanted}), seconds):
             if frame.pts is not None and frame.pts <= wanted and (shown is None or frame.pts > shown.pts):
@@ -400,6 +402,8 @@ class ClipReader:
         if None in wanted:
             return
         shown, needed = None, {time: _needed(packets, time) for time in wanted}
+        if not (at_start or packets[needed[wanted[0]][0]].is_keyframe):
+            return
         for first, times_of_group in groupby(wanted, lambda time: needed[time][0]):
             group = list(times_of_group)
             last = max(needed[time][1] for time in group)
@@ -429,11 +433,13 @@ class ClipReader:
     def _is_timeless(self) -> bool:
         """Whether the times of packets are those of decoding, although pictures are shown in another order.
 
-        FFmpeg guesses times of presentation for them, and is wrong where several pictures are held back.
+        FFmpeg guesses times of presentation for them, and is wrong where several pictures are held back, and
+        of H.264 where none is.
         """
         context = self._video.codec_context
         from_avi = self._format == "matroska" and context.codec_tag.strip("\0") != ""
-        return bool(context.reorder_depth) and (self._format in TIMELESS or from_avi)
+        is_guessed = context.reorder_depth or context.name == "h264"
+        return bool(is_guessed) and (self._format in TIMELESS or from_avi)
 
     def _tick(self, seconds: float) -> int:
         """A time in units of the pictures' times."""

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from ...checks import check_choice
+from ..decode import ClipError
 from ..scenes import Moment, PngMask, Scene, Scenes, check_file
 
 SUBSETS = {"S4": ("v1s",), "MS3": ("v1m",), "AVSS": ("v1s", "v1m", "v2")}
@@ -42,7 +43,8 @@ def read_avsbench(root: str | Path, split: str, subset: str = "S4") -> Scenes:
 
     A picture is taken to be from the middle of its second. In training, clips of v1s have a mask for their
     first picture only. Whatever is named and not there is listed as missing; a clip without any of its
-    pictures, or without sound, is left out.
+    pictures, or without sound, is left out. So is one with a row before, of whatever split: what is trained
+    on is not tested on.
 
     Args:
         root: the data folder.
@@ -51,22 +53,25 @@ def read_avsbench(root: str | Path, split: str, subset: str = "S4") -> Scenes:
     """
     check_choice("subset", subset, tuple(SUBSETS))
     check_choice("split", split, SPLITS)
-    root, found = Path(root), Scenes()
+    root, found, first = Path(root), Scenes(), {}
     classes = len(read_classes(root))
-    for row in _rows(root / "metadata.csv"):
+    for number, row in enumerate(_rows(root / "metadata.csv"), start=1):
+        folder = f"{row['label']}/{row['uid']}"
+        is_first = first.setdefault(folder, number) == number  # of whatever split
         if row["split"] != split or row["label"] not in SUBSETS[subset]:
             continue
-        folder = f"{row['label']}/{row['uid']}"
         labelled = 1 if (split, row["label"]) == ("train", "v1s") else PICTURES[row["label"]]
         found.expected += labelled
         with found.noting_missing():
+            if not is_first:
+                raise ClipError(root / folder, "has a row before in metadata.csv")
             sound, moments = check_file(root, f"{folder}/audio.wav"), []
-            for number in range(labelled):
+            for second in range(labelled):
                 with found.noting_missing():
-                    picture = check_file(root, f"{folder}/frames/{number}.jpg")
-                    mask = check_file(root, f"{folder}/labels_semantic/{number}.png")
+                    picture = check_file(root, f"{folder}/frames/{second}.jpg")
+                    mask = check_file(root, f"{folder}/labels_semantic/{second}.png")
                     truth = PngMask(mask, classes)
-                    moments.append(Moment(truth=truth, seconds=number + 0.5, picture=picture))
+                    moments.append(Moment(truth=truth, seconds=second + 0.5, picture=picture))
             if moments:
                 found.scenes.append(Scene(path=sound, sound=sound, moments=tuple(moments)))
     return found
