@@ -169,7 +169,8 @@ class JudgedTask(Task):
         metrics = self.summarize(rows) if rows else {}
         tested = self.tested(changed) if changed else {}
         if rows:
-            tqdm.write(f"{when} training, {len(rows)} {printable(clips)}:")
+            trained = f"{when} training, " if step or when == "before" else ""  # retrieval trains nothing
+            tqdm.write(f"{trained}{len(rows)} {printable(clips)}:")
             told = dict(conditions=tested) if tested else {}
             own = metrics | dict(judged=len(rows))
             tables = [*self.tables(metrics), *([condition_table(own, tested)] if tested else [])]
