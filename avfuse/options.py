@@ -70,8 +70,8 @@ class FeaturesConfig:
     workers: Annotated[int, tyro.conf.arg(aliases=["-j"]), NOT_NEGATIVE] = 2
     """Processes that read clips."""
     threads: Annotated[int, NOT_NEGATIVE] = 0
-    """Threads of torch on the CPU. 0 = the cores that the workers leave, at least one; OMP_NUM_THREADS goes
-    before that."""
+    """Threads of torch on the CPU. 0 = as OMP_NUM_THREADS says, else the cores that the workers leave, at
+    least one."""
     quiet: Annotated[bool, tyro.conf.arg(aliases=["-q"])] = False
     """Show no progress, only what came out, and faults."""
 
@@ -122,7 +122,7 @@ class PredictConfig:
     """Folder for pictures: where the model looks and listens, maps of what sounds; of a separator, the
     sounds."""
     threads: Annotated[int, NOT_NEGATIVE] = 0
-    """Threads of torch on the CPU. 0 = one for each core; OMP_NUM_THREADS goes before that."""
+    """Threads of torch on the CPU. 0 = as OMP_NUM_THREADS says, else one for each core."""
     quiet: Annotated[bool, tyro.conf.arg(aliases=["-q"])] = False
     """Show no progress, only what came out, and faults."""
 
@@ -152,7 +152,7 @@ class DemoConfig:
     port: Annotated[int, Rule("must be in 1..65535", lambda value: 0 < value < 65536)] = 7860
     """Port to listen at."""
     threads: Annotated[int, NOT_NEGATIVE] = 0
-    """Threads of torch on the CPU. 0 = one for each core; OMP_NUM_THREADS goes before that."""
+    """Threads of torch on the CPU. 0 = as OMP_NUM_THREADS says, else one for each core."""
 
     def __post_init__(self):
         check_rules(self)

@@ -18,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .data.clips import open_window, read_clip, window_starts
+from .data.listing import SOUNDS, SUFFIXES
 from .data.workers import share_cores
 from .encoder import AVEncoder
 from .files import aside, check_target, printable, write_table
@@ -41,6 +42,8 @@ def main(config: PredictConfig) -> int:
     for option, target in ("--out", config.out), ("--pictures", config.pictures and config.pictures / "*"):
         if target is not None:
             check_target(option, target)
+    if Path(config.model).suffix.lower() in SUFFIXES + SOUNDS:
+        raise ValueError(f"RUN comes before VIDEO..., and {printable(config.model)} is called like a video")
     share_cores(config.threads, workers=0)
     model = load(config.model)
     is_table = config.out is not None and config.out.suffix != ".json"
@@ -63,6 +66,7 @@ def main(config: PredictConfig) -> int:
                 if config.pictures is not None:
                     drawn = draw(answer, model, path, start, config.pictures / f"{name}-{start:g}s.png")
                     answer["file"] = str(drawn or "")
+                    tqdm.write(f"  {'file':<9} {printable(drawn or 'none: there is nothing to draw')}")
                 answers.append(answer)
         except ValueError as error:
             failed += 1

@@ -788,7 +788,7 @@ def test_hostile_files_are_errors_that_say_what(tmp_path):
     ("what", "reason"),
     [
         ("missing", "there is no such file"),
-        ("folder", "it is not a file"),
+        ("folder", "it is a folder"),
         ("empty", "it is empty"),
         ("cut after its header", "is cut off"),
     ],

@@ -64,16 +64,26 @@ def send_at(monkeypatch, step, *numbers):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_saves_and_resumes(config, tmp_path, monkeypatch, number, capsys):
+def test_asked_to_stop_it_saves_and_resumes(config, tmp_path, monkeypatch, number, capfd):
     with monkeypatch.context() as patch:
         send_at(patch, 3, number)
         assert main(config) == 128 + number
     assert [path.name for path in list_checkpoints(config.run)] == ["step-00000003"]
-    assert "stopped after step 3 of 4: the same command resumes" in capsys.readouterr().out
+    out, err = capfd.readouterr()
+    assert "stopped after step 3 of 4: the same command resumes" in out
+    assert ("Ctrl-C again ends at once" in err) == (number == signal.SIGINT)
     assert main(config) == 0
     interrupted, config.run = losses(config.run), tmp_path / "whole"
     assert main(config) == 0
     assert losses(config.run) == interrupted and sorted(interrupted) == [1, 2, 3, 4]
+
+
+def test_the_first_ctrl_c_is_answered_at_once(capfd):
+    with Signals("heard\n") as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.terminate and not capfd.readouterr().err
+        os.kill(os.getpid(), signal.SIGINT)
+        assert capfd.readouterr().err == "heard\n"
 
 
 def test_asked_to_save_it_goes_on(config, monkeypatch):

@@ -399,3 +399,48 @@ def test_a_class_whose_only_clip_is_held_out_is_named(tmp_path):
         "WARNING: no clip to train on, so what cannot be learned: owl",
         "no clip to test on: dog",
     ]
+
+
+def test_a_folder_without_clips_is_no_class_and_named(tmp_path):
+    (tmp_path / "runs" / "model").mkdir(parents=True)  # as a run that was begun in the data folder leaves
+    said = told(tmp_path, ["cat/1.mp4", "cat/2.mp4", "dog/1.mp4", "dog/2.mp4"])
+    assert said == [
+        "no clip to use in these folders, which are no classes: runs",
+        "2 classes, as folders are called, and their clips: cat (2), dog (2)",
+    ]
+
+
+def test_a_class_that_only_the_test_side_has_clips_of_stays(tmp_path):
+    for name in "train/cat/1.mp4", "train/dog/1.mp4", "test/cat/2.mp4", "test/owl/1.mp4":
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "train" / "owl").mkdir()
+    train = [Clip(tmp_path / "train" / name) for name in ("cat/1.mp4", "dog/1.mp4")]
+    test = [Clip(tmp_path / "test" / name) for name in ("cat/2.mp4", "owl/1.mp4")]
+    found = with_classes(Found(train, test, "test clips", [], 0, {}), tmp_path, say=lambda _: None)
+    assert found.classes == {"class": ("cat", "dog", "owl")}
+
+
+@pytest.mark.parametrize(
+    "names, said",
+    [
+        ("bel bell", "bel and bell"),
+        ("Rain rain", "Rain and rain"),
+        ("dog-bark dog_bark", "dog-bark and dog_bark"),
+        ("durms drums", "drums and durms"),
+        ("guitar guiter", "guitar and guiter"),
+        ("bat cat", ""),
+        ("class1 class2", ""),
+        ("female male", ""),
+        ("viola violin", ""),
+    ],
+)
+def test_folders_that_may_be_meant_as_one_class_are_named(tmp_path, names, said):
+    one, other = names.split()
+    lines = told(tmp_path, [f"{one}/1.mp4", f"{one}/2.mp4", f"{other}/1.mp4", f"{other}/2.mp4"])
+    warning = "WARNING: folders of their own that may be meant as one class: "
+    assert lines[1:] == ([warning + said] if said else [])
+
+
+def test_all_classes_of_a_small_folder_are_named(tmp_path):
+    said = told(tmp_path, [f"{name}/{n}.mp4" for name in ("ant", "bee", "cow", "dog", "elk") for n in (1, 2)])
+    assert said[0].endswith("ant (2), bee (2), cow (2), dog (2), elk (2)")

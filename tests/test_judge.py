@@ -158,6 +158,15 @@ def test_doubt_is_told_at_the_end_alone(task, tmp_path, capsys, monkeypatch):
     assert "WARNING: useless: more clips, more --epochs" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("clips, chance, is_few", [(5, 0.6, True), (5, 0.5, False), (50, 0.6, False)])
+def test_too_few_test_clips_are_not_put_down_to_training(clips, chance, is_few):
+    """The interval of all right begins at n / (n + 1.96^2): 0.566 of 5."""
+    task = object.__new__(Classification)
+    task.is_multi_label = False
+    said = task.advice(dict(clips=clips, chance=chance))
+    assert ("test on more" in said, "--epochs" in said) == (is_few, not is_few)
+
+
 def test_tasks_doubt_what_is_no_better_than_chance():
     def doubt(kind, metrics, **attributes):
         return kind.doubt(SimpleNamespace(**attributes), metrics)

@@ -106,6 +106,17 @@ def test_key_frames_alone(tmp_path):
     assert entries(tmp_path)["one.mp4"].motion > 50
 
 
+def test_the_report_names_the_folders_that_would_be_classes(tmp_path, sources):
+    names = "train/bel/1.mp4", "train/bell/2.mp4", "test/bell/3.mp4", "train/loose.mp4"
+    for source, name in zip(sources, names[:3], strict=False):
+        plant(source, tmp_path / name)
+    report = check(tmp_path, **QUIET)
+    assert "\n2 classes, as folders are called, and their clips: bel (1), bell (2)\n" in report
+    assert "\nWARNING: folders of their own that may be meant as one class: bel and bell\n" in report
+    plant(sources[3], tmp_path / names[3])  # it has no class, and there is nothing to say
+    assert "classes" not in check(tmp_path, **QUIET)
+
+
 def test_the_report_says_what_is_amiss_with_a_data_set(root, sources):
     leak = root / "clips/playing_harp/ddddddddddd_000120_000130.mp4"
     plant(sources[0], leak)  # to test on what is trained on

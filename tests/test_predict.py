@@ -346,6 +346,22 @@ def test_pictures_of_videos_of_one_name_are_kept_apart(files, tmp_path):
     assert names == ["1-both-1.5s.png", "2-both-1.5s.png"]
 
 
+def test_where_the_picture_is_and_that_there_is_none_is_said(files, tmp_path, capsys):
+    make(Classifier).save_pretrained(tmp_path / "model")
+    videos = files["both"], files["silent"]
+    assert main(PredictConfig(str(tmp_path / "model"), videos, pictures=tmp_path / "looks", quiet=True)) == 0
+    said = [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines() if "  file " in line]
+    assert said == [str(tmp_path / "looks" / "both-1.5s.png"), "none: there is nothing to draw"]
+
+
+def test_what_is_given_in_the_wrong_order_or_as_a_folder_is_told(files, tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"RUN comes before VIDEO..., and .*both.mp4 is called like a video"):
+        main(PredictConfig(str(files["both"]), (tmp_path,)))
+    make(Classifier).save_pretrained(tmp_path / "model")
+    assert main(PredictConfig(str(tmp_path / "model"), (tmp_path,))) == 1
+    assert "cannot be opened: it is a folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("pretrained", [False, True])
 def test_features_of_an_encoder(files, tmp_path, pretrained):
     encoder = make(AVEncoder)

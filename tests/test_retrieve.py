@@ -193,7 +193,9 @@ def test_a_folder_without_labels_shows_neighbours(folder, tmp_path, capsys):
     found = results(RetrieveConfig(**options, run=tmp_path / "run"))
     pairs = {f"{way}@{k}" for way in PAIRS for k in (1, 2)}
     assert found["metrics"].keys() == {"clips"} | pairs and found["metrics"]["clips"] == 4
-    assert "neighbours without recall, as there are no classes: --data" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "neighbours without recall, as there are no classes: --data" in said
+    assert "\n4 training clips:\n" in said and "after training" not in said  # there was none
     rows = [json.loads(line) for line in (tmp_path / "run" / "neighbours.jsonl").read_text().splitlines()]
     clips = [row["clip"] for row in rows]
     assert clips == sorted(str(path) for path in (tmp_path / "clips").iterdir())

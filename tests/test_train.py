@@ -21,6 +21,7 @@ from avfuse import AVMAE
 from avfuse.data import sounding_shapes
 from avfuse.data.clips import ClipDataset, ClipLoader
 from avfuse.files import read_rows
+from avfuse.tasks.options import ClassifyConfig
 from avfuse.train import INPUTS, Pretraining, main
 from avfuse.training import loop
 from avfuse.training.checkpoints import list_checkpoints
@@ -222,6 +223,15 @@ def test_a_run_on_other_data_is_not_offered_for_deletion(finished, tmp_path):
         with pytest.raises(ValueError, match=said) as refused:
             main(changed)
         assert "choose another --run-dir" in str(refused.value) and "--restart" not in str(refused.value)
+
+
+def test_a_run_of_another_command_is_called_one(finished):
+    """Its settings differ in all that the other does not have, which would be a long list of None."""
+    with pytest.raises(
+        ValueError, match="holds a run of another command .*it has no --batch-norm, "
+    ) as refused:
+        check_run(ClassifyConfig(data=finished.data, run=finished.run))
+    assert "None" not in str(refused.value) and "with --checkpoint" in str(refused.value)
 
 
 def test_data_are_looked_for_before_all_else(finished, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ it was, and a later one opens only what is new or has changed.
 import fcntl
 import hashlib
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,11 +17,13 @@ from pathlib import Path
 from ..files import printable, write_text
 from ..progress import progress_bar
 from . import manifest
+from .class_folders import described
 from .clips import MEMORY
 from .decode import GENERATION, ClipError
 from .find import list_data
 from .listing import Listing
 from .manifest import Entry, Header
+from .sets.folders import split_folders
 from .table import Clip
 from .workers import WorkerFailure, WorkerPool
 
@@ -227,6 +229,7 @@ def describe(listing: Listing, entries: list[Entry], out: Path, most: int) -> st
         f"{sum(entry.bytes for entry in entries) / 1e9:.2f} GB; {len(good)} can be decoded"
         + ("" if all(entry.every_picture for entry in entries) else " (of some only key frames were)"),
         *listing.notes,
+        *_folders(listing, entries),
     ]
     broken = [f"{entry.path}: {entry.error}" for entry in entries if entry.error is not None]
     missing = [f"{split}: {name}" for split, name in _missing(listing)]
@@ -245,6 +248,16 @@ def describe(listing: Listing, entries: list[Entry], out: Path, most: int) -> st
         lines += ["", f"{listing.extra} videos in the folder are in no list, and not used"]
     lines += [line for other in listing.others() for line in ("", other)]
     return "\n".join(map(printable, lines)) + "\n"
+
+
+def _folders(listing: Listing, entries: list[Entry]) -> list[str]:
+    """What a classifier would take for the classes of a plain folder, if all its clips lie in sub-folders."""
+    if listing.classes:
+        return []
+    folders = split_folders(listing.root)
+    below = [(listing.root / e.path).relative_to(folders[e.split]).parts for e in entries]
+    counts = Counter(parts[0] for parts in below if len(parts) > 1)
+    return described(dict(sorted(counts.items()))) if counts.total() == len(below) else []
 
 
 def _odd(good: list[Entry]) -> Iterator[tuple[str, list[str], str]]:

@@ -1,14 +1,17 @@
 """A plain folder of videos whose sub-folders name the classes."""
 
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 from ..files import some
 from .find import Found
 from .sets.folders import split_folders
 from .table import Clip
+
+SAID = 20  # classes that are named, with their clips
 
 
 def with_classes(
@@ -21,7 +24,8 @@ def with_classes(
 
     Args:
         found: the clips in the folder.
-        names: of the classes; default: of all sub-folders, sorted, of train/ or of the folder itself.
+        names: of the classes; default: of the sub-folders, sorted, of train/ or of the folder itself, that
+            hold a clip to use. Others, such as the runs/ of a command begun in there, are named and are none.
         say: which they are, and which of them cannot be learned, is told through it, line by line.
 
     Raises:
@@ -35,6 +39,11 @@ def with_classes(
     roots = splits["train"], splits.get("test", splits["train"])
     if names is None:
         names = tuple(sorted(p.name for p in roots[0].iterdir() if p.is_dir() and p.name[0] != "."))
+        pairs = zip((found.train, found.test), roots, strict=True)
+        used = {clip.path.relative_to(root).parts[0] for clips, root in pairs for clip in clips}
+        if idle := [name for name in names if name not in used]:
+            say(f"no clip to use in these folders, which are no classes: {some(idle)}")
+            names = tuple(name for name in names if name in used)
     train, test = (
         [labelled(clip, root, names) for clip in clips]
         for clips, root in zip((found.train, found.test), roots, strict=True)
@@ -48,8 +57,8 @@ def tell_classes(found: Found, names: tuple[str, ...], say: Callable[[str], obje
     """Which folders are taken for classes, and which of these lack clips."""
     train, test = ({clip.path: names[clip.labels["class"]] for clip in clips} for clips in found[:2])
     counts = Counter((train | test).values())
-    named = some([f"{name} ({counts[name]})" for name in names])
-    say(f"{len(names)} classes, as folders are called, and their clips: {named}")
+    for line in described({name: counts[name] for name in names}):
+        say(line)
     if 2 * sum(count == 1 for count in counts.values()) > len(names):
         say(
             "WARNING: most of these folders hold a single clip: if they are recordings, put them into folders"
@@ -59,6 +68,29 @@ def tell_classes(found: Found, names: tuple[str, ...], say: Callable[[str], obje
         say(f"WARNING: no clip to train on, so what cannot be learned: {some(untaught)}")
     if untested := sorted({*names} - {*test.values()}):
         say(f"no clip to test on: {some(untested)}")
+
+
+def described(counts: Mapping[str, int]) -> list[str]:
+    """Lines that name classes, how many clips each has, and which of them may be meant as one."""
+    named = some([f"{name} ({count})" for name, count in counts.items()], most=SAID)
+    lines = [f"{len(counts)} classes, as folders are called, and their clips: {named}"]
+    if pairs := [f"{one} and {other}" for one, other in lookalikes(counts)]:
+        lines.append(f"WARNING: folders of their own that may be meant as one class: {some(pairs)}")
+    return lines
+
+
+def lookalikes(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Pairs that are the same but for capitals, spaces and signs, or for a letter left out, added, exchanged
+    or swapped with the next: bell and bel, Guitar and guitar. Three letters are too few to tell (cat, bat).
+    """
+    groups = defaultdict(dict)  # what is left of a name without a letter -> the names, in their order
+    for name in names:
+        plain = "".join(c for c in name.casefold() if c.isalnum())
+        shorter = {plain[:at] + plain[at + 1 :] for at in range(len(plain))} if plain.isalpha() else set()
+        for rest in {plain, *(shorter if len(plain) > 3 else ())}:
+            groups[rest][name] = None
+    pairs = {pair: None for group in groups.values() for pair in combinations(group, 2)}
+    return sorted(pairs)
 
 
 def labelled(clip: Clip, root: Path, names: tuple[str, ...]) -> Clip:

@@ -553,7 +553,8 @@ class ClipReader:
 def _open(path: Path, part: Part | None) -> av.container.InputContainer:
     file, start = (part.file, part.start) if part else (path, 0)
     if not file.is_file():
-        raise OSError("it is not a file" if file.exists() else "there is no such file")
+        what = "it is a folder" if file.is_dir() else "it is not a file"
+        raise OSError(what if file.exists() else "there is no such file")
     with open(file, "rb") as content:
         size = part.size if part else os.fstat(content.fileno()).st_size
         content.seek(start)

@@ -315,17 +315,26 @@ class Scan:
         return len(self.clips) + len(self.unreadable) + len(dropped)
 
     def summary(self) -> str:
-        """For people: '3 clips; 1 without sound dropped: bikes.mp4'."""
+        """For people: '3 clips; 1 without sound dropped: street/bikes.mp4'."""
         done = "kept" if self.kept else "dropped"
+        broken = self.names([error.path for error in self.unreadable])
         parts = [f"{len(self.clips)} clip" + "s" * (len(self.clips) != 1)]
         for what, names in (
-            (f"without sound {done}", [path.name for path in self.without_sound]),
-            (f"without pictures {done}", [path.name for path in self.without_pictures]),
-            ("unreadable", [f"{error.path.name} ({error.reason})" for error in self.unreadable]),
+            (f"without sound {done}", self.names(self.without_sound)),
+            (f"without pictures {done}", self.names(self.without_pictures)),
+            (
+                "unreadable",
+                [f"{name} ({error.reason})" for name, error in zip(broken, self.unreadable, strict=True)],
+            ),
         ):
             if names:
                 parts.append(f"{len(names)} {what}: {some(names)}")
         return "; ".join(parts)
+
+    def names(self, paths: list[Path]) -> list[str]:
+        """Paths below the data folder: files in two of its folders may be called alike."""
+        root = self.clips.root
+        return [str(p.relative_to(root)) if root and p.is_relative_to(root) else p.name for p in paths]
 
 
 def scan(

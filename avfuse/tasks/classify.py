@@ -362,6 +362,13 @@ class Classification(JudgedTask):
         accuracy = f"accuracy {metrics['accuracy']:.3f} (95 % interval {interval(low, high)})"
         return f"{accuracy} is not clearly better than {frequent}"
 
+    def advice(self, metrics):
+        """Where not even all right would be clearly better, training is not what is short."""
+        if not self.is_multi_label and wilson(1.0, metrics["clips"])[0] <= metrics["chance"]:
+            few = f"even {metrics['clips']} right of {metrics['clips']} clips would not be"
+            return f"{few}: test on more (--test-share, or a folder test/)"
+        return super().advice(metrics)
+
     def conclude(self, run, model, step, when, rows, changed=None):
         super().conclude(run, model, step, when, rows, changed)
         path = self.config.export

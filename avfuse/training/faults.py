@@ -1,10 +1,11 @@
 """What ends a run before its time: signals, losses that are not finite, and memory that does not suffice."""
 
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ..files import write_json
 from ..weight_files import write_safetensors
 
+STOPPING = "\nCtrl-C: what is under way is finished and saved; Ctrl-C again ends at once, without\n"
 LARGEST = 10  # modules that a report names
 
 
@@ -22,10 +24,12 @@ class RunError(RuntimeError):
 
 class Signals:
     """While this context lasts, signals are noted instead of ending the process: SIGUSR1 asks for a
-    checkpoint, SIGTERM and SIGINT (Ctrl-C) for a checkpoint and the end. A second Ctrl-C ends it at once.
+    checkpoint, SIGTERM and SIGINT (Ctrl-C) for a checkpoint and the end. A second Ctrl-C ends it at once, and
+    the first is answered by `answer` on stderr: a step may take long.
     """
 
-    def __init__(self):
+    def __init__(self, answer: str = ""):
+        self.answer = answer
         self.save = self.terminate = self.interrupt = False
 
     def __enter__(self) -> "Signals":
@@ -46,6 +50,8 @@ class Signals:
             self.terminate = True
         else:
             self.interrupt = True
+            with suppress(OSError):  # nobody may read on
+                os.write(2, self.answer.encode())  # where print might meet the middle of another
             signal.signal(number, signal.default_int_handler)
 
 

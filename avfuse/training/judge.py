@@ -125,6 +125,10 @@ class JudgedTask(Task):
         """In what the trained model is no better than one that has learned nothing; "" if it is."""
         return ""
 
+    def advice(self, metrics: dict) -> str:
+        """What may help a trained model that is in doubt."""
+        return "more clips, more --epochs or another --base-lr may help"
+
     def numbers(self, metrics: dict) -> dict[str, float | int]:
         """The metrics for trackers and model cards, which take numbers by name."""
         return {name: value for name, value in metrics.items() if value is not None}
@@ -165,7 +169,8 @@ class JudgedTask(Task):
         metrics = self.summarize(rows) if rows else {}
         tested = self.tested(changed) if changed else {}
         if rows:
-            tqdm.write(f"{when} training, {len(rows)} {printable(clips)}:")
+            trained = f"{when} training, " if step or when == "before" else ""  # retrieval trains nothing
+            tqdm.write(f"{trained}{len(rows)} {printable(clips)}:")
             told = dict(conditions=tested) if tested else {}
             own = metrics | dict(judged=len(rows))
             tables = [*self.tables(metrics), *([condition_table(own, tested)] if tested else [])]
@@ -177,7 +182,7 @@ class JudgedTask(Task):
         else:
             tqdm.write(f"{when} training: none of the {clips} to measure on could be read")
         if when == "after" and rows and (doubt := self.doubt(metrics)):
-            more = "" if not step else ": more clips, more --epochs or another --base-lr may help"
+            more = f": {self.advice(metrics)}" if step else ""
             tqdm.write(printable(f"WARNING: {doubt}{more}"))
         if when == "after":
             self.save(folder, model)

@@ -40,7 +40,7 @@ from ..data.workers import share_cores
 from ..files import printable, some
 from ..progress import progress_bar
 from .checkpoints import load_checkpoint, save_checkpoint
-from .faults import RunError, Signals, examine, memory_advice, together, write_fault
+from .faults import STOPPING, RunError, Signals, examine, memory_advice, together, write_fault
 from .length import settle_length
 from .run_folder import (
     MetricsFile,
@@ -315,7 +315,8 @@ def train(run: Run) -> int:
         checkpointing=run.config.grad_checkpointing,
         precision=run.config.precision,
     )
-    with run.lock or nullcontext(), Signals() as signals, memory:
+    signals = Signals(STOPPING if accelerator.is_main_process else "")
+    with run.lock or nullcontext(), signals, memory:
         if run.first_step == 0 < steps:
             measure(run, 0, "before")
         stopped = take_steps(run, signals) if steps else 0

@@ -70,6 +70,11 @@ def check_run(config: LoopConfig) -> LoopConfig:
         return config
     former = former_settings(config, before)
     config = replace(config, **former)
+    if lacking := sorted(settings_of(config, fixed=True).keys() - before["settings"].keys() - former.keys()):
+        raise ValueError(
+            f"--run-dir {printable(run)} holds a run of another command or version (it has no "
+            f"{some([option(type(config), name) for name in lacking])}): {instead(config, before)}"
+        )
     differences = ", ".join(
         printable(f"{option(type(config), name)} {before['settings'].get(name)} -> {value}")
         for name, value in sorted(settings_of(config, fixed=True).items())

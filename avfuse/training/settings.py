@@ -112,9 +112,9 @@ class LoopConfig:
     """Worker processes that read clips, for each process that trains; 0 reads in the training process, where
     a decoder that hangs or crashes takes the run with it."""
     threads: Annotated[int, NOT_NEGATIVE, FREE] = 0
-    """Threads of torch on the CPU, for each process that trains. 0 = the cores that the workers leave, at
-    least one; OMP_NUM_THREADS goes before that. Threads that share cores with others' work can be three
-    times as slow as one alone. Changes speed, and losses by rounding."""
+    """Threads of torch on the CPU, for each process that trains. 0 = as OMP_NUM_THREADS says,
+    else the cores that the workers leave, at least one. Threads that share cores with others' work can be
+    three times as slow as one alone. Changes speed, and losses by rounding."""
     norm_eps: Annotated[float | None, tyro.conf.Suppress, Formerly(1e-5)] = None
     """Of the norms of fresh fusion blocks; that of the transformers, but for runs that began with another."""
     seed: Annotated[int, Rule("must be 0 or more, and below 2**32", lambda value: 0 <= value < 2**32)] = 0

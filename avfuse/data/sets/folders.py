@@ -30,7 +30,7 @@ def read(root: str | Path) -> Listing:
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"folder {root} " + ("is a file" if root.exists() else "does not exist"))
-    listing = Listing(root.name, root)
+    listing = Listing(root.resolve().name, root)  # of "." and ".." too
     for split, folder in split_folders(root).items():
         paths, links, unlisted, passed_over = walk(folder, SUFFIXES + SOUNDS)
         listing.found[split] = [Clip(path) for path in paths]
