@@ -5,16 +5,19 @@ decay and layer.
 import json
 import os
 import re
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
-from huggingface_hub import ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import ModelHubMixin, constants, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 
 from .files import printable, write_json
@@ -131,7 +134,7 @@ def _saved_as(cls) -> str:
 
 def file_at(source: str | os.PathLike, name: str, **options) -> Path:
     """A file of a saved model, in its folder, in that of its run or under a name on the hub, which is asked
-    only for what cannot be meant as a path: its answer may take half a minute.
+    only for what cannot be meant as a path.
     """
     folder = Path(source)
     if os.path.isdir(folder):
@@ -140,7 +143,23 @@ def file_at(source: str | os.PathLike, name: str, **options) -> Path:
         raise HFValidationError(f"{printable(source)} is no OWNER/NAME")
     if folder.suffix in SUFFIXES or folder.parent.is_dir() or folder.parts[0] == "runs":
         raise ValueError(f"{printable(source)} is no file or folder")
-    return Path(hf_hub_download(os.fspath(source), name, **options))
+    if options.get("force_download") or not (host := unreachable_hub()):
+        return Path(hf_hub_download(os.fspath(source), name, **options))
+    try:
+        return Path(hf_hub_download(os.fspath(source), name, **options | {"local_files_only": True}))
+    except LocalEntryNotFoundError as error:
+        raise LocalEntryNotFoundError(f"there is no copy here, and no way to {host}") from error
+
+
+def unreachable_hub() -> str | None:
+    """The hub's host, where its name means nothing here and there is no proxy: asked for a file, it would be
+    called again for half a minute.
+    """
+    host = urlsplit(constants.ENDPOINT).hostname
+    with suppress(OSError):
+        if getproxies() or socket.getaddrinfo(host, None):
+            return None
+    return host
 
 
 def read_config(source: str | os.PathLike, **options) -> dict:

@@ -5,18 +5,20 @@ groups hold every parameter once.
 import json
 import os
 import re
+import socket
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from models import AUDIO, IMAGE, make_encoder, make_inputs, make_vit, randomized
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import avfuse
-from avfuse import AVMAE, AVEncoder, InputSettings, create_encoder, load_encoder
+from avfuse import AVMAE, AVEncoder, InputSettings, create_encoder, load_encoder, pretrained
 from avfuse.fusion import VARIANTS
 from avfuse.released import ReleasedEncoder
 from avfuse.vit import build_vit, describe_vit, ratio_of
@@ -362,6 +364,23 @@ def test_what_holds_no_encoder_is_told(tmp_path):
         load_encoder("no such/run/folder")
     with pytest.raises(ValueError, match="nobody/nothing is no file or folder, nor found on the hub"):
         load_encoder("nobody/nothing")
+
+
+def test_a_hub_without_an_address_is_not_called(monkeypatch):
+    """huggingface_hub would call it six times, in half a minute."""
+
+    def no_address(*_):
+        raise socket.gaierror("Name or service not known")
+
+    calls = []
+    monkeypatch.setattr(pretrained.socket, "getaddrinfo", no_address)
+    monkeypatch.setattr(pretrained, "getproxies", dict)
+    monkeypatch.setattr(pretrained, "hf_hub_download", lambda *_, **options: calls.append(options) or "here")
+    assert pretrained.file_at("nobody/nothing", "config.json") == Path("here")
+    assert calls == [{"local_files_only": True}]
+    monkeypatch.setattr(pretrained, "hf_hub_download", huggingface_hub.hf_hub_download)
+    with pytest.raises(LocalEntryNotFoundError, match="no copy here, and no way to huggingface.co"):
+        AVEncoder.from_pretrained("nobody/nothing")
 
 
 def test_a_single_block_is_no_encoder(tmp_path):
