@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,13 +54,22 @@ def test_the_seed_and_the_name_decide():
 @pytest.mark.parametrize("names", ["{}/{}", "clips/{1}", "{}/{}x/1"], ids=str)
 @pytest.mark.parametrize("count", [29, 30, 92])
 def test_of_few_clips_the_nearest_number_is_held_out(names, count, share):
-    """Of each class one at least, and of each four."""
+    """Of each of four classes one at least, and of each as many as of the others."""
     names = [names.format("abcd"[n % 4], n) + ".mp4" for n in range(count)]
     for seed in range(20):
         train, test = split(names, share=share, seed=seed)
         assert len(test) == round(share * count)
         if names[0].startswith("a/"):
             assert {name[0] for name in test} == {name[0] for name in train} == set("abcd")
+            held = Counter(name[0] for name in test).values()
+            assert max(held) - min(held) <= 1
+
+
+def test_of_a_small_class_as_large_a_part_is_held_out_as_of_a_large_one():
+    names = [f"many/{n}.mp4" for n in range(100)] + [f"few/{n}.mp4" for n in range(20)]
+    for seed in range(20):
+        held = Counter(name.partition("/")[0] for name in split(names, share=0.3, seed=seed)[1])
+        assert held.total() == 36 and held["few"] in (6, 7)
 
 
 def test_the_share_counts_clips_however_many_a_recording_has():

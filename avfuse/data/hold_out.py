@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from .table import Clip, ClipTable
 
@@ -50,9 +51,9 @@ def hold_out(
     """Clips to train on and clips to test on, both in their order; the latter are none of a single recording.
 
     A hash of seed and name, in 0..1, orders the recordings. Each class that has two has one on either side;
-    beyond that those with the lowest hashes are held out, until the share of clips is as near as it can be.
-    Where there are `ALONE` or more, they are those below `share`: files that are added leave the others on
-    their side.
+    beyond that those with the lowest hashes of their class are held out, of each class the same part, until
+    the share of clips is as near as it can be. Where there are `ALONE` or more, they are those below `share`:
+    files that are added leave the others on their side.
 
     Args:
         clips: with labels, or else in sub-folders that name the classes.
@@ -83,7 +84,12 @@ def hold_out(
         if drawn and held.isdisjoint(order):
             held.add(drawn[0])
     if not drawn_alone:
-        _fill(held, sorted(draws.keys() - kept.keys(), key=draws.get), Counter(names), share, orders)
+        places = defaultdict(list)  # of a recording in its classes, from 0 to 1
+        for of in members.values():
+            for place, name in enumerate(sorted(of, key=draws.get)):
+                places[name].append(place / len(of))
+        drawn = sorted(draws.keys() - kept.keys(), key=lambda name: (fmean(places[name]), draws[name]))
+        _fill(held, drawn, Counter(names), share, orders)
     train, test = (ClipTable(classes=clips.classes, root=clips.root) for _ in range(2))
     for clip, name, side in zip(clips, names, sides, strict=True):
         (test if (side or ("train", "test")[name in held]) == "test" else train).append(clip)
