@@ -101,7 +101,6 @@ def test_flops_are_those_of_the_paper_size():
 
 def allocate(mib: int, limit_gib: float) -> int:
     measure.limit_memory("cpu", limit_gib)
-    torch.ones(8, 2**18) @ torch.ones(2**18)  # pages in what multiplies
     with measure.PeakMemory("cpu") as peak:
         numbers = torch.ones(mib, 2**18)  # float32
         numbers @ numbers[0]
@@ -109,7 +108,9 @@ def allocate(mib: int, limit_gib: float) -> int:
 
 
 def test_peak_memory_and_its_limit():
-    assert measure.in_fresh_process(allocate, 64, 1.0) / 2**20 == pytest.approx(64, abs=4)
+    used = {mib: measure.in_fresh_process(allocate, mib, 1.0) / 2**20 for mib in (64, 128)}
+    assert used[128] - used[64] == pytest.approx(64, abs=2)
+    assert used[64] == pytest.approx(64, abs=12)  # products of torch 2.15 work in 8 MiB of their own
     with pytest.raises(MemoryError, match="one more tensor of 2.0 GiB did not fit"):
         measure.in_fresh_process(allocate, 2048, 1.0)
 
