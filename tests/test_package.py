@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "avfuse").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 BESIDE = ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")  # what builds the package
+RELEASE = ("CHANGELOG.md", "CITATION.cff", "SECURITY.md", "constraints.txt")  # what its source brings besides
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
 
 # Run in a new interpreter, whose site-packages also holds a foreign package `kernels`. The dependencies'
@@ -48,7 +49,7 @@ def checkout(tmp_path_factory) -> Path:
     for folder in ("avfuse", "kernels"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (root / "tests").mkdir()
-    for name in (*BESIDE, "CHANGELOG.md", "tests/test_package.py"):
+    for name in (*BESIDE, *RELEASE, "CONTRIBUTING.md", "tests/test_package.py"):
         shutil.copy(ROOT / name, root / name)
     (root / "kernels/dummy.py").write_text("OWNER = 'avfuse'\n")
     return root
@@ -114,8 +115,8 @@ def test_the_source_distribution_holds_the_sources_and_makes_the_same_wheel(whee
     files = (path.relative_to(source) for path in source.rglob("*") if path.is_file())
     inside = {str(path) for path in files if path.parts[0] not in ("avfuse.egg-info", "build")}
     sources = {str(path.relative_to(ROOT)) for path in SOURCES + KERNELS}
-    about = {"PKG-INFO", "setup.cfg"}  # which setuptools writes
-    assert inside == sources | {"avfuse/py.typed", "kernels/README.md", "kernels/dummy.py", *BESIDE} | about
+    about = {*BESIDE, *RELEASE, "PKG-INFO", "setup.cfg"}  # setuptools writes the last two
+    assert inside == sources | {"avfuse/py.typed", "kernels/README.md", "kernels/dummy.py"} | about
     contents = [{i.filename: i.CRC for i in wheels[name].infolist()} for name in ("wheel", "source")]
     for files in contents:
         files.pop(f"avfuse-{avfuse.__version__}.dist-info/RECORD")  # lists the files in another order
