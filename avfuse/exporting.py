@@ -73,7 +73,7 @@ def export(model: AVEncoder | Classifier, path: str | Path) -> None:
     clips = {name: encoder.fusion_tokens.new_zeros(3, *shape) for name, shape in encoder.input_shapes.items()}
     training = model.training
     try:
-        model.eval()
+        module.eval()  # and the model in it
         write = write_onnx if path.suffix == ".onnx" else write_program
         write(module, clips, path, about)
     finally:

@@ -58,6 +58,13 @@ def check(path, encoder, truth_of):
             torch.testing.assert_close(ours[name], truth[name], atol=1e-4, rtol=1e-4, msg=name)
 
 
+def test_a_model_is_written_in_eval_mode_without_a_warning(tmp_path):
+    pytest.importorskip("onnxscript", reason="onnxscript is in the onnx extra")
+    with warnings.catch_warnings(record=True) as caught:
+        avfuse.export(made(), tmp_path / "encoder.onnx")
+    assert not [warning for warning in caught if "training mode" in str(warning.message)]
+
+
 def exported(model, path):
     if path.suffix == ".onnx":
         pytest.importorskip("onnxscript", reason="onnxscript is in the onnx extra")
