@@ -96,6 +96,8 @@ class Pretrained(ModelHubMixin, library_name="avfuse"):
                 f"pretrained_model_name_or_path {str(source)!r} is neither a folder nor a name on the hub,"
                 " which is OWNER/NAME"
             ) from error
+        except LocalEntryNotFoundError as error:  # the hub cannot be reached, and nothing of it is kept here
+            raise ValueError(f"{printable(source)} is not found on the hub: {printable(error)}") from error
         if not config:
             raise ValueError(f"{printable(source)} holds no {CONFIG} of an avfuse model")
         if config.get("class") != _saved_as(cls):

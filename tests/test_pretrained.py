@@ -364,6 +364,8 @@ def test_what_holds_no_encoder_is_told(tmp_path):
         load_encoder("no such/run/folder")
     with pytest.raises(ValueError, match="nobody/nothing is no file or folder, nor found on the hub"):
         load_encoder("nobody/nothing")
+    with pytest.raises(ValueError, match="nobody/nothing is not found on the hub"):
+        AVEncoder.from_pretrained("nobody/nothing")
 
 
 def test_a_hub_without_an_address_is_not_called(monkeypatch):
