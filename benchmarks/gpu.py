@@ -20,6 +20,7 @@ import torch
 from tables import MISSING
 
 SANITIZER = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
+ENDING = signal.SIGINT, signal.SIGTERM
 SAID = 14  # lines of what a step printed last that are shown and kept
 
 
@@ -182,11 +183,19 @@ def run(step: Step, options: Options, folder: Path, commit: str) -> dict:
 
 def status_of(words: list[str], limit: int, environment: dict, output) -> int | None:
     """Exit status of a command, None if it reached its limit. However this ends, what it started ends too."""
-    process = subprocess.Popen(
-        words, cwd=measure.ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )  # fmt: skip
+    came = []  # signals while it starts: ended then, this would not know what to end
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in ENDING}
     try:
+        process = subprocess.Popen(
+            words, cwd=measure.ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    try:
+        for number in came:
+            signal.raise_signal(number)
         return process.wait(limit)
     except subprocess.TimeoutExpired:
         return None

@@ -4,6 +4,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,25 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     for _ in range(2):
         run("ba9876543210 with changes")
     assert [len(pids(step)) for step in (1, 2, 3)] == [4, 5, 5]
+
+
+def test_a_step_that_was_starting_when_the_run_was_ended_ends_too(monkeypatch):
+    started = []
+
+    class EndedMeanwhile(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            started.append(self)
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        monkeypatch.setattr(subprocess, "Popen", EndedMeanwhile)
+        with pytest.raises(SystemExit):
+            gpu.status_of([sys.executable, "-c", "import signal; signal.pause()"], 60, {**os.environ}, None)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert started[0].returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("wrong", ["--device cuda --small", "--device cpu"])

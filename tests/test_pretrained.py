@@ -380,9 +380,7 @@ def test_a_hub_without_an_address_is_not_called(monkeypatch):
     assert pretrained.file_at("nobody/nothing", "config.json") == Path("here")
     assert calls == [{"local_files_only": True}]
     monkeypatch.setattr(pretrained, "hf_hub_download", huggingface_hub.hf_hub_download)
-    with pytest.raises(
-        ValueError, match="not found on the hub: there is no copy here, and no way to"
-    ):
+    with pytest.raises(ValueError, match="not found on the hub: there is no copy here, and no way to"):
         AVEncoder.from_pretrained("nobody/nothing")
 
 
