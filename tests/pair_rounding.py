@@ -139,19 +139,19 @@ def draw_pairs(query, image: Side, audio: Side, pair_bias, output_grad, precisio
         # A weight of 1 is exact, and its own mean. A GPU's compiler may add in two orders in the two walks.
         rounded = rounded * ((1 - exact) / FLOAT32).clamp(max=1)
     logits_grad = weights * (grads - shift) + noise(FLOAT32 * rounded)
-    own_rounding = FLOAT32 * rounded if pair_bias is not None else torch.zeros_like(rounded)
     if pair_bias is not None:  # each modality's part is weighted by itself
         apart = pairs(image_grad.abs(), audio_grad.abs())
         logits_grad = logits_grad + (lose(exact, precision.computed) - exact) * apart
-    if pair_bias is not None and precision.on_gpu:
-        # Another walk finds another sum of weights: exponentials, whose rounding grows with their arguments.
+        # The walk that divides by a sum of weights finds them anew, relative to bounds of other tiles, which
+        # are rounded as the largest logit is: so a weight of 1 is off as well.
         weights = weights * (1 + noise(FLOAT32 * largest))
 
     inputs, computed = precision.inputs, precision.computed
     results = dict(output=0.0, query=0.0)
     for name, side, other in ("image", image, -1), ("audio", audio, -2):
         own_weights, own_grad = weights.sum(other), logits_grad.sum(other)  # (B, H, F, N)
-        own_grad = own_grad + noise(own_rounding.sum(other))  # the parts of both modalities cancel at last
+        if pair_bias is not None:  # the parts of both modalities cancel at last
+            own_grad = own_grad + noise(FLOAT32 * rounded.sum(other))
         results["output"] += product(own_weights, side.value, computed, inputs)
         results["query"] += product(own_grad, side.key, computed, inputs) * scale
         results[f"{name}_value"] = product(own_weights.mT, output_grad, computed, inputs) * side.alive

@@ -233,6 +233,18 @@ def test_output_and_gradients(monkeypatch, case):
     check(monkeypatch, **case)
 
 
+def test_small_tiles_of_few_pairs_with_all_the_weight(monkeypatch):
+    """As on a GPU, where other tests take larger ones: each split finds bounds of its own."""
+    settings = biased_kernels.settings
+    monkeypatch.setattr(
+        biased_kernels,
+        "settings",
+        lambda *sizes, **way: {**settings(*sizes, **way), "BLOCK_N": 16, "SPLITS": 4},
+    )
+    monkeypatch.setattr(sys.modules[__name__], "force_splits", lambda *_, **__: None)
+    check(monkeypatch, torch.float32, 1, 64, 3, 64, 64, "dead", "table", 60.0, "contiguous", 4)
+
+
 BLOCK_OPTIONS = {
     "dtype": (torch.float32, torch.float16),
     "F": (1, 3, 17),

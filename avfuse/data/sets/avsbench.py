@@ -53,11 +53,12 @@ def read_avsbench(root: str | Path, split: str, subset: str = "S4") -> Scenes:
     """
     check_choice("subset", subset, tuple(SUBSETS))
     check_choice("split", split, SPLITS)
-    root, found, first = Path(root), Scenes(), {}
+    root, found, seen = Path(root), Scenes(), set()
     classes = len(read_classes(root))
-    for number, row in enumerate(_rows(root / "metadata.csv"), start=1):
+    for row in _rows(root / "metadata.csv"):
         folder = f"{row['label']}/{row['uid']}"
-        is_first = first.setdefault(folder, number) == number  # of whatever split
+        is_first = folder not in seen
+        seen.add(folder)
         if row["split"] != split or row["label"] not in SUBSETS[subset]:
             continue
         labelled = 1 if (split, row["label"]) == ("train", "v1s") else PICTURES[row["label"]]
