@@ -86,3 +86,19 @@ def test_a_task_takes_the_heads_of_the_same_classes(folder, tmp_path, capsys, na
 def test_weights_of_a_branch_and_of_a_whole_model_are_not_both_taken(tmp_path):
     with pytest.raises(ValueError, match="--image-weights would take the place of weights of --checkpoint"):
         TrainConfig(checkpoint="runs/x", image_weights=tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    "kind, task", [(TrainConfig, Pretraining), (ClassifyConfig, Classification)], ids=["train", "classify"]
+)
+def test_a_checkpoint_that_is_not_there_is_missed_before_clips_are_read(
+    folder, tmp_path, monkeypatch, kind, task
+):
+    def find(config, say):
+        raise AssertionError("clips were looked for")
+
+    monkeypatch.setattr(task, "find", staticmethod(find))
+    config = kind(data=folder, run=tmp_path / "run", checkpoint=str(tmp_path / "nowhere/else"))
+    with pytest.raises(ValueError, match="is no file, no folder and no name on the hub"):
+        loop.set_up(config, task)
+    assert not (tmp_path / "run").exists()

@@ -54,6 +54,7 @@ from .run_folder import (
     write_sides,
 )
 from .settings import (
+    FRESH,
     LoopConfig,
     Schedule,
     check_config,
@@ -62,6 +63,7 @@ from .settings import (
     schedule_of,
     warmup_cosine,
 )
+from .starts import saved_settings
 
 EVALUATION_BATCH = 64
 SPLITTING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
@@ -201,6 +203,7 @@ def set_up(config: LoopConfig, kind: type[Task]) -> Run:
     share_cores(config.threads, config.workers)
     accelerator = make_accelerator(config)
     config = check_run(config)
+    saved_settings(getattr(config, "checkpoint", FRESH))  # a name that leads nowhere, before clips are read
     set_seed(config.seed)
     found = look_for_clips(config, accelerator, kind)
     asked, (config, extended_at) = config, settle_length(config, len(found.train))

@@ -10,14 +10,14 @@ from ..files import printable
 from ..loading import config_at
 from ..pretrained import WEIGHTS, file_at, load_strictly
 from ..weight_files import read_safetensors
-from .settings import LoopConfig
+from .settings import FRESH, LoopConfig
 
 TIME_PEAK = 3.0  # logits, with which a new bias of time begins
 
 
 def saved_settings(checkpoint: str) -> dict:
-    """What the config.json of a saved model holds: "class" and "model"; {} of other weights."""
-    return {} if os.path.isfile(checkpoint) else config_at(checkpoint)
+    """What the config.json of a saved model holds: "class" and "model"; {} of other weights, or of none."""
+    return {} if checkpoint == FRESH or os.path.isfile(checkpoint) else config_at(checkpoint)
 
 
 def new_bias(config: LoopConfig) -> dict:
