@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,16 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, layer_norm, normalize, pad
 
-from .checks import check_count, check_flag, check_mask, check_tensor, is_number, without_autocast
+from .checks import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_mask,
+    check_tensor,
+    is_number,
+    without_autocast,
+)
+from .choices import DecodeFrom
 from .encoder import AVEncoder, EncoderOutput
 from .fusion import initialize_linear
 from .predictor import Predictor
@@ -48,6 +57,9 @@ class AVMAE(nn.Module, Predictor, Pretrained):
             several frames the same number in each.
         tubes: of several frames, hide the same places in all of them; default False.
         norm_target: rebuild each patch normalised by its own mean and deviation; default True.
+        decode_from: what decoders see, "patches" (fusion tokens and the kept patches of their modality; the
+            default, and the paper's) or "fusion", the fusion tokens alone: what the hidden patches of both
+            modalities show then has to pass through them. The last image and audio blocks get no gradients.
         contrastive: weight of CAV-MAE's contrastive term (0.01 there): of the clips of a batch, which image
             goes with which sound, by tokens that do not know of one another yet, see `unfused`; default 0.
 
@@ -65,6 +77,7 @@ class AVMAE(nn.Module, Predictor, Pretrained):
         image_mask_ratio=0.75,
         audio_mask_ratio=0.8,
         norm_target=True,
+        decode_from="patches",
         tubes=False,
         contrastive: float = 0.0,
     ):
@@ -82,6 +95,15 @@ class AVMAE(nn.Module, Predictor, Pretrained):
         check_flag("tubes", tubes)
         if tubes and encoder.frames == 1:
             raise ValueError("tubes hide the same places in several frames: encoder has one")
+        check_choice("decode_from", decode_from, get_args(DecodeFrom))
+        if decode_from == "fusion" and (encoder.frames > 1 or not encoder.fusion_blocks):
+            found = (
+                f"{encoder.frames} frames" if encoder.frames > 1 else "no fusion tokens that read anything"
+            )
+            raise ValueError(
+                "decode_from='fusion' needs fusion blocks, and one frame, as decoders are not told which they"
+                f" rebuild: encoder has {found}"
+            )
         check_contrastive(contrastive, encoder)
         self.encoder = encoder
         self.settings = dict(
@@ -91,6 +113,7 @@ class AVMAE(nn.Module, Predictor, Pretrained):
             image_mask_ratio=image_mask_ratio,
             audio_mask_ratio=audio_mask_ratio,
             norm_target=norm_target,
+            decode_from=decode_from,
             tubes=tubes,
             contrastive=contrastive,
         )
@@ -104,7 +127,7 @@ class AVMAE(nn.Module, Predictor, Pretrained):
             size, patch = input_shape(vit)[1:], vit.patch_embed.patch_size
             if size[0] % patch[0] or size[1] % patch[1]:
                 raise ValueError(f"encoder takes inputs of size {size}: not whole patches of {patch}")
-        options = encoder.embed_dim, decoder_dim, decoder_depth, decoder_heads
+        options = encoder.embed_dim, decoder_dim, decoder_depth, decoder_heads, decode_from == "patches"
         self.image_decoder = Decoder(encoder.image.patch_embed, *options)
         self.audio_decoder = Decoder(encoder.audio.patch_embed, *options)
 
@@ -252,17 +275,20 @@ class AVMAE(nn.Module, Predictor, Pretrained):
 
 
 class Decoder(nn.Module):
-    """A narrow transformer that rebuilds one modality from fusion tokens and the patches that were kept.
+    """A narrow transformer that rebuilds one modality from fusion tokens and, if it `sees_patches`, from the
+    patches that were kept.
 
     Its input: fusion tokens (no position), then visible and mask tokens in their places, with sine-cosine
     positions. Of several frames, each is rebuilt from its own patches.
     """
 
-    def __init__(self, patch_embed, fusion_dim, dim, depth, heads):
+    def __init__(self, patch_embed, fusion_dim, dim, depth, heads, sees_patches):
         super().__init__()
-        encoder_dim, channels = patch_embed.proj.out_channels, patch_embed.proj.in_channels
-        self.embed = nn.Linear(encoder_dim, dim)
-        self.embed_fusion = None if fusion_dim == encoder_dim else nn.Linear(fusion_dim, dim)
+        patch_dim, channels = patch_embed.proj.out_channels, patch_embed.proj.in_channels
+        self.sees_patches = sees_patches
+        self.embed = nn.Linear(patch_dim if sees_patches else fusion_dim, dim)
+        shared = not sees_patches or fusion_dim == patch_dim
+        self.embed_fusion = None if shared else nn.Linear(fusion_dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim).normal_(std=0.02))
         positions = build_sincos2d_pos_embed(patch_embed.grid_size, dim, interleave_sin_cos=False)
         self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
@@ -278,10 +304,12 @@ class Decoder(nn.Module):
         """
         lead, frames = visible.shape[:-2], visible.shape[1] if visible.ndim == 4 else None
         fusion, visible, keep = per_frame(fusion, frames), visible.flatten(0, -3), keep.flatten(0, -2)
-        fusion, visible = (self.embed_fusion or self.embed)(fusion), self.embed(visible)
-        masked = self.mask_token.to(visible.dtype).expand(visible.shape[0], self.pos_embed.shape[1], -1)
-        tokens = masked.scatter(1, keep[..., None].expand_as(visible), visible) + self.pos_embed
-        tokens = torch.cat([fusion, tokens], dim=1)
+        fusion = (self.embed_fusion or self.embed)(fusion)
+        tokens = self.mask_token.to(fusion.dtype).expand(visible.shape[0], self.pos_embed.shape[1], -1)
+        if self.sees_patches:
+            visible = self.embed(visible)
+            tokens = tokens.scatter(1, keep[..., None].expand_as(visible), visible)
+        tokens = torch.cat([fusion, tokens + self.pos_embed], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
         return self.pred(self.norm(tokens[:, fusion.shape[1] :])).unflatten(0, lead)

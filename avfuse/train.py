@@ -55,10 +55,10 @@ class Pretraining(JudgedTask):
         "three cosines added"
     )
     recipe = ("model", "interactions", *JudgedTask.recipe[1:], "preset")
-    has_unused_parameters = False
 
     def __init__(self, config: TrainConfig, found: Found):
         super().__init__(config, found)
+        self.has_unused_parameters = config.decode_from == "fusion"
         self.model = make_model(config)
         if config.checkpoint != FRESH:
             self.recipe = ("checkpoint", *JudgedTask.recipe[1:], "preset")

@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import emergence
 import few_labels
 import grid
 import loading
@@ -23,7 +24,7 @@ import traffic
 from measure import RESULTS, ROOT
 from tables import MISSING, filled, markdown, origin
 
-PAGES = (study, synchrony, few_labels, grid)  # results that have a page of their own
+PAGES = (study, synchrony, few_labels, emergence, grid)  # results that have a page of their own
 PLACES = {  # how the name of a file ends, and how its tables are introduced
     "cpu": "CPU",
     "cpu-compiled": "CPU, torch.compile",

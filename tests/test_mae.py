@@ -235,6 +235,42 @@ def test_decoders_place_visible_tokens_by_their_indices():
     assert relative_error(decoder(fusion, visible[:, order], keep), truth) > 1e-3
 
 
+@pytest.mark.parametrize("interactions", ["dense", "factorized", "token"])
+def test_decoders_of_fusion_tokens_alone_see_no_patches(interactions):
+    mae, removed = make_mae(interactions, decode_from="fusion"), make_removed()
+    inputs = make_inputs()
+    latent = mae.encoder(*inputs, **{f"{name}_keep": keep_of(removed[f"{name}_removed"]) for name in TOKENS})
+    output = mae(*inputs, **removed)
+    for name, count in TOKENS.items():
+        decoder = getattr(mae, f"{name}_decoder")
+        masked = (decoder.mask_token + decoder.pos_embed).expand(2, count, -1)
+        tokens = torch.cat([decoder.embed(latent.fusion), masked], dim=1)
+        for block in decoder.blocks:
+            tokens = block(tokens)
+        truth = decoder.pred(decoder.norm(tokens[:, latent.fusion.shape[1] :]))
+        assert relative_error(getattr(output, f"{name}_pred"), truth) < EXACT
+    output.loss.backward()
+    last = [mae.encoder.image.blocks[-1], mae.encoder.audio.blocks[-1], mae.encoder.image.norm]
+    without = {id(parameter) for part in [*last, mae.encoder.audio.norm] for parameter in part.parameters()}
+    for name, parameter in mae.named_parameters():
+        trained = parameter.requires_grad and id(parameter) not in without
+        assert (parameter.grad is not None) == trained, name
+    assert mae.to_config()["decode_from"] == "fusion"
+    assert not type(mae).from_config(mae.to_config()).image_decoder.sees_patches
+    old = {name: value for name, value in mae.to_config().items() if name != "decode_from"}
+    assert AVMAE.from_config(old).image_decoder.sees_patches  # a model that was saved before
+
+
+def test_decoders_of_fusion_tokens_alone_need_them_and_one_frame():
+    for encoder in create_encoder("tiny", "joint"), create_encoder("tiny", fusion_layers="none"):
+        with pytest.raises(ValueError, match="decode_from='fusion' needs .*: encoder has no fusion tokens"):
+            AVMAE(encoder, decode_from="fusion")
+    with pytest.raises(ValueError, match="decode_from='fusion' needs .*: encoder has 8 frames"):
+        AVMAE(create_encoder("micro", frames=8), decode_from="fusion")
+    with pytest.raises(ValueError, match="decode_from must be one of"):
+        AVMAE(create_encoder("micro"), decode_from="tokens")
+
+
 def test_decoder_positions_are_sines_and_cosines_of_row_and_column():
     mae = AVMAE(make_encoder().float(), decoder_dim=16, decoder_depth=1, decoder_heads=2)
     rates = 10000.0 ** (-np.arange(4) / 4)
@@ -265,6 +301,7 @@ def test_the_papers_defaults():
         image_mask_ratio=0.75,
         audio_mask_ratio=0.8,
         norm_target=True,
+        decode_from="patches",
         tubes=False,
         contrastive=0.0,
     )

@@ -56,6 +56,7 @@ def make_model(config: TrainConfig) -> AVMAE:
         **decoders,
         image_mask_ratio=config.image_mask_ratio,
         audio_mask_ratio=config.audio_mask_ratio,
+        decode_from=config.decode_from,
         tubes=config.tubes,
         contrastive=config.contrastive,
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from ..choices import Interactions, Size
+from ..choices import DecodeFrom, Interactions, Size
 from ..command import SAID, given, read
 from ..rules import COUNT, NOT_NEGATIVE, option
 from .settings import FREE, FRESH, ONCE, Formerly, LoopConfig
@@ -74,6 +74,9 @@ class TrainConfig(LoopConfig):
     """Hide the same places in all frames of a clip, as VideoMAE does (Tong et al. 2022)."""
     audio_mask_ratio: float = 0.8
     """Share of the audio patches that are hidden (the paper's)."""
+    decode_from: Annotated[DecodeFrom, Formerly("patches")] = "patches"
+    """What decoders see: fusion tokens and the patches that are kept (the paper's), or fusion tokens alone,
+    in which what is seen and heard then gathers (benchmarks/emergence.md)."""
     contrastive: Annotated[float, NOT_NEGATIVE, Formerly(0.0)] = 0.0
     """Weight of CAV-MAE's contrastive term, 0.01 there, beside the two losses: which image goes with which
     sound, among the clips of a step, by tokens before the first of --fusion-layers. These must begin above 0:
