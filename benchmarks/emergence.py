@@ -227,9 +227,9 @@ def sections(record: dict) -> dict[str, str]:
     page = [
         "![Accuracy of nearest neighbours against steps](../docs/emergence.png)",
         accuracy_table(record),
-        f"Share of {settings['test']:,} held-out scenes whose nearest neighbour by the cosine of mean tokens has "
-        f"the same label, after {settings['steps']:,} steps of pretraining on {settings['train']:,} scenes "
-        "without labels; mean ± standard deviation over seeds.",
+        f"Share of {settings['test']:,} held-out scenes whose nearest neighbour by the cosine of mean tokens "
+        f"has the same label, after {settings['steps']:,} steps of pretraining on {settings['train']:,} "
+        "scenes without labels; mean ± standard deviation over seeds.",
         "Do fusion tokens lead? Judged as the study judges (*yes* beyond twice the standard error of the "
         "difference):",
         claims_table(record),

@@ -19,6 +19,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import emergence  # noqa: E402
 import few_labels  # noqa: E402
 import grid  # noqa: E402
 import loading  # noqa: E402
@@ -35,6 +36,7 @@ from materialized import PairKeyFusion, PairTokenFusion, folded  # noqa: E402
 from tables import MISSING, markdown  # noqa: E402
 
 from avfuse import DenseFusion, create_encoder  # noqa: E402
+from avfuse.encoder import EncoderOutput  # noqa: E402
 
 TINY = throughput.Options(
     preset="tiny", modes=("inference",), rows=("none", "dense"), seconds=0.0, device="cpu", dtype="float32"
@@ -413,7 +415,7 @@ def test_report_notices_other_numbers():
     pages = ["README.md", "benchmarks/README.md"]
     pages += [f"docs/{name}.md" for name in ("dense", "data", "tasks", "video")]
     of_their_own = {page.PAGE for page in report.PAGES if page.RESULT.exists()}
-    assert {study.PAGE, synchrony.PAGE, few_labels.PAGE} <= of_their_own
+    assert {study.PAGE, synchrony.PAGE, few_labels.PAGE, emergence.PAGE} <= of_their_own
     assert set(before) == {*(ROOT / page for page in pages), *of_their_own}
     assert plots.plots(results)[ROOT / "docs/scaling.png"][0] == plots.drawn_from(ROOT / "docs/scaling.png")
     with pytest.raises(ValueError, match="one <!-- speed -->"):
@@ -527,6 +529,64 @@ def test_a_cell_with_few_labels_does_too_and_sees_no_other_label(monkeypatch, ro
     names = [(one["way"], one["labelled"], one["label"]) for one in cells[0]["accuracies"]]
     assert sorted(names) == [(way, 6, label) for way in few_labels.WAYS for label in ("colour", "shape")]
     assert all(one["accuracy"] * 4 in range(5) for one in cells[0]["accuracies"])
+
+
+@pytest.mark.parametrize("row", emergence.ROWS)
+def test_a_cell_of_emergence_does_too_and_sees_no_label(monkeypatch, row):
+    options = emergence.Options(steps=2, batch_size=4, train=8, test=6)
+    cells = []
+    for hidden in (False, True):  # of the scenes to pretrain on
+
+        def splits(self, hidden=hidden):
+            train, test = drawn_splits(self)
+            for label in ("shape", "colour", "shown"):
+                train[label][:] = 0 if hidden else train[label]
+            return train, test
+
+        monkeypatch.setattr(study.Scenes, "splits", splits)
+        cells.append(emergence.train_cell(options, (row, 1)))
+    assert cells[0] == cells[1]
+    assert [at["step"] for at in cells[0]["curve"]] == [0, 1, 2]
+    for at in cells[0]["curve"]:
+        for label in emergence.LABELS:
+            assert all(at[label][name] * 6 in range(7) for name in study.FEATURES)
+
+
+def test_emergence_tells_whether_fusion_tokens_lead_by_hand():
+    """Both is right where shape and colour are; the better of image and audio is that of the mean."""
+    unit = torch.eye(4)
+    scenes = dict(
+        image=torch.zeros(4, 3, 2, 2),
+        audio=torch.zeros(4, 1, 2, 2),
+        shown=torch.zeros(4, 36, dtype=torch.bool),
+    )
+    scenes |= dict(shape=torch.tensor([0, 0, 1, 1]), colour=torch.tensor([2, 2, 3, 4]))
+
+    class Encoder(torch.nn.Module):
+        def forward(self, image, audio):
+            near = {  # fusion: 0 and 1, 2 and 3; image: 0 and 2, 1 and 3; audio: all alike but for 3
+                "fusion": unit[[0, 0, 1, 1]],
+                "image": unit[[0, 1, 0, 1]],
+                "audio": unit[[0, 1, 1, 1]],
+            }
+            tokens = {name: near[name][:, None] + 0.01 * unit[:, None] for name in near}
+            return EncoderOutput(**tokens)
+
+    found = emergence.accuracies(Encoder(), scenes)
+    assert found["shape"]["fusion"] == 1.0 and found["shape"]["image"] == 0.0
+    assert found["colour"]["fusion"] == 0.5 and found["both"]["fusion"] == 0.5
+    assert found["both"]["chance"] == pytest.approx(2 / 12)
+    cells = [
+        dict(row="fusion", seed=seed, curve=[dict(step=1, **{label: at for label in emergence.LABELS})])
+        for seed, at in enumerate(
+            (
+                dict(image=0.1, audio=0.4, fusion=0.5, chance=0.1),
+                dict(image=0.5, audio=0.4, fusion=0.7, chance=0.1),
+            )
+        )
+    ]
+    (_, (_, *verdicts)) = emergence.claims_table(dict(cells=cells))
+    assert verdicts == ["+0.200 ± 0.100: within the spread"] * 3  # twice 0.1 is not more than 0.2
 
 
 def test_cells_that_are_there_are_not_trained_again(tmp_path):
