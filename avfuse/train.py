@@ -7,6 +7,7 @@ from .training.settings import checked
 if __name__ == "__main__":
     begin("avfuse.train", checked(parse), "cli", explained=())
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from .files import printable
 from .mae import AVMAE
 from .training.features import encode, pool
 from .training.judge import JudgedTask, first_clips, to_columns, to_rows
+from .training.looks import Sources, looks
 from .training.loop import Task, program, set_up, train
 from .training.neighbours import interval, nearest_neighbour_probes
 from .training.pictures import draw_attention, draw_reconstructions
@@ -64,6 +66,8 @@ class Pretraining(JudgedTask):
             self.recipe = ("checkpoint", *JudgedTask.recipe[1:], "preset")
         load_branch("--image-weights", load_image_weights, self.model, config.image_weights)
         load_branch("--audio-weights", load_audio_weights, self.model, config.audio_weights)
+        has_looks = self.model.encoder.shows_attention and self.model.encoder.given_inputs is not None
+        self.sources = Sources(found.test, self.model.encoder) if has_looks else None
 
     @staticmethod
     def find(config, say):
@@ -125,7 +129,11 @@ class Pretraining(JudgedTask):
                 columns[f"{name}_{kind}"] = torch.stack([model.loss(name, *clip, None) for clip in clips])
         present = [inputs.get(name) for name in PRESENT]
         pooled = pool(encode(model.encoder, inputs["image"], inputs["audio"], *present))
-        return to_rows(columns | {name: mean.float() for name, mean in pooled.items()})
+        columns |= {name: mean.float() for name, mean in pooled.items()}
+        if self.sources and self.sources.entries:
+            shown = {name: inputs[name] for name in ("image", "audio", *PRESENT) if name in inputs}
+            columns |= looks(model.encoder, shown, self.sources.boxes(batch["index"]))
+        return to_rows(columns)
 
     def summarize(self, rows):
         """The held-out losses, each a mean over the clips that have the modality, and the probes."""
@@ -135,6 +143,9 @@ class Pretraining(JudgedTask):
                 present = columns[f"{name}_present"]
                 losses = columns[f"{name}_{kind}"].double().where(present, 0)
                 metrics[f"held_out_{name}_{kind}"] = (losses.sum() / present.sum().clamp(min=1)).item()
+        if "look" in columns:
+            means = {name: columns[name].double().nanmean().item() for name in ("look", "even")}
+            metrics |= {} if math.isnan(means["look"]) else dict(looks=means)
         return metrics | dict(probes=nearest_neighbour_probes(columns))
 
     def tables(self, metrics):
@@ -145,6 +156,9 @@ class Pretraining(JudgedTask):
             rows = [(f"nearest clip, {label}", "accuracy", "95 % interval")]
             rows += [(name, p["accuracy"], interval(*p["interval"])) for name, p in by_feature.items()]
             probes.append([*rows, ("random clip", by_feature["image"]["chance"], None)])
+        if found := metrics.get("looks"):
+            rows = [("what fusion tokens look at", "share of attention", "of the picture")]
+            probes.append([*rows, ("the box of what sounds", found["look"], found["even"])])
         return [losses, *probes]
 
     def doubt(self, metrics):
@@ -156,7 +170,8 @@ class Pretraining(JudgedTask):
         return f"no better than predicting zero: the loss of {' and '.join(useless)}" if useless else ""
 
     def numbers(self, metrics):
-        numbers = {name: value for name, value in metrics.items() if name != "probes"}
+        numbers = {name: value for name, value in metrics.items() if name not in ("probes", "looks")}
+        numbers |= {f"{name}_at_source": share for name, share in metrics.get("looks", {}).items()}
         for label, by_feature in metrics["probes"].items():
             numbers |= {f"probe_{label}_{feature}": p["accuracy"] for feature, p in by_feature.items()}
         return numbers

@@ -384,8 +384,13 @@ class SceneDataset(ClipDataset):
             return View(height, width, *random_view(height, width, self.settings, generator))
         if self.frame == "whole":
             return View(height, width, (0, 0, height, width))
-        rows, columns = self.settings.image_shape
-        resized = evaluation_size(height, width, self.settings)
-        before, after = min(zip((height, width), resized, strict=True), key=lambda side: side[0] / side[1])
-        shown = rows * before / after, columns * before / after
-        return View(height, width, ((height - shown[0]) / 2, (width - shown[1]) / 2, *shown))
+        return central_view(height, width, self.settings)
+
+
+def central_view(height: int, width: int, settings: InputSettings) -> View:
+    """The part of a picture of this size that evaluation shows, see `evaluation_image`."""
+    rows, columns = settings.image_shape
+    resized = evaluation_size(height, width, settings)
+    before, after = min(zip((height, width), resized, strict=True), key=lambda side: side[0] / side[1])
+    shown = rows * before / after, columns * before / after
+    return View(height, width, ((height - shown[0]) / 2, (width - shown[1]) / 2, *shown))

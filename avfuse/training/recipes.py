@@ -30,11 +30,11 @@ class TrainConfig(LoopConfig):
     together.
     """
 
-    preset: Annotated[Literal["demo", "vggsound-ablation", "vggsound-large", "audioset", "video"], FREE] = (
-        "demo"
-    )
-    """Whose defaults: the demo's, one of the paper's runs (Sec. 4.1), or video's: 16 frames over 10 s, with a
-    bias of time."""
+    preset: Annotated[
+        Literal["demo", "demo-long", "vggsound-ablation", "vggsound-large", "audioset", "video"], FREE
+    ] = "demo"
+    """Whose defaults: the demo's; those of a demo of about an hour, after which meaning is in fusion tokens;
+    one of the paper's runs (Sec. 4.1); or video's: 16 frames over 10 s, with a bias of time."""
     plan: Annotated[bool, ONCE] = False
     """Print batch, learning rate, steps, parameters, tokens, arithmetic, estimated memory, disk and time on
     several cards, with the clips that must be read per second, and stop."""
@@ -107,8 +107,14 @@ class TrainConfig(LoopConfig):
     def kind(self):
         return "" if self.data else self.preset
 
+    @property
+    def demo(self):
+        return "solos" if self.preset == "demo-long" else super().demo
+
     def __post_init__(self):
         super().__post_init__()
+        if self.preset == "demo-long" and self.scene != "binding":
+            raise ValueError(f"--preset demo-long has clips of its own: leave out --scene {self.scene}")
         branches = [name for name in ("image_weights", "audio_weights") if getattr(self, name)]
         if branches and self.checkpoint != FRESH:
             given = option(TrainConfig, branches[0])
@@ -126,6 +132,15 @@ class TrainConfig(LoopConfig):
 def demo() -> TrainConfig:
     """Sounding Shapes, a tiny model, a few minutes on two CPU cores."""
     return TrainConfig()
+
+
+def demo_long() -> TrainConfig:
+    """Clips of one object, and decoders that see fusion tokens alone, in which meaning then gathers: about an
+    hour on two CPU cores (benchmarks/emergence.md).
+    """
+    return TrainConfig(
+        preset="demo-long", decode_from="fusion", epochs=120, warmup_epochs=6, measure_every=480
+    )
 
 
 def synchrony_demo() -> TrainConfig:
@@ -220,6 +235,7 @@ def video() -> TrainConfig:
 
 PRESETS = {
     "demo": demo,
+    "demo-long": demo_long,
     "vggsound-ablation": vggsound_ablation,
     "vggsound-large": vggsound_large,
     "audioset": audioset,

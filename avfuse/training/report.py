@@ -17,6 +17,7 @@ from PIL import Image
 
 from ..files import in_html, read_rows, write_text
 from .conditions import condition_table
+from .looks import said_of
 from .neighbours import interval
 from .pictures import BLUE, GREY, ORANGE
 from .run_folder import FILE, read_run
@@ -121,6 +122,7 @@ def page(run: Path, config: dict) -> str:
         section("Hearing and seeing, tested", tested, [row for row in measures if row.get("conditions")]),
         section("Protocol of the final results", protocol, run / "results.json"),
         section("Nearest-neighbour probe", probes, [row for row in measures if row.get("probes")]),
+        section("Where fusion tokens look", looked, [row for row in measures if row.get("looks")]),
         section("Pictures over time", pictures, run / "pictures"),
         section("Clips that could not be read", quarantine, read_objects(run / "quarantine.jsonl")),
         section("Settings", lambda: table(config["settings"].items()) if config else ""),
@@ -302,6 +304,11 @@ def probes(measures: list[dict]) -> str:
             lines.append([label, step, *cells, f"{chance(features):.3f}"])
         figures.append(probe_curve(label, spread(probed, 40)))
     return table(lines, ["label", "step", *FEATURES, "chance"]) + charts(figures)
+
+
+def looked(measures: list[dict]) -> str:
+    """One sentence, of the last measure."""
+    return paragraph(said_of(**measures[-1]["looks"])) if measures else ""
 
 
 def accuracy_of(probe: dict) -> str:

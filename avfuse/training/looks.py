@@ -1,0 +1,70 @@
+"""Do fusion tokens look at what sounds? Told of Sounding Shapes, which say where that is."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+from ..data.clips import Clip, ClipDataset
+from ..data.decode import EPSILON, ClipError
+from ..data.scenes import central_view, consensus
+from ..data.sounding_shapes.read import Entry, is_built, read_manifest
+from ..data.sounding_shapes.truths import read_frame_masks
+from ..encoder import AVEncoder
+from ..files import inside
+
+CLEARLY = 1.5  # times an even share of the picture: less is not called looking at it
+
+
+class Sources:
+    """Where what sounds is seen in test clips of Sounding Shapes; of other clips nothing is known."""
+
+    def __init__(self, clips: Sequence[Clip], encoder: AVEncoder):
+        self.clips, self.inputs, self.patch = clips, encoder.inputs, encoder.image.patch_embed.patch_size
+        self.root = clips[0].path.parent.parent if clips else None
+        entries = read_manifest(self.root, "test") if clips and is_built(self.root) else []
+        found = {inside(self.root, entry.file): entry for entry in entries}
+        self.entries = found if all(clip.path in found for clip in clips) else {}
+
+    def boxes(self, indices: Tensor) -> Tensor:
+        """How much of each patch of clips lies in the box of what sounds, (B, T * N), in the pictures that
+        evaluation shows; NaN where the file that knows is damaged.
+        """
+        dataset, rows = ClipDataset(self.clips, self.inputs, train=False), []
+        for index in indices.tolist():
+            clip = self.clips[index]
+            start = max(0.0, clip.streams.seconds - self.inputs.audio_seconds) / 2
+            times = dataset.times_of(start, clip.streams)
+            try:
+                frames = [self.box(self.entries[clip.path], time) for time in times]
+            except ClipError:
+                frames = [np.full(self.inputs.image_shape, np.nan, np.float32)] * len(times)
+            rows.append(avg_pool2d(torch.from_numpy(np.stack(frames))[:, None], self.patch).flatten())
+        return torch.stack(rows)
+
+    def box(self, entry: Entry, time: float) -> np.ndarray:
+        """1 in the box of what sounds at a time, else 0: (height, width) float32."""
+        frame = min(math.floor((time + EPSILON) * entry.fps), round(entry.seconds * entry.fps) - 1)
+        masks, boxes = read_frame_masks(inside(self.root, entry.masks), frame, len(entry.sounding))
+        size, shape = masks.shape[1:], self.inputs.image_shape
+        return consensus(boxes, size, central_view(*size, self.inputs), shape, annotators=1)
+
+
+def looks(encoder: AVEncoder, inputs: dict[str, Tensor], boxes: Tensor) -> dict[str, Tensor]:
+    """How much of what fusion tokens look at in the last fused layer, the mean over heads and tokens, lies in
+    boxes (B, T * N): `look` (B,), and `even` (B,) if every place were looked at alike.
+    """
+    weights, _ = encoder.fusion_attention(**inputs)
+    return dict(look=(weights.mean((1, 2)).float().cpu() * boxes).sum(1), even=boxes.mean(1))
+
+
+def said_of(look: float, even: float) -> str:
+    """For people, whether fusion tokens look at what sounds."""
+    verb = "look" if look > CLEARLY * even else "do not look"
+    share = (
+        f"{look:.0%} of their attention to the picture lies in its box, which is {even:.0%} of the picture"
+    )
+    return f"Fusion tokens {verb} at what sounds: {share}."
