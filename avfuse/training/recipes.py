@@ -138,9 +138,7 @@ def demo_long() -> TrainConfig:
     """Clips of one object, and decoders that see fusion tokens alone, in which meaning then gathers: about an
     hour on two CPU cores (benchmarks/emergence.md).
     """
-    return TrainConfig(
-        preset="demo-long", decode_from="fusion", epochs=120, warmup_epochs=6, measure_every=480
-    )
+    return TrainConfig(preset="demo-long", decode_from="fusion", epochs=80, measure_every=320)
 
 
 def synchrony_demo() -> TrainConfig:
