@@ -10,7 +10,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from .checks import check_count, check_flag, check_positive, check_rate, is_plain
-from .ops.residual_norm import sum_and_norm
+from .ops.residual_norm import normed, sum_and_norm
 
 NORMS = {"LayerNorm": (LayerNorm, nn.LayerNorm), "RmsNorm": (RmsNorm,)}
 ACTIVATIONS = {
@@ -174,7 +174,7 @@ class ContextBlock(Block):
                     f"joint attention cannot run the pre-hooks of a {type(part).__name__}, only those of its"
                     " parts, such as norm1 or attn.qkv"
                 )
-        return self.attn.project(self.norm1(tokens), 0)
+        return self.attn.project(normed(self.norm1, tokens), 0)
 
 
 def run_jointly(

@@ -12,9 +12,9 @@ Backward, of the gradients dnorm and dtotal, with g = dnorm weight:
     dweight    = sum of dnorm y over all tokens,     dbias = sum of dnorm
 
 A program of the forward owns one token, which it reads once. Those of the backward walk over the tokens, a
-tile at a time, and keep their parts of the sums over tokens in registers. Statistics are computed again there,
-of what is read anyway. Sums are float32; `total` is rounded to its dtype before its norm is taken, as it is
-where another operator reads it.
+tile at a time, and keep what they add up over tokens in registers; mean and r they compute again, of what is
+read anyway. Sums are float32; `total` is rounded to its dtype before its norm is taken, as it is where
+another operator reads it.
 """
 
 import torch
@@ -28,7 +28,7 @@ TILE = 2048  # numbers that a program of the backward holds of each tensor, of o
 
 @triton.jit(do_not_specialize=["F", "N"])
 def residual_norm_kernel(
-    tokens, update, context, weight, bias, total, norm,
+    tokens, update, context, tokens_stride, update_stride, context_stride, weight, bias, total, norm,
     F, N, eps: tl.float32, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -36,15 +36,16 @@ def residual_norm_kernel(
     columns = tl.arange(0, BLOCK_D)
     own = columns < tl.where(place < F, 0, D)  # of a token that is summed; else `others`, of the context
     others = columns < tl.where(place < F, D, 0)
-    offsets = (b * N + place - F) * D + columns
-    z = tl.load(tokens + offsets, mask=own, other=0.0).to(tl.float32)
+    offsets = (place - F) * D + columns
+    z = tl.load(tokens + b * tokens_stride + offsets, mask=own, other=0.0).to(tl.float32)
     if update is not None:
-        z += tl.load(update + offsets, mask=own, other=0.0).to(tl.float32)
+        z += tl.load(update + b * update_stride + offsets, mask=own, other=0.0).to(tl.float32)
         z = z.to(total.dtype.element_ty)
-        tl.store(total + offsets, z, mask=own)
+        tl.store(total + b * N * D + offsets, z, mask=own)
         z = z.to(tl.float32)
     if context is not None:
-        z += tl.load(context + (b * F + place) * D + columns, mask=others, other=0.0).to(tl.float32)
+        offsets = place * D + columns
+        z += tl.load(context + b * context_stride + offsets, mask=others, other=0.0).to(tl.float32)
     centred = tl.where(columns < D, z - tl.sum(z, 0) / D, 0.0)
     y = centred * (1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps))
     if weight is not None:
@@ -56,7 +57,8 @@ def residual_norm_kernel(
 
 @triton.jit(do_not_specialize=["F", "N", "tokens"])
 def residual_norm_backward_kernel(
-    norm_grad, total_grad, total, context, weight, tokens_grad, update_grad, context_grad, sums,
+    norm_grad, total_grad, total, context, norm_stride, grad_stride, total_stride, context_stride,
+    weight, tokens_grad, update_grad, context_grad, sums,
     F, N, tokens, eps: tl.float32, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK_D)[None, :]
@@ -69,11 +71,12 @@ def residual_norm_backward_kernel(
         b, place = row // (F + N), row % (F + N)
         present = (row < tokens) & (columns < D)
         own, others = present & (place >= F), present & (place < F)
-        offsets, context_offsets = (b * N + place - F) * D + columns, (b * F + place) * D + columns
-        z = tl.load(total + offsets, mask=own, other=0.0).to(tl.float32)
+        place = place * D + columns
+        offsets = place - F * D
+        z = tl.load(total + b * total_stride + offsets, mask=own, other=0.0).to(tl.float32)
         if context is not None:
-            z += tl.load(context + context_offsets, mask=others, other=0.0).to(tl.float32)
-        grad = tl.load(norm_grad + row * D + columns, mask=present, other=0.0).to(tl.float32)
+            z += tl.load(context + b * context_stride + place, mask=others, other=0.0).to(tl.float32)
+        grad = tl.load(norm_grad + b * norm_stride + place, mask=present, other=0.0).to(tl.float32)
         centred = tl.where(columns < D, z - tl.sum(z, 1)[:, None] / D, 0.0)
         r = 1.0 / tl.sqrt(tl.sum(centred * centred, 1)[:, None] / D + eps)
         y = centred * r
@@ -84,12 +87,12 @@ def residual_norm_backward_kernel(
             grad *= w
         grad = r * (grad - tl.sum(grad, 1)[:, None] / D - y * (tl.sum(grad * y, 1)[:, None] / D))
         if context is not None:
-            tl.store(context_grad + context_offsets, grad, mask=others)
+            tl.store(context_grad + b * F * D + place, grad, mask=others)
         if total_grad is not None:
-            grad += tl.load(total_grad + offsets, mask=own, other=0.0).to(tl.float32)
-        tl.store(tokens_grad + offsets, grad, mask=own)
+            grad += tl.load(total_grad + b * grad_stride + offsets, mask=own, other=0.0).to(tl.float32)
+        tl.store(tokens_grad + b * N * D + offsets, grad, mask=own)
         if update_grad is not None:
-            tl.store(update_grad + offsets, grad, mask=own)
+            tl.store(update_grad + b * N * D + offsets, grad, mask=own)
     if sums is not None:
         sums += tl.program_id(0) * 2 * D + tl.arange(0, BLOCK_D)
         tl.store(sums, tl.sum(weight_sum, 0), mask=tl.arange(0, BLOCK_D) < D)
@@ -100,14 +103,15 @@ def forward(tokens, update, context, weight, bias, eps, dtype):
     """Tokens and update (B, N, D), context (B, F, D), weight and bias (D,), of which all but the tokens may
     be None -> [norm (B, F + N, D) of this dtype], with an update also total (B, N, D).
     """
-    tokens, update, context, weight, bias = map(contiguous, (tokens, update, context, weight, bias))
+    read, strides = in_rows(tokens, update, context)
+    weight, bias = (None if x is None else x.contiguous() for x in (weight, bias))
     (B, N, D), F = tokens.shape, 0 if context is None else context.shape[1]
     norm, total = tokens.new_empty((B, F + N, D), dtype=dtype), None
     if update is not None:
         total = tokens.new_empty((B, N, D), dtype=torch.promote_types(tokens.dtype, update.dtype))
     with on_device_of(tokens):
         residual_norm_kernel[(B * (F + N),)](
-            tokens, update, context, weight, bias, total, norm, F, N, eps, D=D, **settings(D)
+            *read, *strides, weight, bias, total, norm, F, N, eps, D=D, **settings(D)
         )  # fmt: skip
     return [norm] if total is None else [norm, total]
 
@@ -117,8 +121,8 @@ def backward(norm_grad, total_grad, total, context, weight, eps, update_dtype, s
     dtype unless it is None, those of the context where there is one, and if they are needed (programs, 2, D),
     whose sums are those of weight and bias.
     """
-    norm_grad, total_grad, total = map(contiguous, (norm_grad, total_grad, total))
-    context, weight = map(contiguous, (context, weight))
+    read, strides = in_rows(norm_grad, total_grad, total, context)
+    weight = None if weight is None else weight.contiguous()
     (B, N, D), F = total.shape, 0 if context is None else context.shape[1]
     tokens_grad, update_grad, context_grad, sums = total.new_empty(total.shape), None, None, None
     if update_dtype is not None:
@@ -129,14 +133,18 @@ def backward(norm_grad, total_grad, total, context, weight, eps, update_dtype, s
         sums = total.new_empty((programs, 2, D), dtype=torch.float32)
     with on_device_of(total):
         residual_norm_backward_kernel[(programs,)](
-            norm_grad, total_grad, total, context, weight, tokens_grad, update_grad, context_grad, sums,
+            *read, *strides, weight, tokens_grad, update_grad, context_grad, sums,
             F, N, B * (F + N), eps, D=D, **backward_settings(D),
         )  # fmt: skip
     return [x for x in (tokens_grad, update_grad, context_grad, sums) if x is not None]
 
 
-def contiguous(tensor):
-    return None if tensor is None else tensor.contiguous()
+def in_rows(*tensors):
+    """Tensors (B, N, D) or None, in which the tokens of a clip follow one another, as they do where a tensor
+    is a part of the tokens; and the strides of their clips.
+    """
+    tensors = [x if x is None or x[:1].is_contiguous() else x.contiguous() for x in tensors]
+    return tensors, [0 if x is None else x.stride(0) for x in tensors]
 
 
 def settings(D):

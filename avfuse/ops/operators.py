@@ -115,8 +115,9 @@ class ResidualNorm(torch.autograd.Function):
         tokens_grad = next(grads)
         update_grad = next(grads) if update_dtype else tokens_grad if of_update else None
         context_grad = None if context is None else next(grads)
-        weight_grad, bias_grad = next(grads).sum(0) if any(of_weights) else (None, None)
-        return tokens_grad, update_grad, context_grad, weight_grad, bias_grad, None, None
+        sums = next(grads).sum(0) if any(of_weights) else None
+        weight_grads = (sums[i] if needed else None for i, needed in enumerate(of_weights))
+        return tokens_grad, update_grad, context_grad, *weight_grads, None, None
 
 
 # --- what runs ----------------------------------------------------------------------------------------------
