@@ -98,6 +98,13 @@ def test_under_autocast_sums_are_float32_and_norms_are_not(width, half):
     assert_as_near_as_pytorch(rounded, plain, truth, torch.float32)
 
 
+def test_norms_are_those_of_the_sum_as_it_was_rounded():
+    inputs = make(torch.float16, 192, "update")
+    total, norm = residual_norm(**inputs, eps=1e-6, backend="triton")
+    assert torch.equal(total, inputs["tokens"] + inputs["update"])
+    assert torch.equal(norm, residual_norm(total, eps=1e-6, backend="triton")[1])
+
+
 def in_float16(tokens, update, context, weight, bias, eps):
     """What autocast makes of it on CUDA: a norm in float32 that the product behind it rounds."""
     total, norm = residual_norm(tokens, update, context.float(), weight, bias, eps=eps, backend="torch")
