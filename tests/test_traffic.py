@@ -130,9 +130,7 @@ def test_a_sum_and_its_norm_are_one_operator():
     SHAPES, KINDS = ((2, 5, 8), (2, 3, 8), (8,)), ("residual_norm", "sum")
     own, context, row = 2 * 5 * 8, 2 * 3 * 8, 8
     forward = own * (4 + 2 + 4) + context * 4 + (own + context) * 2 + 2 * row * 4
-    read = (
-        (own + context) * (2 + 4) + own * 4 + row * 4
-    )  # gradients of norms, tokens; gradient of sums; weight
+    read = (own + context) * (4 + 2) + own * 4 + row * 4  # tokens and norms' gradients, those of sums, weight
     written, left = own * (4 + 2) + context * 4, 2 * 2 * row * 4
     *_, backward, sums = ran = [(name, size) for name, size, _ in count(call) if name.startswith(KINDS)]
     assert ran[0] == ("residual_norm", forward)

@@ -85,8 +85,8 @@ class PairAttention(torch.autograd.Function):
 
 
 class ResidualNorm(torch.autograd.Function):
-    """The sum, which without an update is the tokens, and the norms. Its gradient goes through the kernel,
-    too, so that nobody has to add that of the norms to it.
+    """Gives the sum, which without an update is the tokens, and the norms. Also then the gradient of the sum
+    comes through here: the kernel adds that of the norms to it, where else autograd would.
     """
 
     @staticmethod
@@ -104,7 +104,7 @@ class ResidualNorm(torch.autograd.Function):
         total, context, weight = ctx.saved_tensors
         _, of_update, _, *of_weights = ctx.needs_input_grad[:5]
         update_dtype = ctx.update_dtype if of_update and ctx.update_dtype != total.dtype else None
-        if norm_grad is None:
+        if norm_grad is None:  # only the sum was used
             return total_grad, total_grad if of_update else None, *[None] * 5
         tokens = norm_grad.shape[0] * norm_grad.shape[1]
         programs = max(1, min(PROGRAMS, tokens // TOKENS_OF_PROGRAM))
@@ -113,7 +113,9 @@ class ResidualNorm(torch.autograd.Function):
             torch.ops.avfuse.residual_norm_backward(*inputs, update_dtype, any(of_weights), programs)
         )
         tokens_grad = next(grads)
-        update_grad = next(grads) if update_dtype else tokens_grad if of_update else None
+        update_grad = tokens_grad if of_update else None
+        if update_dtype is not None:
+            update_grad = next(grads)
         context_grad = None if context is None else next(grads)
         sums = next(grads).sum(0) if any(of_weights) else None
         weight_grads = (sums[i] if needed else None for i, needed in enumerate(of_weights))
