@@ -14,11 +14,10 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .checks import has_hooks, is_plain
+from .checks import has_hooks, is_layer_norm, is_plain
 from .fusion import DenseFusion, Stream
 from .ops.residual_norm import residual_norm
 from .vit import Heads, split_heads
@@ -190,7 +189,3 @@ def shares_norms(dense: nn.Module | None, image: Block, audio: Block) -> bool:
         and all(map(is_plain, linears))
         and (dense.norm_image.eps, dense.norm_audio.eps) == (image.norm1.eps, audio.norm1.eps)
     )
-
-
-def is_layer_norm(module: nn.Module) -> bool:
-    return type(module) in (nn.LayerNorm, LayerNorm)

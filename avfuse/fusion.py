@@ -36,6 +36,7 @@ from .ops.pair_attention import (
     masked_attention_weights,
     pair_weights,
 )
+from .ops.residual_norm import normed, sum_and_norm
 from .vit import split_heads
 
 NORM_EPS = 1e-5
@@ -180,7 +181,7 @@ class FusionBlock(Fusion):
 
     def queries(self, fusion: Tensor) -> Tensor:
         """(B, F, D) -> (B, H, F, K)"""
-        return self.split_heads(self.query(self.norm_fusion(fusion)))
+        return self.split_heads(self.query(normed(self.norm_fusion, fusion)))
 
     def keys_and_values(self, projected: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N, 2 * width) -> keys (B, H, N, K), values (B, H, N, V)"""
@@ -188,8 +189,9 @@ class FusionBlock(Fusion):
 
     def update(self, fusion: Tensor, attended: Tensor) -> Tensor:
         """Residual update of (B, F, D) from attended values (B, F, width)."""
-        fusion = fusion + self.drop_path(self.drop(self.proj(attended)))
-        return fusion + self.drop_path(self.mlp(self.norm_mlp(fusion)))
+        update = self.drop_path(self.drop(self.proj(attended)))
+        fusion, norm = sum_and_norm(self.norm_mlp, fusion, update)
+        return fusion + self.drop_path(self.mlp(norm))
 
 
 class DenseFusion(FusionBlock):
@@ -274,8 +276,8 @@ class DenseFusion(FusionBlock):
     def projected(self, image: Stream, audio: Stream) -> tuple[Tensor, Tensor]:
         """Keys and values side by side, (B, I, 2 * width) and (B, A, 2 * width)."""
         return (
-            self.image_key_value(self.norm_image(image.tokens)),
-            self.audio_key_value(self.norm_audio(audio.tokens)),
+            self.image_key_value(normed(self.norm_image, image.tokens)),
+            self.audio_key_value(normed(self.norm_audio, audio.tokens)),
         )
 
     def sides(self, projected: tuple[Tensor, Tensor], image: Stream, audio: Stream) -> tuple[Side, Side]:
@@ -445,11 +447,11 @@ class Aggregation(FusionBlock):
         return self.fuse(aggregate, Stream(tokens, mask))
 
     def attend(self, aggregate: Tensor, stream: Stream) -> Tensor:
-        key, value = self.keys_and_values(self.key_value(self.norm_tokens(stream.tokens)))
+        key, value = self.keys_and_values(self.key_value(normed(self.norm_tokens, stream.tokens)))
         return self.merge_heads(masked_attention(self.queries(aggregate), key, value, stream.mask))
 
     def weights(self, aggregate: Tensor, stream: Stream) -> Tensor:
-        key, _ = self.keys_and_values(self.key_value(self.norm_tokens(stream.tokens)))
+        key, _ = self.keys_and_values(self.key_value(normed(self.norm_tokens, stream.tokens)))
         return masked_attention_weights(self.queries(aggregate), key, stream.mask)
 
 
@@ -484,10 +486,10 @@ class TokenFusion(FusionBlock):
 
     def union(self, fusion: Tensor, image: Stream, audio: Stream):
         """Queries of the fusion tokens; keys, values and mask of all tokens, (B, F + I + A, ...)."""
-        normed = self.norm_fusion(fusion)
-        tokens = torch.cat([normed, self.norm_image(image.tokens), self.norm_audio(audio.tokens)], dim=1)
-        key, value = self.keys_and_values(self.key_value(tokens))
-        return self.split_heads(self.query(normed)), key, value, union_mask(Stream(fusion), image, audio)
+        norms = self.norm_fusion, self.norm_image, self.norm_audio
+        norms = [normed(*each) for each in zip(norms, (fusion, image.tokens, audio.tokens), strict=True)]
+        key, value = self.keys_and_values(self.key_value(torch.cat(norms, dim=1)))
+        return self.split_heads(self.query(norms[0])), key, value, union_mask(Stream(fusion), image, audio)
 
 
 class CrossFusion(nn.Module):
@@ -548,8 +550,8 @@ class CrossAttention(nn.Module):
         initialize_linear(self)
 
     def forward(self, tokens: Tensor, context: Stream) -> Tensor:
-        query = self.query(self.norm(tokens)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        projected = self.key_value(self.norm_context(context.tokens))
+        query = self.query(normed(self.norm, tokens)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        projected = self.key_value(normed(self.norm_context, context.tokens))
         key, value = projected.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
         attended = masked_attention(query, key, value, context.mask)
         update = self.drop_path(self.drop(self.proj(attended.transpose(1, 2).flatten(2))))

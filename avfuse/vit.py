@@ -10,6 +10,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from .checks import check_count, check_flag, check_positive, check_rate, is_plain
+from .ops.residual_norm import normed, sum_and_norm
 
 NORMS = {"LayerNorm": (LayerNorm, nn.LayerNorm), "RmsNorm": (RmsNorm,)}
 ACTIVATIONS = {
@@ -152,12 +153,13 @@ class ContextBlock(Block):
         if projected is not None:
             union = tokens
         elif torch.is_grad_enabled():  # one norm and one product: few kept tokens, and half of the launches
-            union, context = self.norm1(torch.cat([context, tokens], dim=1)), context.shape[1]
+            tokens, union = sum_and_norm(self.norm1, tokens, context=context)
+            context = context.shape[1]
         else:  # no queries of the context
             union, context = self.norm1(tokens), self.norm1(context)
         attended = self.attn(union, attn_mask, context=context, projected=projected, **options)
-        tokens = tokens + self.drop_path1(self.ls1(attended))
-        return tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))
+        tokens, norm = sum_and_norm(self.norm2, tokens, self.drop_path1(self.ls1(attended)))
+        return tokens + self.drop_path2(self.ls2(self.mlp(norm)))
 
     def project(self, tokens: Tensor) -> Heads:
         """Own queries, keys and values.
@@ -172,7 +174,7 @@ class ContextBlock(Block):
                     f"joint attention cannot run the pre-hooks of a {type(part).__name__}, only those of its"
                     " parts, such as norm1 or attn.qkv"
                 )
-        return self.attn.project(self.norm1(tokens), 0)
+        return self.attn.project(normed(self.norm1, tokens), 0)
 
 
 def run_jointly(

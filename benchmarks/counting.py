@@ -116,6 +116,7 @@ def imagined_gpu() -> Iterator[None]:
         FakeTensorMode(allow_non_fake_inputs=True),
         mock.patch("torch.nn.functional.scaled_dot_product_attention", fused_attention),
         mock.patch("avfuse.ops.pair_attention.HAS_TRITON", True),
+        mock.patch("avfuse.ops.residual_norm.HAS_TRITON", True),
         mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)),
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
         mock.patch("torch.cuda.is_bf16_supported", return_value=True),

@@ -36,7 +36,7 @@ class Step(NamedTuple):
 
 
 PYTEST = "{python} -m pytest -q -n {workers} --dist worksteal -p no:cacheprovider -rfE"
-KERNEL_TESTS = "tests/test_pair_attention_kernels.py"
+KERNEL_TESTS = "tests/test_pair_attention_kernels.py tests/test_residual_norm.py"
 # Those of them that compile for GPUs which are not there, and need none.
 COMPILING = "spilling or compiled_once or left_to_the_default"
 # torch keeps memory that is freed, and a read beside a tensor would be one of memory that there is.

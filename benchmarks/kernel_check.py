@@ -1,4 +1,4 @@
-"""Every kernel of pair_attention against float64, output and all gradients, on a few shapes.
+"""Every kernel against float64, results and all gradients, on a few shapes.
 
 Short enough to run under compute-sanitizer; compiling is most of its time, so cases go to several processes.
 What it finds is gross, as from a kernel that was miscompiled; how precise the kernels are, the tests judge.
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from avfuse import pair_attention
+from avfuse.ops.residual_norm import residual_norm
 
 SHAPES = {  # B, H, F, I, A, K, V
     "tiny": (1, 1, 5, 17, 9, 16, 16),
@@ -26,13 +27,14 @@ SHAPES = {  # B, H, F, I, A, K, V
     "wide": (1, 1, 33, 17, 130, 64, 64),
     "split": (1, 2, 16, 600, 600, 16, 16),
 }
+WIDTHS = (40, 768)  # of tokens that are added and normed
 ALLOWED = {"bfloat16": 2e-2, "float16": 3e-3, "float32": 1e-4}  # norm of an error over that of the truth
 
 
 @dataclass(frozen=True)
 class Options:
     """The self-check of the kernels: each shape and dtype, with and without masks, without a pair bias, with
-    one of all pairs, and with one of frames, as blocks of image tokens, and audio tokens.
+    one of all pairs, and with one of frames, as blocks of image tokens, and audio tokens. And norms.
 
     Without a GPU it needs Triton's interpreter (TRITON_INTERPRET=1), whose bfloat16 is wrong.
     """
@@ -48,9 +50,15 @@ class Case(NamedTuple):
     bias: Literal["pairs", "frames"] | None
 
 
+class Norm(NamedTuple):
+    width: int
+    dtype: str
+
+
 def main(options: Options) -> None:
     ways = (False, True), (None, "pairs", "frames")
     cases = [Case(*case) for case in itertools.product(options.shapes, options.dtypes, *ways)]
+    cases += [Norm(*case) for case in itertools.product(WIDTHS, options.dtypes)]
     workers = min(math.ceil(len(cases) / 4), len(os.sched_getaffinity(0)))  # fewer cases are not worth one
     worst, off = dict.fromkeys(options.dtypes, 0.0), 0
     spawn = multiprocessing.get_context("spawn")  # compute-sanitizer loses sight of what is forked
@@ -69,7 +77,9 @@ def main(options: Options) -> None:
         sys.exit(1)
 
 
-def errors_of_case(case: Case) -> dict[str, float]:
+def errors_of_case(case: Case | Norm) -> dict[str, float]:
+    if isinstance(case, Norm):
+        return errors_of_norm(case.width, measure.DTYPES[case.dtype])
     inputs, grad = make_inputs(*SHAPES[case.shape], measure.DTYPES[case.dtype], bias=case.bias)
     masks = {}
     if case.masked:
@@ -110,6 +120,30 @@ def run_with_gradients(inputs, grad, masks, backend: str, dtype: torch.dtype) ->
     output = pair_attention(**leaves, **masks, backend=backend)
     grads = torch.autograd.grad(output, list(leaves.values()), grad.to(dtype))
     return {"output": output.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def errors_of_norm(width: int, dtype: torch.dtype) -> dict[str, float]:
+    """As in training under autocast, where tokens are float32: relative errors by name."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    shapes = dict(tokens=(3, 19, width), update=(3, 19, width), context=(3, 5, width))
+    shapes |= dict(weight=(width,), bias=(width,))
+    inputs = {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
+    inputs["update"] = inputs["update"].to(dtype)
+    grads = torch.randn(3, 19, width, device=device), torch.randn(3, 24, width, device=device).to(dtype)
+
+    def run(backend, dtype=None):
+        leaves = {name: x.to(dtype or x.dtype).requires_grad_() for name, x in inputs.items()}
+        results = residual_norm(**leaves, eps=1e-6, backend=backend)
+        gradients = torch.autograd.grad(
+            results, list(leaves.values()), [x.to(dtype or x.dtype) for x in grads]
+        )
+        return dict(zip(("total", "norm", *leaves), (*results, *gradients), strict=True))
+
+    with torch.autocast(device, dtype, enabled=dtype.itemsize == 2):
+        ours = run("triton")
+    truth = run("torch", torch.float64)
+    return {name: measure.relative_error(ours[name].double(), true) for name, true in truth.items()}
 
 
 if __name__ == "__main__":

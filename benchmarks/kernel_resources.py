@@ -1,22 +1,24 @@
-"""Compile every kernel variant of pair_attention for a GPU that need not be there, and print what it takes.
+"""Compile every kernel variant for a GPU that need not be there, and print what it takes.
 
     python benchmarks/kernel_resources.py 80 90           # compute capability 8.0 (A100) and 9.0 (H100)
     python benchmarks/kernel_resources.py 100 120         # and 10.0 (B200) and 12.0 (RTX 50)
     python benchmarks/kernel_resources.py 80 90 --few     # a few of them, in a minute
 
 Kernels are launched as usual, on tensors without memory, at ViT-B's shapes; only, the launch stops once the
-kernel is compiled. STACK above 0 means that registers were spilled to memory.
+kernel is compiled. STACK above 0 means that registers were spilled to memory. Of norms, K is the width of a
+token.
 """
 
 import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
 import triton
-from avfuse.kernels import biased_pair_attention, blocked_pair_attention, pair_attention
+from avfuse.kernels import biased_pair_attention, blocked_pair_attention, pair_attention, residual_norm
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -93,10 +95,24 @@ def attend(dtype, B, F, N, K, V, masks=False, bias=None, blocks=None):
         kernels.backward(tokens(F, V), *inputs, bias, 0.25, True)
 
 
+def norm(dtype, B, F, N, K, sums=torch.float32):
+    """Forward and backward of a sum and norm of this dtype, of tokens in the dtype of `sums`."""
+
+    def tokens(count, dtype):
+        return torch.empty(B, count, K, dtype=dtype, device="meta")
+
+    total, context, update = tokens(N, sums), tokens(F, sums), tokens(N, dtype)
+    weight = torch.empty(K, device="meta")
+    residual_norm.forward(total, update, context, weight, weight, 1e-6, dtype)
+    own_dtype = None if dtype == sums else dtype
+    inputs = tokens(F + N, dtype), total, total, context, weight, 1e-6, own_dtype, True, 256
+    residual_norm.backward(*inputs)
+
+
 def variants(few):
     """(options, what to print of them): the paper's widths at B=64, long sequences at B=1, a pair bias (of
     which the paper knows nothing: in float32 at widths of 64 its backward spills 8 bytes on 9.0), and one of
-    frames, whole or the kept quarter of them.
+    frames, whole or the kept quarter of them; and norms.
     """
     frames = dict(F=16, N=16 * 196, masks=True, bias=1, blocks=16)
     kept = dict(F=16, N=8 * 49, bias=1, blocks=8)
@@ -118,6 +134,11 @@ def variants(few):
             yield dict(dtype=dtype, B=64, K=16, V=16) | kept | dict(F=32), "frames"
             yield dict(dtype=dtype, B=64, K=64, V=64) | frames, "frames+masks"
             yield dict(dtype=dtype, B=2, K=64, V=64) | kept, "frames"
+    for width in (768,) if few else (192, 384, 768, 1024, 1280):
+        for dtype in DTYPES:
+            yield dict(dtype=dtype, B=64, F=16, N=49, K=width), "norm"
+        if not few:
+            yield dict(dtype=torch.bfloat16, B=64, F=16, N=49, K=width, sums=torch.bfloat16), "norm"
 
 
 def main():
@@ -125,8 +146,9 @@ def main():
     few = "--few" in sys.argv
     for capability in [int(argument) for argument in sys.argv[1:] if argument.isdigit()] or (80, 90):
         for options, note in variants(few):
-            for name, kernel in compiled(capability, lambda options=options: attend(**options)):
-                sizes = (str(options["dtype"])[6:], *(options[letter] for letter in "BFKV"))
+            call = partial(norm if note == "norm" else attend, **options)
+            for name, kernel in compiled(capability, call):
+                sizes = (str(options["dtype"])[6:], *(options.get(letter, "-") for letter in "BFKV"))
                 print(capability, *sizes, note, name, *resources(kernel), flush=True)
 
 

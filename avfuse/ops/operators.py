@@ -2,7 +2,8 @@
 
     avfuse::pair_attention            tensors, masks, bias -> output (B, H, F, V)
     avfuse::pair_attention_backward   output_grad, the same -> gradients
-    avfuse::residual_norm             tokens, update, context -> norm [, total]
+    avfuse::residual_norm             tokens, update, context, weight, bias -> norm [, total]
+    avfuse::residual_norm_backward    gradients of both, total, context, weight -> gradients
 
 An operator is opaque: kernels are imported and launched only when it runs on real tensors.
 """
@@ -11,6 +12,10 @@ import functools
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
+
+# Programs of the backward of residual_norm: so many, or so few that each has that many tokens. They are the
+# same on every card, as what each adds up is.
+PROGRAMS, TOKENS_OF_PROGRAM = 256, 8
 
 
 def define(name: str, arguments: str, outputs: str, output_grads: str) -> None:
@@ -23,18 +28,21 @@ def define(name: str, arguments: str, outputs: str, output_grads: str) -> None:
         torch.library.define(f"avfuse::{operator}", schema, tags=torch.Tag.pt2_compliant_tag)
 
 
-def once_differentiable(backward):
-    """For the backward of an autograd.Function. PyTorch's own decorator passes over second derivatives
-    without a word where the gradient of the output has none itself.
+def once_differentiable(operator: str, backend: str):
+    """For the backward of an autograd.Function, of which another backend has second derivatives. PyTorch's
+    own decorator passes over them without a word where the gradient of the output has none itself.
     """
 
-    @functools.wraps(backward)
-    def checked(ctx, *grads):
-        if torch.is_grad_enabled():  # create_graph=True
-            raise RuntimeError("second derivatives of pair_attention need backend='reference'")
-        return backward(ctx, *grads)
+    def decorate(backward):
+        @functools.wraps(backward)
+        def checked(ctx, *grads):
+            if torch.is_grad_enabled():  # create_graph=True
+                raise RuntimeError(f"second derivatives of {operator} need backend={backend!r}")
+            return backward(ctx, *grads)
 
-    return checked
+        return checked
+
+    return decorate
 
 
 define(
@@ -46,11 +54,14 @@ define(
 )
 
 
-torch.library.define(
-    "avfuse::residual_norm",
-    "(Tensor tokens, Tensor? update, Tensor? context, float eps) -> Tensor[]",
-    tags=torch.Tag.pt2_compliant_tag,
-)
+for schema in (
+    "residual_norm(Tensor tokens, Tensor? update, Tensor? context, Tensor? weight, Tensor? bias, float eps,"
+    " ScalarType dtype) -> Tensor[]",
+    "residual_norm_backward(Tensor norm_grad, Tensor? total_grad, Tensor total, Tensor? context,"
+    " Tensor? weight, float eps, ScalarType? update_dtype, bool sums_needed, SymInt programs) -> Tensor[]",
+):
+    name, _, signature = schema.partition("(")
+    torch.library.define(f"avfuse::{name}", f"({signature}", tags=torch.Tag.pt2_compliant_tag)
 
 
 class PairAttention(torch.autograd.Function):
@@ -65,12 +76,50 @@ class PairAttention(torch.autograd.Function):
         return torch.ops.avfuse.pair_attention(*inputs)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("pair_attention", backend="reference")
     def backward(ctx, output_grad):
         bias_grad = ctx.needs_input_grad[7]
         inputs = (*ctx.saved_tensors, ctx.scale)
         grads = torch.ops.avfuse.pair_attention_backward(output_grad, *inputs, bias_grad)
         return *grads[:5], None, None, grads[5] if bias_grad else None, None
+
+
+class ResidualNorm(torch.autograd.Function):
+    """Gives the sum, which without an update is the tokens, and the norms. Also then the gradient of the sum
+    comes through here: the kernel adds that of the norms to it, where else autograd would.
+    """
+
+    @staticmethod
+    def forward(ctx, tokens, update, context, weight, bias, eps, dtype):
+        inputs = tokens, update, context, weight, bias, eps, dtype
+        norm, total = (*torch.ops.avfuse.residual_norm(*inputs), tokens)[:2]
+        ctx.save_for_backward(total, context, weight)
+        ctx.eps, ctx.update_dtype = eps, None if update is None else update.dtype
+        ctx.set_materialize_grads(False)
+        return total, norm
+
+    @staticmethod
+    @once_differentiable("residual_norm", backend="torch")
+    def backward(ctx, total_grad, norm_grad):
+        total, context, weight = ctx.saved_tensors
+        _, of_update, _, *of_weights = ctx.needs_input_grad[:5]
+        update_dtype = ctx.update_dtype if of_update and ctx.update_dtype != total.dtype else None
+        if norm_grad is None:  # only the sum was used
+            return total_grad, total_grad if of_update else None, *[None] * 5
+        tokens = norm_grad.shape[0] * norm_grad.shape[1]
+        programs = max(1, min(PROGRAMS, tokens // TOKENS_OF_PROGRAM))
+        inputs = norm_grad, total_grad, total, context, weight, ctx.eps
+        grads = iter(
+            torch.ops.avfuse.residual_norm_backward(*inputs, update_dtype, any(of_weights), programs)
+        )
+        tokens_grad = next(grads)
+        update_grad = tokens_grad if of_update else None
+        if update_dtype is not None:
+            update_grad = next(grads)
+        context_grad = None if context is None else next(grads)
+        sums = next(grads).sum(0) if any(of_weights) else None
+        weight_grads = (sums[i] if needed else None for i, needed in enumerate(of_weights))
+        return tokens_grad, update_grad, context_grad, *weight_grads, None, None
 
 
 # --- what runs ----------------------------------------------------------------------------------------------
@@ -113,10 +162,17 @@ def biased_kernels(
 
 
 @torch.library.impl("avfuse::residual_norm", ("cuda", "cpu"))
-def residual_norm(tokens, update, context, eps):
+def residual_norm(*inputs):
     from ..kernels import residual_norm
 
-    return residual_norm.forward(tokens, update, context, eps)
+    return residual_norm.forward(*inputs)
+
+
+@torch.library.impl("avfuse::residual_norm_backward", ("cuda", "cpu"))
+def residual_norm_backward(*inputs):
+    from ..kernels import residual_norm
+
+    return residual_norm.backward(*inputs)
 
 
 # --- what is known without running --------------------------------------------------------------------------
@@ -136,10 +192,24 @@ def _(output_grad, *inputs):
 
 
 @torch.library.register_fake("avfuse::residual_norm")
-def _(tokens, update, context, eps):
+def _(tokens, update, context, weight, bias, eps, dtype):
     B, N, D = tokens.shape
-    norm = tokens.new_empty((B, N if context is None else context.shape[1] + N, D))
-    return [norm] if update is None else [norm, tokens.new_empty((B, N, D))]
+    norm = tokens.new_empty((B, N if context is None else context.shape[1] + N, D), dtype=dtype)
+    if update is None:
+        return [norm]
+    return [norm, tokens.new_empty((B, N, D), dtype=torch.promote_types(tokens.dtype, update.dtype))]
+
+
+@torch.library.register_fake("avfuse::residual_norm_backward")
+def _(norm_grad, total_grad, total, context, weight, eps, update_dtype, sums_needed, programs):
+    grads = [total.new_empty(total.shape)]
+    if update_dtype is not None:
+        grads.append(total.new_empty(total.shape, dtype=update_dtype))
+    if context is not None:
+        grads.append(context.new_empty(context.shape))
+    if sums_needed:
+        grads.append(total.new_empty((programs, 2, total.shape[2]), dtype=torch.float32))
+    return grads
 
 
 @register_flop_formula(torch.ops.avfuse.pair_attention)

@@ -1,17 +1,19 @@
 """Residual sum and norm of tokens, written behind the norms of context tokens.
 
-    total = tokens + update,    norm = standardized([context; total])
+    total = tokens + update,    norm = layer norm of [context; total]
 
-What a pre-norm block does between two products, in one pass over the tokens. The norm has no weights: a
-product that follows can take them up (`avfuse.folding`). For inference: where a gradient is needed, plain
-PyTorch runs.
+What a pre-norm block does between two products, in one pass over the tokens; and in another, backward, the
+gradients of all that goes in. Without weights of its own the norm is what `avfuse.folding` needs, where the
+product that follows takes them up.
 """
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..checks import check_choice
+from ..checks import casts, check_choice, has_hooks, is_layer_norm
+from .operators import ResidualNorm
 from .pair_attention import HAS_TRITON, TRITON_DTYPES, runs_kernels
 
 
@@ -19,6 +21,8 @@ def residual_norm(
     tokens: Tensor,
     update: Tensor | None = None,
     context: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     *,
     eps: float,
     backend: str | None = None,
@@ -26,25 +30,59 @@ def residual_norm(
     """Tokens (B, N, D) + update (B, N, D), and the norms of context (B, F, D) and that sum, (B, F + N, D).
 
     Args:
-        backend: "triton" or "torch"; None picks the kernel where it can run and no gradient is needed.
+        weight, bias: of the norm, (D,); None = 1 and 0.
+        backend: "triton" or "torch"; None picks the kernel where it can run. Second derivatives need "torch".
 
     Returns:
-        The sum, which is `tokens` itself without an update, and the norms, in the dtype of `tokens`.
+        The sum, which is `tokens` itself without an update, and the norms, in the dtype of the sum. Under
+        autocast the kernel gives the norms in autocast's: what takes them is a product.
     """
     check_choice("backend", backend, (None, "triton", "torch"))
-    inputs = tokens, update, context
-    if backend == "triton" or (backend is None and _kernel_can(*inputs)):
-        norm, *total = torch.ops.avfuse.residual_norm(*inputs, eps)
-        return total[0] if total else tokens, norm
-    total = tokens if update is None else tokens + update
-    union = total if context is None else torch.cat([context, total], dim=1)
-    return total, F.layer_norm(union, union.shape[-1:], eps=eps)
+    if backend == "triton" or (backend is None and kernel_can_run(tokens)):
+        return _triton(tokens, update, context, weight, bias, eps)
+    total, union = _sum_and_union(tokens, update, context)
+    return total, F.layer_norm(union, union.shape[-1:], weight, bias, eps)
 
 
-def _kernel_can(tokens, *others) -> bool:
+def sum_and_norm(
+    norm: nn.Module, tokens: Tensor, update: Tensor | None = None, context: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`tokens` + `update`, and `norm` of [context; that sum]: by `residual_norm` where this is all that
+    calling the module does, else by calling it.
+    """
+    if kernel_can_run(tokens) and _is_plain(norm):
+        return _triton(tokens, update, context, norm.weight, norm.bias, norm.eps)
+    total, union = _sum_and_union(tokens, update, context)
+    return total, norm(union)
+
+
+def normed(norm: nn.Module, tokens: Tensor) -> Tensor:
+    """`norm` of tokens (B, N, D), by the same choice."""
+    return sum_and_norm(norm, tokens)[1]
+
+
+def kernel_can_run(tokens: Tensor) -> bool:
     """torch.compile makes a kernel of its own from what plain PyTorch does."""
     if not tokens.is_cuda or not HAS_TRITON or torch.compiler.is_compiling():
         return False
-    if tokens.dtype not in TRITON_DTYPES or not runs_kernels(tokens.device):
-        return False
-    return not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (tokens, *others)))
+    return tokens.dtype in TRITON_DTYPES and runs_kernels(tokens.device)
+
+
+def _is_plain(norm):
+    return is_layer_norm(norm) and not (has_hooks(norm) or is_traceable_wrapper_subclass(norm.weight))
+
+
+def _triton(tokens, update, context, weight, bias, eps):
+    dtype = tokens.dtype if update is None else torch.promote_types(tokens.dtype, update.dtype)
+    if casts(tokens.device):
+        dtype = torch.get_autocast_dtype(tokens.device.type)
+    inputs = tokens, update, context, weight, bias, eps, dtype
+    if torch.is_grad_enabled():
+        return ResidualNorm.apply(*inputs)
+    norm, *total = torch.ops.avfuse.residual_norm(*inputs)
+    return total[0] if total else tokens, norm
+
+
+def _sum_and_union(tokens, update, context):
+    total = tokens if update is None else tokens + update
+    return total, total if context is None else torch.cat([context, total], dim=1)
