@@ -220,6 +220,7 @@ def by_kernel(monkeypatch):
     """Wherever a GPU would run the kernel, it runs. Returns the shapes of its norms, as they come."""
     ran, forward = [], kernels.forward
     monkeypatch.setattr(ops, "kernel_can_run", lambda tokens: tokens.dtype != torch.float64)
+    monkeypatch.setattr(ops, "ENOUGH", 0)
     monkeypatch.setattr(kernels, "forward", lambda *inputs: record(ran, forward(*inputs)))
     return ran
 
@@ -396,6 +397,14 @@ def test_where_no_kernel_can_run_the_module_is_called():
         assert torch.equal(total, tokens + update)
         assert torch.equal(ours, norm(torch.cat([context, tokens + update], dim=1)))
         assert sum_and_norm(norm, tokens)[0] is tokens
+
+
+def test_few_tokens_are_left_to_the_module(by_kernel, monkeypatch):
+    norm, tokens = nn.LayerNorm(16).to(DEVICE), torch.randn(2, 5, 16, device=DEVICE)
+    for enough, runs in ((160, 1), (161, 1)):
+        monkeypatch.setattr(ops, "ENOUGH", enough)
+        sum_and_norm(norm, tokens)
+        assert len(by_kernel) == runs
 
 
 @pytest.mark.gpu

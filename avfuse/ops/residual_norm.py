@@ -16,6 +16,11 @@ from ..checks import casts, check_choice, has_hooks, is_layer_norm
 from .operators import ResidualNorm
 from .pair_attention import HAS_TRITON, TRITON_DTYPES, runs_kernels
 
+# Numbers that blocks have in their tokens before the kernel takes the place of a norm: its launch costs the
+# host more than those of PyTorch, some 50 us by reckoning, not yet by measuring, so it pays where a GPU has
+# enough to do meanwhile. 2^19 are 14 clips of 49 tokens of width 768.
+ENOUGH = 2**19
+
 
 def residual_norm(
     tokens: Tensor,
@@ -47,10 +52,10 @@ def residual_norm(
 def sum_and_norm(
     norm: nn.Module, tokens: Tensor, update: Tensor | None = None, context: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`tokens` + `update`, and `norm` of [context; that sum]: by `residual_norm` where this is all that
-    calling the module does, else by calling it.
+    """`tokens` + `update`, and `norm` of [context; that sum]: by the kernel where there are `ENOUGH` tokens,
+    and this is all that calling the module does; else by calling it.
     """
-    if kernel_can_run(tokens) and _is_plain(norm):
+    if tokens.numel() >= ENOUGH and kernel_can_run(tokens) and _is_plain(norm):
         return _triton(tokens, update, context, norm.weight, norm.bias, norm.eps)
     total, union = _sum_and_union(tokens, update, context)
     return total, norm(union)
