@@ -143,9 +143,10 @@ class Pretraining(JudgedTask):
                 present = columns[f"{name}_present"]
                 losses = columns[f"{name}_{kind}"].double().where(present, 0)
                 metrics[f"held_out_{name}_{kind}"] = (losses.sum() / present.sum().clamp(min=1)).item()
-        if "look" in columns:
-            means = {name: columns[name].double().nanmean().item() for name in ("look", "even")}
-            metrics |= {} if math.isnan(means["look"]) else dict(looks=means)
+        if "even" in columns:
+            shares = [name for name in columns if name == "even" or name.startswith("look_")]
+            means = {name: columns[name].double().nanmean().item() for name in shares}
+            metrics |= {} if math.isnan(means["even"]) else dict(looks=means)
         return metrics | dict(probes=nearest_neighbour_probes(columns))
 
     def tables(self, metrics):
@@ -157,8 +158,13 @@ class Pretraining(JudgedTask):
             rows += [(name, p["accuracy"], interval(*p["interval"])) for name, p in by_feature.items()]
             probes.append([*rows, ("random clip", by_feature["image"]["chance"], None)])
         if found := metrics.get("looks"):
-            rows = [("what fusion tokens look at", "share of attention", "of the picture")]
-            probes.append([*rows, ("the box of what sounds", found["look"], found["even"])])
+            rows = [("look at what sounds", "share of attention")]
+            rows += [
+                (f"fusion tokens, layer {name.removeprefix('look_')}", share)
+                for name, share in found.items()
+                if name != "even"
+            ]
+            probes.append([*rows, ("its share of the picture", found["even"])])
         return [losses, *probes]
 
     def doubt(self, metrics):

@@ -53,11 +53,20 @@ def test_boxes_are_those_of_the_frames_that_are_shown(folder, frames):
 def test_shares_of_attention_by_hand():
     """Two heads and two tokens look at three patches: the box holds half of the first and all of the last."""
     weights = torch.tensor([[[[0.2, 0.3, 0.5], [0.0, 0.0, 1.0]], [[1.0, 0.0, 0.0], [0.4, 0.6, 0.0]]]])
-    encoder = SimpleNamespace(fusion_attention=lambda **inputs: (weights, None))
+    even = torch.full_like(weights, 1 / 3)
+    encoder = SimpleNamespace(
+        fusion_layers=(1, 3), fusion_attention=lambda layer, **inputs: ((weights, even)[layer == 3], None)
+    )
     found = looks(encoder, {}, torch.tensor([[0.5, 0.0, 1.0]]))
-    assert found["look"].item() == pytest.approx(0.4 * 0.5 + 0.375) and found["even"].item() == 0.5
-    assert said_of(0.31, 0.2).startswith("Fusion tokens look at what sounds: 31% of their attention to the")
-    assert said_of(0.29, 0.2).startswith("Fusion tokens do not look at what sounds: 29%")
+    assert found["look_1"].item() == pytest.approx(0.4 * 0.5 + 0.375)
+    assert found["look_3"].item() == pytest.approx(0.5) and found["even"].item() == 0.5
+    assert said_of(even=0.2, look_1=0.31, look_3=0.1) == (
+        "Fusion tokens look at what sounds: in layer 1, 31% of their attention to the picture lies in its "
+        "box, which is 20% of it."
+    )
+    assert said_of(even=0.2, look_3=0.29).startswith(
+        "Fusion tokens do not look at what sounds: in layer 3, 29%"
+    )
 
 
 def test_pretraining_tells_it_of_sounding_shapes_alone(folder, tmp_path):
@@ -70,19 +79,14 @@ def test_pretraining_tells_it_of_sounding_shapes_alone(folder, tmp_path):
     even = task.sources.boxes(torch.arange(3)).mean().item()
     metrics = task.summarize(rows)
     assert metrics["looks"]["even"] == pytest.approx(even, rel=1e-5)
-    assert metrics["looks"]["look"] == pytest.approx(
-        even, rel=0.5
-    )  # of fresh weights, about everywhere alike
-    assert task.numbers(metrics)["look_at_source"] == metrics["looks"]["look"]
-    assert task.tables(metrics)[-1][0] == (
-        "what fusion tokens look at",
-        "share of attention",
-        "of the picture",
-    )
+    assert list(metrics["looks"]) == ["even", "look_0", "look_1", "look_2", "look_3"]
+    assert metrics["looks"]["look_0"] == pytest.approx(even, rel=0.5)  # fresh weights look about everywhere
+    assert task.numbers(metrics)["look_3_at_source"] == metrics["looks"]["look_3"]
+    assert task.tables(metrics)[-1][-1] == ("its share of the picture", metrics["looks"]["even"])
 
     (folder / read_manifest(folder, "test")[1].masks).write_bytes(b"damaged")
     damaged = task.judge(task.model, task.inputs(batch), batch)
-    assert np.isnan([row["look"] for row in damaged]).tolist() == [False, True, False]
+    assert np.isnan([row["look_0"] for row in damaged]).tolist() == [False, True, False]
     assert task.summarize(damaged)["looks"]["even"] < 1
     copied = tmp_path / "bird"
     copied.mkdir()

@@ -119,12 +119,12 @@ def test_where_fusion_tokens_look_is_said_in_a_sentence(run):
     assert "Where fusion tokens look" not in Page(write_report(run)).text
     rows = [measure(step, when, 1.0) for step, when in ((0, "before"), (12, "after"))]
     for row, look in zip(rows, (0.06, 0.24), strict=True):
-        row["looks"] = dict(look=look, even=0.06)
+        row["looks"] = dict(even=0.06, look_0=look, look_3=0.01)
     write_rows(run / "metrics.jsonl", rows)
     text = Page(write_report(run)).text
-    assert "Fusion tokens look at what sounds: 24% of their attention to the picture lies in its box" in text
+    assert "Fusion tokens look at what sounds: in layer 0, 24% of their attention to the picture lies" in text
     write_rows(run / "metrics.jsonl", rows[:1])
-    assert "Fusion tokens do not look at what sounds: 6%" in Page(write_report(run)).text
+    assert "Fusion tokens do not look at what sounds: in layer 0, 6%" in Page(write_report(run)).text
 
 
 def test_what_was_heard_and_seen_stands_beside_the_clips_own(run):

@@ -54,17 +54,19 @@ class Sources:
 
 
 def looks(encoder: AVEncoder, inputs: dict[str, Tensor], boxes: Tensor) -> dict[str, Tensor]:
-    """How much of what fusion tokens look at in the last fused layer, the mean over heads and tokens, lies in
-    boxes (B, T * N): `look` (B,), and `even` (B,) if every place were looked at alike.
+    """How much of what fusion tokens look at, the mean over heads and tokens, lies in boxes (B, T * N):
+    `look_N` (B,) of each fused layer N, and `even` (B,) if every place were looked at alike.
     """
-    weights, _ = encoder.fusion_attention(**inputs)
-    return dict(look=(weights.mean((1, 2)).float().cpu() * boxes).sum(1), even=boxes.mean(1))
+    shares = dict(even=boxes.mean(1))
+    for layer in encoder.fusion_layers:
+        weights, _ = encoder.fusion_attention(**inputs, layer=layer)
+        shares[f"look_{layer}"] = (weights.mean((1, 2)).float().cpu() * boxes).sum(1)
+    return shares
 
 
-def said_of(look: float, even: float) -> str:
-    """For people, whether fusion tokens look at what sounds."""
-    verb = "look" if look > CLEARLY * even else "do not look"
-    share = (
-        f"{look:.0%} of their attention to the picture lies in its box, which is {even:.0%} of the picture"
-    )
-    return f"Fusion tokens {verb} at what sounds: {share}."
+def said_of(even: float, **layers: float) -> str:
+    """For people, whether fusion tokens look at what sounds, in the fused layer that does so most."""
+    most = max(layers, key=layers.get)
+    verb = "look" if layers[most] > CLEARLY * even else "do not look"
+    share = f"{layers[most]:.0%} of their attention to the picture lies in its box, which is {even:.0%} of it"
+    return f"Fusion tokens {verb} at what sounds: in layer {most.removeprefix('look_')}, {share}."
