@@ -17,11 +17,12 @@ from torch import Tensor
 
 from .data.clips import ClipDataset
 from .data.find import Found
+from .encoder import AVEncoder
 from .files import printable
 from .mae import AVMAE
 from .training.features import encode, pool
 from .training.judge import JudgedTask, first_clips, to_columns, to_rows
-from .training.looks import Sources, looks
+from .training.looks import Sources, looks, most_looking
 from .training.loop import Task, program, set_up, train
 from .training.neighbours import interval, nearest_neighbour_probes
 from .training.pictures import draw_attention, draw_reconstructions
@@ -131,9 +132,13 @@ class Pretraining(JudgedTask):
         pooled = pool(encode(model.encoder, inputs["image"], inputs["audio"], *present))
         columns |= {name: mean.float() for name, mean in pooled.items()}
         if self.sources and self.sources.entries:
-            shown = {name: inputs[name] for name in ("image", "audio", *PRESENT) if name in inputs}
-            columns |= looks(model.encoder, shown, self.sources.boxes(batch["index"]))
+            columns |= self.looks(model.encoder, inputs, batch["index"])
         return to_rows(columns)
+
+    def looks(self, encoder: AVEncoder, inputs: dict[str, Tensor], indices: Tensor) -> dict[str, Tensor]:
+        """How much fusion tokens look at what sounds in these test clips."""
+        shown = {name: inputs[name] for name in ("image", "audio", *PRESENT) if name in inputs}
+        return looks(encoder, shown, self.sources.boxes(indices))
 
     def summarize(self, rows):
         """The held-out losses, each a mean over the clips that have the modality, and the probes."""
@@ -189,7 +194,10 @@ class Pretraining(JudgedTask):
         """Reconstructions, and attention maps where there is fusion."""
         draw_reconstructions(model, inputs, folder / f"reconstructions-{step:06d}.png")
         if model.encoder.shows_attention:
-            draw_attention(model.encoder, inputs, folder / f"attention-{step:06d}.png")
+            path, layer = folder / f"attention-{step:06d}.png", None
+            if self.sources and self.sources.entries:
+                layer = most_looking(**self.looks(model.encoder, inputs, batch["index"]))
+            draw_attention(model.encoder, inputs, path, layer=layer)
 
 
 def held_out(metrics: dict) -> dict[str, tuple[float, float, float | None]]:

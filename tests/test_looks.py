@@ -13,7 +13,7 @@ from avfuse.data.sounding_shapes import generate
 from avfuse.data.sounding_shapes.read import load_masks, read_frames, read_manifest
 from avfuse.data.transforms import evaluation_image
 from avfuse.train import Pretraining
-from avfuse.training.looks import Sources, looks, said_of
+from avfuse.training.looks import Sources, looks, most_looking, said_of
 from avfuse.training.recipes import TrainConfig
 
 
@@ -60,6 +60,7 @@ def test_shares_of_attention_by_hand():
     found = looks(encoder, {}, torch.tensor([[0.5, 0.0, 1.0]]))
     assert found["look_1"].item() == pytest.approx(0.4 * 0.5 + 0.375)
     assert found["look_3"].item() == pytest.approx(0.5) and found["even"].item() == 0.5
+    assert most_looking(**found) == 1
     assert said_of(even=0.2, look_1=0.31, look_3=0.1) == (
         "Fusion tokens look at what sounds: in layer 1, 31% of their attention to the picture lies in its "
         "box, which is 20% of it."

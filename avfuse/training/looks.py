@@ -64,6 +64,12 @@ def looks(encoder: AVEncoder, inputs: dict[str, Tensor], boxes: Tensor) -> dict[
     return shares
 
 
+def most_looking(even: Tensor, **layers: Tensor) -> int:
+    """The fused layer that looks at what sounds most; the first, where nothing is known."""
+    means = {name: shares.nanmean() for name, shares in layers.items()}
+    return int(max(means, key=means.get).removeprefix("look_"))
+
+
 def said_of(even: float, **layers: float) -> str:
     """For people, whether fusion tokens look at what sounds, in the fused layer that does so most."""
     most = max(layers, key=layers.get)

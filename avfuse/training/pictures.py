@@ -62,26 +62,32 @@ def restored(mae: AVMAE, name: str, pixels: Tensor, output) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def draw_attention(encoder: AVEncoder, inputs: dict[str, Tensor], path: Path, clips: int = 4) -> None:
-    """Weights of the last fusion block, averaged over heads and fusion tokens, over frames and spectrograms;
-    of clips of several frames also how they are spread over time.
+def draw_attention(
+    encoder: AVEncoder, inputs: dict[str, Tensor], path: Path, *, clips: int = 4, layer: int | None = None
+) -> None:
+    """Weights of the fusion block of a layer, the last fused one by default, averaged over heads and fusion
+    tokens, over frames and spectrograms; of clips of several frames also how they are spread over time.
     """
     encoder.eval()
+    layer = encoder.fusion_layers[-1] if layer is None else layer
     first = {name: value[:clips] for name, value in inputs.items()}
     image, audio = first["image"], first["audio"]
     weights = encoder.fusion_attention(
         image,
         audio,
+        layer=layer,
         image_present=first.get("image_present"),
         audio_present=first.get("audio_present"),
     )
     looked, heard = (weight.mean((1, 2)) for weight in weights)
     maps = heat_maps(encoder.image, looked, image), heat_maps(encoder.audio, heard, audio)
     if encoder.frames == 1:
-        figure, grid = figure_grid(len(image), ("frame", "looked at"), ("spectrogram", "listened to"))
+        figure, grid = figure_grid(
+            len(image), ("frame", f"looked at in layer {layer}"), ("spectrogram", "listened to")
+        )
     else:
         titles = (
-            ("frames, where fusion tokens look, and when",),
+            (f"frames, where fusion tokens look in layer {layer}, and when",),
             ("spectrogram, where they listen, and when",),
         )
         figure, grid = figure_grid(3 * len(image), *titles, FRAMES)

@@ -44,7 +44,7 @@ COLUMNS = dict(  # of a step that are no loss of a task's own
 )
 PICTURES = dict(  # the first to show; those of tasks are called what their files are
     reconstructions="Original, what the model sees, and what it makes of it",
-    attention="Where the fusion tokens of the last fusion block look and listen",
+    attention="Where fusion tokens look and listen, in the last fused layer, or the one most on what sounds",
 )
 CHART = {
     "svg.fonttype": "none",
