@@ -307,8 +307,12 @@ def probes(measures: list[dict]) -> str:
 
 
 def looked(measures: list[dict]) -> str:
-    """One sentence, of the last measure."""
-    return paragraph(said_of(**measures[-1]["looks"])) if measures else ""
+    """A sentence or two, of the last measure."""
+    if not measures:
+        return ""
+    said = said_of(**measures[-1]["looks"])
+    elsewhere = " After avfuse train --preset demo-long they do." if "do not look" in said else ""
+    return paragraph(said + elsewhere)
 
 
 def accuracy_of(probe: dict) -> str:
