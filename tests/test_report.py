@@ -116,7 +116,7 @@ def curve_points(page: Page, colour: str) -> np.ndarray:
 
 
 def test_where_fusion_tokens_look_is_said_in_a_sentence(run):
-    assert "Where fusion tokens look" not in Page(write_report(run)).text
+    assert "look at what sounds" not in Page(write_report(run)).text
     rows = [measure(step, when, 1.0) for step, when in ((0, "before"), (12, "after"))]
     for row, look in zip(rows, (0.06, 0.24), strict=True):
         row["looks"] = dict(even=0.06, look_0=look, look_3=0.01)
