@@ -55,7 +55,7 @@ def sum_and_norm(
     """`tokens` + `update`, and `norm` of [context; that sum]: by the kernel where there are `ENOUGH` tokens,
     and this is all that calling the module does; else by calling it.
     """
-    if tokens.numel() >= ENOUGH and kernel_can_run(tokens) and _is_plain(norm):
+    if kernel_can_run(tokens) and tokens.numel() >= ENOUGH and _is_plain(norm):
         return _triton(tokens, update, context, norm.weight, norm.bias, norm.eps)
     total, union = _sum_and_union(tokens, update, context)
     return total, norm(union)
