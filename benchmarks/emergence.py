@@ -22,7 +22,7 @@ from torch import Tensor
 
 from avfuse import AVMAE, AVEncoder
 from avfuse.choices import DecodeFrom
-from avfuse.data.sounding_shapes.synthesis import OBJECTS, SHAPES
+from avfuse.data.sounding_shapes.synthesis import OBJECTS
 from avfuse.encoder import pool
 from avfuse.presets import SMALL_INPUTS
 from avfuse.training.neighbours import nearest_neighbour_probes
@@ -161,13 +161,12 @@ def accuracies(encoder: AVEncoder, scenes: dict[str, Tensor]) -> dict[str, dict[
         batch = prepared(scenes, index)
         pooled.append(pool(encoder(batch["image"], batch["audio"])))
     columns = {name: torch.cat([part[name] for part in pooled]) for name in FEATURES}
-    both = scenes["colour"] * len(SHAPES) + scenes["shape"]
-    columns |= dict(label_shape=scenes["shape"], label_colour=scenes["colour"], label_both=both)
-    probes = nearest_neighbour_probes(columns)
+    columns |= dict(label_shape=scenes["shape"], label_colour=scenes["colour"])
+    probes = nearest_neighbour_probes(columns).values()  # of shape, colour and both
     return {
-        label: {name: probe["accuracy"] for name, probe in probes[label].items()}
-        | dict(chance=probes[label]["image"]["chance"])
-        for label in LABELS
+        label: {name: probe["accuracy"] for name, probe in probed.items()}
+        | dict(chance=probed["image"]["chance"])
+        for label, probed in zip(LABELS, probes, strict=True)
     }
 
 

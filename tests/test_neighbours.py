@@ -84,6 +84,21 @@ def test_a_single_clip_has_no_neighbour():
     assert nearest_neighbour_probes(make_features(1)) == {}
 
 
+def test_several_labels_are_asked_for_at_once_too():
+    """The nearest of six clips in a row of pairs, whose shapes pair up, and colours but for those of the last."""
+    angles = torch.tensor([0.0, 0.1, 1.0, 1.1, 2.0, 2.1])
+    tokens = torch.stack([angles.cos(), angles.sin()], 1)
+    features = dict.fromkeys(("image", "audio", "fusion"), tokens)
+    features |= dict(
+        label_shape=torch.tensor([0, 0, 1, 1, 2, 2]), label_colour=torch.tensor([0, 0, 0, 0, 1, 0])
+    )
+    probes = nearest_neighbour_probes(features)
+    assert [*probes] == ["shape", "colour", "shape and colour"]
+    assert probes["shape"]["fusion"]["accuracy"] == 1.0
+    both = probes["shape and colour"]["fusion"]
+    assert both["accuracy"] == pytest.approx(4 / 6) and both["chance"] == pytest.approx(4 / 30)
+
+
 def test_chance_by_counting_every_draw():
     labels, k = torch.tensor([0, 0, 0, 1, 1, 2]), 2
     hits = draws = 0

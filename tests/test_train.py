@@ -97,7 +97,7 @@ def test_measures_before_during_and_after_are_recorded(finished):
     assert moments == [("before", 0), ("during", 4), ("after", 6)]
     for row in before, during, after:
         assert row["clips"] == "held-out clips"
-        assert set(row["probes"]) == {"shape", "colour"}
+        assert set(row["probes"]) == {"shape", "colour", "shape and colour"}
         for probe in row["probes"]["shape"].values():
             assert 0 <= probe["accuracy"] <= 1 and 0 <= probe["chance"] <= 1
     assert after["held_out_image_loss"] < before["held_out_image_loss"]

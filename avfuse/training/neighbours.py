@@ -67,7 +67,8 @@ def interval(low: float, high: float) -> str:
 
 def nearest_neighbour_probes(features: dict[str, Tensor]) -> dict[str, dict[str, dict[str, float]]]:
     """Label -> feature -> accuracy of guessing a clip's label from its nearest neighbour, which is the recall
-    at 1, with its standard error, its 95 % interval and the accuracy of a random neighbour.
+    at 1, with its standard error, its 95 % interval and the accuracy of a random neighbour. Of several labels
+    also all at once, under their names joined by "and": what takes image and sound, if each tells one.
 
     Labels of which a clip may have several are passed over, and so is a single clip, which has no neighbour.
 
@@ -78,17 +79,22 @@ def nearest_neighbour_probes(features: dict[str, Tensor]) -> dict[str, dict[str,
     if clips < 2:
         return probes
     nearest = neighbours(features, 1)
-    for name, labels in features.items():
-        if name.startswith("label_") and labels.ndim == 1:
-            same = related(labels)
-            recalls = {feature: recall_at(found, same, 1) for feature, found in nearest.items()}
-            probes[name.removeprefix("label_")] = {
-                feature: dict(
-                    accuracy=recall,
-                    standard_error=(recall * (1 - recall) / clips) ** 0.5,
-                    interval=wilson(recall, clips),
-                    chance=chance_at(same, 1),
-                )
-                for feature, recall in recalls.items()
-            }
+    same = {
+        name.removeprefix("label_"): related(labels)
+        for name, labels in features.items()
+        if name.startswith("label_") and labels.ndim == 1
+    }
+    if len(same) > 1:
+        same[" and ".join(same)] = torch.stack([*same.values()]).all(0)
+    for name, related_clips in same.items():
+        recalls = {feature: recall_at(found, related_clips, 1) for feature, found in nearest.items()}
+        probes[name] = {
+            feature: dict(
+                accuracy=recall,
+                standard_error=(recall * (1 - recall) / clips) ** 0.5,
+                interval=wilson(recall, clips),
+                chance=chance_at(related_clips, 1),
+            )
+            for feature, recall in recalls.items()
+        }
     return probes
