@@ -85,7 +85,7 @@ def test_a_single_clip_has_no_neighbour():
 
 
 def test_several_labels_are_asked_for_at_once_too():
-    """The nearest of six clips in a row of pairs, whose shapes pair up, and colours but for those of the last."""
+    """Six clips in pairs of neighbours: shapes pair up, and colours but for those of the last pair."""
     angles = torch.tensor([0.0, 0.1, 1.0, 1.1, 2.0, 2.1])
     tokens = torch.stack([angles.cos(), angles.sin()], 1)
     features = dict.fromkeys(("image", "audio", "fusion"), tokens)
