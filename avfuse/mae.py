@@ -59,7 +59,8 @@ class AVMAE(nn.Module, Predictor, Pretrained):
         norm_target: rebuild each patch normalised by its own mean and deviation; default True.
         decode_from: what decoders see, "patches" (fusion tokens and the kept patches of their modality; the
             default, and the paper's) or "fusion", the fusion tokens alone: what the hidden patches of both
-            modalities show then has to pass through them. The last image and audio blocks get no gradients.
+            modalities show then has to pass through them. No image and audio block from the last fused layer
+            on gets gradients then, nor do their last norms.
         contrastive: weight of CAV-MAE's contrastive term (0.01 there): of the clips of a batch, which image
             goes with which sound, by tokens that do not know of one another yet, see `unfused`; default 0.
 

@@ -61,8 +61,8 @@ class Pretraining(JudgedTask):
 
     def __init__(self, config: TrainConfig, found: Found):
         super().__init__(config, found)
-        self.has_unused_parameters = config.decode_from == "fusion"
         self.model = make_model(config)
+        self.has_unused_parameters = self.model.settings["decode_from"] == "fusion"
         if config.checkpoint != FRESH:
             self.recipe = ("checkpoint", *JudgedTask.recipe[1:], "preset")
         load_branch("--image-weights", load_image_weights, self.model, config.image_weights)
@@ -182,7 +182,8 @@ class Pretraining(JudgedTask):
 
     def numbers(self, metrics):
         numbers = {name: value for name, value in metrics.items() if name not in ("probes", "looks")}
-        numbers |= {f"{name}_at_source": share for name, share in metrics.get("looks", {}).items()}
+        looks = {name: share for name, share in metrics.get("looks", {}).items() if name != "even"}
+        numbers |= {f"{name}_at_source": share for name, share in looks.items()}
         for label, by_feature in metrics["probes"].items():
             numbers |= {f"probe_{label}_{feature}": p["accuracy"] for feature, p in by_feature.items()}
         return numbers

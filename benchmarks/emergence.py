@@ -80,9 +80,9 @@ class Options:
     """Which rows to do."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of weights, masks and order; scenes are the same for all."""
-    steps: int = 4000
+    steps: int = 1500
     """Of pretraining."""
-    batch_size: int = 32
+    batch_size: int = 64
     lr: float = study.Options.lr
     """Of AdamW."""
     muon_lr: float = study.Options.muon_lr
@@ -135,7 +135,7 @@ def train_cell(options: Options, cell: tuple[RowName, int]) -> dict:
 
     optimizers = synchrony.adamw if row.frames > 1 else study.make_optimizers
     curve = [dict(step=0, **accuracies(mae.encoder, test))]
-    for step in study.fit(mae, loss, train, options.steps, options, max(1, options.steps // 8), optimizers):
+    for step in study.fit(mae, loss, train, options.steps, options, max(1, options.steps // 6), optimizers):
         curve.append(dict(step=step, **accuracies(mae.encoder, test)))
     return dict(row=name, seed=seed, curve=curve)
 

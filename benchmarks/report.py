@@ -64,6 +64,15 @@ TASKS = (
         "chance of the pictures 0.250, of the sound 0.167",
     ),
     ("colour in scenes of synchrony, one frame", "2,048", "colour-synchrony-one", ACCURACY, "the same"),
+    (
+        "nearest clip by shape and colour, after --preset demo-long",
+        "2,048",
+        "demo-long",
+        "fusion {probes[shape and colour][fusion][accuracy]:.3f}",
+        "image {probes[shape and colour][image][accuracy]:.3f}, "
+        "audio {probes[shape and colour][audio][accuracy]:.3f}, "
+        "random {probes[shape and colour][image][chance]:.3f}",
+    ),
     ("retrieval by shape, recall at 1", "256", "retrieve", RECALL, "chance {shape_recall@1_chance:.3f}"),
     ("semantic segmentation", "2,048", "segment-2048", MIOU, f"image alone: {MIOU_OF_IMAGE}"),
     ("localization", "2,048", "localize-2048", "pointing {pointing:.3f}", IMAGE_ALONE),

@@ -78,7 +78,7 @@ def residual_norm_backward_kernel(
             z += tl.load(context + b * context_stride + place, mask=others, other=0.0).to(tl.float32)
         grad = tl.load(norm_grad + b * norm_stride + place, mask=present, other=0.0).to(tl.float32)
         centred = tl.where(columns < D, z - tl.sum(z, 1)[:, None] / D, 0.0)
-        r = 1.0 / tl.sqrt(tl.sum(centred * centred, 1)[:, None] / D + eps)
+        r = tl.where(row < tokens, 1.0 / tl.sqrt(tl.sum(centred * centred, 1)[:, None] / D + eps), 0.0)
         y = centred * r
         if sums is not None:
             weight_sum += grad * y

@@ -97,6 +97,7 @@ def test_several_labels_are_asked_for_at_once_too():
     assert probes["shape"]["fusion"]["accuracy"] == 1.0
     both = probes["shape and colour"]["fusion"]
     assert both["accuracy"] == pytest.approx(4 / 6) and both["chance"] == pytest.approx(4 / 30)
+    assert [*nearest_neighbour_probes(features | dict(label_colour=torch.arange(6)))] == ["shape", "colour"]
 
 
 def test_chance_by_counting_every_draw():

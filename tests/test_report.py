@@ -125,7 +125,7 @@ def test_where_fusion_tokens_look_is_said_in_a_sentence(run):
     assert "Fusion tokens look at what sounds: in layer 0, 24% of their attention to the picture lies" in text
     write_rows(run / "metrics.jsonl", rows[:1])
     text = Page(write_report(run)).text
-    assert "Fusion tokens do not look at what sounds: in layer 0, 6%" in text and "demo-long they do" in text
+    assert "Fusion tokens do not look at what sounds: in layer 0, 6%" in text and "demo-long) do." in text
 
 
 def test_what_was_heard_and_seen_stands_beside_the_clips_own(run):

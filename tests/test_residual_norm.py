@@ -4,6 +4,7 @@ import contextlib
 import copy
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -208,7 +209,7 @@ def test_second_derivatives_are_refused_not_forgotten():
     inputs = {name: x.requires_grad_() for name, x in make().items()}
     total, norm = residual_norm(**inputs, eps=1e-6, backend="triton")
     for result in total.square() + norm[:, 3:], norm:
-        with pytest.raises(RuntimeError, match="second derivatives of residual_norm need backend='torch'"):
+        with pytest.raises(RuntimeError, match="second derivatives of residual_norm need float64, or"):
             torch.autograd.grad(result.sum(), inputs["tokens"], create_graph=True)
 
 
@@ -397,6 +398,36 @@ def test_where_no_kernel_can_run_the_module_is_called():
         assert torch.equal(total, tokens + update)
         assert torch.equal(ours, norm(torch.cat([context, tokens + update], dim=1)))
         assert sum_and_norm(norm, tokens)[0] is tokens
+
+
+@pytest.mark.parametrize(
+    "name, shape, said",
+    [
+        ("tokens", (5, 16), "tokens must be (B, N, D), got shape (5, 16)"),
+        ("update", (1, 5, 16), "update must be (2, 5, 16) beside tokens (2, 5, 16), got shape (1, 5, 16)"),
+        ("context", (2, 3, 8), "context must be (2, None, 16) beside"),
+        ("weight", (7,), "weight must be (16,) beside"),
+        ("bias", (16, 1), "bias must be (16,) beside"),
+    ],
+)
+def test_shapes_that_a_kernel_would_read_past_are_refused(name, shape, said):
+    inputs = dict(tokens=(2, 5, 16), update=(2, 5, 16), context=(2, 3, 16), weight=(16,), bias=(16,))
+    inputs = {key: torch.randn(size, device=DEVICE) for key, size in (inputs | {name: shape}).items()}
+    with pytest.raises(ValueError, match=re.escape(said)):
+        residual_norm(**inputs, eps=1e-6, backend="triton")
+
+
+def test_without_an_eps_rows_beyond_the_tokens_add_nothing():
+    """Of which the last tile has some: 0 / 0 there must not reach the gradients of weight and bias."""
+    tokens, context = torch.randn(1, 3, 48, device=DEVICE), torch.randn(1, 2, 48, device=DEVICE)
+    grads = []
+    for backend in "triton", "torch":
+        weight, bias = (torch.ones(48, device=DEVICE, requires_grad=True) for _ in range(2))
+        residual_norm(tokens, None, context, weight, bias, eps=0.0, backend=backend)[
+            1
+        ].square().sum().backward()
+        grads.append((weight.grad, bias.grad))
+    torch.testing.assert_close(*grads)
 
 
 def test_few_tokens_are_left_to_the_module(by_kernel, monkeypatch):

@@ -59,6 +59,17 @@ def test_pretraining_begins_from_all_weights_of_a_model(folder, tmp_path, capsys
     assert "token interactions" in plan(TrainConfig(**settings))
 
 
+def test_what_decoders_see_goes_on(folder, tmp_path, capsys):
+    mae = noisy(
+        AVMAE(create_encoder("tiny"), decode_from="fusion", decoder_dim=128, decoder_depth=2, decoder_heads=4)
+    )
+    mae.save_pretrained(tmp_path / "before" / "model")
+    settings = dict(data=folder, workers=0, checkpoint=str(tmp_path / "before"))
+    run = loop.set_up(TrainConfig(run=tmp_path / "run", **settings), Pretraining)
+    run.lock.close()
+    assert run.task.model.settings["decode_from"] == "fusion" and run.task.has_unused_parameters
+
+
 def test_of_the_model_of_a_task_pretraining_takes_the_encoder(folder, tmp_path, capsys):
     classifier = noisy(Classifier(create_encoder("tiny"), 3))
     classifier.save_pretrained(tmp_path / "named")

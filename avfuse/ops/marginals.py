@@ -49,7 +49,7 @@ class PairMarginals(torch.autograd.Function):
         return torch.ops.avfuse.pair_marginals(*inputs)
 
     @staticmethod
-    @once_differentiable("pair_attention", backend="reference")
+    @once_differentiable("pair_attention", "backend='reference'")
     def backward(ctx, image_grad, audio_grad):
         bias_grad = ctx.needs_input_grad[2]
         grads = torch.ops.avfuse.pair_marginals_backward(

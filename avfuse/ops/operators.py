@@ -28,16 +28,16 @@ def define(name: str, arguments: str, outputs: str, output_grads: str) -> None:
         torch.library.define(f"avfuse::{operator}", schema, tags=torch.Tag.pt2_compliant_tag)
 
 
-def once_differentiable(operator: str, backend: str):
-    """For the backward of an autograd.Function, of which another backend has second derivatives. PyTorch's
-    own decorator passes over them without a word where the gradient of the output has none itself.
+def once_differentiable(operator: str, needs: str):
+    """For the backward of an autograd.Function, with what has second derivatives instead. PyTorch's own
+    decorator passes over them without a word where the gradient of the output has none itself.
     """
 
     def decorate(backward):
         @functools.wraps(backward)
         def checked(ctx, *grads):
             if torch.is_grad_enabled():  # create_graph=True
-                raise RuntimeError(f"second derivatives of {operator} need backend={backend!r}")
+                raise RuntimeError(f"second derivatives of {operator} need {needs}")
             return backward(ctx, *grads)
 
         return checked
@@ -76,7 +76,7 @@ class PairAttention(torch.autograd.Function):
         return torch.ops.avfuse.pair_attention(*inputs)
 
     @staticmethod
-    @once_differentiable("pair_attention", backend="reference")
+    @once_differentiable("pair_attention", "backend='reference'")
     def backward(ctx, output_grad):
         bias_grad = ctx.needs_input_grad[7]
         inputs = (*ctx.saved_tensors, ctx.scale)
@@ -99,7 +99,7 @@ class ResidualNorm(torch.autograd.Function):
         return total, norm
 
     @staticmethod
-    @once_differentiable("residual_norm", backend="torch")
+    @once_differentiable("residual_norm", "float64, or tensors on a CPU")
     def backward(ctx, total_grad, norm_grad):
         total, context, weight = ctx.saved_tensors
         _, of_update, _, *of_weights = ctx.needs_input_grad[:5]

@@ -41,6 +41,9 @@ def residual_norm(
     Returns:
         The sum, which is `tokens` itself without an update, and the norms, in the dtype of the sum. Under
         autocast the kernel gives the norms in autocast's: what takes them is a product.
+
+    Raises:
+        ValueError: naming the argument whose shape a kernel cannot take.
     """
     check_choice("backend", backend, (None, "triton", "torch"))
     if backend == "triton" or (backend is None and kernel_can_run(tokens)):
@@ -78,6 +81,7 @@ def _is_plain(norm):
 
 
 def _triton(tokens, update, context, weight, bias, eps):
+    _check_shapes(tokens, update, context, weight, bias)
     dtype = tokens.dtype if update is None else torch.promote_types(tokens.dtype, update.dtype)
     if casts(tokens.device):
         dtype = torch.get_autocast_dtype(tokens.device.type)
@@ -86,6 +90,19 @@ def _triton(tokens, update, context, weight, bias, eps):
         return ResidualNorm.apply(*inputs)
     norm, *total = torch.ops.avfuse.residual_norm(*inputs)
     return total[0] if total else tokens, norm
+
+
+def _check_shapes(tokens, update, context, weight, bias):
+    """A kernel would read past the end of what is too small."""
+    if tokens.ndim != 3:
+        raise ValueError(f"tokens must be (B, N, D), got shape {tuple(tokens.shape)}")
+    B, N, D = tokens.shape
+    expected = dict(update=(B, N, D), context=(B, None, D), weight=(D,), bias=(D,))
+    for (name, shape), x in zip(expected.items(), (update, context, weight, bias), strict=True):
+        if x is not None and (
+            x.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, x.shape, strict=True))
+        ):
+            raise ValueError(f"{name} must be {shape} beside tokens {B, N, D}, got shape {tuple(x.shape)}")
 
 
 def _sum_and_union(tokens, update, context):

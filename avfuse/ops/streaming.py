@@ -97,7 +97,7 @@ class BilinearPairAttention(torch.autograd.Function):
         return output / total
 
     @staticmethod
-    @once_differentiable("pair_attention", backend="reference")
+    @once_differentiable("pair_attention", "backend='reference'")
     def backward(ctx, output_grad):
         *inputs, pair_bias, largest, total = ctx.saved_tensors
         query, short_key, short_value, short_mask, long_key, long_value, long_mask = inputs

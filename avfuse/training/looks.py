@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -24,10 +25,11 @@ class Sources:
 
     def __init__(self, clips: Sequence[Clip], encoder: AVEncoder):
         self.clips, self.inputs, self.patch = clips, encoder.inputs, encoder.image.patch_embed.patch_size
-        self.root = clips[0].path.parent.parent if clips else None
-        entries = read_manifest(self.root, "test") if clips and is_built(self.root) else []
-        found = {inside(self.root, entry.file): entry for entry in entries}
-        self.entries = found if all(clip.path in found for clip in clips) else {}
+        self.root, self.entries = clips[0].path.parent.parent if clips else None, {}
+        with suppress(OSError, ValueError):  # files of other data that are called the same
+            entries = read_manifest(self.root, "test") if clips and is_built(self.root) else []
+            found = {inside(self.root, entry.file): entry for entry in entries}
+            self.entries = found if all(clip.path in found for clip in clips) else {}
 
     def boxes(self, indices: Tensor) -> Tensor:
         """How much of each patch of clips lies in the box of what sounds, (B, T * N), in the pictures that
@@ -55,12 +57,15 @@ class Sources:
 
 def looks(encoder: AVEncoder, inputs: dict[str, Tensor], boxes: Tensor) -> dict[str, Tensor]:
     """How much of what fusion tokens look at, the mean over heads and tokens, lies in boxes (B, T * N):
-    `look_N` (B,) of each fused layer N, and `even` (B,) if every place were looked at alike.
+    `look_N` (B,) of each fused layer N, and `even` (B,) if every place were looked at alike; NaN without a
+    picture.
     """
     shares = dict(even=boxes.mean(1))
     for layer in encoder.fusion_layers:
-        weights, _ = encoder.fusion_attention(**inputs, layer=layer)
-        shares[f"look_{layer}"] = (weights.mean((1, 2)).float().cpu() * boxes).sum(1)
+        weights = encoder.fusion_attention(**inputs, layer=layer)[0].mean((1, 2)).float().cpu()
+        shares[f"look_{layer}"] = (weights * boxes).sum(1) / weights.sum(
+            1
+        )  # of "token" a part goes to sounds
     return shares
 
 

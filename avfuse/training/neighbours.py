@@ -84,8 +84,8 @@ def nearest_neighbour_probes(features: dict[str, Tensor]) -> dict[str, dict[str,
         for name, labels in features.items()
         if name.startswith("label_") and labels.ndim == 1
     }
-    if len(same) > 1:
-        same[" and ".join(same)] = torch.stack([*same.values()]).all(0)
+    if len(same) > 1 and (all_of_them := torch.stack([*same.values()]).all(0)).sum() > clips:
+        same[" and ".join(same)] = all_of_them  # unless no clip has another that is like it in all
     for name, related_clips in same.items():
         recalls = {feature: recall_at(found, related_clips, 1) for feature, found in nearest.items()}
         probes[name] = {

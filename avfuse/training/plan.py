@@ -40,7 +40,8 @@ PUBLISHED_CLIPS = {
 
 def make_model(config: TrainConfig) -> AVMAE:
     """The masked autoencoder that the settings describe; of a checkpoint it has the encoder."""
-    decoders = {name: getattr(config, name) for name in ("decoder_dim", "decoder_depth", "decoder_heads")}
+    names = "decoder_dim", "decoder_depth", "decoder_heads", "decode_from"
+    decoders = {name: getattr(config, name) for name in names}
     if config.checkpoint == FRESH:
         encoder = make_encoder(config)
     else:
@@ -56,7 +57,6 @@ def make_model(config: TrainConfig) -> AVMAE:
         **decoders,
         image_mask_ratio=config.image_mask_ratio,
         audio_mask_ratio=config.audio_mask_ratio,
-        decode_from=config.decode_from,
         tubes=config.tubes,
         contrastive=config.contrastive,
     )

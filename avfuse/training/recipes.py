@@ -33,7 +33,7 @@ class TrainConfig(LoopConfig):
     preset: Annotated[
         Literal["demo", "demo-long", "vggsound-ablation", "vggsound-large", "audioset", "video"], FREE
     ] = "demo"
-    """Whose defaults: the demo's; those of a demo of about an hour, after which meaning is in fusion tokens;
+    """Whose defaults: the demo's; those of a longer demo, with clips of one object and --decode-from fusion;
     one of the paper's runs (Sec. 4.1); or video's: 16 frames over 10 s, with a bias of time."""
     plan: Annotated[bool, ONCE] = False
     """Print batch, learning rate, steps, parameters, tokens, arithmetic, estimated memory, disk and time on
@@ -76,7 +76,7 @@ class TrainConfig(LoopConfig):
     """Share of the audio patches that are hidden (the paper's)."""
     decode_from: Annotated[DecodeFrom, Formerly("patches")] = "patches"
     """What decoders see: fusion tokens and the patches that are kept (the paper's), or fusion tokens alone,
-    in which what is seen and heard then gathers (benchmarks/emergence.md)."""
+    through which what is seen and heard then has to pass (benchmarks/emergence.md)."""
     contrastive: Annotated[float, NOT_NEGATIVE, Formerly(0.0)] = 0.0
     """Weight of CAV-MAE's contrastive term, 0.01 there, beside the two losses: which image goes with which
     sound, among the clips of a step, by tokens before the first of --fusion-layers. These must begin above 0:
@@ -135,9 +135,7 @@ def demo() -> TrainConfig:
 
 
 def demo_long() -> TrainConfig:
-    """Clips of one object, and decoders that see fusion tokens alone, in which meaning then gathers: about an
-    hour on two CPU cores (benchmarks/emergence.md).
-    """
+    """Clips of one object, and decoders that see fusion tokens alone: about an hour (docs/training.md)."""
     return TrainConfig(preset="demo-long", decode_from="fusion", epochs=80, measure_every=320)
 
 

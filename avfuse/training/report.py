@@ -122,7 +122,7 @@ def page(run: Path, config: dict) -> str:
         section("Hearing and seeing, tested", tested, [row for row in measures if row.get("conditions")]),
         section("Protocol of the final results", protocol, run / "results.json"),
         section("Nearest-neighbour probe", probes, [row for row in measures if row.get("probes")]),
-        section("Where fusion tokens look", looked, [row for row in measures if row.get("looks")]),
+        section("Where fusion tokens look", looked, config, [row for row in measures if row.get("looks")]),
         section("Pictures over time", pictures, run / "pictures"),
         section("Clips that could not be read", quarantine, read_objects(run / "quarantine.jsonl")),
         section("Settings", lambda: table(config["settings"].items()) if config else ""),
@@ -306,13 +306,14 @@ def probes(measures: list[dict]) -> str:
     return table(lines, ["label", "step", *FEATURES, "chance"]) + charts(figures)
 
 
-def looked(measures: list[dict]) -> str:
+def looked(config: dict, measures: list[dict]) -> str:
     """A sentence or two, of the last measure."""
     if not measures:
         return ""
     said = said_of(**measures[-1]["looks"])
-    elsewhere = " After avfuse train --preset demo-long they do." if "do not look" in said else ""
-    return paragraph(said + elsewhere)
+    is_other = config.get("settings", {}).get("preset") != "demo-long"
+    where = " Those of the run in docs/training.md (avfuse train --preset demo-long) do."
+    return paragraph(said + where * ("do not look" in said and is_other))
 
 
 def accuracy_of(probe: dict) -> str:
