@@ -22,7 +22,7 @@ from torch import Tensor
 
 from avfuse import AVMAE, AVEncoder
 from avfuse.choices import DecodeFrom
-from avfuse.data.sounding_shapes.synthesis import OBJECTS
+from avfuse.data.sounding_shapes.synthesis import OBJECTS, SHAPES
 from avfuse.encoder import pool
 from avfuse.presets import SMALL_INPUTS
 from avfuse.training.neighbours import nearest_neighbour_probes
@@ -161,13 +161,14 @@ def accuracies(encoder: AVEncoder, scenes: dict[str, Tensor]) -> dict[str, dict[
         batch = prepared(scenes, index)
         pooled.append(pool(encoder(batch["image"], batch["audio"])))
     columns = {name: torch.cat([part[name] for part in pooled]) for name in FEATURES}
-    columns |= dict(label_shape=scenes["shape"], label_colour=scenes["colour"])
-    probes = nearest_neighbour_probes(columns).values()  # of shape, colour and both
-    return {
-        label: {name: probe["accuracy"] for name, probe in probed.items()}
-        | dict(chance=probed["image"]["chance"])
-        for label, probed in zip(LABELS, probes, strict=True)
-    }
+    both = scenes["colour"] * len(SHAPES) + scenes["shape"]
+    labels = dict(shape=scenes["shape"], colour=scenes["colour"], both=both)
+    found = {}
+    for label, values in labels.items():
+        probe = nearest_neighbour_probes(columns | {f"label_{label}": values})[label]
+        found[label] = {name: probed["accuracy"] for name, probed in probe.items()}
+        found[label] |= dict(chance=probe["image"]["chance"])
+    return found
 
 
 # --- results ------------------------------------------------------------------------------------------------

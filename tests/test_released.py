@@ -456,6 +456,7 @@ def test_settings_are_inferred_without_a_config(interactions, options):
             image_mask_ratio=0.75,
             audio_mask_ratio=0.8,
             norm_target=True,
+            decode_from="patches",
             tubes=False,
             contrastive=0.0,
         )
