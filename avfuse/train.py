@@ -131,7 +131,7 @@ class Pretraining(JudgedTask):
         present = [inputs.get(name) for name in PRESENT]
         pooled = pool(encode(model.encoder, inputs["image"], inputs["audio"], *present))
         columns |= {name: mean.float() for name, mean in pooled.items()}
-        if self.sources and self.sources.entries:
+        if self.sources:
             columns |= self.looks(model.encoder, inputs, batch["index"])
         return to_rows(columns)
 
@@ -196,7 +196,7 @@ class Pretraining(JudgedTask):
         draw_reconstructions(model, inputs, folder / f"reconstructions-{step:06d}.png")
         if model.encoder.shows_attention:
             path, layer = folder / f"attention-{step:06d}.png", None
-            if self.sources and self.sources.entries:
+            if self.sources:
                 layer = most_looking(**self.looks(model.encoder, inputs, batch["index"]))
             draw_attention(model.encoder, inputs, path, layer=layer)
 

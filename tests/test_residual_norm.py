@@ -405,7 +405,7 @@ def test_where_no_kernel_can_run_the_module_is_called():
     [
         ("tokens", (5, 16), "tokens must be (B, N, D), got shape (5, 16)"),
         ("update", (1, 5, 16), "update must be (2, 5, 16) beside tokens (2, 5, 16), got shape (1, 5, 16)"),
-        ("context", (2, 3, 8), "context must be (2, None, 16) beside"),
+        ("context", (2, 3, 8), "context must be (2, 'F', 16) beside"),
         ("weight", (7,), "weight must be (16,) beside"),
         ("bias", (16, 1), "bias must be (16,) beside"),
     ],

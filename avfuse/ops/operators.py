@@ -92,7 +92,8 @@ class ResidualNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tokens, update, context, weight, bias, eps, dtype):
         inputs = tokens, update, context, weight, bias, eps, dtype
-        norm, total = (*torch.ops.avfuse.residual_norm(*inputs), tokens)[:2]
+        norm, *summed = torch.ops.avfuse.residual_norm(*inputs)
+        total = summed[0] if summed else tokens
         ctx.save_for_backward(total, context, weight)
         ctx.eps, ctx.update_dtype = eps, None if update is None else update.dtype
         ctx.set_materialize_grads(False)

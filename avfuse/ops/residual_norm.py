@@ -17,8 +17,8 @@ from .operators import ResidualNorm
 from .pair_attention import HAS_TRITON, TRITON_DTYPES, runs_kernels
 
 # Numbers that blocks have in their tokens before the kernel takes the place of a norm: its launch costs the
-# host more than those of PyTorch, some 50 us by reckoning, not yet by measuring, so it pays where a GPU has
-# enough to do meanwhile. 2^19 are 14 clips of 49 tokens of width 768.
+# host more than those of PyTorch, so it pays where a GPU has enough to do meanwhile. Reckoned, not measured:
+# 2^19 are 14 clips of 49 tokens of width 768.
 ENOUGH = 2**19
 
 
@@ -55,8 +55,8 @@ def residual_norm(
 def sum_and_norm(
     norm: nn.Module, tokens: Tensor, update: Tensor | None = None, context: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`tokens` + `update`, and `norm` of [context; that sum]: by the kernel where there are `ENOUGH` tokens,
-    and this is all that calling the module does; else by calling it.
+    """`tokens` + `update`, and `norm` of [context; that sum]: by the kernel where the tokens hold `ENOUGH`
+    numbers, and this is all that calling the module does; else by calling it.
     """
     if kernel_can_run(tokens) and tokens.numel() >= ENOUGH and _is_plain(norm):
         return _triton(tokens, update, context, norm.weight, norm.bias, norm.eps)
@@ -97,10 +97,10 @@ def _check_shapes(tokens, update, context, weight, bias):
     if tokens.ndim != 3:
         raise ValueError(f"tokens must be (B, N, D), got shape {tuple(tokens.shape)}")
     B, N, D = tokens.shape
-    expected = dict(update=(B, N, D), context=(B, None, D), weight=(D,), bias=(D,))
+    expected = dict(update=(B, N, D), context=(B, "F", D), weight=(D,), bias=(D,))
     for (name, shape), x in zip(expected.items(), (update, context, weight, bias), strict=True):
         if x is not None and (
-            x.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, x.shape, strict=True))
+            x.ndim != len(shape) or any(n not in ("F", m) for n, m in zip(shape, x.shape, strict=True))
         ):
             raise ValueError(f"{name} must be {shape} beside tokens {B, N, D}, got shape {tuple(x.shape)}")
 

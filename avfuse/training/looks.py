@@ -31,6 +31,9 @@ class Sources:
             found = {inside(self.root, entry.file): entry for entry in entries}
             self.entries = found if all(clip.path in found for clip in clips) else {}
 
+    def __bool__(self) -> bool:
+        return bool(self.entries)
+
     def boxes(self, indices: Tensor) -> Tensor:
         """How much of each patch of clips lies in the box of what sounds, (B, T * N), in the pictures that
         evaluation shows; NaN where the file that knows is damaged.
@@ -63,9 +66,8 @@ def looks(encoder: AVEncoder, inputs: dict[str, Tensor], boxes: Tensor) -> dict[
     shares = dict(even=boxes.mean(1))
     for layer in encoder.fusion_layers:
         weights = encoder.fusion_attention(**inputs, layer=layer)[0].mean((1, 2)).float().cpu()
-        shares[f"look_{layer}"] = (weights * boxes).sum(1) / weights.sum(
-            1
-        )  # of "token" a part goes to sounds
+        weights /= weights.sum(1, keepdim=True)  # of "token", sounds have a part
+        shares[f"look_{layer}"] = (weights * boxes).sum(1)
     return shares
 
 
@@ -75,9 +77,13 @@ def most_looking(even: Tensor, **layers: Tensor) -> int:
     return int(max(means, key=means.get).removeprefix("look_"))
 
 
+def do_look(even: float, **layers: float) -> bool:
+    """Whether the fused layer that looks at what sounds most does so more than by chance."""
+    return max(layers.values()) > CLEARLY * even
+
+
 def said_of(even: float, **layers: float) -> str:
-    """For people, whether fusion tokens look at what sounds, in the fused layer that does so most."""
-    most = max(layers, key=layers.get)
-    verb = "look" if layers[most] > CLEARLY * even else "do not look"
+    """The same for people."""
+    most, verb = max(layers, key=layers.get), "look" if do_look(even, **layers) else "do not look"
     share = f"{layers[most]:.0%} of their attention to the picture lies in its box, which is {even:.0%} of it"
     return f"Fusion tokens {verb} at what sounds: in layer {most.removeprefix('look_')}, {share}."

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..files import in_html, read_rows, write_text
 from .conditions import condition_table
-from .looks import said_of
+from .looks import do_look, said_of
 from .neighbours import interval
 from .pictures import BLUE, GREY, ORANGE
 from .run_folder import FILE, read_run
@@ -310,10 +310,11 @@ def looked(config: dict, measures: list[dict]) -> str:
     """A sentence or two, of the last measure."""
     if not measures:
         return ""
-    said = said_of(**measures[-1]["looks"])
-    is_other = config.get("settings", {}).get("preset") != "demo-long"
-    where = " Those of the run in docs/training.md (avfuse train --preset demo-long) do."
-    return paragraph(said + where * ("do not look" in said and is_other))
+    shares = measures[-1]["looks"]
+    said = said_of(**shares)
+    if not do_look(**shares) and config.get("settings", {}).get("preset") != "demo-long":
+        said += " Those of the run in docs/training.md (avfuse train --preset demo-long) do."
+    return paragraph(said)
 
 
 def accuracy_of(probe: dict) -> str:
