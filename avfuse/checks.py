@@ -146,6 +146,11 @@ def casts(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
+def is_recording(device: torch.device) -> bool:
+    """Whether a CUDA graph is recorded, in which nothing can wait for a number."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def is_exporting() -> bool:
     """Whether torch.export traces. Inside torch.compile its own `is_exporting` is True as well."""
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()

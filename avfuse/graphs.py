@@ -2,12 +2,15 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import chain
 from operator import is_
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 KEPT = 8  # recordings; each holds the memory of a call
 
@@ -30,8 +33,7 @@ class CudaGraphs:
         needing = [name for name, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad]
         if needing and torch.is_grad_enabled():
             raise ValueError(f"{needing[0]} requires a gradient, which a recorded call does not give")
-        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-        kind = (autocast, *((name, kind_of(x)) for name, x in inputs.items()))
+        kind = kind_of_call(inputs)
         if kind not in self.recordings or not self.recordings[kind].weights.are_there():
             device = next(x.device for x in inputs.values() if isinstance(x, Tensor))  # whose streams record
             with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():  # all can write to
@@ -71,6 +73,120 @@ class Recording:
         return tree_map_only(Tensor, torch.clone, self.outputs)
 
 
+class TrainingGraphs:
+    """`module(**inputs)` in training, whose forward and backward are recorded at the first call and played
+    back for inputs of the same kind. For modules that return losses: of the results, single numbers can be
+    differentiated; all other tensors are detached, and the next call overwrites them.
+
+    Inputs of another kind, such as a smaller batch, run without it; those that come twice in a row are
+    recorded instead, as there is memory for one step. In `eval()` and without gradients nothing is recorded
+    or played.
+
+    Args:
+        module: on a CUDA device; not one that waits for numbers from it.
+
+    Raises:
+        RuntimeError: in the backward of a call after which there was another.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module, self.kind, self.before, self.recording = module, None, None, None
+
+    def __call__(self, **inputs):
+        if not (self.module.training and torch.is_grad_enabled()):
+            return self.module(**inputs)
+        kind, before = kind_of_call(inputs), self.before
+        self.before = kind
+        if self.recording is None or kind == before != self.kind or not self.recording.weights.are_there():
+            self.recording = None  # whose memory the next one needs
+            self.kind, self.recording = kind, TrainingRecording(self.module, inputs)
+        return self.recording(inputs) if kind == self.kind else self.module(**inputs)
+
+
+class TrainingRecording:
+    """Forward and backward of one call on inputs of its own."""
+
+    def __init__(self, module: nn.Module, inputs: dict):
+        self.weights, self.calls = Weights(module), 0
+        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.parameters = list(named.values())
+        self.inputs = {name: x.clone() if isinstance(x, Tensor) else x for name, x in inputs.items()}
+        self.graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        device = self.parameters[0].device
+        # The same memory as other leaves: where gradients of a parameter are added up belongs to the stream
+        # of whoever used it first, which cannot be part of a recording.
+        leaves = {name: p.detach().requires_grad_() for name, p in named.items()}
+        call = partial(torch.func.functional_call, module, leaves, kwargs=self.inputs)
+        with torch.cuda.device(device), torch.random.fork_rng([device]), explained():
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # see `Recording`
+                self.run(call, leaves)
+            torch.cuda.current_stream().wait_stream(aside)
+            options = dict(pool=torch.cuda.graph_pool_handle(), capture_error_mode="thread_local")
+            self.run(call, leaves, partial(torch.cuda.graph, **options))
+
+    def run(self, call, leaves, record=lambda graph: nullcontext()) -> None:
+        torch.clear_autocast_cache()  # of weights in another dtype: they are made in each call
+        with record(self.graphs[0]):
+            outputs = call()
+        losses = [x for x in tree_leaves(outputs) if is_loss(x)]
+        self.loss_grads = [torch.ones_like(loss) for loss in losses]
+        with record(self.graphs[1]):
+            self.grads = torch.autograd.grad(
+                losses, list(leaves.values()), self.loss_grads, allow_unused=True
+            )
+        torch.clear_autocast_cache()
+        self.is_loss = [is_loss(x) for x in tree_leaves(outputs)]
+        self.outputs = tree_map_only(Tensor, torch.detach, outputs)
+
+    def __call__(self, inputs: dict):
+        for name, x in inputs.items():
+            if isinstance(x, Tensor):
+                self.inputs[name].copy_(x)
+        losses, kinds = iter(Played.apply(self, *self.parameters)), iter(self.is_loss)
+        return tree_map(lambda x: next(losses) if next(kinds) else x, self.outputs)
+
+
+class Played(torch.autograd.Function):
+    """The losses of a recording, and the gradients of its parameters."""
+
+    @staticmethod
+    def forward(ctx, recording, *parameters):
+        recording.calls += 1
+        ctx.recording, ctx.call = recording, recording.calls
+        recording.graphs[0].replay()
+        outputs = zip(tree_leaves(recording.outputs), recording.is_loss, strict=True)
+        return tuple(x.clone() for x, is_loss in outputs if is_loss)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        recording = ctx.recording
+        if ctx.call != recording.calls:
+            raise RuntimeError("a recorded call needs its backward before the next call")
+        for own, grad in zip(recording.loss_grads, grads, strict=True):
+            own.copy_(grad)
+        recording.graphs[1].replay()
+        # Copies, as gradients of several calls may be added up.
+        copies = iter(torch._foreach_mul([grad for grad in recording.grads if grad is not None], 1.0))
+        return None, *(None if grad is None else next(copies) for grad in recording.grads)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    try:
+        yield
+    except torch.AcceleratorError as error:
+        raise RuntimeError(
+            "this call cannot be recorded as a CUDA graph: it waits for the GPU, or runs on other streams"
+        ) from error
+
+
+def is_loss(x) -> bool:
+    return isinstance(x, Tensor) and x.ndim == 0 and x.requires_grad
+
+
 class Weights:
     """The parameters and buffers of a module as they are now; what is written into them changes none."""
 
@@ -86,6 +202,11 @@ class Weights:
         return all(map(is_, self.now(), self.tensors))
 
 
-def kind_of(value):
+def kind_of_call(inputs: dict) -> tuple:
     """What must be the same for a recording to serve."""
+    autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+    return autocast, *((name, kind_of(x)) for name, x in inputs.items())
+
+
+def kind_of(value):
     return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else value

@@ -19,6 +19,7 @@ from .data.clips import ClipDataset
 from .data.find import Found
 from .encoder import AVEncoder
 from .files import printable
+from .graphs import TrainingGraphs
 from .mae import AVMAE
 from .training.features import encode, pool
 from .training.judge import JudgedTask, first_clips, to_columns, to_rows
@@ -61,7 +62,7 @@ class Pretraining(JudgedTask):
 
     def __init__(self, config: TrainConfig, found: Found):
         super().__init__(config, found)
-        self.model = make_model(config)
+        self.model, self.graphs = make_model(config), None
         self.has_unused_parameters = self.model.settings["decode_from"] == "fusion"
         if config.checkpoint != FRESH:
             self.recipe = ("checkpoint", *JudgedTask.recipe[1:], "preset")
@@ -72,6 +73,7 @@ class Pretraining(JudgedTask):
 
     @staticmethod
     def find(config, say):
+        check_cuda_graphs(config)
         found = first_clips(Task.find(config, say), config.probe_clips)
         if not found.classes:
             say(NO_LABELS)
@@ -102,6 +104,8 @@ class Pretraining(JudgedTask):
         return counts | (dict(contrastive_loss=count_paired(inputs)) if self.config.contrastive else {})
 
     def losses(self, model, inputs):
+        if self.config.cuda_graphs:
+            self.graphs = model = self.graphs or TrainingGraphs(model)
         output = model(**inputs)
         losses = dict(image_loss=output.image_loss, audio_loss=output.audio_loss)
         return losses | (dict(contrastive_loss=output.contrastive_loss) if self.config.contrastive else {})
@@ -221,6 +225,19 @@ def count_paired(inputs: dict[str, Tensor]) -> int:
     for name in PRESENT:
         paired &= inputs.get(name, True)
     return int(paired.sum())
+
+
+def check_cuda_graphs(config: TrainConfig) -> None:
+    """Raises ValueError naming what a step cannot be recorded with."""
+    if not config.cuda_graphs:
+        return
+    if not torch.cuda.is_available():
+        raise ValueError("--cuda-graphs needs a CUDA device, and there is none")
+    if config.contrastive or config.grad_checkpointing:
+        other = "--contrastive" if config.contrastive else "--grad-checkpointing"
+        raise ValueError(f"--cuda-graphs cannot record a step with {other}")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("--cuda-graphs is for one process: with several it has not been tested")
 
 
 def load_branch(option: str, load: Callable, mae: AVMAE, path: Path | None) -> None:

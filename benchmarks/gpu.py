@@ -41,7 +41,7 @@ KERNEL_TESTS = "tests/test_pair_attention_kernels.py tests/test_residual_norm.py
 COMPILING = "spilling or compiled_once or left_to_the_default"
 # torch keeps memory that is freed, and a read beside a tensor would be one of memory that there is.
 SANITIZED = "env PYTORCH_NO_CUDA_MEMORY_CACHING=1 {sanitizer} --target-processes all --print-limit 5"
-FEW = "{python} benchmarks/kernel_check.py --shapes kept split --dtypes bfloat16 float32"
+FEW = "{python} benchmarks/kernel_check.py --shapes kept split --dtypes bfloat16 float32 --truth-on cpu"
 ALONE = "{python} benchmarks/pair_attention.py --seconds 2 --rows avfuse reference sdpa"
 THROUGHPUT = "{python} benchmarks/throughput.py --seconds 5 --batch 128"
 GRAPHED = "none token factorized dense none-fused dense-fused"

@@ -41,6 +41,8 @@ class Options:
 
     shapes: tuple[Literal[*SHAPES], ...] = tuple(SHAPES)
     dtypes: tuple[Literal[*ALLOWED], ...] = tuple(ALLOWED)
+    truth_on: Literal["cuda", "cpu"] = "cuda"
+    """Where float64 is computed if there is a GPU; compute-sanitizer would watch all of its kernels, too."""
 
 
 class Case(NamedTuple):
@@ -63,7 +65,7 @@ def main(options: Options) -> None:
     worst, off = dict.fromkeys(options.dtypes, 0.0), 0
     spawn = multiprocessing.get_context("spawn")  # compute-sanitizer loses sight of what is forked
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-        for case, future in [(case, pool.submit(errors_of_case, case)) for case in cases]:
+        for case, future in [(case, pool.submit(errors_of_case, case, options.truth_on)) for case in cases]:
             try:
                 errors = future.result()
             except Exception as error:  # whatever a broken kernel does to its process
@@ -77,9 +79,11 @@ def main(options: Options) -> None:
         sys.exit(1)
 
 
-def errors_of_case(case: Case | Norm) -> dict[str, float]:
+def errors_of_case(case: Case | Norm, truth_on: str = "cuda") -> dict[str, float]:
+    """Relative errors of the results and of every gradient, by name."""
+    truth_on = truth_on if torch.cuda.is_available() else "cpu"
     if isinstance(case, Norm):
-        return errors_of_norm(case.width, measure.DTYPES[case.dtype])
+        return errors_of_norm(case.width, measure.DTYPES[case.dtype], truth_on)
     inputs, grad = make_inputs(*SHAPES[case.shape], measure.DTYPES[case.dtype], bias=case.bias)
     masks = {}
     if case.masked:
@@ -87,7 +91,7 @@ def errors_of_case(case: Case | Norm) -> dict[str, float]:
             B, _, N, _ = inputs[name.replace("mask", "key")].shape
             masks[name] = torch.rand(B, N, device=grad.device) > 0.3
             masks[name][:, 0] = True
-    return errors_of(inputs, grad, **masks)
+    return errors_of(inputs, grad, masks, truth_on)
 
 
 def make_inputs(
@@ -106,23 +110,33 @@ def make_inputs(
     return inputs, torch.randn(B, H, F, V).to(device, dtype)
 
 
-def errors_of(inputs: dict[str, Tensor], grad: Tensor, **masks: Tensor) -> dict[str, float]:
-    """Relative errors of the output and of every gradient, by name."""
+def errors_of(inputs: dict[str, Tensor], grad: Tensor, masks: dict[str, Tensor], truth_on: str):
     ours, truth = (
-        run_with_gradients(inputs, grad, masks, backend, dtype)
-        for backend, dtype in (("triton", grad.dtype), ("reference", torch.float64))
+        run_with_gradients(inputs, grad, masks, backend, dtype, device)
+        for backend, dtype, device in (
+            ("triton", grad.dtype, grad.device),
+            ("reference", torch.float64, truth_on),
+        )
     )
-    return {name: measure.relative_error(ours[name].double(), true) for name, true in truth.items()}
+    return compared(ours, truth)
 
 
-def run_with_gradients(inputs, grad, masks, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    leaves = {name: tensor.to(dtype).requires_grad_() for name, tensor in inputs.items()}
+def compared(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    return {
+        name: measure.relative_error(ours[name].to(true.device, true.dtype), true)
+        for name, true in truth.items()
+    }
+
+
+def run_with_gradients(inputs, grad, masks, backend: str, dtype: torch.dtype, device) -> dict[str, Tensor]:
+    leaves = {name: tensor.to(device, dtype).requires_grad_() for name, tensor in inputs.items()}
+    grad, masks = grad.to(device, dtype), {name: mask.to(device) for name, mask in masks.items()}
     output = pair_attention(**leaves, **masks, backend=backend)
-    grads = torch.autograd.grad(output, list(leaves.values()), grad.to(dtype))
+    grads = torch.autograd.grad(output, list(leaves.values()), grad)
     return {"output": output.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-def errors_of_norm(width: int, dtype: torch.dtype) -> dict[str, float]:
+def errors_of_norm(width: int, dtype: torch.dtype, truth_on: str) -> dict[str, float]:
     """As in training under autocast, where tokens are float32: relative errors by name."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -132,18 +146,17 @@ def errors_of_norm(width: int, dtype: torch.dtype) -> dict[str, float]:
     inputs["update"] = inputs["update"].to(dtype)
     grads = torch.randn(3, 19, width, device=device), torch.randn(3, 24, width, device=device).to(dtype)
 
-    def run(backend, dtype=None):
-        leaves = {name: x.to(dtype or x.dtype).requires_grad_() for name, x in inputs.items()}
+    def run(backend, device, dtype=None):
+        leaves = {name: x.to(device, dtype or x.dtype).requires_grad_() for name, x in inputs.items()}
         results = residual_norm(**leaves, eps=1e-6, backend=backend)
         gradients = torch.autograd.grad(
-            results, list(leaves.values()), [x.to(dtype or x.dtype) for x in grads]
+            results, list(leaves.values()), [x.to(device, dtype or x.dtype) for x in grads]
         )
         return dict(zip(("total", "norm", *leaves), (*results, *gradients), strict=True))
 
     with torch.autocast(device, dtype, enabled=dtype.itemsize == 2):
-        ours = run("triton")
-    truth = run("torch", torch.float64)
-    return {name: measure.relative_error(ours[name].double(), true) for name, true in truth.items()}
+        ours = run("triton", device)
+    return compared(ours, run("torch", truth_on, torch.float64))
 
 
 if __name__ == "__main__":

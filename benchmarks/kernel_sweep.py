@@ -169,7 +169,8 @@ def inputs_of(case: Case, shape: str) -> tuple[dict, torch.Tensor]:
 
 @functools.cache
 def truth_of(case: Case, shape: str) -> list[torch.Tensor]:
-    truth = kernel_check.run_with_gradients(*inputs_of(case, shape), {}, "torch", torch.float64)
+    inputs, grad = inputs_of(case, shape)
+    truth = kernel_check.run_with_gradients(inputs, grad, {}, "torch", torch.float64, grad.device)
     return list(truth.values())[1:] if case.backward else list(truth.values())[:1]
 
 

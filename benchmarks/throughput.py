@@ -14,7 +14,7 @@ from tables import MISSING, spread, terminal, times
 from tqdm import tqdm
 
 from avfuse import AVMAE, AVEncoder, InputSettings, create_encoder
-from avfuse.graphs import CudaGraphs
+from avfuse.graphs import CudaGraphs, TrainingGraphs
 
 
 class Row(NamedTuple):
@@ -89,7 +89,7 @@ class Options(measure.Options):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the weights in inference, of autocast in training. Default: float32 on a CPU, bfloat16 on a GPU."""
     compile: Literal["no", "default", "reduce-overhead", "max-autotune", "cuda-graph"] = "no"
-    """Run the models through torch.compile in this mode; or, for inference, each as a recorded CUDA graph."""
+    """Run the models through torch.compile in this mode; or each as a recorded CUDA graph."""
     seconds: float = 45.0
     """How long each of inference and training is timed, at each batch size; three rounds at least."""
     memory_limit: float | None = None
@@ -123,8 +123,8 @@ def resolve(options: Options) -> Options:
     options = options.on_device()
     name = f"throughput-{options.device}" + ENDINGS.get(options.compile, "-compiled")
     name += f"-video{options.frames}" if options.frames > 1 else ""
-    if options.compile == "cuda-graph" and (options.device != "cuda" or options.modes != ("inference",)):
-        raise ValueError("--compile cuda-graph is for --modes inference on a CUDA device")
+    if options.compile == "cuda-graph" and options.device != "cuda":
+        raise ValueError("--compile cuda-graph needs a CUDA device")
     if any(batch < 1 for batch in options.batch):
         raise ValueError(f"--batch must be positive, got {options.batch}")
     return replace(
@@ -212,7 +212,7 @@ def encoder_of(model) -> AVEncoder:
 
 def make_step(options: Options, mode: Mode, model, optimizer: torch.optim.Optimizer) -> Callable:
     """A call that encodes images and sounds, in the dtype of the weights, or takes one training step."""
-    dtype, run = measure.DTYPES[options.dtype], compiled(model, options.compile)
+    dtype, run = measure.DTYPES[options.dtype], compiled(model, options.compile, mode)
 
     def encode(image, audio):
         with torch.inference_mode():
@@ -232,10 +232,11 @@ def make_optimizer(parameters: Iterable) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.05, fused=True)
 
 
-def compiled(model, how: str):
+def compiled(model, how: str, mode: Mode):
     if how == "cuda-graph":
-        graphs = CudaGraphs(getattr(model, "recorded_forward", model))
-        return lambda image, audio: graphs(image=image, audio=audio)
+        training = mode == "training"
+        graphs = TrainingGraphs(model) if training else CudaGraphs(getattr(model, "recorded_forward", model))
+        return lambda image, audio, **masks: graphs(image=image, audio=audio, **masks)
     return model if how == "no" else torch.compile(model, mode=how, dynamic=False)
 
 
@@ -327,7 +328,7 @@ def compared_models(options: Options, mode: Mode, rows: dict) -> dict:
             double = outputs(reference, *(clip.double() for clip in clips), removed, torch.float64)
             known[kind] = double, plain
         truth, plain = known[kind]
-        ours = outputs(compiled(model, options.compile), *clips, removed, dtype)
+        ours = outputs(compiled(model, options.compile, mode), *clips, removed, dtype)
         rows[name] |= measure.agreement(ours, truth, [plain], dtype)
         measure.print_agreement(name, rows[name])
     return models

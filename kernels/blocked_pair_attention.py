@@ -44,9 +44,11 @@ from .tiles import (
     shared_range,
 )
 
-# Of the kernels that read no tokens.
-BLOCK_F, BLOCK = 16, 16
-LAUNCH = dict(num_warps=2, enable_fp_fusion=True, maxnreg=255)
+# Of the kernels that read no tokens: queries and blocks of a tile; so many of the other modality's blocks are
+# looked at together, as each by itself would wait for memory.
+BLOCK_F, BLOCK, BIAS_BLOCK = 16, 8, 16
+TOGETHER = tl.constexpr(4)
+LAUNCH = dict(enable_fp_fusion=True, maxnreg=255)
 
 
 class Blocks(NamedTuple):
@@ -194,13 +196,13 @@ def look_beside(
 
     largest = tl.full((1, BLOCK_F), float("-inf"), tl.float32)  # without a bias
     top = tl.full((BLOCK, BLOCK_F), float("-inf"), tl.float32)
-    for m in range(M):
+    for m in tl.range(M, loop_unroll_factor=TOGETHER):
         logits = tl.load(other_logits + row + m * F, mask=asked, other=float("-inf"))
         own_bias = tl.load(steps(bias, m, step), mask=present, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, logits)
         top = tl.maximum(top, logits + own_bias)
     total, weighted = tl.zeros((BLOCK, BLOCK_F), tl.float32), tl.zeros((BLOCK, BLOCK_F), tl.float32)
-    for m in range(M):
+    for m in tl.range(M, loop_unroll_factor=TOGETHER):
         logits = tl.load(other_logits + row + m * F, mask=asked, other=float("-inf"))
         own_bias = tl.load(steps(bias, m, step), mask=present, other=0.0).to(tl.float32)
         weights = tl.exp(logits + own_bias - finite(top))
@@ -224,11 +226,11 @@ def softmax_kernel(
     queries = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     row, asked = first_row(b, h, H, S, F) + queries, queries < F
     top = tl.full((BLOCK_F,), float("-inf"), tl.float32)
-    for s in range(S):
+    for s in tl.range(S, loop_unroll_factor=TOGETHER):
         logits = tl.load(image_logits + row + s * F, mask=asked, other=float("-inf"))
         top = tl.maximum(top, logits + tl.load(beside + row + s * F, mask=asked, other=0.0))
     total, weighted = tl.zeros((BLOCK_F,), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
-    for s in range(S):
+    for s in tl.range(S, loop_unroll_factor=TOGETHER):
         logits = tl.load(image_logits + row + s * F, mask=asked, other=float("-inf"))
         logits += tl.load(beside + row + s * F, mask=asked, other=0.0)
         grads = tl.load(image_grads + row + s * F, mask=asked, other=0.0)
@@ -324,16 +326,16 @@ def backward(output_grad, *inputs):
     grads = pair_attention.backward(output_grad, *inputs, scale, blocks)
     if bias_grad:
         (B, H, F, _), sizes, query = inputs[0].shape, tuple(pair_bias.shape), inputs[0]
-        tiles = triton.cdiv(sizes[2], BLOCK) * triton.cdiv(sizes[3], BLOCK)
+        tiles = triton.cdiv(sizes[2], BIAS_BLOCK) * triton.cdiv(sizes[3], BIAS_BLOCK)
         statistics = query.new_empty((B, H, 3, F), dtype=torch.float32)
         slots = empty_bias_slots(pair_bias, tiles, B * H)
         with on_device_of(pair_bias):
             softmax_kernel[B * H, triton.cdiv(F, BLOCK_F)](
-                *image[:4], statistics, H, F, sizes[2], BLOCK_F=BLOCK_F, **LAUNCH
+                *image[:4], statistics, H, F, sizes[2], BLOCK_F=BLOCK_F, num_warps=2, **LAUNCH
             )
             block_bias_kernel[sizes[0] * sizes[1] * tiles, len(slots)](  # the first dimension may be large
                 *image[:2], *audio[:2], statistics, pair_bias, slots, broadcast_strides(pair_bias), sizes,
-                B, H, F, BLOCK=BLOCK, **LAUNCH,
+                B, H, F, BLOCK=BIAS_BLOCK, num_warps=2, **LAUNCH,
             )  # fmt: skip
         grads.append(add_bias_slots(slots, pair_bias.dtype))
     return grads
@@ -365,6 +367,6 @@ def blocks_of(inputs, pair_bias, scale, output_grad=None):
         )  # fmt: skip
         beside_kernel[B * H, triton.cdiv(F, BLOCK_F), triton.cdiv(S, BLOCK) + triton.cdiv(T, BLOCK)](
             *image[:2], *audio[:2], pair_bias, *image[2:4], *audio[2:4], broadcast_strides(pair_bias),
-            H, F, S, T, BLOCK_F=BLOCK_F, BLOCK=BLOCK, **LAUNCH,
+            H, F, S, T, BLOCK_F=BLOCK_F, BLOCK=BLOCK, num_warps=1, **LAUNCH,
         )  # fmt: skip
     return image, audio

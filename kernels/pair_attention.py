@@ -337,8 +337,10 @@ def load_statistics(statistics, modality: tl.constexpr, b, h, H, queries, F, SPL
     weighted = tl.load(pointers + 2 * step, mask=inside, other=0.0)
     top = finite(tl.max(tops, 0))
     rescale = tl.exp(tops - top[None, :])
-    inverse = reciprocal(tl.sum(totals * rescale, 0))
-    return top, inverse, tl.sum(weighted * rescale, 0) * inverse
+    # Chosen, so that no product is fused with the first sum over lanes: it would be rounded in one lane and
+    # not in the other, and they would leave different numbers in one place.
+    inverse = reciprocal(tl.sum(tl.where(rescale > 0.0, totals * rescale, 0.0), 0))
+    return top, inverse, tl.sum(tl.where(rescale > 0.0, weighted * rescale, 0.0), 0) * inverse
 
 
 # --- the host's side ----------------------------------------------------------------------------------------
@@ -418,7 +420,9 @@ def _settings(precision, dtype, B, H, F, I, A, K, V, backward, device, blocked):
     if single:
         block_n, warps = 16, 8
     elif narrow:
-        block_n, warps = 64 if max(K, V) <= 16 and not blocked else 32, 2 if backward else block_f // 16
+        block_n, warps = 64 if max(K, V) <= 16 and not blocked else 32, block_f // 16
+        if backward and not blocked:
+            warps = 2
     else:
         block_n, warps = 32, 8 if wide else block_f // (4 if blocked else 8)
     return dict(

@@ -22,7 +22,7 @@ from avfuse.data import sounding_shapes
 from avfuse.data.clips import ClipDataset, ClipLoader
 from avfuse.files import read_rows
 from avfuse.tasks.options import ClassifyConfig
-from avfuse.train import INPUTS, Pretraining, main
+from avfuse.train import INPUTS, Pretraining, check_cuda_graphs, main
 from avfuse.training import loop
 from avfuse.training.checkpoints import list_checkpoints
 from avfuse.training.faults import RunError
@@ -389,6 +389,29 @@ def test_every_interaction_trains(data, tmp_path, monkeypatch, interactions):
 def test_a_single_clip_to_measure_on_has_no_neighbour(data, tmp_path):
     main(tiny(data, tmp_path / "run", epochs=1, probe_clips=1))
     assert [row["probes"] for row in rows(tmp_path / "run") if "when" in row] == [{}, {}]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("micro_batch", [0, 2])
+def test_recording_steps_changes_no_loss(finished, tmp_path, micro_batch):
+    main(replace(finished, run=tmp_path / "run", cuda_graphs=True, micro_batch=micro_batch))
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished.run), rel=1e-5)
+
+
+def test_steps_that_cannot_be_recorded_are_refused(data, tmp_path, monkeypatch):
+    config = tiny(data, tmp_path / "run", cuda_graphs=True)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="--cuda-graphs needs a CUDA device"):
+            main(config)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for option in "--grad-checkpointing", "--contrastive":
+        changes = {option[2:].replace("-", "_"): 1}
+        with pytest.raises(ValueError, match=f"--cuda-graphs cannot record a step with {option}"):
+            check_cuda_graphs(replace(config, **changes))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--cuda-graphs is for one process"):
+        check_cuda_graphs(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_recomputing_activations_changes_no_loss(finished, tmp_path):

@@ -77,6 +77,9 @@ class TrainConfig(LoopConfig):
     decode_from: Annotated[DecodeFrom, Formerly("patches")] = "patches"
     """What decoders see: fusion tokens and the patches that are kept (the paper's), or fusion tokens alone,
     through which what is seen and heard then has to pass (benchmarks/emergence.md)."""
+    cuda_graphs: Annotated[bool, FREE] = False
+    """Record the launches of a step once, and play them back: the same losses, several times as fast where a
+    GPU waits for its host (docs/training.md). One GPU; not with --contrastive or --grad-checkpointing."""
     contrastive: Annotated[float, NOT_NEGATIVE, Formerly(0.0)] = 0.0
     """Weight of CAV-MAE's contrastive term, 0.01 there, beside the two losses: which image goes with which
     sound, among the clips of a step, by tokens before the first of --fusion-layers. These must begin above 0:
