@@ -59,7 +59,7 @@ PARTS = {
         Step("memcheck", 70, f"{SANITIZED} --tool memcheck {FEW}", "", bad="SUMMARY: [1-9]"),
         Step("racecheck", 120, f"{SANITIZED} --tool racecheck {FEW}", "", bad="SUMMARY: [1-9]"),
     ),
-    2: (  # how fast is it
+    2: (  # how fast is it, and how does it grow
         Step(
             "pair_attention", 150,
             f"{ALONE} --shapes paper pretraining long video --variants plain bias frames",
@@ -67,26 +67,26 @@ PARTS = {
             "pair_attention-{device}.json",
         ),
         Step(
-            "throughput", 260, f"{THROUGHPUT} --rows none token materialized factorized dense",
-            f"{TINY} --rows none dense", "throughput-{device}.json",
+            "graphs", 235, f"{THROUGHPUT} --compile cuda-graph --rows {GRAPHED}",
+            f"{TINY} --rows none --compile no", "throughput-{device}-graph.json",
         ),
-        Step(
-            "graphs", 125, f"{THROUGHPUT} --modes inference --compile cuda-graph --rows {GRAPHED}",
-            f"{TINY} --rows none-fused --compile no", "throughput-{device}-graph.json",
-        ),
-    ),
-    3: (  # how it grows, and where the time goes
         Step(
             "scaling", 140, "{python} benchmarks/scaling.py --seconds 3",
             "--rows dense --tokens 512 1024 --modes forward --dim 16 --heads 1 --seconds 0",
             "scaling-{device}.json",
         ),
+    ),
+    3: (  # how fast is it where the host launches, and where the time goes
         Step(
-            "kernel_times", 240, "{python} benchmarks/kernel_times.py", TINY,
+            "throughput", 260, f"{THROUGHPUT} --rows none token materialized factorized dense",
+            f"{TINY} --rows none dense", "throughput-{device}.json",
+        ),
+        Step(
+            "kernel_times", 130, "{python} benchmarks/kernel_times.py --ways eager graph", TINY,
             "kernel_times-{device}.json",
         ),
         Step(
-            "compiled", 150, f"{THROUGHPUT} --modes inference --rows none dense --compile default",
+            "compiled", 145, f"{THROUGHPUT} --modes inference --rows none dense --compile default",
             f"{TINY} --rows none", "throughput-{device}-compiled.json",
         ),
     ),
@@ -101,8 +101,9 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Options:
-    """Are the kernels right on this GPU (part 1), how fast is everything (2), how does it grow and where does
-    the time go (3), and with which settings would the kernels be faster (4)?
+    """Are the kernels right on this GPU (part 1), how fast is everything and how does it grow (2), how fast
+    where the host launches and where does the time go (3), and with which settings would the kernels be
+    faster (4)?
 
     A part takes at most nine minutes and is a list of steps, each with a limit of its own. Interrupted, it
     goes on where it stopped when it is called again: steps that came to a good end, at this commit and on

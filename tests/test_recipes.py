@@ -100,6 +100,9 @@ def test_planned_times_are_near_those_of_an_h200(precision, clips, milliseconds)
         mae = make_model(parse(["--preset", "vggsound-ablation"]))
     seconds = costs.step_seconds(mae, 94.6e9, "H100 or H200", precision, clips, 1)
     assert 1e3 * seconds == pytest.approx(milliseconds, rel=0.1)
+    if precision == "bf16":  # as a CUDA graph, of 128 clips
+        seconds = costs.step_seconds(mae, 94.6e9, "H100 or H200", precision, 128, 0)
+        assert 1e3 * seconds == pytest.approx(67.2, rel=0.1)
 
 
 def test_plan_says_hours_disk_and_reading_speed():
@@ -112,7 +115,9 @@ def test_plan_says_hours_disk_and_reading_speed():
     parameters = float(re.search(r"(\S+) M with decoders", said)[1])
     disk = float(re.search(r"disk +(\S+) GB: 2 checkpoints", said)[1])
     assert disk == pytest.approx(parameters * 1e6 * (3 * 12 + 4) / 1e9, abs=0.06)
-    assert "at 35% of the card's peak, as measured" in said
+    assert "3.8 ms a block to launch, or its arithmetic at 18% of the card's peak, as measured" in said
+    recorded = plan(parse(["--preset", "vggsound-ablation", "--cuda-graphs"]), processes=2)
+    assert "launch" not in recorded and "at 18%" in recorded
 
 
 def test_plan_counts_the_parameters_of_the_model():

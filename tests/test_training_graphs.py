@@ -5,11 +5,9 @@ import torch
 from models import make_encoder, make_inputs
 from torch import nn
 
-from avfuse import AVMAE
+from avfuse import AVMAE, graphs
 from avfuse.fusion import VARIANTS
 from avfuse.graphs import TrainingGraphs
-
-pytestmark = pytest.mark.gpu
 
 
 def make_mae(interactions="dense"):
@@ -40,52 +38,141 @@ def assert_same(ours, truth):
         assert (mine is None and true is None) or torch.equal(mine, true)
 
 
+class Recorded:
+    """Stands in for a recording where there is no GPU: counts what is played, and computes it."""
+
+    def __init__(self, module, inputs):
+        self.module, self.weights, self.calls = module, graphs.Weights(module), 0
+
+    def __call__(self, inputs):
+        self.calls += 1
+        return self.module(**inputs)
+
+
+def test_which_calls_are_played(monkeypatch):
+    monkeypatch.setattr(graphs, "TrainingRecording", Recorded)
+    module = Scaled().train()
+    player = TrainingGraphs(module)
+    large, small = dict(x=torch.ones(3)), dict(x=torch.ones(2))
+
+    def played(*batches):
+        found = []
+        for batch in batches:
+            assert torch.equal(player(**batch), module(**batch))
+            found.append(player.recording and player.recording.calls)
+        return found
+
+    with torch.no_grad():
+        assert played(large) == [None]
+    assert played(large, small, large, small, small, small) == [1, 1, 2, 2, 1, 2]
+    assert played(dict(x=torch.ones(2, dtype=torch.float64)), small) == [2, 3]
+    module.eval()
+    assert played(small) == [3]
+    module.train().weight = nn.Parameter(torch.tensor(3.0))
+    assert played(small) == [1]
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return (self.weight * x).sum()
+
+
+class Replayed:
+    """Stands in for a CUDA graph."""
+
+    def __init__(self, replay):
+        self.replay = replay
+
+
+def test_what_is_played_has_gradients(monkeypatch):
+    weight, unused = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor(1.0))
+    recording = object.__new__(graphs.TrainingRecording)
+    recording.calls, recording.parameters, recording.inputs = 0, [weight, unused], dict(x=torch.zeros(2))
+    loss, twice, tokens = torch.zeros(()), torch.zeros(()), torch.zeros(2)
+    recording.outputs, recording.is_loss = (loss, tokens, twice), [True, False, True]
+    recording.loss_grads, recording.grads = [torch.ones(()), torch.ones(())], (torch.zeros(()), None)
+
+    def forward():
+        tokens.copy_(weight.detach() * recording.inputs["x"])
+        loss.copy_(tokens.sum())
+        twice.copy_(2 * loss)
+
+    def backward():
+        of_loss, of_twice = recording.loss_grads
+        recording.grads[0].copy_((of_loss + 2 * of_twice) * recording.inputs["x"].sum())
+
+    recording.graphs = Replayed(forward), Replayed(backward)
+    for x in [1.0, 2.0], [3.0, 4.0]:  # whose gradients add up
+        first, read, second = recording(dict(x=torch.tensor(x)))
+        assert (first.item(), second.item(), read.tolist()) == (2 * sum(x), 4 * sum(x), [2 * x[0], 2 * x[1]])
+        assert not read.requires_grad
+        (first + 10 * second).backward()
+    assert weight.grad == 21 * 10 and unused.grad is None
+    first = recording(dict(x=torch.ones(2)))[0]
+    assert (
+        recording(dict(x=torch.zeros(2)))[0] == 0 and first == 4
+    )  # a copy, which the next call leaves alone
+    with pytest.raises(RuntimeError, match="a recorded call needs its backward before the next call"):
+        first.backward()
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("interactions", VARIANTS)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_recorded_steps(interactions, dtype):
     mae = make_mae(interactions)
-    graphs, batches = TrainingGraphs(mae), [make_batch(mae) for _ in range(4)]
+    player, batches = TrainingGraphs(mae), [make_batch(mae) for _ in range(4)]
     with torch.autocast("cuda", dtype, enabled=dtype is not None):
         for batch in batches:
-            assert_same(gradients(graphs, mae, batch), gradients(mae, mae, batch))
+            assert_same(gradients(player, mae, batch), gradients(mae, mae, batch))
             with torch.no_grad():
                 for parameter in mae.parameters():  # in place, as optimizers do
                     parameter += 0.01 * torch.randn_like(parameter)
-    assert graphs.recording.calls == 4
+    assert player.recording.calls == 4
 
 
+@pytest.mark.gpu
 def test_gradients_of_micro_batches_add_up():
     mae = make_mae()
-    graphs, batches = TrainingGraphs(mae), [make_batch(mae) for _ in range(3)]
-    assert_same(gradients(graphs, mae, *batches), gradients(mae, mae, *batches))
+    player, batches = TrainingGraphs(mae), [make_batch(mae) for _ in range(3)]
+    assert_same(gradients(player, mae, *batches), gradients(mae, mae, *batches))
 
 
+@pytest.mark.gpu
 def test_what_is_recorded():
     mae = make_mae()
-    graphs, large, small = TrainingGraphs(mae), make_batch(mae), make_batch(mae, clips=2)
+    player, large, small = TrainingGraphs(mae), make_batch(mae), make_batch(mae, clips=2)
     calls = []
     for batch in large, small, large, small, small, small:
-        assert_same(gradients(graphs, mae, batch), gradients(mae, mae, batch))
-        calls.append(graphs.recording.calls)
+        assert_same(gradients(player, mae, batch), gradients(mae, mae, batch))
+        calls.append(player.recording.calls)
     assert calls == [1, 1, 2, 2, 1, 2]
     mae.image_decoder.norm.weight = nn.Parameter(torch.full_like(mae.image_decoder.norm.weight, 2.0))
-    assert_same(gradients(graphs, mae, small), gradients(mae, mae, small))
-    assert graphs.recording.calls == 1
+    assert_same(gradients(player, mae, small), gradients(mae, mae, small))
+    assert player.recording.calls == 1
     present = dict(image_present=torch.tensor([True, False], device="cuda"))
     for _ in range(3):
-        assert_same(gradients(graphs, mae, small | present), gradients(mae, mae, small | present))
-    assert graphs.recording.calls == 2
+        assert_same(gradients(player, mae, small | present), gradients(mae, mae, small | present))
+    assert player.recording.calls == 2
     mae.eval()
-    assert_same(gradients(graphs, mae, small | present), gradients(mae, mae, small | present))
+    assert_same(gradients(player, mae, small | present), gradients(mae, mae, small | present))
     with torch.no_grad():
-        assert torch.equal(graphs(**large).loss, mae(**large).loss)
-    assert graphs.recording.calls == 2
+        assert torch.equal(player(**large).loss, mae(**large).loss)
+    assert player.recording.calls == 2
 
 
+@pytest.mark.gpu
 def test_a_backward_after_the_next_call_is_refused():
     mae = make_mae()
-    graphs, batch = TrainingGraphs(mae), make_batch(mae)
-    first = graphs(**batch)
-    graphs(**batch)
+    player, batch = TrainingGraphs(mae), make_batch(mae)
+    first = player(**batch)
+    player(**batch)
     with pytest.raises(RuntimeError, match="a recorded call needs its backward before the next call"):
         first.loss.backward()

@@ -15,10 +15,11 @@ CARDS = {  # dense peak of matrix products in TFLOP/s, by their makers: in 16 bi
     "L4": (121, 30.3),
 }
 # What launching the kernels of a block takes in a step, whatever its width and the clips: 3.3 to 3.9 ms in
-# models of four sizes on an H200 (torch 2.11, 2026-11-26). And the share of the peak at which products run:
-# in float32 measured there, in 16 bits by inference on an H100 (benchmarks/README.md).
+# models of four sizes on an H200 (torch 2.11, 2026-11-26). And the share of the peak at which a step runs: in
+# float32 that of the products, measured there; in 16 bits that of ViT-B's whole step as a CUDA graph at 128
+# clips, with fusion and without (an H200, 2026-11-28; at 64 clips 15 %).
 LAUNCHES = 3.8e-3
-SHARE = {"bf16": 0.35, "fp16": 0.35, "no": 0.56}
+SHARE = {"bf16": 0.18, "fp16": 0.18, "no": 0.56}
 
 
 def step_flops(mae: AVMAE) -> float:
@@ -32,23 +33,22 @@ def step_flops(mae: AVMAE) -> float:
     return counter.get_total_flops() / 2
 
 
-def step_seconds(
-    mae: AVMAE, flops: float, card: str, precision: str, clips: int, micro_batches: int
-) -> float:
-    """Time of a step of one process on a card: that of its launches, or of its products if they take longer.
+def step_seconds(mae: AVMAE, flops: float, card: str, precision: str, clips: int, launched: int) -> float:
+    """Time of a step of one process on a card: that of its launches, or of its arithmetic if it takes longer.
 
     Args:
         flops: of a clip, see `step_flops`.
-        clips: of the process, in so many micro-batches.
+        clips: of the process.
+        launched: in how many micro-batches; 0 where they are played back as CUDA graphs.
     """
     half, single = CARDS[card]
     peak = 1e12 * (single if precision == "no" else half)
-    return max(launch_seconds(mae, micro_batches), clips * flops / (SHARE[precision] * peak))
+    return max(launch_seconds(mae, launched), clips * flops / (SHARE[precision] * peak))
 
 
-def launch_seconds(mae: AVMAE, micro_batches: int) -> float:
-    """The least that a step takes on any card: that of its launches."""
-    return LAUNCHES * count_blocks(mae) * micro_batches
+def launch_seconds(mae: AVMAE, launched: int) -> float:
+    """The least that a step of so many micro-batches takes on any card: that of its launches."""
+    return LAUNCHES * count_blocks(mae) * launched
 
 
 def count_blocks(mae: AVMAE) -> int:

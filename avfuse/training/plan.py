@@ -138,6 +138,7 @@ def plan(config: TrainConfig, processes: int = 1) -> str:
         f"activations of {schedule.micro_batch} clips (computed; buffers of libraries come on top)",
     }
     flops, share = step_flops(mae), -(-schedule.batch_size // processes)
+    launched = 0 if config.cuda_graphs else accumulated
     checkpoint = of_all * (ADAMW_BYTES - 4 + (4 if config.ema else 0))
     rows |= {
         "arithmetic": f"{flops / 1e9:.1f} GFLOP for each clip, forward and backward; "
@@ -146,15 +147,14 @@ def plan(config: TrainConfig, processes: int = 1) -> str:
         f"{config.keep_checkpoints} checkpoints of {checkpoint / 1e9:.2f}, one being written, the model",
     }
     for card in CARDS:
-        seconds = step_seconds(mae, flops, card, config.precision, share, accumulated)
+        seconds = step_seconds(mae, flops, card, config.precision, share, launched)
         hours, speed = schedule.steps * seconds / 3600, schedule.batch_size / seconds
         rows[card] = f"{hours * processes:,.2f} GPU hours ({hours:,.2f} h); to read: {speed:,.0f} clips/s"
-        if seconds == launch_seconds(mae, accumulated):
+        if seconds == launch_seconds(mae, launched):
             rows[card] += "; as long as its launches take, the same on every card"
-    rows["by"] = (
-        f"a simple model, without judging: a micro-batch takes {1e3 * LAUNCHES:g} ms a block to launch, or "
-        f"its arithmetic at {SHARE[config.precision]:.0%} of the card's peak, as measured on H100 and H200"
-    )
+    arithmetic = f"its arithmetic at {SHARE[config.precision]:.0%} of the card's peak, as measured on an H200"
+    launches = "" if config.cuda_graphs else f"{1e3 * LAUNCHES:g} ms a block to launch, or "
+    rows["by"] = f"a simple model, without judging: a micro-batch takes {launches}{arithmetic}"
     return "\n".join(f"{name:>14}  {row}" for name, row in rows.items())
 
 
