@@ -10,6 +10,7 @@ from operator import is_
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 KEPT = 8  # recordings; each holds the memory of a call
@@ -30,9 +31,7 @@ class CudaGraphs:
         self.function, self.recordings = function, OrderedDict()
 
     def __call__(self, **inputs):
-        needing = [name for name, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad]
-        if needing and torch.is_grad_enabled():
-            raise ValueError(f"{needing[0]} requires a gradient, which a recorded call does not give")
+        refuse_gradients(inputs)
         kind = kind_of_call(inputs)
         if kind not in self.recordings or not self.recordings[kind].weights.are_there():
             device = next(x.device for x in inputs.values() if isinstance(x, Tensor))  # whose streams record
@@ -76,31 +75,44 @@ class Recording:
 class TrainingGraphs:
     """`module(**inputs)` in training, whose forward and backward are recorded at the first call and played
     back for inputs of the same kind. For modules that return losses: of the results, single numbers can be
-    differentiated; all other tensors are detached, and the next call overwrites them.
+    differentiated; all other tensors are detached, and the next call overwrites them. Each call has one
+    backward, before the next call.
 
-    Inputs of another kind, such as a smaller batch, run without it; those that come twice in a row are
-    recorded instead, as there is memory for one step. In `eval()` and without gradients nothing is recorded
-    or played.
+    Inputs of another kind, such as a smaller batch, run without it, beside the memory that the recording
+    holds; those that come twice in a row are recorded instead. In `eval()` and without gradients nothing is
+    recorded or played. A recording knows the weights by their place in memory, which parameters need a
+    gradient and which parts train; whatever else changes in the module later, such as hooks and numbers that
+    are not tensors, it does not see.
 
     Args:
-        module: on a CUDA device; not one that waits for numbers from it.
+        module: on a CUDA device; not one that waits for numbers from it, or keeps running statistics.
 
     Raises:
-        RuntimeError: in the backward of a call after which there was another.
+        ValueError: an input requires a gradient; or the module is spread over processes.
+        RuntimeError: in a second backward of a call, or in one after the next call.
     """
 
     def __init__(self, module: nn.Module):
+        if isinstance(module, DistributedDataParallel):
+            raise ValueError("module is spread over processes: TrainingGraphs is for one")
         self.module, self.kind, self.before, self.recording = module, None, None, None
 
     def __call__(self, **inputs):
         if not (self.module.training and torch.is_grad_enabled()):
             return self.module(**inputs)
-        kind, before = kind_of_call(inputs), self.before
+        refuse_gradients(inputs)
+        kind, before = (*kind_of_call(inputs), *kind_of_module(self.module)), self.before
         self.before = kind
         if self.recording is None or kind == before != self.kind or not self.recording.weights.are_there():
             self.recording = None  # whose memory the next one needs
-            self.kind, self.recording = kind, TrainingRecording(self.module, inputs)
-        return self.recording(inputs) if kind == self.kind else self.module(**inputs)
+            self.recording, self.kind = TrainingRecording(self.module, inputs), kind
+        if kind == self.kind:
+            return self.recording(inputs)
+        return tree_map_only(Tensor, lambda x: x if is_loss(x) else x.detach(), self.module(**inputs))
+
+    def __getstate__(self) -> dict:
+        """Copies record for themselves."""
+        return dict(module=self.module, kind=None, before=None, recording=None)
 
 
 class TrainingRecording:
@@ -117,14 +129,15 @@ class TrainingRecording:
         # of whoever used it first, which cannot be part of a recording.
         leaves = {name: p.detach().requires_grad_() for name, p in named.items()}
         call = partial(torch.func.functional_call, module, leaves, kwargs=self.inputs)
-        with torch.cuda.device(device), torch.random.fork_rng([device]), explained():
+        with torch.cuda.device(device), torch.random.fork_rng([device]):
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):  # see `Recording`
                 self.run(call, leaves)
             torch.cuda.current_stream().wait_stream(aside)
             options = dict(pool=torch.cuda.graph_pool_handle(), capture_error_mode="thread_local")
-            self.run(call, leaves, partial(torch.cuda.graph, **options))
+            with explained():
+                self.run(call, leaves, partial(torch.cuda.graph, **options))
 
     def run(self, call, leaves, record=lambda graph: nullcontext()) -> None:
         torch.clear_autocast_cache()  # of weights in another dtype: they are made in each call
@@ -163,8 +176,9 @@ class Played(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):
         recording = ctx.recording
-        if ctx.call != recording.calls:
-            raise RuntimeError("a recorded call needs its backward before the next call")
+        if ctx.call != recording.calls:  # the backward itself takes the place of what the call left
+            raise RuntimeError("a recorded call has one backward, before the next call")
+        ctx.call = None
         for own, grad in zip(recording.loss_grads, grads, strict=True):
             own.copy_(grad)
         recording.graphs[1].replay()
@@ -179,12 +193,15 @@ def explained() -> Iterator[None]:
         yield
     except torch.AcceleratorError as error:
         raise RuntimeError(
-            "this call cannot be recorded as a CUDA graph: it waits for the GPU, or runs on other streams"
+            f"this call cannot be recorded as a CUDA graph: does it wait for the GPU? ({error})"
         ) from error
 
 
 def is_loss(x) -> bool:
     return isinstance(x, Tensor) and x.ndim == 0 and x.requires_grad
+
+
+# --- for which calls a recording serves ---------------------------------------------------------------------
 
 
 class Weights:
@@ -193,13 +210,33 @@ class Weights:
     def __init__(self, module: nn.Module):
         self.homes = [home for part in module.modules() for home in (part._parameters, part._buffers) if home]
         self.tensors = list(self.now())
+        self.memory = [x if x is None else x.detach() for x in self.tensors]  # which stays theirs
 
     def now(self) -> Iterator[Tensor | None]:
         return chain.from_iterable(map(dict.values, self.homes))
 
     def are_there(self) -> bool:
-        """Whether none has been exchanged for another tensor, as `load_state_dict(assign=True)` does."""
-        return all(map(is_, self.now(), self.tensors))
+        """Whether none has been exchanged for another tensor, as `load_state_dict(assign=True)` does, or lies
+        elsewhere, as after `to`.
+        """
+        return all(map(is_, self.now(), self.tensors)) and all(
+            x is None or x.data_ptr() == memory.data_ptr()
+            for x, memory in zip(self.tensors, self.memory, strict=True)
+        )
+
+
+def refuse_gradients(inputs: dict) -> None:
+    needing = [name for name, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad]
+    if needing and torch.is_grad_enabled():
+        raise ValueError(f"{needing[0]} requires a gradient, which a recorded call does not give")
+
+
+def kind_of_module(module: nn.Module) -> tuple:
+    """Which parts train, and which parameters need a gradient."""
+    return (
+        tuple(part.training for part in module.modules()),
+        tuple(p.requires_grad for p in module.parameters()),
+    )
 
 
 def kind_of_call(inputs: dict) -> tuple:

@@ -149,7 +149,8 @@ class AVMAE(nn.Module, Predictor, Pretrained):
             image: (B, 3, height, width), or (B, T, 3, height, width). audio: (B, 1, mel, time).
             image_removed, audio_removed: (B, N) bool, or (B, T, N), True = hidden from the encoder, the same
                 number in every row; drawn at the mask ratios when not given. Under torch.compile and in a
-                CUDA graph their number must be that of the mask ratios: neither can count.
+                CUDA graph their number must be that of the mask ratios: neither can wait for another. A graph
+                ends the program where it is not.
             image_present, audio_present: (B,) bool, None = all: an absent modality is masked everywhere and
                 leaves its loss (which is 0 if no clip has it).
 
@@ -208,7 +209,9 @@ class AVMAE(nn.Module, Predictor, Pretrained):
             removed = (order.argsort(-1) < hidden).expand(*rows, patches)
         else:
             check_mask(f"{name}_removed", removed, (*rows, patches), pixels.device)
-            if not (torch.compiler.is_compiling() or is_recording(removed.device)):  # else by the ratio
+            if is_recording(removed.device):
+                torch._assert_async((removed.sum(-1) == hidden).all())
+            elif not torch.compiler.is_compiling():  # a compiled model takes the number from the ratio
                 hidden = same_in_every_row(f"{name}_removed", removed)
         return removed, kept_indices(removed, patches - hidden)
 

@@ -1,7 +1,7 @@
 """Pretrain an audio-visual masked autoencoder: `python -m avfuse.train`."""
 
 from .command import begin
-from .training.recipes import TrainConfig, parse
+from .training.recipes import TrainConfig, check_cuda_graphs, parse
 from .training.settings import checked
 
 if __name__ == "__main__":
@@ -73,7 +73,9 @@ class Pretraining(JudgedTask):
 
     @staticmethod
     def find(config, say):
-        check_cuda_graphs(config)
+        check_cuda_graphs(config, processes=int(os.environ.get("WORLD_SIZE", 1)))
+        if config.cuda_graphs and not torch.cuda.is_available():
+            raise ValueError("--cuda-graphs needs a CUDA device, and there is none")
         found = first_clips(Task.find(config, say), config.probe_clips)
         if not found.classes:
             say(NO_LABELS)
@@ -95,6 +97,8 @@ class Pretraining(JudgedTask):
 
     def inputs(self, batch):
         """What the model is called with. A blank is present in no modality and so without a loss."""
+        if self.config.cuda_graphs and self.config.missing == "keep":  # each batch is of the same kind
+            return {name: batch[name] for name in INPUTS}
         everywhere = [name for name in PRESENT if batch[name].all()]
         return {name: batch[name] for name in INPUTS if name not in everywhere}  # no mask: a faster path
 
@@ -104,7 +108,7 @@ class Pretraining(JudgedTask):
         return counts | (dict(contrastive_loss=count_paired(inputs)) if self.config.contrastive else {})
 
     def losses(self, model, inputs):
-        if self.config.cuda_graphs:
+        if self.config.cuda_graphs and torch.is_grad_enabled():
             self.graphs = model = self.graphs or TrainingGraphs(model)
         output = model(**inputs)
         losses = dict(image_loss=output.image_loss, audio_loss=output.audio_loss)
@@ -225,19 +229,6 @@ def count_paired(inputs: dict[str, Tensor]) -> int:
     for name in PRESENT:
         paired &= inputs.get(name, True)
     return int(paired.sum())
-
-
-def check_cuda_graphs(config: TrainConfig) -> None:
-    """Raises ValueError naming what a step cannot be recorded with."""
-    if not config.cuda_graphs:
-        return
-    if not torch.cuda.is_available():
-        raise ValueError("--cuda-graphs needs a CUDA device, and there is none")
-    if config.contrastive or config.grad_checkpointing:
-        other = "--contrastive" if config.contrastive else "--grad-checkpointing"
-        raise ValueError(f"--cuda-graphs cannot record a step with {other}")
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ValueError("--cuda-graphs is for one process: with several it has not been tested")
 
 
 def load_branch(option: str, load: Callable, mae: AVMAE, path: Path | None) -> None:

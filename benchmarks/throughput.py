@@ -328,7 +328,7 @@ def compared_models(options: Options, mode: Mode, rows: dict) -> dict:
             double = outputs(reference, *(clip.double() for clip in clips), removed, torch.float64)
             known[kind] = double, plain
         truth, plain = known[kind]
-        ours = outputs(compiled(model, options.compile, mode), *clips, removed, dtype)
+        ours = outputs(model, *clips, removed, dtype, compiled(model, options.compile, mode))
         rows[name] |= measure.agreement(ours, truth, [plain], dtype)
         measure.print_agreement(name, rows[name])
     return models
@@ -395,15 +395,20 @@ def draw_masks(mae: AVMAE, clips: int) -> dict[str, torch.Tensor]:
     return {name: torch.stack([mask[name] for mask in masks]) for name in masks[0]}
 
 
-def outputs(model, image, audio, removed: dict, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """What is compared: image, audio and fusion tokens; or the loss and gradients far from it."""
+def outputs(
+    model, image, audio, removed: dict, dtype: torch.dtype, run: Callable | None = None
+) -> dict[str, torch.Tensor]:
+    """What is compared: image, audio and fusion tokens; or the loss and gradients far from it. `run` is what
+    is called, if it is not the model.
+    """
+    run = run or model
     if not removed:
         with torch.inference_mode():
-            tokens = model(image.to(dtype), audio.to(dtype))
+            tokens = run(image.to(dtype), audio.to(dtype))
         return {part: getattr(tokens, part).double().cpu() for part in ("image", "audio", "fusion")}
     removed = {name: mask.to(image.device) for name, mask in removed.items()}
     with torch.autocast(image.device.type, dtype, enabled=dtype.itemsize == 2):
-        loss = model(image, audio, **removed).loss
+        loss = run(image, audio, **removed).loss
     named = dict(encoder_of(model).named_parameters())
     chosen = {name: named[name] for name in GRADIENTS}
     grads = torch.autograd.grad(loss, list(chosen.values()), allow_unused=True)

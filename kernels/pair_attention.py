@@ -339,8 +339,8 @@ def load_statistics(statistics, modality: tl.constexpr, b, h, H, queries, F, SPL
     rescale = tl.exp(tops - top[None, :])
     # Chosen, so that no product is fused with the first sum over lanes: it would be rounded in one lane and
     # not in the other, and they would leave different numbers in one place.
-    inverse = reciprocal(tl.sum(tl.where(rescale > 0.0, totals * rescale, 0.0), 0))
-    return top, inverse, tl.sum(tl.where(rescale > 0.0, weighted * rescale, 0.0), 0) * inverse
+    inverse = reciprocal(tl.sum(tl.where(inside, totals * rescale, 0.0), 0))
+    return top, inverse, tl.sum(tl.where(inside, weighted * rescale, 0.0), 0) * inverse
 
 
 # --- the host's side ----------------------------------------------------------------------------------------

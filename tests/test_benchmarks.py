@@ -35,7 +35,7 @@ import throughput  # noqa: E402
 from materialized import PairKeyFusion, PairTokenFusion, folded  # noqa: E402
 from tables import MISSING, markdown  # noqa: E402
 
-from avfuse import DenseFusion, create_encoder  # noqa: E402
+from avfuse import DenseFusion, create_encoder, graphs  # noqa: E402
 from avfuse.encoder import EncoderOutput  # noqa: E402
 
 TINY = throughput.Options(
@@ -221,6 +221,26 @@ def check_rows(rows: dict) -> None:
         > rows["dense"]["gflop_per_clip"]
         > rows["none"]["gflop_per_clip"]
     )
+
+
+def test_a_recorded_training_step_is_compared_with_the_model(monkeypatch):
+    """Where there is no GPU, a stand-in takes the place of the recording."""
+
+    class Recorded:
+        def __init__(self, module, inputs):
+            self.module, self.weights, self.calls = module, graphs.Weights(module), []
+
+        def __call__(self, inputs):
+            self.calls.append(inputs)
+            return self.module(**inputs)
+
+    monkeypatch.setattr(graphs, "TrainingRecording", Recorded)
+    model = throughput.make_model(throughput.ROWS["dense"], throughput.make_base("tiny", 1), "training")
+    clips, masks = throughput.make_inputs(model.encoder, 2), throughput.draw_masks(model, 2)
+    truth = throughput.outputs(model, *clips, masks, torch.float32)
+    run = throughput.compiled(model, "cuda-graph", "training")
+    ours = throughput.outputs(model, *clips, masks, torch.float32, run)
+    assert len(ours) > 3 and all(torch.equal(ours[name], true) for name, true in truth.items())
 
 
 def test_throughput_keeps_what_it_measured_before_it_was_interrupted(out, monkeypatch):

@@ -98,11 +98,24 @@ def test_planned_times_are_near_those_of_an_h200(precision, clips, milliseconds)
     """Measured with PyTorch 2.11 and the preset's model, 94.6 GFLOP a clip."""
     with torch.device("meta"):
         mae = make_model(parse(["--preset", "vggsound-ablation"]))
-    seconds = costs.step_seconds(mae, 94.6e9, "H100 or H200", precision, clips, 1)
+    seconds = costs.step_seconds(mae, 94.6e9, "H100 or H200", precision, clips, 1, True)
     assert 1e3 * seconds == pytest.approx(milliseconds, rel=0.1)
-    if precision == "bf16":  # as a CUDA graph, of 128 clips
-        seconds = costs.step_seconds(mae, 94.6e9, "H100 or H200", precision, 128, 0)
-        assert 1e3 * seconds == pytest.approx(67.2, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "interactions, flops, clips, milliseconds",
+    [
+        ("none", 82.6e9, 64, 34.1),
+        ("none", 82.6e9, 128, 59.1),
+        ("dense", 94.6e9, 64, 40.7),
+        ("dense", 94.6e9, 128, 67.2),
+    ],
+)
+def test_planned_times_of_cuda_graphs_are_near_those_of_an_h200(interactions, flops, clips, milliseconds):
+    with torch.device("meta"):
+        mae = make_model(parse(["--preset", "vggsound-ablation", "--interactions", interactions]))
+    seconds = costs.step_seconds(mae, flops, "H100 or H200", "bf16", clips, 1, False)
+    assert 1e3 * seconds == pytest.approx(milliseconds, rel=0.05)
 
 
 def test_plan_says_hours_disk_and_reading_speed():
@@ -115,9 +128,18 @@ def test_plan_says_hours_disk_and_reading_speed():
     parameters = float(re.search(r"(\S+) M with decoders", said)[1])
     disk = float(re.search(r"disk +(\S+) GB: 2 checkpoints", said)[1])
     assert disk == pytest.approx(parameters * 1e6 * (3 * 12 + 4) / 1e9, abs=0.06)
-    assert "3.8 ms a block to launch, or its arithmetic at 18% of the card's peak, as measured" in said
-    recorded = plan(parse(["--preset", "vggsound-ablation", "--cuda-graphs"]), processes=2)
-    assert "launch" not in recorded and "at 18%" in recorded
+    assert "3.8 ms a block to launch, or 0.27 ms a block and its arithmetic at 23% of the card's peak" in said
+
+
+def test_plan_of_cuda_graphs():
+    argv = ["--preset", "vggsound-ablation"]
+    plain, said = plan(parse(argv)), plan(parse([*argv, "--cuda-graphs"]))
+    assert "launch" in plain and "launch" not in said
+    memory = [float(re.search(r"about (\S+) GiB", text)[1]) for text in (plain, said)]
+    parameters = float(re.search(r"(\S+) M with decoders", said)[1])
+    assert memory[1] - memory[0] == pytest.approx(4e6 * parameters / 2**30, abs=0.11)
+    with pytest.raises(ValueError, match="--cuda-graphs is for one process"):
+        plan(parse([*argv, "--cuda-graphs"]), processes=2)
 
 
 def test_plan_counts_the_parameters_of_the_model():

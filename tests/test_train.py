@@ -22,7 +22,7 @@ from avfuse.data import sounding_shapes
 from avfuse.data.clips import ClipDataset, ClipLoader
 from avfuse.files import read_rows
 from avfuse.tasks.options import ClassifyConfig
-from avfuse.train import INPUTS, Pretraining, check_cuda_graphs, main
+from avfuse.train import INPUTS, Pretraining, main
 from avfuse.training import loop
 from avfuse.training.checkpoints import list_checkpoints
 from avfuse.training.faults import RunError
@@ -403,15 +403,23 @@ def test_steps_that_cannot_be_recorded_are_refused(data, tmp_path, monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="--cuda-graphs needs a CUDA device"):
             main(config)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     for option in "--grad-checkpointing", "--contrastive":
-        changes = {option[2:].replace("-", "_"): 1}
+        changes = {option[2:].replace("-", "_"): 1, "fusion_layers": (2, 3)}
         with pytest.raises(ValueError, match=f"--cuda-graphs cannot record a step with {option}"):
-            check_cuda_graphs(replace(config, **changes))
+            main(replace(config, **changes))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="--cuda-graphs is for one process"):
-        check_cuda_graphs(config)
+        Pretraining.find(config, print)
     assert not (tmp_path / "run").exists()
+
+
+def test_batches_of_recorded_steps_are_of_one_kind(data, tmp_path):
+    """Whether or not a clip of the batch lacks a modality."""
+    task = object.__new__(Pretraining)
+    batch = {name: torch.ones(2, dtype=torch.bool) for name in INPUTS}
+    for missing, graphs, more in ("keep", True, 2), ("keep", False, 0), ("drop", True, 0):
+        task.config = tiny(data, tmp_path, missing=missing, cuda_graphs=graphs)
+        assert len(task.inputs(batch)) == 4 + more
 
 
 def test_recomputing_activations_changes_no_loss(finished, tmp_path):

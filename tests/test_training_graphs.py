@@ -1,5 +1,7 @@
 """Training steps that are recorded as CUDA graphs: the same losses and gradients as without, to the bit."""
 
+import copy
+
 import pytest
 import torch
 from models import make_encoder, make_inputs
@@ -10,10 +12,10 @@ from avfuse.fusion import VARIANTS
 from avfuse.graphs import TrainingGraphs
 
 
-def make_mae(interactions="dense"):
+def make_mae(interactions="dense", **options):
     torch.manual_seed(0)
     encoder = make_encoder(interactions, **(dict(drop_path=0.2) if interactions != "none" else {}))
-    return AVMAE(encoder, decoder_dim=16, decoder_depth=1, decoder_heads=2).float().cuda().train()
+    return AVMAE(encoder, decoder_dim=16, decoder_depth=1, decoder_heads=2, **options).float().cuda().train()
 
 
 def make_batch(mae, clips=3):
@@ -70,12 +72,38 @@ def test_which_calls_are_played(monkeypatch):
     assert played(small) == [3]
     module.train().weight = nn.Parameter(torch.tensor(3.0))
     assert played(small) == [1]
+    module.weight.data = torch.tensor(4.0)  # as `to` and `cuda` do
+    assert played(small, small) == [1, 2]
+    module.bias.requires_grad_(True)  # not played as it was recorded
+    assert played(small, small, small) == [2, 1, 2]
+    module.part.eval()
+    assert played(small, small) == [2, 1]
+
+
+def test_what_is_left_of_other_results(monkeypatch):
+    """Whether a call is played or not."""
+    monkeypatch.setattr(graphs, "TrainingRecording", Recorded)
+    player = TrainingGraphs(Scaled().train())
+    player(x=torch.ones(3))
+    loss, tokens = player.module(x=torch.ones(2)), torch.ones(2, requires_grad=True)
+    player.module.forward = lambda x: (loss, tokens)
+    found = player(x=torch.ones(2))
+    assert found[0] is loss and not found[1].requires_grad
+    with pytest.raises(ValueError, match="x requires a gradient"):
+        player(x=torch.ones(3, requires_grad=True))
+    copied = copy.deepcopy(player)
+    assert copied.recording is None and player.recording is not None
+    monkeypatch.setattr(graphs, "DistributedDataParallel", Scaled)
+    with pytest.raises(ValueError, match="module is spread over processes"):
+        TrainingGraphs(Scaled())
 
 
 class Scaled(nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(2.0))
+        self.bias = nn.Parameter(torch.tensor(0.0), requires_grad=False)
+        self.part = nn.Identity()
 
     def forward(self, x):
         return (self.weight * x).sum()
@@ -110,13 +138,15 @@ def test_what_is_played_has_gradients(monkeypatch):
         first, read, second = recording(dict(x=torch.tensor(x)))
         assert (first.item(), second.item(), read.tolist()) == (2 * sum(x), 4 * sum(x), [2 * x[0], 2 * x[1]])
         assert not read.requires_grad
-        (first + 10 * second).backward()
+        (first + 10 * second).backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="one backward"):
+            first.backward()
     assert weight.grad == 21 * 10 and unused.grad is None
     first = recording(dict(x=torch.ones(2)))[0]
     assert (
         recording(dict(x=torch.zeros(2)))[0] == 0 and first == 4
     )  # a copy, which the next call leaves alone
-    with pytest.raises(RuntimeError, match="a recorded call needs its backward before the next call"):
+    with pytest.raises(RuntimeError, match="a recorded call has one backward, before the next call"):
         first.backward()
 
 
@@ -174,5 +204,42 @@ def test_a_backward_after_the_next_call_is_refused():
     player, batch = TrainingGraphs(mae), make_batch(mae)
     first = player(**batch)
     player(**batch)
-    with pytest.raises(RuntimeError, match="a recorded call needs its backward before the next call"):
+    with pytest.raises(RuntimeError, match="a recorded call has one backward, before the next call"):
         first.loss.backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decode_from", ["patches", "fusion"])
+def test_masks_drawn_inside_norm_kernels_and_unused_parameters(monkeypatch, decode_from):
+    monkeypatch.setattr("avfuse.ops.residual_norm.ENOUGH", 0)
+    mae = make_mae(decode_from=decode_from)
+    player, batch = TrainingGraphs(mae), make_batch(mae)
+    batch = {name: batch[name] for name in ("image", "audio")}
+    for _ in range(3):
+        assert_same(gradients(player, mae, batch), gradients(mae, mae, batch))
+    assert (None in player.recording.grads) == (decode_from == "fusion")
+
+
+@pytest.mark.gpu
+def test_half_precision_with_a_scaler():
+    mae = make_mae()
+    player, batch, scaler = TrainingGraphs(mae), make_batch(mae), torch.amp.GradScaler("cuda")
+    found = []
+    for call in player, mae:
+        mae.zero_grad()
+        torch.manual_seed(1)
+        with torch.autocast("cuda", torch.float16):
+            loss = call(**batch).loss
+        scaler.scale(loss).backward()
+        found.append([loss.detach(), *(p.grad for p in mae.parameters())])
+    assert_same(*found)
+
+
+@pytest.mark.gpu
+def test_a_call_that_waits_is_refused():
+    class Waits(Scaled):
+        def forward(self, x):
+            return super().forward(x) * x.sum().item()
+
+    with pytest.raises(RuntimeError, match="cannot be recorded as a CUDA graph"):
+        TrainingGraphs(Waits().cuda().train())(x=torch.ones(2, device="cuda"))

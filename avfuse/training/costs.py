@@ -14,12 +14,13 @@ CARDS = {  # dense peak of matrix products in TFLOP/s, by their makers: in 16 bi
     "RTX 4090": (165, 82.6),
     "L4": (121, 30.3),
 }
-# What launching the kernels of a block takes in a step, whatever its width and the clips: 3.3 to 3.9 ms in
-# models of four sizes on an H200 (torch 2.11, 2026-11-26). And the share of the peak at which a step runs: in
-# float32 that of the products, measured there; in 16 bits that of ViT-B's whole step as a CUDA graph at 128
-# clips, with fusion and without (an H200, 2026-11-28; at 64 clips 15 %).
-LAUNCHES = 3.8e-3
-SHARE = {"bf16": 0.18, "fp16": 0.18, "no": 0.56}
+# What launching the kernels of a block takes a host in a step, whatever its width and the clips: 3.3 to 3.9
+# ms in models of four sizes beside an H200 (torch 2.11, 2026-11-26; two days later 2 to 5.7). What a block
+# takes the GPU whatever the clips, and the share of the peak at which products run: in 16 bits as they fit
+# ViT-B's steps as CUDA graphs at 64 and 128 clips, 34.1 and 59.1 ms without fusion, 40.7 and 67.2 dense (an
+# H200, 2026-11-28), in float32 as measured there of launched steps.
+LAUNCHES, PLAYED = 3.8e-3, 0.27e-3
+SHARE = {"bf16": 0.23, "fp16": 0.23, "no": 0.56}
 
 
 def step_flops(mae: AVMAE) -> float:
@@ -33,22 +34,25 @@ def step_flops(mae: AVMAE) -> float:
     return counter.get_total_flops() / 2
 
 
-def step_seconds(mae: AVMAE, flops: float, card: str, precision: str, clips: int, launched: int) -> float:
-    """Time of a step of one process on a card: that of its launches, or of its arithmetic if it takes longer.
+def step_seconds(
+    mae: AVMAE, flops: float, card: str, precision: str, clips: int, micro_batches: int, launched: bool
+) -> float:
+    """Time of a step of one process on a card: that of its launches, or of the GPU if it takes longer.
 
     Args:
         flops: of a clip, see `step_flops`.
-        clips: of the process.
-        launched: in how many micro-batches; 0 where they are played back as CUDA graphs.
+        clips: of the process, in so many micro-batches.
+        launched: and not played back as CUDA graphs.
     """
     half, single = CARDS[card]
     peak = 1e12 * (single if precision == "no" else half)
-    return max(launch_seconds(mae, launched), clips * flops / (SHARE[precision] * peak))
+    on_gpu = PLAYED * count_blocks(mae) * micro_batches + clips * flops / (SHARE[precision] * peak)
+    return max(launch_seconds(mae, micro_batches, launched), on_gpu)
 
 
-def launch_seconds(mae: AVMAE, launched: int) -> float:
-    """The least that a step of so many micro-batches takes on any card: that of its launches."""
-    return LAUNCHES * count_blocks(mae) * launched
+def launch_seconds(mae: AVMAE, micro_batches: int, launched: bool = True) -> float:
+    """The least that a step takes beside any card: that of its launches."""
+    return LAUNCHES * count_blocks(mae) * micro_batches * launched
 
 
 def count_blocks(mae: AVMAE) -> int:

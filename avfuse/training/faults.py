@@ -56,7 +56,7 @@ class Signals:
 
 
 @contextmanager
-def memory_advice(micro_batch: int, *, checkpointing: bool, precision: str):
+def memory_advice(micro_batch: int, *, checkpointing: bool, precision: str, cuda_graphs: bool = False):
     """Turns running out of memory into a `RunError` that says which settings need less."""
     try:
         yield
@@ -66,7 +66,8 @@ def memory_advice(micro_batch: int, *, checkpointing: bool, precision: str):
             raise
         smaller = f"--micro-batch {micro_batch // 2} (the same step in smaller parts)"
         advice = [smaller] if micro_batch > 1 else []
-        advice += [] if checkpointing else ["--grad-checkpointing (same losses, more time)"]
+        leave = "leave out --cuda-graphs, and " if cuda_graphs else ""
+        advice += [] if checkpointing else [f"{leave}--grad-checkpointing (same losses, more time)"]
         advice += ["--precision bf16"] if precision == "no" else []
         advice = ", ".join(advice or ["a smaller --model"])
         raise RunError(f"out of memory with micro-batches of {micro_batch} clips: try {advice}") from error

@@ -317,6 +317,7 @@ def train(run: Run) -> int:
         run.schedule.micro_batch,
         checkpointing=run.config.grad_checkpointing,
         precision=run.config.precision,
+        cuda_graphs=getattr(run.config, "cuda_graphs", False),
     )
     signals = Signals(STOPPING if accelerator.is_main_process else "")
     with run.lock or nullcontext(), signals, memory:

@@ -18,9 +18,9 @@ from ..loading import load_encoder
 from ..mae import AVMAE, count_removed
 from ..presets import SIZES, create_encoder
 from ..rules import option
-from .costs import CARDS, LAUNCHES, SHARE, launch_seconds, step_flops, step_seconds
+from .costs import CARDS, LAUNCHES, PLAYED, SHARE, launch_seconds, step_flops, step_seconds
 from .length import with_enough_steps
-from .recipes import TrainConfig
+from .recipes import TrainConfig, check_cuda_graphs
 from .settings import FRESH, learning_rate, schedule_of
 from .starts import for_clips, new_bias, saved_settings
 
@@ -100,6 +100,7 @@ def make_encoder(config: TrainConfig) -> AVEncoder:
 
 def plan(config: TrainConfig, processes: int = 1) -> str:
     """What a run with these settings amounts to, for people. Opens no clip and allocates no weights."""
+    check_cuda_graphs(config, processes)
     with torch.device("meta") if config.checkpoint == FRESH else nullcontext():
         mae = make_model(config)
     clips, counted = count_clips(config)
@@ -119,7 +120,7 @@ def plan(config: TrainConfig, processes: int = 1) -> str:
     }
     frames = f"{mae.encoder.frames} frames of " if mae.encoder.frames > 1 else ""
     two, three = activation_bytes(mae, config.precision, 2), activation_bytes(mae, config.precision, 3)
-    kept_bytes = ADAMW_BYTES + (4 if config.ema else 0)
+    kept_bytes = ADAMW_BYTES + 4 * (bool(config.ema) + config.cuda_graphs)
     activations = two + (schedule.micro_batch - 2) * (three - two)  # weights cast to bf16 do not grow
     rows = {
         "run": f"{config.preset}: {size} model, {interactions} interactions, in {config.run}",
@@ -138,7 +139,7 @@ def plan(config: TrainConfig, processes: int = 1) -> str:
         f"activations of {schedule.micro_batch} clips (computed; buffers of libraries come on top)",
     }
     flops, share = step_flops(mae), -(-schedule.batch_size // processes)
-    launched = 0 if config.cuda_graphs else accumulated
+    parts = accumulated, not config.cuda_graphs
     checkpoint = of_all * (ADAMW_BYTES - 4 + (4 if config.ema else 0))
     rows |= {
         "arithmetic": f"{flops / 1e9:.1f} GFLOP for each clip, forward and backward; "
@@ -147,14 +148,16 @@ def plan(config: TrainConfig, processes: int = 1) -> str:
         f"{config.keep_checkpoints} checkpoints of {checkpoint / 1e9:.2f}, one being written, the model",
     }
     for card in CARDS:
-        seconds = step_seconds(mae, flops, card, config.precision, share, launched)
+        seconds = step_seconds(mae, flops, card, config.precision, share, *parts)
         hours, speed = schedule.steps * seconds / 3600, schedule.batch_size / seconds
         rows[card] = f"{hours * processes:,.2f} GPU hours ({hours:,.2f} h); to read: {speed:,.0f} clips/s"
-        if seconds == launch_seconds(mae, launched):
+        if seconds == launch_seconds(mae, *parts):
             rows[card] += "; as long as its launches take, the same on every card"
-    arithmetic = f"its arithmetic at {SHARE[config.precision]:.0%} of the card's peak, as measured on an H200"
     launches = "" if config.cuda_graphs else f"{1e3 * LAUNCHES:g} ms a block to launch, or "
-    rows["by"] = f"a simple model, without judging: a micro-batch takes {launches}{arithmetic}"
+    rows["by"] = (
+        f"a simple model, without judging: a micro-batch takes {launches}{1e3 * PLAYED:g} ms a block and its "
+        f"arithmetic at {SHARE[config.precision]:.0%} of the card's peak, as measured on an H200"
+    )
     return "\n".join(f"{name:>14}  {row}" for name, row in rows.items())
 
 

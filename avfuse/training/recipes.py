@@ -132,6 +132,17 @@ class TrainConfig(LoopConfig):
 # --- the paper's runs (Sec. 4.1; released code where the paper is silent) -----------------------------------
 
 
+def check_cuda_graphs(config: TrainConfig, processes: int) -> None:
+    """Raises ValueError naming what a step cannot be recorded with."""
+    if not config.cuda_graphs:
+        return
+    for name in "contrastive", "grad_checkpointing":
+        if getattr(config, name):
+            raise ValueError(f"--cuda-graphs cannot record a step with {option(TrainConfig, name)}")
+    if processes > 1:
+        raise ValueError("--cuda-graphs is for one process: with several it has not been tested")
+
+
 def demo() -> TrainConfig:
     """Sounding Shapes, a tiny model, a few minutes on two CPU cores."""
     return TrainConfig()
