@@ -52,8 +52,10 @@ def drawn_from(path: Path) -> str | None:
 def draw_throughput(record: dict) -> Figure:
     """Bars of speed and memory over no fusion, with quartiles, and diamonds where the paper reports them."""
     modes = [mode for mode in MODES if mode in record]
-    figure = Figure(figsize=(10, 0.6 + 2.9 * len(modes)), layout="constrained")
-    grid = figure.subplots(len(modes), 2, squeeze=False, sharey=True)
+    heights = [0.6 + 0.23 * len(record[mode]["rows"]) for mode in modes]
+    figure = Figure(figsize=(10, 0.6 + sum(heights)), layout="constrained")
+    ratios = dict(height_ratios=heights)
+    grid = figure.subplots(len(modes), 2, squeeze=False, sharey="row", gridspec_kw=ratios)
     for (speed_axis, memory_axis), mode in zip(grid, modes, strict=True):
         rows = record[mode]["rows"]
         best = {row: result for row in reversed(rows) if (result := fastest(rows, row))}
@@ -76,7 +78,7 @@ def draw_throughput(record: dict) -> Figure:
 
 def draw_bars(axis: Axes, rows: Iterable[str], values: list, errors: list | None = None) -> None:
     """A bar for each row from below, with its value, and a dotted line at 1."""
-    colours = [BLUE if row in ("dense", "pair-bias") else GREY for row in rows]
+    colours = [BLUE if row in ("dense", "pair-bias", "dense-fused") else GREY for row in rows]
     caps = dict(ecolor="black", capsize=3)
     axis.barh(range(len(values)), values, xerr=errors, color=colours, height=0.62, error_kw=caps)
     for place, value in enumerate(values):

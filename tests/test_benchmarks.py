@@ -243,6 +243,18 @@ def test_a_recorded_training_step_is_compared_with_the_model(monkeypatch):
     assert len(ours) > 3 and all(torch.equal(ours[name], true) for name, true in truth.items())
 
 
+def test_bars_stand_beside_their_names():
+    """Inference has rows that training has not."""
+    record = json.loads((ROOT / "benchmarks/results/throughput-cpu.json").read_text())
+    figure = plots.draw_throughput(record)
+    for mode, axis in zip(("inference", "training"), figure.axes[::2], strict=True):
+        rows = record[mode]["rows"].values()
+        names = [label.get_text() for label in axis.get_yticklabels()]
+        assert names == [row["label"] for row in rows][::-1] and list(axis.get_yticks()) == [
+            *range(len(names))
+        ]
+
+
 def test_throughput_keeps_what_it_measured_before_it_was_interrupted(out, monkeypatch):
     options = replace(TINY, rows=("none",), modes=("inference", "training"), batch=(1, 2), out=out)
     order = [("inference", 1), ("training", 1), ("inference", 2), ("training", 2)]
