@@ -401,7 +401,7 @@ def outputs(
     """What is compared: image, audio and fusion tokens; or the loss and gradients far from it. `run` is what
     is called, if it is not the model.
     """
-    run = run or model
+    run = model if run is None else run
     if not removed:
         with torch.inference_mode():
             tokens = run(image.to(dtype), audio.to(dtype))
