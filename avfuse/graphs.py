@@ -65,9 +65,7 @@ class Recording:
             self.outputs = function(**self.inputs)
 
     def __call__(self, inputs: dict):
-        for name, x in inputs.items():
-            if isinstance(x, Tensor):
-                self.inputs[name].copy_(x)
+        fill(self.inputs, inputs)
         self.graph.replay()
         return tree_map_only(Tensor, torch.clone, self.outputs)
 
@@ -154,9 +152,7 @@ class TrainingRecording:
         self.outputs = tree_map_only(Tensor, torch.detach, outputs)
 
     def __call__(self, inputs: dict):
-        for name, x in inputs.items():
-            if isinstance(x, Tensor):
-                self.inputs[name].copy_(x)
+        fill(self.inputs, inputs)
         losses, kinds = iter(Played.apply(self, *self.parameters)), iter(self.is_loss)
         return tree_map(lambda x: next(losses) if next(kinds) else x, self.outputs)
 
@@ -223,6 +219,13 @@ class Weights:
             x is None or x.data_ptr() == memory.data_ptr()
             for x, memory in zip(self.tensors, self.memory, strict=True)
         )
+
+
+def fill(own: dict, inputs: dict) -> None:
+    """Writes the inputs of a call where its recording reads them."""
+    for name, x in inputs.items():
+        if isinstance(x, Tensor):
+            own[name].copy_(x)
 
 
 def refuse_gradients(inputs: dict) -> None:

@@ -225,13 +225,14 @@ def check_rows(rows: dict) -> None:
 
 def test_a_recorded_training_step_is_compared_with_the_model(monkeypatch):
     """Where there is no GPU, a stand-in takes the place of the recording."""
+    recorded = []
 
     class Recorded:
         def __init__(self, module, inputs):
-            self.module, self.weights, self.calls = module, graphs.Weights(module), []
+            self.module, self.weights = module, graphs.Weights(module)
+            recorded.append(inputs)
 
         def __call__(self, inputs):
-            self.calls.append(inputs)
             return self.module(**inputs)
 
     monkeypatch.setattr(graphs, "TrainingRecording", Recorded)
@@ -240,6 +241,7 @@ def test_a_recorded_training_step_is_compared_with_the_model(monkeypatch):
     truth = throughput.outputs(model, *clips, masks, torch.float32)
     run = throughput.compiled(model, "cuda-graph", "training")
     ours = throughput.outputs(model, *clips, masks, torch.float32, run)
+    assert [inputs.keys() for inputs in recorded] == [{"image", "audio", *masks}]
     assert len(ours) > 3 and all(torch.equal(ours[name], true) for name, true in truth.items())
 
 

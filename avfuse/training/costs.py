@@ -50,7 +50,7 @@ def step_seconds(
     return max(launch_seconds(mae, micro_batches, launched), on_gpu)
 
 
-def launch_seconds(mae: AVMAE, micro_batches: int, launched: bool = True) -> float:
+def launch_seconds(mae: AVMAE, micro_batches: int, launched: bool) -> float:
     """The least that a step takes beside any card: that of its launches."""
     return LAUNCHES * count_blocks(mae) * micro_batches * launched
 
