@@ -5,8 +5,9 @@
     python benchmarks/kernel_resources.py 80 90 --few     # a few of them, in a minute
 
 Kernels are launched as usual, on tensors without memory, at ViT-B's shapes; only, the launch stops once the
-kernel is compiled. STACK above 0 means that registers were spilled to memory. Of norms, K is the width of a
-token.
+kernel is compiled. STACK above 0 means that registers were spilled to memory, UNEVEN above 0 that lanes which
+add up one sum may round it differently, and leave different numbers in one place. Of norms, K is the width of
+a token.
 """
 
 import re
@@ -27,7 +28,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 SIZES = (  # F, K, V
     (16, 16, 16), (32, 64, 64), (16, 64, 64), (32, 16, 16), (16, 16, 64), (32, 32, 32), (16, 32, 32),
 )  # fmt: skip
-COLUMNS = "sm dtype B F K V options kernel REG STACK SHARED"
+COLUMNS = "sm dtype B F K V options kernel REG STACK SHARED UNEVEN"
 
 
 class CompileOnly:
@@ -62,16 +63,35 @@ def compiled(capability: int, launch) -> list:
     return kernels
 
 
-def resources(kernel) -> tuple[int, int, int]:
-    """Registers and stack of a thread, shared memory of a program in bytes."""
+def resources(kernel) -> tuple[int, int, int, int]:
+    """Registers and stack of a thread, shared memory of a program in bytes, and what `uneven` counts."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
+        usage, code = (
+            subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
+            for what in ("-res-usage", "-sass")
         )
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage.stdout)[1]) for name in ("REG", "STACK"))
-    return registers, stack, kernel.metadata.shared
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    return registers, stack, kernel.metadata.shared, uneven(code)
+
+
+def uneven(code: str) -> int:
+    """Products that are fused with what another lane has: of two lanes that add each other's product to their
+    own, each rounds the other's alone.
+    """
+    count, others = 0, set()  # registers with what came from another lane
+    for operation, operands in re.findall(r"\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);", code):
+        names = re.findall(r"\b(?:R\d+|RZ|U?PT?\d*)\b", operands)
+        if operation.startswith("FFMA"):
+            count += names[-1] in others
+        elif operation.startswith(("BRA", "BSYNC", "EXIT")):
+            others.clear()
+        if operation.startswith("SHFL.BFLY"):
+            others.add(names[1])
+        else:
+            others -= set(names[:1])
+    return count
 
 
 def attend(dtype, B, F, N, K, V, masks=False, bias=None, blocks=None):

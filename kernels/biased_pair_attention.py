@@ -46,6 +46,7 @@ from .tiles import (
     shared_range,
     slot_head,
     store_rows,
+    weigh,
 )
 
 SPLIT_PAIRS = 4 * 64**2  # the fewest pairs that are worth a program of their own
@@ -164,7 +165,7 @@ def weighted(weights, v, do, PRECISION: tl.constexpr, PAIR_PRECISION: tl.constex
     if do is None:
         return pair_dot(tl.trans(v), weights, PAIR_PRECISION)
     else:
-        return tl.sum(weights * tl.dot(v, tl.trans(do), input_precision=PRECISION), 0)
+        return tl.sum(weigh(weights, tl.dot(v, tl.trans(do), input_precision=PRECISION)), 0)
 
 
 # --- backward -----------------------------------------------------------------------------------------------
@@ -407,12 +408,13 @@ def load_found(statistics, b, h, H, queries, F, SPLITS: tl.constexpr):
     tops = tl.load(pointers, mask=inside, other=float("-inf"))
     top = finite(tl.max(tops, 0))
     rescale = tl.exp(tops - top[None, :])
-    image_inverse = reciprocal(tl.sum(tl.load(pointers + step, mask=inside, other=0.0) * rescale, 0))
-    audio_inverse = reciprocal(tl.sum(tl.load(pointers + 2 * step, mask=inside, other=0.0) * rescale, 0))
-    image_sum = tl.sum(tl.load(pointers + 3 * step, mask=inside, other=0.0) * rescale, 0)
-    audio_sum = tl.sum(tl.load(pointers + 4 * step, mask=inside, other=0.0) * rescale, 0)
+    image_total = tl.sum(weigh(rescale, tl.load(pointers + step, mask=inside, other=0.0)), 0)
+    audio_total = tl.sum(weigh(rescale, tl.load(pointers + 2 * step, mask=inside, other=0.0)), 0)
+    image_sum = tl.sum(weigh(rescale, tl.load(pointers + 3 * step, mask=inside, other=0.0)), 0)
+    audio_sum = tl.sum(weigh(rescale, tl.load(pointers + 4 * step, mask=inside, other=0.0)), 0)
     safe = tl.min(tl.min(tl.load(pointers + 5 * step, mask=inside, other=1.0), 0), 0) > 0.0
     top = tl.where(queries < F, top, float("inf"))  # what is not there weighs nothing
+    image_inverse, audio_inverse = reciprocal(image_total), reciprocal(audio_total)
     return top, image_inverse, audio_inverse, image_sum * image_inverse, audio_sum * audio_inverse, safe
 
 
@@ -443,8 +445,8 @@ def marginals(
         limit = top_s + top_t + top_bias
         top = tl.maximum(top, limit)
         u *= tl.exp(limit - finite(top))
-        image_weights = u * pair_dot(E, w, PAIR_PRECISION)
-        audio_weights = w * pair_dot(tl.trans(E), u, PAIR_PRECISION)
+        image_weights = weigh(u, pair_dot(E, w, PAIR_PRECISION))
+        audio_weights = weigh(w, pair_dot(tl.trans(E), u, PAIR_PRECISION))
     return image_weights, audio_weights, top
 
 
@@ -461,8 +463,8 @@ def weighted_by_other(
             own = tl.arange(0, BLOCK_F) == query
             weights = tl.exp(logits_of_query(s, t, bias[0], own) - finite(of_query(top, own)))
             alone = tl.where(own[None, :], tl.sum(weights, 1)[:, None], alone)
-            weights *= of_query(other, own)[None, :]
-            others = tl.where(own[None, :], tl.sum(weights, 1)[:, None], others)
+            own_others = tl.sum(weigh(weights, of_query(other, own)[None, :]), 1)
+            others = tl.where(own[None, :], own_others[:, None], others)
     else:
         u, top_s = exponentials(s)
         w, top_t = exponentials(t)
@@ -654,8 +656,8 @@ def settings(dtype, B, H, F, I, A, K, V, *, backward=False, device=None):
         # As the inputs, but that weights span more than the exponents of float16.
         PAIR_PRECISION={torch.float16: "tf32", torch.bfloat16: "bf16"}.get(dtype, precision),
         BLOCK_F=16,
-        BLOCK_N=16 if backward and (single or max(K, V) > 32) else 32,  # else registers are spilled
-        num_warps=8 if single else 1 if max(K, V) <= 16 else 2 if max(K, V) <= 32 and not backward else 4,
+        BLOCK_N=32,
+        num_warps=1,
         num_stages=1,
         enable_fp_fusion=True,
         maxnreg=255,

@@ -42,6 +42,7 @@ from .tiles import (
     reciprocal,
     rows_of,
     shared_range,
+    weigh,
 )
 
 # Of the kernels that read no tokens: queries and blocks of a tile; so many of the other modality's blocks are
@@ -146,10 +147,7 @@ def survey_blocks(
         if do is not None:
             weights_grad = tl.dot(v, tl.trans(do), input_precision=PRECISION)
             weights_grad = tl.reshape(weights_grad, (OWN, ROWS, BLOCK_F))
-            # Chosen, so that no product is fused with the first sum over lanes: it would be rounded in one
-            # lane and not in the other, and they would leave different numbers in one place.
-            products = tl.where(weights > 0.0, weights * weights_grad, 0.0)
-            weighted = weighted * rescale + tl.sum(products, 1)
+            weighted = weighted * rescale + tl.sum(weigh(weights, weights_grad), 1)
     offsets, inside = tile_of(b, h, H, first + tl.arange(0, OWN), N // size, queries, F)
     tl.store(block_logits + offsets, top + log(total), mask=inside)
     if do is not None:

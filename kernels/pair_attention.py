@@ -38,6 +38,7 @@ from .tiles import (
     rows_of,
     slot_head,
     store_rows,
+    weigh,
 )
 
 PROGRAMS = 256  # tokens are split until there are so many: 2 for each multiprocessor of an A100 or H100
@@ -251,7 +252,7 @@ def survey(
         weights = tl.exp(logits - finite(top))
         rescale = tl.exp(previous - finite(top))
         total = total * rescale + tl.sum(weights, 0)
-        weighted = weighted * rescale + tl.sum(weights * weights_grad, 0)
+        weighted = weighted * rescale + tl.sum(weigh(weights, weights_grad), 0)
     return top, total, weighted
 
 
@@ -337,10 +338,8 @@ def load_statistics(statistics, modality: tl.constexpr, b, h, H, queries, F, SPL
     weighted = tl.load(pointers + 2 * step, mask=inside, other=0.0)
     top = finite(tl.max(tops, 0))
     rescale = tl.exp(tops - top[None, :])
-    # Chosen, so that no product is fused with the first sum over lanes: it would be rounded in one lane and
-    # not in the other, and they would leave different numbers in one place.
-    inverse = reciprocal(tl.sum(tl.where(inside, totals * rescale, 0.0), 0))
-    return top, inverse, tl.sum(tl.where(inside, weighted * rescale, 0.0), 0) * inverse
+    inverse = reciprocal(tl.sum(weigh(rescale, totals), 0))
+    return top, inverse, tl.sum(weigh(rescale, weighted), 0) * inverse
 
 
 # --- the host's side ----------------------------------------------------------------------------------------
@@ -417,14 +416,12 @@ def _settings(precision, dtype, B, H, F, I, A, K, V, backward, device, blocked):
         splits *= 2
     # Few warps: what 4 of them multiply in tiles of 64 tokens becomes wgmma on Hopper, which is half as fast
     # here, and which Triton 3.6 compiled to reads outside of shared memory (128 tokens, widths of 64).
-    if single:
-        block_n, warps = 16, 8
-    elif narrow:
-        block_n, warps = 64 if max(K, V) <= 16 and not blocked else 32, block_f // 16
-        if backward and not blocked:
-            warps = 2
+    if wide:
+        block_n, warps = 16 if single else 32, 8
+    elif single:
+        block_n, warps = 16, block_f // (16 if max(K, V) <= 16 else 8)
     else:
-        block_n, warps = 32, 8 if wide else block_f // (4 if blocked else 8)
+        block_n, warps = 64 if max(K, V) <= 16 and not (blocked or backward) else 32, block_f // 16
     return dict(
         K=K,
         V=V,

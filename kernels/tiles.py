@@ -95,6 +95,14 @@ def reciprocal(total):
 
 
 @triton.jit
+def weigh(weights, values):
+    """weights * values, to be added up: chosen, so that no product is fused with the first sum over lanes. It
+    would be rounded in one lane and not in the other, and they would leave different numbers in one place.
+    """
+    return tl.where(weights != 0.0, weights * values, 0.0)
+
+
+@triton.jit
 def shared_range(own, size, full):
     """The clips or heads that share a matrix of the bias: all where it has one for all."""
     return tl.where(size == 1, 0, own), tl.where(size == 1, full, own + 1)

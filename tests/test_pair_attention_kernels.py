@@ -358,6 +358,7 @@ def assert_no_register_is_spilled(*runs):
             one_warp = row["options"].startswith("bias") and (row["dtype"], row["K"]) == ("bfloat16", "16")
             assert int(row["STACK"]) <= one_warp * ONE_WARP, row
             assert int(row["SHARED"]) <= 99 * 1024, row  # what a program may have on any GPU from 8.0 on
+            assert row["UNEVEN"] == "0", row
     assert found == {*itertools.product(GPUS, KERNELS | NORMS)}
 
 
