@@ -54,14 +54,10 @@ class Recording:
         self.weights = Weights(getattr(function, "__self__", function))
         self.inputs = {name: x.clone() if isinstance(x, Tensor) else x for name, x in inputs.items()}
         self.graph = torch.cuda.CUDAGraph()
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # kernels are compiled and chosen, which cannot be recorded
+        with aside():
             for _ in range(2):
                 function(**self.inputs)
-        torch.cuda.current_stream().wait_stream(aside)
-        # What other threads do meanwhile, such as pinning memory, is none of it.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with record(self.graph):
             self.outputs = function(**self.inputs)
 
     def __call__(self, inputs: dict):
@@ -128,14 +124,9 @@ class TrainingRecording:
         leaves = {name: p.detach().requires_grad_() for name, p in named.items()}
         call = partial(torch.func.functional_call, module, leaves, kwargs=self.inputs)
         with torch.cuda.device(device), torch.random.fork_rng([device]):
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):  # see `Recording`
+            with aside():
                 self.run(call, leaves)
-            torch.cuda.current_stream().wait_stream(aside)
-            options = dict(pool=torch.cuda.graph_pool_handle(), capture_error_mode="thread_local")
-            with explained():
-                self.run(call, leaves, partial(torch.cuda.graph, **options))
+            self.run(call, leaves, partial(record, pool=torch.cuda.graph_pool_handle()))
 
     def run(self, call, leaves, record=lambda graph: nullcontext()) -> None:
         torch.clear_autocast_cache()  # of weights in another dtype: they are made in each call
@@ -183,14 +174,39 @@ class Played(torch.autograd.Function):
         return None, *(None if grad is None else next(copies) for grad in recording.grads)
 
 
+# --- what is recorded ---------------------------------------------------------------------------------------
+
+
 @contextmanager
-def explained() -> Iterator[None]:
-    try:
+def aside() -> Iterator[None]:
+    """On another stream, done before: what cannot be recorded, such as kernels being compiled and chosen."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         yield
-    except torch.AcceleratorError as error:
-        raise RuntimeError(
-            f"this call cannot be recorded as a CUDA graph: does it wait for the GPU? ({error})"
-        ) from error
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+@contextmanager
+def record(graph: torch.cuda.CUDAGraph, **options) -> Iterator[None]:
+    """`torch.cuda.graph`, but what other threads do meanwhile, such as pinning memory, is none of it; and
+    where it fails, all is left as it was.
+
+    Raises:
+        RuntimeError: the call waits for the GPU, or does something else that cannot be recorded.
+    """
+    with torch.cuda.stream(torch.cuda.current_stream()):  # which `torch.cuda.graph` leaves if it fails
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local", **options):
+                yield
+        except torch.AcceleratorError as error:
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(
+                generator.clone_state()
+            )  # its own would believe that it is recorded
+            raise RuntimeError(
+                f"this call cannot be recorded as a CUDA graph: does it wait for the GPU? ({error})"
+            ) from error
 
 
 def is_loss(x) -> bool:

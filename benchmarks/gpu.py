@@ -50,14 +50,14 @@ TINY = "--preset tiny --batch 1 --seconds 0"
 # In order of value. The limits of a part add up to less than nine minutes.
 PARTS = {
     1: (  # is it right
-        Step("tests", 150, f"{PYTEST} -m gpu", f'-m "not slow" -k flop {KERNEL_TESTS}'),
+        Step("tests", 135, f"{PYTEST} -m gpu", f'-m "not slow" -k flop {KERNEL_TESTS}'),
         Step(
-            "kernel-tests", 120, f'{PYTEST} {KERNEL_TESTS} -m "not gpu and not slow" -k "not ({COMPILING})"',
+            "kernel-tests", 110, f'{PYTEST} {KERNEL_TESTS} -m "not gpu and not slow" -k "not ({COMPILING})"',
             "-k second_derivatives",
         ),
-        Step("check", 80, "{python} benchmarks/kernel_check.py", "--shapes tiny --dtypes float32"),
-        Step("memcheck", 70, f"{SANITIZED} --tool memcheck {FEW}", "", bad="SUMMARY: [1-9]"),
-        Step("racecheck", 120, f"{SANITIZED} --tool racecheck {FEW}", "", bad="SUMMARY: [1-9]"),
+        Step("check", 70, "{python} benchmarks/kernel_check.py", "--shapes tiny --dtypes float32"),
+        Step("memcheck", 110, f"{SANITIZED} --tool memcheck {FEW}", "", bad="SUMMARY: [1-9]"),
+        Step("racecheck", 110, f"{SANITIZED} --tool racecheck {FEW}", "", bad="SUMMARY: [1-9]"),
     ),
     2: (  # how fast is it, and how does it grow
         Step(

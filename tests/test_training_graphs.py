@@ -9,7 +9,7 @@ from torch import nn
 
 from avfuse import AVMAE, graphs
 from avfuse.fusion import VARIANTS
-from avfuse.graphs import TrainingGraphs
+from avfuse.graphs import CudaGraphs, TrainingGraphs
 
 
 def make_mae(interactions="dense", **options):
@@ -159,12 +159,15 @@ def test_what_is_played_has_gradients(monkeypatch):
 def test_recorded_steps(interactions, dtype):
     mae = make_mae(interactions)
     player, batches = TrainingGraphs(mae), [make_batch(mae) for _ in range(4)]
-    with torch.autocast("cuda", dtype, enabled=dtype is not None):
-        for batch in batches:
-            assert_same(gradients(player, mae, batch), gradients(mae, mae, batch))
-            with torch.no_grad():
-                for parameter in mae.parameters():  # in place, as optimizers do
-                    parameter += 0.01 * torch.randn_like(parameter)
+    for batch in batches:
+        with torch.autocast(
+            "cuda", dtype, enabled=dtype is not None
+        ):  # casts each weight once, until it ends
+            ours, truth = gradients(player, mae, batch), gradients(mae, mae, batch)
+        assert_same(ours, truth)
+        with torch.no_grad():
+            for parameter in mae.parameters():  # in place, as optimizers do
+                parameter += 0.01 * torch.randn_like(parameter)
     assert player.recording.calls == 4
 
 
@@ -241,5 +244,15 @@ def test_a_call_that_waits_is_refused():
         def forward(self, x):
             return super().forward(x) * x.sum().item()
 
-    with pytest.raises(RuntimeError, match="cannot be recorded as a CUDA graph"):
-        TrainingGraphs(Waits().cuda().train())(x=torch.ones(2, device="cuda"))
+    stream, x = torch.cuda.current_stream(), torch.ones(2, device="cuda")
+    torch.manual_seed(1)
+    for player in TrainingGraphs(Waits().cuda().train()), CudaGraphs(Waits().cuda().forward):
+        with pytest.raises(RuntimeError, match="cannot be recorded as a CUDA graph"):
+            player(x=x)
+    assert torch.cuda.current_stream() == stream
+    drawn = torch.rand(3, device="cuda")  # as if nothing had been tried
+    torch.manual_seed(1)
+    assert torch.equal(drawn, torch.rand(3, device="cuda"))
+    mae = make_mae()
+    player, batch = TrainingGraphs(mae), make_batch(mae)
+    assert_same(gradients(player, mae, batch), gradients(mae, mae, batch))
