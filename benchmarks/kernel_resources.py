@@ -82,15 +82,16 @@ def uneven(code: str) -> int:
     """
     count, others = 0, set()  # registers with what came from another lane
     for operation, operands in re.findall(r"\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);", code):
-        names = re.findall(r"\b(?:R\d+|RZ|U?PT?\d*)\b", operands)
-        if operation.startswith("FFMA"):
-            count += names[-1] in others
-        elif operation.startswith(("BRA", "BSYNC", "EXIT")):
+        registers = [int(number) for number in re.findall(r"\bR(\d+)", operands)]
+        if operation == "FFMA" and re.search(r"R\d+(\.reuse)? $", operands):
+            count += registers[-1] in others
+        if operation.startswith(("BRA", "BSYNC", "EXIT")):
             others.clear()
+        elif registers:
+            several = 4 if operation.startswith(("LD", "HMMA", "IMAD.WIDE")) else 1  # that it writes, at most
+            others -= set(range(registers[0], registers[0] + several))
         if operation.startswith("SHFL.BFLY"):
-            others.add(names[1])
-        else:
-            others -= set(names[:1])
+            others.add(registers[0])
     return count
 
 

@@ -644,7 +644,7 @@ def backward(
 
 def settings(dtype, B, H, F, I, A, K, V, *, backward=False, device=None):
     """As `settings` of pair_attention.py."""
-    precision, single = precision_of(dtype), dtype == torch.float32
+    precision, one_warp = precision_of(dtype), max(K, V) <= (16 if dtype == torch.float32 else 64)
     splits, programs = 1, B * H * triton.cdiv(F, 16)
     while 2 * splits * programs <= PROGRAMS and 2 * splits * SPLIT_PAIRS <= I * A and 64 * splits <= I:
         splits *= 2
@@ -656,8 +656,8 @@ def settings(dtype, B, H, F, I, A, K, V, *, backward=False, device=None):
         # As the inputs, but that weights span more than the exponents of float16.
         PAIR_PRECISION={torch.float16: "tf32", torch.bfloat16: "bf16"}.get(dtype, precision),
         BLOCK_F=16,
-        BLOCK_N=32,
-        num_warps=1,
+        BLOCK_N=32 if one_warp or not backward else 16,
+        num_warps=1 if one_warp else 8 if dtype == torch.float32 else 4,
         num_stages=1,
         enable_fp_fusion=True,
         maxnreg=255,

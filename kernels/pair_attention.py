@@ -409,7 +409,8 @@ def settings(dtype, B, H, F, I, A, K, V, *, backward=False, device=None, blocked
 
 @functools.lru_cache(1024)  # worked out anew, they would cost as much as an operator of PyTorch
 def _settings(precision, dtype, B, H, F, I, A, K, V, backward, device, blocked):
-    single, wide, narrow = dtype == torch.float32, max(K, V) > 64, max(K, V) <= 32
+    single, width = dtype == torch.float32, max(K, V)
+    wide = width > 64
     block_f = min(padded(F), 16 if wide else 32)
     splits, programs = 1, B * H * triton.cdiv(F, block_f)
     while 2 * splits * programs <= PROGRAMS and 2 * splits * SPLIT_TOKENS <= max(I, A):
@@ -419,9 +420,9 @@ def _settings(precision, dtype, B, H, F, I, A, K, V, backward, device, blocked):
     if wide:
         block_n, warps = 16 if single else 32, 8
     elif single:
-        block_n, warps = 16, block_f // (16 if max(K, V) <= 16 else 8)
+        block_n, warps = 16, block_f // (16 if width <= 16 else 4 if blocked else 8)
     else:
-        block_n, warps = 64 if max(K, V) <= 16 and not (blocked or backward) else 32, block_f // 16
+        block_n, warps = 64 if width <= 16 and not (blocked or backward) else 32, block_f // 16
     return dict(
         K=K,
         V=V,
@@ -430,7 +431,7 @@ def _settings(precision, dtype, B, H, F, I, A, K, V, backward, device, blocked):
         BLOCK_F=block_f,
         BLOCK_N=block_n,
         num_warps=warps,
-        num_stages=1 if single and backward and not narrow else 2,
+        num_stages=1 if single and backward and width > 32 else 2,
         enable_fp_fusion=True,  # Triton's default until 3.10
         maxnreg=255,  # else ptxas spills a little here and there, to fit one program more on a multiprocessor
-    ) | own_settings(device, "blocked_" * blocked + "pair_attention", backward, dtype, block_f, max(K, V))
+    ) | own_settings(device, "blocked_" * blocked + "pair_attention", backward, dtype, block_f, width)

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiles import on_device_of, weigh
+from .tiles import on_device_of
 
 TILE = 2048  # numbers that a program of the backward holds of each tensor, of one token at least
 
@@ -47,7 +47,7 @@ def residual_norm_kernel(
         offsets = place * D + columns
         z += tl.load(context + b * context_stride + offsets, mask=others, other=0.0).to(tl.float32)
     centred = tl.where(columns < D, z - tl.sum(z, 0) / D, 0.0)
-    y = centred * (1.0 / tl.sqrt(tl.sum(weigh(centred, centred), 0) / D + eps))
+    y = centred * (1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps))
     if weight is not None:
         y *= tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)
     if bias is not None:
@@ -78,14 +78,14 @@ def residual_norm_backward_kernel(
             z += tl.load(context + b * context_stride + place, mask=others, other=0.0).to(tl.float32)
         grad = tl.load(norm_grad + b * norm_stride + place, mask=present, other=0.0).to(tl.float32)
         centred = tl.where(columns < D, z - tl.sum(z, 1)[:, None] / D, 0.0)
-        r = tl.where(row < tokens, 1.0 / tl.sqrt(tl.sum(weigh(centred, centred), 1)[:, None] / D + eps), 0.0)
+        r = tl.where(row < tokens, 1.0 / tl.sqrt(tl.sum(centred * centred, 1)[:, None] / D + eps), 0.0)
         y = centred * r
         if sums is not None:
             weight_sum += grad * y
             bias_sum += grad
         if weight is not None:
             grad *= w
-        grad = r * (grad - tl.sum(grad, 1)[:, None] / D - y * (tl.sum(weigh(y, grad), 1)[:, None] / D))
+        grad = r * (grad - tl.sum(grad, 1)[:, None] / D - y * (tl.sum(grad * y, 1)[:, None] / D))
         if context is not None:
             tl.store(context_grad + b * F * D + place, grad, mask=others)
         if total_grad is not None:

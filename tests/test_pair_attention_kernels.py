@@ -339,8 +339,9 @@ COMPILING = {
 GPUS = ("80", "90", "100", "120")
 
 
-# Bytes that one warp may spill of a tile of pairs: it is faster nonetheless (kernels/README.md).
-ONE_WARP = 512
+# Bytes that may be spilled: a few registers, and what one warp has to of a tile of pairs, which is faster
+# nonetheless (kernels/README.md).
+FEW, OF_PAIRS = 32, 1536
 
 
 def assert_no_register_is_spilled(*runs):
@@ -355,8 +356,8 @@ def assert_no_register_is_spilled(*runs):
         rows = [dict(zip(columns.split(), line.split(), strict=True)) for line in lines]
         found |= {(row["sm"], row["kernel"]) for row in rows}
         for row in rows:
-            one_warp = row["options"].startswith("bias") and (row["dtype"], row["K"]) == ("bfloat16", "16")
-            assert int(row["STACK"]) <= one_warp * ONE_WARP, row
+            pairs = row["options"].startswith("bias")
+            assert int(row["STACK"]) <= (OF_PAIRS if pairs else FEW), row
             assert int(row["SHARED"]) <= 99 * 1024, row  # what a program may have on any GPU from 8.0 on
             assert row["UNEVEN"] == "0", row
     assert found == {*itertools.product(GPUS, KERNELS | NORMS)}
