@@ -190,7 +190,7 @@ def aside() -> Iterator[None]:
 @contextmanager
 def record(graph: torch.cuda.CUDAGraph, **options) -> Iterator[None]:
     """`torch.cuda.graph`, but what other threads do meanwhile, such as pinning memory, is none of it; and
-    where it fails, all is left as it was.
+    where it fails, stream and generator are left as they were.
 
     Raises:
         RuntimeError: the call waits for the GPU, or does something else that cannot be recorded.
@@ -200,10 +200,9 @@ def record(graph: torch.cuda.CUDAGraph, **options) -> Iterator[None]:
             with torch.cuda.graph(graph, capture_error_mode="thread_local", **options):
                 yield
         except torch.AcceleratorError as error:
-            generator = torch.cuda.default_generators[torch.cuda.current_device()]
-            generator.graphsafe_set_state(
-                generator.clone_state()
-            )  # its own would believe that it is recorded
+            # Until a recording succeeds, PyTorch's generator believes that it is being recorded (2.11).
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                torch.zeros((), device="cuda")
             raise RuntimeError(
                 f"this call cannot be recorded as a CUDA graph: does it wait for the GPU? ({error})"
             ) from error
