@@ -18,8 +18,8 @@ from .pair_attention import HAS_TRITON, TRITON_DTYPES, runs_kernels
 
 # Numbers that blocks have in their tokens before the kernel takes the place of a norm: its launch takes a
 # host 74 us, that of PyTorch's norm 18 and of its sum 10 (an H200's, 2026-11-28), so it pays where the GPU
-# has enough to do meanwhile. From where on is reckoned, not measured: 2^19 are 14 clips of 49 tokens of 768.
-# Where launches are played back, a step of ViT-B at 64 clips takes 42.1 ms with it and 43.8 without.
+# has enough to do meanwhile. From where on depends on the host (kernels/README.md): 2^19 are 14 clips of 49
+# tokens of 768, as if its launches were played back.
 ENOUGH = 2**19
 
 
