@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import chain
 from operator import is_
@@ -128,13 +128,13 @@ class TrainingRecording:
                 self.run(call, leaves)
             self.run(call, leaves, partial(record, pool=torch.cuda.graph_pool_handle()))
 
-    def run(self, call, leaves, record=lambda graph: nullcontext()) -> None:
+    def run(self, call, leaves, around=lambda graph: nullcontext()) -> None:
         torch.clear_autocast_cache()  # of weights in another dtype: they are made in each call
-        with record(self.graphs[0]):
+        with around(self.graphs[0]):
             outputs = call()
         losses = [x for x in tree_leaves(outputs) if is_loss(x)]
         self.loss_grads = [torch.ones_like(loss) for loss in losses]
-        with record(self.graphs[1]):
+        with around(self.graphs[1]):
             self.grads = torch.autograd.grad(
                 losses, list(leaves.values()), self.loss_grads, allow_unused=True
             )
@@ -179,18 +179,21 @@ class Played(torch.autograd.Function):
 
 @contextmanager
 def aside() -> Iterator[None]:
-    """On another stream, done before: what cannot be recorded, such as kernels being compiled and chosen."""
+    """Runs the body on another stream and waits for it: for what cannot be recorded, as compiling kernels."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream().wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        torch.cuda.current_stream().wait_stream(stream)
 
 
 @contextmanager
 def record(graph: torch.cuda.CUDAGraph, **options) -> Iterator[None]:
     """`torch.cuda.graph`, but what other threads do meanwhile, such as pinning memory, is none of it; and
-    where it fails, stream and generator are left as they were.
+    where it fails, stream and generator are left as they were. PyTorch's allocator (2.11) is not: it goes on
+    as in a recording, and gives less memory back.
 
     Raises:
         RuntimeError: the call waits for the GPU, or does something else that cannot be recorded.
@@ -201,8 +204,9 @@ def record(graph: torch.cuda.CUDAGraph, **options) -> Iterator[None]:
                 yield
         except torch.AcceleratorError as error:
             # Until a recording succeeds, PyTorch's generator believes that it is being recorded (2.11).
-            with torch.cuda.graph(torch.cuda.CUDAGraph()):
-                torch.zeros((), device="cuda")
+            again = torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local")
+            with suppress(torch.AcceleratorError), again:
+                torch.zeros((), device="cuda")  # an empty one is warned of
             raise RuntimeError(
                 f"this call cannot be recorded as a CUDA graph: does it wait for the GPU? ({error})"
             ) from error

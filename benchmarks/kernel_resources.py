@@ -81,15 +81,16 @@ def uneven(code: str) -> int:
     own, each rounds the other's alone.
     """
     count, others = 0, set()  # registers with what came from another lane
-    for operation, operands in re.findall(r"\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);", code):
+    for guard, operation, operands in re.findall(r"\*/\s+(@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);", code):
         registers = [int(number) for number in re.findall(r"\bR(\d+)", operands)]
-        if operation == "FFMA" and re.search(r"R\d+(\.reuse)? $", operands):
+        if operation.startswith("FFMA") and re.search(r"\bR\d+(\.reuse)? *$", operands):
             count += registers[-1] in others
         if operation.startswith(("BRA", "BSYNC", "EXIT")):
             others.clear()
-        elif registers:
-            several = 4 if operation.startswith(("LD", "HMMA", "IMAD.WIDE")) else 1  # that it writes, at most
-            others -= set(range(registers[0], registers[0] + several))
+        elif registers and not guard and not re.match(r"ST|.?[A-Z]SETP|LDGSTS", operation):
+            two, four = (re.search(what, operation) for what in (r"\.64|WIDE", r"\.128|HMMA|LDSM"))
+            written = 4 if four else 2 if two else 1
+            others -= set(range(registers[0], registers[0] + written))
         if operation.startswith("SHFL.BFLY"):
             others.add(registers[0])
     return count

@@ -363,6 +363,25 @@ def assert_no_register_is_spilled(*runs):
     assert found == {*itertools.product(GPUS, KERNELS | NORMS)}
 
 
+@pytest.mark.parametrize(
+    ("between", "found"),
+    [
+        ("", 1),
+        ("LDS R5, [R1]", 1),
+        ("@P0 MOV R6, R9", 1),
+        ("STS [R6], R9", 1),
+        ("FADD R6, R5, R6", 0),
+        ("LDS.128 R4, [R1]", 0),
+    ],
+)
+def test_a_product_that_is_fused_with_another_lanes_is_found(between, found):
+    lines = "FMUL R5, R7, R7", "SHFL.BFLY PT, R6, R5, 0x1, 0x1f", between, "FFMA R12, R7, R7.reuse, R6"
+    code = "\n".join(f"/*{n:04x}*/   {line} ;" for n, line in enumerate(filter(None, lines)))
+    command = [sys.executable, "-c", "import sys, kernel_resources as k; print(k.uneven(sys.argv[1]))", code]
+    printed = subprocess.run(command, env=COMPILING, capture_output=True, text=True, timeout=600)
+    assert printed.stdout == f"{found}\n", printed.stderr
+
+
 def test_kernels_compile_without_spilling_registers():
     assert_no_register_is_spilled([*GPUS, "--few"])
 
