@@ -339,12 +339,13 @@ COMPILING = {
 GPUS = ("80", "90", "100", "120")
 
 
-# Bytes that may be spilled: a few registers, and what one warp has to of a tile of pairs, which is faster
-# nonetheless (kernels/README.md).
-FEW, OF_PAIRS = 160, 1536
+# Bytes that may be spilled: a few registers; more with a bias of blocks and wide heads; and what one warp has
+# to of a tile of pairs, by dtype and width. It is faster nonetheless (kernels/README.md).
+FEW, OF_WIDE_BLOCKS = 32, 160
+OF_PAIRS = {("bfloat16", "16"): 512, ("bfloat16", "64"): 768, ("float32", "16"): 1344}
 
 
-def assert_no_register_is_spilled(*runs):
+def assert_little_is_spilled(*runs):
     """Runs benchmarks/kernel_resources.py with each of these arguments at once and prints what it prints."""
     options = dict(env=COMPILING, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     commands, found = [[sys.executable, SCRIPT, *arguments] for arguments in runs], set()
@@ -356,8 +357,11 @@ def assert_no_register_is_spilled(*runs):
         rows = [dict(zip(columns.split(), line.split(), strict=True)) for line in lines]
         found |= {(row["sm"], row["kernel"]) for row in rows}
         for row in rows:
-            pairs = row["options"].startswith("bias")
-            assert int(row["STACK"]) <= (OF_PAIRS if pairs else FEW), row
+            wide_blocks = row["options"].startswith("frames") and row["K"] == "64"
+            allowed = OF_WIDE_BLOCKS if wide_blocks else FEW
+            if row["options"].startswith("bias"):
+                allowed = OF_PAIRS[row["dtype"], row["K"]]
+            assert int(row["STACK"]) <= allowed, row
             assert int(row["SHARED"]) <= 99 * 1024, row  # what a program may have on any GPU from 8.0 on
             assert row["UNEVEN"] == "0", row
     assert found == {*itertools.product(GPUS, KERNELS | NORMS)}
@@ -382,13 +386,13 @@ def test_a_product_that_is_fused_with_another_lanes_is_found(between, found):
     assert printed.stdout == f"{found}\n", printed.stderr
 
 
-def test_kernels_compile_without_spilling_registers():
-    assert_no_register_is_spilled([*GPUS, "--few"])
+def test_kernels_compile_spilling_little():
+    assert_little_is_spilled([*GPUS, "--few"])
 
 
 @pytest.mark.slow
-def test_every_variant_compiles_without_spilling_registers():
-    assert_no_register_is_spilled(*([gpu] for gpu in GPUS))
+def test_every_variant_compiles_spilling_little():
+    assert_little_is_spilled(*([gpu] for gpu in GPUS))
 
 
 def test_kernels_are_compiled_once_for_all_numbers_of_tokens():

@@ -160,9 +160,8 @@ def test_recorded_steps(interactions, dtype):
     mae = make_mae(interactions)
     player, batches = TrainingGraphs(mae), [make_batch(mae) for _ in range(4)]
     for batch in batches:
-        with torch.autocast(
-            "cuda", dtype, enabled=dtype is not None
-        ):  # casts each weight once, until it ends
+        # Casts each weight once, until it ends.
+        with torch.autocast("cuda", dtype, enabled=dtype is not None):
             ours, truth = gradients(player, mae, batch), gradients(mae, mae, batch)
         assert_same(ours, truth)
         with torch.no_grad():

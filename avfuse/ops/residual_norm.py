@@ -18,8 +18,8 @@ from .pair_attention import HAS_TRITON, TRITON_DTYPES, runs_kernels
 
 # Numbers that blocks have in their tokens before the kernel takes the place of a norm: its launch takes a
 # host 74 us, that of PyTorch's norm 18 and of its sum 10 (an H200's, 2026-11-28), so it pays where the GPU
-# has enough to do meanwhile. From where on depends on the host (kernels/README.md): 2^19 are 14 clips of 49
-# tokens of 768, as if its launches were played back.
+# has enough to do meanwhile: from where on depends on the host, and a recorded step has none
+# (kernels/README.md). 2^19, 14 clips of 49 tokens of 768, is reckoned, not measured.
 ENOUGH = 2**19
 
 
