@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from avfuse.kernels import biased_pair_attention as biased_kernels
+from avfuse.kernels import blocked_pair_attention as blocked_kernels
 from avfuse.kernels import pair_attention as kernels
 from models import make_encoder, make_inputs
 from pair_rounding import Precision, largest_errors
@@ -216,8 +217,11 @@ def check(monkeypatch, dtype, F, I, A, K, V, masks, bias, magnitude, layout, spl
 
 def force_splits(monkeypatch, splits, block_n):
     """Divides the tokens among this many programs, however few they are. The interpreter takes large tiles of
-    pairs: its time goes by tiles.
+    pairs and of blocks: its time goes by tiles.
     """
+    if DEVICE == "cpu":
+        monkeypatch.setattr(blocked_kernels, "BLOCK", 32)
+        monkeypatch.setattr(blocked_kernels, "BIAS_BLOCK", 64)
     settings, biased_settings = kernels.settings, biased_kernels.settings
     usual = {} if DEVICE == "cuda" else dict(BLOCK_N=block_n)
     large = {} if DEVICE == "cuda" else dict(BLOCK_N=128 // splits)
