@@ -5,7 +5,6 @@ import math
 import numbers
 
 import torch
-from timm.layers import LayerNorm
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -128,10 +127,6 @@ def is_plain(linear: nn.Module) -> bool:
     return type(linear) is nn.Linear and not (
         has_hooks(linear) or is_traceable_wrapper_subclass(linear.weight)
     )
-
-
-def is_layer_norm(module: nn.Module) -> bool:
-    return type(module) in (nn.LayerNorm, LayerNorm)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:

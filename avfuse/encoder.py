@@ -25,13 +25,17 @@ from .checks import check_choice, check_count, check_flag, check_positive, is_nu
 from .folding import FoldedBlock, FoldedDense, check_foldable, shares_norms
 from .fusion import NORM_EPS, STATE, VARIANTS, Stream, Variant
 from .graphs import CudaGraphs
-from .inputs import InputSettings, ask_for_inputs, audio_times, check_inputs, default_inputs, middles
+from .inputs import InputSettings, middles
 from .ops.residual_norm import residual_norm
 from .predictor import Predictor
 from .pretrained import Pretrained, parameter_groups
 from .vit import (
+    ask_for_inputs,
+    audio_times,
     build_vit,
+    check_inputs,
     check_vit,
+    default_inputs,
     describe_vit,
     input_shape,
     joint_heads,

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .checks import has_hooks, is_layer_norm, is_plain
+from .checks import has_hooks, is_plain
 from .fusion import DenseFusion, Stream
-from .ops.residual_norm import residual_norm
+from .ops.residual_norm import is_layer_norm, residual_norm
 from .vit import Heads, split_heads
 
 

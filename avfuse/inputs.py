@@ -7,12 +7,9 @@ from them, so that a model can never be fed with the wrong transform.
 from dataclasses import dataclass
 
 import torch
-from timm.layers import PatchEmbed
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from .checks import check_choice, check_count, check_positive, check_size, is_number
-from .vit import input_shape
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -128,59 +125,6 @@ class InputSettings:
         return self.padded_frames or self.samples // self.hop
 
 
-def audio_times(inputs: InputSettings, patches: PatchEmbed, **options) -> Tensor:
-    """The middle of each audio patch, (A,), in seconds from the start of the window."""
-    rows, columns = patches.grid_size
-    steps = columns * patches.patch_size[1]
-    return middles(columns, steps * inputs.hop / inputs.sample_rate, **options).repeat(rows)
-
-
 def middles(parts: int, seconds: float, **options) -> Tensor:
     """The middles of equal parts of a time, (parts,)."""
     return (torch.arange(parts, **options) + 0.5) * (seconds / parts)
-
-
-def default_inputs(
-    image: VisionTransformer, audio: VisionTransformer, image_frames: int = 1
-) -> InputSettings | None:
-    """The paper's transforms at the sizes of the two transformers; None if it had no such spectrograms."""
-    mel_bins, frames = audio.patch_embed.img_size
-    if frames != InputSettings().frames:
-        return None
-    timm = (
-        getattr(image, "pretrained_cfg", None) or {}
-    )  # the normalisation that its weights were trained with
-    normalisation = {f"image_{name}": tuple(timm[name]) for name in ("mean", "std") if name in timm}
-    return InputSettings(
-        image_size=image.patch_embed.img_size, mel_bins=mel_bins, image_frames=image_frames, **normalisation
-    )
-
-
-def ask_for_inputs(image: VisionTransformer, audio: VisionTransformer) -> str:
-    """What to write where the inputs cannot be told."""
-    (mel_bins, frames), paper = audio.patch_embed.img_size, InputSettings()
-    height, width = image.patch_embed.img_size
-    return (
-        f"this encoder was made without inputs, which say how files become images and spectrograms: its"
-        f" {frames} time steps may be any seconds of sound. At the paper's hop of {paper.hop} samples, write"
-        f" AVEncoder(..., inputs=avfuse.InputSettings(image_size={(height, width)}, mel_bins={mel_bins},"
-        f" hop={paper.hop}, audio_seconds={frames * paper.hop / paper.sample_rate}))"
-    )
-
-
-def check_inputs(
-    inputs: InputSettings | None, image: VisionTransformer, audio: VisionTransformer, frames: int
-) -> None:
-    if inputs is None:
-        return
-    if not isinstance(inputs, InputSettings):
-        raise ValueError(f"inputs must be InputSettings, got {type(inputs).__name__}")
-    if inputs.image_frames != frames:
-        raise ValueError(f"frames={frames}, while inputs has image_frames={inputs.image_frames}")
-    for name, vit, described in (
-        ("image", image, (3, *inputs.image_shape)),
-        ("audio", audio, (1, inputs.mel_bins, inputs.frames)),
-    ):
-        taken = input_shape(vit)
-        if taken != described:
-            raise ValueError(f"{name} takes inputs of shape {taken}, while inputs describes {described}")

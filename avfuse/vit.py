@@ -10,6 +10,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from .checks import check_count, check_flag, check_positive, check_rate, is_plain
+from .inputs import InputSettings, middles
 from .ops.residual_norm import normed, sum_and_norm
 
 NORMS = {"LayerNorm": (LayerNorm, nn.LayerNorm), "RmsNorm": (RmsNorm,)}
@@ -233,6 +234,57 @@ def take_context(vit: VisionTransformer) -> None:
 def input_shape(vit: VisionTransformer) -> tuple[int, int, int]:
     """What one input must be: (channels, height, width)"""
     return (vit.patch_embed.proj.weight.shape[1], *vit.patch_embed.img_size)
+
+
+def audio_times(inputs: InputSettings, patches: PatchEmbed, **options) -> Tensor:
+    """The middle of each audio patch, (A,), in seconds from the start of the window."""
+    rows, columns = patches.grid_size
+    steps = columns * patches.patch_size[1]
+    return middles(columns, steps * inputs.hop / inputs.sample_rate, **options).repeat(rows)
+
+
+def default_inputs(
+    image: VisionTransformer, audio: VisionTransformer, image_frames: int = 1
+) -> InputSettings | None:
+    """The paper's transforms at the sizes of the two transformers; None if it had no such spectrograms."""
+    mel_bins, frames = audio.patch_embed.img_size
+    if frames != InputSettings().frames:
+        return None
+    trained = getattr(image, "pretrained_cfg", None) or {}  # of timm: how its weights saw their images
+    normalisation = {f"image_{name}": tuple(trained[name]) for name in ("mean", "std") if name in trained}
+    return InputSettings(
+        image_size=image.patch_embed.img_size, mel_bins=mel_bins, image_frames=image_frames, **normalisation
+    )
+
+
+def ask_for_inputs(image: VisionTransformer, audio: VisionTransformer) -> str:
+    """What to write where the inputs cannot be told."""
+    (mel_bins, frames), paper = audio.patch_embed.img_size, InputSettings()
+    height, width = image.patch_embed.img_size
+    return (
+        f"this encoder was made without inputs, which say how files become images and spectrograms: its"
+        f" {frames} time steps may be any seconds of sound. At the paper's hop of {paper.hop} samples, write"
+        f" AVEncoder(..., inputs=avfuse.InputSettings(image_size={(height, width)}, mel_bins={mel_bins},"
+        f" hop={paper.hop}, audio_seconds={frames * paper.hop / paper.sample_rate}))"
+    )
+
+
+def check_inputs(
+    inputs: InputSettings | None, image: VisionTransformer, audio: VisionTransformer, frames: int
+) -> None:
+    if inputs is None:
+        return
+    if not isinstance(inputs, InputSettings):
+        raise ValueError(f"inputs must be InputSettings, got {type(inputs).__name__}")
+    if inputs.image_frames != frames:
+        raise ValueError(f"frames={frames}, while inputs has image_frames={inputs.image_frames}")
+    for name, vit, described in (
+        ("image", image, (3, *inputs.image_shape)),
+        ("audio", audio, (1, inputs.mel_bins, inputs.frames)),
+    ):
+        taken = input_shape(vit)
+        if taken != described:
+            raise ValueError(f"{name} takes inputs of shape {taken}, while inputs describes {described}")
 
 
 def check_vit(name: str, vit: VisionTransformer, channels: int) -> None:

@@ -240,9 +240,9 @@ def in_fresh_process(function: Callable, *args):
 
 
 def fork_server() -> multiprocessing.context.BaseContext:
-    """Starts processes that have imported what this one has, and done nothing else yet."""
+    """Starts processes that have imported what this one has of avfuse, and done nothing else yet."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "avfuse", "__main__"])
+    context.set_forkserver_preload(["torch", *(name for name in sys.modules if name.startswith("avfuse."))])
     return context
 
 

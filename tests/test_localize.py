@@ -20,7 +20,7 @@ from avfuse.data import sounding_shapes
 from avfuse.data.clips import Failure, collate
 from avfuse.data.find import Found
 from avfuse.files import read_rows
-from avfuse.inputs import InputSettings, audio_times
+from avfuse.inputs import InputSettings
 from avfuse.loading import load_model
 from avfuse.predict import PredictConfig
 from avfuse.predict import main as predict
@@ -47,6 +47,7 @@ from avfuse.training.conditions import CONDITIONS
 from avfuse.training.judge import weights_hash
 from avfuse.training.loop import program, set_up, train
 from avfuse.training.pictures import save
+from avfuse.vit import audio_times
 
 INPUTS = InputSettings(image_size=64, mel_bins=32, hop=750)  # 16 + 8 tokens
 

@@ -9,10 +9,11 @@ product that follows takes them up.
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..checks import casts, check_choice, has_hooks, is_layer_norm
+from ..checks import casts, check_choice, has_hooks
 from .operators import ResidualNorm
 from .pair_attention import HAS_TRITON, TRITON_DTYPES, runs_kernels
 
@@ -79,6 +80,11 @@ def kernel_can_run(tokens: Tensor) -> bool:
 
 def _is_plain(norm):
     return is_layer_norm(norm) and not (has_hooks(norm) or is_traceable_wrapper_subclass(norm.weight))
+
+
+def is_layer_norm(module: nn.Module) -> bool:
+    """Of PyTorch's class or timm's, which computes the same."""
+    return type(module) in (nn.LayerNorm, LayerNorm)
 
 
 def _triton(tokens, update, context, weight, bias, eps):

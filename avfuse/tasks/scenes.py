@@ -13,10 +13,10 @@ from ..data.find import Found, build_demo
 from ..data.scenes import SceneDataset, as_found, middle_moments
 from ..data.sets.folders import SPLITS
 from ..data.sounding_shapes.truths import SHAPE_CLASSES, ShapeMasks, sounding_shapes_scenes
-from ..inputs import InputSettings, audio_times, middles
+from ..inputs import InputSettings, middles
 from ..training.judge import JudgedTask
 from ..training.pictures import FRAMES, draw_steps, figure_grid, in_a_row, rgb, save, show_sound
-from ..vit import split_prefix
+from ..vit import audio_times, split_prefix
 from .model import TaskModel
 from .options import SceneConfig
 
