@@ -363,6 +363,12 @@ def serve(blocks, host: str, **options):
     )
 
 
+def offered(folder: Path) -> list[Path]:
+    """A few of its clips, but none of its folder "train", from which models may know them."""
+    clips = [path for path in walk(folder)[0] if "train" not in path.relative_to(folder).parts]
+    return clips[:: max(1, len(clips) // OFFERED)][:OFFERED]
+
+
 def cli(config: DemoConfig) -> int:
     """The work of a command line, until Ctrl-C.
 
@@ -383,12 +389,13 @@ def cli(config: DemoConfig) -> int:
     models, faults = find_models(config.runs)
     for name, model in models.items():
         print(f"{printable(config.runs / name)}: {type(model).__name__}")
-    clips = [path for path in walk(config.clips)[0] if "train" not in path.parts]
-    clips = clips[:: max(1, len(clips) // OFFERED)][:OFFERED]
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with tempfile.TemporaryDirectory(prefix="avfuse-") as folder:  # what visitors drop is gone at the end
         os.environ["GRADIO_TEMP_DIR"] = folder
-        blocks, options = page(models, faults, clips), dict(prevent_thread_lock=True, quiet=True)
+        blocks, options = (
+            page(models, faults, offered(config.clips)),
+            dict(prevent_thread_lock=True, quiet=True),
+        )
         address = serve(blocks, config.host, server_port=config.port, **options)[1]
         print(f"{address} (Ctrl-C ends it)", flush=True)
         blocks.block_thread()

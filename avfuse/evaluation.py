@@ -200,12 +200,14 @@ def _file(value: object, path: Path) -> Path:
     if isinstance(value, str | os.PathLike):
         return Path(value)
     value = {"bytes": value} if isinstance(value, bytes) else value
-    if not isinstance(value, dict) or not value.keys() & {"bytes", "path", "array"}:
-        raise ValueError(f"{path.name} must be a file or an array with its rate, got {type(value).__name__}")
-    if value.get("array") is not None:
-        wavfile.write(path, int(value["sampling_rate"]), np.asarray(value["array"], np.float32).T)
-    elif value.get("bytes") is not None:
-        path.write_bytes(value["bytes"])
+    held = {} if not isinstance(value, dict) else {name: x for name, x in value.items() if x is not None}
+    if {"array", "sampling_rate"} <= held.keys():
+        wavfile.write(path, int(held["sampling_rate"]), np.asarray(held["array"], np.float32).T)
+    elif "bytes" in held:
+        path.write_bytes(held["bytes"])
+    elif "path" in held:
+        return Path(held["path"])
     else:
-        return Path(value["path"])
+        got = sorted(held) if held else type(value).__name__
+        raise ValueError(f"{path.name} must be a file or an array with its sampling_rate, got {got}")
     return path

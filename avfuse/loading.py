@@ -10,7 +10,7 @@ from torch import nn
 from .encoder import AVEncoder
 from .files import printable, some
 from .mae import AVMAE
-from .pretrained import CONFIG, WEIGHTS, file_at, make_for, read_config
+from .pretrained import CONFIG, file_at, make_for, read_config, weights_at
 from .released import encoder_weights, from_deepavfusion, read_weights
 from .weight_files import read_metadata, read_safetensors
 
@@ -49,7 +49,7 @@ def load_encoder(checkpoint: str | os.PathLike) -> AVEncoder:
         content = f"a model of class {printable(saved)}" if saved else _contents(path)
         raise ValueError(f"{named} must hold an AVEncoder or AVMAE, but holds {content}")
     # The encoder out of the model of a task, of which nothing else is made.
-    weights = encoder_weights(read_safetensors(file_at(checkpoint, WEIGHTS)))
+    weights = encoder_weights(weights_at(checkpoint))
     description = config["model"]["encoder"]
     return make_for(weights, lambda: AVEncoder.from_config(description), f"{checkpoint}: {CONFIG}")
 

@@ -17,7 +17,12 @@ from urllib.request import getproxies
 
 import torch
 from huggingface_hub import ModelHubMixin, constants, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 from torch import Tensor, nn
 
 from .files import printable, write_json
@@ -65,6 +70,8 @@ class Pretrained(ModelHubMixin, library_name="avfuse"):
     @classmethod
     def kind_of(cls, config: dict) -> type["Pretrained"]:
         """The class that a config is of: this one, or the subclass of it whose mark the config bears."""
+        if config.get("released"):
+            import_module("avfuse.released")  # where those subclasses are
         return next((kind for kind in cls.__subclasses__() if config.get(kind.mark)), cls)
 
     @classmethod
@@ -103,7 +110,7 @@ class Pretrained(ModelHubMixin, library_name="avfuse"):
         if config.get("class") != _saved_as(cls):
             saved = printable(config.get("class"))
             raise ValueError(f"{printable(source)} holds a model of class {saved}, not {_saved_as(cls)}")
-        weights = cls.current(read_safetensors(file_at(source, WEIGHTS, **options)))
+        weights = cls.current(weights_at(source, **options))
         model = make_for(weights, lambda: cls.from_config(config["model"]), f"{source}: {CONFIG}")
         model.facts = config.get("facts")
         check_facts(model.facts or {})
@@ -179,6 +186,19 @@ def read_config(source: str | os.PathLike, **options) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{printable(source)}: {CONFIG} is damaged: {printable(error)}") from error
     return config if isinstance(config, dict) and config.get("library") == "avfuse" else {}
+
+
+def weights_at(source: str | os.PathLike, **options) -> dict[str, Tensor]:
+    """All weights of a saved model.
+
+    Raises:
+        ValueError: there are none, or they are damaged.
+    """
+    try:
+        file = file_at(source, WEIGHTS, **options)
+    except (OSError, EntryNotFoundError) as error:  # of the hub
+        raise ValueError(f"{printable(source)} holds no {WEIGHTS}: {printable(error)}") from error
+    return read_safetensors(file)
 
 
 def make_for(weights: dict[str, Tensor], make: Callable[[], nn.Module], source: str) -> nn.Module:

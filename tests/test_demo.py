@@ -22,7 +22,7 @@ from videos import write_video
 
 from avfuse import create_encoder
 from avfuse.data.decode import ClipReader
-from avfuse.demo import MAKERS, SIDE, cli, find_models, hears, looks, page, says, serve
+from avfuse.demo import MAKERS, OFFERED, SIDE, cli, find_models, hears, looks, offered, page, says, serve
 from avfuse.options import DemoConfig
 from avfuse.presets import SMALL_INPUTS
 from avfuse.tasks.classifier import Classifier
@@ -54,6 +54,15 @@ def models(runs):
     assert models.keys() == {"classify", "separate"} and faults.keys() == {"damaged", "training"}
     assert "a run that has not ended" in faults["training"]
     return models
+
+
+def test_clips_to_train_on_are_not_offered_wherever_the_folder_lies(tmp_path):
+    folder = tmp_path / "train" / "mine"
+    for path in "a.mp4", "train/b.mp4", *(f"test/{n}.mp4" for n in range(20)):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).touch()
+    clips = [str(path.relative_to(folder)) for path in offered(folder)]
+    assert len(clips) == OFFERED and "a.mp4" in clips and "train/b.mp4" not in clips
 
 
 @pytest.fixture(scope="module")

@@ -166,7 +166,9 @@ def test_several_frames(files):
         ({"audio": {"array": np.zeros(0), "sampling_rate": 16_000}}, "row 0 cannot be read: "),
         ({"video": torch.zeros(4, 3, 8, 8)}, "row 0 .* video must be a file or .* got Tensor"),
         ({"image": np.zeros((8, 8, 3))}, "row 0 .* image must be a picture of PIL, got ndarray"),
-        ({"audio": {"sampling_rate": 9}}, "row 0 .* audio must be a file or .* got dict"),
+        ({"audio": {"sampling_rate": 9}}, r"row 0 .* audio must be a file or .* got \['sampling_rate'\]"),
+        ({"audio": {"bytes": None, "path": None}}, "row 0 .* audio must be a file or .* got dict"),
+        ({"audio": {"array": np.zeros(9)}}, r"row 0 .* audio must be a file or .* got \['array'\]"),
     ],
 )
 def test_rows_that_cannot_be_embedded_are_named(encoder, row, problem):

@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from models import AUDIO, IMAGE, make_encoder, make_inputs, make_vit, randomized
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -268,6 +269,21 @@ def test_weights_must_fit_strictly(tmp_path):
         save_file(damaged, path)
         with pytest.raises(ValueError, match=f"(?s)the weights do not fit a AVEncoder.*{message}"):
             AVEncoder.from_pretrained(tmp_path)
+
+
+def test_a_model_on_the_hub_without_weights_is_named(tmp_path, monkeypatch):
+    make_encoder().save_pretrained(tmp_path)
+
+    def download(source, name, **_):
+        if name != "config.json":
+            raise EntryNotFoundError(f"404: no {name}")
+        return tmp_path / name
+
+    monkeypatch.setattr("avfuse.pretrained.hf_hub_download", download)
+    monkeypatch.setattr("avfuse.pretrained.unreachable_hub", lambda: None)
+    for load in AVEncoder.from_pretrained, load_encoder:
+        with pytest.raises(ValueError, match="^some/one holds no model.safetensors: 404"):
+            load("some/one")
 
 
 def test_damaged_files_are_named(tmp_path):

@@ -3,6 +3,9 @@ outputs of tiny models, which say what they are in their metadata), and the stri
 """
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -216,6 +219,22 @@ def test_checkpoints_as_they_come(name, prefix, kind, tmp_path):
         model = from_deepavfusion(source, config=config)
         assert type(model) is type(truth)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), truth.parameters(), strict=True))
+
+
+def test_saved_again_they_load_where_nothing_else_was_imported(tmp_path):
+    for name in "encoder_dense", "mae_factorized":
+        config, weights, *_ = golden(name)
+        from_deepavfusion(weights, config=config).save_pretrained(tmp_path / name)
+    code = """
+import avfuse, sys
+for kind, folder in (avfuse.AVEncoder, "encoder_dense"), (avfuse.AVMAE, "mae_factorized"):
+    assert "avfuse.released" not in sys.modules or kind is avfuse.AVMAE
+    print(type(kind.from_pretrained(folder)).__name__)
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["ReleasedEncoder", "ReleasedAutoencoder"], done.stderr
 
 
 def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
