@@ -28,7 +28,7 @@ from .graphs import CudaGraphs
 from .inputs import InputSettings, middles
 from .ops.residual_norm import residual_norm
 from .predictor import Predictor
-from .pretrained import Pretrained, parameter_groups
+from .pretrained import Pretrained
 from .vit import (
     ask_for_inputs,
     audio_times,
@@ -566,10 +566,6 @@ class AVEncoder(nn.Module, Predictor, Pretrained):
         """By branch, the pretrained weights it began with: {"weights", "family", "licence"}."""
         branches = ("image", self.image), ("audio", self.audio)
         return {name: vit.origin for name, vit in branches if getattr(vit, "origin", None)}
-
-    def parameter_groups(self, weight_decay: float = 0.05) -> list[dict]:
-        """Optimizer groups by decay and layer, see `avfuse.pretrained.parameter_groups`."""
-        return parameter_groups(self, self, weight_decay)
 
     def to_config(self) -> dict:
         """What config.json holds."""

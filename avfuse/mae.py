@@ -25,7 +25,7 @@ from .choices import DecodeFrom
 from .encoder import AVEncoder, EncoderOutput
 from .fusion import initialize_linear
 from .predictor import Predictor
-from .pretrained import Pretrained, parameter_groups
+from .pretrained import Pretrained
 from .vit import input_shape, per_frame, split_prefix
 
 TARGET_EPS = 1e-6
@@ -263,10 +263,6 @@ class AVMAE(nn.Module, Predictor, Pretrained):
         patches = encoder.image.patch_embed.num_patches, encoder.audio.patch_embed.num_patches
         frames = encoder.frames if encoder.frames > 1 else None
         return MaskSampler(*patches, self.image_mask_ratio, self.audio_mask_ratio, frames, self.tubes)
-
-    def parameter_groups(self, weight_decay: float = 0.05) -> list[dict]:
-        """Optimizer groups by decay and layer, see `avfuse.pretrained.parameter_groups`."""
-        return parameter_groups(self, self.encoder, weight_decay)
 
     def to_config(self) -> dict:
         """What config.json holds."""

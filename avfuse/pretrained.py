@@ -117,6 +117,24 @@ class Pretrained(ModelHubMixin, library_name="avfuse"):
         check_origins(model._origins())
         return model
 
+    def parameter_groups(self, weight_decay: float = 0.05) -> list[dict]:
+        """Optimizer groups `{"params", "weight_decay", "layer"}` of all that is trained.
+
+        1-D parameters (biases, norms) and tables of pair biases are not decayed. `layer` is 0 for embeddings
+        and tokens, 1..depth for the blocks of all three branches of the encoder, depth + 1 for what follows:
+        a layer-wise decay multiplies the rate by d**(depth + 1 - layer).
+        """
+        encoder, groups = getattr(self, "encoder", self), {}
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            layer = _layer_of(name, encoder)
+            is_bias = parameter.ndim < 2 or name.endswith(("pair_bias", "time_bias.table"))
+            decay = 0.0 if is_bias else weight_decay
+            group = groups.setdefault((layer, decay), {"params": [], "weight_decay": decay, "layer": layer})
+            group["params"].append(parameter)
+        return [groups[key] for key in sorted(groups)]
+
     def _save_pretrained(self, save_directory: Path) -> None:
         config = {"library": "avfuse", "class": _saved_as(type(self)), "model": self.to_config()}
         config |= {"facts": self.facts} if self.facts else {}
@@ -261,25 +279,6 @@ def load_strictly(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     check_fit(module, weights)
     module.load_state_dict(weights, strict=True)
     return module.eval()
-
-
-def parameter_groups(model: nn.Module, encoder: nn.Module, weight_decay: float) -> list[dict]:
-    """Optimizer groups `{"params", "weight_decay", "layer"}` of a model that is, or holds, this encoder.
-
-    1-D parameters (biases, norms) and tables of pair biases are not decayed. `layer` is 0 for embeddings and
-    tokens, 1..depth for the blocks of all three branches, depth + 1 for what follows: a layer-wise decay
-    multiplies the rate by d**(depth + 1 - layer).
-    """
-    groups: dict[tuple[int, float], dict] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        layer = _layer_of(name, encoder)
-        is_bias = parameter.ndim < 2 or name.endswith(("pair_bias", "time_bias.table"))
-        decay = 0.0 if is_bias else weight_decay
-        group = groups.setdefault((layer, decay), {"params": [], "weight_decay": decay, "layer": layer})
-        group["params"].append(parameter)
-    return [groups[key] for key in sorted(groups)]
 
 
 def _layer_of(name: str, encoder: nn.Module) -> int:

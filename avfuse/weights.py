@@ -178,7 +178,9 @@ def load(model, branch, source, *, axes, grid, say) -> LoadedWeights:
     weights, converted = convert(weights, vit, axes, grid)
     converted = joined | converted
     weights, without_place = drop(weights, vit)
-    check_fit(weights, vit, content.name)
+    if faults := misfits(weights, vit.state_dict()):  # else there is one finite tensor for each place
+        transformer = f"a transformer of {len(vit.blocks)} layers and width {vit.embed_dim}"
+        raise ValueError(f"{printable(content.name)} does not fit {transformer}: {faults}")
     with torch.no_grad():
         for name, place in vit.state_dict().items():
             place.copy_(weights[name])
@@ -340,7 +342,7 @@ def convert(weights, vit, axes, grid) -> tuple[dict[str, Tensor], dict[str, str]
         weights[KERNEL] = weights[KERNEL].transpose(2, 3)
         converted[KERNEL] = "from time x frequency to frequency x time: axes swapped"
     is_table = POSITIONS in places and POSITIONS in weights and weights[POSITIONS].ndim == 3
-    if is_table and all(name in weights for name in PREFIXES if name in places):  # else `check_fit` names it
+    if is_table and all(name in weights for name in PREFIXES if name in places):  # else `misfits` names it
         weights[POSITIONS], steps = fit_positions(weights, vit, axes, grid)
         if steps:
             converted[POSITIONS] = ", ".join(steps)
@@ -402,13 +404,6 @@ def drop(weights, vit) -> tuple[dict[str, Tensor], dict[str, str]]:
         if names.fullmatch(name)
     }
     return {name: weight for name, weight in weights.items() if name not in dropped}, dropped
-
-
-def check_fit(weights: dict[str, Tensor], vit: VisionTransformer, source: str) -> None:
-    """Raises ValueError unless there is exactly one finite tensor for each place."""
-    if faults := misfits(weights, vit.state_dict()):
-        transformer = f"a transformer of {len(vit.blocks)} layers and width {vit.embed_dim}"
-        raise ValueError(f"{printable(source)} does not fit {transformer}: {faults}")
 
 
 # --- saying -------------------------------------------------------------------------------------------------

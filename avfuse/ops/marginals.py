@@ -31,10 +31,9 @@ from .operators import define, once_differentiable
 from .streaming import bias_rows, chunks_of, finite, stream_marginals, stream_marginals_backward
 
 define(
-    "pair_marginals",
-    "Tensor image_logits, Tensor audio_logits, Tensor pair_bias",
-    outputs="(Tensor, Tensor)",
-    output_grads="Tensor image_grad, Tensor audio_grad",
+    "pair_marginals(Tensor image_logits, Tensor audio_logits, Tensor pair_bias) -> (Tensor, Tensor)",
+    "pair_marginals_backward(Tensor image_grad, Tensor audio_grad, Tensor image_logits, Tensor audio_logits,"
+    " Tensor pair_bias, bool bias_grad) -> Tensor[]",
 )
 
 

@@ -18,14 +18,11 @@ from torch.utils.flop_counter import register_flop_formula
 PROGRAMS, TOKENS_OF_PROGRAM = 256, 8
 
 
-def define(name: str, arguments: str, outputs: str, output_grads: str) -> None:
-    """Declares avfuse::NAME and avfuse::NAME_backward, which also takes whether the bias needs a gradient."""
-    schemas = {
-        name: f"({arguments}) -> {outputs}",
-        f"{name}_backward": f"({output_grads}, {arguments}, bool bias_grad) -> Tensor[]",
-    }
-    for operator, schema in schemas.items():
-        torch.library.define(f"avfuse::{operator}", schema, tags=torch.Tag.pt2_compliant_tag)
+def define(*schemas: str) -> None:
+    """Declares operators of avfuse by their names and types."""
+    for schema in schemas:
+        name, _, types = schema.partition("(")
+        torch.library.define(f"avfuse::{name}", f"({types}", tags=torch.Tag.pt2_compliant_tag)
 
 
 def once_differentiable(operator: str, needs: str):
@@ -45,23 +42,18 @@ def once_differentiable(operator: str, needs: str):
     return decorate
 
 
-define(
-    "pair_attention",
-    "Tensor query, Tensor image_key, Tensor image_value, Tensor audio_key, Tensor audio_value, "
-    "Tensor? image_mask, Tensor? audio_mask, Tensor? pair_bias, float scale",
-    outputs="Tensor",
-    output_grads="Tensor output_grad",
+ATTENDED = (
+    "Tensor query, Tensor image_key, Tensor image_value, Tensor audio_key, Tensor audio_value,"
+    " Tensor? image_mask, Tensor? audio_mask, Tensor? pair_bias, float scale"
 )
-
-
-for schema in (
+define(
+    f"pair_attention({ATTENDED}) -> Tensor",
+    f"pair_attention_backward(Tensor output_grad, {ATTENDED}, bool bias_grad) -> Tensor[]",
     "residual_norm(Tensor tokens, Tensor? update, Tensor? context, Tensor? weight, Tensor? bias, float eps,"
     " ScalarType dtype) -> Tensor[]",
     "residual_norm_backward(Tensor norm_grad, Tensor? total_grad, Tensor total, Tensor? context,"
     " Tensor? weight, float eps, ScalarType? update_dtype, bool sums_needed, SymInt programs) -> Tensor[]",
-):
-    name, _, signature = schema.partition("(")
-    torch.library.define(f"avfuse::{name}", f"({signature}", tags=torch.Tag.pt2_compliant_tag)
+)
 
 
 class PairAttention(torch.autograd.Function):
@@ -128,38 +120,25 @@ class ResidualNorm(torch.autograd.Function):
 
 @torch.library.impl("avfuse::pair_attention", ("cuda", "cpu"))
 def pair_attention(*inputs):
-    if (biased := biased_kernels(*inputs)) is not None:
-        return biased.forward(*inputs)
-    from ..kernels import pair_attention
-
-    *tensors, _, scale = inputs
-    return pair_attention.forward(*tensors, scale)
+    kernels, inputs = kernels_for(*inputs)
+    return kernels.forward(*inputs)
 
 
 @torch.library.impl("avfuse::pair_attention_backward", ("cuda", "cpu"))
 def pair_attention_backward(output_grad, *inputs):
-    *inputs, bias_grad = inputs
-    if (biased := biased_kernels(*inputs)) is not None:
-        return biased.backward(output_grad, *inputs, bias_grad)
-    from ..kernels import pair_attention
-
-    *tensors, _, scale = inputs
-    return pair_attention.backward(output_grad, *tensors, scale)
+    kernels, inputs = kernels_for(*inputs)
+    return kernels.backward(output_grad, *inputs)
 
 
-def biased_kernels(
-    query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, _
-):
-    """Those for a bias of each pair, or of each block of pairs."""
+def kernels_for(*inputs):
+    """Those without a bias, for one of each pair, or for one of each block of pairs; and what they take."""
+    from ..kernels import biased_pair_attention, blocked_pair_attention, pair_attention
+
+    _, image_key, _, audio_key, *_, pair_bias, scale = inputs[:9]
     if pair_bias is None:
-        return None
-    if pair_bias.shape[2:] == (image_key.shape[2], audio_key.shape[2]):
-        from ..kernels import biased_pair_attention
-
-        return biased_pair_attention
-    from ..kernels import blocked_pair_attention
-
-    return blocked_pair_attention
+        return pair_attention, (*inputs[:7], scale)
+    of_pairs = pair_bias.shape[2:] == (image_key.shape[2], audio_key.shape[2])
+    return biased_pair_attention if of_pairs else blocked_pair_attention, inputs
 
 
 @torch.library.impl("avfuse::residual_norm", ("cuda", "cpu"))

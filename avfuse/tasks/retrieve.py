@@ -159,9 +159,6 @@ class Retrieval(JudgedTask):
     def inputs(self, batch):
         return {name: batch[name] for name in INPUTS}
 
-    def parameter_groups(self, weight_decay):
-        return self.model.parameter_groups(weight_decay)
-
     def judge(self, model, inputs, batch):
         """Pooled tokens of each clip, zeros where it lacks the modality, and its labels."""
         features = pool_windows(model, **inputs)

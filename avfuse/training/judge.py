@@ -22,7 +22,7 @@ from ..encoder import AVEncoder
 from ..files import printable, write_json
 from ..loading import load_encoder
 from ..presets import create_encoder
-from ..pretrained import load_strictly, parameter_groups
+from ..pretrained import load_strictly
 from ..progress import progress_bar
 from .conditions import CONDITIONS, BesideOthers, condition_table, derangement, has_sound
 from .loop import Run, Task, evaluation_batches
@@ -113,7 +113,7 @@ class JudgedTask(Task):
             begin_from(self.model, self.config.checkpoint, say)
 
     def parameter_groups(self, weight_decay):
-        return parameter_groups(self.model, self.model.encoder, weight_decay)
+        return self.model.parameter_groups(weight_decay)
 
     def tables(self, metrics: dict) -> list[list[tuple]]:
         """The metrics for people, beside what they compare with: tables of rows, of which the first names the

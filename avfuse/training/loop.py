@@ -133,9 +133,8 @@ class Task:
         raise NotImplementedError
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Optimizer groups with "params", "weight_decay" and "layer"; see
-        `avfuse.pretrained.parameter_groups`. A group whose "ramp" is true has its learning rate raised from 0
-        over the first half of training.
+        """Optimizer groups, see `avfuse.pretrained.Pretrained.parameter_groups`. A group whose "ramp" is true
+        has its learning rate raised from 0 over the first half of training.
         """
         raise NotImplementedError
 
