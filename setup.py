@@ -38,8 +38,7 @@ setup(
         "matplotlib>=3.9",
         "pillow>=10.4",  # tells pictures of 16 bits
         "tqdm>=4.66",
-        "torchmetrics>=1.4",  # tasks: average precision, ROC
-        "scikit-learn>=1.5",  # tasks: the NMF baseline
+        "scikit-learn>=1.5",  # tasks: average precision, ROC, the NMF baseline
         "webdataset>=1.0",  # data: shards
     ],
     extras_require={
@@ -51,6 +50,7 @@ setup(
             "pytest-xdist>=3.5",
             "ruff>=0.17",
             "setuptools>=77",
+            "torchmetrics>=1.4",
         ],
         # More for tests, which skip what is not there. Adapters and eval need a newer huggingface_hub than
         # avfuse: constraints-oldest.txt goes without. The last torchaudio, with which spectrograms are

@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from timm.data.mixup import mixup_target
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, logsigmoid
-from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 from tqdm import tqdm
 
 from ..data.class_folders import read_class_list, with_classes
@@ -132,11 +131,17 @@ def ranking_metrics(scores: Tensor, target: Tensor) -> dict[str, float | int | N
         scores: (N, classes) logits, of which only the order within a class counts; NaN is below all others.
         target: (N, classes), 1 where the clip has the class.
     """
-    scores, target = scores.masked_fill(scores.isnan(), -torch.inf), target.long()
+    from sklearn.metrics import average_precision_score, roc_auc_score  # takes seconds to import
+
+    target = target.long()
     some = target.any(0)
     mixed = some & ~target.all(0)
-    precision = mean_over(binary_average_precision, scores, target, some)
-    area = mean_over(binary_auroc, scores, target, mixed)
+    scores = scores.double().nan_to_num(torch.finfo(torch.float64).min)  # scikit-learn takes finite ones
+
+    def mean_over(metric, classes):
+        return float(metric(target[:, classes], scores[:, classes])) if classes.any() else None
+
+    precision, area = mean_over(average_precision_score, some), mean_over(roc_auc_score, mixed)
     d_prime = None
     if area is not None and 0 < area < 1:
         d_prime = 2**0.5 * torch.special.ndtri(torch.tensor(area, dtype=torch.float64)).item()
@@ -147,18 +152,6 @@ def ranking_metrics(scores: Tensor, target: Tensor) -> dict[str, float | int | N
         classes_without_positives=int((~some).sum()),
         classes_without_negatives=int((some & ~mixed).sum()),
     )
-
-
-def mean_over(metric, scores: Tensor, target: Tensor, chosen: Tensor) -> float | None:
-    """The mean of a metric of torchmetrics over the chosen classes.
-
-    It is given ranks: of logits it takes the sigmoid, which makes large ones ties.
-    """
-    values = []
-    for n in chosen.nonzero().flatten().tolist():
-        ranks = scores[:, n].unique(return_inverse=True)[1].double() / len(scores)
-        values.append(metric(ranks, target[:, n]).item())
-    return sum(values) / len(values) if values else None
 
 
 # --- data ---------------------------------------------------------------------------------------------------
