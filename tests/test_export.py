@@ -35,24 +35,28 @@ def clips_of(encoder, count):
     return {name: torch.randn(count, *shape) for name, shape in encoder.input_shapes.items()}
 
 
-def ran(path, clips):
-    """Outputs by name of an ONNX file or of a program."""
+def loaded(path):
+    """An ONNX file or a program as a function of clips, which gives outputs by name."""
     if path.suffix == ".pt2":
-        return torch.export.load(path).module()(**clips)
-    session = pytest.importorskip("onnxruntime", reason="onnxruntime is in the onnx extra").InferenceSession(
-        path
-    )
-    outputs = session.run(None, {name: pixels.numpy() for name, pixels in clips.items()})
+        return torch.export.load(path).module()
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is in the onnx extra")
+    session = onnxruntime.InferenceSession(path)
     names = [output.name for output in session.get_outputs()]
-    return {name: torch.from_numpy(output) for name, output in zip(names, outputs, strict=True)}
+
+    def run(**clips):
+        outputs = session.run(None, {name: pixels.numpy() for name, pixels in clips.items()})
+        return {name: torch.from_numpy(output) for name, output in zip(names, outputs, strict=True)}
+
+    return run
 
 
 def check(path, encoder, truth_of):
+    run = loaded(path)
     for count in 1, 5:
         clips = clips_of(encoder, count)
         with torch.no_grad():
             truth = truth_of(**clips)
-        ours = ran(path, clips)
+        ours = run(**clips)
         assert list(ours) == list(truth)
         for name in truth:
             torch.testing.assert_close(ours[name], truth[name], atol=1e-4, rtol=1e-4, msg=name)

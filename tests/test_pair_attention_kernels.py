@@ -371,23 +371,20 @@ def assert_little_is_spilled(*runs):
     assert found == {*itertools.product(GPUS, KERNELS | NORMS)}
 
 
-@pytest.mark.parametrize(
-    ("between", "found"),
-    [
-        ("", 1),
-        ("LDS R5, [R1]", 1),
-        ("@P0 MOV R6, R9", 1),
-        ("STS [R6], R9", 1),
-        ("FADD R6, R5, R6", 0),
-        ("LDS.128 R4, [R1]", 0),
-    ],
-)
-def test_a_product_that_is_fused_with_another_lanes_is_found(between, found):
-    lines = "FMUL R5, R7, R7", "SHFL.BFLY PT, R6, R5, 0x1, 0x1f", between, "FFMA R12, R7, R7.reuse, R6"
-    code = "\n".join(f"/*{n:04x}*/   {line} ;" for n, line in enumerate(filter(None, lines)))
-    command = [sys.executable, "-c", "import sys, kernel_resources as k; print(k.uneven(sys.argv[1]))", code]
-    printed = subprocess.run(command, env=COMPILING, capture_output=True, text=True, timeout=600)
-    assert printed.stdout == f"{found}\n", printed.stderr
+def test_a_product_that_is_fused_with_another_lanes_is_found():
+    cases = {
+        "": 1,
+        "LDS R5, [R1]": 1,
+        "@P0 MOV R6, R9": 1,
+        "STS [R6], R9": 1,
+        "FADD R6, R5, R6": 0,
+        "LDS.128 R4, [R1]": 0,
+    }
+    around = "FMUL R5, R7, R7", "SHFL.BFLY PT, R6, R5, 0x1, 0x1f", "{}", "FFMA R12, R7, R7.reuse, R6"
+    codes = ["\n".join(f"/*0000*/   {line.format(between)} ;" for line in around) for between in cases]
+    command = [sys.executable, "-c", "import sys, kernel_resources as k; print(*map(k.uneven, sys.argv[1:]))"]
+    printed = subprocess.run([*command, *codes], env=COMPILING, capture_output=True, text=True, timeout=600)
+    assert printed.stdout.split() == [str(found) for found in cases.values()], printed.stderr
 
 
 def test_kernels_compile_spilling_little():
