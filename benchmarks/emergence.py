@@ -4,9 +4,7 @@ Masked autoencoders learn from scenes without labels. On the way, held-out scene
 neighbour by the mean of their tokens: does it show the same colour, sound of the same shape, or both?
 """
 
-import json
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, NamedTuple
 
 import measure
@@ -14,10 +12,10 @@ import study
 import synchrony
 import torch
 from matplotlib.figure import Figure
-from measure import RESULTS, ROOT
-from plots import BLUE, GREEN, GREY, ORANGE, digest, save
+from pages import CellOptions, Page, by_seed
+from plots import BLUE, GREEN, GREY, ORANGE
 from study import FEATURES, Scenes, difference, mean_cell, prepared
-from tables import filled, markdown, origin, terminal
+from tables import origin
 from torch import Tensor
 
 from avfuse import AVMAE, AVEncoder
@@ -27,8 +25,6 @@ from avfuse.encoder import pool
 from avfuse.presets import SMALL_INPUTS
 from avfuse.training.neighbours import nearest_neighbour_probes
 
-PAGE, PLOT = ROOT / "benchmarks/emergence.md", ROOT / "docs/emergence.png"
-RESULT = RESULTS / "emergence-cpu.json"
 LABELS = {"shape": "shape heard", "colour": "colour of what sounds", "both": "both"}
 KEYS = ("row", "seed")  # of a cell
 
@@ -62,7 +58,7 @@ RowName = Literal[*ROWS]
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(CellOptions):
     """Pretrains masked autoencoders on Sounding Shapes, and says what their tokens know of held-out scenes.
 
     One cell is one row with one seed. Cells that the result file holds are not trained again: the same
@@ -78,8 +74,6 @@ class Options:
 
     rows: tuple[RowName, ...] = tuple(ROWS)
     """Which rows to do."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Of weights, masks and order; scenes are the same for all."""
     steps: int = 1500
     """Of pretraining."""
     batch_size: int = 64
@@ -91,10 +85,6 @@ class Options:
     """Scenes to train on, without labels; drawn once and kept under data/."""
     test: int = 1_000
     """Scenes to judge on."""
-    workers: int = 2
-    """Processes that train cells side by side, one thread each."""
-    report: bool = False
-    """Only write page and plot from the result file."""
 
 
 def main(options: Options) -> None:
@@ -102,12 +92,8 @@ def main(options: Options) -> None:
         cells = [(row, seed) for seed in options.seeds for row in options.rows]
         for row in options.rows:
             scenes_of(options, ROWS[row]).draw(options.workers)
-        study.train_cells(
-            "emergence", options, KEYS, cells, train_cell, RESULT, write_page, ("rows", "seeds")
-        )
-    record = json.loads(RESULT.read_text())
-    write_page(record)
-    print(terminal([accuracy_table(record), claims_table(record)]))
+        PAGE.train(options, cells, train_cell)
+    PAGE.show()
 
 
 # --- cells --------------------------------------------------------------------------------------------------
@@ -176,12 +162,13 @@ def accuracies(encoder: AVEncoder, scenes: dict[str, Tensor]) -> dict[str, dict[
 
 def by_row(record: dict) -> dict[tuple[str, str, str], list[float]]:
     """Row, label and feature -> accuracies after pretraining, by seed."""
-    found = {}
-    for cell in sorted(record["cells"], key=lambda cell: cell["seed"]):
-        for label in LABELS:
-            for feature, accuracy in cell["curve"][-1][label].items():
-                found.setdefault((cell["row"], label, feature), []).append(accuracy)
-    return found
+    judged = [
+        cell | dict(label=label, feature=feature, accuracy=accuracy)
+        for cell in record["cells"]
+        for label in LABELS
+        for feature, accuracy in cell["curve"][-1][label].items()
+    ]
+    return by_seed(judged, "accuracy", "row", "label", "feature")
 
 
 def accuracy_table(record: dict) -> list[tuple]:
@@ -212,19 +199,10 @@ def fusion_and_best(found: dict, row: str, label: str) -> tuple[list[float], lis
     return found[row, label, "fusion"], max(alone, key=sum)
 
 
-def write_page(record: dict) -> None:
-    PAGE.write_text(filled(PAGE.read_text(), sections(record)))
-    save(plots(record))
-
-
-def plots(record: dict) -> dict:
-    return {PLOT: (digest(record), partial(draw_plot, record))}
-
-
-def sections(record: dict) -> dict[str, str]:
-    """What the section of the page should hold."""
+def parts(record: dict) -> list:
+    """What the page says."""
     settings = record["settings"]
-    page = [
+    return [
         "![Accuracy of nearest neighbours against steps](../docs/emergence.png)",
         accuracy_table(record),
         f"Share of {settings['test']:,} held-out scenes whose nearest neighbour by the cosine of mean tokens "
@@ -235,7 +213,6 @@ def sections(record: dict) -> dict[str, str]:
         claims_table(record),
         origin(record),
     ]
-    return {"emergence": markdown(page)}
 
 
 def draw_plot(record: dict) -> Figure:
@@ -260,6 +237,8 @@ def draw_plot(record: dict) -> Figure:
     panels[0, -1].legend(fontsize=8)
     return figure
 
+
+PAGE = Page("emergence", KEYS, parts, draw_plot)
 
 if __name__ == "__main__":
     measure.run(main, Options)

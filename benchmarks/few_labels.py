@@ -5,7 +5,6 @@ scenes serve pretraining, and 256 or 1,024 of them have labels.
 """
 
 import itertools
-import json
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -14,8 +13,8 @@ import measure
 import study
 import torch
 from matplotlib.figure import Figure
-from measure import RESULTS, ROOT
-from plots import BLUE, ORANGE, digest, save
+from pages import Page, by_seed
+from plots import BLUE, ORANGE
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -31,13 +30,11 @@ from study import (
     name_rows,
     prepared,
 )
-from tables import filled, markdown, origin, terminal
+from tables import origin
 from torch import Tensor
 
 from avfuse import AVMAE
 
-PAGE, PLOT = ROOT / "benchmarks/few_labels.md", ROOT / "docs/few-labels.png"
-RESULT = RESULTS / "few_labels-cpu.json"
 ROWS = {name: study.ROWS[name] for name in ("dense", "none")}
 RowName = Literal[*ROWS]
 WAYS = {"probe": "linear probe", "tuned": "fine-tuned"}
@@ -72,11 +69,8 @@ def main(options: Options) -> None:
         wanted = itertools.product(options.seeds, options.rows, options.starts)
         cells = [(row, start, seed) for seed, row, start in wanted]
         study.scenes_of(options).draw(options.workers)
-        free = ("rows", "starts", "seeds")
-        study.train_cells("few_labels", options, KEYS, cells, train_cell, RESULT, write_page, free)
-    record = json.loads(RESULT.read_text())
-    write_page(record)
-    print(terminal([table(record, label) for label in LABELS]))
+        PAGE.train(options, cells, train_cell)
+    PAGE.show()
 
 
 def train_cell(options: Options, cell: tuple[str, str, int]) -> dict:
@@ -126,13 +120,8 @@ def pool(encoder, features: tuple[str, ...], scenes: dict[str, Tensor]) -> Tenso
 
 def by_cell(record: dict, label: str) -> dict[tuple[str, str, str, int], list[float]]:
     """Row, start, way and number of labels -> accuracies by seed."""
-    found = {}
-    for cell in sorted(record["cells"], key=lambda cell: cell["seed"]):
-        for one in cell["accuracies"]:
-            if one["label"] == label:
-                key = (cell["row"], cell["start"], one["way"], one["labelled"])
-                found.setdefault(key, []).append(one["accuracy"])
-    return found
+    judged = [cell | one for cell in record["cells"] for one in cell["accuracies"] if one["label"] == label]
+    return by_seed(judged, "accuracy", "row", "start", "way", "labelled")
 
 
 def table(record: dict, label: str) -> list[tuple]:
@@ -142,32 +131,16 @@ def table(record: dict, label: str) -> list[tuple]:
     for row, way, labelled in itertools.product(ROWS, WAYS, record["settings"]["labelled"]):
         scratch, pretrained = (found.get((row, start, way, labelled)) for start in STARTS)
         if scratch or pretrained:
-            name = f"{ROWS[row].label}, {WAYS[way]}"
-            rows.append(
-                (
-                    name,
-                    f"{labelled:,}",
-                    mean_cell(scratch),
-                    mean_cell(pretrained),
-                    difference(pretrained, scratch),
-                )
-            )
+            named = f"{ROWS[row].label}, {WAYS[way]}", f"{labelled:,}"
+            told = mean_cell(scratch), mean_cell(pretrained), difference(pretrained, scratch)
+            rows.append((*named, *told))
     return rows
 
 
-def write_page(record: dict) -> None:
-    PAGE.write_text(filled(PAGE.read_text(), sections(record)))
-    save(plots(record))
-
-
-def plots(record: dict) -> dict:
-    return {PLOT: (digest(record), partial(draw_plot, record))}
-
-
-def sections(record: dict) -> dict[str, str]:
-    """What the section of the page should hold."""
+def parts(record: dict) -> list:
+    """What the page says."""
     settings = record["settings"]
-    page = [
+    return [
         *(table(record, label) for label in LABELS),
         f"Accuracy on {settings['test']:,} scenes, mean ± standard deviation over seeds, after "
         f"{settings['pretraining_steps']:,} steps of pretraining on {settings['train']:,} scenes without "
@@ -177,7 +150,6 @@ def sections(record: dict) -> dict[str, str]:
         "![Accuracy with few labels](../docs/few-labels.png)",
         origin(record),
     ]
-    return {"few-labels": markdown(page)}
 
 
 def draw_plot(record: dict) -> Figure:
@@ -200,6 +172,8 @@ def draw_plot(record: dict) -> Figure:
     figure.axes[0].get_legend().remove()  # the other's serves both, where no bar is behind it
     return figure
 
+
+PAGE = Page("few_labels", KEYS, parts, draw_plot)
 
 if __name__ == "__main__":
     measure.run(main, Options)

@@ -8,15 +8,16 @@ import contextlib
 import hashlib
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import measure
 import torch
-from measure import RESULTS, ROOT
-from study import DEPTH, DIM, difference, make_encoder, mean_cell, train_cells
-from tables import MISSING, filled, markdown, origin, terminal
+from measure import ROOT
+from pages import CellOptions, Page, by_seed
+from study import DEPTH, DIM, difference, make_encoder, mean_cell
+from tables import MISSING, origin
 
 from avfuse.data import sounding_shapes
 from avfuse.tasks.classify import Classification
@@ -29,10 +30,6 @@ from avfuse.training.recipes import TrainConfig
 from avfuse.training.settings import LoopConfig
 from avfuse.weights import load_audio_weights, load_image_weights
 
-PAGE = ROOT / "benchmarks/grid.md"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ON_GPU, HERE = RESULTS / "grid-cuda.json", RESULTS / f"grid-{DEVICE}.json"
-RESULT = ON_GPU if ON_GPU.exists() else HERE  # whose cells the page shows
 METRICS = dict(linear="linear accuracy", sdr="separation SDR, dB", miou="segmentation mIoU")
 KEYS = ("row", "seed")  # of a cell
 
@@ -83,7 +80,7 @@ CLAIMS = (  # which row is said to be better than which
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(CellOptions):
     """Pretrains every row of the grid and judges it by three tasks on held-out Sounding Shapes.
 
     One cell is one row with one seed. Cells that the result file holds are not done again, and a cell that
@@ -99,8 +96,6 @@ class Options:
 
     rows: tuple[RowName, ...] = tuple(ROWS)
     """Which rows to do."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Of weights, masks and order; clips are the same for all."""
     train: int = 256
     """Clips to train on: of three objects, and as many of one for separation."""
     test: int = 128
@@ -113,16 +108,12 @@ class Options:
     contrastive: float = 0.1
     """Weight of the contrastive term; CAV-MAE's is 0.01, in runs of many more steps."""
     workers: int = 1
-    """Processes that do cells side by side, one thread each."""
-    report: bool = False
-    """Only write the page from the result file."""
 
     @property
     def folder(self) -> Path:
         """Of the runs of these settings."""
-        free = ("rows", "seeds", "workers", "report")
-        fixed = {name: value for name, value in asdict(self).items() if name not in free}
-        return ROOT / "data/grid" / hashlib.sha256(json.dumps(fixed).encode()).hexdigest()[:8]
+        fixed = json.dumps(PAGE.fixed(self))
+        return ROOT / "data/grid" / hashlib.sha256(fixed.encode()).hexdigest()[:8]
 
     def clips(self, objects: int) -> Path:
         """The data set of scenes of so many objects; built once."""
@@ -139,12 +130,8 @@ def main(options: Options) -> None:
             options.clips(objects)
         for seed in options.seeds if options.workers > 1 else ():  # which cells of one seed share
             unimodal(options, seed)
-        settings = dict(device=DEVICE, dim=DIM, depth=DEPTH)
-        free = ("rows", "seeds")
-        train_cells("grid", options, KEYS, cells, train_cell, HERE, write_page, free, **settings)
-    record = json.loads(RESULT.read_text())
-    write_page(record)
-    print(terminal([results_table(record), claims_table(record)]))
+        PAGE.train(options, cells, train_cell, dim=DIM, depth=DEPTH)
+    PAGE.show()
 
 
 # --- cells --------------------------------------------------------------------------------------------------
@@ -226,44 +213,32 @@ def carry_out(kind: type[Task], config: LoopConfig, run: Path, data: Path, seed:
 # --- results ------------------------------------------------------------------------------------------------
 
 
-def by_row(record: dict, metric: str) -> dict[str, list[float]]:
-    """Row -> values by seed."""
-    values = {}
-    for cell in sorted(record["cells"], key=lambda cell: cell["seed"]):
-        values.setdefault(cell["row"], []).append(cell[metric])
-    return values
+def by_row(record: dict) -> list[dict[tuple[str], list[float]]]:
+    """Of each metric, row -> values by seed."""
+    return [by_seed(record["cells"], metric, "row") for metric in METRICS]
 
 
 def results_table(record: dict) -> list[tuple]:
     """What every row reached; a row that has not been run says so."""
-    values = [by_row(record, metric) for metric in METRICS]
-    rows = [("", *METRICS.values())]
+    rows, values = [("", *METRICS.values())], by_row(record)
     for name, row in ROWS.items():
-        rows.append((row.label, *(mean_cell(of.get(name)) or MISSING for of in values)))
+        rows.append((row.label, *(mean_cell(of.get((name,))) or MISSING for of in values)))
     return rows
 
 
 def claims_table(record: dict) -> list[tuple]:
     """The paper's claims, each as a difference of two rows."""
-    rows, values = [("claim", *METRICS.values())], [by_row(record, metric) for metric in METRICS]
-    for claim, better, worse in CLAIMS:
-        rows.append((claim, *(difference(of.get(better), of.get(worse)) or MISSING for of in values)))
+    rows, values = [("claim", *METRICS.values())], by_row(record)
+    for claim, *pair in CLAIMS:
+        rows.append((claim, *(difference(*(of.get((name,)) for name in pair)) or MISSING for of in values)))
     return rows
 
 
-def write_page(record: dict) -> None:
-    PAGE.write_text(filled(PAGE.read_text(), sections(record)))
-
-
-def plots(record: dict) -> dict[Path, tuple]:
-    return {}
-
-
-def sections(record: dict) -> dict[str, str]:
-    """What the sections of the page should hold."""
+def parts(record: dict) -> list:
+    """What the page says."""
     settings, cells = record["settings"], record["cells"]
     chance, mixture = (cells[0][name] for name in ("chance", "mixture_sdr"))
-    page = [
+    return [
         results_table(record),
         f"On {settings['test']} held-out clips, mean ± standard deviation over seeds. Linear accuracy is of "
         f"the shape that sounds, whose most frequent one gives {chance:.3f}; SDR is of clips of one object "
@@ -274,8 +249,9 @@ def sections(record: dict) -> dict[str, str]:
         f"{len(cells)} cells of {sum(cell['seconds'] for cell in cells) / len(cells) / 60:.1f} minutes each. "
         + origin(record),
     ]
-    return {"grid": markdown(page)}
 
+
+PAGE = Page("grid", KEYS, parts, device="cuda" if torch.cuda.is_available() else "cpu")
 
 if __name__ == "__main__":
     measure.run(main, Options)

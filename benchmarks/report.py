@@ -24,7 +24,7 @@ import traffic
 from measure import RESULTS, ROOT
 from tables import MISSING, filled, markdown, origin
 
-PAGES = (study, synchrony, few_labels, emergence, grid)  # results that have a page of their own
+PAGES = tuple(benchmark.PAGE for benchmark in (study, synchrony, few_labels, emergence, grid))
 PLACES = {  # how the name of a file ends, and how its tables are introduced
     "cpu": "CPU",
     "cpu-compiled": "CPU, torch.compile",
@@ -161,8 +161,8 @@ def main(options: Options) -> None:
     new_texts = {path: text for path, text in texts(results).items() if path.read_text() != text}
     drawings = plots.plots(results)
     for page in PAGES:
-        if page.RESULT.stem in results:
-            drawings |= page.plots(results[page.RESULT.stem])
+        if page.result.stem in results:
+            drawings |= page.plots(results[page.result.stem])
     new_plots = {path: plot for path, plot in drawings.items() if plots.drawn_from(path) != plot[0]}
     if options.check and (new_texts or new_plots):
         stale = ", ".join(str(path.relative_to(ROOT)) for path in (*new_texts, *new_plots))
@@ -199,8 +199,8 @@ def texts(results: dict) -> dict[Path, str]:
         },
     }
     for page in PAGES:
-        if page.RESULT.stem in results:
-            sections[page.PAGE] = page.sections(results[page.RESULT.stem])
+        if page.result.stem in results:
+            sections[page.path] = page.sections(results[page.result.stem])
     return {path: filled(path.read_text(), parts) for path, parts in sections.items()}
 
 

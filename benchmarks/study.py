@@ -5,15 +5,11 @@ the picture tells what colour that shape has. Rows differ in how, and in which l
 """
 
 import itertools
-import json
 import math
-import multiprocessing
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -22,9 +18,10 @@ import measure
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from measure import RESULTS, ROOT, begin_record, write_record
-from plots import BLUE, GREY, ORANGE, digest, save
-from tables import filled, markdown, origin, terminal
+from measure import ROOT
+from pages import CellOptions, Page, by_seed, processes
+from plots import BLUE, GREY, ORANGE
+from tables import origin
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from tqdm import tqdm
@@ -40,8 +37,6 @@ from avfuse.vit import plain_vit
 DIM, DEPTH, HEADS, PATCH = 64, 4, 2, 16
 FEATURES = ("image", "audio", "fusion")
 STORED = ("image", "audio", "shape", "colour", "shown")  # of a scene
-PAGE, PLOT = ROOT / "benchmarks/study.md", ROOT / "docs/study.png"
-RESULT = RESULTS / "study-cpu.json"
 
 
 class Row(NamedTuple):
@@ -84,7 +79,7 @@ ALONE = ("image", "audio")  # controls, from scratch only
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(CellOptions):
     """Trains every way to fuse on Sounding Shapes, and says how well each binds sound and picture.
 
     One cell is one row, from scratch or after masked pretraining on the same scenes, with one seed. Cells
@@ -103,8 +98,6 @@ class Options:
     """Which ways to fuse."""
     starts: tuple[Literal[*STARTS], ...] = tuple(STARTS)
     """From fresh weights, or after pretraining."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Of weights and order; scenes are the same for all."""
     steps: int = 1000
     """Training steps of a cell."""
     pretraining_steps: int = 500
@@ -123,10 +116,6 @@ class Options:
     """Scenes to train on; drawn once and kept under data/."""
     test: int = 2_000
     """Scenes to judge on."""
-    workers: int = len(os.sched_getaffinity(0))
-    """Processes that train cells side by side, one thread each."""
-    report: bool = False
-    """Only write page and plot from the result file."""
 
 
 def main(options: Options) -> None:
@@ -135,67 +124,11 @@ def main(options: Options) -> None:
         wanted = itertools.product(options.starts, options.seeds, options.rows)
         cells = [(row, start, seed) for start, seed, row in wanted if start == "scratch" or row not in ALONE]
         scenes_of(options).draw(options.workers)
-        free = ("rows", "starts", "seeds")
-        train_cells("study", options, KEYS, cells, train_cell, RESULT, write_page, free, dim=DIM, depth=DEPTH)
-    record = json.loads(RESULT.read_text())
-    write_page(record)
-    print(terminal([accuracy_table(record), claims_table(record)]))
+        PAGE.train(options, cells, train_cell, dim=DIM, depth=DEPTH)
+    PAGE.show()
 
 
 # --- cells --------------------------------------------------------------------------------------------------
-
-
-def train_cells(
-    name: str,
-    options,
-    keys: tuple[str, ...],
-    cells: list[tuple],
-    train_cell: Callable[..., dict],
-    result: Path,
-    write_page: Callable[[dict], None],
-    free: tuple[str, ...],
-    **settings,
-) -> None:
-    """Trains the cells that the result file lacks, and adds each to it as it ends; then writes the page anew.
-
-    Args:
-        name: of the benchmark.
-        options: with `workers`; those whose names are in `free` choose which cells to do.
-        cells: values that make a cell, whose names are in `keys`.
-        train_cell: called with options and a cell, gives its results by name.
-        settings: more that must not differ between the cells of a file.
-    """
-    free = (*free, "workers", "report")
-    fixed = {name: value for name, value in asdict(options).items() if name not in free}
-    fixed = json.loads(json.dumps(fixed | dict(device="cpu") | settings))  # as they come back from the file
-    record = begin_record(name, fixed, "") | dict(cells=[])
-    if result.exists():
-        before = json.loads(result.read_text())
-        if before["settings"] != record["settings"]:
-            raise ValueError(
-                f"{result.name} holds cells of other settings {before['settings']}: move it away"
-            )
-        record["cells"] = before["cells"]
-    done = {tuple(cell[key] for key in keys) for cell in record["cells"]}
-    missing = [cell for cell in cells if cell not in done]
-    if not missing:
-        return
-    bar = tqdm(desc="cells", unit="cell", initial=len(cells) - len(missing), total=len(cells))
-    with processes(min(options.workers, len(missing))) as pool:
-        try:
-            for ended in as_completed([pool.submit(train_cell, options, cell) for cell in missing]):
-                record["cells"].append(ended.result() | dict(commit=record["commit"]))
-                write_record(result, record)
-                write_page(record)
-                bar.update()
-        finally:  # a cell that failed, or Ctrl-C: begin no other
-            pool.shutdown(cancel_futures=True)
-
-
-def processes(count: int) -> ProcessPoolExecutor:
-    """Fresh ones of one thread each: a fork of a process with threads may hang."""
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(count, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def train_cell(options: Options, cell: tuple[str, str, int]) -> dict:
@@ -394,10 +327,7 @@ def prepared(scenes: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
 
 def accuracies_by_cell(record: dict) -> dict[tuple[str, str], list[float]]:
     """Row and start -> colour accuracies by seed."""
-    accuracies = {}
-    for cell in sorted(record["cells"], key=lambda cell: cell["seed"]):
-        accuracies.setdefault((cell["row"], cell["start"]), []).append(cell["colour"])
-    return accuracies
+    return by_seed(record["cells"], "colour", "row", "start")
 
 
 def trained(accuracies: dict[tuple[str, str], list[float]]) -> list[str]:
@@ -445,33 +375,20 @@ def difference(first: list[float] | None, second: list[float] | None) -> str:
     return f"{by:+.3f} ± {error:.3f}: {verdict}"
 
 
-def write_page(record: dict) -> None:
-    PAGE.write_text(filled(PAGE.read_text(), sections(record)))
-    save(plots(record))
-
-
-def plots(record: dict) -> dict[Path, tuple]:
-    return {PLOT: (digest(record), partial(draw_plot, record))}
-
-
-def sections(record: dict) -> dict[str, str]:
-    """What the sections of the page should hold."""
+def parts(record: dict) -> list:
+    """What the page says."""
     sound, image = 1 / len(COLOURS), 1 / record["settings"]["objects"]
-    accuracies = [
+    return [
         accuracy_table(record),
         f"Accuracy of the colour after {record['settings']['steps']:,} steps, mean ± standard deviation over "
         f"seeds. Chance is {sound:.3f} for the sound alone, {image:.3f} for the image alone. Gain: "
         "difference of the means ± its standard error, *yes* beyond twice that, *no, the reverse* as far "
         "below, else *within the spread*.",
-    ]
-    page = [
-        *accuracies,
         "The claims, judged in the same way:",
         claims_table(record),
         "![Accuracy by way to fuse](../docs/study.png)",
         origin(record),
     ]
-    return {"study": markdown(page)}
 
 
 def draw_plot(record: dict) -> Figure:
@@ -513,6 +430,8 @@ def name_rows(axis, labels: list[str]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, loc="lower right")
 
+
+PAGE = Page("study", KEYS, parts, draw_plot)
 
 if __name__ == "__main__":
     measure.run(main, Options)

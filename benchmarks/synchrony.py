@@ -5,29 +5,16 @@ small at moments of its own; the sound follows one of them. To name its colour t
 frames.
 """
 
-import json
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import measure
 import torch
 from matplotlib.figure import Figure
-from measure import RESULTS, ROOT
-from plots import BLUE, GREEN, GREY, ORANGE, digest, save
-from study import (
-    FEATURES,
-    Scenes,
-    difference,
-    draw_seeds,
-    fit,
-    mean_cell,
-    name_rows,
-    prepared,
-    train_cells,
-)
-from tables import filled, markdown, origin, terminal
+from pages import CellOptions, Page, by_seed
+from plots import BLUE, GREEN, GREY, ORANGE
+from study import FEATURES, Scenes, difference, draw_seeds, fit, mean_cell, name_rows, prepared
+from tables import origin
 from torch.nn.functional import cross_entropy
 
 from avfuse import AVEncoder, InputSettings
@@ -38,8 +25,6 @@ from avfuse.vit import plain_vit
 
 DIM, DEPTH, HEADS, PATCH = 48, 2, 2, 16
 INPUTS = InputSettings(image_size=48, mel_bins=64, hop=375)  # 9 tokens a frame, 32 of sound: 4 x 8 of 0.375 s
-PAGE, PLOT = ROOT / "benchmarks/synchrony.md", ROOT / "docs/synchrony.png"
-RESULT = RESULTS / "synchrony-cpu.json"
 
 
 class Row(NamedTuple):
@@ -67,7 +52,7 @@ WITHOUT_TOKENS = ("joint", "none")  # one cell, whatever the number of fusion to
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(CellOptions):
     """Trains ways to fuse on scenes of synchrony, and says how well each names the colour of what sounds.
 
     One cell is one row with so many frames, fusion tokens and one seed. Cells that the result file holds are
@@ -88,8 +73,6 @@ class Options:
     """Of a clip of 3 s."""
     fusion_tokens: tuple[int, ...] = (4, 2, 16)
     """F; with one frame only the first."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Of weights and order; scenes are the same for all."""
     steps: int = 1500
     """Training steps of a cell."""
     batch_size: int = 32
@@ -99,10 +82,6 @@ class Options:
     """Scenes to train on; drawn once and kept under data/."""
     test: int = 1_000
     """Scenes to judge on."""
-    workers: int = 2
-    """Processes that train cells side by side, one thread each."""
-    report: bool = False
-    """Only write page and plot from the result file."""
 
 
 def main(options: Options) -> None:
@@ -119,13 +98,8 @@ def main(options: Options) -> None:
         cells = sorted(several + (one if 1 in options.frames else []), key=lambda cell: cell[-1])
         for frames in options.frames:
             scenes_of(options, frames).draw(options.workers)
-        free = ("rows", "frames", "fusion_tokens", "seeds")
-        train_cells(
-            "synchrony", options, KEYS, cells, train_cell, RESULT, write_page, free, dim=DIM, depth=DEPTH
-        )
-    record = json.loads(RESULT.read_text())
-    write_page(record)
-    print(terminal([accuracy_table(record), claims_table(record)]))
+        PAGE.train(options, cells, train_cell, dim=DIM, depth=DEPTH)
+    PAGE.show()
 
 
 # --- cells --------------------------------------------------------------------------------------------------
@@ -191,11 +165,7 @@ def scenes_of(options: Options, frames: int) -> Scenes:
 
 def by_cell(record: dict) -> dict[tuple[str, int, int], list[float]]:
     """Row, frames and fusion tokens -> colour accuracies by seed."""
-    accuracies = {}
-    for cell in sorted(record["cells"], key=lambda cell: cell["seed"]):
-        key = cell["row"], cell["frames"], cell["fusion_tokens"]
-        accuracies.setdefault(key, []).append(cell["colour"])
-    return accuracies
+    return by_seed(record["cells"], "colour", "row", "frames", "fusion_tokens")
 
 
 def accuracy_table(record: dict) -> list[tuple]:
@@ -242,19 +212,10 @@ def claims_table(record: dict) -> list[tuple]:
     return rows
 
 
-def write_page(record: dict) -> None:
-    PAGE.write_text(filled(PAGE.read_text(), sections(record)))
-    save(plots(record))
-
-
-def plots(record: dict) -> dict[Path, tuple]:
-    return {PLOT: (digest(record), partial(draw_plot, record))}
-
-
-def sections(record: dict) -> dict[str, str]:
-    """What the sections of the page should hold."""
+def parts(record: dict) -> list:
+    """What the page says."""
     settings = record["settings"]
-    page = [
+    return [
         accuracy_table(record),
         f"Accuracy of the colour of what sounds after {settings['steps']:,} steps, mean ± standard deviation "
         "over seeds. Chance is 0.250 for the pictures alone, and for one frame with the sound; 0.167 for the "
@@ -264,7 +225,6 @@ def sections(record: dict) -> dict[str, str]:
         "![Accuracy by way to fuse, frames and fusion tokens](../docs/synchrony.png)",
         origin(record),
     ]
-    return {"synchrony": markdown(page)}
 
 
 def draw_plot(record: dict) -> Figure:
@@ -289,6 +249,8 @@ def draw_plot(record: dict) -> Figure:
     name_rows(axis, [ROWS[name].label for name in names])
     return figure
 
+
+PAGE = Page("synchrony", KEYS, parts, draw_plot)
 
 if __name__ == "__main__":
     measure.run(main, Options)

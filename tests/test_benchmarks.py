@@ -25,6 +25,7 @@ import grid  # noqa: E402
 import loading  # noqa: E402
 import many_clips  # noqa: E402
 import measure  # noqa: E402
+import pages  # noqa: E402
 import pair_attention  # noqa: E402
 import plots  # noqa: E402
 import report  # noqa: E402
@@ -38,6 +39,7 @@ from tables import MISSING, markdown  # noqa: E402
 from avfuse import DenseFusion, create_encoder, graphs  # noqa: E402
 from avfuse.encoder import EncoderOutput  # noqa: E402
 
+PAGES = "study", "synchrony", "few_labels", "emergence"  # which have a plot, too
 TINY = throughput.Options(
     preset="tiny", modes=("inference",), rows=("none", "dense"), seconds=0.0, device="cpu", dtype="float32"
 )
@@ -446,11 +448,11 @@ def test_report_notices_other_numbers():
     after = report.texts(results)
     changed = {path for path in before if before[path] != after[path]}
     assert changed == {ROOT / "benchmarks/README.md", ROOT / "docs/data.md"}
-    pages = ["README.md", "benchmarks/README.md"]
-    pages += [f"docs/{name}.md" for name in ("dense", "data", "tasks", "video")]
-    of_their_own = {page.PAGE for page in report.PAGES if page.RESULT.exists()}
-    assert {study.PAGE, synchrony.PAGE, few_labels.PAGE, emergence.PAGE} <= of_their_own
-    assert set(before) == {*(ROOT / page for page in pages), *of_their_own}
+    others = ["README.md", "benchmarks/README.md"]
+    others += [f"docs/{name}.md" for name in ("dense", "data", "tasks", "video")]
+    of_their_own = {page.path for page in report.PAGES if page.result.exists()}
+    assert {ROOT / f"benchmarks/{page}.md" for page in PAGES} <= of_their_own
+    assert set(before) == {*(ROOT / page for page in others), *of_their_own}
     assert plots.plots(results)[ROOT / "docs/scaling.png"][0] == plots.drawn_from(ROOT / "docs/scaling.png")
     with pytest.raises(ValueError, match="one <!-- speed -->"):
         report.filled("no markers", {"speed": ""})
@@ -623,17 +625,26 @@ def test_emergence_tells_whether_fusion_tokens_lead_by_hand():
     assert verdicts == ["+0.250 ± 0.150: within the spread"] * 3
 
 
-def test_cells_that_are_there_are_not_trained_again(tmp_path):
+def test_cells_that_are_there_are_not_trained_again(tmp_path, monkeypatch):
     """Settings of several values too are those that a file gives back."""
-    options, free, result = few_labels.Options(), ("rows", "starts", "seeds"), tmp_path / "few.json"
+    options, cell = few_labels.Options(), ("dense", "scratch", 0)
+    free = "rows", "starts", "seeds", "workers", "report"
     settings = {name: value for name, value in asdict(options).items() if name not in free}
-    settings = {name: value for name, value in settings.items() if name not in ("workers", "report")}
-    cell = dict(zip(study.KEYS, ("dense", "scratch", 0), strict=True))
-    result.write_text(json.dumps(dict(settings=settings | dict(device="cpu"), cells=[cell])))
-    go_on = partial(study.train_cells, "few_labels", keys=study.KEYS, cells=[tuple(cell.values())], free=free)
-    go_on(options=options, train_cell=None, result=result, write_page=None)
+    record = dict(settings=settings | dict(device="cpu"), cells=[dict(zip(study.KEYS, cell, strict=True))])
+    (tmp_path / "few_labels-cpu.json").write_text(json.dumps(record))
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
+    few_labels.PAGE.train(replace(options, seeds=(0,), workers=7), [cell], train_cell=None)
     with pytest.raises(ValueError, match="holds cells of other settings"):
-        go_on(options=replace(options, lr=1e-3), train_cell=None, result=result, write_page=None)
+        few_labels.PAGE.train(replace(options, lr=1e-3), [cell], train_cell=None)
+
+
+@pytest.mark.parametrize("benchmark", [study, synchrony, few_labels, emergence, grid])
+def test_options_that_choose_cells_are_no_settings(benchmark):
+    """All others are in the results, in this order: the folder of the grid's runs is named after them."""
+    settings = json.loads((report.RESULTS / f"{benchmark.PAGE.name}-cpu.json").read_text())["settings"]
+    fixed = benchmark.PAGE.fixed(benchmark.Options())
+    assert [*fixed, "device"] == [name for name in settings if name not in ("dim", "depth")]
+    assert set(fixed).isdisjoint(("rows", "starts", "frames", "fusion_tokens", "seeds", "workers", "report"))
 
 
 def test_few_labels_tells_gains_by_hand():
@@ -673,11 +684,13 @@ def test_the_study_tells_means_differences_and_verdicts_by_hand():
     assert study.difference([0.1, 0.1], [0.4, 0.4]) == "-0.300 ± 0.000: no, the reverse"
 
 
-def test_the_page_and_the_plot_of_the_study_are_those_of_its_results():
-    record = json.loads(study.RESULT.read_text())
-    text = study.PAGE.read_text()
-    assert text == report.filled(text, study.sections(record))
-    assert plots.drawn_from(study.PLOT) == plots.digest(record)
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_and_their_plots_are_those_of_their_results(name):
+    record = json.loads((ROOT / f"benchmarks/results/{name}-cpu.json").read_text())
+    (page,) = (page for page in report.PAGES if page.name == name)
+    text, title = (ROOT / f"benchmarks/{name}.md").read_text(), name.replace("_", "-")
+    assert text == report.filled(text, {title: markdown(page.parts(record))})
+    assert plots.drawn_from(ROOT / f"docs/{title}.png") == plots.digest(record)
 
 
 # --- the grid -----------------------------------------------------------------------------------------------
@@ -712,6 +725,6 @@ def test_the_grid_tells_what_is_not_run_and_judges_by_hand():
 
 
 def test_the_page_of_the_grid_is_that_of_its_results():
-    if grid.RESULT.exists():
-        text = grid.PAGE.read_text()
-        assert text == report.filled(text, grid.sections(json.loads(grid.RESULT.read_text())))
+    if grid.PAGE.result.exists():
+        text = grid.PAGE.path.read_text()
+        assert text == report.filled(text, grid.PAGE.sections(json.loads(grid.PAGE.result.read_text())))
