@@ -45,7 +45,12 @@ class Page(NamedTuple):
 
     @property
     def result(self) -> Path:
-        return RESULTS / f"{self.name}-{self.device}.json"
+        """The file that is shown: of cells that a GPU has trained, if there are any."""
+        on_gpu = self.file("cuda")
+        return on_gpu if on_gpu.exists() else self.file("cpu")
+
+    def file(self, device: str) -> Path:
+        return RESULTS / f"{self.name}-{device}.json"
 
     @property
     def title(self) -> str:
@@ -61,16 +66,16 @@ class Page(NamedTuple):
             return {}
         return {ROOT / f"docs/{self.title}.png": (digest(record), partial(self.draw, record))}
 
-    def write(self, record: dict) -> None:
-        """Page and plot anew."""
+    def write(self) -> dict:
+        """Page and plot anew from the result file, which is returned."""
+        record = json.loads(self.result.read_text())
         self.path.write_text(filled(self.path.read_text(), self.sections(record)))
         save(self.plots(record))
+        return record
 
     def show(self) -> None:
-        """Writes the page from the result file, and prints its tables."""
-        record = json.loads(self.result.read_text())
-        self.write(record)
-        print(terminal(part for part in self.parts(record) if not isinstance(part, str)))
+        """Writes the page, and prints its tables."""
+        print(terminal(part for part in self.parts(self.write()) if not isinstance(part, str)))
 
     def fixed(self, options: CellOptions) -> dict:
         """The options that must not differ between the cells of a file."""
@@ -80,7 +85,7 @@ class Page(NamedTuple):
     def train(
         self, options: CellOptions, cells: list[tuple], train_cell: Callable[..., dict], **settings
     ) -> None:
-        """Trains the cells that the result file lacks, adds each to it as it ends, and writes the page anew.
+        """Trains the cells that the file of `device` lacks, adds each to it as it ends, and writes the page.
 
         Args:
             cells: values that make a cell, whose names are in `keys`.
@@ -89,12 +94,12 @@ class Page(NamedTuple):
         """
         fixed = self.fixed(options) | dict(device=self.device) | settings
         fixed = json.loads(json.dumps(fixed))  # as they come back from the file
-        record = begin_record(self.name, fixed, "") | dict(cells=[])
-        if self.result.exists():
-            before = json.loads(self.result.read_text())
+        record, file = begin_record(self.name, fixed, "") | dict(cells=[]), self.file(self.device)
+        if file.exists():
+            before = json.loads(file.read_text())
             if before["settings"] != fixed:
                 raise ValueError(
-                    f"{self.result.name} holds cells of other settings {before['settings']}: move it away"
+                    f"{file.name} holds cells of other settings {before['settings']}: move it away"
                 )
             record["cells"] = before["cells"]
         done = {tuple(cell[key] for key in self.keys) for cell in record["cells"]}
@@ -106,8 +111,8 @@ class Page(NamedTuple):
             try:
                 for ended in as_completed([pool.submit(train_cell, options, cell) for cell in missing]):
                     record["cells"].append(ended.result() | dict(commit=record["commit"]))
-                    write_record(self.result, record)
-                    self.write(record)
+                    write_record(file, record)
+                    self.write()
                     bar.update()
             finally:  # a cell that failed, or Ctrl-C: begin no other
                 pool.shutdown(cancel_futures=True)

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -728,3 +729,26 @@ def test_the_page_of_the_grid_is_that_of_its_results():
     if grid.PAGE.result.exists():
         text = grid.PAGE.path.read_text()
         assert text == report.filled(text, grid.PAGE.sections(json.loads(grid.PAGE.result.read_text())))
+
+
+@pytest.mark.parametrize("here", ["cpu", "cuda"])
+@pytest.mark.parametrize("there", [("cpu",), ("cuda",), ("cpu", "cuda")])
+def test_a_page_shows_the_cells_of_a_gpu_if_there_are_any(tmp_path, monkeypatch, capsys, here, there):
+    """Whatever machine writes it, also while this adds cells to a file of its own."""
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    monkeypatch.setattr(pages, "processes", ThreadPoolExecutor)
+    text = tmp_path / "benchmarks/some.md"
+    text.parent.mkdir()
+    text.write_text("<!-- some -->\n<!-- /some -->\n")
+    for device in there:
+        record = dict(settings=dict(device=device), cells=[dict(seed=0)])
+        (tmp_path / f"some-{device}.json").write_text(json.dumps(record))
+    page = pages.Page("some", ("seed",), lambda record: [[(record["settings"]["device"],)]], device=here)
+    assert page.result.name == f"some-{there[-1]}.json"
+    page.show()
+    assert capsys.readouterr().out.startswith(there[-1]) and f"| {there[-1]} |" in text.read_text()
+    if here == "cpu":
+        page.train(pages.CellOptions(), [(0,), (1,)], lambda options, cell: dict(seed=cell[0]))
+        assert len(json.loads((tmp_path / "some-cpu.json").read_text())["cells"]) == 2
+        assert f"| {there[-1]} |" in text.read_text()
