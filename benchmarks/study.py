@@ -46,6 +46,8 @@ class Row(NamedTuple):
     interactions: str
     layers: tuple[int, ...] | str = "all"
     features: tuple[str, ...] = FEATURES  # that are classified; the logits are averaged
+    pair_bias: str | bool = False  # this and the next are of the second page, synchrony.py
+    time_peak: float = 0.0
 
 
 ROWS = {
@@ -152,15 +154,17 @@ def train_cell(options: Options, cell: tuple[str, str, int]) -> dict:
     return dict(row=row, start=start, seed=seed, colour=colour, shape=shape, curve=curve, seconds=seconds)
 
 
-def make_encoder(row, **options) -> AVEncoder:
+def make_encoder(
+    row, inputs: InputSettings = SMALL_INPUTS, dim: int = DIM, depth: int = DEPTH, **options
+) -> AVEncoder:
     """The interactions and layers of a row; `options` of the encoder."""
-    sizes = dict(patch_size=PATCH, embed_dim=DIM, depth=DEPTH, num_heads=HEADS)
+    sizes = dict(patch_size=PATCH, embed_dim=dim, depth=depth, num_heads=HEADS)
     return AVEncoder(
-        plain_vit(3, SMALL_INPUTS.image_shape, **sizes),
-        plain_vit(1, (SMALL_INPUTS.mel_bins, SMALL_INPUTS.frames), **sizes),
+        plain_vit(3, inputs.image_shape, **sizes),
+        plain_vit(1, (inputs.mel_bins, inputs.frames), **sizes),
         interactions=row.interactions,
         fusion_layers=row.layers,
-        inputs=SMALL_INPUTS,
+        inputs=inputs,
         **(dict(fusion_tokens=8, attn_ratio=1.0) | options),
     )
 

@@ -6,14 +6,15 @@ frames.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import measure
+import study
 import torch
 from matplotlib.figure import Figure
 from pages import CellOptions, Page, by_seed
 from plots import BLUE, GREEN, GREY, ORANGE
-from study import FEATURES, Scenes, difference, draw_seeds, fit, mean_cell, name_rows, prepared
+from study import Row, Scenes, difference, draw_seeds, fit, mean_cell, name_rows, prepared
 from tables import origin
 from torch.nn.functional import cross_entropy
 
@@ -21,25 +22,14 @@ from avfuse import AVEncoder, InputSettings
 from avfuse.data.sounding_shapes.synthesis import COLOURS, OBJECTS
 from avfuse.tasks.classifier import Classifier
 from avfuse.training.starts import TIME_PEAK
-from avfuse.vit import plain_vit
 
-DIM, DEPTH, HEADS, PATCH = 48, 2, 2, 16
+DIM, DEPTH = 48, 2
 INPUTS = InputSettings(image_size=48, mel_bins=64, hop=375)  # 9 tokens a frame, 32 of sound: 4 x 8 of 0.375 s
 
 
-class Row(NamedTuple):
-    """A way for image and audio to meet."""
-
-    label: str
-    interactions: str
-    pair_bias: str | bool = False
-    time_peak: float = 0.0
-    features: tuple[str, ...] = FEATURES  # that are classified; the logits are averaged
-
-
 ROWS = {
-    "dense-time": Row("dense with a bias of time", "dense", "time", TIME_PEAK),
-    "dense-time-zero": Row("dense with a bias of time that begins at zero", "dense", "time"),
+    "dense-time": Row("dense with a bias of time", "dense", pair_bias="time", time_peak=TIME_PEAK),
+    "dense-time-zero": Row("dense with a bias of time that begins at zero", "dense", pair_bias="time"),
     "dense": Row("dense", "dense"),
     "factorized": Row("factorized", "factorized"),
     "token": Row("token", "token"),
@@ -140,18 +130,9 @@ def accuracy(model: Classifier, scenes: dict) -> float:
 
 
 def make_encoder(row: Row, frames: int, fusion_tokens: int) -> AVEncoder:
-    sizes = dict(patch_size=PATCH, embed_dim=DIM, depth=DEPTH, num_heads=HEADS)
+    options = dict(fusion_tokens=fusion_tokens, pair_bias=row.pair_bias, time_peak=row.time_peak)
     inputs = replace(INPUTS, image_frames=frames)
-    return AVEncoder(
-        plain_vit(3, inputs.image_shape, **sizes),
-        plain_vit(1, (inputs.mel_bins, inputs.frames), **sizes),
-        interactions=row.interactions,
-        pair_bias=row.pair_bias,
-        time_peak=row.time_peak,
-        fusion_tokens=fusion_tokens,
-        attn_ratio=1.0,
-        inputs=inputs,
-    )
+    return study.make_encoder(row, inputs, dim=DIM, depth=DEPTH, **options)
 
 
 def scenes_of(options: Options, frames: int) -> Scenes:
