@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from pages import CellOptions, Page, by_seed
 from plots import BLUE, GREEN, GREY, ORANGE
-from study import FEATURES, Scenes, difference, mean_cell, prepared
+from study import FEATURES, Scenes, difference, mean_cell, over_scenes
 from tables import origin
 from torch import Tensor
 
@@ -138,15 +138,13 @@ def scenes_of(options: Options, row: Row) -> Scenes:
     return Scenes("study", row.objects, options.train, options.test, SMALL_INPUTS)
 
 
-@torch.no_grad()
 def accuracies(encoder: AVEncoder, scenes: dict[str, Tensor]) -> dict[str, dict[str, float]]:
     """Label -> feature -> share of the scenes whose nearest neighbour has the same label."""
-    encoder.eval()
-    pooled = []
-    for index in torch.arange(len(scenes["image"])).split(250):
-        batch = prepared(scenes, index)
-        pooled.append(pool(encoder(batch["image"], batch["audio"])))
-    columns = {name: torch.cat([part[name] for part in pooled]) for name in FEATURES}
+
+    def means(batch):
+        return torch.stack([*pool(encoder(batch["image"], batch["audio"])).values()], 1)
+
+    columns = dict(zip(FEATURES, over_scenes(encoder, scenes, means).unbind(1), strict=True))
     both = scenes["colour"] * len(SHAPES) + scenes["shape"]
     labels = dict(shape=scenes["shape"], colour=scenes["colour"], both=both)
     found = {}

@@ -28,12 +28,13 @@ from study import (
     make_encoder,
     mean_cell,
     name_rows,
-    prepared,
+    over_scenes,
 )
 from tables import origin
 from torch import Tensor
 
 from avfuse import AVMAE
+from avfuse.encoder import pool
 
 ROWS = {name: study.ROWS[name] for name in ("dense", "none")}
 RowName = Literal[*ROWS]
@@ -85,7 +86,7 @@ def train_cell(options: Options, cell: tuple[str, str, int]) -> dict:
         list(study.fit(mae, lambda b: mae(b["image"], b["audio"]).loss, train, steps, options, steps))
     weights = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     seen = {name: tensor[: max(options.labelled)] for name, tensor in train.items()}
-    of_train, of_test = (pool(encoder, ROWS[row].features, scenes) for scenes in (seen, test))
+    of_train, of_test = (pooled(encoder, ROWS[row].features, scenes) for scenes in (seen, test))
     accuracies = []
     for labelled in options.labelled:
         few = {name: tensor[:labelled] for name, tensor in train.items()}
@@ -103,16 +104,14 @@ def train_cell(options: Options, cell: tuple[str, str, int]) -> dict:
     return dict(row=row, start=start, seed=seed, accuracies=accuracies)
 
 
-@torch.no_grad()
-def pool(encoder, features: tuple[str, ...], scenes: dict[str, Tensor]) -> Tensor:
+def pooled(encoder, features: tuple[str, ...], scenes: dict[str, Tensor]) -> Tensor:
     """Mean-pooled tokens of each kind, side by side: (scenes, features x width)."""
-    encoder.eval()
-    rows = []
-    for index in torch.arange(len(scenes["image"])).split(256):
-        batch = prepared(scenes, index)
-        tokens = encoder(batch["image"], batch["audio"])
-        rows.append(torch.cat([getattr(tokens, name).flatten(1, -2).mean(1) for name in features], 1))
-    return torch.cat(rows)
+
+    def read(batch):
+        means = pool(encoder(batch["image"], batch["audio"]))
+        return torch.cat([means[name] for name in features], 1)
+
+    return over_scenes(encoder, scenes, read, 256)
 
 
 # --- results ------------------------------------------------------------------------------------------------

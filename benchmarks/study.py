@@ -8,7 +8,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -245,16 +245,24 @@ def warmup_stable_decay(step: int, total: int) -> float:
     return min(1.0, (step + 1) / max(1, total // 15), 2 * (total - step) / total)
 
 
-@torch.no_grad()
 def accuracies(model: Namer, scenes: dict[str, Tensor]) -> tuple[float, float]:
     """Shares of the scenes whose colour, and whose shape, is named right."""
-    model.eval()
-    right = []
-    for index in torch.arange(len(scenes["image"])).split(250):
-        batch = prepared(scenes, index)
+
+    def right(batch):
         shape, colour, _ = model(batch["image"], batch["audio"])
-        right.append(torch.stack([colour.argmax(1) == batch["colour"], shape.argmax(1) == batch["shape"]]))
-    return tuple(torch.cat(right, 1).double().mean(1).tolist())
+        return torch.stack([colour.argmax(1) == batch["colour"], shape.argmax(1) == batch["shape"]], 1)
+
+    return tuple(over_scenes(model, scenes, right).double().mean(0).tolist())
+
+
+@torch.no_grad()
+def over_scenes(
+    model: nn.Module, scenes: dict[str, Tensor], read: Callable[[dict], Tensor], size: int = 250
+) -> Tensor:
+    """What `read` makes of all scenes (scenes, ...), in batches of this size, while the model is judged."""
+    model.eval()
+    indices = torch.arange(len(scenes["image"])).split(size)
+    return torch.cat([read(prepared(scenes, index)) for index in indices])
 
 
 # --- scenes -------------------------------------------------------------------------------------------------

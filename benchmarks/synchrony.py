@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from pages import CellOptions, Page, by_seed
 from plots import BLUE, GREEN, GREY, ORANGE
-from study import Row, Scenes, difference, draw_seeds, fit, mean_cell, name_rows, prepared
+from study import Row, Scenes, difference, draw_seeds, fit, mean_cell, name_rows, over_scenes
 from tables import origin
 from torch.nn.functional import cross_entropy
 
@@ -118,15 +118,13 @@ def adamw(model: Classifier, options: Options) -> list[torch.optim.Optimizer]:
     return [torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.01)]
 
 
-@torch.no_grad()
 def accuracy(model: Classifier, scenes: dict) -> float:
     """Share of the scenes whose colour is named right."""
-    model.eval()
-    right = []
-    for index in torch.arange(len(scenes["image"])).split(250):
-        batch = prepared(scenes, index)
-        right.append(model(batch["image"], batch["audio"]).logits.argmax(1) == batch["colour"])
-    return torch.cat(right).double().mean().item()
+
+    def right(batch):
+        return model(batch["image"], batch["audio"]).logits.argmax(1) == batch["colour"]
+
+    return over_scenes(model, scenes, right).double().mean().item()
 
 
 def make_encoder(row: Row, frames: int, fusion_tokens: int) -> AVEncoder:
