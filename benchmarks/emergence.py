@@ -105,16 +105,9 @@ def train_cell(options: Options, cell: tuple[RowName, int]) -> dict:
     row = ROWS[name]
     train, test = scenes_of(options, row).splits()
     torch.manual_seed(seed)
-    mae = AVMAE(
-        make_encoder(row),
-        decoder_dim=64,
-        decoder_depth=2,
-        decoder_heads=2,
-        decode_from=row.decode_from,
-        image_mask_ratio=row.image_mask_ratio,
-        audio_mask_ratio=row.audio_mask_ratio,
-        norm_target=row.norm_target,
-    )
+    names = "decode_from", "image_mask_ratio", "audio_mask_ratio", "norm_target"
+    of_row = {option: getattr(row, option) for option in names}
+    mae = AVMAE(make_encoder(row), decoder_dim=64, decoder_depth=2, decoder_heads=2, **of_row)
 
     def loss(batch):
         return mae(batch["image"], batch["audio"]).loss

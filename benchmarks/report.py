@@ -81,6 +81,7 @@ TASKS = (
 )
 COUNTED = f"Counted, batch {traffic.BATCH}: "
 OP = "GPU: pair_attention forward + backward"
+GRAPHED, FUSED = "over no fusion, each a CUDA graph", "inference dense-fused"
 # What, its limit, and which of the numbers of a benchmark in a place it is about.
 BUDGETS = {
     (throughput, "cpu"): (
@@ -98,26 +99,18 @@ BUDGETS = {
         ("GPU: training step of dense over no fusion", "at least 0.85", "training dense speed"),
     ),
     (throughput, "cuda-graph"): (
-        ("GPU: speed of dense over no fusion, each a CUDA graph", "at least 0.92", "inference dense speed"),
-        ("GPU: the same, dense as encoder.fused()", "at least 0.92", "inference dense-fused speed"),
-        (
-            "GPU: training step of dense over no fusion, each a CUDA graph",
-            "at least 0.85",
-            "training dense speed",
-        ),
+        (f"GPU: speed of dense {GRAPHED}", "at least 0.92", "inference dense speed"),
+        ("GPU: the same, dense as encoder.fused()", "at least 0.92", f"{FUSED} speed"),
+        (f"GPU: training step of dense {GRAPHED}", "at least 0.85", "training dense speed"),
     ),
     (traffic, "meta"): (
-        (
-            f"{COUNTED}bytes of dense, fused(), over no fusion",
-            "at most 1.12",
-            "inference dense-fused bytes over none",
-        ),
-        (f"{COUNTED}its launches over no fusion", "at most 1.6", "inference dense-fused launches over none"),
-        (f"{COUNTED}its speed over no fusion", "at least 0.88", "inference dense-fused speed over none"),
+        (f"{COUNTED}bytes of dense, fused(), over no fusion", "at most 1.12", f"{FUSED} bytes over none"),
+        (f"{COUNTED}its launches over no fusion", "at most 1.6", f"{FUSED} launches over none"),
+        (f"{COUNTED}its speed over no fusion", "at least 0.88", f"{FUSED} speed over none"),
         (
             f"{COUNTED}the same, the fusion branch launched on a side stream",
             "at least 0.92",
-            "inference dense-fused side stream over none",
+            f"{FUSED} side stream over none",
         ),
         (
             f"{COUNTED}bytes of a training step of dense over the same without fusion blocks",
@@ -143,8 +136,7 @@ BUDGETS = {
         for what in scaling.MODES
         for slope in ("time", "memory")
     )
-    for device, place in PLACES.items()
-    if device in ("cpu", "cuda")
+    for device, place in (("cpu", "CPU"), ("cuda", "GPU"))
 }
 
 

@@ -163,17 +163,12 @@ def accuracy_table(record: dict) -> list[tuple]:
 def claims_table(record: dict) -> list[tuple]:
     """What is expected of a bias of time, each as a difference of two cells."""
     accuracies = by_cell(record)
-    tokens = sorted({F for _, T, F in accuracies if T > 1})
-    first = Options.fusion_tokens[0]
+    tokens, first = sorted({F for _, T, F in accuracies if T > 1}), Options.fusion_tokens[0]
     claims = [
-        (f"a bias of time over none, {F} fusion tokens", ("dense-time", 8, F), ("dense", 8, F))
-        for F in tokens
-    ]
-    claims += [
-        (
-            f"a bias of time that begins with a peak over one from zero, {F} fusion tokens",
-            ("dense-time", 8, F),
-            ("dense-time-zero", 8, F),
+        (f"a bias of time {over}, {F} fusion tokens", ("dense-time", 8, F), (other, 8, F))
+        for over, other in (
+            ("over none", "dense"),
+            ("that begins with a peak over one from zero", "dense-time-zero"),
         )
         for F in tokens
     ]
@@ -184,11 +179,8 @@ def claims_table(record: dict) -> list[tuple]:
     claims += [
         (f"8 frames over one, {ROWS[name].label}", (name, 8, first), (name, 1, first)) for name in ROWS
     ]
-    rows = [("claim", "difference of accuracies")]
-    for claim, better, worse in claims:
-        if better in accuracies and worse in accuracies:
-            rows.append((claim, difference(accuracies[better], accuracies[worse])))
-    return rows
+    told = ((claim, difference(*map(accuracies.get, pair))) for claim, *pair in claims)
+    return [("claim", "difference of accuracies"), *((claim, by) for claim, by in told if by)]
 
 
 def parts(record: dict) -> list:
