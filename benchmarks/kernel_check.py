@@ -91,7 +91,8 @@ def errors_of_case(case: Case | Norm, truth_on: str = "cuda") -> dict[str, float
             B, _, N, _ = inputs[name.replace("mask", "key")].shape
             masks[name] = torch.rand(B, N, device=grad.device) > 0.3
             masks[name][:, 0] = True
-    return errors_of(inputs, grad, masks, truth_on)
+    ours = run_with_gradients(inputs, grad, masks, "triton", grad.dtype, grad.device)
+    return compared(ours, run_with_gradients(inputs, grad, masks, "reference", torch.float64, truth_on))
 
 
 def make_inputs(
@@ -108,17 +109,6 @@ def make_inputs(
         inputs["pair_bias"] = torch.randn(1, H, frames if bias == "frames" else I, A)
     inputs = {name: tensor.to(device, dtype) for name, tensor in inputs.items()}
     return inputs, torch.randn(B, H, F, V).to(device, dtype)
-
-
-def errors_of(inputs: dict[str, Tensor], grad: Tensor, masks: dict[str, Tensor], truth_on: str):
-    ours, truth = (
-        run_with_gradients(inputs, grad, masks, backend, dtype, device)
-        for backend, dtype, device in (
-            ("triton", grad.dtype, grad.device),
-            ("reference", torch.float64, truth_on),
-        )
-    )
-    return compared(ours, truth)
 
 
 def compared(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:

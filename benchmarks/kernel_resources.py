@@ -16,6 +16,7 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -31,22 +32,6 @@ SIZES = (  # F, K, V
 COLUMNS = "sm dtype B F K V options kernel REG STACK SHARED UNEVEN"
 
 
-class CompileOnly:
-    """Stands in for Triton's driver: says which GPU to compile for, and keeps what is launched."""
-
-    def __init__(self, capability: int):
-        self.capability, self.kernels = capability, []
-
-    def get_current_target(self):
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self):
-        return self.capability
-
-    def get_current_stream(self, device):
-        return 0
-
-
 def compiled(capability: int, launch) -> list:
     """The kernels that `launch` launches, as (name, compiled kernel)."""
     run, kernels = JITFunction.run, []
@@ -54,7 +39,12 @@ def compiled(capability: int, launch) -> list:
     def stop_before_launch(kernel, *args, grid, warmup, **options):
         kernels.append((kernel.__name__, run(kernel, *args, grid=grid, warmup=True, **options)))
 
-    triton.runtime.driver.set_active(CompileOnly(capability))
+    driver = SimpleNamespace(  # in place of Triton's: says which GPU to compile for
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        get_current_device=lambda: capability,
+        get_current_stream=lambda device: 0,
+    )
+    triton.runtime.driver.set_active(driver)
     JITFunction.run = stop_before_launch
     try:
         launch()

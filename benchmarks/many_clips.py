@@ -73,10 +73,7 @@ def write_data_set(root: Path, rows: int) -> None:
                 labels={},
                 bytes=stat.st_size,
                 modified=stat.st_mtime_ns,
-                video=True,
-                audio=True,
-                seconds=clip.streams.seconds,
-                fps=clip.streams.fps,
+                **clip.streams._asdict(),
             )
         )
     manifest.write(root, manifest.Header(expected={"train": rows}), entries)

@@ -1,5 +1,5 @@
-"""What all benchmarks share: options, time in rounds, memory in fresh processes, arithmetic without numbers,
-ceilings, when results agree, and what a result file says about where it comes from.
+"""What all benchmarks share: options, time in rounds, memory in fresh processes, ceilings, when results
+agree, and what a result file says about where it comes from.
 """
 
 import ctypes
@@ -27,8 +27,6 @@ from typing import Literal, Self
 
 import torch
 import tyro
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
@@ -200,12 +198,6 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def cache_flush(device: str) -> Callable[[], object]:
-    """A call that writes more memory than the second-level caches hold."""
-    buffer = torch.empty(2**28 if device == "cuda" else 2**25, dtype=torch.uint8, device=device)
-    return buffer.zero_
-
-
 def quantiles(values: Sequence[float]) -> dict[str, float]:
     """How many there are, their median, and the quartiles and extremes around it."""
     low, median, high = (
@@ -259,30 +251,22 @@ def memory_errors() -> Iterator[None]:
         raise MemoryError(f"out of memory: one more tensor of {amount} did not fit") from None
 
 
-class PeakMemory:
-    """`with PeakMemory(device) as peak: ...; peak.bytes`: the largest memory in use, over that at the start.
+def peak_memory(call: Callable, device: str) -> int:
+    """The largest memory in use during a call, over that before, in bytes.
 
     On a GPU what torch allocated there, on a CPU what the process held (resident set size).
     """
-
-    def __init__(self, device: str):
-        self.device = device
-
-    def __enter__(self):
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.start = torch.cuda.memory_allocated()
-        else:
-            torch.ones(16, 16) @ torch.ones(16, 16)  # the first product pages in torch, 29 MiB of torch 2.15
-            Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-            self.start = process_memory("VmRSS")
-        return self
-
-    def __exit__(self, *exception):
-        synchronize(self.device)
-        peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else process_memory("VmHWM")
-        self.bytes = peak - self.start
+    synchronize(device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        torch.ones(16, 16) @ torch.ones(16, 16)  # the first product pages in torch, 29 MiB of torch 2.15
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = process_memory("VmRSS")
+    call()
+    synchronize(device)
+    return (torch.cuda.max_memory_allocated() if device == "cuda" else process_memory("VmHWM")) - before
 
 
 def process_memory(field: str) -> int:
@@ -309,19 +293,7 @@ def free_memory(device: str) -> float:
     return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024 / GIB
 
 
-# --- arithmetic and ceilings --------------------------------------------------------------------------------
-
-
-def count_flops(build: Callable, run: Callable) -> int:
-    """Floating-point operations of `run(build())`, on the meta device: shapes without numbers.
-
-    A multiply-add is 2. Attention is counted as matrix products, whatever kernel runs it.
-    """
-    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH):
-        built = build()
-        with FlopCounterMode(display=False) as counter:
-            run(built)
-    return counter.get_total_flops()
+# --- ceilings -----------------------------------------------------------------------------------------------
 
 
 def ceilings(device: str, dtype: torch.dtype) -> dict[str, float]:

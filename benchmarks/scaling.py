@@ -241,10 +241,9 @@ def peak_memory(options: Options, mode: Mode, row: RowName, tokens: int) -> tupl
     first = min(options.tokens[0], 64)
     call_of(options, mode, blocks[row], row, first)()  # libraries take their memory, gradients are allocated
     call = call_of(options, mode, blocks[row], row, tokens)
-    with measure.PeakMemory(options.device) as peak:
-        call()
+    used = measure.peak_memory(call, options.device)
     del call
-    return peak.bytes, disagreement(options, blocks, row, tokens)
+    return used, disagreement(options, blocks, row, tokens)
 
 
 def slope(tokens: list[int], values: list[float]) -> float:

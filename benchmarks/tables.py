@@ -6,7 +6,6 @@ to the left and the others to the right).
 
 from collections.abc import Iterable
 
-PLACES = {"cpu": "CPU", "cuda": "GPU"}
 MISSING = "not yet measured"
 
 

@@ -11,6 +11,8 @@ import measure
 import torch
 from materialized import PairKeyFusion, PairTokenFusion, folded, with_blocks
 from tables import MISSING, spread, terminal, times
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from avfuse import AVMAE, AVEncoder, InputSettings, create_encoder
@@ -263,16 +265,17 @@ def count_mode(options: Options, mode: Mode) -> dict:
 
 
 def gflop_per_clip(row: Row, preset: str, mode: Mode, frames: int = 1) -> float:
-    """Counted, masks and backward included; without the optimizer, whose work is per step."""
-
-    def run(model):
-        output = model(*make_inputs(encoder_of(model), 1, "meta"))
-        if mode == "training":
-            output.loss.backward()
-
-    with torch.set_grad_enabled(mode == "training"):
-        flops = measure.count_flops(lambda: make_model(row, make_base(preset, frames), mode), run)
-    return round(flops / 1e9, 2)
+    """Counted on the meta device, shapes without numbers, masks and backward included; without the optimizer,
+    whose work is per step. A multiply-add is 2. Attention is counted as matrix products, whatever kernel
+    runs it.
+    """
+    with torch.set_grad_enabled(mode == "training"), torch.device("meta"), sdpa_kernel(SDPBackend.MATH):
+        model = make_model(row, make_base(preset, frames), mode)
+        with FlopCounterMode(display=False) as counter:
+            output = model(*make_inputs(encoder_of(model), 1, "meta"))
+            if mode == "training":
+                output.loss.backward()
+    return round(counter.get_total_flops() / 1e9, 2)
 
 
 def measure_memory(options: Options, mode: Mode, batch: int, rows: dict) -> None:
@@ -297,10 +300,12 @@ def peak_memory(options: Options, name: str, preset: str, mode: Mode, batch: int
     step = make_step(options, mode, model, make_optimizer(model.parameters()))
     if options.device == "cpu":
         torch.ones(64, 64) @ torch.ones(64, 64)  # starts the threads
-    with measure.PeakMemory(options.device) as peak:
+
+    def twice():
         step(*clips)
         step(*clips)
-    return weights + peak.bytes
+
+    return weights + measure.peak_memory(twice, options.device)
 
 
 # --- whether a row computes what it should ------------------------------------------------------------------
