@@ -63,7 +63,10 @@ class Classifier(TaskModel, Pretrained):
     ):
         super().__init__()
         check_count("classes", classes)
-        check_features(features)
+        if isinstance(features, str) or not features or len(set(features)) < len(features):
+            raise ValueError(f"features must be some of {', '.join(FEATURES)}, each once, got {features!r}")
+        for name in features:
+            check_choice("features", name, FEATURES)
         self.class_names = named(class_names, classes)
         self.encoder, self.classes, self.frozen, self.several = encoder, classes, frozen, several
         self.features = tuple(name for name in FEATURES if name in features)
@@ -200,10 +203,3 @@ def load_classifier(source: str | Path | dict, *, config: dict | None = None) ->
     )
     weights |= {f"encoder.{name}": weight for name, weight in encoder.state_dict().items()}
     return load_strictly(classifier, weights)
-
-
-def check_features(features: Sequence[str]) -> None:
-    if isinstance(features, str) or not features or len(set(features)) < len(features):
-        raise ValueError(f"features must be some of {', '.join(FEATURES)}, each once, got {features!r}")
-    for name in features:
-        check_choice("features", name, FEATURES)

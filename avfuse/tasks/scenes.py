@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..data import sounding_shapes
-from ..data.find import Found, build_demo
+from ..data.find import build_demo
 from ..data.scenes import SceneDataset, as_found, middle_moments
 from ..data.sets.folders import SPLITS
 from ..data.sounding_shapes.truths import SHAPE_CLASSES, ShapeMasks, sounding_shapes_scenes
@@ -18,7 +18,6 @@ from ..training.judge import JudgedTask
 from ..training.pictures import FRAMES, draw_steps, figure_grid, in_a_row, rgb, save, show_sound
 from ..vit import audio_times, split_prefix
 from .model import TaskModel
-from .options import SceneConfig
 
 SIZE = 224  # pixels, in both directions, at which the protocols compare
 
@@ -80,7 +79,8 @@ def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 class SceneTask(JudgedTask):
     """A task whose clips are annotated pictures. A subclass gives `shape_truth` (what is true of Sounding
-    Shapes), `find_annotated` and `truth` (the item of a batch with the truth of each pixel).
+    Shapes), `find_annotated(root, config, say)` (what is found in a folder of other pictures, or a ValueError
+    if these are none of its own) and `truth` (the item of a batch with the truth of each pixel).
     """
 
     shape_truth: type
@@ -90,24 +90,13 @@ class SceneTask(JudgedTask):
     @classmethod
     def find(cls, config, say):
         """Sounding Shapes, which is built first where no folder is given, or what else the task knows."""
-        root = config.data
-        if root is None:
-            root = build_demo(config.demo, progress=not config.quiet)
+        root = config.data or build_demo(config.demo, progress=not config.quiet)
         if sounding_shapes.is_built(root):
             train, test = (sounding_shapes_scenes(root, split, cls.shape_truth) for split in SPLITS)
             return as_found(train, middle_moments(test), "held-out clips", say, shape=SHAPE_CLASSES)
         if config.data_set == "sounding-shapes":
             raise ValueError(f"--data {root} is not Sounding Shapes, which --data-set asks for")
         return cls.find_annotated(root, config, say)
-
-    @staticmethod
-    def find_annotated(root: Path, config: SceneConfig, say) -> Found:
-        """A data set of annotated pictures.
-
-        Raises:
-            ValueError: the folder is none.
-        """
-        raise NotImplementedError
 
     def kind(self, clip):
         """Of Sounding Shapes, the shapes that sound."""

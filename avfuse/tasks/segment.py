@@ -162,12 +162,7 @@ def f_curve(prob: Tensor, truth: Tensor) -> Tensor:
     `avsbench` averages these curves over the pictures in which something sounds, and reports the highest
     point of the mean; `deepavfusion` takes the highest point of each picture, and reports the mean of these.
 
-    Args:
-        prob: (B, H, W) in 0..1.
-        truth: (B, H, W) bool.
-
-    Returns:
-        (B, 255) float64
+    Arguments as for `avsbench_iou`; the result is (B, 255) float64.
     """
     prob, truth = prob.flatten(1), truth.flatten(1)
     thresholds = torch.linspace(0, 1, THRESHOLDS, device=prob.device, dtype=prob.dtype)
