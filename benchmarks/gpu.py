@@ -132,11 +132,14 @@ def main(options: Options) -> dict:
     card = record["machine"].get("gpu", "cpu")
     folder = options.out.resolve() / slug(card, record["commit"], "small" * options.small)
     summary = folder / "gpu.json"
-    again = options.again or record["commit"] == "unknown" or "changes" in record["commit"]
+    again = options.again or not measure.is_certain(record["commit"])
     record["steps"] = done = loads(summary.read_text())["steps"] if summary.exists() else {}
     for step in steps(options):
-        if done.get(step.name, {}).get("state") == "done" and not again:
-            continue
+        if done.get(step.name, {}).get("state") == "done":
+            if not again:
+                continue
+            if step.file:  # with which a step that was interrupted goes on
+                (folder / step.file.format(device=options.device)).unlink(missing_ok=True)
         print(f"\n== {step.name}: at most {step.limit} s", flush=True)
         done[step.name] = result = run(step, options, folder, record["commit"])
         measure.write_record(summary, record)

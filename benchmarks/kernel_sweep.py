@@ -97,7 +97,7 @@ def main(options: Options) -> dict:
 
 def cases_of_before(out: Path, record: dict) -> dict:
     """What an interrupted run of the same commit on the same machine has measured."""
-    if not out.exists() or "changes" in record["commit"]:
+    if not out.exists() or not measure.is_certain(record["commit"]):
         return {}
     before = json.loads(out.read_text())
     same = all(before[name] == record[name] for name in ("commit", "machine", "versions", "settings"))

@@ -401,6 +401,11 @@ def commit() -> str:
     return head + (" with changes" if changed else "")
 
 
+def is_certain(commit: str) -> bool:
+    """Whether what ran is what the commit holds."""
+    return commit != "unknown" and "changes" not in commit
+
+
 def machine(device: str) -> dict:
     """What the numbers were measured on."""
     described = dict(

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu  # noqa: E402
+import kernel_sweep  # noqa: E402
 import measure  # noqa: E402
 
 
@@ -58,6 +59,12 @@ def count(step):
 
 def tell():
     print("ERROR SUMMARY: 1 error")
+
+def go_on():
+    out = Path(sys.argv[sys.argv.index("--out") + 1])
+    print("goes on" if out.exists() else "begins")
+    out.touch()
+    sys.exit((here / "failing").exists())
 
 def interrupt():
     if not (here / "interrupted").exists():
@@ -110,6 +117,39 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     for _ in range(2):
         run("ba9876543210 with changes")
     assert [len(pids(step)) for step in (1, 2, 3)] == [4, 5, 5]
+
+
+def test_what_is_done_is_measured_again_from_the_start(tmp_path, monkeypatch):
+    """A step that was not goes on with its file."""
+    (tmp_path / "step.py").write_text(STEP)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("AVFUSE_COMMIT", "0123456789ab")
+    sweep = gpu.Step("sweep", 60, "{python} -c 'from step import *; go_on()'", "", "sweep-{device}.json")
+    monkeypatch.setattr(gpu, "PARTS", {1: (sweep,)})
+    options = gpu.Options(part=(1,), device="cpu", small=True, again=True, out=tmp_path / "out")
+
+    def said():
+        process = multiprocessing.get_context("fork").Process(target=gpu.main, args=(options,))
+        process.start()
+        process.join()
+        (summary,) = tmp_path.glob("out/*/gpu.json")
+        return json.loads(summary.read_text())["steps"]["sweep"]["said"]
+
+    (tmp_path / "failing").touch()
+    assert said() == ["begins"]
+    (tmp_path / "failing").unlink()
+    assert said() == ["goes on"]
+    assert said() == ["begins"]
+
+
+@pytest.mark.parametrize(
+    ("commit", "goes_on"),
+    [("0123456789ab", True), ("0123456789ab with changes", False), ("unknown", False)],
+)
+def test_a_sweep_goes_on_with_what_the_same_files_have_measured(tmp_path, commit, goes_on):
+    record, out = dict(commit=commit, machine={}, versions={}, settings={}), tmp_path / "sweep.json"
+    out.write_text(json.dumps(record | dict(cases=dict(some=1))))
+    assert kernel_sweep.cases_of_before(out, record) == (dict(some=1) if goes_on else {})
 
 
 def test_a_step_that_was_starting_when_the_run_was_ended_ends_too(monkeypatch):
