@@ -59,9 +59,10 @@ def draw_throughput(record: dict) -> Figure:
     for (speed_axis, memory_axis), mode in zip(grid, modes, strict=True):
         rows = record[mode]["rows"]
         best = {row: result for row in reversed(rows) if (result := fastest(rows, row))}
-        speeds = [result["speed"] for result in best.values()]
-        draw_bars(speed_axis, best, [speed["median"] for speed in speeds], whiskers(speeds))
-        draw_bars(memory_axis, best, [result["memory"] for result in best.values()])
+        speeds = {row: result["speed"] for row, result in best.items() if result["speed"]}
+        medians = {row: speed["median"] for row, speed in speeds.items()}
+        draw_bars(speed_axis, best, medians, whiskers(list(speeds.values())))
+        draw_bars(memory_axis, best, {row: of["memory"] for row, of in best.items() if of["memory"]})
         speed_axis.set_yticks(range(len(best)), [rows[row]["label"] for row in best], fontsize=9)
         for column, (axis, what) in enumerate(((speed_axis, "speed"), (memory_axis, "peak memory"))):
             if mode == "inference":
@@ -76,12 +77,13 @@ def draw_throughput(record: dict) -> Figure:
     return figure
 
 
-def draw_bars(axis: Axes, rows: Iterable[str], values: list, errors: list | None = None) -> None:
-    """A bar for each row from below, with its value, and a dotted line at 1."""
-    colours = [BLUE if row in ("dense", "pair-bias", "dense-fused") else GREY for row in rows]
+def draw_bars(axis: Axes, rows: Iterable[str], values: dict[str, float], errors=None) -> None:
+    """A bar for each row from below, with its value, where there is one, and a dotted line at 1."""
+    colours = [BLUE if row in ("dense", "pair-bias", "dense-fused") else GREY for row in values]
+    places = {place: values[row] for place, row in enumerate(rows) if row in values}
     caps = dict(ecolor="black", capsize=3)
-    axis.barh(range(len(values)), values, xerr=errors, color=colours, height=0.62, error_kw=caps)
-    for place, value in enumerate(values):
+    axis.barh(list(places), list(places.values()), xerr=errors, color=colours, height=0.62, error_kw=caps)
+    for place, value in places.items():
         style = dict(va="center", color="white", fontsize=9, fontweight="bold")
         axis.text(0.02, place, f"{value:.2f}", **style)
     axis.axvline(1, color="black", lw=0.8, ls=":")

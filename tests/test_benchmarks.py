@@ -262,6 +262,21 @@ def test_bars_stand_beside_their_names():
         ]
 
 
+def test_bars_are_drawn_of_what_there_is():
+    """Without a speed of no fusion there is none over it, nor memory where it did not fit."""
+    record = json.loads((ROOT / "benchmarks/results/throughput-cpu.json").read_text())
+    rows = record["inference"]["rows"]
+    bars = len(plots.draw_throughput(record).axes[0].patches)
+    rows["none"]["batches"] = {batch: dict(failed="out of memory") for batch in rows["none"]["batches"]}
+    del rows["dense"]["batches"]["1"]["speed_over_none"]
+    speed, memory, *_ = plots.draw_throughput(record).axes
+    assert len(speed.patches) == bars - 2 and not memory.patches
+    assert len(speed.get_yticklabels()) == bars - 1  # that of no fusion is gone, dense has a name
+    for row in rows.values():
+        row["batches"].get("1", {}).pop("speed_over_none", None)
+    assert not plots.draw_throughput(record).axes[0].patches
+
+
 def test_throughput_keeps_what_it_measured_before_it_was_interrupted(out, monkeypatch):
     options = replace(TINY, rows=("none",), modes=("inference", "training"), batch=(1, 2), out=out)
     order = [("inference", 1), ("training", 1), ("inference", 2), ("training", 2)]
