@@ -60,8 +60,6 @@ class Options(FileOptions):
     """Default: float32 on a CPU, bfloat16 on a GPU."""
     seconds: float = 60.0
     """How long each group of rows is timed."""
-    memory_limit: float | None = None
-    """GiB that a row may allocate; where it needs more, it stops."""
 
     def on_device(self) -> Self:
         """These options with the device and the dtype that will be used."""

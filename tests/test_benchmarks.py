@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import emergence  # noqa: E402
 import few_labels  # noqa: E402
 import grid  # noqa: E402
+import kernel_times  # noqa: E402
 import loading  # noqa: E402
 import many_clips  # noqa: E402
 import measure  # noqa: E402
@@ -275,6 +276,13 @@ def test_bars_are_drawn_of_what_there_is():
     for row in rows.values():
         row["batches"].get("1", {}).pop("speed_over_none", None)
     assert not plots.draw_throughput(record).axes[0].patches
+
+
+def test_a_limit_of_memory_can_be_given_where_there_is_one():
+    """An option that is taken and never read would be a lie."""
+    modules = throughput, scaling, pair_attention, kernel_times
+    named = [{field.name for field in fields(module.Options)} for module in modules]
+    assert ["memory_limit" in names for names in named] == [True, True, True, False]
 
 
 def test_throughput_keeps_what_it_measured_before_it_was_interrupted(out, monkeypatch):
