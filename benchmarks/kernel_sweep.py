@@ -217,7 +217,7 @@ def write_table(out: Path, record: dict) -> None:
     table = dict(card=card, triton=triton.__version__, commit=record["commit"], date=record["date"])
     own = {name: case["own"]["own"] for name, case in record["cases"].items() if case["own"]}
     path = out.with_name(f"settings-{card.lower().replace(' ', '-')}.json")
-    path.write_text(json.dumps(table | dict(settings=own), indent=1) + "\n")
+    measure.write_json(path, table | dict(settings=own))
 
 
 def rows(record: dict) -> list[tuple]:

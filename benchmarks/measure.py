@@ -363,10 +363,15 @@ def begin_record(benchmark: str, settings: dict, note: str) -> dict:
 
 def write_record(path: Path, record: dict) -> dict:
     """Writes what is measured so far, and returns it as a reader of the file finds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     record["load_at_end"] = round(os.getloadavg()[0], 2)
+    return write_json(path, record)
+
+
+def write_json(path: Path, content: dict) -> dict:
+    """Writes a file, in a folder that is made for it, and returns what a reader of the file finds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")  # so that an interrupted run leaves no half of a file
-    part.write_text(json.dumps(record, indent=1) + "\n")
+    part.write_text(json.dumps(content, indent=1) + "\n")
     part.replace(path)
     return json.loads(path.read_text())
 

@@ -4,7 +4,6 @@ An operator takes max(bytes / bandwidth, FLOPs / FLOP/s) + launch, attention at 
 timed, so the numbers are the same on every machine.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -86,8 +85,7 @@ def main(options: Options) -> dict:
     for mode in options.modes:
         progress = tqdm(rows_of(options, mode), desc=mode, leave=False, disable=None)
         record[mode] = {name: count_row(options, name, mode) for name in progress}
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
-    record = json.loads(options.out.read_text())
+    record = measure.write_json(options.out, record)
     print("\n" + terminal(tables(record)))
     return record
 

@@ -285,6 +285,21 @@ def test_a_limit_of_memory_can_be_given_where_there_is_one():
     assert ["memory_limit" in names for names in named] == [True, True, True, False]
 
 
+def test_an_interrupted_write_leaves_the_file_of_before(tmp_path, monkeypatch):
+    path = tmp_path / "new/results.json"
+    assert measure.write_json(path, dict(a=(1, 2))) == dict(a=[1, 2])
+    text = path.read_text()
+
+    def half(path, text):
+        path.write_bytes(text[: len(text) // 2].encode())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(KeyboardInterrupt):
+        measure.write_json(path, dict(a=3))
+    assert path.read_text() == text
+
+
 def test_throughput_keeps_what_it_measured_before_it_was_interrupted(out, monkeypatch):
     options = replace(TINY, rows=("none",), modes=("inference", "training"), batch=(1, 2), out=out)
     order = [("inference", 1), ("training", 1), ("inference", 2), ("training", 2)]

@@ -290,7 +290,7 @@ def test_tables_stand_beside_what_was_measured():
 def test_the_command(tmp_path, capsys):
     options = replace(traffic.Options(), preset="tiny", batch=(2,), rows=("none", "dense"))
     every = replace(options, rows=("none", "dense", "dense-fused", "none-tokens"))
-    record = traffic.main(replace(every, out=tmp_path / "traffic.json"))
+    record = traffic.main(replace(every, out=tmp_path / "new/traffic.json"))
     assert record["inference"].keys() == {"none", "dense", "dense-fused"}
     assert record["training"].keys() == {"none", "dense", "none-tokens"}
     assert "dense, exact (avfuse)" in capsys.readouterr().out
