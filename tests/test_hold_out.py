@@ -82,6 +82,13 @@ def test_the_share_counts_clips_however_many_a_recording_has():
         assert min(abs(len(test) + size - 14.2) for size in left) >= abs(len(test) - 14.2)
 
 
+@pytest.mark.parametrize("names", [["a/1.mp4"], ["a/1.mp4", "b/2.mp4"], ["1.mp4", "a/2.mp4", "b/3.mp4"]])
+def test_classes_of_one_clip_are_not_all_held_out(names):
+    for seed in range(20):
+        train, test = split(names, share=0.9, seed=seed)
+        assert len(train) == 1 and len(test) == len(names) - 1
+
+
 def test_a_class_is_not_held_out_whole_for_the_share():
     names = [f"{kind}/{n}.mp4" for kind in "ab" for n in range(2)]
     for seed in range(20):

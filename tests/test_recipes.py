@@ -6,9 +6,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 
+from avfuse.data.manifest import Entry, Header, write
 from avfuse.tasks.classify import ClassifyConfig
 from avfuse.tasks.classify import parse as parse_classify
 from avfuse.tasks.retrieve import RetrieveConfig
@@ -168,17 +170,72 @@ def test_activations_are_those_that_a_real_forward_keeps():
 
 
 def test_plan_counts_the_files_there_are(tmp_path):
-    for name in ("train/a.mp4", "train/b/c.MKV", "train/notes.txt", "test/d.mp4"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
+    plant(tmp_path, "train/a.mp4", "train/b/c.MKV", "train/notes.txt", "test/d.mp4")
     said = plan(replace(demo(), data=tmp_path))
-    assert "240 = 240 epochs x 1, at 2 clips (files that may be videos)" in said  # --min-steps
+    assert "240 = 240 epochs x 1, at 2 clips (files that may be clips)" in said  # --min-steps
     assert "0.000265 = 0.006 x sqrt(2 x 64) / 256, 24 epochs of warm-up" in said
     (tmp_path / "test").rename(tmp_path / "train/test")
     said = plan(replace(demo(), data=tmp_path, epochs=3, warmup_epochs=1))
-    assert "3 = 3 epochs x 1, at 2 clips (0.2 of 3 files that may be videos are held out)" in said
-    with pytest.raises(ValueError, match="--data .*nowhere is not a folder"):
+    assert "3 = 3 epochs x 1, at 2 clips (0.2 of 3 files that may be clips are held out)" in said
+    with pytest.raises(ValueError, match="folder .*nowhere does not exist"):
         plan(replace(demo(), data=tmp_path / "nowhere"))
+
+
+def plant(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+@pytest.mark.parametrize(
+    "names, reason",
+    [
+        ([], "no file ends in .mp4"),
+        (["train-000000.tar", "train-000001.tar"], "no file ends in .mp4.*; passed over by suffix: 2 .tar"),
+        (["a.wav", "b.wav"], "0 clips; 2 without pictures dropped: a.wav, b.wav"),
+    ],
+)
+def test_plan_of_a_folder_without_clips_says_what_training_does(tmp_path, names, reason):
+    plant(tmp_path, *names)
+    with pytest.raises(ValueError, match=f"folder {tmp_path} has no clip to use: {reason}"):
+        plan(replace(demo(), data=tmp_path))
+
+
+def test_plan_counts_sounds_where_they_are_kept(tmp_path):
+    plant(tmp_path, "a.wav", "b.wav", "c.mp4")
+    for missing, count in ("drop", 1), ("keep", 3):
+        said = plan(replace(demo(), data=tmp_path, missing=missing, test_share=0.0))
+        assert f"at {count} clips (files that may be clips)" in said
+
+
+def test_plan_of_a_few_clips_with_a_large_share_to_test_on_leaves_one_to_train_on(tmp_path):
+    plant(tmp_path, "a/1.mp4", "b/2.mp4")
+    assert "at 1 clips (0.9 of 2 files" in plan(replace(demo(), data=tmp_path, test_share=0.9))
+
+
+LISTED = [
+    Entry(f"train-000000.tar/{n}.mp4", split, {}, 9, 0, start=512 * n, error=error, video=True, audio=n != 5)
+    for n, (split, error) in enumerate([("train", None)] * 6 + [("test", None), ("train", "is broken")])
+]
+
+
+def test_plan_counts_shards_by_their_manifest(tmp_path):
+    write(tmp_path, Header(expected=dict(train=7, test=1)), LISTED)
+    said = plan(replace(demo(), data=tmp_path))
+    assert "at 5 clips (clips of avfuse-manifest.jsonl)" in said
+
+
+def test_plan_counts_what_lies_at_an_address(tmp_path):
+    content = write(tmp_path, Header(expected=dict(train=7, test=1)), LISTED).read_bytes()
+    fsspec.filesystem("memory").pipe("/shards/avfuse-manifest.jsonl", content)
+    config = replace(demo(), data=Path("memory://shards"))
+    assert "at 5 clips (clips of avfuse-manifest.jsonl)" in plan(config)
+
+
+def test_plan_of_a_manifest_whose_clips_are_all_broken(tmp_path):
+    write(tmp_path, Header(expected=dict(train=7, test=1)), LISTED[-2:])
+    with pytest.raises(ValueError, match="--data: none of the clips to train on can be read"):
+        plan(replace(demo(), data=tmp_path))
 
 
 def test_options_override_a_preset():

@@ -64,6 +64,20 @@ class Found(NamedTuple):
     held_out: bool = False  # whether the clips to test on are out of those to train on, see `hold_out`
 
 
+def probe(clip: Clip) -> Streams | ClipError:
+    """What a clip holds, by its header."""
+    try:
+        with clip.open() as reader:
+            return reader.streams
+    except ClipError as error:
+        return error
+
+
+def by_name(clip: Clip) -> Streams:
+    """What a clip may hold, by its name: it is not opened."""
+    return Streams(clip.path.name.lower().endswith(SUFFIXES), True, 0.0, 0.0)
+
+
 def find_data(
     folder: str | Path | None,
     say: Callable[[str], object] = print,
@@ -78,6 +92,7 @@ def find_data(
     progress: bool = True,
     workers: int = 8,
     timeout: float = 60.0,
+    look: Callable[[Clip], Streams | ClipError] = probe,
 ) -> Found:
     """Looks through a data set, its manifest or else its files; None is a demo's, which is built first.
 
@@ -99,6 +114,7 @@ def find_data(
         progress: show a progress bar.
         workers: processes that open the files, which may crash or hang them; 0 opens them in this process.
         timeout: seconds after which a file that is still being opened is given up as unreadable.
+        look: tells what a clip holds of which no manifest does: `probe` opens it, `by_name` does not.
 
     Raises:
         ValueError: an argument is none of its choices, there is no such split, or the folder is not laid out
@@ -111,7 +127,8 @@ def find_data(
     data_set = recognise(root) if data_set == "auto" else data_set
     listing = Manifest("", root) if is_checked else READERS[data_set](root)
     sides = _sides(root, listing.expected, train_split)
-    scans = scan(listing, sides, missing=missing, progress=progress, workers=workers, timeout=timeout)
+    options = dict(missing=missing, progress=progress, workers=workers, timeout=timeout, look=look)
+    scans = scan(listing, sides, **options)
     if data_set == "folder" and not is_checked:
         _check_folder(listing, scans)
     is_here = is_checked and not address(root)
@@ -125,12 +142,9 @@ def find_data(
         known = before.of(tables["train"], root) if before else []
         held_out = before.said if any(known) else f"held-out clips (a share of {test_share:g}, seed {seed})"
         tables |= _hold_out(root, tables["train"], test_share, seed, known, say)
-    for line in listing.summary():
-        say(printable(line))
-    for side, scanned in scans.items():
-        say(printable(f"{side}: {scanned.summary()}" if len(scans) > 1 else scanned.summary()))
+    of_sides = [f"{side}: " * (len(scans) > 1) + scanned.summary() for side, scanned in scans.items()]
     where = manifest.FILE if is_checked else _list(root, data_set)
-    for line in _origins(root, listing, sides, data_set, where):
+    for line in [*listing.summary(), *of_sides, *_origins(root, listing, sides, data_set, where)]:
         say(printable(line))
     return _found(listing, sides, scans, tables, held_out)
 
@@ -345,6 +359,7 @@ def scan(
     progress: bool = True,
     workers: int = 8,
     timeout: float = 60.0,
+    look: Callable[[Clip], Streams | ClipError] = probe,
 ) -> dict[str, Scan]:
     """Looks at what each clip holds, from its header, and sorts out those that cannot be used. Those of which
     it is known are not opened.
@@ -352,7 +367,7 @@ def scan(
     Args:
         listing: the clips; they keep its order.
         sides: split -> the name under which its clips are returned; other splits are passed over.
-        missing, progress, workers, timeout: as for `find_data`.
+        missing, progress, workers, timeout, look: as for `find_data`.
     """
     tables = {side: ClipTable(classes=listing.classes, root=listing.root) for side in sides.values()}
     scans = {side: Scan(table, kept=missing == "keep") for side, table in tables.items()}
@@ -362,7 +377,7 @@ def scan(
         return ((split, clip) for split, clip in listing.clips() if split in sides)
 
     unknown = (clip for _, clip in wanted() if isinstance(clip, Clip) and clip.streams is None)
-    with WorkerPool(_probe, workers, timeout=timeout, memory=MEMORY) as pool:
+    with WorkerPool(look, workers, timeout=timeout, memory=MEMORY) as pool:
         probed = pool.map(unknown)
         for split, clip in progress_bar(wanted(), total=there, desc="Scanning", unit="clip", shown=progress):
             streams = clip.streams if isinstance(clip, Clip) else clip
@@ -372,11 +387,3 @@ def scan(
                 streams = ClipError(clip.path, streams.reason)
             scans[sides[split]].add(clip, streams)
     return scans
-
-
-def _probe(clip: Clip) -> Streams | ClipError:
-    try:
-        with clip.open() as reader:
-            return reader.streams
-    except ClipError as error:
-        return error

@@ -90,6 +90,9 @@ def hold_out(
                 places[name].append(place / len(of))
         drawn = sorted(draws.keys() - kept.keys(), key=lambda name: (fmean(places[name]), draws[name]))
         _fill(held, drawn, Counter(names), share, orders)
+    undecided = draws.keys() - kept.keys()
+    if undecided and held.issuperset(draws):  # nothing would be left to train on
+        held.remove(max(undecided, key=draws.get))
     train, test = (ClipTable(classes=clips.classes, root=clips.root) for _ in range(2))
     for clip, name, side in zip(clips, names, sides, strict=True):
         (test if (side or ("train", "test")[name in held]) == "test" else train).append(clip)

@@ -35,7 +35,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..data.clips import Clip, ClipLoader, ClipSampler, Failure
-from ..data.find import Found, find_data
+from ..data.find import Found, find_data, probe
 from ..data.workers import share_cores
 from ..files import printable, some
 from ..progress import progress_bar
@@ -77,9 +77,10 @@ class Task:
     has_unused_parameters = False  # that a loss does not reach
 
     @staticmethod
-    def find(config: LoopConfig, say: Callable[[str], object]) -> Found:
+    def find(config: LoopConfig, say: Callable[[str], object], look: Callable = probe) -> Found:
         """The data that the settings name; what is found is told through `say`, line by line. Clips stay on
-        the side that they had in the run that this one begins with, or goes on with.
+        the side that they had in the run that this one begins with, or goes on with. `look` is that of
+        `find_data`.
         """
         run = begun_with(config)
         found = find_data(
@@ -95,6 +96,7 @@ class Task:
             progress=not config.quiet,
             workers=config.workers,
             timeout=config.clip_timeout,
+            look=look,
         )
         if found.test is found.train and config.epochs:
             say("no clips to test on: what is measured are the training clips themselves")
@@ -241,15 +243,20 @@ def look_for_clips(config: LoopConfig, accelerator: Accelerator, kind: type[Task
     """The data: one process looks, and tells all."""
     found = kind.find(config, partial(tell, accelerator)) if accelerator.is_main_process else None
     (found,) = broadcast_object_list([found])
-    for clips, purpose in (found.train, "train"), (found.test, "measure"):
-        if not clips:
-            raise ValueError(f"--data: none of the clips to {purpose} on can be read")
+    check_found(found)
     if config.restart and len(found.unreadable) > config.max_unreadable * found.looked_at:
         raise ValueError(
             f"{len(found.unreadable)} of {found.looked_at} clips cannot be read, more than --max-unreadable "
             f"{config.max_unreadable:g}: nothing was deleted"
         )
     return found
+
+
+def check_found(found: Found) -> None:
+    """Raises ValueError unless there are clips on both sides."""
+    for clips, purpose in (found.train, "train"), (found.test, "measure"):
+        if not clips:
+            raise ValueError(f"--data: none of the clips to {purpose} on can be read")
 
 
 def build(

@@ -1,6 +1,5 @@
 """The model that the settings of pretraining describe, and what a run with them will cost: `--plan`."""
 
-import os
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -9,9 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..data import sounding_shapes
-from ..data.find import DEMOS
-from ..data.listing import SUFFIXES
-from ..data.sets.folders import split_folders
+from ..data.find import DEMOS, by_name
+from ..data.manifest import FILE, has_manifest
 from ..encoder import AVEncoder
 from ..files import printable
 from ..loading import load_encoder
@@ -20,6 +18,7 @@ from ..presets import SIZES, create_encoder
 from ..rules import option
 from .costs import CARDS, LAUNCHES, PLAYED, SHARE, launch_seconds, step_flops, step_seconds
 from .length import with_enough_steps
+from .loop import Task, check_found
 from .recipes import TrainConfig, check_cuda_graphs
 from .settings import FRESH, learning_rate, schedule_of
 from .starts import for_clips, new_bias, saved_settings
@@ -167,15 +166,13 @@ def count_clips(config: TrainConfig) -> tuple[int, str]:
         return PUBLISHED_CLIPS[config.preset], "as published"
     if config.data is None:
         return sounding_shapes.Settings(**DEMOS[config.demo][1]).train, "the demo's"
-    if not config.data.is_dir():
-        raise ValueError(f"--data {config.data} is not a folder")
-    splits = split_folders(config.data)
-    files = (name for _, _, names in os.walk(splits["train"]) for name in names)
-    count = sum(name.lower().endswith(SUFFIXES) for name in files)
-    if "test" in splits or not config.test_share:
-        return count, "files that may be videos"
-    held = f"{config.test_share:g} of {count:,} files that may be videos are held out"
-    return round(count * (1 - config.test_share)), held
+    found = Task.find(replace(config, workers=0, quiet=True), lambda line: None, by_name)
+    check_found(found)
+    is_checked = config.data_set == "auto" and has_manifest(config.data)
+    kind = f"clips of {FILE}" if is_checked else "files that may be clips"
+    if found.held_out:
+        kind = f"{config.test_share:g} of {len(found.train) + len(found.test):,} {kind} are held out"
+    return len(found.train), kind
 
 
 def activation_bytes(mae: AVMAE, precision: str, clips: int) -> int:

@@ -202,8 +202,9 @@ def check_config(config: LoopConfig) -> None:
 def check_folder(data: Path) -> None:
     """Raises ValueError unless --data is a folder, or an address."""
     if not data.is_dir() and not address(data):
-        what = "is not a folder" if data.exists() else "does not exist"
-        raise ValueError(f"--data {data} {what}")
+        raise ValueError(
+            f"--data {data} is not a folder" if data.exists() else f"--data {data} does not exist"
+        )
 
 
 def settings_of(config: LoopConfig, *, fixed: bool = False) -> dict:
