@@ -4,6 +4,7 @@ import itertools
 import os
 import pickle
 import re
+import shutil
 import signal
 from collections import Counter
 from dataclasses import replace
@@ -147,6 +148,11 @@ def test_folders_without_clips(tmp_path):
     for folder, reason in ((tmp_path / "nowhere", "does not exist"), (tmp_path, "no file ends in .mp4")):
         with pytest.raises(ValueError, match=f"folder {folder} .*{reason}"):
             find_data(folder, progress=False, workers=0)
+    (tmp_path / "sides/val").mkdir(parents=True)
+    write_video(tmp_path / "sides/train/a.mp4", 1)
+    with pytest.raises(ValueError, match=f"folder {tmp_path}/sides/val has no clip to use"):
+        find_data(tmp_path / "sides", progress=False, workers=0)
+    shutil.rmtree(tmp_path / "sides")
     for n in range(5):
         write_video(tmp_path / f"silent{n}.mp4", 1, audio=False)
     with pytest.raises(ValueError, match="0 clips; 5 without sound dropped: .*silent2.mp4 and 2 more"):

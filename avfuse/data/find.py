@@ -260,7 +260,7 @@ def _check_folder(listing: Listing, scans: dict[str, "Scan"]) -> None:
     """A plain folder has clips for each side, or else it is the wrong one."""
     for side, scanned in scans.items():
         if not scanned.clips:
-            where = listing.root / side if len(scans) > 1 else listing.root
+            where = folders.split_folders(listing.root)[side] if len(scans) > 1 else listing.root
             is_empty = not (scanned.looked_at or listing.links or listing.unlisted)
             seen = f"no file ends in {', '.join(SUFFIXES)}" if is_empty else scanned.summary()
             reasons = "; ".join([seen, *listing.summary()[1:]])  # without the coverage
