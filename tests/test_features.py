@@ -18,7 +18,7 @@ from avfuse.data.find import find_data, list_data
 from avfuse.data.shards import shard
 from avfuse.data.sounding_shapes.build import generate
 from avfuse.features import FEATURES, FeaturesConfig, extract, main, read_features
-from avfuse.weight_files import read_metadata
+from avfuse.weight_files import read_metadata, write_safetensors
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +256,10 @@ def test_mistakes_are_explained(folder, saved, tmp_path):
             FeaturesConfig(**options)
     with pytest.raises(ValueError, match="cannot be read"):
         read_features(folder / "broken.mp4")
+    nested = tmp_path / "nested.safetensors"
+    write_safetensors(nested, {"image": torch.zeros(1)}, dict(paths="[" * 100_000))
+    with pytest.raises(ValueError, match="cannot be read: RecursionError"):
+        read_features(nested)
     with pytest.raises(ValueError, match="batch_size"):
         extract(create_encoder("tiny"), [], batch_size=0)
     with pytest.raises(ValueError, match="windows=2 are averaged: neither every nor tokens"):

@@ -210,7 +210,7 @@ def read_features(path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
     """
     try:
         return read_safetensors(path), json.loads(read_metadata(path)["paths"])
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, RecursionError) as error:
         raise ValueError(f"features {path} cannot be read: {error!r}") from error
 
 
