@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -129,9 +129,6 @@ class TrainConfig(LoopConfig):
             )
 
 
-# --- the paper's runs (Sec. 4.1; released code where the paper is silent) -----------------------------------
-
-
 def check_cuda_graphs(config: TrainConfig, processes: int) -> None:
     """Raises ValueError naming what a step cannot be recorded with."""
     if not config.cuda_graphs:
@@ -143,113 +140,62 @@ def check_cuda_graphs(config: TrainConfig, processes: int) -> None:
         raise ValueError("--cuda-graphs is for one process: with several it has not been tested")
 
 
-def demo() -> TrainConfig:
-    """Sounding Shapes, a tiny model, a few minutes on two CPU cores."""
-    return TrainConfig()
+# --- the paper's runs (Sec. 4.1; released code where the paper is silent) -----------------------------------
 
-
-def demo_long() -> TrainConfig:
-    """Clips of one object, and decoders that see fusion tokens alone: about an hour (docs/training.md)."""
-    return TrainConfig(preset="demo-long", decode_from="fusion", epochs=80, measure_every=320)
-
-
-def synchrony_demo() -> TrainConfig:
-    """Scenes of synchrony: a model small enough to read 8 frames on two CPU cores."""
-    return TrainConfig(
-        scene="synchrony",
-        model="micro",
-        frames=8,
-        pair_bias="time",
-        fusion_tokens=4,
-        attn_ratio=1.0,
-        decoder_dim=64,
-        decoder_depth=1,
-        decoder_heads=2,
-        epochs=8,
-        warmup_epochs=1,
-    )
-
-
-def vggsound_ablation() -> TrainConfig:
-    """The paper's ablations: VGGSound (144k clips), ViT-B, 200 epochs, batch 512 as 2 GPUs x 64 clips x 4.
-
-    Where paper and released code differ: AdamW with betas (0.9, 0.95) and no decay on biases and norms, as
-    released (the paper says Adam); MLP ratio 1, as in the paper and the released command line (the released
-    file of defaults says 4); 192 spectrogram frames, as released (the paper says 196); precision, workers and
-    clipping are our choice. The paper starts from MAE and AudioMAE weights: give --image-weights and
-    --audio-weights. Its own interactions are --interactions factorized; dense ones are exact and cost less.
-    """
-    return TrainConfig(
-        preset="vggsound-ablation",
-        model="base",
-        decoder_dim=512,
-        decoder_depth=8,
-        decoder_heads=16,
-        epochs=200,
-        warmup_epochs=40,
-        batch_size=512,
-        micro_batch=64,
-        base_lr=1.5e-4,
-        clip_grad=0.0,
-        precision="bf16",
-        workers=8,
-        probe_clips=2048,
-        measure_every=281 * 20,
-        checkpoint_every=281,
-    )
-
-
-def vggsound_large() -> TrainConfig:
-    """The paper's large VGGSound run: 800 epochs, batch 1024 as 8 GPUs x 64 clips x 2."""
-    return replace(
-        vggsound_ablation(),
-        run=None,
-        preset="vggsound-large",
-        epochs=800,
-        batch_size=1024,
-        measure_every=140 * 40,
-        checkpoint_every=140,
-    )
-
-
-def audioset() -> TrainConfig:
-    """The paper's AudioSet run: 1.73M clips, 200 epochs, batch 4096 as 8 GPUs x 64 clips x 8, with the wider
-    fusion blocks (attention ratio 1, MLP ratio 4) that its released AudioSet model has.
-    """
-    return replace(
-        vggsound_ablation(),
-        run=None,
-        preset="audioset",
-        attn_ratio=1.0,
-        mlp_ratio=4.0,
-        batch_size=4096,
-        measure_every=422 * 20,
-        checkpoint_every=200,
-    )
-
-
-def video() -> TrainConfig:
-    """Ours, not the paper's, which stops at one frame: ViT-B on VGGSound, 16 frames over its 10 s, a bias of
-    time.
-    """
-    return replace(
-        vggsound_ablation(),
-        run=None,
-        preset="video",
-        frames=16,
-        audio_seconds=10.0,
-        pair_bias="time",
-        micro_batch=32,
-    )
-
-
+# Scenes of synchrony: a model small enough to read 8 frames on two CPU cores.
+SYNCHRONY = dict(
+    scene="synchrony",
+    model="micro",
+    frames=8,
+    pair_bias="time",
+    fusion_tokens=4,
+    attn_ratio=1.0,
+    decoder_dim=64,
+    decoder_depth=1,
+    decoder_heads=2,
+    epochs=8,
+    warmup_epochs=1,
+)
+# The paper's ablations: VGGSound (144k clips), ViT-B, 200 epochs, batch 512 as 2 GPUs x 64 clips x 4.
+#
+# Where paper and released code differ: AdamW with betas (0.9, 0.95) and no decay on biases and norms, as
+# released (the paper says Adam); MLP ratio 1, as in the paper and the released command line (the released
+# file of defaults says 4); 192 spectrogram frames, as released (the paper says 196); precision, workers and
+# clipping are our choice. The paper starts from MAE and AudioMAE weights: give --image-weights and
+# --audio-weights. Its own interactions are --interactions factorized; dense ones are exact and cost less.
+ABLATION = dict(
+    model="base",
+    decoder_dim=512,
+    decoder_depth=8,
+    decoder_heads=16,
+    epochs=200,
+    warmup_epochs=40,
+    batch_size=512,
+    micro_batch=64,
+    base_lr=1.5e-4,
+    clip_grad=0.0,
+    precision="bf16",
+    workers=8,
+    probe_clips=2048,
+    measure_every=281 * 20,
+    checkpoint_every=281,
+)
 PRESETS = {
-    "demo": demo,
-    "demo-long": demo_long,
-    "vggsound-ablation": vggsound_ablation,
-    "vggsound-large": vggsound_large,
-    "audioset": audioset,
-    "video": video,
+    # Sounding Shapes, a tiny model, a few minutes on two CPU cores.
+    "demo": {},
+    # Clips of one object, and decoders that see fusion tokens alone: about an hour (docs/training.md).
+    "demo-long": dict(decode_from="fusion", epochs=80, measure_every=320),
+    "vggsound-ablation": ABLATION,
+    # The paper's large VGGSound run: 800 epochs, batch 1024 as 8 GPUs x 64 clips x 2.
+    "vggsound-large": ABLATION
+    | dict(epochs=800, batch_size=1024, measure_every=140 * 40, checkpoint_every=140),
+    # The paper's AudioSet run: 1.73M clips, 200 epochs, batch 4096 as 8 GPUs x 64 clips x 8, with the wider
+    # fusion blocks (attention ratio 1, MLP ratio 4) that its released AudioSet model has.
+    "audioset": ABLATION
+    | dict(attn_ratio=1.0, mlp_ratio=4.0, batch_size=4096, measure_every=422 * 20, checkpoint_every=200),
+    # Ours, not the paper's, which stops at one frame: ViT-B on VGGSound, 16 frames over its 10 s, a bias of
+    # time.
+    "video": ABLATION | dict(frames=16, audio_seconds=10.0, pair_bias="time", micro_batch=32),
 }
 
 
@@ -257,8 +203,8 @@ def parse(args: Sequence[str] | None = None, prog: str | None = None) -> TrainCo
     """The command line: `--preset`, or `--scene` of the demo, sets the defaults, all others override them."""
     args = sys.argv[1:] if args is None else args
     chosen = given(args, preset="demo", scene="binding")
-    default = PRESETS.get(chosen.preset, demo)()  # of an unknown one tyro will say what there is
-    if (chosen.preset, chosen.scene) == ("demo", "synchrony"):
-        default = synchrony_demo()
+    preset = chosen.preset if chosen.preset in PRESETS else "demo"  # tyro will say which there are
+    is_synchrony = (chosen.preset, chosen.scene) == ("demo", "synchrony")
+    default = TrainConfig(preset=preset, **(SYNCHRONY if is_synchrony else PRESETS[preset]))
     default.run = None  # which depends on the other options
     return read(TrainConfig)(args=args, prog=prog, default=default)
