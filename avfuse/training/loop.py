@@ -83,21 +83,10 @@ class Task:
         `find_data`.
         """
         run = begun_with(config)
-        found = find_data(
-            config.data,
-            say,
-            demo=config.demo,
-            data_set=config.data_set,
-            train_split=config.train_split,
-            missing=config.missing,
-            test_share=config.test_share,
-            seed=config.seed,
-            before=read_sides(run),
-            progress=not config.quiet,
-            workers=config.workers,
-            timeout=config.clip_timeout,
-            look=look,
-        )
+        names = "demo", "data_set", "train_split", "missing", "test_share", "seed", "workers"
+        options = {name: getattr(config, name) for name in names}
+        options |= dict(before=read_sides(run), progress=not config.quiet, timeout=config.clip_timeout)
+        found = find_data(config.data, say, look=look, **options)
         if found.test is found.train and config.epochs:
             say("no clips to test on: what is measured are the training clips themselves")
         if found.held_out and run not in (None, config.run) and has_trained_on_all(run, config.data):

@@ -51,14 +51,8 @@ def make_model(config: TrainConfig) -> AVMAE:
         asked = {name for name, value in decoders.items() if value != getattr(TrainConfig, name)}
         decoders |= {name: saved[name] for name in decoders.keys() & saved.keys() if not asked}
     encoder.set_grad_checkpointing(config.grad_checkpointing)
-    return AVMAE(
-        encoder,
-        **decoders,
-        image_mask_ratio=config.image_mask_ratio,
-        audio_mask_ratio=config.audio_mask_ratio,
-        tubes=config.tubes,
-        contrastive=config.contrastive,
-    )
+    names = "image_mask_ratio", "audio_mask_ratio", "tubes", "contrastive"
+    return AVMAE(encoder, **decoders, **{name: getattr(config, name) for name in names})
 
 
 def check_encoder(config: TrainConfig, encoder: AVEncoder) -> None:
@@ -82,19 +76,10 @@ def make_encoder(config: TrainConfig) -> AVEncoder:
     inputs = replace(SIZES[config.model][-1], image_frames=config.frames or 1)
     if config.audio_seconds:
         inputs = replace(inputs, audio_seconds=config.audio_seconds)
-    return create_encoder(
-        config.model,
-        config.interactions,
-        fusion_layers=config.fusion_layers or "all",
-        fusion_tokens=config.fusion_tokens,
-        image_aggregation_tokens=config.image_aggregation_tokens,
-        audio_aggregation_tokens=config.audio_aggregation_tokens,
-        attn_ratio=config.attn_ratio,
-        mlp_ratio=config.mlp_ratio,
-        norm_eps=config.norm_eps,
-        inputs=inputs,
-        **new_bias(config),
-    )
+    names = "fusion_tokens", "image_aggregation_tokens", "audio_aggregation_tokens", "attn_ratio", "mlp_ratio"
+    options = {name: getattr(config, name) for name in (*names, "norm_eps")} | new_bias(config)
+    layers = config.fusion_layers or "all"
+    return create_encoder(config.model, config.interactions, fusion_layers=layers, inputs=inputs, **options)
 
 
 def plan(config: TrainConfig, processes: int = 1) -> str:
