@@ -131,7 +131,7 @@ def _look(root: Path, every_picture: bool, clip: Clip) -> Entry:
                 entry = replace(entry, sha256=hashlib.file_digest(file, "sha256").hexdigest())
         with clip.open() as reader:
             entry = replace(entry, **reader.streams._asdict())
-            return replace(entry, **reader.survey(every_picture=every_picture)._asdict())
+            return replace(entry, **reader.survey(every_picture=every_picture))
     except ClipError as error:
         return replace(entry, error=error.reason)
     except OSError as error:

@@ -23,7 +23,7 @@ from av.stream import Disposition
 
 from .headers import CUT_OFF, HEAD, cut_off, describe
 from .sound import JITTER, channels_of, join, mix_of, resample
-from .survey import BACKWARD, Survey, Track, end_of, summary
+from .survey import BACKWARD, Track, end_of, summary
 
 OPTIONS = {  # FFmpeg also opens playlists, which name other files and hosts
     "format_whitelist": "mov,matroska,avi,flv,mpegts,mpeg,asf,ogg,wav,flac,mp3,aac",
@@ -211,7 +211,7 @@ class ClipReader:
             sound = np.resize(np.concatenate((sound, sound[::-1])), wanted)  # repeats as often as needed
         return sound
 
-    def survey(self, *, every_picture: bool = True) -> Survey:
+    def survey(self, *, every_picture: bool = True) -> dict:
         """Decode all sound and all pictures, or of these the key frames only, which takes a fraction of the
         time and misses damage in between. The reader is at its end afterwards: nothing else can be read.
 

@@ -2,7 +2,6 @@
 
 import math
 from fractions import Fraction
-from typing import NamedTuple
 
 import av
 import numpy as np
@@ -11,21 +10,6 @@ from .sound import channels_of, mix_of
 
 THUMBNAIL, LOOKED_AT = (32, 32), 4  # pixels of pictures, one in four, to see whether anything moves
 BACKWARD = 0.5  # seconds by which times may go back without a word
-
-
-class Survey(NamedTuple):
-    """What decoding a whole file found; what it has not is 0."""
-
-    width: int  # pixels
-    height: int
-    sample_rate: int  # Hz
-    key_frame_every: int  # frames, where key frames are farthest apart
-    peak: float  # of its sound as it is read: 1 is full scale
-    loudest: float  # peak of the loudest of the channels in that
-    motion: float | None  # mean grey levels by which a picture differs most from the first; None: not known
-    picture_end: float  # seconds
-    sound_end: float
-    goes_back: bool  # whether its times start again, as where files were joined
 
 
 class Track:
@@ -64,11 +48,13 @@ class Track:
         self.loudest = max(self.loudest, float(np.abs(channels[mix > 0]).max(initial=0.0)))
 
 
-def summary(video: Track, audio: Track, origin: Fraction) -> Survey:
-    """What both tracks found, in seconds from `origin` on."""
+def summary(video: Track, audio: Track, origin: Fraction) -> dict:
+    """What both tracks found, in seconds from `origin` on, by the names of `manifest.Entry`; 0 is what a file
+    has not.
+    """
     pictures, sound = video.stream, audio.stream
     gaps = np.diff([*video.keys, video.packets])
-    return Survey(
+    return dict(
         width=pictures.width if pictures is not None else 0,
         height=pictures.height if pictures is not None else 0,
         sample_rate=sound.sample_rate if sound is not None else 0,
