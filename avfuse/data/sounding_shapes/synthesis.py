@@ -15,7 +15,7 @@ must: if each were at chance, so would be any evidence that adds up over frames.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -156,20 +156,9 @@ def _moving(rng: np.random.Generator, objects: int, seconds: float) -> tuple[Mov
     best = _most_apart(size, centre, swing, swing_rate, swing_phase, seconds)
     pulse_rate = rng.uniform(1.0, 2.5, objects)  # Hz: 4 frames or more a pulse at 10 frames per second
     pulse_phase = rng.uniform(0, 2 * np.pi, objects)
-    return tuple(
-        MovingShape(
-            shape=SHAPES[shapes[n]],
-            colour=COLOURS[colours[n]],
-            size=_rounded(size[best, n]),
-            centre=_rounded(centre[best, n]),
-            swing=_rounded(swing[best, n]),
-            swing_rate=_rounded(swing_rate[best, n]),
-            swing_phase=_rounded(swing_phase[best, n]),
-            pulse_rate=_rounded(pulse_rate[n]),
-            pulse_phase=_rounded(pulse_phase[n]),
-        )
-        for n in range(objects)
-    )
+    motion = dict(size=size, centre=centre, swing=swing, swing_rate=swing_rate, swing_phase=swing_phase)
+    motion = {name: values[best] for name, values in motion.items()}
+    return _things(MovingShape, shapes, colours, **motion, pulse_rate=pulse_rate, pulse_phase=pulse_phase)
 
 
 def _switching(rng: np.random.Generator, objects: int, seconds: float) -> tuple[SwitchingShape, ...]:
@@ -182,17 +171,15 @@ def _switching(rng: np.random.Generator, objects: int, seconds: float) -> tuple[
     best = _most_apart(size, centre, still, still, still, seconds)
     tone = BOTTOM_PITCH * (TOP_PITCH / BOTTOM_PITCH) ** rng.uniform()
     changes, levels = _most_different(*_rhythms(rng, objects, seconds), seconds)
+    own = dict(size=size[best], centre=centre[best], changes=changes, levels=levels)
+    return _things(SwitchingShape, [shape] * objects, colours, tone=[tone] * objects, **own)
+
+
+def _things(kind: type, shapes: Sequence[int], colours: Sequence[int], **drawn: Sequence) -> tuple:
+    """Objects of a kind, given what was drawn for each: its shape, its colour and its other fields."""
     return tuple(
-        SwitchingShape(
-            shape=SHAPES[shape],
-            colour=COLOURS[colours[n]],
-            size=_rounded(size[best, n]),
-            centre=_rounded(centre[best, n]),
-            tone=_rounded(tone),
-            changes=_rounded(changes[n]),
-            levels=_rounded(levels[n]),
-        )
-        for n in range(objects)
+        kind(SHAPES[shapes[n]], COLOURS[colours[n]], **{name: _rounded(of[n]) for name, of in drawn.items()})
+        for n in range(len(shapes))
     )
 
 
@@ -304,27 +291,11 @@ def _background(background: dict, pixels: np.ndarray) -> np.ndarray:
 # Signed distances to outlines of about unit radius; y points down.
 
 
-def _circle(x, y):
-    return np.hypot(x, y) - 1
-
-
-def _square(x, y):
-    return np.maximum(abs(x), abs(y)) - 0.86
-
-
-def _triangle(x, y):
-    return np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.6
-
-
 def _star(x, y):
     point = 2 * np.pi / 5
     angle = np.arctan2(x, -y)  # 0 is up
     folded = abs((angle + point / 2) % point - point / 2)  # between a tip (0) and the notch beside it
     return np.hypot(x, y) * np.cos(folded - 1.17) - 0.47  # straight from a tip at 1.2 to a notch at 0.55
-
-
-def _ring(x, y):
-    return abs(np.hypot(x, y) - 0.72) - 0.28
 
 
 def _cross(x, y):
@@ -333,11 +304,11 @@ def _cross(x, y):
 
 
 OUTLINES: dict[str, Callable] = {
-    "circle": _circle,
-    "square": _square,
-    "triangle": _triangle,
+    "circle": lambda x, y: np.hypot(x, y) - 1,
+    "square": lambda x, y: np.maximum(abs(x), abs(y)) - 0.86,
+    "triangle": lambda x, y: np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.6,
     "star": _star,
-    "ring": _ring,
+    "ring": lambda x, y: abs(np.hypot(x, y) - 0.72) - 0.28,
     "cross": _cross,
 }
 
