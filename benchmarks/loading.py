@@ -14,7 +14,7 @@ from avfuse.data import sounding_shapes
 from avfuse.data.clips import ClipDataset
 from avfuse.data.decode import ClipReader
 from avfuse.data.find import find_data
-from avfuse.data.transforms import Spectrogram, random_gain, training_image
+from avfuse.data.transforms import Spectrogram, random_gain, training_images
 
 STAGES = {
     "open": "open, read the header",
@@ -118,7 +118,7 @@ def stages(dataset: ClipDataset) -> dict[str, Callable]:
         "open": for_each_clip(lambda reader, start: reader.streams),
         "picture": for_each_clip(lambda reader, start: reader.frame(start + settings.audio_seconds / 2)),
         "sound": for_each_clip(lambda reader, start: reader.audio(start, *window)),
-        "image": lambda: [training_image(frame, settings, generator) for frame in frames],
+        "image": lambda: [training_images([frame], settings, generator) for frame in frames],
         "spectrogram": lambda: [spectrogram(random_gain(sound, generator)) for sound in sounds],
         "whole": lambda: [dataset[0, index] for index in range(len(dataset))],
         **frames_of(8),

@@ -13,7 +13,7 @@ from avfuse.data.transforms import (
     random_crop,
     random_gain,
     random_view,
-    training_image,
+    training_images,
 )
 from avfuse.inputs import InputSettings
 from avfuse.presets import SIZES
@@ -23,6 +23,10 @@ PLAIN = {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}  # images 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def training_image(frame, settings, generator) -> torch.Tensor:
+    return training_images([frame], settings, generator)[0]
 
 
 # ----------------------------------------------------------------------------------------------- spectrogram

@@ -12,8 +12,9 @@ one that crashes or hangs its decoder takes a worker process with it, and nothin
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice, tee
 from pathlib import Path
 from typing import NamedTuple
@@ -128,21 +129,15 @@ class ClipDataset(Dataset):
             generator: the source of all that is random.
         """
         place, moment = torch.rand(2, generator=generator).tolist() if self.train else (0.5, 0.5)
-        return self.window(clip, reader, generator, place, moment)
+        streams = clip.streams or reader.streams
+        start = place * max(0.0, streams.seconds - self.settings.audio_seconds)
+        return self.window_from(start, streams, reader, generator, moment)
 
     def blank(self) -> dict[str, Tensor]:
         """An item without "index" that stands for no clip: as of one with neither pictures nor sound."""
         clip = replace(self.clips[0], streams=Streams(False, False, 0.0, 0.0))
         generator = torch.Generator().manual_seed(self.seed)
         return self._complete(self.item(clip, None, generator), clip, generator)
-
-    def window(
-        self, clip: Clip, reader: ClipReader, generator: torch.Generator, place: float, moment: float = 0.5
-    ) -> dict[str, Tensor]:
-        """The window of sound at a place in the clip, and the frame at a moment of it, both in 0..1."""
-        streams = clip.streams or reader.streams
-        start = place * max(0.0, streams.seconds - self.settings.audio_seconds)
-        return self.window_from(start, streams, reader, generator, moment)
 
     def window_from(
         self,
@@ -341,7 +336,7 @@ def collate(
     return batch | {"failures": [item for item in items if isinstance(item, Failure)]}
 
 
-class ClipLoader:
+class ClipLoader(AbstractContextManager):
     """Batches of a dataset, read ahead by worker processes that live until it is closed.
 
     What is read depends on the keys alone, not on the number of workers. A clip whose reader crashes, hangs
@@ -362,7 +357,7 @@ class ClipLoader:
         self, dataset: ClipDataset, *, workers: int = 2, timeout: float = 60.0, memory: int = MEMORY
     ):
         self.dataset = dataset
-        self._pool = WorkerPool(_Read(dataset), workers, timeout=timeout, memory=memory)
+        self._pool = WorkerPool(partial(_read, dataset), workers, timeout=timeout, memory=memory)
 
     def batches(
         self, batches: Iterable[Sequence[tuple[int, int]]]
@@ -388,9 +383,6 @@ class ClipLoader:
         """End the workers; the loader cannot be used again."""
         self._pool.close()
 
-    def __enter__(self) -> "ClipLoader":
-        return self
-
     def __exit__(self, *exception) -> None:
         self.close()
 
@@ -403,17 +395,10 @@ class ClipLoader:
         return {name: torch.from_numpy(array) for name, array in item.items()}
 
 
-@dataclass(frozen=True)
-class _Read:
-    """Items of a dataset as arrays: they pickle by value, tensors by files shared between processes."""
-
-    dataset: ClipDataset
-
-    def __call__(self, key: tuple[int, int]) -> dict[str, np.ndarray] | Failure:
-        item = self.dataset[key]
-        if isinstance(item, Failure):
-            return item
-        return {name: tensor.numpy() for name, tensor in item.items()}
+def _read(dataset: ClipDataset, key: tuple[int, int]) -> dict[str, np.ndarray] | Failure:
+    """An item as arrays: they pickle by value, tensors by files shared between processes."""
+    item = dataset[key]
+    return item if isinstance(item, Failure) else {name: tensor.numpy() for name, tensor in item.items()}
 
 
 class ClipSampler(Sampler[tuple[int, int]]):

@@ -9,7 +9,7 @@ import os
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from fractions import Fraction
 from functools import cached_property
 from itertools import chain, groupby, islice, pairwise, repeat
@@ -79,7 +79,7 @@ class Part(NamedTuple):
     sha256: str = ""  # of these bytes, where they are to be fetched
 
 
-class ClipReader:
+class ClipReader(AbstractContextManager):
     """A video or sound file, open for reading in this thread alone; the `with` statement closes it.
 
     What is read is the stream of pictures, cover art aside, and the stream of sound that FFmpeg plays: the
@@ -107,9 +107,6 @@ class ClipReader:
 
     def close(self) -> None:
         self._container.close()
-
-    def __enter__(self) -> "ClipReader":
-        return self
 
     def __exit__(self, *exception) -> None:
         self.close()

@@ -8,7 +8,7 @@ import os
 import struct
 import tarfile
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -175,21 +175,14 @@ def check_labels(first: Clip, clip: Clip) -> None:
         )
 
 
-class _Strings:
+class _Strings(list[str]):
     """Distinct strings by number."""
 
     def __init__(self):
         self._numbers: dict[str, int] = {}
-        self._strings: list[str] = []
 
     def add(self, string: str) -> int:
-        number = self._numbers.setdefault(string, len(self._strings))
-        if number == len(self._strings):
-            self._strings.append(string)
+        number = self._numbers.setdefault(string, len(self))
+        if number == len(self):
+            self.append(string)
         return number
-
-    def __getitem__(self, number: int) -> str:
-        return self._strings[number]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._strings)

@@ -109,19 +109,14 @@ def random_gain(waveform: Tensor, generator: torch.Generator) -> Tensor:
     return (waveform * 10 ** (decibel / 20)).clamp(-1, 1)
 
 
-def training_image(frame: Tensor, settings: InputSettings, generator: torch.Generator) -> Tensor:
-    """A random crop, squeezed and perhaps mirrored: (3, H, W) uint8 -> (3, *image_shape) float32.
-
-    It has half the area or more; shape, mean and deviation are those of `settings`.
-    """
-    return training_images([frame], settings, generator)[0]
-
-
 def training_images(
     frames: Iterable[Tensor], settings: InputSettings, generator: torch.Generator
 ) -> list[Tensor]:
-    """As `training_image` of each frame of a clip, with one crop for all, and all mirrored or none. Where the
-    frames change in size, they are squeezed into the size of the first.
+    """A random crop of the frames of a clip, one for all, squeezed and perhaps mirrored: (3, H, W) uint8 ->
+    (3, *image_shape) float32.
+
+    It has half the area or more; shape, mean and deviation are those of `settings`. Where the frames change
+    in size, they are squeezed into the size of the first.
     """
     images, size = [], None
     for frame in frames:

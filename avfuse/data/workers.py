@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.util import Finalize
@@ -45,7 +46,7 @@ class WorkerFailure:
     reason: str
 
 
-class WorkerPool:
+class WorkerPool(AbstractContextManager):
     """Processes that call one function; one that crashes or hangs costs its own call and is replaced.
 
     They start when first needed, and end with `close`, the `with` statement, or this process, however that
@@ -135,9 +136,6 @@ class WorkerPool:
             self._threads.shutdown(cancel_futures=True)
             for worker in list(self._running):
                 self._drop(worker)
-
-    def __enter__(self) -> "WorkerPool":
-        return self
 
     def __exit__(self, *exception) -> None:
         self.close()
