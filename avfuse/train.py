@@ -21,13 +21,14 @@ from .encoder import AVEncoder
 from .files import printable
 from .graphs import TrainingGraphs
 from .mae import AVMAE
+from .training.costs import count_parameters
 from .training.features import encode, pool
 from .training.judge import JudgedTask, first_clips, to_columns, to_rows
 from .training.looks import Sources, looks, most_looking
 from .training.loop import Task, program, set_up, train
 from .training.neighbours import interval, nearest_neighbour_probes
 from .training.pictures import draw_attention, draw_reconstructions
-from .training.plan import count_parameters, make_model, plan
+from .training.plan import make_model, plan
 from .training.settings import FRESH
 from .weights import load_audio_weights, load_image_weights
 

@@ -452,7 +452,7 @@ def judged(data, run_folder, **options) -> tuple[dict, list[dict], Run]:
     config.epochs, config.warmup_epochs = 1, 0
     run = set_up(config, Classification)
     assert train(run) == 0
-    rows = [clip.row for clip in judge_all(run, run.task.model)[0].values()]
+    rows = [row for row, _ in judge_all(run, run.task.model)[0].values()]
     return json.loads((run_folder / "results.json").read_text()), rows, run
 
 

@@ -240,7 +240,7 @@ def accuracies(task, **options) -> dict[str, float]:
     assert [failure.index for failure in failures] == [BROKEN]
     changed, failures = judge.judge_conditions(run, task.model, judged)
     assert not failures and all(len(rows) == 9 for rows in changed.values())
-    own = task.summarize([clip.row for clip in judged.values()])["accuracy"]
+    own = task.summarize([row for row, _ in judged.values()])["accuracy"]
     return dict(own=own) | {name: of["accuracy"] for name, of in task.tested(changed).items()}
 
 

@@ -168,7 +168,7 @@ def test_windows_are_averaged_before_clips_are_compared(tmp_path):
 
     run = set_up(config, Retrieval)
     with run.lock or nullcontext():
-        rows = [clip.row for clip in judge_all(run, run.task.model)[0].values()]
+        rows = [row for row, _ in judge_all(run, run.task.model)[0].values()]
     for row, clip in zip(rows, run.found.test, strict=True):
         with torch.no_grad():
             clips = [read_clip(clip.path, run.task.model.inputs, start=start) for start in (0.0, 1.15, 2.3)]

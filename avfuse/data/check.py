@@ -9,7 +9,7 @@ import hashlib
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -172,7 +172,12 @@ def _journal(out: Path) -> Iterator[tuple[dict[str, Entry], Callable[[Entry], No
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which the system releases however it ends
         except BlockingIOError:
             raise ValueError(f"folder {out} is being checked by another process") from None
-        known = {entry.path: entry for entry in _before(out)}
+        known = {}
+        with suppress(ValueError):  # of an older manifest what can be read
+            if manifest.has_manifest(out):
+                manifest.read_header(out)
+                for entry in manifest.read_entries(out):
+                    known[entry.path] = entry
         file.seek(0)
         for line in file:
             try:
@@ -188,16 +193,6 @@ def _journal(out: Path) -> Iterator[tuple[dict[str, Entry], Callable[[Entry], No
 
         yield known, note
         path.unlink()
-
-
-def _before(out: Path) -> Iterator[Entry]:
-    """The entries of an older manifest, as far as it is one."""
-    try:
-        if manifest.has_manifest(out):
-            manifest.read_header(out)
-            yield from manifest.read_entries(out)
-    except ValueError:
-        return
 
 
 def _known(known: dict[str, Entry], root: Path, clip: Clip, every_picture: bool) -> Entry | None:

@@ -254,29 +254,21 @@ def read_image(path: Path, formats: tuple[str, ...] = ("JPEG", "PNG")) -> Image.
 
 
 class SceneDataset(ClipDataset):
-    """Scenes as one annotated picture and the sound around it, or as several frames and their sound.
+    """Scenes as one annotated picture and the sound around it, or as several frames and their sound: as
+    `ClipDataset` has clips, and where the sound comes from.
 
-    Asked for `(epoch, index)`, or for `index`, which is epoch 0. In training the moment, crop, flip and gain
-    are random; in evaluation it is the first moment of the scene, see `moment_by_moment`. It is always in the
-    middle of the window of sound: where the file does not reach, that is silent before, and mirrored behind.
-    Of T > 1 `image_frames`, windows are those of `ClipDataset`, frames those shown at `frame_times` of them,
-    with one crop and flip for all, and the truth of each is that of its own time.
+    The one picture is that of a random moment of the scene in training, of its first in evaluation, see
+    `moment_by_moment`. It is in the middle of the window of sound: where the file does not reach, that is
+    silent before, and mirrored behind. Of several frames, the truth of each is that of its own time.
 
-    An item is a dictionary, of T > 1 frames with (T, ...) for images and truths:
-        image: (3, height, width) float32.
-        audio: (1, mel_bins, frames) float32.
-        image_present, audio_present: () bool.
+    An item has no `frames_shown`; it has, for the part of the frame that its image shows,
         sounding: (height, width) float32 in 0..1, how sure it is that the sound comes from there.
         classes: (height, width) long, 0 = background.
-        index: () long.
-        and label_<name>: () long, one for each of the scene's labels.
-    Picture and truth show the same part of the frame. A scene that cannot be read is a `Failure` instead.
+    and of T > 1 frames (T, height, width).
 
     Args:
         scenes: all with at least one moment.
-        settings: transforms and sizes of the model that will see them.
-        train: whether there is augmentation.
-        seed: another seed, other random choices.
+        settings, train, seed: as for `ClipDataset`.
         size: height and width of the truth in pixels, for a protocol that says so (224); None: the image's.
         frame: what evaluation shows, the "whole" frame, squeezed, or the "central" crop of pretraining.
 

@@ -60,3 +60,7 @@ def count_blocks(mae: AVMAE) -> int:
     encoder = mae.encoder
     parts = encoder.image, encoder.audio, mae.image_decoder, mae.audio_decoder
     return sum(len(part.blocks) for part in parts) + len(encoder.fusion_blocks)
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -8,7 +8,6 @@ import os
 from collections.abc import Hashable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,10 +25,9 @@ from ..pretrained import load_strictly
 from ..progress import progress_bar
 from .conditions import CONDITIONS, BesideOthers, condition_table, derangement, has_sound
 from .loop import Run, Task, evaluation_batches
-from .plan import count_parameters
 from .report import write_report
 from .settings import FRESH, TaskConfig
-from .starts import begin_from, for_clips, new_bias
+from .starts import for_clips, new_bias
 
 DRAWN = 6  # test clips of which there are pictures
 
@@ -71,7 +69,6 @@ class JudgedTask(Task):
     encoder that its settings name.
     """
 
-    name: str
     protocol: str
     recipe = ("checkpoint", "epochs", "batch_size", "base_lr", "weight_decay", "precision", "seed")
     has_unused_parameters = True  # such as the last audio block where only image tokens are read
@@ -102,18 +99,6 @@ class JudgedTask(Task):
 
     def draw(self, folder: Path, model: nn.Module, inputs: dict[str, Tensor], batch: dict, step: int) -> None:
         """Pictures of the first test clips, as folder/KIND-{step:06d}.png."""
-
-    def describe(self) -> str:
-        config, parameters = self.config, count_parameters(self.model)
-        weights = "fresh weights" if config.checkpoint == FRESH else f"the encoder of {config.checkpoint}"
-        return f"{self.name}: {parameters / 1e6:.1f} M parameters, from {weights}"
-
-    def begin(self, say):
-        if self.config.checkpoint != FRESH:
-            begin_from(self.model, self.config.checkpoint, say)
-
-    def parameter_groups(self, weight_decay):
-        return self.model.parameter_groups(weight_decay)
 
     def tables(self, metrics: dict) -> list[list[tuple]]:
         """The metrics for people, beside what they compare with: tables of rows, of which the first names the
@@ -150,7 +135,7 @@ class JudgedTask(Task):
             changed, more = judge_conditions(run, model, judged)
             failures += more
         if run.accelerator.is_main_process:
-            self.conclude(run, model, step, when, [clip.row for clip in judged.values()], changed)
+            self.conclude(run, model, step, when, [row for row, _ in judged.values()], changed)
         return failures
 
     def conclude(
@@ -250,17 +235,10 @@ class JudgedTask(Task):
         )
 
 
-class Judged(NamedTuple):
-    """What came out of one test clip."""
-
-    row: dict
-    has_sound: bool
-
-
 @torch.no_grad()
-def judge_all(run: Run, model: nn.Module) -> tuple[dict[int, Judged], list[Failure]]:
+def judge_all(run: Run, model: nn.Module) -> tuple[dict[int, tuple[dict, bool]], list[Failure]]:
     """All test clips that can be read, by number and in order, each judged by one of the processes and none
-    twice; and the clips that this process could not read.
+    twice, as its row and whether it has sound; and the clips that this process could not read.
     """
     accelerator, task = run.accelerator, run.task
     judged, failures = [], []
@@ -272,14 +250,14 @@ def judge_all(run: Run, model: nn.Module) -> tuple[dict[int, Judged], list[Failu
         failures += batch["failures"]
         if len(batch["index"]):
             rows = task.judge(model, to_device(task.inputs(batch), accelerator.device), batch)
-            clips = map(Judged, rows, has_sound(batch).tolist())
+            clips = zip(rows, has_sound(batch).tolist(), strict=True)
             judged += zip(batch["index"].tolist(), clips, strict=True)
     return dict(sorted(gather_object(judged))), failures
 
 
 @torch.no_grad()
 def judge_conditions(
-    run: Run, model: nn.Module, judged: dict[int, Judged]
+    run: Run, model: nn.Module, judged: dict[int, tuple[dict, bool]]
 ) -> tuple[dict[str, list[dict]], list[Failure]]:
     """The rows of the same clips, in the same order, under each of the task's conditions that changes what
     the model is given; and the clips that this process could not read again.
@@ -287,7 +265,7 @@ def judge_conditions(
     accelerator, task, clips = run.accelerator, run.task, run.found.test
     given = getattr(run.config, "modalities", "both")
     names = [name for name in task.conditions if given in ("both", CONDITIONS[name].modality)]
-    kinds = {n: task.kind(clips[n]) for n, clip in judged.items() if clip.has_sound}
+    kinds = {n: task.kind(clips[n]) for n, (_, is_heard) in judged.items() if is_heard}
     others = derangement(kinds) if "other_sound" in names else {}
     names = [name for name in names if name != "other_sound" or others]
     model.eval()

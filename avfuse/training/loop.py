@@ -40,6 +40,7 @@ from ..data.workers import share_cores
 from ..files import printable, some
 from ..progress import progress_bar
 from .checkpoints import load_checkpoint, save_checkpoint
+from .costs import count_parameters
 from .faults import STOPPING, RunError, Signals, examine, memory_advice, together, write_fault
 from .length import settle_length
 from .run_folder import (
@@ -63,7 +64,7 @@ from .settings import (
     schedule_of,
     warmup_cosine,
 )
-from .starts import saved_settings
+from .starts import begin_from, saved_settings
 
 EVALUATION_BATCH = 64
 SPLITTING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
@@ -73,7 +74,8 @@ WAITING = timedelta(hours=1)  # for the process that scans the data or measures
 class Task:
     """What a loop trains: the base class of pretraining and of every task."""
 
-    model: nn.Module
+    name: str
+    model: nn.Module  # around an encoder
     has_unused_parameters = False  # that a loss does not reach
 
     @staticmethod
@@ -98,10 +100,14 @@ class Task:
 
     def describe(self) -> str:
         """One line for people about the model."""
-        raise NotImplementedError
+        config, parameters = self.config, count_parameters(self.model)
+        weights = "fresh weights" if config.checkpoint == FRESH else f"the encoder of {config.checkpoint}"
+        return f"{self.name}: {parameters / 1e6:.1f} M parameters, from {weights}"
 
     def begin(self, say: Callable[[str], object]) -> None:
         """Gives the model the weights that it begins with, beyond those of its encoder, and tells of them."""
+        if self.config.checkpoint != FRESH:
+            begin_from(self.model, self.config.checkpoint, say)
 
     def dataset(self, clips: Sequence[Clip], *, train: bool) -> Dataset:
         """Items by (epoch, index): dictionaries of tensors, among them "index", or a `Failure`; see
@@ -127,7 +133,7 @@ class Task:
         """Optimizer groups, see `avfuse.pretrained.Pretrained.parameter_groups`. A group whose "ramp" is true
         has its learning rate raised from 0 over the first half of training.
         """
-        raise NotImplementedError
+        return self.model.parameter_groups(weight_decay)
 
     def measure(self, run: "Run", model: nn.Module, step: int, when: str) -> list[Failure]:
         """Judges `model` "before", "during" or "after" training, and tells and draws what came out. All

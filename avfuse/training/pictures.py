@@ -70,15 +70,10 @@ def draw_attention(
     """
     encoder.eval()
     layer = encoder.fusion_layers[-1] if layer is None else layer
-    first = {name: value[:clips] for name, value in inputs.items()}
+    names = "image", "audio", "image_present", "audio_present"
+    first = {name: inputs[name][:clips] for name in names if name in inputs}
     image, audio = first["image"], first["audio"]
-    weights = encoder.fusion_attention(
-        image,
-        audio,
-        layer=layer,
-        image_present=first.get("image_present"),
-        audio_present=first.get("audio_present"),
-    )
+    weights = encoder.fusion_attention(**first, layer=layer)
     looked, heard = (weight.mean((1, 2)) for weight in weights)
     maps = heat_maps(encoder.image, looked, image), heat_maps(encoder.audio, heard, audio)
     if encoder.frames == 1:

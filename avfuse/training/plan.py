@@ -16,7 +16,7 @@ from ..loading import load_encoder
 from ..mae import AVMAE, count_removed
 from ..presets import SIZES, create_encoder
 from ..rules import option
-from .costs import CARDS, LAUNCHES, PLAYED, SHARE, launch_seconds, step_flops, step_seconds
+from .costs import CARDS, LAUNCHES, PLAYED, SHARE, count_parameters, launch_seconds, step_flops, step_seconds
 from .length import with_enough_steps
 from .loop import Task, check_found
 from .recipes import TrainConfig, check_cuda_graphs
@@ -183,7 +183,3 @@ def activation_bytes(mae: AVMAE, precision: str, clips: int) -> int:
             output = torch.func.functional_call(mae, state, tuple(inputs))
         del output  # alive until here, so that no storage's address was used twice
     return sum(kept.values())
-
-
-def count_parameters(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

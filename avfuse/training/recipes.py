@@ -104,7 +104,6 @@ class TrainConfig(LoopConfig):
     probe_clips: Annotated[int, COUNT] = 256
     """Held-out clips for the loss and the nearest-neighbour probe."""
     measure_every: int = 80
-    """Steps between measures and pictures on the way; before and after there always are. 0 = none."""
 
     @property
     def kind(self):

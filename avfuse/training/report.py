@@ -102,7 +102,10 @@ def write_report(run: Path) -> Path:
     """
     if not run.is_dir():
         raise ValueError(f"run {run} is not a folder")
-    config = read_settings(run)
+    try:
+        config = read_run(run)
+    except (OSError, ValueError):
+        config = {}
     if not config and not (run / "metrics.jsonl").is_file():
         raise ValueError(f"run {run} holds no run: no metrics.jsonl, and no {FILE} with settings")
     path = run / "index.html"
@@ -143,14 +146,6 @@ def section(title: str, write, *arguments) -> str:
 
 
 # --- what the folder holds ----------------------------------------------------------------------------------
-
-
-def read_settings(run: Path) -> dict:
-    """What says what the run is, empty if there is nothing to be read."""
-    try:
-        return read_run(run)
-    except (OSError, ValueError):
-        return {}
 
 
 def read_objects(path: Path) -> list[dict]:
@@ -204,21 +199,17 @@ def status(config: dict, metrics: Path, steps: list[dict], measures: list[dict])
         text += f", written {clock(metrics.stat().st_mtime)}"
     lines = [text]
     for row in spread([row for row in measures if "held_out_image_loss" in row], 2):
-        lines.append(f"{row.get('clips', 'held-out clips')} at step {row['step']}: {describe_losses(row)}")
+        image, audio = row["held_out_image_loss"], row["held_out_audio_loss"]
+        zero = row["held_out_image_zero"] + row["held_out_audio_zero"]
+        lines.append(
+            f"{row.get('clips', 'held-out clips')} at step {row['step']}: loss {image + audio:.3f} "
+            f"(image {image:.3f}, audio {audio:.3f}), "
+            f"{(image + audio) / zero:.2f} of predicting zero ({zero:.3f})"
+        )
     broken = [row["step"] for row in steps if not np.isfinite(row["loss"])]
     if broken:
         lines.append(f"The loss is not finite in {len(broken)} steps, first in step {broken[0]}")
     return "".join(map(paragraph, lines))
-
-
-def describe_losses(row: dict) -> str:
-    """The held-out losses of a pretraining for people."""
-    image, audio = row["held_out_image_loss"], row["held_out_audio_loss"]
-    zero = row["held_out_image_zero"] + row["held_out_audio_zero"]
-    return (
-        f"loss {image + audio:.3f} (image {image:.3f}, audio {audio:.3f}), "
-        f"{(image + audio) / zero:.2f} of predicting zero ({zero:.3f})"
-    )
 
 
 def curves(steps: list[dict], measures: list[dict]) -> str:
