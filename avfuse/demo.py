@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import tempfile
-from fractions import Fraction
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch.nn.functional import interpolate
 
 from .data.clips import Clip, ClipDataset, open_window, read_clip
 from .data.listing import walk
+from .data.sound import encode, frame_of
 from .data.workers import share_cores
 from .encoder import AVEncoder
 from .files import in_markdown, printable
@@ -136,13 +136,9 @@ def write_video(path: Path, pictures: Tensor, sound: np.ndarray) -> None:
         height, width = pictures.shape[1:3]
         video = container.add_stream("libx264", rate=RATE, width=width, height=height, pix_fmt="yuv420p")
         audio = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
-        for picture in (pictures.clamp(0, 1) * 255).byte().numpy():
-            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(video.encode(None))
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(sound)[None], format="fltp", layout="mono")
-        frame.sample_rate, frame.time_base, frame.pts = SAMPLE_RATE, Fraction(1, SAMPLE_RATE), 0
-        for piece in (frame, None):
-            container.mux(audio.encode(piece))
+        frames = (pictures.clamp(0, 1) * 255).byte().numpy()
+        encode(container, video, (av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in frames))
+        encode(container, audio, [frame_of(sound, SAMPLE_RATE)])
 
 
 @torch.no_grad()

@@ -1,8 +1,10 @@
-"""Decoded sound: its channels, their mix to mono, pieces put in their places, another sample rate."""
+"""Sound: its channels, their mix to mono, pieces put in their places, another sample rate, and encoding."""
 
 import math
+from collections.abc import Iterable
 from fractions import Fraction
 from functools import cache
+from itertools import chain
 
 import av
 import numpy as np
@@ -64,8 +66,20 @@ def resample(sound: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
     """(samples,) at `rate` to (samples,) at `sample_rate`, the first samples coinciding."""
     if rate == sample_rate or not len(sound):
         return sound
-    frame = av.AudioFrame.from_ndarray(sound[None], format="fltp", layout="mono")
-    frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), 0
     resampler = av.AudioResampler(format="fltp", layout="mono", rate=sample_rate)
-    frames = (*resampler.resample(frame), *resampler.resample(None))  # None gets what the filter still holds
+    frames = (*resampler.resample(frame_of(sound, rate)), *resampler.resample(None))  # None gets what is left
     return np.concatenate([np.empty(0, np.float32), *(frame.to_ndarray()[0] for frame in frames)])
+
+
+def frame_of(sound: np.ndarray, sample_rate: int) -> av.AudioFrame:
+    """Mono sound (samples,), float32 or int16, as the first frame of a stream."""
+    kind = "s16" if sound.dtype == np.int16 else "fltp"
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(sound)[None], format=kind, layout="mono")
+    frame.sample_rate, frame.time_base, frame.pts = sample_rate, Fraction(1, sample_rate), 0
+    return frame
+
+
+def encode(container: av.container.OutputContainer, stream: av.stream.Stream, frames: Iterable) -> None:
+    """Writes all frames of a stream."""
+    for frame in chain(frames, (None,)):  # None drains the encoder
+        container.mux(stream.encode(frame))

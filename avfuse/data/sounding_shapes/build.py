@@ -7,7 +7,6 @@ import signal
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +18,7 @@ from ...choices import Scene
 from ...command import SAID
 from ...files import aside, printable, write_text
 from ...progress import progress_bar
+from ..sound import encode, frame_of
 from .read import CLASSES, NAME, SPLITS, Entry
 from .synthesis import OBJECTS, ShapeScene, draw, play, sample_scene
 
@@ -218,7 +218,7 @@ def _write_clip(root: Path, settings: Settings, clip: tuple[str, int]) -> None:
     for path, stem in zip(entry.stems, stems, strict=True):
         with aside(root / path) as partial_, av.open(partial_, "w", format="flac") as container:
             stream = container.add_stream("flac", rate=settings.sample_rate, layout="mono")
-            _encode(container, stream, [_audio_frame(stem, "s16", settings.sample_rate)])
+            encode(container, stream, [frame_of(stem, settings.sample_rate)])
     with aside(root / entry.masks) as partial_, open(partial_, "wb") as file:
         np.savez_compressed(file, masks=np.packbits(masks), shape=masks.shape, boxes=_boxes(masks))
     mix = stems.sum(0).astype(np.float32) / 32768
@@ -235,19 +235,8 @@ def _write_mp4(path: Path, frames: np.ndarray, sound: np.ndarray, settings: Sett
         video.options = {"preset": "veryfast", "crf": "18", "sc_threshold": "0"}
         audio = container.add_stream("aac", rate=settings.sample_rate, layout="mono")
         audio.bit_rate = 64_000
-        _encode(container, video, (av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in frames))
-        _encode(container, audio, [_audio_frame(sound, "fltp", settings.sample_rate)])
-
-
-def _audio_frame(samples: np.ndarray, kind: str, sample_rate: int) -> av.AudioFrame:
-    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples)[None], format=kind, layout="mono")
-    frame.sample_rate, frame.time_base, frame.pts = sample_rate, Fraction(1, sample_rate), 0
-    return frame
-
-
-def _encode(container, stream, frames) -> None:
-    for frame in (*frames, None):  # None drains the encoder
-        container.mux(stream.encode(frame))
+        encode(container, video, (av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in frames))
+        encode(container, audio, [frame_of(sound, settings.sample_rate)])
 
 
 def _boxes(masks: np.ndarray) -> np.ndarray:
