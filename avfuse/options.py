@@ -154,8 +154,7 @@ class DemoConfig:
     threads: Annotated[int, NOT_NEGATIVE] = 0
     """Threads of torch on the CPU. 0 = as OMP_NUM_THREADS says, else one for each core."""
 
-    def __post_init__(self):
-        check_rules(self)
+    __post_init__ = check_rules
 
 
 def check_suffix(out: Path, suffixes: tuple[str, ...]) -> None:

@@ -38,8 +38,7 @@ class Check:
     quiet: Annotated[bool, tyro.conf.arg(aliases=["-q"])] = False
     """Show no progress."""
 
-    def __post_init__(self):
-        check_rules(self)
+    __post_init__ = check_rules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +62,7 @@ class Shard:
     quiet: Annotated[bool, tyro.conf.arg(aliases=["-q"])] = False
     """Show no progress."""
 
-    def __post_init__(self):
-        check_rules(self)
+    __post_init__ = check_rules
 
 
 def parse(args: Sequence[str], prog: str) -> Check | Shard:

@@ -28,8 +28,7 @@ class Command:
     contact_sheet: bool = True
     """Draw some clips with their sounds into contact_sheet.png in that folder."""
 
-    def __post_init__(self):
-        check_rules(self)
+    __post_init__ = check_rules
 
 
 def main(command: Command) -> None:
