@@ -227,8 +227,8 @@ def test_plan_counts_shards_by_their_manifest(tmp_path):
 
 def test_plan_counts_what_lies_at_an_address(tmp_path):
     content = write(tmp_path, Header(expected=dict(train=7, test=1)), LISTED).read_bytes()
-    fsspec.filesystem("memory").pipe("/shards/avfuse-manifest.jsonl", content)
-    config = replace(TrainConfig(), data=Path("memory://shards"))
+    fsspec.filesystem("memory").pipe("/planned/avfuse-manifest.jsonl", content)
+    config = replace(TrainConfig(), data=Path("memory://planned"))
     assert "at 5 clips (clips of avfuse-manifest.jsonl)" in plan(config)
 
 
