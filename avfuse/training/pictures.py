@@ -169,4 +169,4 @@ def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for text in figure.findobj(Text):  # names are no formulas, whatever dollars they have
         text.set_parse_math(False)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, pil_kwargs=dict(compress_level=4))  # half the time of 6, for 3 % more bytes
