@@ -7,7 +7,7 @@ VENV := .venv
 MADE_FROM := $(shell cat $(VENV)/complete 2>/dev/null)
 RUN := $(VENV)/bin/python -m
 ARGS ?=
-# One more than two cores: some wait for what they have started.
+# Of tests: one more than two cores, as some wait for what they have started.
 WORKERS ?= 3
 # Extras that the versions allow, see setup.py.
 EXTRAS = test$(if $(findstring oldest,$(CONSTRAINTS)),,,adapters,docs,eval)$(if $(findstring newest,$(CONSTRAINTS)),,,torchaudio)

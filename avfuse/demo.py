@@ -388,10 +388,8 @@ def cli(config: DemoConfig) -> int:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with tempfile.TemporaryDirectory(prefix="avfuse-") as folder:  # what visitors drop is gone at the end
         os.environ["GRADIO_TEMP_DIR"] = folder
-        blocks, options = (
-            page(models, faults, offered(config.clips)),
-            dict(prevent_thread_lock=True, quiet=True),
-        )
+        blocks = page(models, faults, offered(config.clips))
+        options = dict(prevent_thread_lock=True, quiet=True)
         address = serve(blocks, config.host, server_port=config.port, **options)[1]
         print(f"{address} (Ctrl-C ends it)", flush=True)
         blocks.block_thread()

@@ -208,6 +208,6 @@ def _file(value: object, path: Path) -> Path:
     elif "path" in held:
         return Path(held["path"])
     else:
-        got = sorted(held) if held else type(value).__name__
+        got = sorted(map(str, held)) if held else type(value).__name__
         raise ValueError(f"{path.name} must be a file or an array with its sampling_rate, got {got}")
     return path

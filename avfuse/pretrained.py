@@ -210,12 +210,12 @@ def weights_at(source: str | os.PathLike, **options) -> dict[str, Tensor]:
     """All weights of a saved model.
 
     Raises:
-        ValueError: there are none, or they are damaged.
+        ValueError: they are not there, cannot be fetched or are damaged.
     """
     try:
         file = file_at(source, WEIGHTS, **options)
     except (OSError, EntryNotFoundError) as error:  # of the hub
-        raise ValueError(f"{printable(source)} holds no {WEIGHTS}: {printable(error)}") from error
+        raise ValueError(f"{WEIGHTS} of {printable(source)} cannot be fetched: {printable(error)}") from error
     return read_safetensors(file)
 
 

@@ -138,6 +138,8 @@ def main(options: Options) -> dict:
         if done.get(step.name, {}).get("state") == "done":
             if not again:
                 continue
+            del done[step.name]
+            measure.write_record(summary, record)
             if step.file:  # with which a step that was interrupted goes on
                 (folder / step.file.format(device=options.device)).unlink(missing_ok=True)
         print(f"\n== {step.name}: at most {step.limit} s", flush=True)

@@ -56,7 +56,7 @@ def interpreter_of_few_patches():
     def patch_once(fn):
         own = frozenset(id(value) for value in fn.__globals__.values() if inspect.ismodule(value))
         if own in languages:
-            return None
+            return interpreter._LangPatchScope()
         languages.add(own)
         return patch(fn)
 

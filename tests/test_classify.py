@@ -253,6 +253,14 @@ def test_ranking_metrics_look_at_the_order_alone(shift, scale):
     assert (metrics["mAP"], metrics["AUC"]) == (pytest.approx(precision), pytest.approx(area))
 
 
+def test_infinite_logits_rank_first_and_last():
+    inf, target = torch.inf, torch.tensor([[1, 1], [0, 1], [0, 1]])
+    found = ranking_metrics(torch.tensor([[inf, 0.0], [3e38, inf], [-inf, -inf]]), target)
+    assert (found["mAP"], found["AUC"]) == (1.0, 1.0)
+    alone = ranking_metrics(torch.zeros(1, 2).bfloat16(), torch.tensor([[1, 0]]))
+    assert (alone["mAP"], alone["AUC"]) == (1.0, None)
+
+
 def test_logits_that_are_no_numbers_rank_last():
     target = torch.tensor([[1], [0], [0], [1]])
     ranked = [ranking_metrics(torch.tensor([[2.0], [1.0], [0.0], [x]]), target) for x in (-9.0, torch.nan)]

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,22 @@ def test_what_is_done_is_measured_again_from_the_start(tmp_path, monkeypatch):
     (tmp_path / "failing").unlink()
     assert said() == ["goes on"]
     assert said() == ["begins"]
+
+
+def test_a_step_that_is_interrupted_while_it_is_measured_again_is_not_done(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("AVFUSE_COMMIT", "0123456789ab")
+    monkeypatch.setattr(gpu, "PARTS", {1: (gpu.Step("sweep", 60, "{python} -c pass", ""),)})
+    monkeypatch.setattr(signal, "signal", lambda number, handler: handler)
+    options = gpu.Options(part=(1,), device="cpu", small=True, out=tmp_path)
+    assert gpu.main(options)["steps"]["sweep"]["state"] == "done"
+    monkeypatch.setattr(gpu, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(replace(options, again=True))
+    (summary,) = tmp_path.glob("*/gpu.json")
+    assert json.loads(summary.read_text())["steps"] == {}
 
 
 @pytest.mark.parametrize(

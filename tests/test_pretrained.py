@@ -282,7 +282,7 @@ def test_a_model_on_the_hub_without_weights_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("avfuse.pretrained.hf_hub_download", download)
     monkeypatch.setattr("avfuse.pretrained.unreachable_hub", lambda: None)
     for load in AVEncoder.from_pretrained, load_encoder:
-        with pytest.raises(ValueError, match="^some/one holds no model.safetensors: 404"):
+        with pytest.raises(ValueError, match="^model.safetensors of some/one cannot be fetched: 404"):
             load("some/one")
 
 

@@ -14,6 +14,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from timm.data.mixup import mixup_target
@@ -133,15 +134,12 @@ def ranking_metrics(scores: Tensor, target: Tensor) -> dict[str, float | int | N
     """
     from sklearn.metrics import average_precision_score, roc_auc_score  # takes seconds to import
 
-    target = target.long()
+    scores = scores.detach().double().nan_to_num(-1e300, 1e300, -1e300).numpy()  # it takes finite ones
+    target = target.long().numpy()
     some = target.any(0)
     mixed = some & ~target.all(0)
-    scores = scores.double().nan_to_num(torch.finfo(torch.float64).min)  # scikit-learn takes finite ones
-
-    def mean_over(metric, classes):
-        return float(metric(target[:, classes], scores[:, classes])) if classes.any() else None
-
-    precision, area = mean_over(average_precision_score, some), mean_over(roc_auc_score, mixed)
+    precision = mean_over(average_precision_score, scores, target, some)
+    area = mean_over(roc_auc_score, scores, target, mixed)
     d_prime = None
     if area is not None and 0 < area < 1:
         d_prime = 2**0.5 * torch.special.ndtri(torch.tensor(area, dtype=torch.float64)).item()
@@ -152,6 +150,12 @@ def ranking_metrics(scores: Tensor, target: Tensor) -> dict[str, float | int | N
         classes_without_positives=int((~some).sum()),
         classes_without_negatives=int((some & ~mixed).sum()),
     )
+
+
+def mean_over(metric, scores: np.ndarray, target: np.ndarray, chosen: np.ndarray) -> float | None:
+    """The mean of a metric of scikit-learn over the chosen classes, one by one: all at once takes memory."""
+    values = [metric(target[:, n], scores[:, n]) for n in chosen.nonzero()[0]]
+    return float(np.mean(values)) if values else None
 
 
 # --- data ---------------------------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ def check_cuda_graphs(config: TrainConfig, processes: int) -> None:
         raise ValueError("--cuda-graphs is for one process: with several it has not been tested")
 
 
-# --- the paper's runs (Sec. 4.1; released code where the paper is silent) -----------------------------------
+# --- presets ------------------------------------------------------------------------------------------------
 
 # Scenes of synchrony: a model small enough to read 8 frames on two CPU cores.
 SYNCHRONY = dict(
