@@ -151,7 +151,7 @@ def count_clips(config: TrainConfig) -> tuple[int, str]:
         return PUBLISHED_CLIPS[config.preset], "as published"
     if config.data is None:
         return sounding_shapes.Settings(**DEMOS[config.demo][1]).train, "the demo's"
-    found = Task.find(replace(config, workers=0, quiet=True), lambda line: None, by_name)
+    found = Task.find(replace(config, workers=0), lambda line: None, by_name)
     check_found(found)
     is_checked = config.data_set == "auto" and has_manifest(config.data)
     kind = f"clips of {FILE}" if is_checked else "files that may be clips"
