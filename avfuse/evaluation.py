@@ -200,7 +200,7 @@ def _file(value: object, path: Path) -> Path:
     if isinstance(value, str | os.PathLike):
         return Path(value)
     value = {"bytes": value} if isinstance(value, bytes) else value
-    held = {} if not isinstance(value, dict) else {name: x for name, x in value.items() if x is not None}
+    held = {name: x for name, x in value.items() if x is not None} if isinstance(value, dict) else {}
     if {"array", "sampling_rate"} <= held.keys():
         wavfile.write(path, int(held["sampling_rate"]), np.asarray(held["array"], np.float32).T)
     elif "bytes" in held:

@@ -346,12 +346,12 @@ GPUS = ("80", "90", "100", "120")
 
 # Bytes that may be spilled: a few registers; more with a bias of blocks and wide heads; and what one warp has
 # to of a tile of pairs, by dtype and width. It is faster nonetheless (kernels/README.md). Triton 3.9 spills
-# more, and in these kernels leaves a digit of a sum to the lane (there, too).
+# more, and in two kernels fuses a product with a sum over lanes (there, too).
 NEWER = version.parse(triton.__version__) >= version.parse("3.9")
 FEW, OF_WIDE_BLOCKS = (48, 256) if NEWER else (32, 160)
 OF_PAIRS = {("bfloat16", "16"): 512, ("bfloat16", "64"): 768, ("float32", "16"): 1344 + 64 * NEWER}
-UNEVEN = {("100", "float32", "forward_kernel")} if NEWER else set()
-UNEVEN |= {(gpu, dtype, "residual_norm_kernel") for gpu in GPUS for dtype in ("float32", "bfloat16") if NEWER}
+OF_NORMS = itertools.product(GPUS, ("float32", "bfloat16"), ["residual_norm_kernel"])
+UNEVEN = {("100", "float32", "forward_kernel"), *OF_NORMS} if NEWER else set()
 
 
 def assert_little_is_spilled(*runs):

@@ -244,7 +244,8 @@ def test_options_override_a_preset():
     assert config.epochs == 200 and str(config.run) == "runs/audioset"
     assert parse([]) == TrainConfig()
     assert str(parse(["--run-dir", "x"]).run) == "x"
-    assert all(parse(["--preset", name]).preset == name for name in PRESETS)
+    for name, options in PRESETS.items():
+        assert replace(parse(["--preset", name]), run=None) == TrainConfig(preset=name, run=None, **options)
 
 
 @pytest.mark.parametrize("wrong", [["--preset", "imagenet"], ["--epoch", "3"], ["--batch-size", "x"]])
@@ -288,16 +289,11 @@ def test_the_learning_rate_does_not_vanish_with_the_batch():
 
 
 def test_a_small_data_set_gets_more_epochs():
-    small = with_enough_steps(TrainConfig(), 3)
+    default = TrainConfig()
+    small = with_enough_steps(default, 3)
     assert (small.epochs, small.warmup_epochs) == (240, 24)
-    assert (with_enough_steps(TrainConfig(), 130).epochs, with_enough_steps(TrainConfig(), 256)) == (
-        120,
-        TrainConfig(),
-    )
-    for asked in (
-        replace(TrainConfig(), epochs=10),
-        replace(TrainConfig(), min_steps=0),
-    ):  # as they were ordered
+    assert with_enough_steps(default, 130).epochs == 120 and with_enough_steps(default, 256) == default
+    for asked in replace(default, epochs=10), replace(default, min_steps=0):  # as they were ordered
         assert with_enough_steps(asked, 3) == asked
 
 

@@ -154,7 +154,6 @@ PRESETS = {
     # 10 s, ours the whole clip, which are the same in VGGSound. Betas (0.9, 0.95; released 0.999), precision
     # and workers are our choice.
     "vggsound-finetune": dict(
-        preset="vggsound-finetune",
         model="base",
         epochs=100,
         warmup_epochs=20,
@@ -182,7 +181,6 @@ PRESETS = {
     # Betas (0.9, 0.95), precision and workers are our choice.
     "vggsound-probe": PROBE
     | dict(
-        preset="vggsound-probe",
         model="base",
         epochs=50,
         warmup_epochs=8,
@@ -201,7 +199,8 @@ def parse(args: Sequence[str] | None = None, prog: str | None = None) -> Classif
     args = sys.argv[1:] if args is None else args
     chosen = given(args, scene="binding", preset="demo")
     options = (SYNCHRONY if chosen.scene == "synchrony" else {}) | (PROBE if "--probe" in args else {})
-    default = ClassifyConfig(**PRESETS.get(chosen.preset, options))
+    name = chosen.preset if chosen.preset in PRESETS else "demo"  # of an unknown one tyro says what there is
+    default = ClassifyConfig(**PRESETS.get(name, options) | dict(preset=name))
     default.run = None  # which depends on the other options
     return read(ClassifyConfig)(args=args, prog=prog, default=default)
 

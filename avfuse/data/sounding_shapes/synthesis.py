@@ -158,7 +158,7 @@ def _moving(rng: np.random.Generator, objects: int, seconds: float) -> tuple[Mov
     pulse_phase = rng.uniform(0, 2 * np.pi, objects)
     motion = dict(size=size, centre=centre, swing=swing, swing_rate=swing_rate, swing_phase=swing_phase)
     motion = {name: values[best] for name, values in motion.items()}
-    return _things(MovingShape, shapes, colours, **motion, pulse_rate=pulse_rate, pulse_phase=pulse_phase)
+    return _objects(MovingShape, shapes, colours, **motion, pulse_rate=pulse_rate, pulse_phase=pulse_phase)
 
 
 def _switching(rng: np.random.Generator, objects: int, seconds: float) -> tuple[SwitchingShape, ...]:
@@ -172,10 +172,10 @@ def _switching(rng: np.random.Generator, objects: int, seconds: float) -> tuple[
     tone = BOTTOM_PITCH * (TOP_PITCH / BOTTOM_PITCH) ** rng.uniform()
     changes, levels = _most_different(*_rhythms(rng, objects, seconds), seconds)
     own = dict(size=size[best], centre=centre[best], changes=changes, levels=levels)
-    return _things(SwitchingShape, [shape] * objects, colours, tone=[tone] * objects, **own)
+    return _objects(SwitchingShape, [shape] * objects, colours, tone=[tone] * objects, **own)
 
 
-def _things(kind: type, shapes: Sequence[int], colours: Sequence[int], **drawn: Sequence) -> tuple:
+def _objects(kind: type, shapes: Sequence[int], colours: Sequence[int], **drawn: Sequence) -> tuple:
     """Objects of a kind, given what was drawn for each: its shape, its colour and its other fields."""
     return tuple(
         kind(SHAPES[shapes[n]], COLOURS[colours[n]], **{name: _rounded(of[n]) for name, of in drawn.items()})
