@@ -1,6 +1,7 @@
 """The documentation holds: its Python runs, on tiny models, and it explains the messages of the code."""
 
 import ast
+import functools
 import importlib.util
 import os
 import re
@@ -100,11 +101,16 @@ def test_options_of_commands_are_there(tmp_path, monkeypatch):
 # --- troubleshooting ----------------------------------------------------------------------------------------
 
 CODE = [path for folder in ("avfuse", "kernels") for path in (ROOT / folder).rglob("*.py")]
-NODES = [(path, node) for path in CODE for node in ast.walk(ast.parse(path.read_text()))]
 # What users meet; other kinds are caught and told in the words of these.
 KINDS = {"ValueError", "OSError", "FileNotFoundError", "RuntimeError"}
 KINDS |= {"ClipError", "CheckpointError", "RunError", "TooManyUnreadable"}
 DIFFERS = "…"
+
+
+@functools.cache
+def nodes() -> list[tuple[Path, ast.AST]]:
+    """All that the code is made of, and where it stands."""
+    return [(path, node) for path in CODE for node in ast.walk(ast.parse(path.read_text()))]
 
 
 def wording(node: ast.AST) -> str:
@@ -147,14 +153,14 @@ def pattern(message: str) -> re.Pattern:
 
 
 def test_every_message_that_is_explained_stands_in_the_code():
-    texts = {text for _, node in NODES if says_something(text := wording(node))}
+    texts = {text for _, node in nodes() if says_something(text := wording(node))}
     assert not [each for each in explained() if not any(map(pattern(each).fullmatch, texts))]
 
 
 def test_every_message_of_the_code_is_explained():
     places = {
         told(node): f"{path.relative_to(ROOT)}:{node.lineno}"
-        for path, node in NODES
+        for path, node in nodes()
         if says_something(told(node))
     }
     known = [pattern(each) for each in explained() if says_something(each)]

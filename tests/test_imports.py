@@ -10,6 +10,8 @@ import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 # From the ground up: what a room holds may import from its own room and from those before it. A name stands
@@ -55,35 +57,42 @@ def level(name: str) -> int:
     return LEVELS[name.split(".")[1] if "." in name else "__init__"]
 
 
-MODULES = read_modules()
-IMPORTS = {name: imported(name, path, MODULES) for name, path in MODULES.items()}
+@pytest.fixture(scope="module")
+def modules() -> dict[str, Path]:
+    return read_modules()
 
 
-def test_every_module_has_a_room():
-    assert {name.split(".")[1] for name in MODULES if "." in name} == LEVELS.keys() - {"__init__"}
+@pytest.fixture(scope="module")
+def imports(modules) -> dict[str, set[str]]:
+    """What every module imports."""
+    return {name: imported(name, path, modules) for name, path in modules.items()}
 
 
-def test_imports_are_found_wherever_they_stand():
-    assert "avfuse.kernels.pair_attention" in IMPORTS["avfuse.ops.operators"]  # inside a function
-    assert "avfuse.data.manifest" in IMPORTS["avfuse.data.find"]  # from . import manifest
-    assert "avfuse.data.listing" in IMPORTS["avfuse.data.sets.music"]  # from ..listing import Listing
-    assert "avfuse.training.loop" in IMPORTS["avfuse.train"]
+def test_every_module_has_a_room(modules):
+    assert {name.split(".")[1] for name in modules if "." in name} == LEVELS.keys() - {"__init__"}
 
 
-def test_no_import_runs_in_a_circle():
+def test_imports_are_found_wherever_they_stand(imports):
+    assert "avfuse.kernels.pair_attention" in imports["avfuse.ops.operators"]  # inside a function
+    assert "avfuse.data.manifest" in imports["avfuse.data.find"]  # from . import manifest
+    assert "avfuse.data.listing" in imports["avfuse.data.sets.music"]  # from ..listing import Listing
+    assert "avfuse.training.loop" in imports["avfuse.train"]
+
+
+def test_no_import_runs_in_a_circle(imports):
     try:
-        TopologicalSorter(IMPORTS).prepare()
+        TopologicalSorter(imports).prepare()
     except CycleError as error:
         raise AssertionError("imports run in a circle: " + " <- ".join(error.args[1])) from None
 
 
-def test_no_import_runs_upwards():
-    upward = [f"{name} -> {t}" for name, found in IMPORTS.items() for t in found if level(t) > level(name)]
+def test_no_import_runs_upwards(imports):
+    upward = [f"{name} -> {t}" for name, found in imports.items() for t in found if level(t) > level(name)]
     assert not upward, f"imports that run upwards: {upward}"
 
 
-def test_import_avfuse_is_enough_for_every_name():
-    names = [name for name in MODULES if "." in name and ".kernels" not in name and "__main__" not in name]
+def test_import_avfuse_is_enough_for_every_name(modules):
+    names = [name for name in modules if "." in name and ".kernels" not in name and "__main__" not in name]
     for package, _, name in (name.rpartition(".") for name in names):
         assert importlib.import_module(package).__getattr__(name).__name__ == f"{package}.{name}"
     code = "import avfuse; avfuse.tasks.classifier.Classifier; assert not hasattr(avfuse.tasks, 'nothing')"

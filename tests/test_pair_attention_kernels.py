@@ -103,13 +103,13 @@ def pairwise(options, count, seed=0):
     """`count` cases in which every two values of two options meet."""
     pick, cases = random.Random(seed), []
     wanted = {
-        frozenset({(x, i), (y, j)})
+        ((x, i), (y, j))
         for x, y in itertools.combinations(options, 2)
         for i, j in itertools.product(options[x], options[y])
     }
     while len(cases) < count:
         drawn = [{name: pick.choice(values) for name, values in options.items()} for _ in range(60)]
-        pairs = [{frozenset(pair) for pair in itertools.combinations(case.items(), 2)} for case in drawn]
+        pairs = [set(itertools.combinations(case.items(), 2)) for case in drawn]
         best = max(range(60), key=lambda n: len(pairs[n] & wanted))
         wanted -= pairs[best]
         cases.append(drawn[best])

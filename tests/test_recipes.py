@@ -1,5 +1,6 @@
 """Settings of runs: the paper's presets against its text, how batches are dealt out, and what a plan says."""
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -29,6 +30,27 @@ from avfuse.training.settings import (
     settings_of,
     warmup_cosine,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def counted_once():
+    """The models of the presets are counted in one test after the other, for a second or two each time."""
+    with pytest.MonkeyPatch.context() as context:
+        for counting in "step_flops", "activation_bytes":
+            context.setattr(plans, counting, remembered(getattr(plans, counting)))
+        yield
+
+
+def remembered(count):
+    counts = {}
+
+    def count_once(mae, *options):
+        key = json.dumps([mae.to_config(), mae.encoder.grad_checkpointing, *options])
+        if key not in counts:
+            counts[key] = count(mae, *options)
+        return counts[key]
+
+    return count_once
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import torch
 from matplotlib.figure import Figure
 from scene_trees import SHAPES, write_avsbench
 from sklearn.metrics import fbeta_score, jaccard_score
-from torchmetrics.functional import jaccard_index
 
 from avfuse.data import sounding_shapes
 from avfuse.data.clips import Failure, collate
@@ -112,6 +111,8 @@ def test_half_is_silence():
 
 
 def test_iou_is_that_of_the_libraries():
+    from torchmetrics.functional import jaccard_index  # a second to import
+
     prob, truth = random_pictures()
     for p, t, ours, mine in zip(prob, truth, avsbench_iou(prob, truth), both_iou(prob, truth), strict=True):
         pred = p > 0.5

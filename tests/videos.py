@@ -1,5 +1,7 @@
 """Tiny videos for tests of the reader, written with PyAV; their frames and sound say where they are from."""
 
+import contextlib
+import os
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -50,7 +52,7 @@ def write_video(
     if isinstance(audio, np.ndarray):
         audio = [(0.0, audio)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w", options=container or {}) as output:
+    with ordinary_priority(), av.open(str(path), "w", options=container or {}) as output:
         if title:
             output.metadata["title"] = title
         if video is not False:
@@ -81,6 +83,19 @@ def write_video(
                     output.mux(sound.encode(frame))
             output.mux(sound.encode(None))
     return path
+
+
+@contextlib.contextmanager
+def ordinary_priority():
+    """Started by root, SVT-AV1 makes the thread that calls it a real-time one, which starves all others."""
+    if not hasattr(os, "sched_getscheduler"):
+        yield
+        return
+    policy, priority = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, priority)
 
 
 def numbered_frames(count: int, size: tuple[int, int] = (64, 48)) -> np.ndarray:
