@@ -7,7 +7,8 @@ VENV := .venv
 MADE_FROM := $(shell cat $(VENV)/complete 2>/dev/null)
 RUN := $(VENV)/bin/python -m
 ARGS ?=
-# Of tests: one more than two cores, as some wait for what they have started.
+# Of tests: one more than two cores, as some wait for what they have started. They start Python a hundred times, for
+# which bytecode is kept even where the environment says not to.
 WORKERS ?= 3
 # Extras that the versions allow, see setup.py.
 EXTRAS = test$(if $(findstring oldest,$(CONSTRAINTS)),,,adapters,docs,eval)$(if $(findstring newest,$(CONSTRAINTS)),,,torchaudio)
@@ -22,7 +23,7 @@ train: $(VENV)/complete  ## train; with no ARGS, the demo: make train ARGS="--he
 	$(RUN) avfuse.train $(ARGS)
 
 test: $(VENV)/complete  ## run the tests: make test ARGS="-k pair_attention" WORKERS=4
-	$(RUN) pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(RUN) pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 browser: $(VENV)/complete  ## test the demo's page in Chromium (Debian: apt install chromium chromium-driver)
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \

@@ -87,7 +87,7 @@ PARTS = {
         ),
         Step(
             "compiled", 145, f"{THROUGHPUT} --modes inference --rows none dense --compile default",
-            f"{TINY} --rows none", "throughput-{device}-compiled.json",
+            f"{TINY} --rows none --compile no", "throughput-{device}-compiled.json",
         ),
     ),
     4: (  # which settings of the kernels are fastest

@@ -1,7 +1,6 @@
 """What every test shares: one seed, no network, no display, and no GPU tests where there is no GPU."""
 
 import gc
-import inspect
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
@@ -16,6 +15,7 @@ import torch
 torch.backends.cudnn.allow_tf32 = False  # PyTorch's default for convolutions, such as patch embeddings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on CPU tensors; read when they are imported
+    from triton.language import core as language
     from triton.runtime import interpreter
 
 
@@ -44,27 +44,45 @@ def pytest_runtest_setup(item):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def interpreter_of_few_patches():
-    """The interpreter replaces all of triton.language anew for every function that a kernel calls, a third of
-    its time. Once for each launch is enough.
+def quick_interpreter():
+    """The interpreter replaces all of triton.language anew for every function that a kernel calls, and works
+    out the types of shapes and arrays for every operation: half of its time. Here it does so once for each
+    file of kernels and launch, and once for each type.
     """
     if torch.cuda.is_available():
         yield
         return
-    patch, run, languages = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+    patch, run, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+    type_of_array, array_types = interpreter._get_np_dtype, {}
+    type_of_tuple, tuple_types = language._type_for_tuple_values, {}
 
     def patch_once(fn):
-        own = frozenset(id(value) for value in fn.__globals__.values() if inspect.ismodule(value))
-        if own in languages:
+        if id(fn.__globals__) in patched:
             return interpreter._LangPatchScope()
-        languages.add(own)
+        patched.add(id(fn.__globals__))
         return patch(fn)
 
     def run_patched(self, *args, **options):
-        languages.clear()
+        patched.clear()
         return run(self, *args, **options)
+
+    def find_array_type(dtype):
+        name = dtype.scalar.name
+        if name not in array_types:
+            array_types[name] = type_of_array(dtype)
+        return array_types[name]
+
+    def find_tuple_type(values, fields=None):
+        shape = tuple(getattr(value, "value", value) for value in values)
+        if fields or not all(type(size) is int for size in shape):
+            return type_of_tuple(values, fields)
+        if shape not in tuple_types:
+            tuple_types[shape] = type_of_tuple(values)
+        return tuple_types[shape]
 
     with pytest.MonkeyPatch.context() as context:
         context.setattr(interpreter, "_patch_lang", patch_once)
         context.setattr(interpreter.GridExecutor, "__call__", run_patched)
+        context.setattr(interpreter, "_get_np_dtype", find_array_type)
+        context.setattr(language, "_type_for_tuple_values", find_tuple_type)
         yield

@@ -251,6 +251,25 @@ def test_a_recorded_training_step_is_compared_with_the_model(monkeypatch):
     assert len(ours) > 3 and all(torch.equal(ours[name], true) for name, true in truth.items())
 
 
+def test_a_compiled_model_is_compared_with_the_model(monkeypatch):
+    """By a backend that needs no compiler of C++."""
+    modes, compile = [], torch.compile
+
+    def through_eager(model, *, mode, dynamic):
+        modes.append((mode, dynamic))
+        return compile(model, backend="aot_eager", dynamic=dynamic)
+
+    monkeypatch.setattr(torch, "compile", through_eager)
+    model = throughput.make_model(throughput.ROWS["dense"], throughput.make_base("tiny", 1), "inference")
+    clips = throughput.make_inputs(model, 2)
+    truth = throughput.outputs(model, *clips, None, torch.float32)
+    run = throughput.compiled(model, "default", "inference")
+    ours = throughput.outputs(model, *clips, None, torch.float32, run)
+    assert modes == [("default", False)] and ours.keys() == truth.keys()
+    for name, true in truth.items():
+        torch.testing.assert_close(ours[name], true)
+
+
 def test_bars_stand_beside_their_names():
     """Inference has rows that training has not."""
     record = json.loads((ROOT / "benchmarks/results/throughput-cpu.json").read_text())
