@@ -255,24 +255,28 @@ def test_weights_that_are_not_finite_are_named(state, tmp_path, which, value):
     assert load_checkpoint(state[0], tmp_path, average) == 1
 
 
-@pytest.mark.parametrize(
-    "fails", ["model.safetensors", "optimizer.bin", "average.safetensors", "manifest.json"]
-)
-def test_a_full_disk_is_called_full_whatever_failed(tmp_path, fails):
-    """The files before the one that fails fit below the limit of this process, which stands for the disk."""
+def test_a_full_disk_is_called_full_whatever_failed(tmp_path):
+    """The files before the one that fails fit below the limit of a process, which stands for the disk."""
     program = """
-        import resource, sys, torch
+        import os, resource, sys, torch
         from accelerate import Accelerator
         from pathlib import Path
         from avfuse.training import checkpoints
 
-        run, fails, accelerator = Path(sys.argv[1]), sys.argv[2], Accelerator(cpu=True)
+        accelerator = Accelerator(cpu=True)
         model = torch.nn.Linear(100, 100)
         average = torch.optim.swa_utils.AveragedModel(torch.nn.Linear(100, 100))
         model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
         accelerator.backward(model(torch.ones(1, 100)).sum())
         optimizer.step()
-        (run / "checkpoints").mkdir()
+        for fails in sys.argv[2:]:  # each in a process of its own
+            if not os.fork():
+                break
+            assert os.wait()[1] == 0
+        else:
+            sys.exit()
+        run = Path(sys.argv[1], fails)
+        (run / "checkpoints").mkdir(parents=True)
         most = 100 if fails == "manifest.json" else 4096
         limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
         if fails == "optimizer.bin":
@@ -286,14 +290,16 @@ def test_a_full_disk_is_called_full_whatever_failed(tmp_path, fails):
         try:
             checkpoints.save_checkpoint(accelerator, run, 2, 1, average)
         except checkpoints.CheckpointError as error:
-            print(error)
+            print(error, flush=True)
         assert not list((run / "checkpoints").iterdir())
     """
-    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path), fails]
+    files = "model.safetensors", "optimizer.bin", "average.safetensors", "manifest.json"
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path), *files]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     # Weights, two moments, an average: 4 x 10,100 numbers of 4 bytes.
     reason = r"the disk is full \(File too large\): a checkpoint needs 0\.2 MB, and [\d.]+ MB are free\."
-    assert re.search(reason + " There is none before it", result.stdout), (result.stdout, result.stderr)
+    found = re.findall(reason + " There is none before it", result.stdout)
+    assert result.returncode == 0 and len(found) == len(files), (result.stdout, result.stderr)
 
 
 def test_other_faults_are_no_full_disk(state, tmp_path):
