@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Collection, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -645,8 +645,10 @@ class FusedEncoder(AVEncoder):
 
     def forward(self, image, audio, **options) -> EncoderOutput:
         """As `AVEncoder.forward`."""
-        on_cuda = any(x is not None and x.is_cuda for x in (image, audio))
-        if self.graphs is None or not on_cuda or torch.cuda.is_current_stream_capturing():
+        on_cuda = any(isinstance(x, Tensor) and x.is_cuda for x in (image, audio))
+        are_known = all(isinstance(x, Tensor | bool | None) for x in (image, audio, *options.values()))
+        playable = self.graphs is not None and on_cuda and are_known  # others are refused by name
+        if not playable or torch.cuda.is_current_stream_capturing():
             return super().forward(image, audio, **options)
         return self.graphs(image=image, audio=audio, **options)
 
@@ -654,6 +656,10 @@ class FusedEncoder(AVEncoder):
         self.recording = torch.cuda.is_current_stream_capturing()
         try:
             return super().forward(**inputs)
+        except BaseException:
+            with suppress(RuntimeError):
+                self.join()  # else the recording ends with an error of its own
+            raise
         finally:
             self.recording, self.side = False, None
 

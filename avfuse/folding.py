@@ -108,7 +108,8 @@ class FoldedDense(nn.Module):
         paired = []
         for x, (tokens, *_) in zip(projected, streams, strict=True):
             B, N, _ = tokens.shape
-            own = there.new_zeros(B, N, width) if x is None else x[:, -(B * N // x.shape[0]) :, -width:]
+            count = N if x is None or B == 0 else B * N // x.shape[0]  # of a frame
+            own = there.new_zeros(B, N, width) if x is None else x[:, -count:, -width:]
             paired.append(own.reshape(B, N, width))
         return paired
 

@@ -1,9 +1,10 @@
 """CUDA graphs: all launches of a call are recorded once, and played back as one."""
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from operator import is_
 
@@ -21,7 +22,8 @@ class CudaGraphs:
 
     Inputs are tensors on one CUDA device, and options, which are part of the kind. Results are copies, which
     the next call leaves alone. A recording reads the weights that a module had; once it has others, a new one
-    is made.
+    is made. Whatever else changes in the module later, as by `train()` or a hook, it does not see. Threads
+    and streams may share one: a call waits for the one before.
 
     Args:
         function: a module, or a method of one.
@@ -29,22 +31,31 @@ class CudaGraphs:
 
     def __init__(self, function: Callable):
         self.function, self.recordings = function, OrderedDict()
+        self.lock = threading.RLock()
 
     def __call__(self, **inputs):
+        with self.lock:
+            return self.play(inputs)
+
+    def play(self, inputs: dict):
         refuse_gradients(inputs)
         kind = kind_of_call(inputs)
-        if kind not in self.recordings or not self.recordings[kind].weights.are_there():
-            device = next(x.device for x in inputs.values() if isinstance(x, Tensor))  # whose streams record
-            with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():  # all can write to
-                self.recordings[kind] = Recording(self.function, inputs)
-            if len(self.recordings) > KEPT:
-                self.recordings.popitem(last=False)
-        self.recordings.move_to_end(kind)
-        return self.recordings[kind](inputs)
+        device = next(x.device for x in inputs.values() if isinstance(x, Tensor))
+        with torch.cuda.device(device):  # whose streams record and play
+            if kind not in self.recordings or not self.recordings[kind].weights.are_there():
+                with torch.inference_mode(False), torch.no_grad():  # all can write to what it holds
+                    self.recordings[kind] = Recording(self.function, inputs)
+                if len(self.recordings) > KEPT:
+                    self.recordings.popitem(last=False)
+            self.recordings.move_to_end(kind)
+            return self.recordings[kind](inputs)
 
     def __getstate__(self) -> dict:
         """Copies record for themselves."""
-        return dict(function=self.function, recordings=OrderedDict())
+        return dict(function=self.function)
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state)
 
 
 class Recording:
@@ -53,17 +64,23 @@ class Recording:
     def __init__(self, function: Callable, inputs: dict):
         self.weights = Weights(getattr(function, "__self__", function))
         self.inputs = {name: x.clone() if isinstance(x, Tensor) else x for name, x in inputs.items()}
-        self.graph = torch.cuda.CUDAGraph()
+        self.graph, self.done = torch.cuda.CUDAGraph(), torch.cuda.Event()
+        torch.clear_autocast_cache()  # of weights in another dtype: they are made in each call
         with aside():
             for _ in range(2):
                 function(**self.inputs)
+        torch.clear_autocast_cache()
         with record(self.graph):
             self.outputs = function(**self.inputs)
+        torch.clear_autocast_cache()
 
     def __call__(self, inputs: dict):
+        self.done.wait()  # the call before may have been on another stream
         fill(self.inputs, inputs)
         self.graph.replay()
-        return tree_map_only(Tensor, torch.clone, self.outputs)
+        outputs = tree_map_only(Tensor, torch.clone, self.outputs)
+        self.done.record()
+        return outputs
 
 
 class TrainingGraphs:
@@ -82,7 +99,8 @@ class TrainingGraphs:
         module: on a CUDA device; not one that waits for numbers from it, or keeps running statistics.
 
     Raises:
-        ValueError: an input requires a gradient; or the module is spread over processes.
+        ValueError: an input requires a gradient; or the module is spread over processes, or has no parameters
+            that do.
         RuntimeError: in a second backward of a call, or in one after the next call.
     """
 
@@ -116,6 +134,8 @@ class TrainingRecording:
         self.weights, self.calls = Weights(module), 0
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.parameters = list(named.values())
+        if not named:
+            raise ValueError("module has no parameters to train, and a recorded call is for training")
         self.inputs = {name: x.clone() if isinstance(x, Tensor) else x for name, x in inputs.items()}
         self.graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         device = self.parameters[0].device
@@ -189,24 +209,41 @@ def aside() -> Iterator[None]:
         torch.cuda.current_stream().wait_stream(stream)
 
 
+FAILED: list[torch.cuda.CUDAGraph] = []  # PyTorch's allocator (2.11) goes on asking them what is theirs
+
+
+@cache
+def recording_stream(device: int) -> torch.cuda.Stream:
+    """Of its own for every device: PyTorch's is that of the device which recorded first."""
+    return torch.cuda.Stream(device)
+
+
 @contextmanager
 def record(graph: torch.cuda.CUDAGraph, **options) -> Iterator[None]:
-    """`torch.cuda.graph`, but what other threads do meanwhile, such as pinning memory, is none of it; and
-    where it fails, stream and generator are left as they were. PyTorch's allocator (2.11) is not: it goes on
-    as in a recording, and gives less memory back.
+    """`torch.cuda.graph` on the current device, but what other threads do meanwhile, such as pinning memory,
+    is none of it; and where it fails, stream and generator are left as they were. PyTorch's allocator (2.11)
+    is not: it goes on as in a recording, and gives less memory back.
 
     Raises:
         RuntimeError: the call waits for the GPU, or does something else that cannot be recorded.
     """
+    own = dict(stream=recording_stream(torch.cuda.current_device()), capture_error_mode="thread_local")
+    fault = None  # of the call itself
     with torch.cuda.stream(torch.cuda.current_stream()):  # which `torch.cuda.graph` leaves if it fails
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local", **options):
-                yield
+            with torch.cuda.graph(graph, **own, **options):
+                try:
+                    yield
+                except BaseException as error:
+                    fault = error
+                    raise
         except torch.AcceleratorError as error:
+            FAILED.append(graph)
             # Until a recording succeeds, PyTorch's generator believes that it is being recorded (2.11).
-            again = torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local")
-            with suppress(torch.AcceleratorError), again:
+            with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), **own):
                 torch.zeros((), device="cuda")  # an empty one is warned of
+            if not (fault is None or isinstance(fault, torch.AcceleratorError)):
+                raise fault from None
             raise RuntimeError(
                 f"this call cannot be recorded as a CUDA graph: does it wait for the GPU? ({error})"
             ) from error
@@ -220,23 +257,23 @@ def is_loss(x) -> bool:
 
 
 class Weights:
-    """The parameters and buffers of a module as they are now; what is written into them changes none."""
+    """Parts, parameters and buffers of a module as they are now; what is written into them changes none."""
 
     def __init__(self, module: nn.Module):
-        self.homes = [home for part in module.modules() for home in (part._parameters, part._buffers) if home]
-        self.tensors = list(self.now())
-        self.memory = [x if x is None else x.detach() for x in self.tensors]  # which stays theirs
+        homes = ((part._modules, part._parameters, part._buffers) for part in module.modules())
+        self.homes = [home for home in chain.from_iterable(homes) if home]
+        self.before = list(self.now())
+        self.memory = [(x, x.detach()) for x in self.before if isinstance(x, Tensor)]  # which stays theirs
 
-    def now(self) -> Iterator[Tensor | None]:
+    def now(self) -> Iterator[nn.Module | Tensor | None]:
         return chain.from_iterable(map(dict.values, self.homes))
 
     def are_there(self) -> bool:
-        """Whether none has been exchanged for another tensor, as `load_state_dict(assign=True)` does, or lies
+        """Whether none has been exchanged for another, as `load_state_dict(assign=True)` does, or lies
         elsewhere, as after `to`.
         """
-        return all(map(is_, self.now(), self.tensors)) and all(
-            x is None or x.data_ptr() == memory.data_ptr()
-            for x, memory in zip(self.tensors, self.memory, strict=True)
+        return all(map(is_, self.now(), self.before)) and all(
+            x.data_ptr() == memory.data_ptr() for x, memory in self.memory
         )
 
 
@@ -264,7 +301,8 @@ def kind_of_module(module: nn.Module) -> tuple:
 def kind_of_call(inputs: dict) -> tuple:
     """What must be the same for a recording to serve."""
     autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-    return autocast, *((name, kind_of(x)) for name, x in inputs.items())
+    switches = torch.backends.cuda.matmul.fp32_precision, torch.are_deterministic_algorithms_enabled()
+    return autocast, *switches, *((name, kind_of(x)) for name, x in inputs.items())
 
 
 def kind_of(value):

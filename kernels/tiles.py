@@ -164,7 +164,7 @@ def empty_bias_slots(pair_bias, tiles, shares):
     """
     shape, slots = tuple(pair_bias.shape), 1
     matrices = shape[0] * shape[1]
-    while 2 * slots * matrices * tiles <= BIAS_PROGRAMS and 2 * slots <= shares // matrices:
+    while 2 * slots * matrices * tiles <= BIAS_PROGRAMS and 2 * slots <= shares // max(1, matrices):
         slots *= 2
     dtype = pair_bias.dtype if slots == 1 else torch.float32
     return pair_bias.new_empty((slots, *shape), dtype=dtype)

@@ -1,7 +1,10 @@
 """Fused encoders against the encoders they were made from; on a GPU, recorded calls."""
 
+import contextlib
 import copy
 import pickle
+import threading
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -12,7 +15,7 @@ from torch import nn
 from avfuse import AVEncoder, create_encoder
 from avfuse.folding import FoldedDense
 from avfuse.fusion import VARIANTS
-from avfuse.graphs import Weights
+from avfuse.graphs import CudaGraphs, Weights, record, recording_stream
 from avfuse.tasks.classifier import Classifier
 
 EXACT = 1e-12
@@ -85,6 +88,17 @@ def test_options_of_fusion(options):
     encoder, inputs = make_encoder(**options), make_inputs(3)
     for selection in selections(3).values():
         assert_same(encoder.fused()(*inputs, **selection), encoder(*inputs, **selection))
+
+
+@pytest.mark.parametrize("missing", [None, 0, 1])
+@pytest.mark.parametrize("interactions", VARIANTS)
+def test_an_empty_batch(interactions, missing):
+    encoder, inputs = make_encoder(interactions), [x[:0] for x in make_inputs()]
+    if missing is not None:
+        inputs[missing] = None
+    for ours, truth in zip(encoder.fused()(*inputs)[:3], encoder(*inputs)[:3], strict=True):
+        assert (ours is None) == (truth is None)
+        assert ours is None or ours.shape == truth.shape
 
 
 def test_transformers_of_unequal_width():
@@ -229,7 +243,134 @@ def test_a_recording_knows_when_its_weights_are_others():
     assert not weights.are_there() and (weights := Weights(fused)).are_there()
     part = fused.image.blocks[0].fc1
     part.bias = nn.Parameter(part.bias.clone(), requires_grad=False)
+    assert not weights.are_there() and (weights := Weights(fused)).are_there()
+    fused.image.blocks[1].act = nn.ReLU()
     assert not weights.are_there()
+
+
+# --- recording, with stand-ins for CUDA ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """What is recorded runs once; `cuda.device` is the current device, `cuda.recorded` lists those on which
+    something was recorded, `cuda.waited_for` the streams that others waited for, and `cuda.fault` is what the
+    end of a recording raises.
+    """
+    cuda = SimpleNamespace(device=0, recorded=[], fault=None, waited_for=[])
+
+    class Stream:
+        def __init__(self, device=None):
+            self.device = cuda.device if device is None else device
+
+        def wait_stream(self, other):
+            cuda.waited_for.append(other)
+
+    @contextlib.contextmanager
+    def on(device):
+        cuda.device, before = getattr(device, "device", device), cuda.device
+        try:
+            yield
+        finally:
+            cuda.device = before
+
+    @contextlib.contextmanager
+    def graph(graph, stream=None, **options):
+        """Without a stream, that of the device which was the first."""
+        with on(stream or (cuda.recorded or [cuda.device])[0]):
+            cuda.recorded.append(cuda.device)
+            try:
+                yield
+            finally:
+                if cuda.fault is not None:
+                    raise cuda.fault
+
+    for name, stand_in in dict(
+        Stream=Stream,
+        stream=on,
+        device=lambda device: on(cuda.device if isinstance(device, torch.device) else device),
+        graph=graph,
+        current_device=lambda: cuda.device,
+        current_stream=Stream,
+        CUDAGraph=lambda: SimpleNamespace(replay=lambda: None),
+        Event=lambda: SimpleNamespace(wait=lambda: None, record=lambda: None),
+    ).items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    recording_stream.cache_clear()
+    yield cuda
+    recording_stream.cache_clear()
+
+
+def test_each_device_records_for_itself(cuda):
+    for cuda.device in 0, 1, 0:
+        assert torch.equal(CudaGraphs(nn.Identity())(input=torch.ones(2)), torch.ones(2))
+    assert cuda.recorded == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "fault, raised, message",
+    [
+        (None, RuntimeError, "cannot be recorded as a CUDA graph"),
+        (torch.AcceleratorError("not while recording"), RuntimeError, "cannot be recorded as a CUDA graph"),
+        (torch.OutOfMemoryError("no memory"), torch.OutOfMemoryError, "no memory"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+    ],
+    ids=repr,
+)
+def test_what_ends_a_recording_is_said(cuda, fault, raised, message):
+    cuda.fault = torch.AcceleratorError("streams were not joined")
+    with pytest.raises(raised, match=message), record(None):
+        if fault is not None:
+            raise fault
+    assert len(cuda.recorded) == 2  # so that the generator is as before
+
+
+def test_streams_are_joined_where_a_call_fails(cuda, monkeypatch):
+    """PyTorch could not end the recording, and would say that instead of what went wrong."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    fused, (image, audio) = make_encoder().fused(), make_inputs()
+    beside = []
+
+    def run_out(module, inputs):
+        beside.append(fused.side)
+        raise torch.OutOfMemoryError
+
+    fused.image.blocks[1].fc1.register_forward_pre_hook(run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        fused.recorded_forward(image=image, audio=audio)
+    assert beside[0] is not None and cuda.waited_for[-1] is beside[0] and fused.side is None
+
+
+def test_threads_wait_for_one_another(cuda):
+    graphs, free = CudaGraphs(nn.Identity()), []
+    graphs(input=torch.ones(2))
+    (recording,) = graphs.recordings.values()
+
+    def ask():
+        free.append(graphs.lock.acquire(blocking=False))
+
+    def ask_from_another_thread():
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+
+    recording.graph.replay = ask_from_another_thread
+    graphs(input=torch.zeros(2))
+    assert free == [False]
+    copy.deepcopy(graphs)(input=torch.zeros(2))
+    ask_from_another_thread()
+    assert free == [False, True]
+
+
+def test_switches_of_pytorch_make_another_recording(cuda):
+    graphs, matmul = CudaGraphs(nn.Identity()), torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for matmul.fp32_precision in "ieee", "tf32", "ieee":
+            graphs(input=torch.ones(2))
+    finally:
+        matmul.fp32_precision = before
+    assert len(graphs.recordings) == 2
 
 
 # --- on a GPU -----------------------------------------------------------------------------------------------

@@ -325,6 +325,16 @@ def test_the_interpreter_cuts_operands_to_tf32():
         assert torch.equal(output, (values + 2 * values).expand(output.shape))
 
 
+@pytest.mark.parametrize("shape", [(0, 2, 5, 4), (1, 2, 5, 4), (0, 2, 5, 2), (0, 1, 1, 4)], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+def test_no_clips(backend, shape):
+    tensors = make(B=0) | dict(pair_bias=torch.randn(shape, device=DEVICE))
+    found = run(tensors, torch.randn(0, 2, 3, 7, device=DEVICE), backend=backend)
+    assert found["output"].shape == (0, 2, 3, 7)
+    for name, tensor in tensors.items():
+        assert found[name].shape == tensor.shape and not found[name].any()
+
+
 # --- compiled for GPUs that are not here --------------------------------------------------------------------
 
 

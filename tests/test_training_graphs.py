@@ -80,6 +80,11 @@ def test_which_calls_are_played(monkeypatch):
     assert played(small, small) == [2, 1]
 
 
+def test_a_module_without_anything_to_train_is_refused():
+    with pytest.raises(ValueError, match="module has no parameters to train"):
+        TrainingGraphs(torch.nn.Linear(2, 2).requires_grad_(False))(input=torch.ones(1, 2))
+
+
 def test_what_is_left_of_other_results(monkeypatch):
     """Whether a call is played or not."""
     monkeypatch.setattr(graphs, "TrainingRecording", Recorded)

@@ -82,7 +82,7 @@ def pair_marginals_backward(image_grad, audio_grad, image_logits, audio_logits, 
     grads = [image_logits_grad, audio_logits_grad]
     if bias_grad:
         grads.append(u.new_zeros(pair_bias.shape))
-        kept = "".join(letter for letter, size in zip("bhia", pair_bias.shape, strict=True) if size > 1)
+        kept = "".join(letter for letter, size in zip("bhia", pair_bias.shape, strict=True) if size != 1)
         left, right = torch.cat([ug, u], 2), torch.cat([w, wh], 2)  # (B, H, 2 F, I) and (B, H, 2 F, A)
         for i, E in products.chunks():
             of_pairs = torch.einsum(f"bhfi,bhfa->{kept}", left[..., i], right)
