@@ -8,7 +8,6 @@ if __name__ == "__main__":
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -53,10 +52,11 @@ def main(config: PredictConfig) -> int:
     model, answers, failed = model.to(device), [], 0
     encoder = getattr(model, "encoder", model)
     shown = len(config.videos) > 1 and not config.quiet
-    stems = Counter(path.stem for path in config.videos)
+    stems = [path.stem for path in config.videos]
+    numbered = len({*stems}) < len(stems)  # else two pictures might be called alike
     videos = progress_bar(config.videos, desc="predict", unit="video", shown=shown)
     for number, path in enumerate(videos, start=1):
-        name = path.stem if stems[path.stem] == 1 else f"{number}-{path.stem}"
+        name = f"{number}-{path.stem}" if numbered else path.stem
         try:
             where, missing = starts(path, encoder, config.every)
             for start in where:

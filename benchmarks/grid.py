@@ -242,7 +242,8 @@ def parts(record: dict) -> list:
         results_table(record),
         f"On {settings['test']} held-out clips, mean ± standard deviation over seeds. Linear accuracy is of "
         f"the shape that sounds, whose most frequent one gives {chance:.3f}; SDR is of clips of one object "
-        f"mixed with another, and {mixture:.1f} dB of the mixture itself; mIoU is of the classes that sound.",
+        f"mixed with another, and {mixture:.1f} dB of the mixture itself; mIoU is over the classes, "
+        "background included.",
         "The paper's claims, judged as the study judges (*yes* beyond twice the standard error of the "
         "difference; one seed has no verdict):",
         claims_table(record),

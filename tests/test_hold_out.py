@@ -140,6 +140,31 @@ def test_recordings_may_have_folders_of_their_own(seed):
         assert not {name[:5] for name in side} & {name[:5] for name in other}
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{c}/{r}/{n}" for c in "ab" for r in "xyz" for n in ("intro", "middle", "end")],
+        [f"{c}/{r}/IMG_{n:04d}" for c in "ab" for r in ("monday", "friday") for n in range(4)],
+        [f"a/1/{n:02d}" for n in range(10)]
+        + ["a/2/00", "a/2/01"]
+        + [f"b/{r}/{n}" for r in "34" for n in range(6)],
+        [f"{c}/2024/{day}/{n}" for c in "ab" for day in ("may", "june", "july") for n in "xyz"],
+    ],
+    ids=["words", "cameras", "uneven", "deeper"],
+)
+def test_a_folder_below_the_class_is_one_recording(names, seed):
+    train, test = split([f"{name}.mp4" for name in names], seed=seed)
+    folders = [{name.rpartition("/")[0] for name in side} for side in (train, test)]
+    assert train and test and not folders[0] & folders[1]
+
+
+def test_a_folder_that_holds_all_of_a_class_is_none():
+    """As in CLASS/clips/001."""
+    train, test = split([f"{c}/clips/{n}.mp4" for c in "ab" for n in range(20)])
+    assert {name[0] for name in train} == {name[0] for name in test} == {*"ab"} and len(test) == 8
+
+
 @pytest.mark.parametrize("tags", [(0, 1, 2), (1, 0), (3,)], ids=str)
 def test_several_labels_part_no_recording(tags):
     names = [f"{r}{t}x_{n}.mp4" for r in "abcde" for t in range(4) for n in range(3)]

@@ -338,12 +338,12 @@ def test_pictures_and_sounds(kind, files, tmp_path):
 
 def test_pictures_of_videos_of_one_name_are_kept_apart(files, tmp_path):
     (tmp_path / "other").mkdir()
-    other = shutil.copy(files["both"], tmp_path / "other")
+    others = [shutil.copy(files["both"], tmp_path / "other" / name) for name in ("both.mp4", "1-both.mp4")]
     make(Localizer).save_pretrained(tmp_path / "model")
-    videos = (files["both"], Path(other), files["silent"])
+    videos = (files["both"], *map(Path, others), files["silent"])
     main(PredictConfig(str(tmp_path / "model"), videos, pictures=tmp_path / "looks"))
     names = sorted(path.name for path in (tmp_path / "looks").iterdir())
-    assert names == ["1-both-1.5s.png", "2-both-1.5s.png"]
+    assert names == ["1-both-1.5s.png", "2-both-1.5s.png", "3-1-both-1.5s.png"]
 
 
 def test_where_the_picture_is_and_that_there_is_none_is_said(files, tmp_path, capsys):

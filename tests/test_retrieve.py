@@ -195,7 +195,7 @@ def test_a_folder_without_labels_shows_neighbours(folder, tmp_path, capsys):
     assert found["metrics"].keys() == {"clips"} | pairs and found["metrics"]["clips"] == 4
     said = capsys.readouterr().out
     assert "neighbours without recall, as there are no classes: --data" in said
-    assert "\n4 training clips:\n" in said and "after training" not in said  # there was none
+    assert "\n4 clips:\n" in said and "after training" not in said  # there was none
     rows = [json.loads(line) for line in (tmp_path / "run" / "neighbours.jsonl").read_text().splitlines()]
     clips = [row["clip"] for row in rows]
     assert clips == sorted(str(path) for path in (tmp_path / "clips").iterdir())

@@ -252,7 +252,9 @@ def open_window(
 def check_one_frame(image_frames: int, what: str) -> None:
     """Raises ValueError for clips of several frames, where something takes one."""
     if image_frames != 1:
-        raise ValueError(f"image_frames must be 1 for {what}, got {image_frames}")
+        raise ValueError(
+            f"image_frames must be 1 for {what}, got {image_frames}: --frames 1 takes one frame of each clip"
+        )
 
 
 def window_starts(seconds: float, length: float, every: float) -> list[float]:

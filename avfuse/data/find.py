@@ -206,7 +206,8 @@ def _hold_out(
 
 def _origins(root: Path, listing: Listing, sides: dict[str, str], data_set: str, where: str) -> Iterator[str]:
     """Where the splits of a data set come from, unless clips are held out, and its labels, if it has any."""
-    called = {s: f"{f.name}/" for s, f in folders.split_folders(root).items()} if data_set == "folder" else {}
+    parts = folders.split_folders(root).items() if data_set == "folder" else ()
+    called = {split: f"{folder.name}/" for split, folder in parts if folder != root}  # not of shards
     by_side = {side: [called.get(s, s) for s in sides if sides[s] == side] for side in ("train", "test")}
     if by_side["test"]:
         train, test = (some(names, most=9) for names in by_side.values())

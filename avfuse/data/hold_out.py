@@ -126,7 +126,13 @@ def _name(clip: Clip, base: Path) -> str:
 
 
 def _recordings(paths: list[str], classes: list[list[Hashable]]) -> list[str]:
-    """The recording that each clip is of, as far as names tell; else a name of its own."""
+    """The recording that each clip is of: its folder, where a class has several below its own; else as far as
+    names tell; else a name of its own.
+    """
+    folders, of_classes = [path.rpartition("/")[0] for path in paths], defaultdict(set)
+    for of_clip, folder in zip(classes, folders, strict=True):
+        for kind in of_clip:
+            of_classes[kind].add(folder)
     names = [
         None if CAMERA.fullmatch(path.rpartition("/")[2]) else PIECE.sub("", path) or None for path in paths
     ]
@@ -138,8 +144,12 @@ def _recordings(paths: list[str], classes: list[list[Hashable]]) -> list[str]:
         if all(alike[kind, name] > max(1, SCHEME * sizes[kind]) for kind in of_clip)
     }
     own = [f"{of_clip!r}/{path}" for of_clip, path in zip(classes, paths, strict=True)]
-    return [
+    names = [
         alone if name is None or name in schemes else name for name, alone in zip(names, own, strict=True)
+    ]
+    return [
+        f"{folder}/" if folder and any(len(of_classes[kind]) > 1 for kind in of_clip) else name
+        for name, folder, of_clip in zip(names, folders, classes, strict=True)
     ]
 
 

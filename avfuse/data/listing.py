@@ -178,7 +178,7 @@ def videos(listing: Listing) -> dict[str, Path]:
         raise ValueError(f"{folder} leads out of the data folder {listing.root}: it is not followed")
     if not folder.is_dir():
         raise ValueError(f"{folder} is not there: it should hold the clips of {listing.name}")
-    paths, listing.links, listing.unlisted, listing.passed_over = walk(folder)
+    paths, listing.links, listing.unlisted, listing.passed_over = walk(folder, root=listing.root)
     return {path.relative_to(folder).as_posix(): path for path in paths}
 
 
@@ -202,11 +202,11 @@ class Files:
 
 
 def walk(
-    folder: Path, suffixes: tuple[str, ...] = SUFFIXES
+    folder: Path, suffixes: tuple[str, ...] = SUFFIXES, root: Path | None = None
 ) -> tuple[list[Path], list[Path], list[ClipError], Counter]:
     """Videos in a folder and its sub-folders, links that lead out of it and are not followed, both sorted;
     folders that cannot be listed; and how many files have other suffixes, by suffix. Hidden files are passed
-    over, as are those that `check` writes.
+    over, as are those that `check` writes. Links to files may lead to anywhere in `root`, the data folder.
     """
     paths, links, unlisted, others = [], [], [], Counter()
 
@@ -219,7 +219,8 @@ def walk(
         videos = [name for name in files if name.lower().endswith(suffixes)]
         others.update(Path(name).suffix.lower() for name in files if not name.lower().endswith(suffixes))
         entries = {name: Path(parent, name) for name in folders + videos}
-        away = {name for name, path in entries.items() if path.is_symlink() and leads_out(path, folder)}
+        homes = dict.fromkeys(folders, folder) | dict.fromkeys(videos, root or folder)
+        away = {n for n, path in entries.items() if path.is_symlink() and leads_out(path, homes[n])}
         links += [entries[name] for name in away]
         paths += [Path(parent, name) for name in videos if name not in away]
     return sorted(paths), sorted(links), unlisted, others

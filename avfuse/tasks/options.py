@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ..choices import DataSet
 from ..command import SAID, given, read
 from ..rules import COUNT, NOT_NEGATIVE, RATE, Rule, check_rules
 from ..training.settings import DEMO_RUN, FREE, ONCE, RUN_FILES, Formerly, TaskConfig
@@ -306,6 +307,12 @@ class SceneConfig(TaskConfig):
 
     demos = {"binding": "many"}
 
+    data_set: DataSet = "auto"
+    """Leave it at auto, which tells by the files: other sets have no annotated pictures."""
+    train_split: Annotated[str, SAID] = ""
+    """The split to train on: train, which is the default."""
+    missing: Literal["drop", "keep"] = "drop"
+    """Leave it at drop: each annotated picture needs its sound."""
     modalities: Literal["both", "image"] = "both"
     """What the model gets: "image" is the control, to which every sound is silence."""
     warmup_epochs: int = 1

@@ -99,6 +99,8 @@ def untrained(found: Found, config: RetrieveConfig, say: Callable[[str], object]
     """The data without the test clips that the run behind the encoder has trained on, unless these are to
     stay, which is told.
     """
+    if found.test is found.train:
+        found = found._replace(test_name="clips")  # on which nothing is trained here
     run = begun_with(config)
     if run is None or config.data is None:
         return found

@@ -1,28 +1,58 @@
-"""Any folder of videos and sound files; `train/` and `test/` (or `eval/`, `val/`, `validation/`) inside it
-become the splits.
+"""Any folder of videos and sound files; `train/` and `test/` (or `eval/`, `val/`, `valid/`, `validation/`)
+inside it become the splits, however they are capitalized.
 """
 
+import os
+from collections.abc import Collection
 from pathlib import Path
 
+from ...files import some
 from ..listing import SOUNDS, SUFFIXES, Listing, walk
 from ..table import Clip
 
 SPLITS = ("train", "test")
-TESTS = ("test", "eval", "val", "validation")
+TESTS = ("test", "eval", "val", "valid", "validation")
 
 
 def split_folders(root: Path) -> dict[str, Path]:
     """Split -> its folder: train/ and one to test on, or train/ where there is nothing else; else all of
     `root` is to train on.
     """
-    tests = [root / name for name in TESTS if (root / name).is_dir()]
-    if not (root / "train").is_dir():
+    try:
+        with os.scandir(root) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_dir())  # of train and Train, train
+    except OSError:  # an address; of a folder that cannot be listed `walk` tells
+        return {"train": root}
+    named = {name.lower(): root / name for name in names}
+    tests = [named[name] for name in TESTS if name in named]
+    if "train" not in named:
         return {"train": root}
     if tests:
-        return {"train": root / "train", "test": tests[0]}
-    others = (path for path in root.iterdir() if path.name != "train" and path.name[0] != ".")
-    is_alone = not any(path.is_dir() or path.name.lower().endswith(SUFFIXES + SOUNDS) for path in others)
-    return {"train": root / "train" if is_alone else root}
+        return {"train": named["train"], "test": tests[0]}
+    is_alone = not any(path.is_dir() or _is_clip(path) for path in _beside(root, [named["train"]]))
+    return {"train": named["train"] if is_alone else root}
+
+
+def _beside(root: Path, folders: Collection[Path]) -> list[Path]:
+    """What else is in a folder, by name, but for what is hidden."""
+    return sorted(path for path in root.iterdir() if path not in folders and path.name[0] != ".")
+
+
+def _is_clip(path: Path) -> bool:
+    return path.name.lower().endswith(SUFFIXES + SOUNDS)
+
+
+def _unused(root: Path, folders: Collection[Path]) -> list[str]:
+    """Clips beside the folders of the splits, which are not used: a line, or none."""
+    counts = {}
+    for path in _beside(root, folders):
+        if path.is_dir() and not path.is_symlink():
+            counts[f"{path.name}/"] = len(walk(path, SUFFIXES + SOUNDS)[0])
+        elif _is_clip(path):
+            counts[path.name] = 1
+    named = [f"{name} ({count})" if count > 1 else name for name, count in counts.items() if count]
+    splits = " and ".join(f"{folder.name}/" for folder in folders)
+    return [f"clips beside {splits} are not used: {some(named)}"] if named else []
 
 
 def read(root: str | Path) -> Listing:
@@ -31,8 +61,10 @@ def read(root: str | Path) -> Listing:
     if not root.is_dir():
         raise ValueError(f"folder {root} " + ("is a file" if root.exists() else "does not exist"))
     listing = Listing(root.resolve().name, root)  # of "." and ".." too
-    for split, folder in split_folders(root).items():
-        paths, links, unlisted, passed_over = walk(folder, SUFFIXES + SOUNDS)
+    splits = split_folders(root)
+    listing.notes += _unused(root, splits.values()) if "test" in splits else []
+    for split, folder in splits.items():
+        paths, links, unlisted, passed_over = walk(folder, SUFFIXES + SOUNDS, root)
         listing.found[split] = [Clip(path) for path in paths]
         listing.expected[split] = len(paths)
         listing.links += links

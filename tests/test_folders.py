@@ -1,0 +1,52 @@
+"""Plain folders of videos: how their splits are found, and what of them is used."""
+
+from pathlib import Path
+
+import pytest
+
+from avfuse.data.sets.folders import read, split_folders
+
+
+def made(root: Path, *names: str) -> Path:
+    """A folder with empty files of these names."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def found(root: Path) -> dict[str, list[str]]:
+    listing = read(root)
+    return {split: [c.path.relative_to(root).as_posix() for c in of] for split, of in listing.found.items()}
+
+
+@pytest.mark.parametrize("train", ["train", "Train", "TRAIN"])
+@pytest.mark.parametrize("test", ["test", "Test", "eval", "val", "VAL", "valid", "Validation"])
+def test_splits_are_found_however_they_are_written(tmp_path, train, test):
+    root = made(tmp_path, f"{train}/cat/a.mp4", f"{test}/cat/b.mp4")
+    assert found(root) == {"train": [f"{train}/cat/a.mp4"], "test": [f"{test}/cat/b.mp4"]}
+
+
+def test_the_usual_way_to_write_them_comes_first(tmp_path):
+    root = made(tmp_path, "train/a.mp4", "Train/b.mp4", "val/c.mp4", "test/d.mp4")
+    assert split_folders(root) == {"train": root / "train", "test": root / "test"}
+
+
+def test_clips_beside_the_splits_are_named(tmp_path):
+    root = made(tmp_path, "train/a.mp4", "test/b.mp4", "val/c.mp4", "val/x/d.wav", "e.MP4", "runs/log.txt")
+    (root / "link").symlink_to(root / "val")
+    listing = read(root)
+    assert "clips beside train/ and test/ are not used: e.MP4, val/ (2)" in listing.summary()
+    assert found(made(tmp_path / "all", "train/a.mp4", "val/b.mp4"))["test"] == ["val/b.mp4"]
+    assert read(tmp_path / "all").notes == []
+
+
+def test_links_may_lead_to_anywhere_in_the_folder(tmp_path):
+    root = made(tmp_path / "data", "all/a.mp4", "all/b.mp4", "train/cat/.keep", "test/cat/.keep")
+    outside = made(tmp_path / "else", "c.mp4")
+    (root / "train/cat/a.mp4").symlink_to("../../all/a.mp4")
+    (root / "test/cat/b.mp4").symlink_to(root / "all/b.mp4")
+    (root / "test/cat/c.mp4").symlink_to(outside / "c.mp4")
+    (root / "test/dog").symlink_to(root / "all")  # folders are not followed
+    assert found(root) == {"train": ["train/cat/a.mp4"], "test": ["test/cat/b.mp4"]}
+    assert read(root).links == [root / "test/cat/c.mp4", root / "test/dog"]
