@@ -57,7 +57,8 @@ def export(model: AVEncoder | Classifier, path: str | Path) -> None:
     """
     path = Path(path)
     if not isinstance(model, (AVEncoder, Classifier)):
-        raise ValueError(f"model must be an AVEncoder or a Classifier, got a {type(model).__name__}")
+        holds = ", which has one as its encoder" * isinstance(getattr(model, "encoder", None), AVEncoder)
+        raise ValueError(f"model must be an AVEncoder or a Classifier, got a {type(model).__name__}{holds}")
     if path.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"path must end on .onnx or .pt2, got {str(path)!r}")
     check_target("path", path)

@@ -156,7 +156,7 @@ def test_tracing_is_refused(wrapped, tmp_path):
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="model must be an AVEncoder or a Classifier, got a AVMAE"):
+    with pytest.raises(ValueError, match="or a Classifier, got a AVMAE, which has one as its encoder"):
         avfuse.export(avfuse.AVMAE(made()), tmp_path / "a.onnx")
     with pytest.raises(ValueError, match="path .*a.pt2 cannot be written: it is a folder"):
         (tmp_path / "a.pt2").mkdir()

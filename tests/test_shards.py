@@ -102,6 +102,16 @@ def test_they_are_read_like_the_folder(folder, sharded):
             assert torch.equal(batch[name][at], truth[n][name]), (name, at)
 
 
+def test_splits_of_a_plain_folder_keep_their_names(folder, tmp_path):
+    sources, said = sorted(folder.glob("clips/*/*.mp4")), []
+    for number, source in enumerate(sources[:3]):
+        plant(source, tmp_path / "clips" / ("test", "train")[number > 0] / f"{number}.mp4")
+    check(tmp_path / "clips", **QUIET)
+    shard(tmp_path / "clips", tmp_path / "shards", **QUIET)
+    find_data(tmp_path / "shards", said.append, **QUIET)
+    assert "splits: train to train on, test to test on, by avfuse-manifest.jsonl" in said
+
+
 def test_the_shards_do_not_depend_on_workers(folder, sharded, tmp_path):
     shard(folder, tmp_path / "one", size=SMALL, **QUIET)
     assert tars(tmp_path / "one") == tars(sharded)
