@@ -3,7 +3,11 @@
 from pathlib import Path
 
 import pytest
+from videos import write_video
 
+from avfuse.data.check import check
+from avfuse.data.class_folders import with_classes
+from avfuse.data.find import find_data
 from avfuse.data.sets.folders import read, split_folders
 
 
@@ -50,3 +54,15 @@ def test_links_may_lead_to_anywhere_in_the_folder(tmp_path):
     (root / "test/dog").symlink_to(root / "all")  # folders are not followed
     assert found(root) == {"train": ["train/cat/a.mp4"], "test": ["test/cat/b.mp4"]}
     assert read(root).links == [root / "test/cat/c.mp4", root / "test/dog"]
+
+
+def test_a_manifest_of_other_splits_is_told(tmp_path):
+    quiet, said = dict(progress=False, workers=0), []
+    for name in "Train/cat/a.mp4", "Train/dog/b.mp4", "Trial/cat/c.mp4", "Trial/dog/d.mp4":
+        write_video(tmp_path / name, 1.0)
+    check(tmp_path, **quiet)
+    (tmp_path / "Test").mkdir()
+    found = find_data(tmp_path, said.append, **quiet)
+    assert "avfuse-manifest.jsonl was written when Test/ was no split" in said[0]
+    with pytest.raises(ValueError, match=r"c\.mp4 is not in .*Train: python -m avfuse\.data check .*, anew"):
+        with_classes(found, tmp_path, say=said.append)

@@ -29,7 +29,8 @@ def with_classes(
         say: which they are, and which of them cannot be learned, is told through it, line by line.
 
     Raises:
-        ValueError: a clip has a class that has no such name, or none, or the names are not those of the data.
+        ValueError: a clip has a class that has no such name, or none, or the names are not those of the data;
+            or a manifest is of other splits than the folder has now.
     """
     if found.classes:
         if names is not None and names not in found.classes.values():
@@ -37,6 +38,9 @@ def with_classes(
         return found
     splits = split_folders(folder)
     roots = splits["train"], splits.get("test", splits["train"])
+    for clips, root in zip((found.train, found.test), roots, strict=True):
+        if stray := next((clip.path for clip in clips if not clip.path.is_relative_to(root)), None):
+            raise ValueError(f"--data: {stray} is not in {root}: python -m avfuse.data check {folder}, anew")
     if names is None:
         names = tuple(sorted(p.name for p in roots[0].iterdir() if p.is_dir() and p.name[0] != "."))
         pairs = zip((found.train, found.test), roots, strict=True)

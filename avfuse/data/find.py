@@ -271,7 +271,10 @@ def _check_folder(listing: Listing, scans: dict[str, "Scan"]) -> None:
 def _stale(root: Path, listing: Manifest, data_set: str, scans: dict[str, "Scan"]) -> str:
     """What is not as the manifest has it; "" if that is not seen."""
     if data_set == "folder":
-        more = listing.unknown(folders.split_folders(root).values(), SUFFIXES + SOUNDS)
+        parts = folders.split_folders(root)
+        if parts.keys() - listing.expected.keys():
+            return f"{manifest.FILE} was written when {parts['test'].name}/ was no split"
+        more = listing.unknown(parts.values(), SUFFIXES + SOUNDS)
         if more:
             where = some([f"{count} in {folder}" for folder, count in more.items()])
             return f"{more.total()} files ({where}) are not in {manifest.FILE}"
