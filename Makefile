@@ -7,8 +7,8 @@ VENV := .venv
 MADE_FROM := $(shell cat $(VENV)/complete 2>/dev/null)
 RUN := $(VENV)/bin/python -m
 ARGS ?=
-# Of tests: one more than two cores, as some wait for what they have started. They start Python a hundred times, for
-# which bytecode is kept even where the environment says not to.
+# Of tests: one more than two cores, as some wait for what they have started. They start Python many times, for which
+# bytecode is kept even where the environment says not to.
 WORKERS ?= 3
 # Extras that the versions allow, see setup.py.
 EXTRAS = test$(if $(findstring oldest,$(CONSTRAINTS)),,,adapters,docs,eval)$(if $(findstring newest,$(CONSTRAINTS)),,,torchaudio)

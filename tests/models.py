@@ -68,3 +68,16 @@ def gradients(module: nn.Module, *losses_and_inputs) -> dict[str, torch.Tensor]:
         name: torch.zeros_like(x) if g is None else g
         for (name, x), g in zip(named.items(), grads, strict=True)
     }
+
+
+def remembered(function, key_of):
+    """The function, which is called once for all arguments of the same `key_of(*arguments)`."""
+    results = {}
+
+    def call_once(*arguments):
+        key = key_of(*arguments)
+        if key not in results:
+            results[key] = function(*arguments)
+        return results[key]
+
+    return call_once

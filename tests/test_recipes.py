@@ -10,6 +10,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from models import remembered
 
 from avfuse.data.manifest import Entry, Header, write
 from avfuse.tasks.classify import ClassifyConfig
@@ -37,20 +38,12 @@ def counted_once():
     """The models of the presets are counted in one test after the other, for a second or two each time."""
     with pytest.MonkeyPatch.context() as context:
         for counting in "step_flops", "activation_bytes":
-            context.setattr(plans, counting, remembered(getattr(plans, counting)))
+            context.setattr(plans, counting, remembered(getattr(plans, counting), key_of_count))
         yield
 
 
-def remembered(count):
-    counts = {}
-
-    def count_once(mae, *options):
-        key = json.dumps([mae.to_config(), mae.encoder.grad_checkpointing, *options])
-        if key not in counts:
-            counts[key] = count(mae, *options)
-        return counts[key]
-
-    return count_once
+def key_of_count(mae, *options):
+    return json.dumps([mae.to_config(), mae.encoder.grad_checkpointing, *options])
 
 
 @pytest.mark.parametrize(

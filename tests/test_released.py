@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import count_flops, gradients, relative_error
+from models import count_flops, gradients, relative_error, remembered
 from safetensors import safe_open
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
@@ -254,19 +254,6 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
     assert not (tmp_path / "it ran").exists()
 
 
-def made_once(make):
-    """Models of equal settings are one: to make it takes longer than to see that weights do not fit it."""
-    models = {}
-
-    def make_once(settings):
-        key = json.dumps(settings, sort_keys=True)
-        if key not in models:
-            models[key] = make(settings)
-        return models[key]
-
-    return make_once
-
-
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("damage", ["missing", "short", "doubled", "scalar"])
 def test_every_weight_is_needed_in_its_shape(name, damage, monkeypatch):
@@ -275,8 +262,9 @@ def test_every_weight_is_needed_in_its_shape(name, damage, monkeypatch):
         monkeypatch.setattr(nn.init, initialize, lambda tensor, *_, **__: tensor)
     config, weights, *_ = golden(name)
     from_deepavfusion(weights, config=config)  # is accepted as it is
+    # One model for equal settings: to make it takes longer than to see that weights do not fit it.
     for make in "make_released_encoder", "make_released_autoencoder":
-        monkeypatch.setattr(released, make, made_once(getattr(released, make)))
+        monkeypatch.setattr(released, make, remembered(getattr(released, make), json.dumps))
     accepted = []
     for key, weight in weights.items():
         changed = dict(weights)

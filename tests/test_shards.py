@@ -14,7 +14,7 @@ from dataclasses import replace
 import psutil
 import pytest
 import torch
-from trees import plant, videos, write_list
+from trees import audioset, plant, videos, write_list
 
 from avfuse.data import manifest, shards
 from avfuse.data.check import check
@@ -110,6 +110,14 @@ def test_splits_of_a_plain_folder_keep_their_names(folder, tmp_path):
     shard(tmp_path / "clips", tmp_path / "shards", **QUIET)
     find_data(tmp_path / "shards", said.append, **QUIET)
     assert "splits: train to train on, test to test on, by avfuse-manifest.jsonl" in said
+
+
+def test_splits_of_another_name_are_those_of_the_manifest(tmp_path):
+    root = audioset(tmp_path / "audioset", videos(tmp_path / "shapes", 4))
+    check(root, **QUIET)
+    shard(root, tmp_path / "shards", **QUIET)
+    plain, packed = find(root), find(tmp_path / "shards")
+    assert len(packed.train) == len(plain.train) > 0 and len(packed.test) == len(plain.test) > 0
 
 
 def test_the_shards_do_not_depend_on_workers(folder, sharded, tmp_path):
