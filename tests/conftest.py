@@ -19,10 +19,13 @@ if not torch.cuda.is_available():
     from triton.runtime import interpreter
 
 
+gc.disable()  # until all tests are collected: what is imported stays
+
+
 def pytest_collection_finish():
     """What has been imported and collected stays: it need not be looked through again and again."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
