@@ -170,7 +170,8 @@ def check_label(found: Found, label: str) -> str:
         raise ValueError(f"--label must be one of {', '.join(found.classes)}, got {label!r}")
     classes = len(found.classes[label])
     if classes < 2:
-        raise ValueError(f"--label {label}: there is nothing to tell apart, only {found.classes[label]}")
+        names = ", ".join(found.classes[label])
+        raise ValueError(f"--data has no two classes to tell apart: the label {label!r} is always {names!r}")
     for clip in chain(found.train, found.test):
         numbers = clip.labels.get(label, -1)
         if not all(0 <= n < classes for n in (numbers if isinstance(numbers, tuple) else (numbers,))):
