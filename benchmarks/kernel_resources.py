@@ -29,6 +29,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 SIZES = (  # F, K, V
     (16, 16, 16), (32, 64, 64), (16, 64, 64), (32, 16, 16), (16, 16, 64), (32, 32, 32), (16, 32, 32),
 )  # fmt: skip
+BOTH = "image", "audio"
 COLUMNS = "sm dtype B F K V options kernel REG STACK SHARED UNEVEN"
 
 
@@ -86,17 +87,19 @@ def uneven(code: str) -> int:
     return count
 
 
-def attend(dtype, B, F, N, K, V, masks=False, bias=None, blocks=None):
-    """Forward and backward on tensors without memory, of the strides that projections produce. The bias is of
-    so many clips, and of pairs of an audio token and an image token, or so many blocks of them.
+def attend(dtype, B, F, N, K, V, masks=(), bias=None, blocks=None):
+    """Forward and backward on tensors without memory, of the strides that projections produce, of which the
+    modalities in `masks` have one. The bias is of so many clips, and of pairs of an audio token and an image
+    token, or so many blocks of them.
     """
 
     def tokens(count, width):
         return torch.empty(B, count, 12, width, dtype=dtype, device="meta").transpose(1, 2)
 
     tensors = [tokens(*size) for size in ((F, K), (N, K), (N, V), (N // 2, K), (N // 2, V))]
-    mask, audio_mask = (torch.empty(B, n, dtype=torch.bool, device="meta") for n in (N, N // 2))
-    inputs = (*tensors, mask, audio_mask) if masks else (*tensors, None, None)
+    sizes = dict(image=N, audio=N // 2)
+    of_one = {name: torch.empty(B, sizes[name], dtype=torch.bool, device="meta") for name in masks}
+    inputs = *tensors, *map(of_one.get, sizes)
     if bias is None:
         pair_attention.forward(*inputs, 0.25)
         pair_attention.backward(tokens(F, V), *inputs, 0.25)
@@ -126,22 +129,24 @@ def variants(few):
     which the paper knows nothing: in float32 at widths of 64 its backward spills 8 bytes on 9.0), and one of
     frames, whole or the kept quarter of them; and norms.
     """
-    frames = dict(F=16, N=16 * 196, masks=True, bias=1, blocks=16)
+    frames = dict(F=16, N=16 * 196, masks=BOTH, bias=1, blocks=16)
     kept = dict(F=16, N=8 * 49, bias=1, blocks=8)
     for dtype in DTYPES:
         for F, K, V in SIZES[: 2 if few else None]:
-            yield dict(dtype=dtype, B=64, F=F, N=196, K=K, V=V, masks=True), "masks"
+            yield dict(dtype=dtype, B=64, F=F, N=196, K=K, V=V, masks=BOTH), "masks"
         yield dict(dtype=dtype, B=1, F=16, N=4096, K=16, V=16), "split"
         for width in (16,) if few or dtype == torch.float32 else (16, 64):
-            yield dict(dtype=dtype, B=64, F=16, N=196, K=width, V=width, masks=True, bias=1), "bias+masks"
+            yield dict(dtype=dtype, B=64, F=16, N=196, K=width, V=width, masks=BOTH, bias=1), "bias+masks"
         if not few:
             yield dict(dtype=dtype, B=64, F=16, N=196, K=32, V=32), "-"
             yield dict(dtype=dtype, B=64, F=16, N=196, K=16, V=16), "-"
             yield dict(dtype=dtype, B=64, F=16, N=196, K=16, V=16, bias=1), "bias"
             yield dict(dtype=dtype, B=1, F=16, N=784, K=16, V=16, bias=1), "bias+split"
     for dtype in DTYPES[:1] if few else (*DTYPES, torch.float16):
-        yield dict(dtype=dtype, B=2, K=16, V=16) | frames, "frames+masks"
+        yield dict(dtype=dtype, B=2, K=16, V=16) | frames | dict(masks=("audio",)), "frames+mask"
         if not few:
+            yield dict(dtype=dtype, B=2, K=16, V=16) | frames | dict(masks=("image",)), "frames+mask"
+            yield dict(dtype=dtype, B=2, K=16, V=16) | frames, "frames+masks"
             yield dict(dtype=dtype, B=64, K=16, V=16) | kept, "frames"
             yield dict(dtype=dtype, B=64, K=16, V=16) | kept | dict(F=32), "frames"
             yield dict(dtype=dtype, B=64, K=64, V=64) | frames, "frames+masks"

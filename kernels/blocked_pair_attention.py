@@ -104,22 +104,22 @@ def block_kernel(
         do = head(output_grad, output_grad_strides, b, h)
         do = load_rows(do, output_grad_strides[2], queries, queries < F, V)
     number, image_programs = tl.program_id(2), tl.cdiv(I // image_size, BLOCK_N // IMAGE_ROWS)
-    if number < image_programs:
-        side = modality(
+    if number < image_programs:  # names of its own for each: what one name holds must be of one type
+        image = modality(
             image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride,
             b, h, I,
         )  # fmt: skip
         survey_blocks(
-            q, do, side, image_logits, image_grads, number, b, h, H, queries, F, I, image_size, scale,
+            q, do, image, image_logits, image_grads, number, b, h, H, queries, F, I, image_size, scale,
             K, V, PRECISION, BLOCK_F, BLOCK_N, IMAGE_ROWS,
         )  # fmt: skip
     else:
-        side = modality(
+        audio = modality(
             audio_key, audio_value, audio_mask, audio_key_strides, audio_value_strides, audio_mask_stride,
             b, h, A,
         )  # fmt: skip
         survey_blocks(
-            q, do, side, audio_logits, audio_grads, number - image_programs, b, h, H, queries, F, A,
+            q, do, audio, audio_logits, audio_grads, number - image_programs, b, h, H, queries, F, A,
             audio_size, scale, K, V, PRECISION, BLOCK_F, BLOCK_N, AUDIO_ROWS,
         )  # fmt: skip
 

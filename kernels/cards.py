@@ -26,8 +26,8 @@ OWN = {
 
 
 def may_be_own(options) -> bool:
-    """Whether a card may have these settings: all of OWN, but not those that become wgmma on Hopper, which
-    Triton 3.6 compiled to reads outside of shared memory (README.md).
+    """Whether a card may have these settings: all of OWN, but not tiles of tokens that become wgmma on
+    Hopper, which Triton 3.6 compiled to reads outside of shared memory (README.md).
     """
     return (
         isinstance(options, dict)

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -520,6 +521,13 @@ def test_shapes_are_told_without_numbers(interaction, bias):
     tensors = {name: tensor.to("meta") for name, tensor in make(bias=bias).items()}
     output = pair_attention(**tensors, interaction=interaction)
     assert output.is_meta and output.shape == pair_attention(**make(), interaction=interaction).shape
+
+
+def test_a_fake_tensor_needs_no_gpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with FakeTensorMode():
+        tensors = {name: torch.empty(tensor.shape, device="cuda") for name, tensor in make().items()}
+        assert pair_attention(**tensors).device.type == "cuda"
 
 
 @pytest.mark.parametrize("bias", [(2, 2, 5, 4), (1, 1, 5, 1)], ids=str)

@@ -155,7 +155,7 @@ def bias_of(kind, B, H, S, T, tensors, magnitude, dtype):
 
 def masks_of(kind, B, I, A):
     """About 60 % of the tokens; with "dead", clip 0 lacks the image, clip 1 the sound, clip 2 both; with
-    "half", none of the first half of the tokens.
+    "half", none of the first half of the tokens; "image" and "audio" are of one modality alone.
     """
     if kind is None:
         return {}
@@ -165,7 +165,8 @@ def masks_of(kind, B, I, A):
         mask[:, -1] = True
     if kind == "dead":
         masks["image_mask"][[0, 2]] = masks["audio_mask"][[1, 2]] = False
-    return {name: mask.to(DEVICE) for name, mask in masks.items()}
+    kept = [f"{kind}_mask"] if kind in ("image", "audio") else masks
+    return {name: masks[name].to(DEVICE) for name in kept}
 
 
 def laid_out(tensor, layout):
@@ -276,6 +277,12 @@ def test_output_and_gradients_of_a_bias_in_blocks(monkeypatch, case):
 
 def check_blocks(monkeypatch, S, I, T, A, **case):
     check(monkeypatch, I=S * I, A=T * A, blocks=(S, T), **case)
+
+
+@pytest.mark.parametrize("masks", ["image", "audio"])
+@pytest.mark.parametrize("bias, blocks", [(None, None), ("own", None), ("own", (2, 3))])
+def test_a_mask_of_one_modality_alone(monkeypatch, masks, bias, blocks):
+    check(monkeypatch, torch.float32, 3, 8, 9, 16, 4, masks, bias, 1.0, "contiguous", 1, blocks)
 
 
 TF32_OPTIONS = {
@@ -416,10 +423,10 @@ def test_every_variant_compiles_spilling_little():
 def test_kernels_are_compiled_once_for_all_numbers_of_tokens():
     code = """
 import torch
-from kernel_resources import attend, compiled
+from kernel_resources import BOTH, attend, compiled
 
 for F, N in (16, 64), (7, 2), (1, 33):  # image tokens; audio tokens are half as many
-    kernels = compiled(90, lambda: attend(torch.bfloat16, 2, F, N, 16, 16, masks=True))
+    kernels = compiled(90, lambda: attend(torch.bfloat16, 2, F, N, 16, 16, BOTH))
     print(*(kernel.hash for _, kernel in kernels))
 """
     command = [sys.executable, "-c", code]
@@ -435,7 +442,7 @@ import torch
 from kernel_resources import attend, compiled
 
 for B, N, *bias in (1, 4096), (2, 64, 1), (2, 64, 1, 4):
-    for name, kernel in compiled(80, lambda: attend(torch.float32, B, 16, N, 16, 16, False, *bias)):
+    for name, kernel in compiled(80, lambda: attend(torch.float32, B, 16, N, 16, 16, (), *bias)):
         print(name, kernel.metadata.enable_fp_fusion)
 """
     command, env = [sys.executable, "-c", code], {**COMPILING, "TRITON_DEFAULT_FP_FUSION": "0"}

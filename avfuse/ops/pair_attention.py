@@ -387,7 +387,8 @@ def runs_kernels(device: torch.device) -> bool:
 
 @functools.cache  # asking CUDA at each call would cost as much as a launch
 def _is_capable(device: torch.device) -> bool:
-    return not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
+    is_nvidia = torch.cuda.is_available() and not torch.version.hip  # a fake tensor needs no GPU
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _xformers_limit(interaction) -> str | None:
