@@ -21,8 +21,8 @@ from .branch import (
     layers_of_blocks,
     resampled_frames,
 )
-from .checks import check_choice, check_count, check_flag, check_positive, is_number
-from .folding import FoldedBlock, FoldedDense, check_foldable, shares_norms
+from .checks import check_choice, check_count, check_flag, check_positive, check_rate, is_number
+from .folding import FoldedBlock, FoldedDense, check_foldable, refuse_hooks, shares_norms
 from .fusion import NORM_EPS, STATE, VARIANTS, Stream, Variant
 from .graphs import CudaGraphs
 from .inputs import InputSettings, middles
@@ -34,6 +34,7 @@ from .vit import (
     audio_times,
     build_vit,
     check_inputs,
+    check_rebuilt,
     check_vit,
     default_inputs,
     describe_vit,
@@ -42,8 +43,7 @@ from .vit import (
     per_clip,
     per_frame,
     run_jointly,
-    take_context,
-    without_head,
+    take_over,
 )
 
 FEATURES = ("image", "audio", "fusion")
@@ -143,13 +143,15 @@ class AVEncoder(nn.Module, Predictor, Pretrained):
         num_heads = image.blocks[0].attn.num_heads if num_heads is None else num_heads
         check_count("num_heads", num_heads)
         norm_eps = image.blocks[0].norm1.eps if norm_eps is None else norm_eps
-        check_positive("norm_eps", norm_eps)
         counts = fusion_tokens, image_aggregation_tokens, audio_aggregation_tokens
-        for name, count in zip(STATE, counts, strict=True):
+        counts = dict(zip(STATE, counts, strict=True))
+        for name, count in counts.items():
             check_count(name, count)
-        self.image, self.audio = without_head(image), without_head(audio)
-        take_context(image)
-        take_context(audio)
+        for name, number in ("attn_ratio", attn_ratio), ("mlp_ratio", mlp_ratio), ("norm_eps", norm_eps):
+            check_positive(name, number)
+        for name, rate in ("drop", drop), ("drop_path", drop_path):
+            check_rate(name, rate)
+        self.image, self.audio = image, audio
         self.block_layers = layers_of_blocks(len(image.blocks), len(audio.blocks), block_layers)
         self.embed_dim, self.depth = image.embed_dim, max(len(image.blocks), len(audio.blocks))
         self.num_fusion_tokens = fusion_tokens
@@ -166,9 +168,7 @@ class AVEncoder(nn.Module, Predictor, Pretrained):
         self.settings = dict(
             interactions=interactions,
             fusion_layers=list(self.fusion_layers) or "none",
-            fusion_tokens=fusion_tokens,
-            image_aggregation_tokens=image_aggregation_tokens,
-            audio_aggregation_tokens=audio_aggregation_tokens,
+            **counts,
             num_heads=num_heads,
             attn_ratio=attn_ratio,
             mlp_ratio=mlp_ratio,
@@ -180,6 +180,8 @@ class AVEncoder(nn.Module, Predictor, Pretrained):
             block_layers=None if block_layers is None else list(block_layers),
         )
         self.add_fusion(time_peak)
+        for vit in image, audio:  # last: what is refused stays as it was
+            take_over(vit)
 
     def check_variant(self, interactions: str, pair_bias: bool | str, image_dim: int, audio_dim: int) -> None:
         """Raises ValueError where this way to fuse is unknown, or cannot do what is asked of it."""
@@ -347,7 +349,20 @@ class AVEncoder(nn.Module, Predictor, Pretrained):
             audio = Branch.embed(self.audio, audio, audio_selection, self.block_layers["audio"])
         if self.settings["pair_bias"] == "time":
             image, audio = self.timed(image, audio)
+        elif self.settings["pair_bias"]:
+            self.check_sizes()
         return image, audio, fusion
+
+    def check_sizes(self) -> None:
+        """Raises ValueError where a transformer was given another input size, which its encoder has not."""
+        check_inputs(self.given_inputs, self.image, self.audio, self.frames)
+        places = tuple(vit.patch_embed.num_patches for vit in (self.image, self.audio))
+        tables = (p for name, p in self.fusion_blocks.named_parameters() if name.endswith("pair_bias"))
+        table = next(tables, None)  # all are alike
+        if table is not None and table.shape[1:] != places:
+            raise ValueError(
+                f"pair_bias is of {tuple(table.shape[1:])} positions, while image and audio have {places}"
+            )
 
     def timed(self, image: Branch | None, audio: Branch | None):
         """Both branches with their times, in seconds from the start of the window; not in half precision."""
@@ -549,7 +564,15 @@ class AVEncoder(nn.Module, Predictor, Pretrained):
             weights |= {} if frames == 1 else dict(frame_embed=resampled_frames(embed, frames))
         copied.load_state_dict(copied.state_dict() | weights)
         copied.favour_together(time_peak)
-        return copied.train(self.training)
+        check_rebuilt(copied, self)
+        refuse_hooks(self, "a copy")
+        copied.grad_checkpointing = self.grad_checkpointing
+        parts, own = dict(self.named_modules()), dict(self.named_parameters())
+        for name, part in copied.named_modules():
+            part.training = parts.get(name, self).training
+        for name, parameter in copied.named_parameters():
+            parameter.requires_grad_(name not in own or own[name].requires_grad)
+        return copied
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every block in the backward instead of storing its activations."""
@@ -569,6 +592,7 @@ class AVEncoder(nn.Module, Predictor, Pretrained):
 
     def to_config(self) -> dict:
         """What config.json holds."""
+        self.check_sizes()
         return dict(
             image=describe_vit(self.image),
             audio=describe_vit(self.audio),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .encoder import AVEncoder
 from .files import aside, check_target
+from .predictor import evaluating
 from .tasks.classifier import Classifier
 
 ONE_FILE = 2**30  # bytes of weights: protobuf has no file of 2 GiB
@@ -72,13 +73,9 @@ def export(model: AVEncoder | Classifier, path: str | Path) -> None:
     )
     # The graph of a single clip would be for single clips.
     clips = {name: encoder.fusion_tokens.new_zeros(3, *shape) for name, shape in encoder.input_shapes.items()}
-    training = model.training
-    try:
-        module.eval()  # and the model in it
+    with evaluating(module):  # and the model in it
         write = write_onnx if path.suffix == ".onnx" else write_program
         write(module, clips, path, about)
-    finally:
-        model.train(training)
 
 
 @torch.no_grad()

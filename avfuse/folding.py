@@ -14,13 +14,19 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Block
+from timm.layers import Mlp
+from timm.models.vision_transformer import Block, LayerScale
 from torch import Tensor, nn
 
 from .checks import has_hooks, is_plain
 from .fusion import DenseFusion, Stream
 from .ops.residual_norm import is_layer_norm, residual_norm
-from .vit import Heads, split_heads
+from .vit import DROPPING, Heads, check_blocks, split_heads
+
+PARTS = (  # of a block, which a folded one does not call
+    "norm1 norm2 ls1 ls2 drop_path1 drop_path2 attn.qkv attn.proj attn.proj_drop mlp.fc1 mlp.fc2 mlp.drop1"
+    " mlp.drop2".split()
+)
 
 
 class FoldedBlock(nn.Module):
@@ -164,19 +170,31 @@ def made_linear(weight: Tensor, bias: Tensor | None, like: Tensor) -> nn.Linear:
 
 def check_foldable(encoder: nn.Module) -> None:
     """Folding would lose what hooks, adapters and quantized weights do, and knows one kind of norm."""
-    for name, module in encoder.named_modules():
-        if has_hooks(module):
-            raise ValueError(f"{name or 'the encoder'} has hooks, which a fused encoder would not run")
+    refuse_hooks(encoder, "a fused encoder")
     for vit in "image", "audio":
+        check_blocks(vit, getattr(encoder, vit))
         for index, block in enumerate(getattr(encoder, vit).blocks):
-            norms, linears = ("norm1", "norm2"), ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-            for part in (*norms, *linears):
+            for part in PARTS:
                 module = block.get_submodule(part)
-                if not (is_layer_norm(module) if part in norms else is_plain(module)):
+                if not is_foldable(part, module):
                     raise ValueError(
                         f"{vit}.blocks[{index}].{part} is a {type(module).__name__} that cannot be folded:"
-                        " only plain LayerNorm and Linear can"
+                        " only plain LayerNorm and Linear can, and what timm has around them"
                     )
+
+
+def is_foldable(part: str, module: nn.Module) -> bool:
+    if "norm" in part:
+        return is_layer_norm(module)
+    if "ls" in part:
+        return type(module) in (nn.Identity, LayerScale)
+    return type(module) in DROPPING if "drop" in part else is_plain(module)
+
+
+def refuse_hooks(encoder: nn.Module, whose: str) -> None:
+    for name, module in encoder.named_modules():
+        if has_hooks(module):
+            raise ValueError(f"{name or 'the encoder'} has hooks, which {whose} would not run")
 
 
 def shares_norms(dense: nn.Module | None, image: Block, audio: Block) -> bool:
@@ -184,6 +202,8 @@ def shares_norms(dense: nn.Module | None, image: Block, audio: Block) -> bool:
     if type(dense) is not DenseFusion:
         return False
     norms = dense.norm_image, dense.norm_audio, dense.norm_fusion, dense.norm_mlp
+    if type(dense.mlp) is not Mlp or not {type(dense.drop), type(dense.drop_path)} <= {*DROPPING}:
+        return False
     linears = dense.image_key_value, dense.audio_key_value, dense.query, dense.mlp.fc1
     return (
         all(map(is_layer_norm, norms))

@@ -1,12 +1,26 @@
 """What every model has: `predict`, its answer for one window of a file."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .data.clips import read_clip
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode while this lasts; then each part trains again, or does not, as before."""
+    before = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training
 
 
 class Predictor:
@@ -26,17 +40,16 @@ class Predictor:
         Raises:
             ValueError: the file cannot be read, lacks what the model needs, or `start` is not within it.
         """
-        training, encoder = self.training, getattr(self, "encoder", self)
+        encoder = getattr(self, "encoder", self)
         device = encoder.fusion_tokens.device
         image, audio = read_clip(path, encoder.inputs, start=start)
         try:
-            return self.eval().predicted(
-                None if image is None else image.to(device), None if audio is None else audio.to(device)
-            )
+            with evaluating(self):
+                return self.predicted(
+                    None if image is None else image.to(device), None if audio is None else audio.to(device)
+                )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        finally:
-            self.train(training)
 
     def predicted(self, image: Tensor | None, audio: Tensor | None) -> dict[str, Any]:
         """The answer for one clip, a batch of one; None is a modality that it lacks."""

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from .files import printable, write_json
 from .model_card import check_facts, check_origins, licence_of, model_card
+from .vit import check_rebuilt
 from .weight_files import check_tensors, misfits, read_safetensors, write_safetensors
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")  # of files with weights
@@ -135,15 +136,30 @@ class Pretrained(ModelHubMixin, library_name="avfuse"):
             group["params"].append(parameter)
         return [groups[key] for key in sorted(groups)]
 
-    def _save_pretrained(self, save_directory: Path) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *, repo_id=None, push_to_hub=False, **options
+    ) -> str | None:
+        """Writes model.safetensors, config.json and the model card (README.md) into a folder, and with
+        `push_to_hub` publishes them as `repo_id`, by default the name of the folder; the options are those of
+        `push_to_hub`. A model that cannot be saved leaves what is in the folder as it was.
+        """
         config = {"library": "avfuse", "class": _saved_as(type(self)), "model": self.to_config()}
         config |= {"facts": self.facts} if self.facts else {}
+        config = json.loads(json.dumps(config, default=lambda number: number.item()))  # those of NumPy
+        with torch.device("meta"):
+            rebuilt = type(self).from_config(config["model"])
+        check_rebuilt(rebuilt, self)
+        if shapes(rebuilt) != shapes(self):
+            raise ValueError("this model has parts that config.json cannot describe")
         card = self.generate_model_card()
         licence = licence_of(self.facts or {}, self._origins())
         metadata = {"format": "pt"} | ({"licence": licence} if licence else {})
-        write_safetensors(save_directory / WEIGHTS, self.state_dict(), metadata)
-        write_json(save_directory / CONFIG, config)
-        card.save(save_directory / CARD)  # that of these weights, in the place of an older one
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_safetensors(folder / WEIGHTS, self.state_dict(), metadata)
+        write_json(folder / CONFIG, config)
+        card.save(folder / CARD)  # that of these weights, in the place of an older one
+        return self.push_to_hub(repo_id or folder.name, **options) if push_to_hub else None
 
     def generate_model_card(self, *_, **__):
         """The `huggingface_hub.ModelCard` that is saved with the weights, and pushed."""
@@ -274,9 +290,19 @@ def check_fit(module: nn.Module, weights: dict[str, Tensor]) -> None:
         raise ValueError(f"the weights do not fit a {type(module).__name__}: {faults}")
 
 
+def shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+
+
+def check_has_memory(module: nn.Module) -> None:
+    if any(place.is_meta for place in module.state_dict().values()):
+        raise ValueError(f"a {type(module).__name__} on the meta device has no memory for weights")
+
+
 def load_strictly(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     """The module with exactly these weights, none missing and none left over, in eval mode."""
     check_fit(module, weights)
+    check_has_memory(module)
     module.load_state_dict(weights, strict=True)
     return module.eval()
 

@@ -5,11 +5,22 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import GELU, Attention, GELUTanh, LayerNorm, Mlp, PatchEmbed, QuickGELU, RmsNorm
+from timm.layers import (
+    GELU,
+    Attention,
+    DropPath,
+    GELUTanh,
+    LayerNorm,
+    Mlp,
+    PatchDropout,
+    PatchEmbed,
+    QuickGELU,
+    RmsNorm,
+)
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from .checks import check_count, check_flag, check_positive, check_rate, is_plain
+from .checks import check_count, check_flag, check_positive, check_rate, has_hooks, is_plain
 from .inputs import InputSettings, middles
 from .ops.residual_norm import normed, sum_and_norm
 
@@ -21,6 +32,7 @@ ACTIVATIONS = {
     "SiLU": (nn.SiLU,),
     "ReLU": (nn.ReLU,),
 }
+DROPPING = nn.Identity, nn.Dropout, PatchDropout, DropPath  # in training alone
 LAYERS = 10_000  # of a transformer at most: timm lists a rate for each before it makes the first
 FLAGS = tuple(  # of a description
     "qkv_bias qk_norm scale_attn_norm scale_mlp_norm proj_bias class_token no_embed_class pre_norm"
@@ -153,7 +165,9 @@ class ContextBlock(Block):
             return super().forward(tokens, attn_mask, **options)
         if projected is not None:
             union = tokens
-        elif torch.is_grad_enabled():  # one norm and one product: few kept tokens, and half of the launches
+        elif torch.is_grad_enabled() or has_hooks(self.norm1) or not is_standard(self.attn):
+            # One norm and one product: few kept tokens, and half of the launches. And what hooks and adapters
+            # see is the same in training and after.
             tokens, union = sum_and_norm(self.norm1, tokens, context=context)
             context = context.shape[1]
         else:  # no queries of the context
@@ -166,8 +180,10 @@ class ContextBlock(Block):
         """Own queries, keys and values.
 
         Raises:
-            ValueError: a hook wants to see the tokens before, which are read here already.
+            ValueError: a hook or an adapter wants to see the tokens before, which are read here already.
         """
+        if type(self.attn) is not ContextAttention:
+            raise ValueError(f"joint attention cannot run a {type(self.attn).__name__} in the place of attn")
         for part in self, self.attn:
             # Where all modules have hooks, those of norm1 run.
             if part._forward_pre_hooks and not self.norm1._forward_pre_hooks:
@@ -176,6 +192,11 @@ class ContextBlock(Block):
                     " parts, such as norm1 or attn.qkv"
                 )
         return self.attn.project(normed(self.norm1, tokens), 0)
+
+
+def is_standard(attn: nn.Module) -> bool:
+    """Whether attention is that of timm, and nothing around it."""
+    return type(attn) is ContextAttention and not has_hooks(attn)
 
 
 def run_jointly(
@@ -223,12 +244,6 @@ def joint_heads(
         Heads(image.query, key[:, :, :end], value[:, :, :end]),
         Heads(audio.query, key[:, :, image_prefix:], value[:, :, image_prefix:]),
     )
-
-
-def take_context(vit: VisionTransformer) -> None:
-    """Lets the blocks take context tokens. They stay the modules they are, with their weights and hooks."""
-    for block in vit.blocks:
-        block.__class__, block.attn.__class__ = ContextBlock, ContextAttention
 
 
 def input_shape(vit: VisionTransformer) -> tuple[int, int, int]:
@@ -294,16 +309,7 @@ def check_vit(name: str, vit: VisionTransformer, channels: int) -> None:
             f"{name} must be a timm VisionTransformer, got {type(vit).__name__}; tokens of other models can "
             "be fused by a layer, avfuse.DenseFusion(dim, num_heads, image_dim=..., audio_dim=...)"
         )
-    for index, block in enumerate(vit.blocks):
-        attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
-        for part, *standard in (block, Block, ContextBlock), (attn, Attention, ContextAttention), (mlp, Mlp):
-            if type(part) not in standard:
-                raise ValueError(
-                    f"{name} must have standard timm blocks; blocks[{index}] holds a {type(part).__name__} "
-                    f"where a {standard[0].__name__} belongs"
-                )
-        if getattr(block.attn, "gate", None) is not None:  # older versions of timm have none
-            raise ValueError(f"{name} must have standard attention; that of blocks[{index}] is gated")
+    check_blocks(name, vit)
     if type(vit.patch_embed) is not PatchEmbed or vit.dynamic_img_size:
         raise ValueError(f"{name} must embed patches by timm's PatchEmbed with a fixed img_size")
     if input_shape(vit)[0] != channels:
@@ -314,15 +320,31 @@ def check_vit(name: str, vit: VisionTransformer, channels: int) -> None:
         )
 
 
-def without_head(vit: VisionTransformer) -> VisionTransformer:
-    """Removes pooling and classifier, which the encoder never calls (unused parameters break distributed
+def check_blocks(name: str, vit: VisionTransformer) -> None:
+    """ValueError where a part of a block is another than timm's, or wrapped."""
+    for index, block in enumerate(vit.blocks):
+        attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
+        for part, *standard in (block, Block, ContextBlock), (attn, Attention, ContextAttention), (mlp, Mlp):
+            if type(part) not in standard:
+                raise ValueError(
+                    f"{name} must have standard timm blocks; blocks[{index}] holds a {type(part).__name__} "
+                    f"where a {standard[0].__name__} belongs"
+                )
+        if getattr(block.attn, "gate", None) is not None:  # older versions of timm have none
+            raise ValueError(f"{name} must have standard attention; that of blocks[{index}] is gated")
+
+
+def take_over(vit: VisionTransformer) -> None:
+    """Lets the blocks take context tokens; they stay the modules they are, with their weights and hooks.
+    Removes pooling and classifier, which the encoder never calls (unused parameters break distributed
     training). Average-pooling models keep their last norm behind the pool: it becomes that of the tokens.
     """
+    for block in vit.blocks:
+        block.__class__, block.attn.__class__ = ContextBlock, ContextAttention
     if isinstance(vit.norm, nn.Identity):
         vit.norm = vit.fc_norm
     vit.head, vit.fc_norm, vit.attn_pool = nn.Identity(), nn.Identity(), None
     vit.num_classes, vit.global_pool = 0, ""
-    return vit
 
 
 def describe_vit(vit: VisionTransformer) -> dict:
@@ -331,8 +353,9 @@ def describe_vit(vit: VisionTransformer) -> dict:
     Raises:
         ValueError: the model has a part that they cannot express.
     """
+    check_blocks("what config.json describes", vit)
     block = vit.blocks[0]
-    description = dict(
+    return dict(
         img_size=list(vit.patch_embed.img_size),
         patch_size=list(vit.patch_embed.patch_size),
         in_chans=vit.patch_embed.proj.in_channels,
@@ -360,12 +383,6 @@ def describe_vit(vit: VisionTransformer) -> dict:
         norm_eps=block.norm1.eps,
         act_layer=_name_of(block.mlp.act, ACTIVATIONS, "act_layer"),
     )
-    rebuilt = {
-        key: tensor.shape for key, tensor in build_vit(description, device="meta").state_dict().items()
-    }
-    if rebuilt != {key: tensor.shape for key, tensor in vit.state_dict().items()}:
-        raise ValueError("this VisionTransformer has parts that config.json cannot describe")
-    return description
 
 
 def build_vit(description: dict, device: str | None = None) -> VisionTransformer:
@@ -389,6 +406,29 @@ def build_vit(description: dict, device: str | None = None) -> VisionTransformer
     on_meta = torch.device(device or torch.get_default_device()).type == "meta"
     init = "skip" if on_meta else ""  # to draw no numbers takes Python longer than to draw them
     return VisionTransformer(**arguments, num_classes=0, global_pool="", weight_init=init, device=device)
+
+
+def check_rebuilt(rebuilt: nn.Module, model: nn.Module) -> None:
+    """ValueError unless every part of a model is in what was rebuilt from its description: names and shapes
+    of weights do not tell one activation from another, or a subclass that computes something else.
+    """
+    parts = dict(rebuilt.named_modules())
+    for name, part in model.named_modules():
+        if name and (name not in parts or kind_of(parts[name]) != kind_of(part)):
+            raise ValueError(f"{name}, a {type(part).__name__}, is none that config.json can describe")
+
+
+def kind_of(part: nn.Module) -> tuple:
+    """What a part computes, as far as it is not in its weights. Several classes are one kind."""
+    kinds = (
+        *NORMS.values(),
+        *ACTIVATIONS.values(),
+        DROPPING,
+        (Block, ContextBlock),
+        (Attention, ContextAttention),
+    )
+    kind = next((kind for kind in kinds if type(part) in kind), type(part))
+    return kind, getattr(part, "eps", None), getattr(part, "approximate", "none")
 
 
 def ratio_of(width: int, dim: int) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .checks import check_choice, check_size
 from .files import printable
 from .model_card import UNKNOWN, strictest
-from .pretrained import CONFIG, WEIGHTS
+from .pretrained import CONFIG, WEIGHTS, check_has_memory
 from .weight_files import StateDict, misfits, read_metadata, read_pth, read_safetensors, state_dict
 
 AXES = ("frequency-time", "time-frequency")
@@ -202,6 +202,7 @@ def transformer_of(model: nn.Module, branch: str) -> VisionTransformer:
     if not isinstance(vit, VisionTransformer):
         kind = type(model).__name__
         raise ValueError(f"model must have an encoder or be a timm VisionTransformer, got {kind}")
+    check_has_memory(vit)
     return vit
 
 

@@ -523,6 +523,21 @@ def test_shapes_are_told_without_numbers(interaction, bias):
     assert output.is_meta and output.shape == pair_attention(**make(), interaction=interaction).shape
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("interaction", ["additive", "bilinear"])
+@pytest.mark.parametrize("bias", [None, (5, 4)], ids=["no bias", "bias"])
+def test_what_stands_for_a_dead_modality_is_not_looked_at(bias, interaction, backend):
+    tensors, options = make(bias=bias), dict(audio_mask=mask_of(2, 4, dead=[1]), interaction=interaction)
+    truth = run(tensors, **options)
+    for name in "audio_key", "audio_value":
+        tensors[name] = tensors[name].detach().clone()
+        tensors[name][1] = math.nan
+    for name, tensor in run(tensors, backend=backend, **options).items():
+        torch.testing.assert_close(tensor, truth[name], rtol=1e-10, atol=1e-12)
+    keys = {name: tensor for name, tensor in tensors.items() if not name.endswith("value")}
+    assert all(weights.isfinite().all() for weights in pair_attention_weights(**keys, **options))
+
+
 def test_a_fake_tensor_needs_no_gpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with FakeTensorMode():

@@ -129,7 +129,10 @@ def test_timm_models_can_be_described(name):
 
 def test_what_config_json_cannot_describe_is_refused(tmp_path):
     for options, message in (
-        (dict(embed_norm_layer=nn.LayerNorm), "parts that config.json cannot describe"),
+        (
+            dict(embed_norm_layer=nn.LayerNorm),
+            "patch_embed.norm, a LayerNorm, is none that config.json can",
+        ),
         (dict(act_layer=nn.Tanh), "act_layer: a Tanh cannot be described"),
         (dict(act_layer=lambda: nn.GELU(approximate="tanh")), "act_layer: a GELU cannot be described"),
     ):

@@ -189,8 +189,9 @@ def pair_weights(
     """`pair_attention_weights` of what has been checked."""
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     weights = _bilinear_weights if interaction == "bilinear" else _additive_weights
+    sides = _without_dead(image), _without_dead(audio)
     with without_autocast(query.device):
-        image_weights, audio_weights = weights(query, image, audio, _four_dimensional(pair_bias), scale)
+        image_weights, audio_weights = weights(query, *sides, _four_dimensional(pair_bias), scale)
         return image_weights.to(query.dtype), audio_weights.to(query.dtype)
 
 
@@ -198,6 +199,7 @@ def pair_weights(
 
 
 def _torch(query, image, audio, pair_bias, scale, interaction):
+    image, audio = _without_dead(image), _without_dead(audio)
     if interaction == "bilinear":
         return _bilinear(query, image, audio, pair_bias, scale)
     if pair_bias is None:
@@ -382,13 +384,15 @@ def _triton_limit(query, value, interaction) -> str | None:
 @torch.compiler.assume_constant_result
 def runs_kernels(device: torch.device) -> bool:
     """Whether this CUDA device is one the kernels are made for."""
-    return _is_capable(device)
+    try:
+        return _is_capable(device)
+    except (RuntimeError, AssertionError):  # a fake tensor, on a GPU that is not there
+        return False
 
 
 @functools.cache  # asking CUDA at each call would cost as much as a launch
 def _is_capable(device: torch.device) -> bool:
-    is_nvidia = torch.cuda.is_available() and not torch.version.hip  # a fake tensor needs no GPU
-    return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
+    return not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _xformers_limit(interaction) -> str | None:
@@ -410,6 +414,13 @@ def _alive(mask):
 def _attended(mask):
     """The mask as attention takes it, (B, 1, 1, N); where it leaves nothing, it leaves all."""
     return mask[:, None, None] | ~_alive(mask)
+
+
+def _without_dead(side: Side) -> Side:
+    """Zeros in the place of a modality without any token left: what a clip lacks may hold NaN."""
+    alive = _alive(side.mask)
+    key, value = (None if x is None else _zero_where_dead(x, alive) for x in side[:2])
+    return Side(key, value, side.mask)
 
 
 def _zero_where_dead(tensor, alive):
