@@ -139,7 +139,9 @@ class Pretraining(JudgedTask):
                 columns[f"{name}_{kind}"] = torch.stack([model.loss(name, *clip, None) for clip in clips])
         present = [inputs.get(name) for name in PRESENT]
         pooled = pool(encode(model.encoder, inputs["image"], inputs["audio"], *present))
-        columns |= {name: mean.float() for name, mean in pooled.items()}
+        for name, mean in pooled.items():  # image tokens tell nothing of a picture that is not there
+            there = batch.get(f"{name}_present", torch.ones(len(mean), dtype=torch.bool))
+            columns[name] = mean.float() * there.to(mean.device)[:, None]
         if self.sources:
             columns |= self.looks(model.encoder, inputs, batch["index"])
         return to_rows(columns)

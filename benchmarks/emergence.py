@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from pages import CellOptions, Page, by_seed
 from plots import BLUE, GREEN, GREY, ORANGE
-from study import FEATURES, Scenes, difference, mean_cell, over_scenes
+from study import FEATURES, VERDICT, Scenes, difference, mean_cell, over_scenes
 from tables import origin
 from torch import Tensor
 
@@ -199,8 +199,7 @@ def parts(record: dict) -> list:
         f"Share of {settings['test']:,} held-out scenes whose nearest neighbour by the cosine of mean tokens "
         f"has the same label, after {settings['steps']:,} steps of pretraining on {settings['train']:,} "
         "scenes without labels; mean ± standard deviation over seeds.",
-        "Do fusion tokens lead? Judged as the study judges (*yes* beyond twice the standard error of the "
-        "difference):",
+        f"Do fusion tokens lead? Difference of the means ± its standard error, {VERDICT}:",
         claims_table(record),
         origin(record),
     ]

@@ -21,6 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from study import (
     KEYS,
     STARTS,
+    VERDICT,
     Namer,
     difference,
     draw_chances,
@@ -144,8 +145,7 @@ def parts(record: dict) -> list:
         f"Accuracy on {settings['test']:,} scenes, mean ± standard deviation over seeds, after "
         f"{settings['pretraining_steps']:,} steps of pretraining on {settings['train']:,} scenes without "
         f"labels and {settings['steps']} of fine-tuning. A probe from scratch is one of random weights. "
-        "Gain: difference of the means ± its standard error, *yes* beyond twice that, *no, the reverse* as "
-        "far below, else *within the spread*.",
+        f"Gain: difference of the means ± its standard error, {VERDICT}.",
         "![Accuracy with few labels](../docs/few-labels.png)",
         origin(record),
     ]

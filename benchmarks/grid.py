@@ -10,13 +10,14 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Literal, NamedTuple
 
 import measure
 import torch
 from measure import ROOT
 from pages import CellOptions, Page, by_seed
-from study import DEPTH, DIM, difference, make_encoder, mean_cell
+from study import DEPTH, DIM, VERDICT, difference, make_encoder, mean_cell
 from tables import MISSING, origin
 
 from avfuse.data import sounding_shapes
@@ -237,15 +238,15 @@ def claims_table(record: dict) -> list[tuple]:
 def parts(record: dict) -> list:
     """What the page says."""
     settings, cells = record["settings"], record["cells"]
-    chance, mixture = (cells[0][name] for name in ("chance", "mixture_sdr"))
+    chance, mixture = (fmean(cell[name] for cell in cells) for name in ("chance", "mixture_sdr"))
     return [
         results_table(record),
         f"On {settings['test']} held-out clips, mean ± standard deviation over seeds. Linear accuracy is of "
         f"the shape that sounds, whose most frequent one gives {chance:.3f}; SDR is of clips of one object "
         f"mixed with another, and {mixture:.1f} dB of the mixture itself; mIoU is over the classes, "
         "background included.",
-        "The paper's claims, judged as the study judges (*yes* beyond twice the standard error of the "
-        "difference; one seed has no verdict):",
+        f"The paper's claims: difference of the means ± its standard error, {VERDICT} (one seed has no "
+        "verdict):",
         claims_table(record),
         f"{len(cells)} cells of {sum(cell['seconds'] for cell in cells) / len(cells) / 60:.1f} minutes each. "
         + origin(record),

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from measure import ROOT
 from pages import CellOptions, Page, by_seed, processes
 from plots import BLUE, GREY, ORANGE
+from scipy.stats import t as student
 from tables import origin
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
@@ -36,6 +37,10 @@ from avfuse.vit import plain_vit
 
 DIM, DEPTH, HEADS, PATCH = 64, 4, 2, 16
 FEATURES = ("image", "audio", "fusion")
+VERDICT = (  # of `difference`
+    "*yes* where its 95 % interval over seeds (Welch's t) lies above zero, *no, the reverse* where it lies "
+    "below, else *within the spread*; what other clips than these would change is not in it"
+)
 STORED = ("image", "audio", "shape", "colour", "shown")  # of a scene
 
 
@@ -376,14 +381,18 @@ def mean_cell(values: list[float] | None) -> str:
 
 
 def difference(first: list[float] | None, second: list[float] | None) -> str:
-    """Difference of means ± its standard error (Welch), and whether it is more than twice that."""
+    """Difference of means ± its standard error, and whether its 95 % interval (Welch) leaves out zero."""
     if not first or not second:
         return ""
     by = statistics.mean(first) - statistics.mean(second)
     if min(len(first), len(second)) < 2:
         return f"{by:+.3f} (one seed)"
-    error = math.sqrt(sum(statistics.variance(values) / len(values) for values in (first, second)))
-    verdict = "yes" if by > 2 * error else "no, the reverse" if by < -2 * error else "within the spread"
+    squares = [(statistics.variance(values) / len(values), len(values) - 1) for values in (first, second)]
+    square = sum(square for square, _ in squares)
+    freedom = square**2 / sum(own**2 / count for own, count in squares) if square else 1
+    error = math.sqrt(square)
+    limit = student.ppf(0.975, freedom) * error  # of few seeds far above 2 errors
+    verdict = "yes" if by > limit else "no, the reverse" if by < -limit else "within the spread"
     return f"{by:+.3f} ± {error:.3f}: {verdict}"
 
 
@@ -394,8 +403,7 @@ def parts(record: dict) -> list:
         accuracy_table(record),
         f"Accuracy of the colour after {record['settings']['steps']:,} steps, mean ± standard deviation over "
         f"seeds. Chance is {sound:.3f} for the sound alone, {image:.3f} for the image alone. Gain: "
-        "difference of the means ± its standard error, *yes* beyond twice that, *no, the reverse* as far "
-        "below, else *within the spread*.",
+        f"difference of the means ± its standard error, {VERDICT}.",
         "The claims, judged in the same way:",
         claims_table(record),
         "![Accuracy by way to fuse](../docs/study.png)",

@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from pages import CellOptions, Page, by_seed
 from plots import BLUE, GREEN, GREY, ORANGE
-from study import Row, Scenes, difference, draw_seeds, fit, mean_cell, name_rows, over_scenes
+from study import VERDICT, Row, Scenes, difference, draw_seeds, fit, mean_cell, name_rows, over_scenes
 from tables import origin
 from torch.nn.functional import cross_entropy
 
@@ -191,7 +191,7 @@ def parts(record: dict) -> list:
         f"Accuracy of the colour of what sounds after {settings['steps']:,} steps, mean ± standard deviation "
         "over seeds. Chance is 0.250 for the pictures alone, and for one frame with the sound; 0.167 for the "
         "sound alone.",
-        "What was expected, judged as above:",
+        f"What was expected: difference of the means ± its standard error, {VERDICT}:",
         claims_table(record),
         "![Accuracy by way to fuse, frames and fusion tokens](../docs/synchrony.png)",
         origin(record),

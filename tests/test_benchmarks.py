@@ -720,8 +720,13 @@ def test_few_labels_tells_gains_by_hand():
     ]
     record = dict(cells=cells, settings=dict(labelled=[256]))
     (line,) = few_labels.table(record, "shape")[1:]
-    # The variance of 0.4 and 0.6 is 0.02; sqrt(0.02 / 2) = 0.1
-    assert line[1:] == ("256", "0.100 ± 0.000 (n=2)", "0.500 ± 0.141 (n=2)", "+0.400 ± 0.100: yes")
+    # The variance of 0.4 and 0.6 is 0.02; sqrt(0.02 / 2) = 0.1; with one degree of freedom, t = 12.7
+    assert line[1:] == (
+        "256",
+        "0.100 ± 0.000 (n=2)",
+        "0.500 ± 0.141 (n=2)",
+        "+0.400 ± 0.100: within the spread",
+    )
     assert few_labels.table(record, "colour")[1:] == []
 
 
@@ -737,11 +742,13 @@ def test_the_study_tells_means_differences_and_verdicts_by_hand():
     claims = {}
     for claim, scratch, _ in study.claims_table(dict(cells=cells)):
         claims[claim] = scratch
-    # The variance of 0.5, 0.7 and 0.9 is 0.04; sqrt(0.04 / 3) = 0.115
+    # The variance of 0.5, 0.7 and 0.9 is 0.04; sqrt(0.04 / 3) = 0.115; times 4.30, t of 2 degrees, 0.497
     assert claims["dense over token"] == "+0.600 ± 0.115: yes"
     assert claims["bilinear over additive pairs"] == "+0.000 ± 0.115: within the spread"
     assert claims["dense over factorized"] == "+0.100 (one seed)"
     assert study.difference([0.1, 0.1], [0.4, 0.4]) == "-0.300 ± 0.000: no, the reverse"
+    # Of 0.1 and 0.1, 0.0033 and 2 + 2 degrees: t = 2.78, where twice the error would be beyond
+    assert study.difference([0.0, 0.1, 0.2], [0.2, 0.3, 0.4]) == "-0.200 ± 0.082: within the spread"
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -779,7 +786,8 @@ def test_the_grid_tells_what_is_not_run_and_judges_by_hand():
     assert rows[grid.ROWS["all"].label][0] == "0.700 ± 0.141 (n=2)"
     assert rows[grid.ROWS["scratch"].label] == ["not yet measured"] * 3
     # The variance of 0.6 and 0.8 is 0.02; sqrt(0.02 / 2) = 0.1
-    assert claims["fusion in all layers over none"][:2] == ["+0.600 ± 0.100: yes", "+6.000 ± 1.000: yes"]
+    told = "+0.600 ± 0.100: within the spread", "+6.000 ± 1.000: within the spread"
+    assert claims["fusion in all layers over none"][:2] == [*told]
     assert claims["all layers over the upper half"][0] == "+0.000 (one seed)"
     assert claims["upper half over the last layer"] == ["not yet measured"] * 3
 

@@ -1,6 +1,7 @@
 """Hearing and seeing tested: sounds and pictures that are exchanged, on models whose answers are known."""
 
 import math
+import random
 import wave
 from collections import Counter
 from pathlib import Path
@@ -138,6 +139,16 @@ def test_where_most_are_of_one_kind_each_still_gets_that_of_another_clip(sizes):
     assert sorted(others.values()) == sorted(kinds) and all(a != b for a, b in others.items())
     changed = Counter(kinds[a] != kinds[b] for a, b in others.items())
     assert changed[True] == 2 * min(sizes[1:], default=0)  # as many as can be
+
+
+def test_clips_of_several_classes_get_the_sound_of_one_that_has_none_of_them():
+    pick = random.Random(1)
+    kinds = {n: tuple(sorted({pick.randrange(20), *([0] if n % 4 == 0 else [])})) for n in range(300)}
+    others = derangement(kinds)
+    assert sorted(others.values()) == sorted(kinds)
+    assert all({*kinds[clip]}.isdisjoint(kinds[other]) for clip, other in others.items())
+    alike = dict.fromkeys(range(5), (0, 1)) | {5: (), 6: ()}
+    assert all(clip != other for clip, other in derangement(alike).items())
 
 
 def test_kinds_side_by_side_do_not_stay_so():

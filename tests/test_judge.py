@@ -123,11 +123,29 @@ def test_rows_and_columns_are_the_same_numbers():
 
 
 def test_first_clips_are_those_that_count():
-    found = Found([], list("abcde"), "", [], 9, {}, coverage=dict(train=(4, 5), test=(5, 7)))
+    found = Found(
+        [], list("abcde"), "", [], 9, {"kind": ("x", "y")}, coverage=dict(train=(4, 5), test=(5, 7))
+    )
     assert first_clips(found, 3).test == ["a", "b", "c"]
     assert first_clips(found, 3).coverage == dict(train=(4, 5), test=(3, 3))
     assert first_clips(found, 6).coverage["test"] == (5, 6)  # one of the first six is not there
     assert first_clips(found, 9).coverage == found.coverage
+
+
+@pytest.mark.parametrize("count, taken", [(2, "ac"), (3, "abd"), (4, "abcd"), (5, "abcde"), (9, "abcde")])
+def test_clips_of_a_plain_folder_are_taken_from_all_of_it(count, taken):
+    """They come class by class, and the first would be of one."""
+    found = Found([], list("abcde"), "", [], 9, {}, coverage=dict(test=(5, 5)))
+    found = first_clips(found, count)
+    assert "".join(found.test) == taken and found.coverage["test"] == (len(taken), min(count, 5))
+
+
+def test_what_is_absent_counts_for_no_probe(task):
+    batch = batch_of(task, 4)
+    batch["image_present"][2] = False
+    columns = to_columns(judged(task, batch))
+    assert not columns["image"][2].any() and columns["image"][[0, 1, 3]].any(1).all()
+    assert columns["audio"].any(1).all() and columns["fusion"].any(1).all()
 
 
 @pytest.mark.parametrize(

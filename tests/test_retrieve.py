@@ -1,6 +1,7 @@
 """Retrieval against brute force, and its run from end to end, with one process and with two."""
 
 import json
+import math
 import shutil
 from contextlib import nullcontext
 
@@ -64,6 +65,8 @@ def test_recall_across_modalities_by_hand_count():
 def test_features_that_are_all_alike_find_nothing():
     same = torch.ones(8, 4)
     assert cross_recalls(same, same, [1])["image_to_audio_recall@1"] == 0
+    broken = cross_recalls(torch.full((4, 3), math.nan), torch.randn(4, 3), [1])
+    assert broken["image_to_audio_recall@1"] == broken["audio_to_image_recall@1"] == 0
 
 
 def test_recall_across_modalities_of_random_features_is_chance(monkeypatch):

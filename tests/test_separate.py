@@ -255,6 +255,25 @@ def test_a_mixture_needs_two_clips_of_each_split(data, tmp_path, train, test, wh
         Separation.find(config, lambda _: None)
 
 
+def test_pairs_of_a_plain_folder_are_of_all_its_classes_and_of_two_each(data, tmp_path):
+    for split, kind in ((s, k) for s in ("train", "test") for k in "abc"):
+        (tmp_path / split / kind).mkdir(parents=True)
+        for number in range(4):
+            copy(data / f"train/{number:06d}.mp4", tmp_path / split / kind)
+    config = SeparateConfig(checkpoint="none", data=tmp_path, pairs=6, workers=0, seed=5)
+    found = Separation.find(config, lambda _: None)
+    assert [clip.path.parent.name for clip in found.test] == ["a", "a", "b", "b", "c", "c"]
+    test, train = (Separation(config, found).dataset(found.test, train=train) for train in (False, True))
+    for dataset in test, train:
+        for index, clip in enumerate(found.test):
+            partner = found.test[int(dataset[0, index]["partner"])]
+            assert partner.path.parent.name != clip.path.parent.name
+    assert (test.seed, train.seed) == (0, 5)  # all runs are judged on the same mixtures
+    for path in tmp_path.glob("test/a/*.mp4"):  # no class of its own: any partner will do
+        path.rename(tmp_path / "test" / path.name)
+    assert not Separation.find(config, lambda _: None).classes
+
+
 def test_the_same_sound_twice_is_no_mixture():
     task, sound = task_of(), tones(220, seconds=3.0).float()
     for other in sound, 0.5 * sound.roll(3, -1), -sound:  # the last of which leaves silence

@@ -56,7 +56,7 @@ def recalls(features: dict[str, Tensor], ks: Sequence[int]) -> dict[str, float]:
 
 def cross_recalls(image: Tensor, audio: Tensor, ks: Sequence[int]) -> dict[str, float]:
     """Share of the images whose own sound is among the k nearest of all sounds, and the reverse, by cosine of
-    features (N, D), with its chance; a sound as near as the own one goes before it.
+    features (N, D), with its chance; a sound as near as the own one goes before it, as does one that is NaN.
     """
     metrics, clips = {}, len(image)
     image, audio = normalize(image.double(), dim=1), normalize(audio.double(), dim=1)
@@ -64,7 +64,7 @@ def cross_recalls(image: Tensor, audio: Tensor, ks: Sequence[int]) -> dict[str, 
         ranks = []
         for part in torch.arange(clips).split(AT_ONCE):
             cosines = queries[part] @ keys.T
-            ranks.append((cosines >= cosines.gather(1, part[:, None])).sum(1))
+            ranks.append((~(cosines < cosines.gather(1, part[:, None]))).sum(1))
         for k in [k for k in ks if k <= clips]:
             metrics[f"{way}_recall@{k}"] = (torch.cat(ranks) <= k).double().mean().item()
             metrics[f"pair_chance@{k}"] = k / clips

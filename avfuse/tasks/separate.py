@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import wave
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from ..data.class_folders import with_classes
 from ..data.clips import Clip, ClipDataset, Failure, check_one_frame
 from ..data.find import Found
 from ..data.listing import Listing
@@ -160,18 +162,24 @@ class Separation(JudgedTask):
 
     @staticmethod
     def find(config, say):
-        """The data set, of which the first `pairs` are judged: of its test clips, or of mixtures it lists."""
+        """The data set, of which so many `pairs` are judged: of its test clips, or of mixtures it lists. The
+        sub-folders of a plain folder are classes, so that both clips of a pair are not of one.
+        """
         found = Task.find(config, say)
         if config.data is not None and (config.data / music.MIXTURES).exists():
             found = listed_mixtures(found, config.data, say)
         found = first_clips(found, config.pairs)
+        if not found.classes:
+            with suppress(ValueError):  # not all clips lie in folders that name classes
+                found = with_classes(found, config.data, say=say)
         for split, clips in (("train", found.train), ("test", found.test)):
             if len(clips) < 2:
                 raise ValueError(f"--data: a mixture needs two clips or more, {split} has {len(clips)}")
         return found
 
     def dataset(self, clips, *, train):
-        return MixtureDataset(clips, self.model.encoder.inputs, train=train, seed=self.config.seed)
+        seed = self.config.seed if train else 0  # runs of other seeds are judged on the same mixtures
+        return MixtureDataset(clips, self.model.encoder.inputs, train=train, seed=seed)
 
     def inputs(self, batch):
         """Images, mixtures, sounds, and which mixtures are `whole`: with two pictures and two sounds."""

@@ -19,6 +19,7 @@ from ..data.transforms import FLOOR, KALDI_FLOOR, PREEMPHASIS, Spectrogram, kald
 from ..inputs import InputSettings
 
 Inputs = dict[str, Tensor]
+EXCHANGES = 200  # clips that are asked for the sound which they were given
 
 
 def silence(inputs: Inputs, batch: dict, settings: InputSettings) -> Inputs:
@@ -121,7 +122,8 @@ def derangement(kinds: dict[int, Hashable]) -> dict[int, int]:
 
     Half a turn around a circle leads out of every kind that lies together on it, if that has no more than
     half of the places. Kinds are shuffled: those that a list has side by side may sound alike. One clip alone
-    has no other.
+    has no other. A kind that is a tuple is of several classes: whose other has one of them exchanges it for
+    that of a clip further on, where both are then of others.
     """
     if len(kinds) < 2:
         return {}
@@ -130,7 +132,20 @@ def derangement(kinds: dict[int, Hashable]) -> dict[int, int]:
     place = {kind: n for n, kind in enumerate(places)}
     circle = sorted(kinds, key=lambda clip: place[kinds[clip]])
     half = len(circle) // 2
-    return dict(zip(circle, circle[half:] + circle[:half], strict=True))
+    others = circle[half:] + circle[:half]
+
+    def fits(clip: int, other: int) -> bool:
+        one, two = kinds[clip], kinds[other]
+        several = isinstance(one, tuple) and isinstance(two, tuple)
+        return clip != other and ({*one}.isdisjoint(two) if several else one != two)
+
+    for n, clip in enumerate(circle):
+        if not fits(clip, others[n]):
+            for m in (step % len(circle) for step in range(n + 1, n + min(len(circle), EXCHANGES))):
+                if fits(clip, others[m]) and fits(circle[m], others[n]):
+                    others[n], others[m] = others[m], others[n]
+                    break
+    return dict(zip(circle, others, strict=True))
 
 
 class BesideOthers(Dataset):

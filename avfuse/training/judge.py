@@ -91,7 +91,7 @@ class JudgedTask(Task):
 
     def kind(self, clip: Clip) -> Hashable:
         """What clips have in common whose sounds may stand for each other: labels, or being the same clip."""
-        return tuple(clip.labels.values()) or clip.path
+        return frozenset(clip.labels.items()) or clip.path
 
     def summarize(self, rows: list[dict]) -> dict:
         """The metrics by name, from the rows of all test clips in their order."""
@@ -309,9 +309,13 @@ def to_columns(rows: list[dict]) -> dict[str, Tensor]:
 
 
 def first_clips(found: Found, count: int) -> Found:
-    """The same data, of whose test clips only the first are judged."""
+    """The same data, of whose test clips only the first are judged, in the order of a list; those of a plain
+    folder come class by class, so that each n-th is taken.
+    """
     expected = min(count, found.coverage.get("test", (0, count))[1])
     test = found.test[:count]
+    if not found.classes and count < len(found.test):
+        test = [found.test[n * len(found.test) // count] for n in range(count)]
     return found._replace(test=test, coverage=found.coverage | dict(test=(len(test), expected)))
 
 
