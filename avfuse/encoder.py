@@ -490,7 +490,8 @@ class AVEncoder(nn.Module, Predictor, Pretrained):
         """
         layer = self.fusion_layers[-1] if layer is None and self.fusion_layers else layer
         if type(layer) is not int or layer not in self.fusion_layers:
-            raise ValueError(f"layer must be one of the fused layers {list(self.fusion_layers)}, got {layer}")
+            there = list(self.fusion_layers)
+            raise ValueError(f"layer must be one of the fused layers {there}, got {layer!r}")
         block = self.block(layer)
         if not self.shows_attention:
             kind = f"interactions={self.settings['interactions']!r}"

@@ -23,6 +23,7 @@ from .checks import (
 )
 from .choices import DecodeFrom
 from .encoder import AVEncoder, EncoderOutput
+from .folding import wide
 from .fusion import initialize_linear
 from .predictor import Predictor
 from .pretrained import Pretrained
@@ -230,7 +231,7 @@ class AVMAE(nn.Module, Predictor, Pretrained):
         if present is not None:
             present = present.view(-1, *[1] * (removed.ndim - 1))
             target = target.masked_fill(~present[..., None], 0.0)  # whatever stands there, even NaN
-        error = (pred.float() - target).square().mean(-1)  # (B, N)
+        error = (wide(pred) - target).square().mean(-1)  # (B, N)
         counted = removed if present is None else removed & present
         return (error * counted).sum() / counted.sum().clamp(min=1)
 
@@ -245,12 +246,12 @@ class AVMAE(nn.Module, Predictor, Pretrained):
             paired = paired if present is None else paired & present
         with without_autocast(image.device):
             return info_nce(
-                image.float(), audio.float(), paired, across=self.training and torch.is_grad_enabled()
+                wide(image), wide(audio), paired, across=self.training and torch.is_grad_enabled()
             )
 
     def target(self, name: str, pixels: Tensor) -> Tensor:
         """Targets of the "image" or "audio" decoder, (B, N, values): pixels, normalised within a patch."""
-        frames = pixels.float().flatten(0, -4)
+        frames = wide(pixels).flatten(0, -4)
         target = patchify(frames, getattr(self.encoder, name).patch_embed.patch_size)
         target = target.view(*pixels.shape[:-3], *target.shape[1:])
         if not self.norm_target:
@@ -292,7 +293,7 @@ class Decoder(nn.Module):
         self.embed_fusion = None if shared else nn.Linear(fusion_dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim).normal_(std=0.02))
         positions = build_sincos2d_pos_embed(patch_embed.grid_size, dim, interleave_sin_cos=False)
-        self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
+        self.pos_embed = nn.Parameter(positions[None].to(self.mask_token), requires_grad=False)
         blocks = (Block(dim, heads, qkv_bias=True, norm_layer=nn.LayerNorm) for _ in range(depth))  # eps 1e-5
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(dim)

@@ -193,6 +193,18 @@ def test_weights_are_not_loaded_where_there_is_no_memory(tmp_path):
         avfuse.load(tmp_path)
 
 
+def test_float64_under_autocast_is_refused():
+    encoder = create_encoder("micro").eval()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="must have the dtype"):
+        encoder(torch.randn(1, 3, 48, 48, dtype=torch.float64), torch.randn(1, 1, 64, 128))
+
+
+def test_a_loss_is_of_the_dtype_of_the_model():
+    mae = AVMAE(create_encoder("micro")).double()
+    output = mae(torch.randn(2, 3, 48, 48).double(), torch.randn(2, 1, 64, 128).double())
+    assert output.loss.dtype == torch.float64
+
+
 def test_a_standard_encoder_still_folds_whole():
     fused = AVEncoder(make_vit(drop_path_rate=0.2), make_vit((1, 16, 40)), drop=0.1, drop_path=0.1).fused()
     assert {type(block).__name__ for block in fused.fusion_blocks.values()} == {"FoldedDense"}
