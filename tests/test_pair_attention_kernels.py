@@ -420,6 +420,53 @@ def test_every_variant_compiles_spilling_little():
     assert_little_is_spilled(*([gpu] for gpu in GPUS))
 
 
+def test_whatever_may_be_absent_the_types_of_a_kernel_agree(tmp_path):
+    """The interpreter knows no types, and runs what a compiler refuses. Only the first stage is compiled."""
+    code = """
+import itertools
+import torch
+from avfuse.kernels import residual_norm
+from kernel_resources import BOTH, attend, compiled
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.jit import JITFunction
+
+add_stages, run, names = CUDABackend.add_stages, JITFunction.run, set()
+
+def add_first(self, stages, *args, **options):
+    add_stages(self, stages, *args, **options)
+    for name in stages.keys() - {"ttir"}:
+        del stages[name]
+
+def run_first(kernel, *args, **options):
+    names.add(kernel.__name__)
+    try:
+        return run(kernel, *args, **options)
+    except AttributeError as error:
+        assert "shared" in str(error), error  # what later stages find out
+
+def norm(update, context, weight, sums):
+    x, w = torch.empty(2, 7, 48, device="meta"), torch.empty(48, device="meta")
+    update, context, weight = (y if there else None for y, there in ((x, update), (x, context), (w, weight)))
+    residual_norm.forward(x, update, context, weight, weight, 1e-6, torch.float32)
+    norms = x if context is None else torch.cat([x, x], 1)
+    half = None if update is None else torch.bfloat16
+    residual_norm.backward(norms, update, x, context, weight, 1e-6, half, sums, 4)
+
+CUDABackend.add_stages, JITFunction.run = add_first, run_first
+biases = {}, dict(bias=1), dict(bias=1, blocks=4)
+for masks, bias, N in itertools.product(((), BOTH[:1], BOTH[1:], BOTH), biases, (64, 4096)):
+    compiled(90, lambda: attend(torch.bfloat16, 1, 16, N, 16, 16, masks, **bias))
+for there in itertools.product((True, False), repeat=4):
+    compiled(90, lambda: norm(*there))
+print(*names)
+"""
+    env = {**COMPILING, "TRITON_CACHE_DIR": str(tmp_path)}  # no other run may find what is half compiled
+    command = [sys.executable, "-c", code]
+    printed = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert printed.returncode == 0, printed.stderr
+    assert set(printed.stdout.split()) == KERNELS | NORMS
+
+
 def test_kernels_are_compiled_once_for_all_numbers_of_tokens():
     code = """
 import torch
