@@ -113,7 +113,8 @@ def pair_attention(
             no pair bias and needs CUDA and torch 2.11 or older; "reference" materializes every pair.
 
     Returns:
-        (B, H, F, V), in the dtype of `query`. Second derivatives need backend="reference".
+        (B, H, F, V), in the dtype of `query`. Second derivatives need backend="reference", as do torch.func's
+        transforms with a pair bias, bilinear pairs or the kernels.
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value is wrong, or the backend that is
