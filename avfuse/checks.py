@@ -83,8 +83,8 @@ def check_tokens(name: str, tokens: Tensor, dim: int, *, like: Tensor | None = N
 
 def check_dtype(name: str, tensor: Tensor, weight: Tensor) -> None:
     """An input has the dtype of the weights it meets, or autocast is on, which casts all but float64."""
-    casts_it = casts(weight.device) and tensor.dtype != torch.float64
-    if tensor.dtype != weight.dtype and not casts_it:
+    dtypes = {tensor.dtype, weight.dtype}
+    if len(dtypes) > 1 and (torch.float64 in dtypes or not casts(weight.device)):
         raise ValueError(f"{name} must have the dtype of the weights, {weight.dtype}, got {tensor.dtype}")
 
 

@@ -559,14 +559,14 @@ class AVEncoder(nn.Module, Predictor, Pretrained):
         config = self.to_config() | dict(frames=frames, pair_bias=wanted)
         if config["inputs"] is not None:
             config["inputs"] = config["inputs"] | dict(image_frames=frames)
+        refuse_hooks(self, "a copy")
         copied, weights = type(self).from_config(config).to(self.fusion_tokens), self.state_dict()
+        check_rebuilt(copied, self)
         if self.frame_embed is not None:
             embed = weights.pop("frame_embed")
             weights |= {} if frames == 1 else dict(frame_embed=resampled_frames(embed, frames))
         copied.load_state_dict(copied.state_dict() | weights)
         copied.favour_together(time_peak)
-        check_rebuilt(copied, self)
-        refuse_hooks(self, "a copy")
         copied.grad_checkpointing = self.grad_checkpointing
         parts, own = dict(self.named_modules()), dict(self.named_parameters())
         for name, part in copied.named_modules():

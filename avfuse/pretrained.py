@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+import numpy as np
 import torch
 from huggingface_hub import ModelHubMixin, constants, hf_hub_download
 from huggingface_hub.errors import (
@@ -50,6 +51,9 @@ class Pretrained(ModelHubMixin, library_name="avfuse"):
 
     `facts`, a dictionary about the run that the weights come from, is kept in config.json and shown by the
     model card (README.md), see `avfuse.model_card.model_card`.
+
+    An instance of a subclass is saved as what it is derived from: its own `from_pretrained` gives it back. Inside
+    another model it is refused.
 
     Raises:
         ValueError: what should be loaded is neither a folder nor a name, or is damaged or another model; or
@@ -145,7 +149,7 @@ class Pretrained(ModelHubMixin, library_name="avfuse"):
         """
         config = {"library": "avfuse", "class": _saved_as(type(self)), "model": self.to_config()}
         config |= {"facts": self.facts} if self.facts else {}
-        config = json.loads(json.dumps(config, default=lambda number: number.item()))  # those of NumPy
+        config = json.loads(json.dumps(config, default=plain_number))
         with torch.device("meta"):
             rebuilt = type(self).from_config(config["model"])
         check_rebuilt(rebuilt, self)
@@ -292,6 +296,13 @@ def check_fit(module: nn.Module, weights: dict[str, Tensor]) -> None:
 
 def shapes(module: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in module.state_dict().items()}
+
+
+def plain_number(value: object) -> float | int | bool:
+    """That of NumPy as Python's, which config.json can hold."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise ValueError(f"config.json cannot hold a {type(value).__name__}: {value!r}")
 
 
 def check_has_memory(module: nn.Module) -> None:

@@ -409,26 +409,26 @@ def build_vit(description: dict, device: str | None = None) -> VisionTransformer
 
 
 def check_rebuilt(rebuilt: nn.Module, model: nn.Module) -> None:
-    """ValueError unless every part of a model is in what was rebuilt from its description: names and shapes
-    of weights do not tell one activation from another, or a subclass that computes something else.
+    """ValueError unless the parts of a model are those of what was rebuilt from its description: names and
+    shapes of weights do not tell one activation from another, or a subclass that computes something else.
+    What has no weights, and no place in what was rebuilt, is not looked at: nothing calls it.
     """
     parts = dict(rebuilt.named_modules())
     for name, part in model.named_modules():
-        if name and (name not in parts or kind_of(parts[name]) != kind_of(part)):
+        if name and name in parts and kind_of(parts[name]) != kind_of(part):
             raise ValueError(f"{name}, a {type(part).__name__}, is none that config.json can describe")
+    if strays := model.state_dict().keys() - rebuilt.state_dict().keys() - {"frame_embed"}:
+        raise ValueError(f"{min(strays)} is none of the weights that config.json can describe")
 
 
 def kind_of(part: nn.Module) -> tuple:
     """What a part computes, as far as it is not in its weights. Several classes are one kind."""
-    kinds = (
-        *NORMS.values(),
-        *ACTIVATIONS.values(),
-        DROPPING,
-        (Block, ContextBlock),
-        (Attention, ContextAttention),
-    )
+    blocks = (Block, ContextBlock), (Attention, ContextAttention), (nn.BatchNorm1d, nn.SyncBatchNorm)
+    kinds = *NORMS.values(), *ACTIVATIONS.values(), DROPPING, *blocks
     kind = next((kind for kind in kinds if type(part) in kind), type(part))
-    return kind, getattr(part, "eps", None), getattr(part, "approximate", "none")
+    options = dict(eps=None, approximate="none", num_heads=None)
+    has_bias = getattr(part, "bias", None) is not None
+    return kind, has_bias, *(getattr(part, name, default) for name, default in options.items())
 
 
 def ratio_of(width: int, dim: int) -> float:

@@ -15,7 +15,7 @@ from videos import write_video
 
 from avfuse import InputSettings, create_encoder, load_encoder, read_clip
 from avfuse.data import decode
-from avfuse.data.class_folders import labelled
+from avfuse.data.class_folders import labelled, with_classes
 from avfuse.data.clips import Clip, ClipDataset, collate
 from avfuse.data.decode import Part
 from avfuse.data.find import Found
@@ -323,6 +323,12 @@ def test_a_class_list_may_begin_with_a_byte_order_mark(folder, tmp_path):
     names = tmp_path / "classes.txt"
     names.write_text("bird\r\ncat\r\n", encoding="utf-8-sig")
     assert find_labelled(folder, names).classes["class"] == ("bird", "cat")
+
+
+def test_an_address_without_labels_has_no_classes():
+    found = Found([Clip(Path("https://host/data/a.mp4"))], [], "", [], 1, {})
+    with pytest.raises(ValueError, match="is no folder here, whose sub-folders"):
+        with_classes(found, Path("https://host/data"))
 
 
 def test_shards_of_a_plain_folder_have_no_classes(folder):

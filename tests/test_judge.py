@@ -10,12 +10,13 @@ from avfuse.data.find import Found
 from avfuse.mae import patchify
 from avfuse.tasks.classify import Classification
 from avfuse.tasks.localize import Localization
-from avfuse.tasks.retrieve import Retrieval
+from avfuse.tasks.retrieve import Retrieval, recalls
 from avfuse.tasks.segment import Segmentation
 from avfuse.tasks.separate import Separation
 from avfuse.train import INPUTS, Pretraining
 from avfuse.training.conditions import condition_table
 from avfuse.training.judge import aligned, first_clips, to_columns, to_rows
+from avfuse.training.neighbours import nearest_neighbour_probes
 from avfuse.training.recipes import TrainConfig
 
 
@@ -146,6 +147,17 @@ def test_what_is_absent_counts_for_no_probe(task):
     columns = to_columns(judged(task, batch))
     assert not columns["image"][2].any() and columns["image"][[0, 1, 3]].any(1).all()
     assert columns["audio"].any(1).all() and columns["fusion"].any(1).all()
+
+
+def test_clips_that_lack_a_modality_do_not_find_each_other():
+    """Of two classes, one without pictures: to find another row of zeros is no recall."""
+    labels = torch.arange(20) % 2
+    features = {name: torch.randn(20, 8) for name in ("image", "audio", "fusion")} | dict(label_kind=labels)
+    features["image"][labels == 1] = 0
+    features["image"][labels == 0, 0] += 10  # all alike
+    probes = nearest_neighbour_probes(features)["kind"]
+    assert probes["image"]["accuracy"] == 0.5
+    assert recalls(features, [1])["kind_recall@1_image"] == 0.5
 
 
 @pytest.mark.parametrize(

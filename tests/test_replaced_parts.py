@@ -7,12 +7,13 @@ import pytest
 import timm
 import torch
 from models import make_encoder, make_inputs, make_vit, relative_error
-from timm.layers import Mlp
+from timm.layers import Attention, Mlp
 from torch import nn
 
 import avfuse
 from avfuse import AVMAE, AVEncoder, create_encoder
 from avfuse.predictor import evaluating
+from avfuse.tasks.classifier import Classifier
 
 
 class Scaled(Mlp):
@@ -35,6 +36,14 @@ def outputs(encoder, inputs):
     return torch.cat(encoder(*inputs)[:3], dim=1)
 
 
+def with_heads(attn, heads):
+    """The same weights, in other heads."""
+    other = Attention(32, num_heads=heads, qkv_bias=True)
+    other.load_state_dict(attn.state_dict())
+    other.__class__ = type(attn)
+    return other
+
+
 REPLACED = {
     "image.blocks.0.mlp": lambda mlp: Scaled(32, 128),
     "image.blocks.1.mlp.act": lambda act: nn.ReLU(),
@@ -46,6 +55,8 @@ REPLACED = {
     "fusion_blocks.1.mlp.act": lambda act: nn.ReLU(),
     "fusion_blocks.0.drop": Doubled,
     "fusion_blocks.0.drop_path": Doubled,
+    "image.blocks.2.attn": lambda attn: with_heads(attn, 4),
+    "audio.norm": lambda norm: nn.LayerNorm(32, eps=norm.eps, bias=False),
     "fusion_norm": lambda norm: nn.LayerNorm(32, eps=0.5),
 }
 
@@ -203,6 +214,22 @@ def test_a_loss_is_of_the_dtype_of_the_model():
     mae = AVMAE(create_encoder("micro")).double()
     output = mae(torch.randn(2, 3, 48, 48).double(), torch.randn(2, 1, 64, 128).double())
     assert output.loss.dtype == torch.float64
+
+
+def test_what_serves_training_alone_is_no_hindrance(tmp_path):
+    model = Classifier(create_encoder("micro"), 3, batch_norm=True)
+    nn.SyncBatchNorm.convert_sync_batchnorm(model).save_pretrained(tmp_path / "classifier")
+    encoder = create_encoder("micro")
+    encoder.loss = nn.CrossEntropyLoss()
+    encoder.save_pretrained(tmp_path / "encoder")
+    avfuse.load(tmp_path / "classifier"), avfuse.load(tmp_path / "encoder")
+
+
+def test_what_config_json_cannot_hold_is_named(tmp_path):
+    encoder = create_encoder("micro")
+    encoder.facts = dict(recipe=dict(path=tmp_path))
+    with pytest.raises(ValueError, match="config.json cannot hold a PosixPath|facts: a"):
+        encoder.save_pretrained(tmp_path)
 
 
 def test_a_standard_encoder_still_folds_whole():

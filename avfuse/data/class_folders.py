@@ -36,6 +36,8 @@ def with_classes(
         if names is not None and names not in found.classes.values():
             raise ValueError("--class-list is that of no label of this data set")
         return found
+    if not folder.is_dir():
+        raise ValueError(f"--data: {folder} is no folder here, whose sub-folders would name classes")
     splits = split_folders(folder)
     roots = splits["train"], splits.get("test", splits["train"])
     for clips, root in zip((found.train, found.test), roots, strict=True):

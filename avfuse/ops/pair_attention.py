@@ -124,6 +124,9 @@ def pair_attention(
     _check_tokens(**keys, image_value=image_value, audio_value=audio_value)
     image, audio = Side(image_key, image_value, image_mask), Side(audio_key, audio_value, audio_mask)
     _check_options(query, image, audio, pair_bias, scale, interaction)
+    backend = select_backend(backend, query, image_value, interaction)
+    if backend == "torch":  # kernels do not read it, and the reference takes care of it
+        image, audio = _without_dead(image), _without_dead(audio)
     options = dict(scale=scale, interaction=interaction, backend=backend)
     return attend_pairs(query, image, audio, pair_bias, **options)
 
@@ -175,6 +178,7 @@ def pair_attention_weights(
     _check_tokens(query=query, image_key=image_key, audio_key=audio_key)
     image, audio = Side(image_key, None, image_mask), Side(audio_key, None, audio_mask)
     _check_options(query, image, audio, pair_bias, scale, interaction)
+    image, audio = _without_dead(image), _without_dead(audio)
     return pair_weights(query, image, audio, pair_bias, scale=scale, interaction=interaction)
 
 
@@ -190,9 +194,8 @@ def pair_weights(
     """`pair_attention_weights` of what has been checked."""
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     weights = _bilinear_weights if interaction == "bilinear" else _additive_weights
-    sides = _without_dead(image), _without_dead(audio)
     with without_autocast(query.device):
-        image_weights, audio_weights = weights(query, *sides, _four_dimensional(pair_bias), scale)
+        image_weights, audio_weights = weights(query, image, audio, _four_dimensional(pair_bias), scale)
         return image_weights.to(query.dtype), audio_weights.to(query.dtype)
 
 
@@ -200,7 +203,6 @@ def pair_weights(
 
 
 def _torch(query, image, audio, pair_bias, scale, interaction):
-    image, audio = _without_dead(image), _without_dead(audio)
     if interaction == "bilinear":
         return _bilinear(query, image, audio, pair_bias, scale)
     if pair_bias is None:

@@ -26,7 +26,7 @@ from ..mae import unfused
 from ..training.features import FEATURES, encode, pool, pool_windows, windows_of
 from ..training.judge import JudgedTask, starting_encoder, to_columns, to_rows
 from ..training.loop import Task, evaluation_batches, program
-from ..training.neighbours import AT_ONCE, chance_at, neighbours, recall_at, related
+from ..training.neighbours import AT_ONCE, chance_at, neighbours, recall_at, related, rows_there
 from ..training.pictures import BLUE, middle_frame, rgb, save, show_sound
 from ..training.run_folder import begun_with, has_trained_on_all, read_sides
 
@@ -44,12 +44,12 @@ def recalls(features: dict[str, Tensor], ks: Sequence[int]) -> dict[str, float]:
         ValueError: there are not as many others.
     """
     check_k(ks, len(features["image"]))
-    nearest, metrics = neighbours(features, max(ks)), {}
+    nearest, there, metrics = neighbours(features, max(ks)), rows_there(features), {}
     for name in [name for name in features if name.startswith("label_")]:
         same, label = related(features[name]), name.removeprefix("label_")
         for k in ks:
             for feature, indices in nearest.items():
-                metrics[f"{label}_recall@{k}_{feature}"] = recall_at(indices, same, k)
+                metrics[f"{label}_recall@{k}_{feature}"] = recall_at(indices, same & there[feature], k)
             metrics[f"{label}_recall@{k}_chance"] = chance_at(same, k)
     return metrics
 

@@ -13,7 +13,6 @@ if __name__ == "__main__":
 
 import wave
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from ..data.class_folders import with_classes
 from ..data.clips import Clip, ClipDataset, Failure, check_one_frame
 from ..data.find import Found
 from ..data.listing import Listing
@@ -53,7 +51,8 @@ class Mixture(Clip):
 class MixtureDataset(ClipDataset):
     """Mixtures of two clips, by `(epoch, index)`: clip `index`, and one drawn from seed, epoch and index.
 
-    The partner is never the clip itself and shares no label with it, if there is such a clip. In evaluation
+    The partner is never the clip itself and shares no label with it, or without labels no folder, if there is
+    such a clip. In evaluation
     it depends on seed and index alone, or is the one that a `Mixture` names. The frame is the one in the
     middle of the sound. In training window, gain of each clip and mirroring are random; images are not
     cropped, as a crop may hide the source.
@@ -78,7 +77,8 @@ class MixtureDataset(ClipDataset):
         check_one_frame(settings.image_frames, "mixtures")
         owners, classes, numbers = [], [], {}  # a row for each class of each clip; numbers of the classes
         for index, clip in enumerate(clips):
-            for name, label in clip.labels.items():
+            folder = {} if clip.part else dict(folder=str(clip.path.parent))  # which may name a class
+            for name, label in (clip.labels or folder).items():
                 for kind in label if isinstance(label, tuple) else (label,):
                     owners.append(index)
                     classes.append(numbers.setdefault((name, kind), len(numbers)))
@@ -162,16 +162,11 @@ class Separation(JudgedTask):
 
     @staticmethod
     def find(config, say):
-        """The data set, of which so many `pairs` are judged: of its test clips, or of mixtures it lists. The
-        sub-folders of a plain folder are classes, so that both clips of a pair are not of one.
-        """
+        """The data set, of which so many `pairs` are judged: of its test clips, or of mixtures it lists."""
         found = Task.find(config, say)
         if config.data is not None and (config.data / music.MIXTURES).exists():
             found = listed_mixtures(found, config.data, say)
         found = first_clips(found, config.pairs)
-        if not found.classes:
-            with suppress(ValueError):  # not all clips lie in folders that name classes
-                found = with_classes(found, config.data, say=say)
         for split, clips in (("train", found.train), ("test", found.test)):
             if len(clips) < 2:
                 raise ValueError(f"--data: a mixture needs two clips or more, {split} has {len(clips)}")

@@ -42,6 +42,14 @@ def recall_at(nearest: Tensor, related: Tensor, k: int) -> float:
     return related.gather(1, nearest[:, :k]).any(1).double().mean().item()
 
 
+def rows_there(features: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Which clips have a feature, (N, 1): zeros stand for that of a modality which a clip lacks. Its nearest
+    would be any clip, such as another that lacks it.
+    """
+    there = {name: features[name].any(1, keepdim=True) for name in FEATURES}
+    return there | dict(sum=torch.stack([*there.values()]).any(0))
+
+
 def chance_at(related: Tensor, k: int) -> float:
     """The expectation of `recall_at` for neighbours drawn at random."""
     others = len(related) - 1
@@ -78,7 +86,7 @@ def nearest_neighbour_probes(features: dict[str, Tensor]) -> dict[str, dict[str,
     clips, probes = len(features["image"]), {}
     if clips < 2:
         return probes
-    nearest = neighbours(features, 1)
+    nearest, there = neighbours(features, 1), rows_there(features)
     same = {
         name.removeprefix("label_"): related(labels)
         for name, labels in features.items()
@@ -87,7 +95,9 @@ def nearest_neighbour_probes(features: dict[str, Tensor]) -> dict[str, dict[str,
     if len(same) > 1 and (all_of_them := torch.stack([*same.values()]).all(0)).sum() > clips:
         same[" and ".join(same)] = all_of_them  # unless no clip has another that is like it in all
     for name, related_clips in same.items():
-        recalls = {feature: recall_at(found, related_clips, 1) for feature, found in nearest.items()}
+        recalls = {
+            feature: recall_at(found, related_clips & there[feature], 1) for feature, found in nearest.items()
+        }
         probes[name] = {
             feature: dict(
                 accuracy=recall,
