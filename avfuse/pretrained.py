@@ -52,8 +52,8 @@ class Pretrained(ModelHubMixin, library_name="avfuse"):
     `facts`, a dictionary about the run that the weights come from, is kept in config.json and shown by the
     model card (README.md), see `avfuse.model_card.model_card`.
 
-    An instance of a subclass is saved as what it is derived from: its own `from_pretrained` gives it back. Inside
-    another model it is refused.
+    An instance of a subclass is saved as what it is derived from: its own `from_pretrained` gives it back.
+    Inside another model it is refused.
 
     Raises:
         ValueError: what should be loaded is neither a folder nor a name, or is damaged or another model; or
