@@ -397,8 +397,8 @@ class SegmentConfig(SceneConfig):
     kind, starts = "segment", dict.fromkeys(TaskConfig.starts, ())  # fresh weights, as was measured
 
     warmup_epochs: int = 6
-    """Epochs of linear warm-up before the cosine decay; the paper names none. After 1, localization learned
-    less from the encoder (docs/tasks.md)."""
+    """Epochs of linear warm-up before the cosine decay; the paper names none. After 1, what begins
+    with the encoder learned less (docs/tasks.md)."""
 
     data: Annotated[Path | None, SAID] = None
     """AVSBench or Sounding Shapes. Default: the latter, built once."""
