@@ -222,7 +222,8 @@ def test_what_serves_training_alone_is_no_hindrance(tmp_path):
     encoder = create_encoder("micro")
     encoder.loss = nn.CrossEntropyLoss()
     encoder.save_pretrained(tmp_path / "encoder")
-    avfuse.load(tmp_path / "classifier"), avfuse.load(tmp_path / "encoder")
+    for name in "classifier", "encoder":
+        avfuse.load(tmp_path / name)
 
 
 def test_what_config_json_cannot_hold_is_named(tmp_path):
