@@ -44,7 +44,7 @@ def begin(
         sys.exit(f"error: {printable(error)}")
     process.end_with_its_reader(False)  # work also writes to pipes of its own
     if isinstance(work, str):
-        gc.disable()  # to look for garbage among what is imported would be a fifth of the time to start
+        gc.disable()  # to look for garbage among what is imported is over a third of the time to start
         work = getattr(import_module(module), work)
         gc.freeze()
         gc.enable()

@@ -23,9 +23,15 @@ from .fusion import DenseFusion, Stream
 from .ops.residual_norm import is_layer_norm, residual_norm
 from .vit import DROPPING, Heads, check_blocks, split_heads
 
-PARTS = (  # of a block, which a folded one does not call
-    "norm1 norm2 ls1 ls2 drop_path1 drop_path2 attn.qkv attn.proj attn.proj_drop mlp.fc1 mlp.fc2 mlp.drop1"
-    " mlp.drop2".split()
+# Parts of a block that a folded one does not call, and what they have to be.
+PARTS = (
+    (is_layer_norm, ("norm1", "norm2")),
+    (is_plain, ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")),
+    (lambda part: type(part) in (nn.Identity, LayerScale), ("ls1", "ls2")),
+    (
+        lambda part: type(part) in DROPPING,
+        ("drop_path1", "drop_path2", "attn.proj_drop", "mlp.drop1", "mlp.drop2"),
+    ),
 )
 
 
@@ -174,24 +180,18 @@ def check_foldable(encoder: nn.Module) -> None:
     for vit in "image", "audio":
         check_blocks(vit, getattr(encoder, vit))
         for index, block in enumerate(getattr(encoder, vit).blocks):
-            for part in PARTS:
-                module = block.get_submodule(part)
-                if not is_foldable(part, module):
-                    raise ValueError(
-                        f"{vit}.blocks[{index}].{part} is a {type(module).__name__} that cannot be folded:"
-                        " only plain LayerNorm and Linear can, and what timm has around them"
-                    )
-
-
-def is_foldable(part: str, module: nn.Module) -> bool:
-    if "norm" in part:
-        return is_layer_norm(module)
-    if "ls" in part:
-        return type(module) in (nn.Identity, LayerScale)
-    return type(module) in DROPPING if "drop" in part else is_plain(module)
+            for is_foldable, names in PARTS:
+                for name in names:
+                    part = block.get_submodule(name)
+                    if not is_foldable(part):
+                        raise ValueError(
+                            f"{vit}.blocks[{index}].{name} is a {type(part).__name__} that cannot be folded:"
+                            " only plain LayerNorm and Linear can, and what timm has around them"
+                        )
 
 
 def refuse_hooks(encoder: nn.Module, whose: str) -> None:
+    """Raises ValueError where a part has hooks, which `whose` parts would not run."""
     for name, module in encoder.named_modules():
         if has_hooks(module):
             raise ValueError(f"{name or 'the encoder'} has hooks, which {whose} would not run")

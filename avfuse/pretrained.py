@@ -153,8 +153,6 @@ class Pretrained(ModelHubMixin, library_name="avfuse"):
         with torch.device("meta"):
             rebuilt = type(self).from_config(config["model"])
         check_rebuilt(rebuilt, self)
-        if shapes(rebuilt) != shapes(self):
-            raise ValueError("this model has parts that config.json cannot describe")
         card = self.generate_model_card()
         licence = licence_of(self.facts or {}, self._origins())
         metadata = {"format": "pt"} | ({"licence": licence} if licence else {})
@@ -292,10 +290,6 @@ def check_fit(module: nn.Module, weights: dict[str, Tensor]) -> None:
     """Raises ValueError unless there is exactly one finite tensor for each place."""
     if faults := misfits(weights, module.state_dict()):
         raise ValueError(f"the weights do not fit a {type(module).__name__}: {faults}")
-
-
-def shapes(module: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in module.state_dict().items()}
 
 
 def plain_number(value: object) -> float | int | bool:

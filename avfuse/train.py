@@ -22,7 +22,7 @@ from .files import printable
 from .graphs import TrainingGraphs
 from .mae import AVMAE
 from .training.costs import count_parameters
-from .training.features import encode, pool
+from .training.features import encode, pool, without_absent
 from .training.judge import JudgedTask, first_clips, to_columns, to_rows
 from .training.looks import Sources, looks, most_looking
 from .training.loop import Task, program, set_up, train
@@ -139,9 +139,8 @@ class Pretraining(JudgedTask):
                 columns[f"{name}_{kind}"] = torch.stack([model.loss(name, *clip, None) for clip in clips])
         present = [inputs.get(name) for name in PRESENT]
         pooled = pool(encode(model.encoder, inputs["image"], inputs["audio"], *present))
-        for name, mean in pooled.items():  # image tokens tell nothing of a picture that is not there
-            there = batch.get(f"{name}_present", torch.ones(len(mean), dtype=torch.bool))
-            columns[name] = mean.float() * there.to(mean.device)[:, None]
+        pooled = {name: mean.float() for name, mean in pooled.items()}
+        columns |= without_absent(pooled, *(batch[name].to(output.loss.device) for name in PRESENT))
         if self.sources:
             columns |= self.looks(model.encoder, inputs, batch["index"])
         return to_rows(columns)

@@ -191,6 +191,27 @@ sys.exit(begin("avfuse.x", read, (lambda _: print("done")) if sys.argv[1] == "le
 """
 
 
+WHILE_IMPORTING = """
+import gc, importlib.abc, importlib.util, sys
+from avfuse.command import begin
+
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path, target=None):
+        return importlib.util.spec_from_loader(name, self) if name == "made_up" else None
+
+    def exec_module(self, module):
+        print(gc.isenabled())
+        module.main = lambda options: print(gc.isenabled())
+
+sys.meta_path.insert(0, Finder())
+begin("made_up", lambda args, prog: None)
+"""
+
+
+def test_garbage_is_collected_once_all_is_imported():
+    assert run("-c", WHILE_IMPORTING).stdout.split() == ["False", "True"]
+
+
 @pytest.mark.parametrize("module", MODULES[:1] + MODULES[5:8])
 def test_ctrl_c_while_libraries_are_imported(module, tmp_path):
     (tmp_path / "torch.py").write_text(INTERRUPTED)

@@ -19,7 +19,7 @@ from ..data.transforms import FLOOR, KALDI_FLOOR, PREEMPHASIS, Spectrogram, kald
 from ..inputs import InputSettings
 
 Inputs = dict[str, Tensor]
-EXCHANGES = 200  # clips that are asked for the sound which they were given
+EXCHANGES = 200  # clips with which one may exchange the sound that it was given, at most
 
 
 def silence(inputs: Inputs, batch: dict, settings: InputSettings) -> Inputs:

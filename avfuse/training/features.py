@@ -60,10 +60,17 @@ def pool_windows(
             row |= {f"{name}_tokens": getattr(output, name) for name in FEATURES}
         for name, value in row.items():
             total[name] = total.get(name, 0) + value.float() / image.shape[1]
+    return without_absent(total, image_present, audio_present)
+
+
+def without_absent(
+    features: dict[str, Tensor], image_present: Tensor, audio_present: Tensor
+) -> dict[str, Tensor]:
+    """Zeros in the place of a modality that a clip lacks: tokens of what is not there mean nothing."""
     for name, present in (("image", image_present), ("audio", audio_present)):
-        for kind in {name, f"{name}_tokens"} & total.keys():  # the tokens of what is not there mean nothing
-            total[kind] = total[kind] * present.view(-1, *[1] * (total[kind].ndim - 1))
-    return total
+        for kind in {name, f"{name}_tokens"} & features.keys():
+            features[kind] = features[kind] * present.view(-1, *[1] * (features[kind].ndim - 1))
+    return features
 
 
 def windows_of(inputs: InputSettings, windows: int, averaged: str) -> str:

@@ -90,7 +90,9 @@ class JudgedTask(Task):
         return self.judge(model, inputs, batch)
 
     def kind(self, clip: Clip) -> Hashable:
-        """What clips have in common whose sounds may stand for each other: labels, or being the same clip."""
+        """What clips have in common whose sounds may stand for each other: labels, or being the same clip. A
+        tuple holds several classes, one of which is enough in common.
+        """
         return frozenset(clip.labels.items()) or clip.path
 
     def summarize(self, rows: list[dict]) -> dict:
