@@ -811,7 +811,7 @@ def test_a_lying_duration(tmp_path):
     data = path.read_bytes()
     duration = data.index(b"\x44\x89\x88") + 3  # float64 milliseconds
     path.write_bytes(data[:duration] + struct.pack(">d", 1e9) + data[duration + 8 :])
-    assert probe(path).seconds == 1e6
+    assert probe(path).seconds == pytest.approx(2.0, abs=0.07)  # by its packets
     assert number_of(read_frame(path, 5e5)) == 19
     with pytest.raises(ClipError, match="has no sound from 500000 s on"):
         read_audio(path, 5e5, 3, 16_000)

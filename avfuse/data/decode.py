@@ -30,10 +30,11 @@ OPTIONS = {  # FFmpeg also opens playlists, which name other files and hosts
     "protocol_whitelist": "file",
 }
 OF_A_PART = {"protocol_whitelist": "file,subfile"}  # the latter reads a range of bytes of the former
-GENERATION = 1  # of this reader: what an earlier one found in a file may be out of date
+GENERATION = 2  # of this reader: what an earlier one found in a file may be out of date
 MAX_PIXELS = 2**26  # of a frame: 8192 x 8192
 MAX_RATE = 768_000  # Hz
-WARM_UP = 0.3  # seconds of sound decoded before what is wanted, because codecs and filters look back
+# Seconds of sound decoded before what is wanted: codecs and filters look back, MP3 at low rates further.
+WARM_UP, WARM_UP_MP3 = 0.3, 0.7
 MARGIN = 0.05  # seconds of that which the resampling filter sees, on both sides
 # Before PyAV 19, which does so by itself, bytes of metadata that are no text stop the opening of a file.
 TEXT = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
@@ -41,12 +42,15 @@ EPSILON = 1e-6  # seconds: a time that was meant to be that of a frame may have 
 RUN = 10.0  # seconds of pictures that one seek is for: beyond, seeking is cheaper than reading on
 TRIES = 3  # such seeks, each further back, before every frame is read alone
 LAST = 2.0  # seconds at the end in which the last packets of all streams are looked for
+FAR_BACK = -3600.0  # seconds: where the start is looked for, as packets begin before what they show
+HELD_BACK = 16  # pictures at most that are shown after one that follows them in the file
 BACK = (0, 1, 4, 16, 64, 256, math.inf)  # seconds to seek further back, where a seek lands too late
 # What decoders say of damage.
 DAMAGED = (av.error.InvalidDataError, av.error.PermissionError, av.error.EOFError)
 SQUARE = 0.01  # by which a pixel may be wider than high: what scaling to whole pixels leaves behind
 TIMELESS = ("avi", "asf")  # formats that say when a picture is decoded, not when it is shown
 GAPLESS = ("wav", "flac", "mp3", "aac")  # formats of one sound without gaps, times in which may be estimates
+BROADCAST = ("mpegts", "mpeg")  # formats in which pixels may become wider or narrower
 TIMED = ("mov", "matroska", "avi", "wav")  # formats that say exactly how long they are
 
 
@@ -99,7 +103,8 @@ class ClipReader(AbstractContextManager):
             self._container = _open(self.path, part)
         try:
             self._origin = Fraction(self._container.start_time or 0, av.time_base)  # seconds
-            self._video, self._audio = self._prepare("video"), self._prepare("audio")
+            self._video = self._prepare("video")
+            self._audio = self._prepare("audio", self._video)  # that of the same programme of a broadcast
             self._matrix = None  # how its pictures are to be turned
         except BaseException:
             self.close()
@@ -185,8 +190,9 @@ class ClipReader(AbstractContextManager):
 
         Of two channels it is the mean; more are mixed by their places, as FFmpeg does.
         The first sample is the one at `start`, to the nearest sample, or as near as the file's time stamps go
-        (1 ms in Matroska). Where the file has no sound yet, or a gap, there are zeros. Where its sound ends
-        early, the samples until then are extended by mirrored copies.
+        (1 ms in Matroska); gaps of less than 40 ms are closed, as time stamps may be rounded. Where the file
+        has no sound yet, or a longer gap, there are zeros. Where its sound ends early, the samples until then
+        are extended by mirrored copies.
 
         Raises:
             ClipError: the file has no sound, or none from `start` on, or it cannot be decoded there.
@@ -245,12 +251,12 @@ class ClipReader(AbstractContextManager):
             reason = "the data are damaged: fetch it again" if isinstance(error, DAMAGED) else reason
             raise ClipError(self.path, f"{what}: {reason}") from error
 
-    def _prepare(self, kind: str) -> av.stream.Stream | None:
+    def _prepare(self, kind: str, related: av.stream.Stream | None = None) -> av.stream.Stream | None:
         """The stream of a kind that is read, ready to be decoded; None if there is none."""
         streams = [s for s in self._container.streams if s.type == kind]
         streams = [s for s in streams if not s.disposition & Disposition.attached_pic]
         films = [s for s in streams if s.frames != 1] or streams  # a single picture may lie beside a film
-        best = self._container.streams.best(kind)
+        best = self._container.streams.best(kind, related=related)
         stream = best if best in films else next(iter(films), None)
         if stream is None:
             return None
@@ -262,6 +268,9 @@ class ClipReader(AbstractContextManager):
         stream.codec_context.thread_count = 1  # each core has a reader of its own
         if stream.type == "video":
             stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+            if stream.codec_context.pix_fmt == "pal8":  # the palette comes with the first packet alone
+                with self._explaining("its pictures cannot be decoded"):
+                    next(self._container.demux(stream)).decode()
         return stream
 
     @cached_property
@@ -273,42 +282,38 @@ class ClipReader(AbstractContextManager):
         if stream is None:
             return None
         end = self._declared_end(stream)
-        if self._format not in TIMED:
-            last = self._last_ends.get(stream.index)
-            if self._format == "flac" and end is not None and end > (last or 0) + JITTER:
-                raise ClipError(self.path, CUT_OFF)
-            return last
-        if end is None and self._container.duration:
-            end = Fraction(self._container.duration, av.time_base)
-        if end is not None and stream.frames:
+        if end is not None and self._format in TIMED and stream.frames:
             return end
-        with _open(self.path, self.part) as container:
-            packets = (packet for packet in container.demux(container.streams[stream.index]) if packet.size)
-            if end is not None:
-                return end if next(packets, None) else None
-            last = max(map(end_of, packets), default=None)
-        return None if last is None else max(last - self._origin, Fraction(0))
+        last = self._last_ends.get(stream.index)
+        if self._format == "flac" and end is not None and end > (last or 0) + JITTER:
+            raise ClipError(self.path, CUT_OFF)
+        return last
 
     @cached_property
     def _last_ends(self) -> dict[int, Fraction]:
         """When each stream ends by its last packets, for formats of which FFmpeg estimates the length."""
         indices = {stream.index for stream in (self._video, self._audio) if stream is not None}
-        with _open(self.path, self.part) as container:
-            end = ((container.start_time or 0) + (container.duration or 0)) / av.time_base
-            for seconds in (LAST, math.inf):
-                with suppress(av.FFmpegError):  # some formats have no way to do so
-                    container.seek(math.floor(max(0, end - seconds) * av.time_base))
-                ends = {}
+        for seconds in (LAST, None):  # None: all packets, from the start
+            ends = {}
+            with _open(self.path, self.part) as container:
+                if seconds is not None:
+                    end = ((container.start_time or 0) + (container.duration or 0)) / av.time_base
+                    with suppress(av.FFmpegError):  # some formats have no way to do so
+                        container.seek(math.floor(max(0, end - seconds) * av.time_base))
                 for packet in container.demux():
-                    if packet.size:
+                    if packet.size and not packet.is_discard:
                         last = ends.get(packet.stream_index, Fraction(0))
                         ends[packet.stream_index] = max(last, end_of(packet) - self._origin)
-                if ends.keys() >= indices:
-                    break
+            if ends.keys() >= indices:
+                break
         return ends
 
     def _declared_end(self, stream) -> Fraction | None:
-        if not stream.duration or stream.duration < 0:
+        """When a stream ends according to the header, in seconds; None if it does not tell. Of a stream that
+        begins late in an mp4, and of one in fragments, what FFmpeg calls its duration may be its end.
+        """
+        is_late = self._format == "mov" and (not stream.frames or (stream.start_time or 0) > 0)
+        if is_late or not stream.duration or stream.duration < 0:
             return None
         end = (stream.duration + (stream.start_time or 0)) * stream.time_base
         return max(end - self._origin, Fraction(0))
@@ -318,8 +323,7 @@ class ClipReader(AbstractContextManager):
         # In a program stream the first packets after a seek get times of others.
         for back in BACK if self._format != "mpeg" else BACK[2:]:
             at_start = seconds - back <= 0
-            # -1: codecs start with some sound before 0 that they build on
-            self._seek(stream, -1 if at_start else seconds - back)
+            self._seek(stream, FAR_BACK if at_start else seconds - back)
             yield at_start
             if at_start:
                 return
@@ -344,7 +348,7 @@ class ClipReader(AbstractContextManager):
         The packets tell which one is wanted, so that only those it may refer to are decoded before it.
         """
         target, demuxed = self._tick(seconds), self._packets()
-        packets = list(_until(demuxed, target))
+        packets = list(self._until(demuxed, target))
         if self._is_timeless or any(packet.pts is None for packet in packets):
             packets = chain(packets, demuxed)
             return next(self._decode_in_order(packets, [seconds], at_start), None)
@@ -359,7 +363,7 @@ class ClipReader(AbstractContextManager):
             if frame.pts is not None and frame.pts <= wanted and (shown is None or frame.pts > shown.pts):
                 shown = frame
         if shown is None and at_start:  # a stream that begins between key frames: the first frame there is
-            self._seek(self._video, -1)
+            self._seek(self._video, FAR_BACK)
             return next(self._decode_in_order(self._packets(), [seconds], at_start), None)
         return shown
 
@@ -387,12 +391,12 @@ class ClipReader(AbstractContextManager):
         """
         targets, demuxed, context = list(map(self._tick, times)), self._packets(), self._video.codec_context
         if self._is_timeless:  # where counting begins may matter: no further than to the next key frame
-            packets = list(_to_next_key(_until(demuxed, targets[-1])))
+            packets = list(_to_next_key(self._until(demuxed, targets[-1])))
             keys = (p.dts for p in packets[1:] if p.is_keyframe and p.dts is not None)
             near = bisect_left(targets, next(keys, math.inf))
             yield from self._decode_in_order(chain(packets, demuxed), times[:near], at_start)
             return
-        packets = list(_until(demuxed, targets[-1]))
+        packets = list(self._until(demuxed, targets[-1]))
         if _go_back(packets) or any(packet.pts is None for packet in packets):
             return
         wanted = [_shown_at(target, packets, at_start) for target in targets]
@@ -425,6 +429,20 @@ class ClipReader(AbstractContextManager):
     def _packets(self) -> Iterator[av.Packet]:
         """The packets of pictures from here on."""
         return (packet for packet in self._container.demux(self._video) if packet.size)
+
+    def _until(self, packets: Iterable[av.Packet], target: int) -> Iterator[av.Packet]:
+        """The packets as far as one that is decoded after a time, that one included. Matroska does not say
+        when a picture is decoded, so there as many follow as may be held back.
+        """
+        later = 0
+        for packet in packets:
+            yield packet
+            if self._format == "matroska" and packet.pts is not None:
+                later += packet.pts > target
+            elif packet.dts is not None and packet.dts > target:
+                later = math.inf
+            if later > HELD_BACK:
+                return
 
     @cached_property
     def _is_timeless(self) -> bool:
@@ -487,7 +505,10 @@ class ClipReader(AbstractContextManager):
 
     def _upright(self, frame: av.VideoFrame) -> np.ndarray:
         """Its pixels as they are meant to be shown: square, turned and mirrored."""
-        wide = float(self._video.sample_aspect_ratio or self._video.codec_context.sample_aspect_ratio or 1)
+        shapes = self._video.sample_aspect_ratio, self._video.codec_context.sample_aspect_ratio
+        if self._format in BROADCAST:  # where that of the stream is the first that its pictures had
+            shapes = shapes[::-1]
+        wide = float(shapes[0] or shapes[1] or 1)
         wide = wide if abs(wide - 1) > SQUARE else 1.0
         width, other = round(frame.width * wide), {}
         if not 0 < width * frame.height <= MAX_PIXELS:
@@ -504,8 +525,9 @@ class ClipReader(AbstractContextManager):
     def _decode_audio(self, first: int, wanted: int, sample_rate: int) -> np.ndarray:
         """At most `wanted` samples of mono sound from sample `first` on, fewer where the sound ends."""
         start, end = first / sample_rate, (first + wanted) / sample_rate
-        for at_start in self._seek_back(self._audio, start - WARM_UP):
-            pieces = list(self._pieces(start - WARM_UP, end + MARGIN))
+        before = WARM_UP_MP3 if self._audio.codec_context.name.startswith("mp3") else WARM_UP
+        for at_start in self._seek_back(self._audio, start - before):
+            pieces = list(self._pieces(start - before, end + MARGIN))
             if pieces and (at_start or pieces[0][0] < start - MARGIN):
                 break
         else:
@@ -528,13 +550,15 @@ class ClipReader(AbstractContextManager):
         return resample(sound, rate, sample_rate)[skip : skip + wanted]
 
     def _pieces(self, begin: float, end: float) -> Iterator[tuple[float, int, np.ndarray]]:
-        """Decoded sound until `end`: time in seconds, sample rate and mono samples of each piece.
+        """Decoded sound until `end`: time in seconds, sample rate and mono samples of each piece. One without
+        samples says that there is more later.
 
         Packets before `begin` are passed over: a seek may have ended far before it, at a key frame.
         """
-        unit, origin, time = float(self._audio.time_base), float(self._origin), None
+        unit, origin, time, rate = float(self._audio.time_base), float(self._origin), None, None
         for packet in self._container.demux(self._audio):
-            if packet.pts is not None and (packet.pts + (packet.duration or 0)) * unit - origin < begin:
+            is_known = packet.pts is not None and packet.duration
+            if is_known and (packet.pts + packet.duration) * unit - origin < begin:
                 continue
             for frame in packet.decode():
                 if frame.pts is not None and (time is None or self._format not in GAPLESS):
@@ -542,9 +566,11 @@ class ClipReader(AbstractContextManager):
                 if time is None or not frame.samples:
                     continue
                 if time > end:
+                    yield time, rate or frame.sample_rate, np.empty(0, np.float32)
                     return
-                yield time, frame.sample_rate, mix_of(frame.layout) @ channels_of(frame)
-                time += frame.samples / frame.sample_rate
+                rate = frame.sample_rate
+                yield time, rate, mix_of(frame.layout) @ channels_of(frame)
+                time += frame.samples / rate
 
 
 def _open(path: Path, part: Part | None) -> av.container.InputContainer:
@@ -569,14 +595,6 @@ def _open(path: Path, part: Part | None) -> av.container.InputContainer:
         return av.open(url, options=OPTIONS | (OF_A_PART if part else {}) | quick, **TEXT)
     except (*DAMAGED, av.error.ArgumentError) as error:
         raise OSError(describe(head) or "it is of no kind that is read here, or damaged") from error
-
-
-def _until(packets: Iterable[av.Packet], target: int) -> Iterator[av.Packet]:
-    """The packets as far as one that is decoded after a time, that one included."""
-    for packet in packets:
-        yield packet
-        if packet.dts is not None and packet.dts > target:
-            return
 
 
 def _to_next_key(packets: Iterable[av.Packet]) -> Iterator[av.Packet]:

@@ -37,6 +37,8 @@ def _weights(layout: str, count: int) -> np.ndarray:
     mean = np.full(count, 1 / count, np.float32)
     if count <= 2:
         return mean
+    if layout.startswith("ambisonic"):  # the first channel is what comes from all sides, the rest from where
+        return np.eye(count, dtype=np.float32)[0]
     if layout.endswith("channels"):  # without places: FFmpeg guesses these
         layout = GUESSED.get(count, layout)
     try:  # one sample in each channel after the other: what FFmpeg makes of them
