@@ -3,6 +3,7 @@ and Ctrl-C ends it at any moment.
 """
 
 import argparse
+import atexit
 import gc
 import signal
 import sys
@@ -46,7 +47,7 @@ def begin(
     if isinstance(work, str):
         gc.disable()  # to look for garbage among what is imported is over a third of the time to start
         work = getattr(import_module(module), work)
-        gc.freeze()
+        keep_what_is_imported()
         gc.enable()
     try:
         if is_heard:
@@ -59,6 +60,14 @@ def begin(
     if is_heard:
         process.end_at_once()
     sys.exit(code)
+
+
+def keep_what_is_imported() -> None:
+    """Nobody looks for garbage among it again, not even when the process ends, which would take a second."""
+    gc.freeze()
+    triton = sys.modules.get("triton._C.libtriton")
+    if type(getattr(triton, "get_cache_invalidating_env_vars", None)).__module__ == "nanobind":
+        atexit.register(gc.unfreeze)  # newer releases call what is not collected then leaked, line by line
 
 
 def given(args: Sequence[str], **defaults: str) -> argparse.Namespace:

@@ -208,6 +208,12 @@ begin("made_up", lambda args, prog: None)
 """
 
 
+def test_what_ends_a_command_is_all_that_it_says():
+    """Libraries that look for what they have lost, as nanobind does, find nothing."""
+    done = run("-m", "avfuse.predict", "no/such/run", "no.mp4")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+
+
 def test_garbage_is_collected_once_all_is_imported():
     assert run("-c", WHILE_IMPORTING).stdout.split() == ["False", "True"]
 
