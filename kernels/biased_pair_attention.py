@@ -23,13 +23,18 @@ import triton
 import triton.language as tl
 
 from .cards import own_settings
-from .pair_attention import PROGRAMS, merge_kernel, part, store_statistics
+from .pair_attention import (
+    PROGRAMS,
+    empty_statistics,
+    launch_backward,
+    launch_forward,
+    part,
+    store_statistics,
+)
 from .tiles import (
     add_bias_slots,
-    add_slots,
-    broadcast_strides,
+    broadcast,
     empty_bias_slots,
-    empty_slots,
     finite,
     head,
     load_mask,
@@ -39,27 +44,25 @@ from .tiles import (
     on_device_of,
     own_shares,
     padded,
+    pairs,
     precision_of,
     prepared,
     reciprocal,
-    rows_of,
     shared_range,
     slot_head,
     store_rows,
     weigh,
+    with_strides,
 )
 
 SPLIT_PAIRS = 4 * 64**2  # the fewest pairs that are worth a program of their own
 SAFE = tl.constexpr(2.0**-76)
-MASK, TOKENS, ALIVE = tl.constexpr(2), tl.constexpr(5), tl.constexpr(6)  # of what `side` returns
+MASK, TOKENS, ALIVE = tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)  # of what `side` returns
 
 
 @triton.jit
 def forward_kernel(
-    query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias,
-    output, statistics, partial,
-    query_strides, image_key_strides, image_value_strides, audio_key_strides, audio_value_strides,
-    image_mask_stride, audio_mask_stride, bias_strides,
+    query, image, audio, bias, output, statistics, partial,
     H, F, I, A, scale: tl.float32,
     K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr,
     PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -67,14 +70,8 @@ def forward_kernel(
     # One program owns BLOCK_F queries of one head of one clip, and one of SPLITS parts of the image tokens.
     b, h, split = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(2)
     queries = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    image = side(
-        image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride, b, h, I
-    )
-    audio = side(
-        audio_key, audio_value, audio_mask, audio_key_strides, audio_value_strides, audio_mask_stride, b, h, A
-    )
-    bias = (head(pair_bias, bias_strides, b, h), bias_strides[2], bias_strides[3])
-    q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
+    image, audio, bias = side(image, b, h, I), side(audio, b, h, A), pairs(bias, b, h)
+    q = load_rows(head(query, b, h), queries, queries < F, K)
 
     asked = tl.minimum(F - tl.program_id(1) * BLOCK_F, BLOCK_F)
     found, _ = attend_safely(
@@ -84,14 +81,14 @@ def forward_kernel(
     top, image_sum, audio_sum, image_out, audio_out = found
     if SPLITS == 1:
         out = image_out * reciprocal(image_sum) + audio_out * reciprocal(audio_sum)
-        store_rows(slot_head(output, 0, 1, b, h, H, F, V), H * V, queries, queries < F, tl.trans(out), V)
+        store_rows(slot_head(output, 0, 1, b, h, H, F, V), queries, queries < F, tl.trans(out), V)
     else:
         store_statistics(statistics, 0, split, b, h, H, queries, F, top, image_sum, 0.0, SPLITS)
         store_statistics(statistics, 1, split, b, h, H, queries, F, top, audio_sum, 0.0, SPLITS)
         image_partial = slot_head(partial, split, 2 * SPLITS, b, h, H, F, V)
         audio_partial = slot_head(partial, SPLITS + split, 2 * SPLITS, b, h, H, F, V)
-        store_rows(image_partial, H * V, queries, queries < F, tl.trans(image_out), V)
-        store_rows(audio_partial, H * V, queries, queries < F, tl.trans(audio_out), V)
+        store_rows(image_partial, queries, queries < F, tl.trans(image_out), V)
+        store_rows(audio_partial, queries, queries < F, tl.trans(audio_out), V)
 
 
 @triton.jit
@@ -173,10 +170,7 @@ def weighted(weights, v, do, PRECISION: tl.constexpr, PAIR_PRECISION: tl.constex
 
 @triton.jit
 def statistics_kernel(
-    query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, output_grad,
-    statistics,
-    query_strides, image_key_strides, image_value_strides, audio_key_strides, audio_value_strides,
-    image_mask_stride, audio_mask_stride, bias_strides, output_grad_strides,
+    query, image, audio, output_grad, bias, statistics,
     H, F, I, A, scale: tl.float32,
     K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr,
     PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -184,16 +178,9 @@ def statistics_kernel(
     # One program owns BLOCK_F queries of one head of one clip, and one of SPLITS parts of the image tokens.
     b, h, split = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(2)
     queries = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    image = side(
-        image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride, b, h, I
-    )
-    audio = side(
-        audio_key, audio_value, audio_mask, audio_key_strides, audio_value_strides, audio_mask_stride, b, h, A
-    )
-    bias = (head(pair_bias, bias_strides, b, h), bias_strides[2], bias_strides[3])
-    q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
-    do = head(output_grad, output_grad_strides, b, h)
-    do = load_rows(do, output_grad_strides[2], queries, queries < F, V)
+    image, audio, bias = side(image, b, h, I), side(audio, b, h, A), pairs(bias, b, h)
+    q = load_rows(head(query, b, h), queries, queries < F, K)
+    do = load_rows(head(output_grad, b, h), queries, queries < F, V)
     asked = tl.minimum(F - tl.program_id(1) * BLOCK_F, BLOCK_F)
     found, safe = attend_safely(
         q, do, asked, image, audio, bias, split, scale,
@@ -204,10 +191,8 @@ def statistics_kernel(
 
 @triton.jit
 def backward_kernel(
-    query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, output_grad,
-    query_grad, image_key_grad, image_value_grad, audio_key_grad, audio_value_grad, statistics,
-    query_strides, image_key_strides, image_value_strides, audio_key_strides, audio_value_strides,
-    image_mask_stride, audio_mask_stride, bias_strides, output_grad_strides,
+    query, image, audio, output_grad, bias, statistics,
+    query_grad, image_key_grad, image_value_grad, audio_key_grad, audio_value_grad,
     H, F, I, A, scale: tl.float32,
     K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr,
     PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -218,24 +203,17 @@ def backward_kernel(
     b, h, split = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(2)
     tile, tiles = tl.program_id(1), tl.num_programs(1)
     queries = tile * BLOCK_F + tl.arange(0, BLOCK_F)
-    image = side(
-        image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride, b, h, I
-    )
-    audio = side(
-        audio_key, audio_value, audio_mask, audio_key_strides, audio_value_strides, audio_mask_stride, b, h, A
-    )
-    bias = (head(pair_bias, bias_strides, b, h), bias_strides[2], bias_strides[3])
-    q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
-    do = head(output_grad, output_grad_strides, b, h)
-    do = load_rows(do, output_grad_strides[2], queries, queries < F, V)
+    image, audio, bias = side(image, b, h, I), side(audio, b, h, A), pairs(bias, b, h)
+    q = load_rows(head(query, b, h), queries, queries < F, K)
+    do = load_rows(head(output_grad, b, h), queries, queries < F, V)
     image_grads = (
         slot_head(image_key_grad, tile, tiles, b, h, H, I, K),
-        slot_head(image_value_grad, tile, tiles, b, h, H, I, V), H,
-    )  # fmt: skip
+        slot_head(image_value_grad, tile, tiles, b, h, H, I, V),
+    )
     audio_grads = (
         slot_head(audio_key_grad, tile, tiles, b, h, H, A, K),
-        slot_head(audio_value_grad, tile, tiles, b, h, H, A, V), H,
-    )  # fmt: skip
+        slot_head(audio_value_grad, tile, tiles, b, h, H, A, V),
+    )
 
     asked = tl.minimum(F - tile * BLOCK_F, BLOCK_F)
     if SPLITS == 1:
@@ -263,8 +241,9 @@ def backward_kernel(
             q, do, asked, image, audio, bias, stats, image_grads, audio_grads, split, scale,
             K, V, SPLITS, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, True,
         )  # fmt: skip
-    query_grad = slot_head(query_grad, split, SPLITS, b, h, H, F, K)
-    store_rows(query_grad, H * K, queries, queries < F, tl.trans(dq * scale), K)
+    store_rows(
+        slot_head(query_grad, split, SPLITS, b, h, H, F, K), queries, queries < F, tl.trans(dq * scale), K
+    )
 
 
 @triton.jit
@@ -321,17 +300,14 @@ def differentiate_side(
         dk = pair_dot(logits_grad, q, PAIR_PRECISION) * scale
         dv = pair_dot(weights, do, PAIR_PRECISION)
         dq += pair_dot(tl.trans(k), logits_grad, PAIR_PRECISION)
-        store_rows(grads[0], grads[2] * K, tokens, inside, tl.where(alive, dk, 0.0), K)
-        store_rows(grads[1], grads[2] * V, tokens, inside, tl.where(alive, dv, 0.0), V)
+        store_rows(grads[0], tokens, inside, tl.where(alive, dk, 0.0), K)
+        store_rows(grads[1], tokens, inside, tl.where(alive, dv, 0.0), V)
     return dq
 
 
 @triton.jit
 def bias_kernel(
-    query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, output_grad,
-    statistics, bias_grad,
-    query_strides, image_key_strides, image_value_strides, audio_key_strides, audio_value_strides,
-    image_mask_stride, audio_mask_stride, bias_strides, output_grad_strides, bias_sizes,
+    query, image, audio, output_grad, bias, statistics, bias_grad, bias_sizes,
     B, H, F, I, A, scale: tl.float32,
     K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr,
     PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -347,8 +323,7 @@ def bias_kernel(
     matrices = bias_sizes[0] * bias_sizes[1]
     heads, blocks = last_h - first_h, tl.cdiv(F, BLOCK_F)
     first, last = own_shares((last_b - first_b) * heads * blocks)
-    whole = (head(pair_bias, bias_strides, first_b, first_h), bias_strides[2], bias_strides[3])
-    tile = load_pairs(whole, i, j, I, A, float("-inf"), BLOCK_N)
+    tile = load_pairs(pairs(bias, first_b, first_h), i, j, I, A, float("-inf"), BLOCK_N)
     top_bias = tl.max(tl.max(tile, 0), 0)
     E = tl.exp(tile - finite(top_bias))
     products, sums = tl.zeros((BLOCK_N, BLOCK_N), tl.float32), tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
@@ -356,23 +331,16 @@ def bias_kernel(
         b, h = first_b + n // (heads * blocks), first_h + n // blocks % heads
         first_query = n % blocks * BLOCK_F
         queries = first_query + tl.arange(0, BLOCK_F)
-        image = side(
-            image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride,
-            b, h, I,
-        )  # fmt: skip
-        audio = side(
-            audio_key, audio_value, audio_mask, audio_key_strides, audio_value_strides, audio_mask_stride,
-            b, h, A,
-        )  # fmt: skip
-        q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
-        do = head(output_grad, output_grad_strides, b, h)
-        do = load_rows(do, output_grad_strides[2], queries, queries < F, V)
+        own_image, own_audio = side(image, b, h, I), side(audio, b, h, A)
+        q = load_rows(head(query, b, h), queries, queries < F, K)
+        do = load_rows(head(output_grad, b, h), queries, queries < F, V)
         top, inverse, _, image_mean, audio_mean, safe = load_found(statistics, b, h, H, queries, F, SPLITS)
-        s, image_k, image_v, _ = load_logits(q, image, i, scale, K, V, PRECISION, BLOCK_N)
-        t, audio_k, audio_v, _ = load_logits(q, audio, j, scale, K, V, PRECISION, BLOCK_N)
+        s, image_k, image_v, _ = load_logits(q, own_image, i, scale, K, V, PRECISION, BLOCK_N)
+        t, audio_k, audio_v, _ = load_logits(q, own_audio, j, scale, K, V, PRECISION, BLOCK_N)
         image_grad = tl.dot(image_v, tl.trans(do), input_precision=PRECISION) - image_mean
         audio_grad = tl.dot(audio_v, tl.trans(do), input_precision=PRECISION) - audio_mean
-        top = tl.where(image[ALIVE] & audio[ALIVE], top, float("inf"))  # a dead modality's pairs have no bias
+        alive = own_image[ALIVE] & own_audio[ALIVE]
+        top = tl.where(alive, top, float("inf"))  # a dead modality's pairs have no bias
         if safe:
             u, top_s = exponentials(s)
             w, top_t = exponentials(t)
@@ -391,10 +359,11 @@ def bias_kernel(
 @triton.jit
 def store_found(statistics, split, b, h, H, queries, F, found, safe, SPLITS: tl.constexpr):
     """Keeps what one split found about its queries in a tensor (B, quantity, SPLITS, F, H)."""
-    statistics = slot_head(statistics, split, 6 * SPLITS, b, h, H, F, 1) + queries * H
+    statistics, stride = slot_head(statistics, split, 6 * SPLITS, b, h, H, F, 1)
+    statistics, step = statistics + queries * stride, SPLITS * F * H
     for n in tl.static_range(5):
-        tl.store(statistics + n * SPLITS * F * H, found[n], mask=queries < F)
-    tl.store(statistics + 5 * SPLITS * F * H, tl.where(safe, 1.0, 0.0), mask=queries < F)
+        tl.store(statistics + n * step, found[n], mask=queries < F)
+    tl.store(statistics + 5 * step, tl.where(safe, 1.0, 0.0), mask=queries < F)
 
 
 @triton.jit
@@ -402,8 +371,9 @@ def load_found(statistics, b, h, H, queries, F, SPLITS: tl.constexpr):
     """Merges the splits: largest logit (or its bound); by the marginal of each modality, 1 / sum of weights
     and mean of do.v, (BLOCK_F,) each; and whether none of them needed exact tiles.
     """
-    statistics = slot_head(statistics, 0, 6 * SPLITS, b, h, H, F, 1)
-    pointers = statistics + tl.arange(0, SPLITS)[:, None] * F * H + queries[None, :] * H  # (SPLITS, BLOCK_F)
+    statistics, stride = slot_head(statistics, 0, 6 * SPLITS, b, h, H, F, 1)
+    splits = tl.arange(0, SPLITS)[:, None]
+    pointers = statistics + splits * F * stride + queries[None, :] * stride  # (SPLITS, BLOCK_F)
     step, inside = SPLITS * F * H, (queries < F)[None, :]
     tops = tl.load(pointers, mask=inside, other=float("-inf"))
     top = finite(tl.max(tops, 0))
@@ -521,18 +491,16 @@ def of_query(x, own):
 
 
 @triton.jit
-def side(key, value, mask, key_strides, value_strides, mask_stride, b, h, N):
+def side(tensors, b, h, N):
     """What `modality` tells, and whether any token is attended."""
-    key, value, mask, key_stride, value_stride, N = modality(
-        key, value, mask, key_strides, value_strides, mask_stride, b, h, N
-    )
+    key, value, mask, N = modality(tensors, b, h, N)
     alive = N > 0
     if mask.dtype.is_ptr():
         attended = 0
         for start in range(0, N, 128):
             attended += tl.max(load_mask(mask, start + tl.arange(0, 128), N).to(tl.int32), 0)
         alive = attended > 0
-    return key, value, mask, key_stride, value_stride, N, alive
+    return key, value, mask, N, alive
 
 
 @triton.jit
@@ -543,11 +511,11 @@ def load_logits(
     """Logits (BLOCK_N, BLOCK_F), keys and values of a tile of tokens, and which may be attended to; a dead
     modality has one, all 0.
     """
-    key, value, mask, key_stride, value_stride, N, alive = side
+    key, value, mask, N, alive = side
     tokens = start + tl.arange(0, BLOCK_N)
     attended = load_mask(mask, tokens, N)
-    k = load_rows(key, key_stride, tokens, attended, K)
-    v = load_rows(value, value_stride, tokens, attended, V)
+    k = load_rows(key, tokens, attended, K)
+    v = load_rows(value, tokens, attended, V)
     attended = attended | ((tokens == 0) & (alive == 0))
     return logits_of(q, k, attended, scale, PRECISION), k, v, attended
 
@@ -582,27 +550,9 @@ def load_pairs(bias, i, j, I, A, otherwise, BLOCK_N: tl.constexpr):
 
 def forward(query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, pair_bias, scale):
     """As `forward` of pair_attention.py, with pair_bias (B or 1, H or 1, I, A)."""
-    tensors = query, image_key, image_value, audio_key, audio_value
-    inputs, sizes, strides = prepared(tensors, (image_mask, audio_mask))
-    B, H, F, I, A, K, V = sizes
+    inputs, sizes = prepared(query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask)
     options = settings(query.dtype, *sizes, device=query.device)
-    splits, tiles = options["SPLITS"], triton.cdiv(F, options["BLOCK_F"])
-    output = query.new_empty((B, F, H, V))
-    statistics = partial = None
-    if splits > 1:
-        statistics = query.new_empty((B, 2, 3, splits, F, H), dtype=torch.float32)
-        partial = query.new_empty((B, 2, splits, F, H, V), dtype=torch.float32)
-    with on_device_of(query):
-        forward_kernel[B * H, tiles, splits](
-            *inputs, pair_bias, output, statistics, partial, *strides, broadcast_strides(pair_bias),
-            H, F, I, A, scale, **options,
-        )  # fmt: skip
-        if splits > 1:
-            merge_kernel[B * H, tiles](
-                statistics, partial, output, H, F, V=V, SPLITS=splits, BLOCK_F=options["BLOCK_F"],
-                enable_fp_fusion=options["enable_fp_fusion"],
-            )  # fmt: skip
-    return output.transpose(1, 2)
+    return launch_forward(forward_kernel, (*inputs, broadcast(pair_bias)), query, sizes, scale, options)
 
 
 def backward(
@@ -611,35 +561,23 @@ def backward(
 ):  # fmt: skip
     """Gradients of query, image_key, image_value, audio_key, audio_value; pair_bias if `bias_grad`."""
     tensors = query, image_key, image_value, audio_key, audio_value
-    inputs, sizes, strides = prepared(tensors, (image_mask, audio_mask))
-    B, H, F, I, A, K, V = sizes
-    output_grad = rows_of(output_grad)
+    inputs, sizes = prepared(*tensors, image_mask, audio_mask)
     options = settings(query.dtype, *sizes, backward=True, device=query.device)
-    splits, tiles = options["SPLITS"], triton.cdiv(F, options["BLOCK_F"])
-    grads = [empty_slots(query, splits), *(empty_slots(tensor, tiles) for tensor in tensors[1:])]
-    statistics = None
-    if splits > 1 or bias_grad:
-        statistics = query.new_empty((B, 6, splits, F, H), dtype=torch.float32)
-    strides += [broadcast_strides(pair_bias), output_grad.stride()]
-    with on_device_of(query):
-        if splits > 1:
-            statistics_kernel[B * H, tiles, splits](
-                *inputs, pair_bias, output_grad, statistics, *strides, H, F, I, A, scale, **options
+    inputs = *inputs, with_strides(output_grad), broadcast(pair_bias)
+    needed = options["SPLITS"] > 1 or bias_grad
+    statistics = empty_statistics(query, options["SPLITS"]) if needed else None
+    kernels = statistics_kernel, backward_kernel
+    grads = launch_backward(*kernels, inputs, statistics, tensors, sizes, scale, options)
+    if bias_grad:
+        (B, H, F, I, A, *_), shape, block = sizes, tuple(pair_bias.shape), options["BLOCK_N"]
+        tiles = triton.cdiv(I, block) * triton.cdiv(A, block)
+        slots = empty_bias_slots(pair_bias, tiles, B * H * triton.cdiv(F, options["BLOCK_F"]))
+        with on_device_of(query):
+            bias_kernel[shape[0] * shape[1] * tiles, len(slots)](
+                *inputs, statistics, slots, shape, B, H, F, I, A, scale, **options
             )
-        backward_kernel[B * H, tiles, splits](
-            *inputs, pair_bias, output_grad, *grads, statistics, *strides, H, F, I, A, scale, **options
-        )
-        results = [add_slots(grad, query.dtype) for grad in grads]
-        if bias_grad:
-            shape, block = tuple(pair_bias.shape), options["BLOCK_N"]
-            tiles_of_bias = triton.cdiv(I, block) * triton.cdiv(A, block)
-            slots = empty_bias_slots(pair_bias, tiles_of_bias, B * H * tiles)
-            bias_kernel[shape[0] * shape[1] * tiles_of_bias, len(slots)](
-                *inputs, pair_bias, output_grad, statistics, slots, *strides, shape,
-                B, H, F, I, A, scale, **options,
-            )  # fmt: skip
-            results.append(add_bias_slots(slots, pair_bias.dtype))
-        return results
+        grads.append(add_bias_slots(slots, pair_bias.dtype))
+    return grads
 
 
 def settings(dtype, B, H, F, I, A, K, V, *, backward=False, device=None):

@@ -28,7 +28,7 @@ from . import pair_attention
 from .pair_attention import COUNTS
 from .tiles import (
     add_bias_slots,
-    broadcast_strides,
+    broadcast,
     empty_bias_slots,
     finite,
     head,
@@ -38,11 +38,12 @@ from .tiles import (
     modality,
     on_device_of,
     own_shares,
+    pairs,
     prepared,
     reciprocal,
-    rows_of,
     shared_range,
     weigh,
+    with_strides,
 )
 
 # Of the kernels that read no tokens: queries and blocks of a tile; so many of the other modality's blocks are
@@ -86,10 +87,7 @@ class Blocks(NamedTuple):
 
 @triton.jit(do_not_specialize=[*COUNTS, "image_size", "audio_size"])
 def block_kernel(
-    query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, output_grad,
-    image_logits, image_grads, audio_logits, audio_grads,
-    query_strides, image_key_strides, image_value_strides, audio_key_strides, audio_value_strides,
-    image_mask_stride, audio_mask_stride, output_grad_strides,
+    query, image, audio, output_grad, image_blocks, audio_blocks,
     H, F, I, A, image_size, audio_size, scale: tl.float32,
     K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, IMAGE_ROWS: tl.constexpr, AUDIO_ROWS: tl.constexpr,
@@ -98,35 +96,25 @@ def block_kernel(
     # has ROWS; first come those of the image.
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
     queries = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
-    do = output_grad
+    q, do = load_rows(head(query, b, h), queries, queries < F, K), output_grad
     if output_grad is not None:
-        do = head(output_grad, output_grad_strides, b, h)
-        do = load_rows(do, output_grad_strides[2], queries, queries < F, V)
+        do = load_rows(head(output_grad, b, h), queries, queries < F, V)
     number, image_programs = tl.program_id(2), tl.cdiv(I // image_size, BLOCK_N // IMAGE_ROWS)
-    if number < image_programs:  # names of its own for each: what one name holds must be of one type
-        image = modality(
-            image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride,
-            b, h, I,
-        )  # fmt: skip
+    if number < image_programs:
         survey_blocks(
-            q, do, image, image_logits, image_grads, number, b, h, H, queries, F, I, image_size, scale,
-            K, V, PRECISION, BLOCK_F, BLOCK_N, IMAGE_ROWS,
+            q, do, modality(image, b, h, I), image_blocks, number, b, h, H, queries, F, I, image_size,
+            scale, K, V, PRECISION, BLOCK_F, BLOCK_N, IMAGE_ROWS,
         )  # fmt: skip
     else:
-        audio = modality(
-            audio_key, audio_value, audio_mask, audio_key_strides, audio_value_strides, audio_mask_stride,
-            b, h, A,
-        )  # fmt: skip
         survey_blocks(
-            q, do, audio, audio_logits, audio_grads, number - image_programs, b, h, H, queries, F, A,
+            q, do, modality(audio, b, h, A), audio_blocks, number - image_programs, b, h, H, queries, F, A,
             audio_size, scale, K, V, PRECISION, BLOCK_F, BLOCK_N, AUDIO_ROWS,
         )  # fmt: skip
 
 
 @triton.jit
 def survey_blocks(
-    q, do, side, block_logits, block_grads, number, b, h, H, queries, F, N, size, scale,
+    q, do, side, blocks, number, b, h, H, queries, F, N, size, scale,
     K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -149,44 +137,41 @@ def survey_blocks(
             weights_grad = tl.reshape(weights_grad, (OWN, ROWS, BLOCK_F))
             weighted = weighted * rescale + tl.sum(weigh(weights, weights_grad), 1)
     offsets, inside = tile_of(b, h, H, first + tl.arange(0, OWN), N // size, queries, F)
-    tl.store(block_logits + offsets, top + log(total), mask=inside)
+    tl.store(blocks[0] + offsets, top + log(total), mask=inside)
     if do is not None:
-        tl.store(block_grads + offsets, weighted * reciprocal(total), mask=inside)
+        tl.store(blocks[1] + offsets, weighted * reciprocal(total), mask=inside)
 
 
 @triton.jit(do_not_specialize=["F", "S", "T"])
 def beside_kernel(
-    image_logits, image_grads, audio_logits, audio_grads, bias,
-    image_beside, image_grads_beside, audio_beside, audio_grads_beside,
-    bias_strides, H, F, S, T,
-    BLOCK_F: tl.constexpr, BLOCK: tl.constexpr,
+    image, audio, bias, image_beside, audio_beside, H, F, S, T, BLOCK_F: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     # One program owns BLOCK_F queries of one head of one clip, and BLOCK blocks of one modality; first come
     # those of the image.
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
     queries = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     number, image_programs = tl.program_id(2), tl.cdiv(S, BLOCK)
-    bias = head(bias, bias_strides, b, h)
+    bias, image_step, audio_step = pairs(bias, b, h)
     if number < image_programs:
         look_beside(
-            audio_logits, audio_grads, (bias, bias_strides[2], bias_strides[3]), image_beside,
-            image_grads_beside, number, b, h, H, queries, F, S, T, BLOCK_F, BLOCK,
+            audio, (bias, image_step, audio_step), image_beside, number, b, h, H, queries, F, S, T,
+            BLOCK_F, BLOCK,
         )  # fmt: skip
     else:
         look_beside(
-            image_logits, image_grads, (bias, bias_strides[3], bias_strides[2]), audio_beside,
-            audio_grads_beside, number - image_programs, b, h, H, queries, F, T, S, BLOCK_F, BLOCK,
+            image, (bias, audio_step, image_step), audio_beside, number - image_programs, b, h, H, queries,
+            F, T, S, BLOCK_F, BLOCK,
         )  # fmt: skip
 
 
 @triton.jit
 def look_beside(
-    other_logits, other_grads, bias, beside, grads_beside, number, b, h, H, queries, F, N, M,
-    BLOCK_F: tl.constexpr, BLOCK: tl.constexpr,
+    other, bias, beside, number, b, h, H, queries, F, N, M, BLOCK_F: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Stores a_s and, with gradients, h_s of the blocks of one program. It walks the M blocks of the other
     modality one by one, twice: so no thread waits for what another adds up.
     """
+    other_logits, other_grads = other
     own = number * BLOCK + tl.arange(0, BLOCK)
     row, asked = first_row(b, h, H, M, F) + queries[None, :], (queries < F)[None, :]
     bias, step = steps(bias[0], own[:, None], bias[1]), bias[2]
@@ -209,20 +194,22 @@ def look_beside(
             weighted += weights * tl.load(other_grads + row + m * F, mask=asked, other=0.0)
 
     offsets, inside = tile_of(b, h, H, own, N, queries, F)
-    tl.store(beside + offsets, tl.where(largest == float("-inf"), 0.0, top + log(total)), mask=inside)
+    tl.store(beside[0] + offsets, tl.where(largest == float("-inf"), 0.0, top + log(total)), mask=inside)
     if other_grads is not None:
-        tl.store(grads_beside + offsets, weighted * reciprocal(total), mask=inside)
+        tl.store(beside[1] + offsets, weighted * reciprocal(total), mask=inside)
 
 
 @triton.jit(do_not_specialize=["F", "S"])
 def softmax_kernel(
-    image_logits, image_grads, beside, grads_beside, statistics, H, F, S, BLOCK_F: tl.constexpr
+    image, beside, statistics, H, F, S, BLOCK_F: tl.constexpr
 ):  # fmt: skip
     # One program owns BLOCK_F queries of one head of one clip. Of the softmax over their pairs of blocks it
     # leaves the largest logit, 1 / sum of weights, and delta in a tensor (B, H, 3, F).
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
     queries = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     row, asked = first_row(b, h, H, S, F) + queries, queries < F
+    image_logits, image_grads = image
+    beside, grads_beside = beside
     top = tl.full((BLOCK_F,), float("-inf"), tl.float32)
     for s in tl.range(S, loop_unroll_factor=TOGETHER):
         logits = tl.load(image_logits + row + s * F, mask=asked, other=float("-inf"))
@@ -244,12 +231,12 @@ def softmax_kernel(
 
 @triton.jit(do_not_specialize=["F"])
 def block_bias_kernel(
-    image_logits, image_grads, audio_logits, audio_grads, statistics, bias, bias_grad,
-    bias_strides, bias_sizes, B, H, F,
-    BLOCK: tl.constexpr,
+    image, audio, statistics, bias, bias_grad, bias_sizes, B, H, F, BLOCK: tl.constexpr
 ):  # fmt: skip
     # One program owns a tile of the bias, and walks a part of the clips and heads that share it, query by
     # query.
+    image_logits, image_grads = image
+    audio_logits, audio_grads = audio
     S, T = bias_sizes[2], bias_sizes[3]
     tiles = tl.cdiv(S, BLOCK)
     tiles_of_head = tiles * tl.cdiv(T, BLOCK)
@@ -260,20 +247,20 @@ def block_bias_kernel(
     first, last = own_shares((last_b - first_b) * heads)
     rows = (tile % tiles * BLOCK + tl.arange(0, BLOCK))[:, None]
     columns = (tile // tiles * BLOCK + tl.arange(0, BLOCK))[None, :]
-    bias = steps(head(bias, bias_strides, first_b, first_h), rows, bias_strides[2])
-    bias = steps(bias, columns, bias_strides[3])
+    bias, row_stride, column_stride = pairs(bias, first_b, first_h)
+    bias = steps(steps(bias, rows, row_stride), columns, column_stride)
     inside = (rows < S) & (columns < T)
     own_bias = tl.load(bias, mask=inside, other=0.0).to(tl.float32)
     grad = tl.zeros((BLOCK, BLOCK), tl.float32)
     for n in range(first, last):
         b, h = first_b + n // heads, first_h + n % heads
-        image, audio = first_row(b, h, H, S, F) + rows * F, first_row(b, h, H, T, F) + columns * F
+        row, column = first_row(b, h, H, S, F) + rows * F, first_row(b, h, H, T, F) + columns * F
         of_softmax = statistics + first_row(b, h, H, 3, F)
         for query in range(F):
-            logits = tl.load(image_logits + image + query, mask=rows < S, other=float("-inf"))
-            logits += tl.load(audio_logits + audio + query, mask=columns < T, other=float("-inf"))
-            grads = tl.load(image_grads + image + query, mask=rows < S, other=0.0)
-            grads += tl.load(audio_grads + audio + query, mask=columns < T, other=0.0)
+            logits = tl.load(image_logits + row + query, mask=rows < S, other=float("-inf"))
+            logits += tl.load(audio_logits + column + query, mask=columns < T, other=float("-inf"))
+            grads = tl.load(image_grads + row + query, mask=rows < S, other=0.0)
+            grads += tl.load(audio_grads + column + query, mask=columns < T, other=0.0)
             top, inverse = tl.load(of_softmax + query), tl.load(of_softmax + F + query)
             delta = tl.load(of_softmax + 2 * F + query)
             grad += tl.exp(logits + own_bias - top) * inverse * (grads - delta)
@@ -329,11 +316,11 @@ def backward(output_grad, *inputs):
         slots = empty_bias_slots(pair_bias, tiles, B * H)
         with on_device_of(pair_bias):
             softmax_kernel[B * H, triton.cdiv(F, BLOCK_F)](
-                *image[:4], statistics, H, F, sizes[2], BLOCK_F=BLOCK_F, num_warps=2, **LAUNCH
+                image[:2], image[2:4], statistics, H, F, sizes[2], BLOCK_F=BLOCK_F, num_warps=2, **LAUNCH
             )
             block_bias_kernel[sizes[0] * sizes[1] * tiles, len(slots)](  # the first dimension may be large
-                *image[:2], *audio[:2], statistics, pair_bias, slots, broadcast_strides(pair_bias), sizes,
-                B, H, F, BLOCK=BIAS_BLOCK, num_warps=2, **LAUNCH,
+                image[:2], audio[:2], statistics, broadcast(pair_bias), slots, sizes, B, H, F,
+                BLOCK=BIAS_BLOCK, num_warps=2, **LAUNCH,
             )  # fmt: skip
         grads.append(add_bias_slots(slots, pair_bias.dtype))
     return grads
@@ -343,10 +330,9 @@ def blocks_of(inputs, pair_bias, scale, output_grad=None):
     """What is known of the blocks of image and of audio tokens, with gradients if there is that of the
     output.
     """
-    inputs, sizes, strides = prepared(inputs[:5], inputs[5:])
-    query, (B, H, F, I, A, *_) = inputs[0], sizes
-    with_grads, output_grad = output_grad is not None, rows_of(output_grad)
-    strides.append(output_grad.stride() if with_grads else None)
+    query, with_grads = inputs[0], output_grad is not None
+    inputs, sizes = prepared(*inputs)
+    B, H, F, I, A, *_ = sizes
     options = pair_attention.settings(
         query.dtype, *sizes, backward=with_grads, device=query.device, blocked=True
     )
@@ -360,11 +346,11 @@ def blocks_of(inputs, pair_bias, scale, output_grad=None):
     ]
     with on_device_of(query):
         block_kernel[B * H, triton.cdiv(F, options["BLOCK_F"]), sum(programs)](
-            *inputs, output_grad, *image[:2], *audio[:2], *strides, H, F, I, A, image.size, audio.size, scale,
-            IMAGE_ROWS=rows[0], AUDIO_ROWS=rows[1], **options,
+            *inputs, with_strides(output_grad) if with_grads else None, image[:2], audio[:2],
+            H, F, I, A, image.size, audio.size, scale, IMAGE_ROWS=rows[0], AUDIO_ROWS=rows[1], **options,
         )  # fmt: skip
         beside_kernel[B * H, triton.cdiv(F, BLOCK_F), triton.cdiv(S, BLOCK) + triton.cdiv(T, BLOCK)](
-            *image[:2], *audio[:2], pair_bias, *image[2:4], *audio[2:4], broadcast_strides(pair_bias),
-            H, F, S, T, BLOCK_F=BLOCK_F, BLOCK=BLOCK, num_warps=1, **LAUNCH,
+            image[:2], audio[:2], broadcast(pair_bias), image[2:4], audio[2:4], H, F, S, T,
+            BLOCK_F=BLOCK_F, BLOCK=BLOCK, num_warps=1, **LAUNCH,
         )  # fmt: skip
     return image, audio

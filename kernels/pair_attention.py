@@ -35,17 +35,17 @@ from .tiles import (
     precision_of,
     prepared,
     reciprocal,
-    rows_of,
     slot_head,
     store_rows,
     weigh,
+    with_strides,
 )
 
 PROGRAMS = 256  # tokens are split until there are so many: 2 for each multiprocessor of an A100 or H100
 SPLIT_TOKENS = 256  # the fewest tokens that are worth a program of their own
 # Triton would compile anew where one of these is 1 or a multiple of 16; no load or store gains by it.
-COUNTS = ["F", "I", "A", "image_mask_stride", "audio_mask_stride"]
-TOKENS = tl.constexpr(5)  # of what `modality` returns
+COUNTS = ["F", "I", "A"]
+TOKENS = tl.constexpr(3)  # of what `modality` returns
 BESIDE, GRADS_BESIDE = tl.constexpr(0), tl.constexpr(1)  # of what `of_blocks` returns
 
 
@@ -54,10 +54,7 @@ BESIDE, GRADS_BESIDE = tl.constexpr(0), tl.constexpr(1)  # of what `of_blocks` r
 
 @triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
-    query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask,
-    output, statistics, partial, image_blocks, audio_blocks,
-    query_strides, image_key_strides, image_value_strides, audio_key_strides, audio_value_strides,
-    image_mask_stride, audio_mask_stride,
+    query, image, audio, image_blocks, audio_blocks, output, statistics, partial,
     H, F, I, A, scale: tl.float32,
     K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -65,57 +62,63 @@ def forward_kernel(
     # One program owns BLOCK_F queries of one head of one clip, and reads one of SPLITS parts of its tokens.
     b, h, split = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(2)
     queries = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-
-    image = modality(
-        image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride, b, h, I
-    )
-    audio = modality(
-        audio_key, audio_value, audio_mask, audio_key_strides, audio_value_strides, audio_mask_stride, b, h, A
-    )
+    image, audio = modality(image, b, h, I), modality(audio, b, h, A)
     image_blocks = of_blocks(image_blocks, b, h, H, queries, F)
     audio_blocks = of_blocks(audio_blocks, b, h, H, queries, F)
 
-    q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
+    q = load_rows(head(query, b, h), queries, queries < F, K)
     image_top, image_sum, image_out = attend(
-        q, image, image_blocks, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N
+        q, None, image, image_blocks, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N
     )
     audio_top, audio_sum, audio_out = attend(
-        q, audio, audio_blocks, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N
+        q, None, audio, audio_blocks, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N
     )
 
     if SPLITS == 1:
         out = image_out * reciprocal(image_sum) + audio_out * reciprocal(audio_sum)
-        store_rows(slot_head(output, 0, 1, b, h, H, F, V), H * V, queries, queries < F, tl.trans(out), V)
+        store_rows(slot_head(output, 0, 1, b, h, H, F, V), queries, queries < F, tl.trans(out), V)
     else:
         store_statistics(statistics, 0, split, b, h, H, queries, F, image_top, image_sum, 0.0, SPLITS)
         store_statistics(statistics, 1, split, b, h, H, queries, F, audio_top, audio_sum, 0.0, SPLITS)
         image_partial = slot_head(partial, split, 2 * SPLITS, b, h, H, F, V)
         audio_partial = slot_head(partial, SPLITS + split, 2 * SPLITS, b, h, H, F, V)
-        store_rows(image_partial, H * V, queries, queries < F, tl.trans(image_out), V)
-        store_rows(audio_partial, H * V, queries, queries < F, tl.trans(audio_out), V)
+        store_rows(image_partial, queries, queries < F, tl.trans(image_out), V)
+        store_rows(audio_partial, queries, queries < F, tl.trans(audio_out), V)
 
 
 @triton.jit
 def attend(
-    q, side, blocks, split, scale,
+    q, do, side, blocks, split, scale,
     K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Largest logit, sum of weights (BLOCK_F,) and weighted values (V, BLOCK_F) of one modality."""
+    """Largest logit, sum of weights (BLOCK_F,) and weighted values (V, BLOCK_F) of one modality; with the
+    gradient do of the output, weights times do.v (BLOCK_F,) in place of the last.
+    """
     top = tl.full((BLOCK_F,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_F,), tl.float32)
-    weighted = tl.zeros((padded(V), BLOCK_F), tl.float32)
+    if do is None:
+        weighted = tl.zeros((padded(V), BLOCK_F), tl.float32)
+    else:
+        weighted = tl.zeros((BLOCK_F,), tl.float32)
     first, last = part(side[TOKENS], split, SPLITS, BLOCK_N)
     for start in range(first, last, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
         k, v, attended = load_tokens(tokens, side, K, V)
         logits = logits_of(q, k, attended, scale, PRECISION)
         logits = plus_beside(logits, blocks, BESIDE, tokens, attended)
+        if do is not None:
+            weights_grad = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            weights_grad = plus_beside(weights_grad, blocks, GRADS_BESIDE, tokens, attended)
         previous, top = top, tl.maximum(top, tl.max(logits, 0))
         weights = tl.exp(logits - finite(top))
         rescale = tl.exp(previous - finite(top))
         total = total * rescale + tl.sum(weights, 0)
-        weighted = weighted * rescale + tl.dot(tl.trans(v), weights.to(v.dtype), input_precision=PRECISION)
+        if do is None:
+            sums = tl.dot(tl.trans(v), weights.to(v.dtype), input_precision=PRECISION)
+        else:
+            sums = tl.sum(weigh(weights, weights_grad), 0)
+        weighted = weighted * rescale + sums
     return top, total, weighted
 
 
@@ -131,12 +134,12 @@ def merge_kernel(
     for side in tl.static_range(2):
         top, inverse, _ = load_statistics(statistics, side, b, h, H, queries, F, SPLITS)
         for split in range(SPLITS):
-            own_top = slot_head(statistics, 3 * side * SPLITS + split, 6 * SPLITS, b, h, H, F, 1)
-            own_top = tl.load(own_top + queries * H, mask=queries < F, other=0.0)
+            own_top, stride = slot_head(statistics, 3 * side * SPLITS + split, 6 * SPLITS, b, h, H, F, 1)
+            own_top = tl.load(own_top + queries * stride, mask=queries < F, other=0.0)
             part_of = slot_head(partial, side * SPLITS + split, 2 * SPLITS, b, h, H, F, V)
-            weighted = load_rows(part_of, H * V, queries, queries < F, V)
+            weighted = load_rows(part_of, queries, queries < F, V)
             out += weighted * (tl.exp(own_top - top) * inverse)[:, None]
-    store_rows(slot_head(output, 0, 1, b, h, H, F, V), H * V, queries, queries < F, out, V)
+    store_rows(slot_head(output, 0, 1, b, h, H, F, V), queries, queries < F, out, V)
 
 
 # --- backward -----------------------------------------------------------------------------------------------
@@ -144,10 +147,7 @@ def merge_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def statistics_kernel(
-    query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, output_grad,
-    statistics, image_blocks, audio_blocks,
-    query_strides, image_key_strides, image_value_strides, audio_key_strides, audio_value_strides,
-    image_mask_stride, audio_mask_stride, output_grad_strides,
+    query, image, audio, output_grad, image_blocks, audio_blocks, statistics,
     H, F, I, A, scale: tl.float32,
     K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -155,32 +155,22 @@ def statistics_kernel(
     # One program owns BLOCK_F queries of one head of one clip, and reads one of SPLITS parts of its tokens.
     b, h, split = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(2)
     queries = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-
-    image = modality(
-        image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride, b, h, I
-    )
-    audio = modality(
-        audio_key, audio_value, audio_mask, audio_key_strides, audio_value_strides, audio_mask_stride, b, h, A
-    )
+    image, audio = modality(image, b, h, I), modality(audio, b, h, A)
     image_blocks = of_blocks(image_blocks, b, h, H, queries, F)
     audio_blocks = of_blocks(audio_blocks, b, h, H, queries, F)
 
-    q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
-    do = head(output_grad, output_grad_strides, b, h)
-    do = load_rows(do, output_grad_strides[2], queries, queries < F, V)
-    of_image = survey(q, do, image, image_blocks, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N)
+    q = load_rows(head(query, b, h), queries, queries < F, K)
+    do = load_rows(head(output_grad, b, h), queries, queries < F, V)
+    of_image = attend(q, do, image, image_blocks, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N)
     store_statistics(statistics, 0, split, b, h, H, queries, F, *of_image, SPLITS)
-    of_audio = survey(q, do, audio, audio_blocks, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N)
+    of_audio = attend(q, do, audio, audio_blocks, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N)
     store_statistics(statistics, 1, split, b, h, H, queries, F, *of_audio, SPLITS)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def backward_kernel(
-    query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask, output_grad,
-    query_grad, image_key_grad, image_value_grad, audio_key_grad, audio_value_grad, statistics,
-    image_blocks, audio_blocks,
-    query_strides, image_key_strides, image_value_strides, audio_key_strides, audio_value_strides,
-    image_mask_stride, audio_mask_stride, output_grad_strides,
+    query, image, audio, output_grad, image_blocks, audio_blocks, statistics,
+    query_grad, image_key_grad, image_value_grad, audio_key_grad, audio_value_grad,
     H, F, I, A, scale: tl.float32,
     K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -189,33 +179,26 @@ def backward_kernel(
     b, h, split = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(2)
     tile, tiles = tl.program_id(1), tl.num_programs(1)
     queries = tile * BLOCK_F + tl.arange(0, BLOCK_F)
-
-    image = modality(
-        image_key, image_value, image_mask, image_key_strides, image_value_strides, image_mask_stride, b, h, I
-    )
-    audio = modality(
-        audio_key, audio_value, audio_mask, audio_key_strides, audio_value_strides, audio_mask_stride, b, h, A
-    )
+    image, audio = modality(image, b, h, I), modality(audio, b, h, A)
     image_blocks = of_blocks(image_blocks, b, h, H, queries, F)
     audio_blocks = of_blocks(audio_blocks, b, h, H, queries, F)
     image_grads = (
         slot_head(image_key_grad, tile, tiles, b, h, H, I, K),
-        slot_head(image_value_grad, tile, tiles, b, h, H, I, V), H,
-    )  # fmt: skip
+        slot_head(image_value_grad, tile, tiles, b, h, H, I, V),
+    )
     audio_grads = (
         slot_head(audio_key_grad, tile, tiles, b, h, H, A, K),
-        slot_head(audio_value_grad, tile, tiles, b, h, H, A, V), H,
-    )  # fmt: skip
+        slot_head(audio_value_grad, tile, tiles, b, h, H, A, V),
+    )
 
-    q = load_rows(head(query, query_strides, b, h), query_strides[2], queries, queries < F, K)
-    do = head(output_grad, output_grad_strides, b, h)
-    do = load_rows(do, output_grad_strides[2], queries, queries < F, V)
+    q = load_rows(head(query, b, h), queries, queries < F, K)
+    do = load_rows(head(output_grad, b, h), queries, queries < F, V)
     dq = tl.zeros((padded(K), BLOCK_F), tl.float32)
     for number in tl.static_range(2):
         side, grads = (image, image_grads) if number == 0 else (audio, audio_grads)
         blocks = image_blocks if number == 0 else audio_blocks
         if SPLITS == 1:
-            top, total, weighted = survey(
+            top, total, weighted = attend(
                 q, do, side, blocks, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N
             )
             top, inverse = finite(top), reciprocal(total)
@@ -226,34 +209,9 @@ def backward_kernel(
             dq, q, do, side, blocks, grads, top, inverse, delta, split, scale,
             K, V, SPLITS, PRECISION, BLOCK_N,
         )  # fmt: skip
-    query_grad = slot_head(query_grad, split, SPLITS, b, h, H, F, K)
-    store_rows(query_grad, H * K, queries, queries < F, tl.trans(dq * scale), K)
-
-
-@triton.jit
-def survey(
-    q, do, side, blocks, split, scale,
-    K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Largest logit, sum of weights and of weights * do.v, (BLOCK_F,) each, of one modality."""
-    top = tl.full((BLOCK_F,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_F,), tl.float32)
-    weighted = tl.zeros((BLOCK_F,), tl.float32)
-    first, last = part(side[TOKENS], split, SPLITS, BLOCK_N)
-    for start in range(first, last, BLOCK_N):
-        tokens = start + tl.arange(0, BLOCK_N)
-        k, v, attended = load_tokens(tokens, side, K, V)
-        logits = logits_of(q, k, attended, scale, PRECISION)
-        logits = plus_beside(logits, blocks, BESIDE, tokens, attended)
-        weights_grad = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        weights_grad = plus_beside(weights_grad, blocks, GRADS_BESIDE, tokens, attended)
-        previous, top = top, tl.maximum(top, tl.max(logits, 0))
-        weights = tl.exp(logits - finite(top))
-        rescale = tl.exp(previous - finite(top))
-        total = total * rescale + tl.sum(weights, 0)
-        weighted = weighted * rescale + tl.sum(weigh(weights, weights_grad), 0)
-    return top, total, weighted
+    store_rows(
+        slot_head(query_grad, split, SPLITS, b, h, H, F, K), queries, queries < F, tl.trans(dq * scale), K
+    )
 
 
 @triton.jit
@@ -276,8 +234,8 @@ def differentiate(
         dk = tl.dot(logits_grad, q, input_precision=PRECISION) * scale
         dq += tl.dot(tl.trans(k), logits_grad, input_precision=PRECISION)
 
-        store_rows(grads[1], grads[2] * V, tokens, tokens < side[TOKENS], dv, V)
-        store_rows(grads[0], grads[2] * K, tokens, tokens < side[TOKENS], dk, K)
+        store_rows(grads[1], tokens, tokens < side[TOKENS], dv, V)
+        store_rows(grads[0], tokens, tokens < side[TOKENS], dk, K)
     return dq
 
 
@@ -320,8 +278,8 @@ def store_statistics(
     statistics, modality: tl.constexpr, split, b, h, H, queries, F, top, total, weighted, SPLITS: tl.constexpr
 ):
     """Keeps what one split found about its queries in a tensor (B, modality, quantity, SPLITS, F, H)."""
-    statistics = slot_head(statistics, 3 * modality * SPLITS + split, 6 * SPLITS, b, h, H, F, 1) + queries * H
-    step = SPLITS * F * H
+    statistics, stride = slot_head(statistics, 3 * modality * SPLITS + split, 6 * SPLITS, b, h, H, F, 1)
+    statistics, step = statistics + queries * stride, SPLITS * F * H
     tl.store(statistics, top, mask=queries < F)
     tl.store(statistics + step, total, mask=queries < F)
     tl.store(statistics + 2 * step, weighted, mask=queries < F)
@@ -330,8 +288,9 @@ def store_statistics(
 @triton.jit
 def load_statistics(statistics, modality: tl.constexpr, b, h, H, queries, F, SPLITS: tl.constexpr):
     """Merges the splits: largest logit, 1 / sum of weights, and delta, (BLOCK_F,) each."""
-    statistics = slot_head(statistics, 3 * modality * SPLITS, 6 * SPLITS, b, h, H, F, 1)
-    pointers = statistics + tl.arange(0, SPLITS)[:, None] * F * H + queries[None, :] * H  # (SPLITS, BLOCK_F)
+    statistics, stride = slot_head(statistics, 3 * modality * SPLITS, 6 * SPLITS, b, h, H, F, 1)
+    splits = tl.arange(0, SPLITS)[:, None]
+    pointers = statistics + splits * F * stride + queries[None, :] * stride  # (SPLITS, BLOCK_F)
     step, inside = SPLITS * F * H, (queries < F)[None, :]
     tops = tl.load(pointers, mask=inside, other=float("-inf"))
     totals = tl.load(pointers + step, mask=inside, other=0.0)
@@ -353,20 +312,21 @@ def forward(
     memory as (B, F, H, V). Masks (B, I) and (B, A) bool or None. `blocks` is what blocked_pair_attention.py
     adds to the logits of image and of audio tokens.
     """
-    tensors = query, image_key, image_value, audio_key, audio_value
-    inputs, sizes, strides = prepared(tensors, (image_mask, audio_mask))
-    B, H, F, I, A, K, V = sizes
+    inputs, sizes = prepared(query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask)
     options = settings(query.dtype, *sizes, device=query.device, blocked=blocks[0] is not None)
+    return launch_forward(forward_kernel, (*inputs, *blocks), query, sizes, scale, options)
+
+
+def launch_forward(kernel, inputs, query, sizes, scale, options):
+    """The output of a kernel; if splits share its heads, of `merge_kernel`."""
+    B, H, F, I, A, _, V = sizes
     splits, tiles = options["SPLITS"], triton.cdiv(F, options["BLOCK_F"])
-    output = query.new_empty((B, F, H, V))
-    statistics = partial = None
+    output, statistics, partial = query.new_empty((B, F, H, V)), None, None
     if splits > 1:
-        statistics = query.new_empty((B, 2, 3, splits, F, H), dtype=torch.float32)
+        statistics = empty_statistics(query, splits)
         partial = query.new_empty((B, 2, splits, F, H, V), dtype=torch.float32)
     with on_device_of(query):
-        forward_kernel[B * H, tiles, splits](
-            *inputs, output, statistics, partial, *blocks, *strides, H, F, I, A, scale, **options,
-        )  # fmt: skip
+        kernel[B * H, tiles, splits](*inputs, output, statistics, partial, H, F, I, A, scale, **options)
         if splits > 1:
             merge_kernel[B * H, tiles](
                 statistics, partial, output, H, F, V=V, SPLITS=splits, BLOCK_F=options["BLOCK_F"],
@@ -381,23 +341,33 @@ def backward(
 ):  # fmt: skip
     """Gradients of query, image_key, image_value, audio_key and audio_value."""
     tensors = query, image_key, image_value, audio_key, audio_value
-    inputs, sizes, strides = prepared(tensors, (image_mask, audio_mask))
-    B, H, F, I, A, K, V = sizes
-    output_grad = rows_of(output_grad)
+    inputs, sizes = prepared(*tensors, image_mask, audio_mask)
     options = settings(query.dtype, *sizes, backward=True, device=query.device, blocked=blocks[0] is not None)
+    inputs = *inputs, with_strides(output_grad), *blocks
+    statistics = empty_statistics(query, options["SPLITS"]) if options["SPLITS"] > 1 else None
+    kernels = statistics_kernel, backward_kernel
+    return launch_backward(*kernels, inputs, statistics, tensors, sizes, scale, options)
+
+
+def launch_backward(statistics_kernel, backward_kernel, inputs, statistics, tensors, sizes, scale, options):
+    """The gradients of tensors. The first kernel is for splits that share a head: it leaves statistics of its
+    softmax for the second.
+    """
+    query, (B, H, F, I, A, *_) = tensors[0], sizes
     splits, tiles = options["SPLITS"], triton.cdiv(F, options["BLOCK_F"])
     grads = [empty_slots(query, splits), *(empty_slots(tensor, tiles) for tensor in tensors[1:])]
-    statistics = query.new_empty((B, 2, 3, splits, F, H), dtype=torch.float32) if splits > 1 else None
-    strides.append(output_grad.stride())
+    grid, numbers = (B * H, tiles, splits), (H, F, I, A, scale)
     with on_device_of(query):
         if splits > 1:
-            statistics_kernel[B * H, tiles, splits](
-                *inputs, output_grad, statistics, *blocks, *strides, H, F, I, A, scale, **options
-            )
-        backward_kernel[B * H, tiles, splits](
-            *inputs, output_grad, *grads, statistics, *blocks, *strides, H, F, I, A, scale, **options
-        )
+            statistics_kernel[grid](*inputs, statistics, *numbers, **options)
+        backward_kernel[grid](*inputs, statistics, *grads, *numbers, **options)
         return [add_slots(grad, query.dtype) for grad in grads]
+
+
+def empty_statistics(query, splits):
+    """Room for six numbers of each query, from each split."""
+    B, H, F, _ = query.shape
+    return query.new_empty((B, 6, splits, F, H), dtype=torch.float32)
 
 
 def settings(dtype, B, H, F, I, A, K, V, *, backward=False, device=None, blocked=False):

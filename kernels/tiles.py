@@ -16,44 +16,54 @@ def padded(width):
 
 
 @triton.jit
-def head(pointer, strides, b, h):
-    """The matrix (N, WIDTH) of one head of one clip in a tensor (B, H, N, WIDTH)."""
-    return pointer + tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1]
+def head(tensor, b, h):
+    """The matrix (N, WIDTH) of one head of one clip in a tensor (B, H, N, WIDTH) with its strides: where it
+    begins, and the stride of its rows.
+    """
+    pointer, strides = tensor
+    return pointer + tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1], strides[2]
+
+
+@triton.jit
+def pairs(bias, b, h):
+    """The bias of one head of one clip: where it begins, and the strides of image tokens and audio tokens."""
+    pointer, row_stride = head(bias, b, h)
+    return pointer, row_stride, bias[1][3]
 
 
 @triton.jit
 def slot_head(pointer, slot, slots, b, h, H, N, WIDTH: tl.constexpr):
-    """The matrix (N, WIDTH), of row stride H * WIDTH, of one head in results (B, slots, N, H, WIDTH)."""
-    return pointer + (((tl.cast(b, tl.int64) * slots + slot) * N) * H + h) * WIDTH
+    """The matrix (N, WIDTH) of one head in results (B, slots, N, H, WIDTH)."""
+    return pointer + (((tl.cast(b, tl.int64) * slots + slot) * N) * H + h) * WIDTH, H * WIDTH
 
 
 @triton.jit
-def load_rows(pointer, stride, rows, present, WIDTH: tl.constexpr):
+def load_rows(matrix, rows, present, WIDTH: tl.constexpr):
     """Those of the rows that are present; 0 elsewhere."""
+    pointer, stride = matrix
     columns = tl.arange(0, padded(WIDTH))
     inside = present[:, None] & (columns < WIDTH)[None, :]
     return tl.load(pointer + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def store_rows(pointer, stride, rows, present, values, WIDTH: tl.constexpr):
+def store_rows(matrix, rows, present, values, WIDTH: tl.constexpr):
     """Stores those of the rows that are present."""
+    pointer, stride = matrix
     columns = tl.arange(0, padded(WIDTH))
     inside = present[:, None] & (columns < WIDTH)[None, :]
     tl.store(pointer + rows.to(tl.int64)[:, None] * stride + columns[None, :], values, mask=inside)
 
 
 @triton.jit
-def modality(key, value, mask, key_strides, value_strides, mask_stride, b, h, N):
-    """One modality of one head of one clip: key, value, mask, strides of the rows of both, tokens."""
+def modality(tensors, b, h, N):
+    """Keys, values, mask and number of tokens of one head of one clip."""
+    key, value, mask = tensors
     if mask is not None:
-        mask += tl.cast(b, tl.int64) * mask_stride
+        mask += tl.cast(b, tl.int64) * N
     else:
         mask = tl.full((), 0, tl.int32)  # a compiled function returns no None: see `load_mask`
-    return (
-        head(key, key_strides, b, h), head(value, value_strides, b, h), mask,
-        key_strides[2], value_strides[2], N,
-    )  # fmt: skip
+    return head(key, b, h), head(value, b, h), mask, N
 
 
 @triton.jit
@@ -68,10 +78,10 @@ def load_mask(mask, tokens, N):
 @triton.jit
 def load_tokens(tokens, side, K: tl.constexpr, V: tl.constexpr):
     """Keys and values of those tokens of a modality that may be attended to (0 elsewhere), and which may."""
-    key, value, mask, key_stride, value_stride, N = side
+    key, value, mask, N = side
     attended = load_mask(mask, tokens, N)
-    k = load_rows(key, key_stride, tokens, attended, K)
-    v = load_rows(value, value_stride, tokens, attended, V)
+    k = load_rows(key, tokens, attended, K)
+    v = load_rows(value, tokens, attended, V)
     return k, v, attended
 
 
@@ -118,17 +128,29 @@ def own_shares(shares):
 # --- the host's side ----------------------------------------------------------------------------------------
 
 
-def rows_of(tensor):
-    """The tensor (or None) with adjacent elements in its last dimension: itself, for all that projections
-    produce.
+def prepared(query, image_key, image_value, audio_key, audio_value, image_mask, audio_mask):
+    """What the kernels read: the query, and keys, values and mask of each modality; and the sizes B, H, F, I,
+    A, K, V.
     """
-    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def broadcast_strides(tensor):
-    return tuple(
-        0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    image, audio = (
+        (with_strides(key), with_strides(value), None if mask is None else mask.contiguous())
+        for key, value, mask in ((image_key, image_value, image_mask), (audio_key, audio_value, audio_mask))
     )
+    (B, H, F, K), V = query.shape, image_value.shape[3]
+    return (with_strides(query), image, audio), (B, H, F, image_key.shape[2], audio_key.shape[2], K, V)
+
+
+def with_strides(tensor):
+    """A tensor (B, H, N, WIDTH) and the strides of B, H and N. Its rows have adjacent elements: those of all
+    that projections produce do.
+    """
+    tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor, tensor.stride()[:3]
+
+
+def broadcast(bias):
+    """A bias (B or 1, H or 1, ...) and its strides, 0 along what has one for all."""
+    return bias, tuple(0 if size == 1 else step for size, step in zip(bias.shape, bias.stride(), strict=True))
 
 
 def precision_of(dtype):
@@ -172,19 +194,3 @@ def empty_bias_slots(pair_bias, tiles, shares):
 
 def add_bias_slots(slots, dtype):
     return slots[0] if len(slots) == 1 else slots.sum(0).to(dtype)
-
-
-def prepared(tensors, masks):
-    """Tensors and masks as the kernels read them, with adjacent elements in the last dimension; their sizes
-    B, H, F, I, A, K, V; and their strides, of each tensor a tuple, of each mask that of a clip.
-    """
-    tensors, masks = [rows_of(x) for x in tensors], [rows_of(mask) for mask in masks]
-    query, image_key, image_value, audio_key, _ = tensors
-    B, H, F, K = query.shape
-    strides = [tensor.stride()[:3] for tensor in tensors]
-    strides += [0 if mask is None else mask.stride(0) for mask in masks]
-    return (
-        (*tensors, *masks),
-        (B, H, F, image_key.shape[2], audio_key.shape[2], K, image_value.shape[3]),
-        strides,
-    )
