@@ -18,13 +18,14 @@ if not torch.cuda.is_available():
     from triton.language import core as language
     from triton.runtime import interpreter
 
+from avfuse.command import keep_what_is_imported  # noqa: E402 (Triton is to find its mode set)
 
 gc.disable()  # until all tests are collected: what is imported stays
 
 
 def pytest_collection_finish():
     """What has been imported and collected stays: it need not be looked through again and again."""
-    gc.freeze()
+    keep_what_is_imported()
     gc.enable()
 
 
