@@ -30,15 +30,20 @@ INPUTS = InputSettings(image_size=48, mel_bins=64, hop=375)  # 9 tokens a frame,
 ROWS = {
     "dense-time": Row("dense with a bias of time", "dense", pair_bias="time", time_peak=TIME_PEAK),
     "dense-time-zero": Row("dense with a bias of time that begins at zero", "dense", pair_bias="time"),
+    "bilinear-time": Row(
+        "bilinear pairs with a bias of time", "bilinear", pair_bias="time", time_peak=TIME_PEAK
+    ),
     "dense": Row("dense", "dense"),
+    "bilinear": Row("bilinear pairs", "bilinear"),
     "factorized": Row("factorized", "factorized"),
     "token": Row("token", "token"),
     "joint": Row("joint attention", "joint", features=("image", "audio")),
+    "cross": Row("cross-attention in every layer", "cross", features=("image", "audio")),
     "none": Row("no fusion (logits averaged)", "none", features=("image", "audio")),
 }
 RowName = Literal[*ROWS]
 KEYS = ("row", "frames", "fusion_tokens", "seed")  # of a cell
-WITHOUT_TOKENS = ("joint", "none")  # one cell, whatever the number of fusion tokens
+WITHOUT_TOKENS = ("joint", "cross", "none")  # one cell, whatever the number of fusion tokens
 
 
 @dataclass(frozen=True)
@@ -174,7 +179,7 @@ def claims_table(record: dict) -> list[tuple]:
     ]
     claims += [
         (f"dense with a bias of time over {ROWS[other].label}", ("dense-time", 8, first), (other, 8, first))
-        for other in ("factorized", "token", "joint", "none")
+        for other in ("bilinear-time", "factorized", "token", "joint", "cross", "none")
     ]
     claims += [
         (f"8 frames over one, {ROWS[name].label}", (name, 8, first), (name, 1, first)) for name in ROWS
