@@ -13,6 +13,7 @@ import tempfile
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import av
 import numpy as np
@@ -26,7 +27,7 @@ from .data.listing import walk
 from .data.sound import encode, frame_of
 from .data.workers import share_cores
 from .encoder import AVEncoder
-from .files import in_markdown, printable
+from .files import in_html, in_markdown, printable
 from .tasks.classifier import Classifier
 from .tasks.model import TaskModel
 from .tasks.saved import load
@@ -45,7 +46,8 @@ BATCH = 16  # windows at once
 REACH = 0.22  # of the shorter side: what is left of a picture around a click
 TOLD = 3  # classes in a cell
 OFFERED = 8  # clips to choose from
-POLICY = b"default-src 'self' 'unsafe-inline' data: blob:"  # nothing from elsewhere
+LARGEST = "2gb"  # file that may be dropped on the page
+POLICY = b"default-src 'self' 'unsafe-inline' data: blob:; frame-ancestors 'self'"  # nothing from elsewhere
 
 
 # --- what the models make of a clip -------------------------------------------------------------------------
@@ -142,23 +144,23 @@ def write_video(path: Path, pictures: Tensor, sound: np.ndarray) -> None:
 
 
 @torch.no_grad()
-def says(classifier: Classifier, path: str | Path, start: float | None, other: str | None) -> list[list[str]]:
+def says(
+    classifier: Classifier, path: str | Path, start: float | None, other: Tensor | None
+) -> list[list[str]]:
     """Rows: what the model hears and sees, then the likeliest classes by image, by sound and by both.
 
     Args:
-        other: a file with another sound to hear, the one in its middle.
+        other: another sound to hear, as a spectrogram.
 
     Raises:
-        ValueError: a clip cannot be read, or the other has no sound.
+        ValueError: the clip cannot be read.
     """
     inputs, device = classifier.encoder.inputs, classifier.encoder.fusion_tokens.device
     clip = read_clip(path, inputs, start=start)
     own = {name: x.to(device) for name, x in clip._asdict().items() if x is not None}
     batch = dict(audio=clip.audio, audio_present=torch.tensor([True]), index=torch.tensor([0]))
     if other is not None:
-        batch["other_audio"] = read_clip(other, inputs).audio
-        if batch["other_audio"] is None:
-            raise ValueError(f"{printable(other)} has no sound that could replace the clip's")
+        batch["other_audio"] = other
     given = {"its own": own}
     for name, condition in CONDITIONS.items():
         if condition.modality in own and (name != "other_sound" or other is not None):
@@ -270,8 +272,12 @@ def page(models: dict[str, nn.Module], faults: dict[str, str], clips: list[Path]
     return blocks
 
 
-def in_words(error: ValueError, path: str) -> str:
-    return printable(error).replace(path, Path(path).name)  # not where the server keeps it
+def in_words(error: ValueError, *paths: str) -> str:
+    """Of a file its name alone, not where the server keeps it. Gradio takes messages for HTML."""
+    said = printable(error)
+    for path in paths:
+        said = said.replace(printable(path), printable(Path(path).name))
+    return in_html(said)
 
 
 def seconds_of(text: str) -> float | None:
@@ -288,12 +294,23 @@ def show(kinds: tuple[dict[str, nn.Module], ...], path, text: str, other, *names
     if path is None:
         return None, None, None
     target = Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR")), "looks.mp4")
+    messages, results = {}, []
+
+    def sound_of(clip: str | None, classifier: Classifier) -> Tensor | None:
+        """That in the middle of a clip; a warning where there is none."""
+        try:
+            sound = None if clip is None else read_clip(clip, classifier.encoder.inputs).audio
+            if clip is not None and sound is None:
+                raise ValueError(f"{clip} has no sound that could replace the clip's")
+            return sound
+        except ValueError as error:
+            messages[in_words(error, clip)] = None
+
     parts = (
         lambda encoder: (looks(encoder, path, seconds_of(text), target), str(target))[1],
-        lambda classifier: says(classifier, path, seconds_of(text), other),
+        lambda classifier: says(classifier, path, seconds_of(text), sound_of(other, classifier)),
         lambda separator: to_click(separator, path, seconds_of(text)),
     )
-    messages, results = {}, []
     for part, kind, name in zip(parts, kinds, names, strict=True):
         try:
             results.append(part(kind[name]) if name else None)
@@ -320,7 +337,9 @@ def size_of(separator: Separator) -> tuple[int, int]:
 
 
 class Sealed:
-    """ASGI middleware: browsers are told to load nothing from elsewhere, whatever the page asks for."""
+    """ASGI middleware: browsers are told to load nothing from elsewhere, whatever the page asks for, and
+    pages of other sites can send it nothing.
+    """
 
     def __init__(self, app):
         self.app = app
@@ -331,6 +350,12 @@ class Sealed:
                 message["headers"] = [*message.get("headers", ()), (b"content-security-policy", POLICY)]
             await send(message)
 
+        headers = dict(scope.get("headers", ()))
+        origin = headers.get(b"origin")
+        if origin is not None and urlsplit(origin).netloc != headers.get(b"host"):
+            await sealed({"type": "http.response.start", "status": 403})
+            await send({"type": "http.response.body", "body": b"this page answers to itself alone"})
+            return
         await self.app(scope, receive, sealed)
 
 
@@ -351,6 +376,7 @@ def serve(blocks, host: str, **options):
         share=False,
         ssr_mode=False,
         footer_links=[],
+        max_file_size=LARGEST,
         theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         app_kwargs=dict(
             middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=names), Middleware(Sealed)]

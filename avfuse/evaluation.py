@@ -182,6 +182,8 @@ class _Rows(Dataset):
         if picture is not None:
             if not isinstance(picture, Image.Image):
                 raise ValueError(f"image must be a picture of PIL, got {type(picture).__name__}")
+            if picture.mode in ("I", "F") or ";" in picture.mode:
+                raise ValueError(f"image must have 8 bits a channel, got mode {picture.mode}")
             pixels = np.array(picture.convert("RGB"))
             video = SimpleNamespace(frames=lambda times: [pixels] * len(times), picture_end=inf)
         streams = Streams(video is not None, sound is not None, seconds, 0.0)
@@ -202,7 +204,15 @@ def _file(value: object, path: Path) -> Path:
     value = {"bytes": value} if isinstance(value, bytes) else value
     held = {name: x for name, x in value.items() if x is not None} if isinstance(value, dict) else {}
     if {"array", "sampling_rate"} <= held.keys():
-        wavfile.write(path, int(held["sampling_rate"]), np.asarray(held["array"], np.float32).T)
+        samples, rate = np.asarray(held["array"]), int(held["sampling_rate"])
+        if samples.dtype.kind == "f":
+            samples = samples.astype(np.float32)
+        if str(samples.dtype) not in ("float32", "int32", "int16", "uint8"):  # what WAV has
+            raise ValueError(f"{path.name}: array must hold floating point samples, got {samples.dtype}")
+        if rate < 1 or samples.ndim > 2 or samples.ndim == 2 and len(samples) > samples.shape[1]:
+            shape = f"{rate} Hz and shape {samples.shape}"
+            raise ValueError(f"{path.name}: array must be (samples,) or (channels, samples), got {shape}")
+        wavfile.write(path, rate, samples.T)
     elif "bytes" in held:
         path.write_bytes(held["bytes"])
     elif "path" in held:

@@ -1,8 +1,10 @@
 """Files that run a model where avfuse is not: ONNX, and programs of torch.export."""
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +101,15 @@ def write_onnx(module: nn.Module, clips: dict[str, Tensor], path: Path, about: d
     )
     onnx.model.metadata_props.update(about)
     weights = sum(parameter.nbytes for parameter in module.parameters())
-    onnx.save(path, external_data=weights > ONE_FILE)
+    if weights <= ONE_FILE:
+        with aside(path) as partial:
+            onnx.save(partial)
+        return
+    # The weights lie beside it, in a file that it names: both are moved.
+    with TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+        onnx.save(Path(folder, path.name), external_data=True)
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
+            os.replace(file, path.with_name(file.name))
 
 
 def check_onnx() -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from .encoder import AVEncoder
 from .files import printable, some
 from .mae import AVMAE
+from .model_card import strictest
 from .pretrained import CONFIG, file_at, make_for, read_config, weights_at
 from .released import encoder_weights, from_deepavfusion, read_weights
 from .weight_files import read_metadata, read_safetensors
@@ -41,17 +42,26 @@ def load_encoder(checkpoint: str | os.PathLike) -> AVEncoder:
             raise ValueError(f"{named} holds a single {type(encoder).__name__}, no encoder")
         return encoder
     config = config_at(checkpoint)
-    saved = config.get("class")
+    saved, licence = config.get("class"), (config.get("facts") or {}).get("licence")
     if saved in ("AVEncoder", "AVMAE"):
         model = (AVMAE if saved == "AVMAE" else AVEncoder).from_pretrained(checkpoint)
-        return getattr(model, "encoder", model)
+        return licensed(getattr(model, "encoder", model), licence, str(checkpoint))
     if not saved or "encoder" not in config.get("model", ()):
         content = f"a model of class {printable(saved)}" if saved else _contents(path)
         raise ValueError(f"{named} must hold an AVEncoder or AVMAE, but holds {content}")
     # The encoder out of the model of a task, of which nothing else is made.
     weights = encoder_weights(weights_at(checkpoint))
     description = config["model"]["encoder"]
-    return make_for(weights, lambda: AVEncoder.from_config(description), f"{checkpoint}: {CONFIG}")
+    encoder = make_for(weights, lambda: AVEncoder.from_config(description), f"{checkpoint}: {CONFIG}")
+    return licensed(encoder, licence, str(checkpoint))
+
+
+def licensed(encoder: AVEncoder, licence: str | None, source: str) -> AVEncoder:
+    """The encoder, whose transformers go with the licence stated for the model that it was in, too."""
+    for branch in (encoder.image, encoder.audio) if isinstance(licence, str) else ():
+        origin = getattr(branch, "origin", None) or dict(weights=source, family="avfuse", licence=licence)
+        branch.origin = origin | {"licence": strictest([origin["licence"], licence])}
+    return encoder
 
 
 def load_model(kind: type[nn.Module], run: str | os.PathLike) -> nn.Module:

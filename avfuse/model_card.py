@@ -120,10 +120,16 @@ def strictest(licences: list[str]) -> str | None:
 
 
 def strictness(licence: str) -> int:
-    words = set(licence.lower().replace("_", "-").split("-"))
+    """0 allows all, 1 asks for the same licence, 2 forbids commercial use or changes; 3 is one not known."""
+    words = set(re.findall(r"[a-z]+", licence.lower()))
     if words & {UNKNOWN, "other"}:
         return 3
-    return 2 if "nc" in words else 1 if words & {"sa", "gpl", "lgpl", "agpl"} else 0
+    if words & {"nc", "nd", "noncommercial"} or words >= {"non", "commercial"}:
+        return 2
+    if words & {"sa", "gpl", "gplv", "lgpl", "lgplv", "agpl", "agplv"}:
+        return 1
+    words |= {"mit"} if licence.lower().startswith(("cc0", "cc-0", "cc 0")) else set()
+    return 0 if words & {"mit", "apache", "bsd", "isc", "unlicense"} or words >= {"cc", "by"} else 3
 
 
 def measured(facts: dict, pipeline: str, task: str) -> list[EvalResult]:

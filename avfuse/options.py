@@ -9,7 +9,7 @@ import tyro
 
 from .choices import DataSet
 from .command import SAID
-from .rules import COUNT, NOT_NEGATIVE, SECONDS, Rule, check_rules
+from .rules import COUNT, INTERVAL, NOT_NEGATIVE, SECONDS, Rule, check_rules
 from .training.settings import check_folder
 
 TABLES = (".csv", ".parquet")
@@ -49,7 +49,7 @@ class FeaturesConfig:
     checkpoint: str
     """Whose encoder: a run folder, a saved model, a name on the Hugging Face hub, or a released DeepAVFusion
     file."""
-    every: Annotated[float | None, SAID, SECONDS] = None
+    every: Annotated[float | None, SAID, INTERVAL] = None
     """Seconds between the beginnings of windows, as long as a whole one is left. Default: the one in the
     middle of each clip."""
     windows: Annotated[int, COUNT] = 1
@@ -109,7 +109,7 @@ class PredictConfig:
         tyro.conf.arg(metavar="VIDEO...", help_behavior_hint="(required)"),
     ]
     """Video or sound files."""
-    every: Annotated[float | None, SAID, SECONDS] = None
+    every: Annotated[float | None, SAID, INTERVAL] = None
     """Seconds between the beginnings of windows, as long as a whole one is left. Default: the one in the
     middle."""
     top: Annotated[int, COUNT] = 3

@@ -64,11 +64,12 @@ def main(config: PredictConfig) -> int:
                 answer["missing"] = missing
                 tqdm.write(describe(answer, config.top))
                 if config.pictures is not None:
-                    drawn = draw(answer, model, path, start, config.pictures / f"{name}-{start:g}s.png")
+                    target = config.pictures / f"{name}-{in_seconds(start)}s.png"
+                    drawn = draw(answer, model, path, start, target)
                     answer["file"] = str(drawn or "")
                     tqdm.write(f"  {'file':<9} {printable(drawn or 'none: there is nothing to draw')}")
                 answers.append(answer)
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # the latter of a picture that cannot be written
             failed += 1
             tqdm.write(f"error: {printable(error)}", file=sys.stderr)
     if config.out is not None and answers:
@@ -94,7 +95,7 @@ def starts(path: Path, encoder: AVEncoder, every: float | None) -> tuple[list[fl
 def describe(answer: dict, top: int) -> str:
     """Lines for the screen."""
     lacks = f", without {answer['missing']}" if answer["missing"] else ""
-    lines = [f"{printable(answer['video'])} at {answer['start']:g} s{lacks}"]
+    lines = [f"{printable(answer['video'])} at {in_seconds(answer['start'])} s{lacks}"]
     for name, value in answer.items():
         if isinstance(value, dict):
             best = ", ".join(f"{printable(c)} {p:.3f}" for c, p in list(value.items())[:top])
@@ -102,6 +103,11 @@ def describe(answer: dict, top: int) -> str:
         elif isinstance(value, torch.Tensor):
             lines.append(f"  {name:<9} {tuple(value.shape)}, {value.min():.3f} to {value.max():.3f}")
     return "\n".join(lines)
+
+
+def in_seconds(start: float) -> str:
+    """To the millisecond, without zeros at the end."""
+    return f"{start:.3f}".rstrip("0").rstrip(".")
 
 
 def draw(answer: dict, model: nn.Module, path: Path, start: float, target: Path) -> Path | None:

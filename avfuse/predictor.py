@@ -41,13 +41,11 @@ class Predictor:
             ValueError: the file cannot be read, lacks what the model needs, or `start` is not within it.
         """
         encoder = getattr(self, "encoder", self)
-        device = encoder.fusion_tokens.device
-        image, audio = read_clip(path, encoder.inputs, start=start)
+        clip = read_clip(path, encoder.inputs, start=start)
+        image, audio = (None if x is None else x.to(encoder.fusion_tokens) for x in clip)
         try:
             with evaluating(self):
-                return self.predicted(
-                    None if image is None else image.to(device), None if audio is None else audio.to(device)
-                )
+                return self.predicted(image, audio)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from .checks import check_choice, check_rate
+from .checks import check_choice, check_count, check_rate
 from .encoder import AVEncoder
 from .inputs import InputSettings
 from .vit import plain_vit
@@ -48,6 +48,8 @@ def create_encoder(
     """
     check_choice("size", size, tuple(SIZES))
     check_rate("drop_path", options.get("drop_path", 0.0))
+    if frames is not None:
+        check_count("frames", frames)
     dim, depth, heads, standard_inputs = SIZES[size]
     if inputs is None:
         inputs = standard_inputs if frames is None else replace(standard_inputs, image_frames=frames)

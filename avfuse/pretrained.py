@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 )
 from torch import Tensor, nn
 
-from .files import printable, write_json
+from .files import aside, printable, some
 from .model_card import check_facts, check_origins, licence_of, model_card
 from .vit import check_rebuilt
 from .weight_files import check_tensors, misfits, read_safetensors, write_safetensors
@@ -68,9 +68,12 @@ class Pretrained(ModelHubMixin, library_name="avfuse"):
 
     @classmethod
     def current(cls, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The weights by the names of today."""
+        """The weights by the names of today; ValueError if two are of one name."""
         parts = ((name.partition("."), weight) for name, weight in weights.items())
-        return {cls.former.get(part, part) + dot + rest: weight for (part, dot, rest), weight in parts}
+        renamed = {cls.former.get(part, part) + dot + rest: weight for (part, dot, rest), weight in parts}
+        if len(renamed) < len(weights):
+            raise ValueError(f"weights: {some(sorted(set(weights) - set(renamed)))} are there by two names")
+        return renamed
 
     @classmethod
     def kind_of(cls, config: dict) -> type["Pretrained"]:
@@ -158,8 +161,9 @@ class Pretrained(ModelHubMixin, library_name="avfuse"):
         metadata = {"format": "pt"} | ({"licence": licence} if licence else {})
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(folder / WEIGHTS, self.state_dict(), metadata)
-        write_json(folder / CONFIG, config)
+        with aside(folder / CONFIG) as partial:  # both or neither: half a save would load, and answer wrongly
+            partial.write_text(json.dumps(config, indent=1) + "\n")
+            write_safetensors(folder / WEIGHTS, self.state_dict(), metadata)
         card.save(folder / CARD)  # that of these weights, in the place of an older one
         return self.push_to_hub(repo_id or folder.name, **options) if push_to_hub else None
 
@@ -221,7 +225,11 @@ def read_config(source: str | os.PathLike, **options) -> dict:
         config = json.loads(file.read_bytes()) if file.is_file() else None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{printable(source)}: {CONFIG} is damaged: {printable(error)}") from error
-    return config if isinstance(config, dict) and config.get("library") == "avfuse" else {}
+    if not isinstance(config, dict) or config.get("library") != "avfuse":
+        return {}
+    if not isinstance(config.get("class"), str) or not isinstance(config.get("model"), dict):
+        raise ValueError(f"{printable(source)}: {CONFIG} is damaged: it must tell a class and its model")
+    return config
 
 
 def weights_at(source: str | os.PathLike, **options) -> dict[str, Tensor]:

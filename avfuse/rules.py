@@ -18,6 +18,9 @@ COUNT = Rule("must be positive", lambda value: value >= 1)
 NOT_NEGATIVE = Rule("must not be negative", lambda value: 0 <= value < math.inf)
 RATE = Rule("must be in [0, 1)", lambda value: 0 <= value < 1)
 SECONDS = Rule("must be a positive number of seconds", lambda value: 0 < value < math.inf)
+INTERVAL = Rule(
+    "must be a positive number of seconds, 0.001 at least", lambda value: 1e-3 <= value < math.inf
+)
 
 
 def marks(kind: type) -> Iterator[tuple[str, object]]:

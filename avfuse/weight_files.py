@@ -73,13 +73,16 @@ def read_pth(path: str | os.PathLike) -> dict:
     """
     check_file(path, ALONE)
     try:
-        if zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            is_archive = file.read(4) == b"PK\3\4"  # what torch looks at, too
+        if is_archive:
             with zipfile.ZipFile(path) as archive:
                 members = archive.infolist()
                 unpacked = sum(member.file_size for member in members)
                 if unpacked > os.path.getsize(path) or any(member.compress_type for member in members):
                     raise zipfile.BadZipFile("torch.save compresses nothing")
-                pickles = [archive.read(member) for member in members if member.filename.endswith(".pkl")]
+                names = [name for name in archive.namelist() if name.lower().endswith(".pkl")]
+                pickles = [archive.read(name) for name in names]
         else:
             with open(path, "rb") as file:
                 pickles = [mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)]

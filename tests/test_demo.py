@@ -21,6 +21,7 @@ import torch
 from videos import write_video
 
 from avfuse import create_encoder
+from avfuse.data.clips import read_clip
 from avfuse.data.decode import ClipReader
 from avfuse.demo import MAKERS, OFFERED, SIDE, cli, find_models, hears, looks, offered, page, says, serve
 from avfuse.options import DemoConfig
@@ -86,7 +87,8 @@ def test_looks_last_as_long_as_the_clip(models, tmp_path, name, seconds):
 
 def test_says(models, clip, tmp_path):
     other = write_video(tmp_path / "other.mp4", 4, audio=np.float32(np.sin(np.arange(64_000)))[None])
-    table = {title: cells for title, *cells in says(models["classify"], clip, None, str(other))}
+    sound = read_clip(other, models["classify"].encoder.inputs).audio
+    table = {title: cells for title, *cells in says(models["classify"], clip, None, sound)}
     image, audio, both = zip(*table.values(), strict=True)
     assert list(table)[0] == "its own" and len(table) == 6
     assert len(set(image[:-1])) == 1 and image[-1] != image[0]  # the last: a grey picture

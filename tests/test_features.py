@@ -243,7 +243,7 @@ def test_mistakes_are_explained(folder, saved, tmp_path):
     for wrong, message in (
         (dict(out=tmp_path / "out.pt"), "--out must end in .safetensors, .csv, .parquet, got"),
         (dict(out=tmp_path / "out.csv", tokens=True), "--tokens are more than a table holds"),
-        (dict(every=0.0), "--every must be a positive number of seconds, got 0.0"),
+        (dict(every=0.0), "--every must be a positive number of seconds, 0.001 at least, got 0.0"),
         (dict(folder=tmp_path / "none"), "--data .*none does not exist"),
         (dict(windows=0), "--windows must be positive, got 0"),
         (dict(windows=2, every=1.0), "--windows 2 are averaged: leave out --every and --tokens"),

@@ -72,3 +72,19 @@ def test_weights_that_are_not_finite_are_named(tmp_path, value):
     for kind, name in (AVMAE, "mae"), (AVEncoder, "encoder"):
         with pytest.raises(ValueError, match=r"not finite: (encoder\.)?image\.blocks\.1\.norm1\.bias$"):
             kind.from_pretrained(tmp_path / name)
+
+
+def test_an_archive_is_known_as_torch_knows_it(tmp_path):
+    """By its first bytes; and a pickle in it is one whatever the case of its suffix."""
+    huge = b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x7f\x85R."
+    archive, legacy = tmp_path / "a.pth", tmp_path / "b.pth"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("a/data.PKL", huge)
+        file.writestr("a/version", "3")
+        file.writestr("a/byteorder", "little")
+    with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
+        pass
+    legacy.write_bytes(huge + (tmp_path / "empty.zip").read_bytes())
+    for path in (archive, legacy):
+        with pytest.raises(ValueError, match="builtins.bytearray"):
+            read_pth(path)

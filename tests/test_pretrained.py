@@ -16,12 +16,15 @@ from huggingface_hub.errors import EntryNotFoundError
 from models import AUDIO, IMAGE, make_encoder, make_inputs, make_vit, randomized
 from safetensors.torch import load_file, save_file
 from torch import nn
+from videos import write_video
 
 import avfuse
 from avfuse import AVMAE, AVEncoder, InputSettings, create_encoder, load_encoder, pretrained
 from avfuse.fusion import VARIANTS
 from avfuse.released import ReleasedEncoder
+from avfuse.tasks.classifier import Classifier
 from avfuse.vit import build_vit, describe_vit, ratio_of
+from avfuse.weight_files import read_metadata
 
 VITS = {
     "plain": dict(),
@@ -510,3 +513,84 @@ def test_a_description_with_an_absurd_part_is_refused(tmp_path, key, value, mess
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         AVEncoder.from_pretrained(tmp_path)
+
+
+# --- what is stated, and saves that end half way ------------------------------------------------------------
+
+
+def test_a_stated_licence_stays_with_the_encoder(tmp_path):
+    """Also where it is taken out of another model, and put into a third."""
+    model = AVMAE(make_encoder(), decoder_dim=16, decoder_depth=1, decoder_heads=2)
+    model.facts = {"licence": "CC-BY-NC-4.0"}
+    model.save_pretrained(tmp_path / "first")
+    encoder = load_encoder(tmp_path / "first")
+    encoder.save_pretrained(tmp_path / "second")
+    Classifier(load_encoder(tmp_path / "second"), 3).save_pretrained(tmp_path / "third")
+    for folder in ("second", "third"):
+        assert read_metadata(tmp_path / folder / "model.safetensors")["licence"] == "CC-BY-NC-4.0"
+
+
+def test_a_save_that_is_interrupted_leaves_the_model_before(tmp_path, monkeypatch):
+    """Not the new weights with the names of the old."""
+    Classifier(make_encoder(), 3, class_names=("dog", "harp", "rain")).save_pretrained(tmp_path)
+    before = avfuse.load(tmp_path)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    after = Classifier(make_encoder(), 3, class_names=("rain", "dog", "harp"))
+    for step in ("write_safetensors", "aside"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(f"avfuse.pretrained.{step}", interrupted)
+            after.save_pretrained(tmp_path)
+        again = avfuse.load(tmp_path)
+        assert again.class_names == before.class_names
+        assert all(map(torch.equal, again.state_dict().values(), before.state_dict().values()))
+        assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"class": ["Classifier"]}, {"class": {}}, {"model": None}, {"model": 3}, {"model": "encoder"}],
+    ids=str,
+)
+def test_a_config_of_other_types_is_damaged(tmp_path, change):
+    Classifier(make_encoder(), 3).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    for read in (avfuse.load, load_encoder, Classifier.from_pretrained):
+        with pytest.raises(ValueError, match="config.json is damaged"):
+            read(tmp_path)
+
+
+def test_a_class_that_is_not_known_is_no_encoder(tmp_path):
+    Classifier(make_encoder(), 3).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"class": "Future"}))
+    with pytest.raises(ValueError, match="a Future, a class not known here"):
+        avfuse.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(several="no"), "several must be True or False"),
+        (dict(batch_norm=1), "batch_norm must be True or False"),
+        (dict(class_names=("dog", "dog", "rain")), "class_names must name all 3 classes, got 2"),
+        (dict(class_names={"a": 1, "b": 2, "c": 3}), "class_names must be a sequence of names"),
+        (dict(class_names=[1, 2, None]), "class_names must be a sequence of names"),
+        (dict(class_names=3), "class_names must be a sequence of names"),
+        (dict(encoder=None), "encoder must be an AVEncoder, got NoneType"),
+    ],
+    ids=str,
+)
+def test_arguments_of_a_classifier(options, message):
+    with pytest.raises(ValueError, match=message):
+        Classifier(**dict(encoder=make_encoder(), classes=3) | options)
+
+
+def test_predict_in_the_dtype_of_the_weights(tmp_path):
+    path, model = write_video(tmp_path / "a.mp4", 3), Classifier(create_encoder("micro"), 3).eval()
+    odds = model.predict(path)["both"]
+    assert model.double().predict(path)["both"] == pytest.approx(odds, abs=1e-4)
+    assert model.to(torch.bfloat16).predict(path)["both"] == pytest.approx(odds, abs=0.05)

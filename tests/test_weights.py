@@ -528,6 +528,13 @@ def test_the_strictest_licence_is_found():
         (["mit", "cc-by-sa-4.0"], "cc-by-sa-4.0"),
         (["unknown", "cc-by-nc-4.0"], "unknown"),
         (["cc-by-nc-sa-4.0", "other"], "other"),
+        (["apache-2.0", "CC BY-NC 4.0"], "CC BY-NC 4.0"),
+        (["apache-2.0", "non-commercial"], "non-commercial"),
+        (["CC BY 4.0", "GPLv3"], "GPLv3"),
+        (["cc0-1.0", "BSD 3-Clause", "all rights reserved"], "all rights reserved"),
+        (["gpl-3.0", "research only"], "research only"),
+        (["MIT", "openrail"], "openrail"),
+        (["mit", ""], ""),
     ):
         assert strictest(licences) == strictest_one
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 
-from ..checks import check_choice, check_count
+from ..checks import check_choice, check_count, check_flag
 from ..encoder import AVEncoder
 from ..loading import load_model
 from ..pretrained import Pretrained, load_strictly
 from ..released import encoder_weights, from_deepavfusion, read_weights, size_of
 from ..training.features import FEATURES, encode, pool
-from .model import TaskModel, named
+from .model import TaskModel, check_encoder, named
 
 NORM_EPS = 1e-6
 
@@ -63,6 +63,9 @@ class Classifier(TaskModel, Pretrained):
     ):
         super().__init__()
         check_count("classes", classes)
+        check_encoder(encoder)
+        for name, flag in dict(batch_norm=batch_norm, frozen=frozen, several=several).items():
+            check_flag(name, flag)
         if isinstance(features, str) or not features or len(set(features)) < len(features):
             raise ValueError(f"features must be some of {', '.join(FEATURES)}, each once, got {features!r}")
         for name in features:

@@ -32,8 +32,18 @@ class TaskModel(nn.Module, Predictor):
         return cls(AVEncoder.from_config(config.pop("encoder")), **config)
 
 
+def check_encoder(encoder: AVEncoder) -> None:
+    """Raises ValueError unless it is one."""
+    if not isinstance(encoder, AVEncoder):
+        raise ValueError(f"encoder must be an AVEncoder, got {type(encoder).__name__}")
+
+
 def named(class_names: Sequence[str] | None, classes: int) -> tuple[str, ...] | None:
-    """The names of all classes, or None; ValueError if there are more or fewer."""
-    if class_names is not None and len(class_names) != classes:
-        raise ValueError(f"class_names must name all {classes} classes, got {len(class_names)} names")
-    return None if class_names is None else tuple(class_names)
+    """The names of all classes, or None; ValueError if they are not as many different names."""
+    if class_names is None:
+        return None
+    if not isinstance(class_names, Sequence) or not all(isinstance(name, str) for name in class_names):
+        raise ValueError(f"class_names must be a sequence of names, got {class_names!r}")
+    if not len(set(class_names)) == len(class_names) == classes:
+        raise ValueError(f"class_names must name all {classes} classes, got {len(set(class_names))} names")
+    return tuple(class_names)

@@ -31,8 +31,10 @@ def load(path: str | os.PathLike) -> nn.Module:
     if os.path.isfile(path):
         return load_encoder(path)
     kind = config_at(path).get("class")
-    if kind not in MODELS:
+    if kind is None:
         return load_encoder(path)  # which says what there is
+    if kind not in MODELS:
+        raise ValueError(f"{printable(path)} holds a {printable(kind)}, a class not known here")
     if os.path.isdir(path) and file_at(path, HEAD).is_file():
         return with_head(path)
     return MODELS[kind].from_pretrained(path)

@@ -13,7 +13,7 @@ from ..encoder import AVEncoder
 from ..inputs import InputSettings
 from ..pretrained import Pretrained
 from ..vit import split_prefix
-from .model import TaskModel
+from .model import TaskModel, check_encoder
 
 QUERY = 128  # numbers in which the decoder is told what to look for
 PLACED = 16  # numbers in it from each image patch: its place counts
@@ -41,8 +41,7 @@ class Separator(TaskModel, Pretrained):
 
     def __init__(self, encoder: AVEncoder, *, decoder_dim: int = 256):
         super().__init__()
-        if not isinstance(encoder, AVEncoder):
-            raise ValueError(f"encoder must be an AVEncoder, got {type(encoder).__name__}")
+        check_encoder(encoder)
         check_one_frame(encoder.frames, "separation")
         self.encoder, self.settings = encoder, dict(decoder_dim=decoder_dim)
         self.decoder = AudioUNet(encoder, decoder_dim)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..files import write_json
 from ..weight_files import write_safetensors
 
-STOPPING = "\nCtrl-C: what is under way is finished and saved; Ctrl-C again ends at once, without\n"
+STOPPING = "\nCtrl-C: what is under way is finished and saved; Ctrl-C again ends at once, without saving\n"
 LARGEST = 10  # modules that a report names
 
 
