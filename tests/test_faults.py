@@ -1,6 +1,7 @@
 """What ends a run before its time, provoked in real runs: signals, losses not finite, lack of memory."""
 
 import json
+import math
 import os
 import signal
 
@@ -11,6 +12,9 @@ from torch import nn
 
 from avfuse import AVMAE
 from avfuse.data import sounding_shapes
+from avfuse.tasks.localize import Localization
+from avfuse.tasks.options import LocalizeConfig, SegmentConfig
+from avfuse.tasks.segment import Segmentation
 from avfuse.train import Pretraining, main
 from avfuse.training import loop
 from avfuse.training.checkpoints import list_checkpoints
@@ -181,3 +185,24 @@ def test_memory_advice_is_what_is_left_to_try():
     with pytest.raises(RuntimeError, match="^something else$"):
         with memory_advice(1, checkpointing=True, precision="bf16"):
             raise RuntimeError("something else")
+
+
+@pytest.mark.parametrize(
+    ("config", "task"),
+    [(SegmentConfig, Segmentation), (LocalizeConfig, Localization)],
+    ids=["segment", "localize"],
+)
+def test_scenes_whose_loss_is_not_finite_end_with_a_report(config, task, data, tmp_path, monkeypatch):
+    options = dict(model="micro", checkpoint="none", epochs=1, warmup_epochs=0, batch_size=4, workers=0)
+    run = set_up(config(data=data, run=tmp_path / "run", **options), task)
+    prepare = run.task.inputs
+    monkeypatch.setattr(run.task, "inputs", lambda batch: spoilt(prepare(batch)))
+
+    def spoilt(inputs):
+        inputs["image"][1, 0, 0, 0] = math.nan
+        return inputs
+
+    with pytest.raises(RunError, match="step 1: the loss is nan"):
+        loop.train(run)
+    report = json.loads((tmp_path / "run/faults/step-00000001/process-0/report.json").read_text())
+    assert len(report["clips"]) == 1

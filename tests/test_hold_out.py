@@ -1,6 +1,7 @@
 """Clips that are held out of a folder without test/: how many, which, and that they stay the same."""
 
 import json
+import os
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -19,7 +20,7 @@ from avfuse.tasks.retrieve import Retrieval, RetrieveConfig
 from avfuse.train import Pretraining
 from avfuse.training.loop import Task, program, set_up
 from avfuse.training.recipes import TrainConfig
-from avfuse.training.run_folder import has_trained_on_all
+from avfuse.training.run_folder import check_run, has_trained_on_all
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -369,6 +370,21 @@ def test_what_was_held_out_is_passed_on_from_run_to_run(folder, pretrained, tmp_
             assert program(config, Classification) == 0
         assert (config.run / "held-out.txt").read_text() == (pretrained / "held-out.txt").read_text()
         source = config.run
+    # A run on other clips in between knows what the one before it was trained on.
+    other = tmp_path / "other"
+    for number in range(6):
+        write_video(other / ("bird", "cat")[number % 2] / f"{number}.mp4", 2.0)
+    between = ClassifyConfig(checkpoint=str(source), run=tmp_path / "between", **options | dict(data=other))
+    found = Classification.find(between, print)
+    assert 0 < len(found.test) < len(found.train) < 6  # of the same names, and not of the same size
+    for _ in "begun", "resumed":
+        assert program(between, Classification) == 0
+    after = ClassifyConfig(checkpoint=str(between.run), run=tmp_path / "after", seed=5, **options)
+    found, trained = (
+        Classification.find(after, print),
+        set(json.loads((source / "sides.json").read_text())["train"]),
+    )
+    assert found.test and not trained & {os.path.relpath(clip.path, folder) for clip in found.test}
     (source / "sides.json").write_text("[]")
     with pytest.raises(ValueError, match="sides.json is damaged"):
         Classification.find(ClassifyConfig(checkpoint=str(source), run=tmp_path / "3", **options), print)
@@ -384,6 +400,36 @@ def test_clips_that_came_after_a_run_began_are_named(folder, pretrained, tmp_pat
     with pytest.raises(ValueError, match="new: .*(owl|wren).mp4.*choose another --run-dir") as refused:
         set_up(config, Pretraining)
     assert f"with --checkpoint {config.run} to begin with this model" in str(refused.value)
+
+
+def test_clips_to_test_on_that_changed_are_told(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "own" / "train")
+    for name in "bird/a.mp4", "cat/b.mp4":
+        write_video(tmp_path / "own" / "test" / name, 3.0)
+    options = dict(epochs=1, warmup_epochs=0, batch_size=4, workers=0)
+    config = ClassifyConfig(
+        data=tmp_path / "own", checkpoint="none", model="micro", run=tmp_path / "run", **options
+    )
+    assert program(config, Classification) == 0
+    (tmp_path / "own" / "test" / "bird" / "a.mp4").unlink()
+    with pytest.raises(ValueError, match="--data has changed, in what is tested on, since the run in"):
+        set_up(config, Classification)
+
+
+def test_a_run_does_not_delete_what_it_begins_with(pretrained, folder):
+    for source in pretrained, pretrained / "model":
+        config = TrainConfig(data=folder, run=pretrained, checkpoint=str(source), restart=True, workers=0)
+        with pytest.raises(ValueError, match="--restart would delete --checkpoint"):
+            check_run(config)
+
+
+def test_what_runs_leave_is_no_clip_of_the_folder_around_them(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "own")
+    sounds = tmp_path / "own" / "runs" / "separate" / "sounds"
+    write_video(sounds / "1.wav", video=False, codecs=("", "pcm_s16le"))
+    (sounds.parent / "run.json").write_text("{}")
+    found, _ = find(tmp_path / "own")
+    assert not [clip for clip in (*found.train, *found.test) if "runs" in clip.path.parts]
 
 
 def test_retrieval_leaves_out_what_the_encoder_was_trained_on(folder, pretrained, tmp_path):

@@ -206,3 +206,15 @@ def test_a_folder_without_labels_shows_neighbours(folder, tmp_path, capsys):
         for feature in "image", "audio", "fusion", "sum":
             assert len(set(row[feature])) == 2 and {*row[feature]} < {*clips} - {row["clip"]}
     assert (tmp_path / "run" / "pictures" / "neighbours-000000.png").exists()
+
+
+def test_clips_that_are_lost_on_the_way_leave_fewer_neighbours():
+    features = make_features()
+    rows = [{name: value[n].numpy() for name, value in features.items()} for n in range(4)]
+    config = RetrieveConfig(k=None, checkpoint="none", model="micro")
+    task = Retrieval(config, Found([], list("abcdef"), "", [], 0, {}))
+    assert task.ks == [1, 5]
+    metrics = task.summarize([row | dict(index=n) for n, row in enumerate(rows)])
+    assert metrics["clips"] == 4 and any("@1" in name for name in metrics)
+    assert not any("@5_" in name for name in metrics)
+    assert task.summarize(rows[:1])["clips"] == 1

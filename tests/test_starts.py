@@ -9,7 +9,8 @@ from avfuse.tasks.classifier import Classifier
 from avfuse.tasks.classify import Classification, ClassifyConfig
 from avfuse.train import Pretraining
 from avfuse.training import loop
-from avfuse.training.plan import plan
+from avfuse.training.judge import starting_encoder
+from avfuse.training.plan import make_model, plan
 from avfuse.training.recipes import TrainConfig, parse
 
 
@@ -113,3 +114,21 @@ def test_a_checkpoint_that_is_not_there_is_missed_before_clips_are_read(
     with pytest.raises(ValueError, match="is no file, no folder and no name on the hub"):
         loop.set_up(config, task)
     assert not (tmp_path / "run").exists()
+
+
+def test_another_encoder_than_that_of_the_checkpoint_is_refused(tmp_path):
+    create_encoder("micro").save_pretrained(tmp_path)
+    for options, said in (
+        (dict(model="base"), "has another encoder than --model base: leave these out"),
+        (dict(interactions="joint"), "has another encoder than --interactions joint"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            starting_encoder(ClassifyConfig(checkpoint=str(tmp_path), **options))
+    starting_encoder(ClassifyConfig(checkpoint=str(tmp_path), model="micro"))
+
+
+def test_pretraining_drops_no_blocks_whatever_its_checkpoint_did(tmp_path):
+    Classifier(create_encoder("micro", drop_path=0.1), 3).save_pretrained(tmp_path)
+    model = make_model(TrainConfig(checkpoint=str(tmp_path)))
+    config = model.encoder.to_config()
+    assert not config["drop_path"] and not config["image"].get("drop_path_rate")

@@ -350,17 +350,17 @@ def test_a_clip_changed_in_place_is_named_on_resume(tmp_path, capsys):
 
 def test_a_hostile_folder_trains_on_what_is_good_and_names_the_rest(tmp_path):
     folder = tmp_path / "folder"
-    hostile_folder(folder)  # 200 files: 100 good, 40 that lack a stream, 60 that cannot be read
+    hostile_folder(folder)  # 200 files: 104 good or harmless, 40 that lack a stream, 56 that cannot be read
     config = tiny(folder, tmp_path / "run", epochs=1, batch_size=200, micro_batch=32, workers=2)
     config = replace(config, probe_clips=4, measure_every=0)  # of which none can be read
     with pytest.raises(RunError, match="of 200 clips could not be read, more than --max-unreadable 0.01"):
         main(replace(config, max_unreadable=0.01))
     main(config)
-    assert [row["clips"] for row in rows(config.run) if "loss" in row] == [100]
+    assert [row["clips"] for row in rows(config.run) if "loss" in row] == [104]
     named = [Path(row["path"]).name for row in read_rows(config.run / "quarantine.jsonl")]
-    usable = ("good", "misnamed", "dark", "silent")
+    usable = ("good", "misnamed", "dark", "silent", *(f"lying{n}.mkv" for n in range(8)))
     broken = [path.name for path in folder.iterdir() if not path.name.startswith(usable)]
-    assert sorted(named) == sorted(broken) and len(broken) == 60
+    assert sorted(named) == sorted(broken) and len(broken) == 56
 
 
 def test_keeps_clips_with_an_absent_modality(tmp_path, capsys):

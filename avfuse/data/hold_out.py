@@ -5,7 +5,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
@@ -31,18 +31,33 @@ class Sides:
     root: str  # its data folder
     train: Collection[str]
     test: Collection[str]
+    sizes: dict[str, int] = field(default_factory=dict)  # of the clips in bytes, where they are on record
+    earlier: Collection[str] = ()  # full paths, of what the models that it began with were trained on
 
     def __post_init__(self):
         full = os.path.join
-        self.train, self.test = (
-            {*side, *(full(self.root, name) for name in side)} for side in (self.train, self.test)
-        )
+        self.known = {*(full(self.root, name) for name in self.train), *self.earlier}  # all trained on
+        self.train = {*self.train, *self.known}
+        self.test = {*self.test, *(full(self.root, name) for name in self.test)}
 
     def of(self, clips: Iterable[Clip], root: Path) -> list[str | None]:
-        """Of each clip in the folder `root` "train", "test" or, where the run knows nothing of it, None."""
-        names, above = [os.path.relpath(clip.path, root) for clip in clips], os.path.realpath(root)
-        keys = [{name, os.path.join(above, name)} for name in names]
-        return ["train" if key & self.train else "test" if key & self.test else None for key in keys]
+        """Of each clip in the folder `root` "train", "test" or, where the run knows nothing of it, None. A
+        clip of the same name in another folder is the same one if it is as large.
+        """
+        above, sides = os.path.realpath(root), []
+        for clip in clips:
+            name = os.path.relpath(clip.path, root)
+            key = {os.path.join(above, name)}
+            if name not in self.sizes or self.sizes[name] == size_of(clip):
+                key.add(name)
+            sides.append("train" if key & self.train else "test" if key & self.test else None)
+        return sides
+
+
+def size_of(clip: Clip) -> int:
+    """Of its file, in bytes; by a manifest, whose clip may have gone."""
+    size = getattr(clip, "size", None)
+    return clip.path.stat().st_size if size is None else size
 
 
 def hold_out(

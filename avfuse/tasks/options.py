@@ -93,8 +93,10 @@ class ClassifyConfig(TaskConfig):
             )
         if self.average != "logits" and self.test_windows == 1:
             raise ValueError(f"--average {self.average} has no effect on one window: give more --windows")
-        if self.probe and self.drop_path:
-            raise ValueError(f"--drop-path {self.drop_path} has no effect on the frozen encoder of a probe")
+        decay = self.layer_decay not in (1.0, type(self).layer_decay) and f"--layer-decay {self.layer_decay}"
+        drop = self.drop_path and f"--drop-path {self.drop_path}"
+        if self.probe and (said := drop or decay or self.grad_checkpointing and "--grad-checkpointing"):
+            raise ValueError(f"{said} has no effect on the frozen encoder of a probe")
         if self.batch_norm and 1 in (self.micro_batch, self.batch_size):
             raise ValueError(
                 "--batch-norm needs more than one clip at once, and --micro-batch or --batch-size is 1"

@@ -171,7 +171,8 @@ class Retrieval(JudgedTask):
 
     def summarize(self, rows):
         columns = to_columns(rows)
-        metrics = dict(clips=len(rows)) | recalls(columns, self.ks)
+        ks = [k for k in self.ks if k < len(rows)]  # some clips may have been lost
+        metrics = dict(clips=len(rows)) | (recalls(columns, ks) if ks else {})
         if "paired" in columns:
             pairs = [columns[name][columns["paired"]] for name in ("image_alone", "audio_alone")]
             metrics |= cross_recalls(*pairs, self.ks)

@@ -120,7 +120,7 @@ def examine(
         with torch.no_grad():
             for batch, of_batch in zip(batches, names, strict=True):
                 for index, name in enumerate(of_batch):
-                    alone = {key: value[index : index + 1] for key, value in batch.items()}
+                    alone = {key: x[index : index + 1] if x.ndim else x for key, x in batch.items()}
                     if not all(torch.isfinite(loss) for loss in losses(alone).values()):
                         clips.append(name)
     finally:

@@ -21,13 +21,12 @@ from ..encoder import AVEncoder
 from ..files import printable, write_json
 from ..loading import load_encoder
 from ..presets import create_encoder
-from ..pretrained import load_strictly
 from ..progress import progress_bar
 from .conditions import CONDITIONS, BesideOthers, condition_table, derangement, has_sound
 from .loop import Run, Task, evaluation_batches
 from .report import write_report
 from .settings import FRESH, TaskConfig
-from .starts import for_clips, new_bias
+from .starts import check_asked, for_clips, new_bias, with_drop_path
 
 DRAWN = 6  # test clips of which there are pictures
 
@@ -42,23 +41,12 @@ def starting_encoder(config: TaskConfig, drop_path: float = 0.0) -> AVEncoder:
         options = dict(frames=config.frames or None, norm_eps=config.norm_eps, **new_bias(config))
         encoder = create_encoder(config.model, config.interactions, **options)
     else:
-        encoder = for_clips(load_encoder(config.checkpoint), config)
+        encoder = load_encoder(config.checkpoint)
+        check_asked(config, encoder)
+        encoder = for_clips(encoder, config)
     encoder = with_drop_path(encoder, drop_path)
     encoder.set_grad_checkpointing(config.grad_checkpointing)
     return encoder
-
-
-def with_drop_path(encoder: AVEncoder, rate: float) -> AVEncoder:
-    """The same encoder, in whose training blocks are dropped: up to `rate` of the time in the uni-modal
-    branches, rising with depth as in timm, and `rate` in the fusion blocks (released ones drop nothing).
-    """
-    config = encoder.to_config()
-    dropping = config | dict(drop_path=rate)
-    for branch in "image", "audio":
-        dropping[branch] = config[branch] | dict(drop_path_rate=rate)
-    if dropping == config:
-        return encoder
-    return load_strictly(AVEncoder.from_config(dropping), encoder.state_dict())
 
 
 class JudgedTask(Task):

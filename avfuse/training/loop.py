@@ -269,7 +269,8 @@ def build(
     tell(accelerator, f"{task.describe()}, on {accelerator.device}")
     average = None
     if config.ema:
-        average = AveragedModel(task.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        # Buffers, too: the running statistics of a BatchNorm are those of its weights.
+        average = AveragedModel(task.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
         average = average.to(accelerator.device)
     groups = optimizer_groups(task, config, lr)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
@@ -289,9 +290,9 @@ def open_folder(run: Run) -> None:
     config, accelerator, found = run.config, run.accelerator, run.found
     is_main = accelerator.is_main_process
     if is_main:
-        run.lock = begin_run(config, found.train, accelerator.device, run.extended_at)
+        run.lock = begin_run(config, found, accelerator.device, run.extended_at)
     accelerator.wait_for_everyone()
-    if is_main and found.held_out:
+    if is_main and config.data is not None:
         write_sides(config, found)
     run.first_step = load_checkpoint(accelerator, config.run, run.average)
     if run.first_step:
@@ -320,11 +321,13 @@ def train(run: Run) -> int:
         precision=run.config.precision,
         cuda_graphs=getattr(run.config, "cuda_graphs", False),
     )
-    signals = Signals(STOPPING if accelerator.is_main_process else "")
-    with run.lock or nullcontext(), signals, memory:
+    with run.lock or nullcontext(), memory:
         if run.first_step == 0 < steps:
             measure(run, 0, "before")
-        stopped = take_steps(run, signals) if steps else 0
+        stopped = 0
+        if steps:
+            with Signals(STOPPING if accelerator.is_main_process else "") as signals:
+                stopped = take_steps(run, signals)
         if not stopped:
             measure(run, steps, "after")
             tell(accelerator, run.quarantine.summary())

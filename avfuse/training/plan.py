@@ -21,7 +21,7 @@ from .length import with_enough_steps
 from .loop import Task, check_found
 from .recipes import TrainConfig, check_cuda_graphs
 from .settings import FRESH, learning_rate, schedule_of
-from .starts import for_clips, new_bias, saved_settings
+from .starts import for_clips, new_bias, saved_settings, with_drop_path
 
 OF_ENCODER = (  # settings that a checkpoint decides
     "model interactions fusion_layers fusion_tokens image_aggregation_tokens audio_aggregation_tokens "
@@ -46,7 +46,7 @@ def make_model(config: TrainConfig) -> AVMAE:
     else:
         encoder = load_encoder(config.checkpoint)
         check_encoder(config, encoder)
-        encoder = for_clips(encoder, config)
+        encoder = with_drop_path(for_clips(encoder, config), 0.0)  # as pretraining drops nothing
         saved = saved_settings(config.checkpoint).get("model", {})
         asked = {name for name, value in decoders.items() if value != getattr(TrainConfig, name)}
         decoders |= {name: saved[name] for name in decoders.keys() & saved.keys() if not asked}

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..data.clips import Clip, Failure
 from ..data.decode import ClipError
 from ..data.find import Found
-from ..data.hold_out import Sides
+from ..data.hold_out import Sides, size_of
 from ..data.sets.folders import TESTS
 from ..files import address, append_row, printable, read_rows, some, write_json, write_rows, write_text
 from ..rules import marks, option
@@ -62,8 +62,15 @@ def check_run(config: LoopConfig) -> LoopConfig:
             raise ValueError(f"--run-dir {printable(run)} is not a run folder (no {FILE}): not deleting it")
         if "checkpoints" in others:
             raise ValueError(f"--run-dir {printable(run)} holds checkpoints of a run whose {FILE} is gone")
+        if lost := sorted({*others} & {*CONTENTS}):
+            raise ValueError(
+                f"--run-dir {printable(run)} is not a run folder (no {FILE}), but holds {some(lost)}"
+            )
         return config
     if config.restart:
+        checkpoint = Path(getattr(config, "checkpoint", FRESH))
+        if checkpoint.exists() and run.resolve() in (checkpoint.resolve(), *checkpoint.resolve().parents):
+            raise ValueError(f"--restart would delete --checkpoint {printable(checkpoint)}")
         for name in (*CONTENTS, file_of(run).name):
             if (run / name).is_symlink():
                 raise ValueError(f"--restart does not delete links: {printable(run / name)} is one")
@@ -112,14 +119,17 @@ def whats_new(config: LoopConfig, clips: Sequence[Clip]) -> str:
     return f"; new: {some(new)}" if new else ""
 
 
-def begin_run(config: LoopConfig, clips: Sequence[Clip], device: torch.device, extended_at: int = 0) -> IO:
+def begin_run(config: LoopConfig, found: Found, device: torch.device, extended_at: int = 0) -> IO:
     """Makes the run folder this run's own, for as long as the file that is returned stays open. A restart
     deletes what a run writes, and nothing else. `extended_at` is as for `warmup_cosine`.
 
     Raises:
         ValueError: another process is at work in it, or the data set is not that of the run it holds.
     """
-    run, data, written = config.run, describe_data(clips), when_written(clips)
+    run, clips = config.run, found.train
+    data, written = describe_data(clips), when_written(clips)
+    if found.test and found.test is not clips:
+        data["test"] = describe_data(found.test)["sha256"]
     run.mkdir(parents=True, exist_ok=True)
     lock = (run / LOCK).open("a")
     try:
@@ -131,12 +141,18 @@ def begin_run(config: LoopConfig, clips: Sequence[Clip], device: torch.device, e
         for path in (run / name for name in CONTENTS):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     elif before:
-        if before["data"] != data:
+        known = {name: value for name, value in data.items() if name != "test" or name in before["data"]}
+        if before["data"] != known:
             then, now = printable(before["data"].get("clips")), data["clips"]
+            where = ", in what is tested on," if before["data"].get("sha256") == data["sha256"] else ""
             raise ValueError(
-                f"--data has changed since the run in {printable(run)} began ({then} clips then, {now} now"
-                f"{whats_new(config, clips)}): it would not go on as it was; {instead(config, before)}"
+                f"--data has changed{where} since the run in {printable(run)} began ({then} clips then, {now}"
+                f" now{whats_new(config, clips)}): it would not go on as it was; {instead(config, before)}"
             )
+        draws = any(getattr(config, name, 0) for name in ("mixup", "drop_path", "batch_norm"))
+        if draws and before["settings"].get("micro_batch") != config.micro_batch:
+            earlier = before["settings"].get("micro_batch")
+            tqdm.write(f"WARNING: losses depend on --micro-batch, which was {earlier}")
         changed = [path for path, time in written.items() if time > before.get("newest", math.inf)]
         if changed:  # or copied: only the times tell
             tqdm.write(
@@ -194,17 +210,28 @@ def read_run(run: Path) -> dict:
 
 def write_sides(config: LoopConfig, found: Found) -> None:
     """Puts on record which clips are held out, for people; and all clips, for runs that begin with this."""
-    names = "".join(f"{clip.path}\n" for clip in found.test)
-    write_text(config.run / HELD_OUT, names, errors="surrogateescape")
-    train, test = ([os.path.relpath(clip.path, config.data) for clip in side] for side in found[:2])
-    write_json(config.run / SIDES, dict(said=found.test_name, train=train, test=test))
+    own, before = read_sides(config.run), read_sides(behind(config))
+    earlier = sorted(own.earlier if own else before.known if before else ())
+    if found.held_out:
+        names = "".join(f"{clip.path}\n" for clip in found.test)
+        write_text(config.run / HELD_OUT, names, errors="surrogateescape")
+    elif not earlier:
+        return
+    train, test = ({os.path.relpath(c.path, config.data): size_of(c) for c in side} for side in found[:2])
+    sides = dict(said=found.test_name, train=[*train], test=[*test], sizes=train | test, earlier=earlier)
+    write_json(config.run / SIDES, sides)
 
 
 def begun_with(config: LoopConfig) -> Path | None:
     """The folder of the run that this one goes on with, or else of that whose model it begins with."""
+    is_there = not config.restart and (config.run / FILE).is_file()
+    return config.run if is_there else behind(config)
+
+
+def behind(config: LoopConfig) -> Path | None:
+    """The folder of the run whose model this one begins with."""
     checkpoint = Path(getattr(config, "checkpoint", FRESH))
     runs = [checkpoint, *([checkpoint.parent] if checkpoint.name == "model" else [])]
-    runs = runs if config.restart else [config.run, *runs]
     return next((run for run in runs if (run / FILE).is_file()), None)
 
 
@@ -219,7 +246,7 @@ def read_sides(run: Path | None) -> Sides | None:
     root = read_run(run)["settings"].get("data")
     try:
         sides = json.loads((run / SIDES).read_text(encoding="utf-8"))
-        return Sides(sides["said"], root, sides["train"], sides["test"])
+        return Sides(root=root, **dict(sizes={}, earlier=[]) | sides)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{printable(run / SIDES)} is damaged: {printable(repr(error))}") from error
 
@@ -240,8 +267,7 @@ def describe_data(clips: Sequence[Clip]) -> dict:
     described = hashlib.sha256()
     for clip in clips:
         name = os.path.relpath(clip.path, common)
-        size = getattr(clip, "size", None)  # from a manifest, whose clip may have gone
-        size = clip.path.stat().st_size if size is None else size
+        size = size_of(clip)
         streams = (clip.streams.video, clip.streams.audio) if clip.streams else None
         described.update(repr((name, size, streams, sorted(clip.labels.items()))).encode())
     return dict(clips=len(clips), sha256=described.hexdigest())
@@ -310,7 +336,7 @@ class Quarantine:
                 self.say(failure)
             if self.active and path not in self.written:
                 append_row(self.path, dict(when=when, path=path, reason=failure.reason))
-        if len(self.reasons) > self.max_share * self.clips:
+        if len(self.reasons) / self.clips > self.max_share:
             share = math.ceil(100 * len(self.reasons) / self.clips) / 100
             raise TooManyUnreadable(
                 f"{len(self.reasons)} of {self.clips} clips could not be read, more than --max-unreadable "

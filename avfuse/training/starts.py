@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from ..encoder import AVEncoder
 from ..files import printable
 from ..loading import config_at
+from ..presets import SIZES
 from ..pretrained import WEIGHTS, file_at, load_strictly
+from ..rules import option
 from ..weight_files import read_safetensors
-from .settings import FRESH, LoopConfig
+from .settings import FRESH, LoopConfig, TaskConfig
 
 TIME_PEAK = 3.0  # logits, with which a new bias of time begins
 
@@ -34,6 +36,31 @@ def for_clips(encoder: AVEncoder, config: LoopConfig) -> AVEncoder:
     options = dict(pair_bias=config.pair_bias or own) if own else new_bias(config)
     is_same = (frames, options["pair_bias"]) == (encoder.frames, own)
     return encoder if is_same else encoder.with_frames(frames, **options)
+
+
+def check_asked(config: TaskConfig, encoder: AVEncoder) -> None:
+    """Raises ValueError if the settings of a task ask for another encoder than that of its checkpoint."""
+    dim, depth, *_ = SIZES[config.model]
+    given = dict(model=(dim, depth), interactions=config.interactions)
+    found = dict(model=(encoder.dims["image"], encoder.depth), interactions=encoder.settings["interactions"])
+    asked = [name for name in given if getattr(config, name) != getattr(type(config), name)]
+    if wrong := [name for name in asked if given[name] != found[name]]:
+        said = ", ".join(f"{option(type(config), name)} {getattr(config, name)}" for name in wrong)
+        source = printable(config.checkpoint)
+        raise ValueError(f"--checkpoint {source} has another encoder than {said}: leave these out")
+
+
+def with_drop_path(encoder: AVEncoder, rate: float) -> AVEncoder:
+    """The same encoder, in whose training blocks are dropped: up to `rate` of the time in the uni-modal
+    branches, rising with depth as in timm, and `rate` in the fusion blocks (released ones drop nothing).
+    """
+    config = encoder.to_config()
+    dropping = config | dict(drop_path=rate)
+    for branch in "image", "audio":
+        dropping[branch] = config[branch] | dict(drop_path_rate=rate)
+    if dropping == config:
+        return encoder
+    return load_strictly(AVEncoder.from_config(dropping), encoder.state_dict())
 
 
 def begin_from(model: nn.Module, checkpoint: str, say: Callable[[str], object]) -> None:
