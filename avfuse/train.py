@@ -94,7 +94,8 @@ class Pretraining(JudgedTask):
     def dataset(self, clips, *, train):
         """Clips with masks, which are drawn from (seed, epoch, clip)."""
         settings, masks = self.model.encoder.inputs, self.model.mask_sampler()
-        return ClipDataset(clips, settings, train=train, seed=self.config.seed, extras=masks)
+        still = self.model.encoder.settings["pair_bias"] == "time"
+        return ClipDataset(clips, settings, train=train, seed=self.config.seed, extras=masks, still=still)
 
     def inputs(self, batch):
         """What the model is called with. A blank is present in no modality and so without a loss."""

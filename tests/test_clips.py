@@ -196,6 +196,11 @@ def test_training_draws_window_frame_crop_and_gain(folder):
     moments = numbers / 10 - starts
     assert moments.min() > -0.2 and moments.max() < 1.05  # the frame is one of the window...
     assert moments.min() < 0.1 and moments.max() > 0.8  # ...and any of it
+    still = ClipDataset(dataset.clips, settings, train=True, still=True)
+    items = [still[epoch, 0] for epoch in range(20)]
+    numbers = torch.tensor([number_of(item["image"].numpy()) for item in items])
+    starts = starts_of(torch.stack([item["audio"] for item in items]))
+    assert (numbers / 10 - starts - 0.5).abs().max() < 0.16 and len(numbers.unique()) > 5
     loudness = torch.stack([item["audio"].amax() for item in items])
     assert 0.8 < loudness.max() - loudness.min() < 1.5  # 12 dB are 1.2
 

@@ -76,6 +76,8 @@ class ClipDataset(Dataset):
         seed: another seed, other random choices.
         extras: gives more that belongs to an item, such as the masks of a masked autoencoder, drawn from the
             generator it is called with, after everything else; workers need one that can be pickled.
+        still: whether the only frame of a window is that of its middle in training, too, as a bias of time
+            takes it to be, and not one from anywhere.
 
     Raises:
         ValueError: no clips, clips whose labels have different names, labels that are tuples but no
@@ -90,6 +92,7 @@ class ClipDataset(Dataset):
         train: bool,
         seed: int = 0,
         extras: Callable[[torch.Generator], dict[str, Tensor]] | None = None,
+        still: bool = False,
     ):
         _check_seed(seed)
         if not clips:
@@ -103,7 +106,7 @@ class ClipDataset(Dataset):
             if isinstance(label, tuple) and name not in self.classes:
                 raise ValueError(f"clips must be a ClipTable that names the classes of label {name!r}")
         self.clips, self.settings, self.spectrogram = clips, settings, Spectrogram(settings)
-        self.train, self.seed, self.extras = train, seed, extras
+        self.train, self.seed, self.extras, self.still = train, seed, extras, still
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -131,7 +134,7 @@ class ClipDataset(Dataset):
         place, moment = torch.rand(2, generator=generator).tolist() if self.train else (0.5, 0.5)
         streams = clip.streams or reader.streams
         start = place * max(0.0, streams.seconds - self.settings.audio_seconds)
-        return self.window_from(start, streams, reader, generator, moment)
+        return self.window_from(start, streams, reader, generator, 0.5 if self.still else moment)
 
     def blank(self) -> dict[str, Tensor]:
         """An item without "index" that stands for no clip: as of one with neither pictures nor sound."""

@@ -228,7 +228,8 @@ class Classification(JudgedTask):
         settings, config = self.model.encoder.inputs, self.config
         if not train:
             return WindowDataset(clips, settings, windows=config.test_windows)
-        return ClipDataset(clips, settings, train=True, seed=config.seed)
+        still = self.model.encoder.settings["pair_bias"] == "time"
+        return ClipDataset(clips, settings, train=True, seed=config.seed, still=still)
 
     def inputs(self, batch):
         """What the classifier is called with, and "target". A blank has neither modality."""
