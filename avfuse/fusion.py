@@ -343,8 +343,8 @@ class TimeBias(nn.Module):
         self.table = nn.Parameter(torch.zeros(num_heads, knots))
 
     def favour_together(self, height: float, width: float) -> None:
-        """Adds a triangle to the table: `height` logits at no time difference, 0 at knots from `width` seconds
-        on, and so between knots from the first of these on; no narrower than the knots allow.
+        """Adds a triangle to the table: `height` logits at no time difference, 0 at the knots from `width`
+        seconds on; no narrower than the knots allow.
 
         Raises:
             ValueError: a height that is no number, or a width that is not positive.

@@ -1,5 +1,7 @@
 """What a run begins with: all weights of a model, told by name, and what is new beside them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from videos import write_video
@@ -12,6 +14,7 @@ from avfuse.training import loop
 from avfuse.training.judge import starting_encoder
 from avfuse.training.plan import make_model, plan
 from avfuse.training.recipes import TrainConfig, parse
+from avfuse.training.starts import begin_from
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +135,14 @@ def test_pretraining_drops_no_blocks_whatever_its_checkpoint_did(tmp_path):
     model = make_model(TrainConfig(checkpoint=str(tmp_path)))
     config = model.encoder.to_config()
     assert not config["drop_path"] and not config["image"].get("drop_path_rate")
+
+
+def test_what_several_frames_bring_is_told_as_new(tmp_path):
+    create_encoder("micro").save_pretrained(tmp_path)
+    said, config = [], TrainConfig(checkpoint=str(tmp_path), frames=4, pair_bias="time")
+    begin_from(make_model(config), str(tmp_path), said.append)
+    assert "new: positions of frames, a bias of time" in said[0]
+    make_model(config).encoder.save_pretrained(tmp_path / "again")
+    again = replace(config, checkpoint=str(tmp_path / "again"))
+    begin_from(make_model(again), again.checkpoint, said.append)
+    assert said[1].endswith(": encoder; new: image_decoder, audio_decoder")

@@ -72,7 +72,11 @@ def begin_from(model: nn.Module, checkpoint: str, say: Callable[[str], object]) 
     parts = [name for name in dict.fromkeys(name.partition(".")[0] for name in own) if name != "encoder"]
     taken = {part: of for part in parts if shapes(of := part_of(theirs, part)) == shapes(part_of(own, part))}
     load_strictly(model, own | {name: weight for of in taken.values() for name, weight in of.items()})
-    new = [part for part in parts if part not in taken]
+    before, encoder = saved_settings(checkpoint).get("model", {}), model.encoder
+    before, bias = before.get("encoder", before), encoder.settings["pair_bias"]
+    new = ["positions of frames"] * (encoder.frames > 1 and before.get("frames", 1) in (None, 1))
+    new += [f"a bias of {bias}"] * bool(bias and not before.get("pair_bias"))
+    new += [part for part in parts if part not in taken]
     said = f"weights of {printable(checkpoint)}: {', '.join(['encoder', *taken])}"
     say(said + (f"; new: {', '.join(new)}" if new else ", which is all there is"))
 
