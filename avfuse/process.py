@@ -29,3 +29,8 @@ def end_with_its_reader(yes: bool) -> None:
 
 def leave(*_) -> NoReturn:
     os._exit(INTERRUPTED)
+
+
+def cores() -> int:
+    """How many of them this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -28,6 +28,8 @@ from typing import Any
 
 import torch
 
+from ..process import cores
+
 PRELOADED = ["avfuse.data.clips"]  # imported once, by the process that workers are forked from
 STARTING = 300.0  # seconds in which a worker must be ready; the first imports torch, maybe over a network
 GRACE = 0.1  # seconds past a deadline, for what has arrived while this process was itself held up
@@ -264,11 +266,6 @@ def share_cores(threads: int, workers: int) -> None:
         threads = max(1, cores() - workers)
     if threads:
         torch.set_num_threads(threads)
-
-
-def cores() -> int:
-    """How many of them this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _kill(workers: set[_Worker]) -> None:

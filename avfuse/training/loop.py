@@ -16,7 +16,6 @@ from functools import partial
 from itertools import islice
 from typing import IO, NamedTuple
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
@@ -34,7 +33,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..data.clips import Clip, ClipLoader, ClipSampler, Failure
+from ..data.clips import Clip, ClipLoader, ClipSampler, Failure, generator_of
 from ..data.find import Found, find_data, probe
 from ..data.workers import share_cores
 from ..files import printable, some
@@ -407,7 +406,7 @@ def train_step(run: Run, step: int, batches: Iterator[list[dict]], signals: Sign
     # --- gradients, and an update unless it would spoil the weights ---
     run.model.train()
     # From its own seed: what a step draws does not depend on whether the run was interrupted before it.
-    torch.manual_seed(random_seed(config.seed, step, accelerator.process_index))
+    torch.manual_seed(generator_of(config.seed, step, accelerator.process_index).initial_seed())
     inputs = [{name: value.to(accelerator.device) for name, value in batch.items()} for batch in inputs]
     losses = backward(run, inputs, counts, dict(zip(names, totals, strict=True)))
     loss = sum(losses.values())
@@ -483,10 +482,6 @@ def steps_of(run: Run, loader: ClipLoader) -> Iterator[list[dict]]:
 def sum_over_processes(accelerator: Accelerator, values: list[float]) -> list[float]:
     summed = accelerator.reduce(torch.tensor(values, dtype=torch.float32, device=accelerator.device), "sum")
     return summed.tolist()
-
-
-def random_seed(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def stop_at_fault(

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import numpy as np
 from ...choices import Scene
 from ...command import SAID
 from ...files import aside, printable, write_text
+from ...process import cores
 from ...progress import progress_bar
 from ..sound import encode, frame_of
 from .read import CLASSES, NAME, SPLITS, Entry
@@ -105,7 +105,7 @@ def generate(root: str | Path, *, workers: int | None = None, progress: bool = T
         ValueError: a setting is wrong, or the folder holds something else or was begun with other settings.
     """
     root, settings = Path(root), Settings(**settings)
-    workers = _cores() if workers is None else workers
+    workers = cores() if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers must be 1 or more, got {workers}")
     said = {name: value for name, value in asdict(settings).items() if (name, value) != FIRST_SCENE}
@@ -152,10 +152,6 @@ def _differences(built: Path, settings: Settings) -> str:
     return (
         ", ".join(f"{name}={old}, not {new}" for name, old, new in pairs if old != new) or "another version"
     )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
