@@ -13,7 +13,6 @@ import tempfile
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import av
 import numpy as np
@@ -338,7 +337,7 @@ def size_of(separator: Separator) -> tuple[int, int]:
 
 class Sealed:
     """ASGI middleware: browsers are told to load nothing from elsewhere, whatever the page asks for, and
-    pages of other sites can send it nothing.
+    pages of other sites can post nothing to it.
     """
 
     def __init__(self, app):
@@ -352,7 +351,10 @@ class Sealed:
 
         headers = dict(scope.get("headers", ()))
         origin = headers.get(b"origin")
-        if origin is not None and urlsplit(origin).netloc != headers.get(b"host"):
+        if origin is not None and origin.partition(b"://")[2] != headers.get(b"host"):
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1008})
+                return
             await sealed({"type": "http.response.start", "status": 403})
             await send({"type": "http.response.body", "body": b"this page answers to itself alone"})
             return

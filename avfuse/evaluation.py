@@ -208,8 +208,8 @@ def _file(value: object, path: Path) -> Path:
         if samples.dtype.kind == "f":
             samples = samples.astype(np.float32)
         if str(samples.dtype) not in ("float32", "int32", "int16", "uint8"):  # what WAV has
-            raise ValueError(f"{path.name}: array must hold floating point samples, got {samples.dtype}")
-        if rate < 1 or samples.ndim > 2 or samples.ndim == 2 and len(samples) > samples.shape[1]:
+            raise ValueError(f"{path.name}: array must hold samples as WAV files do, got {samples.dtype}")
+        if rate < 1 or samples.ndim not in (1, 2) or samples.ndim == 2 and len(samples) > samples.shape[1]:
             shape = f"{rate} Hz and shape {samples.shape}"
             raise ValueError(f"{path.name}: array must be (samples,) or (channels, samples), got {shape}")
         wavfile.write(path, rate, samples.T)

@@ -45,7 +45,7 @@ def load_encoder(checkpoint: str | os.PathLike) -> AVEncoder:
     saved, licence = config.get("class"), (config.get("facts") or {}).get("licence")
     if saved in ("AVEncoder", "AVMAE"):
         model = (AVMAE if saved == "AVMAE" else AVEncoder).from_pretrained(checkpoint)
-        return licensed(getattr(model, "encoder", model), licence, str(checkpoint))
+        return licensed(getattr(model, "encoder", model), licence, checkpoint)
     if not saved or "encoder" not in config.get("model", ()):
         content = f"a model of class {printable(saved)}" if saved else _contents(path)
         raise ValueError(f"{named} must hold an AVEncoder or AVMAE, but holds {content}")
@@ -53,11 +53,12 @@ def load_encoder(checkpoint: str | os.PathLike) -> AVEncoder:
     weights = encoder_weights(weights_at(checkpoint))
     description = config["model"]["encoder"]
     encoder = make_for(weights, lambda: AVEncoder.from_config(description), f"{checkpoint}: {CONFIG}")
-    return licensed(encoder, licence, str(checkpoint))
+    return licensed(encoder, licence, checkpoint)
 
 
-def licensed(encoder: AVEncoder, licence: str | None, source: str) -> AVEncoder:
+def licensed(encoder: AVEncoder, licence: str | None, source: str | os.PathLike) -> AVEncoder:
     """The encoder, whose transformers go with the licence stated for the model that it was in, too."""
+    source = Path(source).resolve().name if os.path.exists(source) else str(source)  # no path of this machine
     for branch in (encoder.image, encoder.audio) if isinstance(licence, str) else ():
         origin = getattr(branch, "origin", None) or dict(weights=source, family="avfuse", licence=licence)
         branch.origin = origin | {"licence": strictest([origin["licence"], licence])}

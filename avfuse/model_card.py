@@ -19,6 +19,12 @@ KINDS = {  # of a class of models: its name, the hub's pipeline, and the task
 }
 KINDS_OF_FACTS = {"tables": list, "licence": str}  # others are dictionaries
 UNKNOWN = "unknown"
+FREE = {
+    *"mit apache bsd isc zlib unlicense zero cc by attribution odc pddl public domain".split()
+}  # words of these
+FILLING = {
+    *"licence license version v clause the new revised software creative commons international".split()
+}
 PAPER = r"""@inproceedings{mo2024unveiling,
   title = {Unveiling the Power of Audio-Visual Early Fusion Transformers with Dense Interactions through
            Masked Modeling},
@@ -115,21 +121,34 @@ def licence_of(facts: dict, origins: dict) -> str | None:
 
 
 def strictest(licences: list[str]) -> str | None:
-    """The licence that forbids most, of which one that is unknown forbids all; None if there is none."""
-    return max(licences, key=strictness, default=None)
+    """The licence that forbids most, of which one that is unknown forbids all; None if there is none. It is
+    "other" where one of unknown terms meets one that is known to forbid something: both hold.
+    """
+    found = max(licences, key=strictness, default=None)
+    unknown = {licence for licence in licences if strictness(licence) == 3}
+    if unknown and not any({UNKNOWN, "other"} & words_of(licence) for licence in unknown):
+        return "other" if len(unknown) > 1 or any(strictness(x) in (1, 2) for x in licences) else found
+    return found
 
 
 def strictness(licence: str) -> int:
     """0 allows all, 1 asks for the same licence, 2 forbids commercial use or changes; 3 is one not known."""
-    words = set(re.findall(r"[a-z]+", licence.lower()))
+    words = words_of(licence) - FILLING
     if words & {UNKNOWN, "other"}:
         return 3
-    if words & {"nc", "nd", "noncommercial"} or words >= {"non", "commercial"}:
+    if (
+        words & {"nc", "nd", "noncommercial", "noderivatives"}
+        or "commercial" in words
+        and words & {"no", "non", "not"}
+    ):
         return 2
-    if words & {"sa", "gpl", "gplv", "lgpl", "lgplv", "agpl", "agplv"}:
+    if words & {"sa", "sharealike", "mpl", "gpl", "gplv", "lgpl", "lgplv", "agpl", "agplv"}:
         return 1
-    words |= {"mit"} if licence.lower().startswith(("cc0", "cc-0", "cc 0")) else set()
-    return 0 if words & {"mit", "apache", "bsd", "isc", "unlicense"} or words >= {"cc", "by"} else 3
+    return 0 if words and words <= FREE else 3
+
+
+def words_of(licence: str) -> set[str]:
+    return set(re.findall(r"[a-z]+", licence.lower().replace("cc0", "cc-zero")))
 
 
 def measured(facts: dict, pipeline: str, task: str) -> list[EvalResult]:

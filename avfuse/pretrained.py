@@ -161,7 +161,7 @@ class Pretrained(ModelHubMixin, library_name="avfuse"):
         metadata = {"format": "pt"} | ({"licence": licence} if licence else {})
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        with aside(folder / CONFIG) as partial:  # both or neither: half a save would load, and answer wrongly
+        with aside(folder / CONFIG) as partial:  # renamed last: neither is new if one cannot be written
             partial.write_text(json.dumps(config, indent=1) + "\n")
             write_safetensors(folder / WEIGHTS, self.state_dict(), metadata)
         card.save(folder / CARD)  # that of these weights, in the place of an older one
@@ -227,7 +227,8 @@ def read_config(source: str | os.PathLike, **options) -> dict:
         raise ValueError(f"{printable(source)}: {CONFIG} is damaged: {printable(error)}") from error
     if not isinstance(config, dict) or config.get("library") != "avfuse":
         return {}
-    if not isinstance(config.get("class"), str) or not isinstance(config.get("model"), dict):
+    kinds = {"class": str, "model": dict, "facts": dict | None}
+    if not all(isinstance(config.get(name), kind) for name, kind in kinds.items()):
         raise ValueError(f"{printable(source)}: {CONFIG} is damaged: it must tell a class and its model")
     return config
 

@@ -81,8 +81,8 @@ def read_pth(path: str | os.PathLike) -> dict:
                 unpacked = sum(member.file_size for member in members)
                 if unpacked > os.path.getsize(path) or any(member.compress_type for member in members):
                     raise zipfile.BadZipFile("torch.save compresses nothing")
-                names = [name for name in archive.namelist() if name.lower().endswith(".pkl")]
-                pickles = [archive.read(name) for name in names]
+                # By member, not by name: several may have one.
+                pickles = [archive.read(m) for m in members if m.filename.lower().endswith(".pkl")]
         else:
             with open(path, "rb") as file:
                 pickles = [mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)]

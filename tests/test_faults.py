@@ -206,3 +206,14 @@ def test_scenes_whose_loss_is_not_finite_end_with_a_report(config, task, data, t
         loop.train(run)
     report = json.loads((tmp_path / "run/faults/step-00000001/process-0/report.json").read_text())
     assert len(report["clips"]) == 1
+
+
+def test_where_nothing_is_to_be_saved_signals_end_it_at_once():
+    with Signals() as signals:
+        signals.at_once = True
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.save
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(SystemExit, match="143"):
+            os.kill(os.getpid(), signal.SIGTERM)

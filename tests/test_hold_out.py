@@ -427,7 +427,8 @@ def test_what_runs_leave_is_no_clip_of_the_folder_around_them(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "own")
     sounds = tmp_path / "own" / "runs" / "separate" / "sounds"
     write_video(sounds / "1.wav", video=False, codecs=("", "pcm_s16le"))
-    (sounds.parent / "run.json").write_text("{}")
+    for name in "run.json", ".lock":
+        (sounds.parent / name).write_text("{}")
     found, _ = find(tmp_path / "own")
     assert not [clip for clip in (*found.train, *found.test) if "runs" in clip.path.parts]
 

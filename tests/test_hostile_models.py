@@ -88,3 +88,15 @@ def test_an_archive_is_known_as_torch_knows_it(tmp_path):
     for path in (archive, legacy):
         with pytest.raises(ValueError, match="builtins.bytearray"):
             read_pth(path)
+
+
+def test_of_members_of_one_name_each_is_looked_at(tmp_path):
+    huge, path = b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x10\x00\x85R.", tmp_path / "a.pth"
+    torch.save({"weight": torch.ones(2)}, tmp_path / "good.pth")
+    with zipfile.ZipFile(tmp_path / "good.pth") as good, zipfile.ZipFile(path, "w") as file:
+        for _ in range(2):
+            file.writestr("good/data.pkl", huge)
+        for member in good.infolist():
+            file.writestr(member.filename, good.read(member))
+    with pytest.raises(ValueError, match="builtins.bytearray"):
+        read_pth(path)

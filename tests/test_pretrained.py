@@ -551,7 +551,14 @@ def test_a_save_that_is_interrupted_leaves_the_model_before(tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     "change",
-    [{"class": ["Classifier"]}, {"class": {}}, {"model": None}, {"model": 3}, {"model": "encoder"}],
+    [
+        {"class": ["Classifier"]},
+        {"class": {}},
+        {"model": None},
+        {"model": 3},
+        {"model": "encoder"},
+        {"facts": [1]},
+    ],
     ids=str,
 )
 def test_a_config_of_other_types_is_damaged(tmp_path, change):

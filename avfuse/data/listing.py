@@ -214,7 +214,8 @@ def walk(
         unlisted.append(ClipError(Path(error.filename), f"cannot be listed: {error.strerror}"))
 
     for parent, folders, files in os.walk(folder, onerror=on_error):
-        if "run.json" in files and Path(parent) != Path(folder):  # a run's sounds are no clips
+        is_run = "run.json" in files and not {"metrics.jsonl", ".lock"}.isdisjoint(files)
+        if is_run and Path(parent) != Path(folder):  # what it left, such as sounds, are no clips
             folders[:], files = [], []
         folders[:] = [name for name in folders if not name.startswith(".")]
         files = [name for name in files if not name.startswith((".", "avfuse-"))]

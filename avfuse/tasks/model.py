@@ -45,5 +45,7 @@ def named(class_names: Sequence[str] | None, classes: int) -> tuple[str, ...] | 
     if not isinstance(class_names, Sequence) or not all(isinstance(name, str) for name in class_names):
         raise ValueError(f"class_names must be a sequence of names, got {class_names!r}")
     if not len(set(class_names)) == len(class_names) == classes:
-        raise ValueError(f"class_names must name all {classes} classes, got {len(set(class_names))} names")
+        raise ValueError(
+            f"class_names must name all {classes} classes, got {len(set(class_names))} different names"
+        )
     return tuple(class_names)

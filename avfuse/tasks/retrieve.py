@@ -108,7 +108,7 @@ def untrained(found: Found, config: RetrieveConfig, say: Callable[[str], object]
     if before is not None:
         sides = zip(test, before.of(test, config.data), strict=True)
         test = [clip for clip, side in sides if side != "train"]
-    elif found.test is found.train and has_trained_on_all(run, config.data):
+    if found.test is found.train and has_trained_on_all(run, config.data):
         test = []
     if len(test) == len(found.test):
         return found

@@ -202,13 +202,19 @@ class MelSTFT(nn.Module):
 
     def stft(self, waveform: Tensor) -> Tensor:
         """(..., samples) -> complex (..., bins, frames + 1)"""
-        options = dict(n_fft=self.settings.window, hop_length=self.settings.hop, window=self.window)
+        options = dict(
+            n_fft=self.settings.window, hop_length=self.settings.hop, window=self.window.to(waveform.dtype)
+        )
         flat = waveform.reshape(-1, waveform.shape[-1])
         return torch.stft(flat, **options, return_complex=True).unflatten(0, waveform.shape[:-1] or (1,))
 
     def istft(self, spectrum: Tensor) -> Tensor:
         """complex (..., bins, frames + 1) -> (..., samples), as many as the settings say"""
-        options = dict(n_fft=self.settings.window, hop_length=self.settings.hop, window=self.window)
+        options = dict(
+            n_fft=self.settings.window,
+            hop_length=self.settings.hop,
+            window=self.window.to(spectrum.real.dtype),
+        )
         flat = torch.istft(spectrum.flatten(0, -3), **options, length=self.settings.samples)
         return flat.unflatten(0, spectrum.shape[:-2])
 
@@ -218,5 +224,5 @@ class MelSTFT(nn.Module):
 
     def apply_masks(self, masks: Tensor, mixture: Tensor) -> Tensor:
         """Masks (B, S, mel, frames) over mixtures (B, samples) -> sounds (B, S, samples)"""
-        masks = torch.cat([masks, masks[..., -1:]], dim=-1)  # the frame that the spectrogram drops
-        return self.istft(self.to_bins @ masks * self.stft(mixture)[:, None])
+        masks = torch.cat([masks, masks[..., -1:]], dim=-1).to(mixture.dtype)  # the last is what was dropped
+        return self.istft(self.to_bins.to(mixture.dtype) @ masks * self.stft(mixture)[:, None])

@@ -25,11 +25,12 @@ class RunError(RuntimeError):
 class Signals:
     """While this context lasts, signals are noted instead of ending the process: SIGUSR1 asks for a
     checkpoint, SIGTERM and SIGINT (Ctrl-C) for a checkpoint and the end. A second Ctrl-C ends it at once, and
-    the first is answered by `answer` on stderr: a step may take long.
+    the first is answered by `answer` on stderr: a step may take long. Where nothing is to be saved, `at_once`
+    has SIGTERM and Ctrl-C end it at once.
     """
 
     def __init__(self, answer: str = ""):
-        self.answer = answer
+        self.answer, self.at_once = answer, False
         self.save = self.terminate = self.interrupt = False
 
     def __enter__(self) -> "Signals":
@@ -46,6 +47,8 @@ class Signals:
     def note(self, number: int, _frame) -> None:
         if number == signal.SIGUSR1:
             self.save = True
+        elif self.at_once:
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         elif number == signal.SIGTERM:
             self.terminate = True
         else:

@@ -320,13 +320,14 @@ def train(run: Run) -> int:
         precision=run.config.precision,
         cuda_graphs=getattr(run.config, "cuda_graphs", False),
     )
-    with run.lock or nullcontext(), memory:
+    signals = Signals(STOPPING if accelerator.is_main_process else "")
+    with run.lock or nullcontext(), signals, memory:
+        signals.at_once = True  # the same command measures again
         if run.first_step == 0 < steps:
             measure(run, 0, "before")
-        stopped = 0
-        if steps:
-            with Signals(STOPPING if accelerator.is_main_process else "") as signals:
-                stopped = take_steps(run, signals)
+        signals.at_once = False
+        stopped = take_steps(run, signals) if steps else 0
+        signals.at_once = True
         if not stopped:
             measure(run, steps, "after")
             tell(accelerator, run.quarantine.summary())

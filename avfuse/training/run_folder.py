@@ -69,7 +69,9 @@ def check_run(config: LoopConfig) -> LoopConfig:
         return config
     if config.restart:
         checkpoint = Path(getattr(config, "checkpoint", FRESH))
-        if checkpoint.exists() and run.resolve() in (checkpoint.resolve(), *checkpoint.resolve().parents):
+        kept = {checkpoint.resolve(), *checkpoint.resolve().parents}
+        deleted = {(run / name).resolve() for name in CONTENTS}
+        if checkpoint.exists() and (kept & deleted or checkpoint.resolve() == run.resolve()):
             raise ValueError(f"--restart would delete --checkpoint {printable(checkpoint)}")
         for name in (*CONTENTS, file_of(run).name):
             if (run / name).is_symlink():
@@ -211,13 +213,14 @@ def read_run(run: Path) -> dict:
 def write_sides(config: LoopConfig, found: Found) -> None:
     """Puts on record which clips are held out, for people; and all clips, for runs that begin with this."""
     own, before = read_sides(config.run), read_sides(behind(config))
-    earlier = sorted(own.earlier if own else before.known if before else ())
+    earlier = sorted((own and own.earlier) or (before and before.known) or ())
     if found.held_out:
         names = "".join(f"{clip.path}\n" for clip in found.test)
         write_text(config.run / HELD_OUT, names, errors="surrogateescape")
     elif not earlier:
         return
-    train, test = ({os.path.relpath(c.path, config.data): size_of(c) for c in side} for side in found[:2])
+    held = found[:2] if found.held_out else ((), ())  # what trains on all is told by `has_trained_on_all`
+    train, test = ({os.path.relpath(c.path, config.data): size_of(c) for c in side} for side in held)
     sides = dict(said=found.test_name, train=[*train], test=[*test], sizes=train | test, earlier=earlier)
     write_json(config.run / SIDES, sides)
 
