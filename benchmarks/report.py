@@ -63,6 +63,7 @@ TASKS = (
         ACCURACY,
         "chance of the pictures 0.250, of the sound 0.167",
     ),
+    ("the same, with bilinear pairs", "2,048", "colour-synchrony-bilinear", ACCURACY, "the same"),
     ("colour in scenes of synchrony, one frame", "2,048", "colour-synchrony-one", ACCURACY, "the same"),
     (
         "nearest clip by shape and colour, after --preset demo-long",
