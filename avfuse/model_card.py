@@ -19,12 +19,11 @@ KINDS = {  # of a class of models: its name, the hub's pipeline, and the task
 }
 KINDS_OF_FACTS = {"tables": list, "licence": str}  # others are dictionaries
 UNKNOWN = "unknown"
-FREE = {
-    *"mit apache bsd isc zlib unlicense zero cc by attribution odc pddl public domain".split()
-}  # words of these
-FILLING = {
-    *"licence license version v clause the new revised software creative commons international".split()
-}
+# Words of licences that allow all, and words that say nothing of what one allows.
+FREE = frozenset("mit apache bsd isc zlib unlicense zero cc by attribution odc pddl public domain".split())
+FILLING = frozenset(
+    "licence license version v clause the new revised software creative commons international".split()
+)
 PAPER = r"""@inproceedings{mo2024unveiling,
   title = {Unveiling the Power of Audio-Visual Early Fusion Transformers with Dense Interactions through
            Masked Modeling},
@@ -136,11 +135,8 @@ def strictness(licence: str) -> int:
     words = words_of(licence) - FILLING
     if words & {UNKNOWN, "other"}:
         return 3
-    if (
-        words & {"nc", "nd", "noncommercial", "noderivatives"}
-        or "commercial" in words
-        and words & {"no", "non", "not"}
-    ):
+    no_sales = "commercial" in words and words & {"no", "non", "not"}
+    if no_sales or words & {"nc", "nd", "noncommercial", "noderivatives"}:
         return 2
     if words & {"sa", "sharealike", "mpl", "gpl", "gplv", "lgpl", "lgplv", "agpl", "agplv"}:
         return 1

@@ -162,7 +162,7 @@ class Pretrained(ModelHubMixin, library_name="avfuse"):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with aside(folder / CONFIG) as partial:  # renamed last: neither is new if one cannot be written
-            partial.write_text(json.dumps(config, indent=1) + "\n")
+            partial.write_text(json.dumps(config, indent=2) + "\n")
             write_safetensors(folder / WEIGHTS, self.state_dict(), metadata)
         card.save(folder / CARD)  # that of these weights, in the place of an older one
         return self.push_to_hub(repo_id or folder.name, **options) if push_to_hub else None

@@ -538,11 +538,22 @@ def test_the_strictest_licence_is_found():
         (["mpl-2.0", "cc-by-nc-4.0", "zlib", "odc-by"], "cc-by-nc-4.0"),
         (["apache-2.0", "MIT (research only)"], "MIT (research only)"),
         (["MIT", "Apache 2.0, no commercial use"], "Apache 2.0, no commercial use"),
-        (["Creative Commons Attribution 4.0 International", "apache-2.0"], None),
         (["MIT", "openrail"], "openrail"),
         (["mit", ""], ""),
     ):
-        assert strictest(licences) == strictest_one or strictest_one is None and strictness(licences[0]) == 0
+        assert strictest(licences) == strictest_one
+
+
+def test_licences_are_known_by_all_their_words():
+    for allowed in (
+        "MIT",
+        "Apache-2.0",
+        "BSD 3-Clause",
+        "cc0-1.0",
+        "Creative Commons Attribution 4.0 International",
+    ):
+        assert strictness(allowed) == 0
+    assert strictness("MIT (research only)") == 3
 
 
 # --- refusals -----------------------------------------------------------------------------------------------

@@ -339,7 +339,7 @@ class Quarantine:
                 self.say(failure)
             if self.active and path not in self.written:
                 append_row(self.path, dict(when=when, path=path, reason=failure.reason))
-        if len(self.reasons) / self.clips > self.max_share:
+        if len(self.reasons) > self.max_share * self.clips + 1e-6:  # 29 are no more than 0.29 of 100
             share = math.ceil(100 * len(self.reasons) / self.clips) / 100
             raise TooManyUnreadable(
                 f"{len(self.reasons)} of {self.clips} clips could not be read, more than --max-unreadable "
