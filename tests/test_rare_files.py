@@ -214,6 +214,24 @@ def test_a_window_before_the_sound_begins(tmp_path, suffix, codec):
     assert not sound[:14_000].any() and abs(lag(sound[16_000:], chirp(np.arange(32_000) / 16_000))) < 20
 
 
+@pytest.mark.parametrize(
+    ("suffix", "codecs"),
+    [("mkv", ("libx264", "pcm_s16le")), ("webm", ("libvpx-vp9", "libopus")), ("mp4", ("libx264", "aac"))],
+)
+@pytest.mark.parametrize("late", [1.5, 7.0])
+def test_sound_before_the_first_picture(tmp_path, suffix, codecs, late):
+    """Matroska's index leads to pictures alone, before which there is sound, too."""
+    truth = chirp(np.arange(160_000) / 16_000)
+    times = [late + 0.1 * number for number in range(round(10 * (10 - late)))]
+    video = numbered_frames(len(times))
+    path = write_video(tmp_path / f"a.{suffix}", 10, times=times, video=video, codecs=codecs)
+    for start in (0.0, 0.6, late - 1, late - 0.3, late + 1):
+        sound = read_audio(path, start, 1, 16_000)
+        begin = round(16_000 * start)
+        assert abs(lag(sound, truth[begin : begin + 16_000])) < 240, start  # Opus moves the start
+    assert numbers(path, [0, late + 0.05, late + 1.25]) == [0, 0, 12]
+
+
 def test_a_window_within_a_gap(tmp_path):
     piece = chirp(np.arange(32_000) / 16_000)[None]
     audio = [(0.0, piece), (8.0, piece)]

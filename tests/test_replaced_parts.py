@@ -146,6 +146,14 @@ def test_a_transformer_of_another_input_size_is_refused(pair_bias, tmp_path):
         encoder.save_pretrained(tmp_path)
 
 
+def test_a_bias_of_time_knows_the_seconds_of_its_inputs_alone():
+    encoder = create_encoder("micro", frames=2, pair_bias="time")
+    encoder.audio.set_input_size(img_size=(64, 256))
+    for model in encoder, encoder.fused():
+        with pytest.raises(ValueError, match="audio takes inputs of shape .1, 64, 256., while inputs"):
+            model(torch.randn(1, 2, 3, 48, 48), torch.randn(1, 1, 64, 256))
+
+
 def test_evaluation_leaves_each_part_in_its_mode():
     encoder = create_encoder("micro").train()
     encoder.image.eval()

@@ -77,7 +77,7 @@ class ClipDataset(Dataset):
         extras: gives more that belongs to an item, such as the masks of a masked autoencoder, drawn from the
             generator it is called with, after everything else; workers need one that can be pickled.
         still: whether the only frame of a window is that of its middle in training, too, as a bias of time
-            takes it to be, and not one from anywhere.
+            takes it to be, and not one from anywhere. Of a clip shorter than the window it is the clip's.
 
     Raises:
         ValueError: no clips, clips whose labels have different names, labels that are tuples but no
@@ -221,7 +221,8 @@ def read_clip(path: str | Path, inputs: InputSettings, *, start: float | None = 
         path: the file.
         inputs: the transforms of the model, `encoder.inputs`.
         start: where the window of `inputs.audio_seconds` begins, in seconds; None = that in the middle. The
-            frame is that in the middle of the window; several are those shown at `inputs.frame_times` of it.
+            frame is that in the middle of the window, or of a clip shorter than it; several are those shown
+            at `inputs.frame_times` of it.
             Sound that ends early is extended by mirrored copies.
 
     Raises:

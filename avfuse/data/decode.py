@@ -330,8 +330,8 @@ class ClipReader(AbstractContextManager):
                 return
 
     def _seek(self, stream, seconds: float) -> None:
-        if self._format == "matroska" and self._video is not None:  # its index is often of pictures alone
-            stream = self._video
+        is_indexed = self._format != "matroska" or seconds == FAR_BACK  # else often for pictures alone
+        stream = stream if is_indexed or self._video is None else self._video
         start, at = stream.start_time or 0, math.floor((seconds + self._origin) / stream.time_base)
         try:
             self._container.seek(at, stream=stream)
