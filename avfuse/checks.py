@@ -115,7 +115,9 @@ def check_indices(
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling this module does more than its class says: hooks, or a `forward` of its own."""
+    """Whether calling this module does more than its class says: hooks, or a `forward` of its own. Hooks of
+    all modules, such as a FLOP counter has, change no path, or what it counts would not be what runs.
+    """
     hooks = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
     return "forward" in vars(module) or any(getattr(module, kind) for kind in hooks)
 

@@ -402,7 +402,7 @@ class AVEncoder(nn.Module, Predictor, Pretrained):
             return branch
         context = None if context is None else per_frame(context, branch.frames)
         key_mask = branch.key_mask(0 if context is None else context.shape[1])
-        block = self.checkpointed(branch.vit.blocks[branch.layers.index(layer)])
+        block = self.checkpointed(branch.vit.blocks[branch.layers.index(layer)], branch.vit)
         return branch._replace(tokens=block(branch.tokens, context=context, attn_mask=key_mask))
 
     def run_fusion(self, layer, fusion, image, audio):
@@ -432,7 +432,7 @@ class AVEncoder(nn.Module, Predictor, Pretrained):
         """Both branches after a layer in which each attends to the tokens of both."""
         both = image, audio
         blocks = tuple(branch.vit.blocks[branch.layers.index(layer)] for branch in both)
-        image_tokens, audio_tokens = self.checkpointed(run_jointly)(
+        image_tokens, audio_tokens = self.checkpointed(run_jointly, image.vit, audio.vit)(
             blocks, (image.tokens, audio.tokens), joint_masks(*both), self.num_prefix_tokens, image.frames
         )
         return image._replace(tokens=image_tokens), audio._replace(tokens=audio_tokens)
@@ -568,7 +568,8 @@ class AVEncoder(nn.Module, Predictor, Pretrained):
             weights |= {} if frames == 1 else dict(frame_embed=resampled_frames(embed, frames))
         copied.load_state_dict(copied.state_dict() | weights)
         copied.favour_together(time_peak)
-        copied.grad_checkpointing = self.grad_checkpointing
+        for part, before in (copied, self), (copied.image, self.image), (copied.audio, self.audio):
+            part.grad_checkpointing = before.grad_checkpointing
         parts, own = dict(self.named_modules()), dict(self.named_parameters())
         for name, part in copied.named_modules():
             part.training = parts.get(name, self).training
@@ -580,9 +581,12 @@ class AVEncoder(nn.Module, Predictor, Pretrained):
         """Recompute every block in the backward instead of storing its activations."""
         self.grad_checkpointing = enable
 
-    def checkpointed(self, function):
-        """The function, which keeps no activations where `grad_checkpointing` says so in training."""
-        if not (self.grad_checkpointing and self.training and torch.is_grad_enabled()):
+    def checkpointed(self, function, *vits: VisionTransformer):
+        """The function, which keeps no activations where `grad_checkpointing`, of the encoder or of these
+        transformers (timm's), says so in training.
+        """
+        asked = any(part.grad_checkpointing for part in (self, *vits))
+        if not (asked and self.training and torch.is_grad_enabled()):
             return function
         return lambda *args, **kwargs: checkpoint(function, *args, use_reentrant=False, **kwargs)
 

@@ -10,9 +10,10 @@ from operator import is_
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+from .ops.operators import once_differentiable
 
 KEPT = 8  # recordings; each holds the memory of a call
 
@@ -180,7 +181,7 @@ class Played(torch.autograd.Function):
         return tuple(x.clone() for x, is_loss in outputs if is_loss)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("a recorded call", "a call without TrainingGraphs")
     def backward(ctx, *grads):
         recording = ctx.recording
         if ctx.call != recording.calls:  # the backward itself takes the place of what the call left

@@ -418,6 +418,26 @@ def test_gradient_checkpointing_changes_memory_only(interactions):
         assert torch.equal(grad, results[1][1][name]), name
 
 
+@pytest.mark.parametrize("interactions", ["dense", "joint"])
+def test_gradient_checkpointing_of_timm(interactions):
+    """The switch of a transformer alone, which a copy keeps."""
+    encoder = make_encoder(interactions).train()
+    encoder.image.set_grad_checkpointing()
+    for model in encoder, encoder.with_frames(2):
+        calls = []
+        hooks = [
+            branch.blocks[1].attn.register_forward_hook(lambda *_, name=name: calls.append(name))
+            for name, branch in (("image", model.image), ("audio", model.audio))
+        ]
+        image, audio = make_inputs()
+        image = image[:, None].expand(-1, model.frames, -1, -1, -1) if model.frames > 1 else image
+        sum(part.sum() for part in model(image, audio)[:3]).backward()
+        again = interactions == "joint"  # where both run in one
+        assert calls.count("image") == 2 and calls.count("audio") == 1 + again
+        for hook in hooks:
+            hook.remove()
+
+
 @every_interaction
 def test_drop_path_acts_in_training_only(interactions):
     encoder = create_encoder("tiny", interactions, drop_path=0.5)

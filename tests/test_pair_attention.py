@@ -318,6 +318,21 @@ def test_low_precision_is_computed_in_float32_and_rounded_once(interaction, dtyp
 
 
 @both_interactions
+@pytest.mark.parametrize("shape", [(5, 4), (1, 4), (2, 1, 5, 4)], ids=str)
+def test_a_bias_of_more_precision_than_the_tokens(interaction, shape):
+    tensors = make(bias=shape, dtype=torch.float32)
+    tensors["pair_bias"] = tensors["pair_bias"].double()
+    results = run(tensors, interaction=interaction)
+    truth = run(tensors, interaction=interaction, backend="reference", dtype=torch.float64)
+    assert results["output"].dtype == torch.float32 and results["pair_bias"].dtype == torch.float64
+    assert_close(results, truth, dict.fromkeys(truth, 1e-5))
+    shown = weights(tensors, interaction=interaction)
+    exact = weights({name: x.double() for name, x in tensors.items()}, interaction=interaction)
+    for ours, true in zip(shown, exact, strict=True):
+        assert (ours - true).abs().max() < 1e-6
+
+
+@both_interactions
 def test_a_pair_with_all_the_weight_has_weight_one_and_no_gradient(interaction):
     """Exactly, as in any softmax; exp(logit - log-sum-exp) would be off by 1e-4 at logits of 1000."""
     tensors = make(bias=(2, 5, 4), dtype=torch.float32)

@@ -147,6 +147,8 @@ def test_what_is_played_has_gradients(monkeypatch):
         with pytest.raises(RuntimeError, match="one backward"):
             first.backward()
     assert weight.grad == 21 * 10 and unused.grad is None
+    with pytest.raises(RuntimeError, match="second derivatives of a recorded call need"):
+        torch.autograd.grad(recording(dict(x=torch.ones(2)))[0], weight, create_graph=True)
     first = recording(dict(x=torch.ones(2)))[0]
     assert (
         recording(dict(x=torch.zeros(2)))[0] == 0 and first == 4

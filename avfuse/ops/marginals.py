@@ -113,7 +113,8 @@ class Products:
     def __init__(self, image_logits, audio_logits, pair_bias):
         image_logits, audio_logits = image_logits.contiguous(), audio_logits.contiguous()
         image_top, audio_top = image_logits.amax(-1, keepdim=True), audio_logits.amax(-1, keepdim=True)
-        self.bias, self.bias_top = pair_bias, pair_bias.amax((-2, -1), keepdim=True)
+        self.bias = pair_bias
+        self.bias_top = pair_bias.amax((-2, -1), keepdim=True).to(image_logits.dtype)
         self.u, self.w = (image_logits - finite(image_top)).exp_(), (audio_logits - finite(audio_top)).exp_()
         image, audio = self.with_bias(self.u, self.w)
         image, audio = image.mul_(self.u), audio.mul_(self.w)
