@@ -214,7 +214,10 @@ def test_tasks_doubt_what_is_no_better_than_chance():
     assert doubt(Separation, dict(sdr=None, mixture_sdr=0.2)).startswith("no sound at all")
     assert doubt(Localization, dict(pointing=0.1, pointing_chance=0.1))
     assert doubt(Segmentation, dict(miou_without_background=0.0), semantic=True)
-    assert not doubt(Segmentation, dict(miou=0.3, miou_everywhere=0.2), semantic=False)
+    for silent, said in (0.1, ""), (0.3, "silent, 0.300"):
+        metrics = dict(miou=0.3, miou_everywhere=0.2, miou_nowhere=silent)
+        assert doubt(Segmentation, metrics, semantic=False).endswith(said)
+        assert bool(doubt(Segmentation, metrics, semantic=False)) == bool(said)
 
 
 # --- what people read ---------------------------------------------------------------------------------------
@@ -269,10 +272,11 @@ def test_metrics_stand_beside_what_they_compare_with(task):
         ["shape recall@1", "0.100", "0.200", "0.300", "0.400", "0.500"],
     ]
     assert table(Retrieval, dict(clips=9)) == []
-    assert table(Segmentation, dict(miou=0.5, f_score=0.6, miou_everywhere=0.1)) == [
+    assert table(Segmentation, dict(miou=0.5, f_score=0.6, miou_everywhere=0.1, miou_nowhere=0.2)) == [
         ["image and sound (control: --modalities image)", "mIoU", "F"],
         ["model", "0.500", "0.600"],
         ["all called sounding", "0.100"],
+        ["all called silent", "0.200"],
     ]
     pointed = dict(pointing=0.6, ciou=0.5, auc=0.4, pointing_chance=0.1, best_possible_auc=0.9)
     assert table(Localization, pointed)[1:] == [

@@ -31,6 +31,7 @@ from avfuse.tasks.segment import (
     colour,
     f_curve,
     highest_of_mean,
+    mean_iou,
     mean_of_highest,
     mean_over_videos,
 )
@@ -91,19 +92,53 @@ def random_pictures(count=12, size=20):
 @pytest.mark.parametrize(
     "pred, truth, avsbench, both",
     [
-        (("##..", "...."), ("##..", "...."), 1, 1),
-        (("##..", "...."), (".##.", "...."), 1 / 3, (1 / 3 + 5 / 7) / 2),
-        (("....", "...."), ("##..", "...."), 0, (0 + 6 / 8) / 2),  # all background: the protocols differ most
-        (("####", "####"), ("##..", "...."), 2 / 8, (2 / 8 + 0) / 2),
-        (("#...", "...."), ("....", "...."), 7 / 8, (0 + 7 / 8) / 2),  # nothing sounds
-        (("....", "...."), ("....", "...."), 1, 1),
-        (("####", "####"), ("####", "####"), 1, 1),
+        (("##..", "...."), ("##..", "...."), 1, (1, 1)),
+        (("##..", "...."), (".##.", "...."), 1 / 3, (5 / 7, 1 / 3)),
+        (("....", "...."), ("##..", "...."), 0, (6 / 8, 0)),  # all background: the protocols differ most
+        (("####", "####"), ("##..", "...."), 2 / 8, (0, 2 / 8)),
+        (("#...", "...."), ("....", "...."), 7 / 8, (math.nan, math.nan)),  # nothing sounds
+        (("....", "...."), ("....", "...."), 1, (math.nan, math.nan)),
+        (("####", "####"), ("####", "####"), 1, (math.nan, 1)),
     ],
 )
 def test_iou_by_hand(pred, truth, avsbench, both):
     pred, truth = picture(*pred).float(), picture(*truth)
     assert avsbench_iou(pred, truth).item() == pytest.approx(avsbench)
-    assert both_iou(pred, truth).item() == pytest.approx(both)
+    assert both_iou(pred, truth)[0].tolist() == pytest.approx(both, nan_ok=True)
+
+
+def test_the_mean_of_what_counts():
+    iou = torch.tensor([[0.5, 0.25], [math.nan, 1.0], [math.nan, math.nan]])
+    assert mean_iou(iou) == pytest.approx((0.5 + 0.625) / 2)  # of each kind over its own pictures
+    assert mean_iou(iou[2:]) == 0 and mean_iou(torch.tensor([0.5, 1.0])) == 0.75
+
+
+def released(prob, truth) -> tuple[float, float]:
+    """The steps of DeepAVFusion's `AVSegmEvaluator` for one class: its mIoU and F."""
+    ious, classes, scores = [], [], []
+    for p, t in zip(prob, truth, strict=True):
+        if not t.any():
+            continue
+        called = p > 0.5
+        both = np.array([(~called & ~t).sum(), (called & t).sum()])
+        either = np.array([(~called | ~t).sum(), (called | t).sum()])
+        ious.append(both / (either + 1e-10))
+        classes.append(either > 0)
+        best = 0.0
+        for threshold in np.linspace(0, 1 - 1e-10, 256, dtype=np.float32):
+            right, all_called = (t & (p >= threshold)).sum(), (p >= threshold).sum()
+            precision, recall = right / (all_called + 1e-10), right / (t.sum() + 1e-10)
+            best = max(best, 1.3 * precision * recall / (0.3 * precision + recall + 1e-10))
+        scores.append(best)
+    return np.mean(np.sum(ious, axis=0) / np.sum(classes, axis=0)), np.mean(scores)
+
+
+def test_the_released_protocol_is_that_of_its_program():
+    prob, truth = random_pictures(count=20)
+    truth[5:9], truth[9], prob[9] = False, True, 1.0  # silent, and all called sounding
+    iou, f = released(prob.numpy(), truth.numpy())
+    assert mean_iou(both_iou(prob, truth)) == pytest.approx(iou, abs=1e-6)
+    assert mean_of_highest(f_curve(prob, truth, "deepavfusion")) == pytest.approx(f, abs=1e-6)
 
 
 def test_half_is_silence():
@@ -114,14 +149,15 @@ def test_iou_is_that_of_the_libraries():
     from torchmetrics.functional import jaccard_index  # a second to import
 
     prob, truth = random_pictures()
-    for p, t, ours, mine in zip(prob, truth, avsbench_iou(prob, truth), both_iou(prob, truth), strict=True):
+    both = both_iou(prob, truth)
+    for p, t, ours, mine in zip(prob, truth, avsbench_iou(prob, truth), both, strict=True):
         pred = p > 0.5
         if t.any():
             assert ours.item() == pytest.approx(jaccard_score(t.flatten(), pred.flatten(), zero_division=0))
         else:
             assert ours.item() == pytest.approx((~pred).double().mean().item())
         expected = jaccard_index(pred.long(), t.long(), task="multiclass", num_classes=2, average="macro")
-        assert mine.item() == pytest.approx(expected.item())
+        assert mine.isnan().all() if not t.any() else mine.mean().item() == pytest.approx(expected.item())
 
 
 # --- F, two protocols ---------------------------------------------------------------------------------------
@@ -130,7 +166,7 @@ def test_iou_is_that_of_the_libraries():
 def test_f_curve_is_that_of_scikit_learn():
     prob, truth = random_pictures()
     prob[3] = (prob[3] * 254).round() / 254  # pixels that lie on the thresholds
-    curves = f_curve(prob, truth)
+    curves = f_curve(prob, truth, "avsbench")
     assert curves.shape == (12, 255)
     for number in (1, 2, 3, 5, 6):
         for place in (0, 1, 64, 127, 200, 253, 254):
@@ -147,7 +183,7 @@ def test_the_protocols_differ_in_where_they_take_the_maximum():
     prob = torch.tensor(
         [[[0.9, 0.8], [0.8, 0.8]], [[0.3, 0.2], [0.2, 0.2]]]
     )  # right above .8, right above .2
-    curves = f_curve(prob, truth)
+    curves = f_curve(prob, truth, "avsbench")
     assert mean_of_highest(curves) == pytest.approx(1)
     # one threshold for both: from .8 to .9 the first is right and the second finds nothing; or from .2 to .3
     # the second is right, while of the first a quarter of what is called sounding is: P = 1/4, R = 1
@@ -183,7 +219,7 @@ def test_official_f_is_that_of_each_video():
     truth[5:10] = False  # a video in which nothing sounds
     iou, f = official(prob.numpy(), truth.numpy(), videos)
     assert avsbench_iou(prob, truth).mean().item() == pytest.approx(iou, abs=1e-6)
-    curves = f_curve(prob, truth)
+    curves = f_curve(prob, truth, "avsbench")
     assert mean_over_videos(curves, torch.from_numpy(videos)) == pytest.approx(f, abs=1e-6)
     assert mean_over_videos(curves, torch.arange(20)) == pytest.approx(
         mean_of_highest(curves) * truth.flatten(1).any(1).double().mean().item()
@@ -193,7 +229,7 @@ def test_official_f_is_that_of_each_video():
 
 def test_pictures_in_which_nothing_sounds_leave_f_alone():
     prob, truth = random_pictures()
-    curves = f_curve(prob, truth)
+    curves = f_curve(prob, truth, "avsbench")
     sounding = truth.flatten(1).any(1)
     assert highest_of_mean(curves) == highest_of_mean(curves[sounding]) > 0
     assert mean_of_highest(curves) == mean_of_highest(curves[sounding]) >= highest_of_mean(curves)

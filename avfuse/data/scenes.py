@@ -24,7 +24,7 @@ from ..inputs import InputSettings
 from .clips import Clip, ClipDataset, check_one_frame
 from .decode import EPSILON, MAX_PIXELS, ClipError, ClipReader
 from .find import Found
-from .transforms import cropped_image, evaluation_image, evaluation_size, random_gain, random_view
+from .transforms import cropped_image, random_gain, random_view
 
 FRAMES = ("whole", "central")
 
@@ -270,7 +270,8 @@ class SceneDataset(ClipDataset):
         scenes: all with at least one moment.
         settings, train, seed: as for `ClipDataset`.
         size: height and width of the truth in pixels, for a protocol that says so (224); None: the image's.
-        frame: what evaluation shows, the "whole" frame, squeezed, or the "central" crop of pretraining.
+        frame: what evaluation shows, the "whole" frame, squeezed, or its "central" part, the largest of the
+            shape of the image.
 
     Raises:
         ValueError: no scenes, one without a moment, several frames of one of which only single pictures are
@@ -364,10 +365,7 @@ class SceneDataset(ClipDataset):
             if picture.shape[:2] != (view.height, view.width):
                 raise ClipError(scene.path, "changes the size of its pictures")
             shown = torch.from_numpy(picture).permute(2, 0, 1)
-            if self.train or self.frame == "whole":
-                images.append(cropped_image(shown, self.settings, view.crop, mirrored=view.mirrored))
-            else:
-                images.append(evaluation_image(shown, self.settings))
+            images.append(cropped_image(shown, self.settings, view.crop, mirrored=view.mirrored))
         return images, view
 
     def _view(self, height: int, width: int, generator: torch.Generator) -> View:
@@ -376,13 +374,7 @@ class SceneDataset(ClipDataset):
             return View(height, width, *random_view(height, width, self.settings, generator))
         if self.frame == "whole":
             return View(height, width, (0, 0, height, width))
-        return central_view(height, width, self.settings)
-
-
-def central_view(height: int, width: int, settings: InputSettings) -> View:
-    """The part of a picture of this size that evaluation shows, see `evaluation_image`."""
-    rows, columns = settings.image_shape
-    resized = evaluation_size(height, width, settings)
-    before, after = min(zip((height, width), resized, strict=True), key=lambda side: side[0] / side[1])
-    shown = rows * before / after, columns * before / after
-    return View(height, width, ((height - shown[0]) / 2, (width - shown[1]) / 2, *shown))
+        rows, columns = self.settings.image_shape
+        pixels = min(height / rows, width / columns)  # of the picture, for one of the image
+        shown = round(rows * pixels), round(columns * pixels)
+        return View(height, width, ((height - shown[0]) // 2, (width - shown[1]) // 2, *shown))

@@ -35,7 +35,7 @@ from .scenes import SIZE, SceneModel, SceneTask, model_inputs, outline, show_map
 
 BETA_SQUARED = 0.3  # of the F score: precision counts for more than recall
 LEAST = 0.01  # IoU that is worth a word
-THRESHOLDS = 255  # of the F curve, from 0 to 1
+THRESHOLDS = {"avsbench": 255, "deepavfusion": 256}  # of the F curve, from 0 to 1
 SILENCE = 3.0  # logit from which the background starts: most pixels are silent
 FRAME = {"avsbench": "whole", "deepavfusion": "central"}  # what the protocols show of a picture
 METRICS = {
@@ -45,8 +45,8 @@ METRICS = {
         "the maximum of each, 0 where nothing sounds"
     ),
     ("binary", "deepavfusion"): (
-        "mean IoU of sounding and silent pixels at 0.5; mean of the maximum F of each picture, beta^2 = 0.3, "
-        "255 thresholds"
+        "mean IoU of sounding and of silent pixels at 0.5, averaged; mean of the maximum F of each picture, "
+        "beta^2 = 0.3, 256 thresholds; without pictures in which nothing sounds"
     ),
     ("semantic", "avsbench"): (
         "IoU and F (beta^2 = 0.3) of a class averaged over the pictures that have it in truth or prediction, "
@@ -144,31 +144,32 @@ def avsbench_iou(prob: Tensor, truth: Tensor) -> Tensor:
 
 
 def both_iou(prob: Tensor, truth: Tensor) -> Tensor:
-    """Protocol `deepavfusion`: the mean of the IoU of the sounding and that of the silent pixels; one of the
-    two that neither the truth nor the prediction has is left out.
+    """Protocol `deepavfusion` (its released program): IoU of the silent and of the sounding pixels. NaN is
+    one that neither the truth nor the prediction has, and a picture in which nothing sounds.
 
-    Arguments and result as for `avsbench_iou`.
+    Arguments as for `avsbench_iou`.
+
+    Returns:
+        (B, 2), of which the mean over all pictures is taken, and that of both is reported.
     """
-    pred, truth = (prob > 0.5).flatten(1), truth.flatten(1)
-    union = torch.stack([(pred | truth).sum(1), (~pred | ~truth).sum(1)])
-    common = torch.stack([(pred & truth).sum(1), (~pred & ~truth).sum(1)])
-    return (common / union.clamp(min=1)).sum(0) / (union > 0).sum(0)
+    iou, _, seen = class_scores((prob > 0.5).long(), truth.long(), 2)
+    return iou.where(seen & truth.flatten(1).any(1, keepdim=True), torch.nan)
 
 
-def f_curve(prob: Tensor, truth: Tensor) -> Tensor:
-    """F = (1 + b) P R / (b P + R) with b = 0.3, of what is at or above each of 255 thresholds from 0 to 1; 0
-    where it is undefined, and NaN for a picture in which nothing sounds.
+def f_curve(prob: Tensor, truth: Tensor, protocol: str) -> Tensor:
+    """F = (1 + b) P R / (b P + R) with b = 0.3, of what is at or above each of the T thresholds of a protocol
+    from 0 to 1; 0 where it is undefined, and NaN for a picture in which nothing sounds.
 
     `avsbench` averages these curves over the pictures in which something sounds, and reports the highest
     point of the mean; `deepavfusion` takes the highest point of each picture, and reports the mean of these.
 
-    Arguments as for `avsbench_iou`; the result is (B, 255) float64.
+    Arguments as for `avsbench_iou`; the result is (B, T) float64.
     """
-    prob, truth = prob.flatten(1), truth.flatten(1)
-    thresholds = torch.linspace(0, 1, THRESHOLDS, device=prob.device, dtype=prob.dtype)
+    prob, truth, count = prob.flatten(1), truth.flatten(1), THRESHOLDS[protocol]
+    thresholds = torch.linspace(0, 1, count, device=prob.device, dtype=prob.dtype)
     reached = torch.bucketize(prob, thresholds, right=True)  # how many thresholds a pixel is at or above
-    at_least = [  # (B, 255): pixels, and sounding pixels, at or above each
-        counted_by(reached, weight.double(), THRESHOLDS + 1).flip(1).cumsum(1).flip(1)[:, 1:]
+    at_least = [  # (B, T): pixels, and sounding pixels, at or above each
+        counted_by(reached, weight.double(), count + 1).flip(1).cumsum(1).flip(1)[:, 1:]
         for weight in (torch.ones_like(truth), truth)
     ]
     called, right = at_least
@@ -183,7 +184,7 @@ def counted_by(group: Tensor, weight: Tensor, groups: int) -> Tensor:
 
 
 def highest_of_mean(curves: Tensor) -> float:
-    """F of protocol `avsbench` from curves (N, 255); 0 if nothing sounds anywhere."""
+    """F of protocol `avsbench` from curves (N, T); 0 if nothing sounds anywhere."""
     curves = curves[~curves.isnan().any(1)]
     return curves.mean(0).max().item() if len(curves) else 0.0
 
@@ -197,9 +198,14 @@ def mean_over_videos(curves: Tensor, videos: Tensor) -> float:
 
 
 def mean_of_highest(curves: Tensor) -> float:
-    """F of protocol `deepavfusion` from curves (N, 255); 0 if nothing sounds anywhere."""
+    """F of protocol `deepavfusion` from curves (N, T); 0 if nothing sounds anywhere."""
     curves = curves[~curves.isnan().any(1)]
     return curves.max(1).values.mean().item() if len(curves) else 0.0
+
+
+def mean_iou(iou: Tensor) -> float:
+    """The mean over pictures (N,), or that of both kinds of pixels over pictures (N, 2), of what counts."""
+    return iou.double().nanmean(0).nanmean().nan_to_num(0).item()
 
 
 def class_scores(pred: Tensor, truth: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -282,9 +288,11 @@ class Segmentation(SceneTask):
             iou, f, seen = class_scores(prob.argmax(1), classes, len(self.classes))
             columns = dict(iou=iou, f=f, seen=seen)
         else:
-            iou = avsbench_iou if self.config.protocol == "avsbench" else both_iou
-            columns = dict(iou=iou(prob, classes > 0), f=f_curve(prob, classes > 0))
-            columns |= dict(everywhere=iou(torch.ones_like(prob), classes > 0))
+            protocol = self.config.protocol
+            iou, truth = avsbench_iou if protocol == "avsbench" else both_iou, classes > 0
+            columns = dict(iou=iou(prob, truth), f=f_curve(prob, truth, protocol))
+            columns |= dict(everywhere=iou(torch.ones_like(prob), truth))
+            columns |= dict(nowhere=iou(torch.zeros_like(prob), truth))
             columns |= dict(video=torch.tensor([self.videos.get(n, n) for n in batch["index"].tolist()]))
         return to_rows(columns)
 
@@ -293,9 +301,10 @@ class Segmentation(SceneTask):
         if not self.semantic:
             is_official, curves = self.config.protocol == "avsbench", columns["f"]
             metrics = dict(
-                miou=columns["iou"].double().mean().item(),
+                miou=mean_iou(columns["iou"]),
                 f_score=highest_of_mean(curves) if is_official else mean_of_highest(curves),
-                miou_everywhere=columns["everywhere"].double().mean().item(),  # of calling all sounding
+                miou_everywhere=mean_iou(columns["everywhere"]),  # of calling all sounding
+                miou_nowhere=mean_iou(columns["nowhere"]),  # and silent
             )
             if is_official:
                 metrics["video_f_score"] = mean_over_videos(curves, columns["video"])
@@ -313,6 +322,7 @@ class Segmentation(SceneTask):
             rows += [("without background", metrics["miou_without_background"], None)]
         else:
             rows += [("all called sounding", metrics["miou_everywhere"], None)]
+            rows += [("all called silent", metrics["miou_nowhere"], None)]
             if "video_f_score" in metrics:
                 rows += [("mean over videos", None, metrics["video_f_score"])]
         return [rows]
@@ -321,9 +331,10 @@ class Segmentation(SceneTask):
         if self.semantic:
             iou = metrics["miou_without_background"]
             return "" if iou > LEAST else f"mIoU {iou:.3f} without background: hardly any class is found"
-        iou, everywhere = metrics["miou"], metrics["miou_everywhere"]
-        said = f"mIoU {iou:.3f} is no better than to call all of a picture sounding, {everywhere:.3f}"
-        return said if iou <= everywhere else ""
+        guesses = dict(sounding=metrics["miou_everywhere"], silent=metrics["miou_nowhere"])
+        best, iou = max(guesses, key=guesses.get), metrics["miou"]
+        said = f"mIoU {iou:.3f} is no better than to call all of a picture {best}, {guesses[best]:.3f}"
+        return said if iou <= guesses[best] else ""
 
     def draw(self, folder, model, inputs, batch, step):
         prob = self.predictions(model, inputs).cpu()

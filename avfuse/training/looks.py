@@ -11,11 +11,13 @@ from torch.nn.functional import avg_pool2d
 
 from ..data.clips import Clip, ClipDataset
 from ..data.decode import EPSILON, ClipError
-from ..data.scenes import central_view, consensus
+from ..data.scenes import View, consensus
 from ..data.sounding_shapes.read import Entry, is_built, read_manifest
 from ..data.sounding_shapes.truths import read_frame_masks
+from ..data.transforms import evaluation_size
 from ..encoder import AVEncoder
 from ..files import inside
+from ..inputs import InputSettings
 
 CLEARLY = 1.5  # times an even share of the picture: less is not called looking at it
 
@@ -87,3 +89,12 @@ def said_of(even: float, **layers: float) -> str:
     most, verb = max(layers, key=layers.get), "look" if do_look(even, **layers) else "do not look"
     share = f"{layers[most]:.0%} of their attention to the picture lies in its box, which is {even:.0%} of it"
     return f"Fusion tokens {verb} at what sounds: in layer {most.removeprefix('look_')}, {share}."
+
+
+def central_view(height: int, width: int, settings: InputSettings) -> View:
+    """The part of a picture of this size that evaluation shows, see `evaluation_image`."""
+    rows, columns = settings.image_shape
+    resized = evaluation_size(height, width, settings)
+    before, after = min(zip((height, width), resized, strict=True), key=lambda side: side[0] / side[1])
+    shown = rows * before / after, columns * before / after
+    return View(height, width, ((height - shown[0]) / 2, (width - shown[1]) / 2, *shown))
