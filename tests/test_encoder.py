@@ -426,7 +426,7 @@ def test_gradient_checkpointing_of_timm(interactions):
     for model in encoder, encoder.with_frames(2):
         calls = []
         hooks = [
-            branch.blocks[1].attn.register_forward_hook(lambda *_, name=name: calls.append(name))
+            branch.blocks[1].attn.register_forward_hook(lambda *_, name=name, to=calls: to.append(name))
             for name, branch in (("image", model.image), ("audio", model.audio))
         ]
         image, audio = make_inputs()

@@ -102,6 +102,20 @@ def test_a_blank_is_like_an_item_and_present_in_nothing(blob):
         assert (value.shape, value.dtype) == (item[name].shape, item[name].dtype) and not value.any(), name
 
 
+@pytest.mark.parametrize("shape", [(180, 320), (320, 181), (50, 50)])
+def test_the_central_part_reaches_the_edges(blob, tmp_path, shape):
+    """As of Resize(224) and CenterCrop(224), not of 256 and 224."""
+    mask, side = np.zeros(shape, np.uint8), min(shape)
+    mask[: shape[0] // 2] = 3
+    mask[0, (shape[1] - side) // 2] = 0  # the corner of the central square, a single pixel
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    Image.fromarray(255 * (mask > 0).astype(np.uint8)).convert("RGB").save(tmp_path / "picture.png")
+    settings = replace(PLAIN, image_size=side)
+    item = SceneDataset([blob], settings, train=False, frame="central")[0]
+    expected = mask[(shape[0] - side) // 2 :, (shape[1] - side) // 2 :][:side, :side] > 0
+    assert torch.equal(item["sounding"] > 0, torch.from_numpy(expected))
+
+
 def test_the_truth_has_the_size_of_the_protocol(blob):
     item = SceneDataset([blob], PLAIN, train=False, size=224)[0]
     assert item["image"].shape == (3, 96, 96) and item["sounding"].shape == item["classes"].shape == (
