@@ -138,7 +138,7 @@ def test_links_that_leave_the_folder_are_not_followed(tmp_path):
         assert [clip.path.name for clip in found.train] == ["alias.mp4", "real.mp4"]
         assert [path.name for path in list_data(root).links] == ["loop.mp4", "others", "secret.mp4"]
         assert said[1:3] == [
-            f"3 links that lead out of the folder, not followed: {root}/loop.mp4; {root}/others; "
+            f"3 links to folders or out of the data folder, not followed: {root}/loop.mp4; {root}/others; "
             f"{root}/secret.mp4",
             "2 clips",
         ]

@@ -45,6 +45,32 @@ def test_clips_beside_the_splits_are_named(tmp_path):
     assert read(tmp_path / "all").notes == []
 
 
+def test_what_runs_and_notes_leave_beside_train_is_no_split(tmp_path):
+    """Else a run in that folder would have other clips and classes when it is repeated."""
+    root = made(tmp_path, "train/cat/a.mp4", "runs/classify/pictures/a.png", "notes/log.txt")
+    assert split_folders(root) == {"train": root / "train"}
+    for file in "sounds/a.wav", "run.json", "metrics.jsonl":
+        made(root / "runs/separate", file)
+        made(root / "separate", file)
+    assert split_folders(root) == {"train": root / "train"}
+    made(root, "dog/a.mp4")
+    assert split_folders(root) == {"train": root}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_split_that_leads_out_is_refused(tmp_path, split):
+    root = made(tmp_path / "data", "train/a.mp4", "test/b.mp4")
+    (root / split).rename(tmp_path / "away")
+    (root / split).symlink_to(tmp_path / "away")
+    for look in read, split_folders:
+        with pytest.raises(ValueError, match=f"{split} leads out of the data folder: it is not read"):
+            look(root)
+    (root / split).unlink()
+    (tmp_path / "away").rename(root / "all")
+    (root / split).symlink_to("all")  # inside it may
+    assert len(found(root)[split]) == 1
+
+
 def test_links_may_lead_to_anywhere_in_the_folder(tmp_path):
     root = made(tmp_path / "data", "all/a.mp4", "all/b.mp4", "train/cat/.keep", "test/cat/.keep")
     outside = made(tmp_path / "else", "c.mp4")

@@ -133,6 +133,28 @@ def test_pieces_of_a_recording_stay_together(pattern, seed):
         assert len({name in test for name in names if f"/{recording}" in name}) == 1, recording
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "lecture{:02d}-Scene-{:03d}",
+        "P{:02d}_{:03d}",
+        "speaker_{:02d}_clip_{:03d}",
+        "lecture {:02d} part {}",
+        "IMG_{:04d}-Scene-{:03d}",
+        "8542{}_{:06d}_000090",
+        "{}_{}",
+        "VID_20240501_1200{:02d}-Scene-{:03d}",
+        "GX01{:04d}_{:03d}",
+        "2024-05-{:02d} {}",
+    ],
+)
+@pytest.mark.parametrize("seed", range(5))
+def test_recordings_whose_names_end_in_numbers_stay_together(pattern, seed):
+    of = {f"{c}/{pattern.format(r, n)}.mp4": r for c in "ab" for r in range(1, 10) for n in range(4)}
+    train, test = split(of, seed=seed)
+    assert train and test and not {of[name] for name in train} & {of[name] for name in test}
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_recordings_may_have_folders_of_their_own(seed):
     names = [f"{c}/{c}{r}/{n:05d}.mp4" for c in "ab" for r in "xyzuvw" for n in range(6)]  # as in VoxCeleb
@@ -244,8 +266,8 @@ def test_what_is_held_out_is_said_first(folder):
 
 @pytest.mark.parametrize("name", ["test", "val", "validation", "eval"])
 def test_a_folder_that_names_them_is_taken_at_its_word(folder, tmp_path, name):
-    (tmp_path / "train").symlink_to(folder)
-    (tmp_path / name).symlink_to(folder / "cat")
+    shutil.copytree(folder, tmp_path / "train")
+    shutil.copytree(folder / "cat", tmp_path / name)
     found, said = find(tmp_path, test_share=0.2)
     assert (len(found.train), len(found.test)) == (10, 5) and not found.held_out
     assert said[-1] == f"splits: train/ to train on, {name}/ to test on, by the names of folders"
@@ -255,7 +277,7 @@ def test_a_folder_that_names_them_is_taken_at_its_word(folder, tmp_path, name):
 
 
 def test_train_alone_holds_the_classes(folder, tmp_path):
-    (tmp_path / "train").symlink_to(folder)
+    shutil.copytree(folder, tmp_path / "train")
     config = ClassifyConfig(checkpoint="none", data=tmp_path, workers=0)
     found = Classification.find(config, lambda _: None)
     assert found.classes == {"class": ("bird", "cat")} and found.held_out

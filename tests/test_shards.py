@@ -21,7 +21,9 @@ from avfuse.data.check import check
 from avfuse.data.clips import ClipDataset, ClipLoader, ClipSampler, Failure
 from avfuse.data.decode import ClipError, ClipReader, Part
 from avfuse.data.find import find_data
+from avfuse.data.hold_out import Sides, hold_out
 from avfuse.data.shards import shard
+from avfuse.data.table import ClipTable
 from avfuse.files import read_rows
 from avfuse.inputs import InputSettings
 
@@ -100,6 +102,19 @@ def test_they_are_read_like_the_folder(folder, sharded):
     for at, n in enumerate(order):
         for name in ("image", "audio", "label_class"):
             assert torch.equal(batch[name][at], truth[n][name]), (name, at)
+
+
+def test_clips_keep_their_names(folder, sharded):
+    """By which recordings are told apart, and clips of a run from others."""
+    clips = find(sharded).train
+    names = {clip.name(sharded) for clip in clips}
+    assert names == {clip.name(folder) for clip in find(folder).train} and len(names) == len(clips) == 12
+    sides = Sides("", str(folder), names, [], {clip.name(folder): clip.size for clip in clips})
+    assert set(sides.of(clips, sharded)) == {"train"}
+    recordings = {f"a/talk {n % 3}_{n:03d}.mp4": n % 3 for n in range(12)}
+    table = ClipTable(replace(c, source=n, labels={}) for c, n in zip(clips, recordings, strict=True))
+    train, test = hold_out(table, sharded, share=0.3, seed=0)
+    assert {recordings[c.source] for c in test}.isdisjoint(recordings[c.source] for c in train) and len(test)
 
 
 def test_splits_of_a_plain_folder_keep_their_names(folder, tmp_path):

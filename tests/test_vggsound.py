@@ -115,7 +115,7 @@ def test_nothing_outside_the_folder_is_used(root, sources, tmp_path):
     listing = reader.read(root)
     assert listing.links == [root / "clips/dog_barking", inside]
     assert listing.expected["train"] == 4 and len(listing.found["train"]) == 2
-    assert "2 links that lead out of the folder, not followed" in listing.summary()[3]
+    assert "2 links to folders or out of the data folder, not followed" in listing.summary()[3]
 
     for part in ("clips", "annotations/vggsound.csv"):
         elsewhere = tmp_path / f"elsewhere/{part}"

@@ -16,6 +16,7 @@ from .table import Clip, ClipTable
 PIECE = re.compile(
     r"(?:(?:[ ._-]+(?:scene|part|clip|seg|segment|chunk))?+[ ._(-]*+[0-9]++\)?+)++$", re.IGNORECASE
 )
+MARKED = re.compile(r"[ ._-]+(?:scene|part|clip|seg|segment|chunk)[ ._(-]*[0-9]+\)?$", re.IGNORECASE)
 CAMERA = re.compile(r"[A-Z0-9_]{4}[0-9]{4}|[A-Z]{3}[_-][0-9]{8}[_-].*")  # names by DCF and by telephones
 ALONE = 200  # recordings: of as many each is drawn by itself, and their share is near enough
 SCHEME = 0.75  # share of each class of a clip whose names begin alike: dog_01, dog_02 are no pieces
@@ -46,10 +47,11 @@ class Sides:
         """
         above, sides = os.path.realpath(root), []
         for clip in clips:
-            name = os.path.relpath(clip.path, root)
-            key = {os.path.join(above, name)}
-            if name not in self.sizes or self.sizes[name] == size_of(clip):
-                key.add(name)
+            file = os.path.relpath(clip.path, root)
+            key = {os.path.join(above, file)}
+            for name in {file, clip.name(root)}:
+                if name not in self.sizes or self.sizes[name] == size_of(clip):
+                    key.add(name)
             sides.append("train" if key & self.train else "test" if key & self.test else None)
         return sides
 
@@ -68,7 +70,7 @@ def hold_out(
     A hash of seed and name, in 0..1, orders the recordings. Each class that has two has one on either side;
     beyond that those with the lowest hashes of their class are held out, of each class the same part, until
     the share of clips is as near as it can be. Where there are `ALONE` or more, they are those below `share`:
-    files that are added leave the others on their side.
+    files that are added leave the others on their side, unless their class had none, or none else, there.
 
     Args:
         clips: with labels, or else in sub-folders that name the classes.
@@ -129,14 +131,14 @@ def _fill(held: set[str], drawn: list[str], clips: Counter, share: float, orders
 
 def _classes(clip: Clip, base: Path) -> Iterable[Hashable]:
     if not clip.labels:
-        return [os.path.relpath(clip.path.parent, base).split(os.sep)[0]]
+        return [os.path.dirname(clip.name(base)).split(os.sep)[0]]
     several = {name: v if isinstance(v, tuple) else (v,) for name, v in clip.labels.items()}
     return [(name, value) for name, values in several.items() for value in values]
 
 
 def _name(clip: Clip, base: Path) -> str:
     """Its path below the folder that may name the class: pieces may have one for each recording."""
-    folder, *below = Path(os.path.relpath(clip.path, base)).with_suffix("").parts
+    folder, *below = Path(clip.name(base)).with_suffix("").parts
     return "/".join(below) or folder
 
 
@@ -148,24 +150,48 @@ def _recordings(paths: list[str], classes: list[list[Hashable]]) -> list[str]:
     for of_clip, folder in zip(classes, folders, strict=True):
         for kind in of_clip:
             of_classes[kind].add(folder)
-    names = [
-        None if CAMERA.fullmatch(path.rpartition("/")[2]) else PIECE.sub("", path) or None for path in paths
-    ]
-    sizes = Counter(kind for of_clip in classes for kind in of_clip)
-    alike = Counter((kind, name) for of_clip, name in zip(classes, names, strict=True) for kind in of_clip)
-    schemes = {
-        name
-        for of_clip, name in zip(classes, names, strict=True)
-        if all(alike[kind, name] > max(1, SCHEME * sizes[kind]) for kind in of_clip)
-    }
-    own = [f"{of_clip!r}/{path}" for of_clip, path in zip(classes, paths, strict=True)]
-    names = [
-        alone if name is None or name in schemes else name for name, alone in zip(names, own, strict=True)
-    ]
     return [
         f"{folder}/" if folder and any(len(of_classes[kind]) > 1 for kind in of_clip) else name
-        for name, folder, of_clip in zip(names, folders, classes, strict=True)
+        for name, folder, of_clip in zip(_names(paths, classes), folders, classes, strict=True)
     ]
+
+
+def _names(paths: list[str], classes: list[list[Hashable]]) -> list[str]:
+    """The shortest of the `_prefixes` of each path that is not how most names of its classes begin; beyond
+    the shortest one, only where it has several clips of a class together. Else a name of the clip's own.
+    """
+    prefixes, sizes = list(map(_prefixes, paths)), Counter(kind for of_clip in classes for kind in of_clip)
+    names: list[str | None] = [None] * len(paths)
+    for level in range(max(map(len, prefixes), default=0)):
+        left = [n for n, name in enumerate(names) if name is None and level < len(prefixes[n])]
+        alike = Counter((kind, prefixes[n][level]) for n in left for kind in classes[n])
+        parted = {kind for (kind, _), clips in alike.items() if clips > 1 or level == 0}
+        schemes = {
+            prefixes[n][level]
+            for n in left
+            if all(alike[kind, prefixes[n][level]] > max(1, SCHEME * sizes[kind]) for kind in classes[n])
+        }
+        for n in left:
+            if prefixes[n][level] not in ("", *schemes) and not parted.isdisjoint(classes[n]):
+                names[n] = prefixes[n][level]
+    own = (f"{of_clip!r}/{path}" for of_clip, path in zip(classes, paths, strict=True))
+    return [alone if name is None else name for name, alone in zip(names, own, strict=True)]
+
+
+def _prefixes(path: str) -> list[str]:
+    """What may name the recording of a clip, the shortest first: its path without the numbers at its end,
+    without all but the first of them, and so on; of pieces of what a camera has named that name alone.
+    """
+    whole = MARKED.sub("", path)
+    if CAMERA.fullmatch(whole.rpartition("/")[2]):
+        return [whole] if whole != path else []
+    pieces = PIECE.search(path)
+    if pieces is None:
+        return [path]
+    ends = [number.end() for number in re.finditer("[0-9]+", path) if number.end() > pieces.start()]
+    prefixes = [path[:end] for end in (pieces.start(), *ends[:-1])]
+    named = [prefix for prefix in prefixes if CAMERA.fullmatch(prefix.rpartition("/")[2])]
+    return named[:1] or prefixes
 
 
 def _draw(seed: int, name: str) -> float:

@@ -8,7 +8,7 @@ import csv
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -41,7 +41,7 @@ class Listing:
     missing: dict[str, list[str]] = field(default_factory=dict)  # split -> what of that is not there
     wrong: list[str] = field(default_factory=list)  # rows that name no clip, and why
     notes: list[str] = field(default_factory=list)
-    links: list[Path] = field(default_factory=list)  # that lead out of the folder, and were not followed
+    links: list[Path] = field(default_factory=list)  # to folders, or out of this one, which are not followed
     unlisted: list[ClipError] = field(default_factory=list)  # folders that cannot be listed
     extra: int = 0  # videos that no row names
     test_list: str = ""  # the file that names the clips to test on, where a data set has several such
@@ -110,7 +110,7 @@ class Listing:
         amiss = (
             ("wrong rows in the lists, not used", self.wrong, "correct them, or fetch the list again"),
             (
-                "links that lead out of the folder, not followed",
+                "links to folders or out of the data folder, not followed",
                 self.links,
                 "copy what they lead to into the folder, or mount it there",
             ),
@@ -201,12 +201,18 @@ class Files:
         self.listing.count_extra([name for name, path in self.there.items() if path not in self.taken])
 
 
+def is_run(names: Collection[str]) -> bool:
+    """Whether a folder of these names is that of a run: what it left there, such as sounds, are no clips."""
+    return "run.json" in names and not {"metrics.jsonl", ".lock"}.isdisjoint(names)
+
+
 def walk(
     folder: Path, suffixes: tuple[str, ...] = SUFFIXES, root: Path | None = None
 ) -> tuple[list[Path], list[Path], list[ClipError], Counter]:
-    """Videos in a folder and its sub-folders, links that lead out of it and are not followed, both sorted;
-    folders that cannot be listed; and how many files have other suffixes, by suffix. Hidden files are passed
-    over, as are those that `check` writes. Links to files may lead to anywhere in `root`, the data folder.
+    """Videos in a folder and its sub-folders, links to folders or out of it, which are not followed, both
+    sorted; folders that cannot be listed; and how many files have other suffixes, by suffix. Hidden files are
+    passed over, as are those that `check` writes. Links to files may lead to anywhere in `root`, the data
+    folder.
     """
     paths, links, unlisted, others = [], [], [], Counter()
 
@@ -214,16 +220,14 @@ def walk(
         unlisted.append(ClipError(Path(error.filename), f"cannot be listed: {error.strerror}"))
 
     for parent, folders, files in os.walk(folder, onerror=on_error):
-        is_run = "run.json" in files and not {"metrics.jsonl", ".lock"}.isdisjoint(files)
-        if is_run and Path(parent) != Path(folder):  # what it left, such as sounds, are no clips
+        if is_run(files) and Path(parent) != Path(folder):
             folders[:], files = [], []
         folders[:] = [name for name in folders if not name.startswith(".")]
         files = [name for name in files if not name.startswith((".", "avfuse-"))]
         videos = [name for name in files if name.lower().endswith(suffixes)]
         others.update(Path(name).suffix.lower() for name in files if not name.lower().endswith(suffixes))
-        entries = {name: Path(parent, name) for name in folders + videos}
-        homes = dict.fromkeys(folders, folder) | dict.fromkeys(videos, root or folder)
-        away = {n for n, path in entries.items() if path.is_symlink() and leads_out(path, homes[n])}
-        links += [entries[name] for name in away]
-        paths += [Path(parent, name) for name in videos if name not in away]
+        links += [path for name in folders if (path := Path(parent, name)).is_symlink()]
+        for path in (Path(parent, name) for name in videos):
+            is_away = path.is_symlink() and leads_out(path, root or folder)
+            (links if is_away else paths).append(path)
     return sorted(paths), sorted(links), unlisted, others

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from ..files import address, aside, is_regular, leads_out, printable
 from .decode import ClipError, Part, Streams
-from .listing import Listing
+from .listing import Listing, is_run
 from .remote import fetch_file
 from .table import Clip
 
@@ -58,6 +58,7 @@ class Entry:
     bytes: int
     modified: int  # nanoseconds since 1970, of the file or shard
     start: int = -1  # byte of the shard where it begins; -1: it is a file of its own
+    source: str = ""  # of a member of a shard, its path in the folder that the shard was made of
     sha256: str = ""  # of its bytes; empty where not even these could be read
     error: str | None = None  # why it cannot be decoded
     video: bool = False
@@ -114,6 +115,7 @@ class Entry:
             part=part,
             size=self.bytes,
             root=root,
+            source=self.source,
         )
 
 
@@ -153,7 +155,8 @@ class Manifest(Listing):
         """
         more: Counter[str] = Counter()
         for parent, below, files in chain.from_iterable(map(os.walk, folders)):
-            below[:] = [name for name in below if not name.startswith(".")]
+            below[:] = [] if is_run(files) else [name for name in below if not name.startswith(".")]
+            files = [] if is_run(files) else files
             folder = os.path.relpath(parent, self.root)
             known = self.counts["" if folder == "." else Path(folder).as_posix()]
             videos = [Path(parent, name) for name in files if name.lower().endswith(suffixes)]

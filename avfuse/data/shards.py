@@ -132,7 +132,7 @@ def _write(root: Path, out: Path, plan: Plan) -> list[Entry]:
         found = _index(path, plan)
     modified = path.stat().st_mtime_ns
     return [
-        replace(entry, path=f"{plan.name}/{name}", start=start, modified=modified)
+        replace(entry, path=f"{plan.name}/{name}", source=entry.path, start=start, modified=modified)
         for (name, entry), start in zip(plan.clips, found, strict=True)
     ]
 
@@ -151,7 +151,8 @@ def _write_tar(path: Path, root: Path, plan: Plan) -> None:
 
 def _describe(entry: Entry) -> bytes:
     """What a shard says of a clip itself, for other readers of it."""
-    return json.dumps({name: value for name, value in vars(entry).items() if name != "modified"}).encode()
+    kept = {name: value for name, value in vars(entry).items() if name not in ("modified", "source")}
+    return json.dumps(kept).encode()
 
 
 def _index(path: Path, plan: Plan) -> list[int] | None:

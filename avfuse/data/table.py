@@ -35,6 +35,11 @@ class Clip:
     part: Part | None = None  # where its bytes lie, if `path` is no file but names a member of an archive
     size: int | None = None  # bytes
     root: Path | None = None  # a folder that it must not lead out of
+    source: str = ""  # of one in a shard, what it was called in the folder that the shard was made of
+
+    def name(self, folder: Path) -> str:
+        """Its path below a data folder, or below that which its shard was made of."""
+        return self.source or os.path.relpath(self.path, folder)
 
     def open(self) -> ClipReader:
         """A reader of the clip; every data set reads its clips by this, so that each may come from shards.
@@ -112,8 +117,8 @@ class ClipTable(Sequence[Clip]):
         if clip.part is not None:
             self._shards.extend([-1] * (len(self) - len(self._shards)))
             self._shards.append(self._files.add(os.fspath(clip.part.file)))
-            _, *place, size, sha256 = clip.part
-            more += [*place, sha256] if sha256 else place
+            _, start, size, sha256 = clip.part
+            more += [start, sha256, clip.source]
         self._texts += os.fsencode(name)
         if more:
             self._texts += b"\0" + json.dumps(more, separators=(",", ":")).encode()
@@ -144,7 +149,10 @@ class ClipTable(Sequence[Clip]):
         name, _, more = bytes(self._texts[begin:end]).partition(b"\0")
         labels = [tuple(value) if isinstance(value, list) else value for value in json.loads(more or "[]")]
         labels, place = labels[: len(self._labels)], labels[len(self._labels) :]
-        part = Part(Path(self._files[self._shards[index]]), place[0], size, *place[1:]) if place else None
+        part, source = None, ""
+        if place:
+            start, sha256, source = place
+            part = Part(Path(self._files[self._shards[index]]), start, size, sha256)
         return Clip(
             path=Path(self._folders[folder], os.fsdecode(name)),
             labels=dict(zip(self._labels, labels, strict=True)),
@@ -152,6 +160,7 @@ class ClipTable(Sequence[Clip]):
             part=part,
             size=size if size >= 0 else None,
             root=self.root,
+            source=source,
         )
 
     @property

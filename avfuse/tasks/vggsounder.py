@@ -49,7 +49,7 @@ def columns(classes: Sequence[str], clips: Sequence[Clip]) -> list[int]:
 
 def name_of(clip: Clip) -> str:
     """What VGGSounder calls a clip: <id>_<start second, six digits>."""
-    found = NAME.fullmatch(clip.path.stem)
+    found = NAME.fullmatch(Path(clip.source or clip.path).stem)
     if found is None:
         raise ValueError(f"--export: {printable(clip.path)} is not named as clips of VGGSound, ID_START.mp4")
     return found[1]

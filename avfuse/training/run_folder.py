@@ -215,12 +215,12 @@ def write_sides(config: LoopConfig, found: Found) -> None:
     own, before = read_sides(config.run), read_sides(behind(config))
     earlier = sorted((own and own.earlier) or (before and before.known) or ())
     if found.held_out:
-        names = "".join(f"{clip.path}\n" for clip in found.test)
+        names = "".join(f"{clip.source or clip.path}\n" for clip in found.test)
         write_text(config.run / HELD_OUT, names, errors="surrogateescape")
     elif not earlier:
         return
     held = found[:2] if found.held_out else ((), ())  # what trains on all is told by `has_trained_on_all`
-    train, test = ({os.path.relpath(c.path, config.data): size_of(c) for c in side} for side in held)
+    train, test = ({c.name(config.data): size_of(c) for c in side} for side in held)
     sides = dict(said=found.test_name, train=[*train], test=[*test], sizes=train | test, earlier=earlier)
     write_json(config.run / SIDES, sides)
 

@@ -6,8 +6,8 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from ...files import some
-from ..listing import SOUNDS, SUFFIXES, Listing, walk
+from ...files import leads_out, printable, some
+from ..listing import SOUNDS, SUFFIXES, Listing, is_run, walk
 from ..table import Clip
 
 SPLITS = ("train", "test")
@@ -27,9 +27,12 @@ def split_folders(root: Path) -> dict[str, Path]:
     tests = [named[name] for name in TESTS if name in named]
     if "train" not in named:
         return {"train": root}
+    for folder in named["train"], *tests[:1]:
+        if leads_out(folder, root):
+            raise ValueError(f"{printable(folder)} leads out of the data folder: it is not read")
     if tests:
         return {"train": named["train"], "test": tests[0]}
-    is_alone = not any(path.is_dir() or _is_clip(path) for path in _beside(root, [named["train"]]))
+    is_alone = not any(map(_count, _beside(root, [named["train"]])))
     return {"train": named["train"] if is_alone else root}
 
 
@@ -38,18 +41,16 @@ def _beside(root: Path, folders: Collection[Path]) -> list[Path]:
     return sorted(path for path in root.iterdir() if path not in folders and path.name[0] != ".")
 
 
-def _is_clip(path: Path) -> bool:
-    return path.name.lower().endswith(SUFFIXES + SOUNDS)
+def _count(path: Path) -> int:
+    """How many clips a file is or a folder holds, beside runs."""
+    if path.is_dir():
+        return 0 if path.is_symlink() or is_run(os.listdir(path)) else len(walk(path, SUFFIXES + SOUNDS)[0])
+    return int(path.name.lower().endswith(SUFFIXES + SOUNDS))
 
 
 def _unused(root: Path, folders: Collection[Path]) -> list[str]:
     """Clips beside the folders of the splits, which are not used: a line, or none."""
-    counts = {}
-    for path in _beside(root, folders):
-        if path.is_dir() and not path.is_symlink():
-            counts[f"{path.name}/"] = len(walk(path, SUFFIXES + SOUNDS)[0])
-        elif _is_clip(path):
-            counts[path.name] = 1
+    counts = {path.name + "/" * path.is_dir(): _count(path) for path in _beside(root, folders)}
     named = [f"{name} ({count})" if count > 1 else name for name, count in counts.items() if count]
     splits = " and ".join(f"{folder.name}/" for folder in folders)
     return [f"clips beside {splits} are not used: {some(named)}"] if named else []
