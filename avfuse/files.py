@@ -3,6 +3,8 @@ terminal, Markdown or HTML.
 """
 
 import csv
+import errno
+import fcntl
 import html
 import json
 import os
@@ -11,8 +13,12 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+from tqdm import tqdm
 
 NAMED = 3  # of many names, those that a message gives
+LOCKLESS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 # --- writing ------------------------------------------------------------------------------------------------
@@ -41,6 +47,30 @@ def aside(path: Path, *, synced: bool = False) -> Iterator[Path]:
 
 def partial_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def sweep(folder: Path) -> None:
+    """Deletes what processes that were killed have left half written in a folder."""
+    for partial in folder.glob(".*.part"):
+        partial.unlink(missing_ok=True)
+
+
+def lock(file: IO, taken: str) -> None:
+    """Keeps other processes out for as long as an open file stays open; the system sees to that however this
+    one ends. Where the file system has no locks, a warning says so.
+
+    Raises:
+        ValueError: `taken`, if another process has it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(taken) from None
+    except OSError as error:
+        if error.errno not in LOCKLESS:
+            raise
+        where = printable(Path(file.name).parent)
+        tqdm.write(f"WARNING: the file system of {where} has no locks: let no other process write there")
 
 
 def write_text(path: Path, text: str, *, errors: str = "strict", synced: bool = False) -> None:

@@ -20,18 +20,17 @@ from torch import Tensor
 from .files import aside, printable, some
 
 MISFITS = 4  # of tensors that do not fit, those that a message gives
-ALONE = "is no file of weights alone"
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # beside whole numbers
 PLACES = ("model", "state_dict")  # under which files keep their weights
 AVERAGES = ("model_ema", "state_dict_ema", "ema", "teacher")  # and a running average of them
 SHARED = 4  # times that tensors may share the same memory, as tied weights do
 
 
-def check_file(path: str | os.PathLike, fault: str = "cannot be read") -> None:
+def check_file(path: str | os.PathLike) -> None:
     """Raises ValueError unless weights can be read here: a regular file, or a link to one."""
     if not os.path.isfile(path):
         reason = "it is no regular file" if os.path.lexists(path) else "there is none"
-        raise ValueError(f"weights {printable(path)} {fault} ({reason})")
+        raise ValueError(f"weights {printable(path)} cannot be read ({reason})")
 
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -71,7 +70,7 @@ def read_pth(path: str | os.PathLike) -> dict:
     Published checkpoints keep their command line as an `argparse.Namespace`. It is let in because it is such
     a container: reading one sets its attributes, to values under the same restriction, and calls nothing.
     """
-    check_file(path, ALONE)
+    check_file(path)
     try:
         with open(path, "rb") as file:
             is_archive = file.read(4) == b"PK\3\4"  # what torch looks at, too
@@ -91,7 +90,8 @@ def read_pth(path: str | os.PathLike) -> dict:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of bytes that are no checkpoint, it raises whatever they lead to
-        raise ValueError(f"weights {printable(path)} {ALONE} ({refusal(error)})") from error
+        reason = refusal(error)
+        raise ValueError(f"weights {printable(path)} is no file of weights alone ({reason})") from error
 
 
 def refusal(error: Exception) -> str:

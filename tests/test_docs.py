@@ -109,8 +109,22 @@ DIFFERS = "…"
 
 @functools.cache
 def nodes() -> list[tuple[Path, ast.AST]]:
-    """All that the code is made of, and where it stands."""
-    return [(path, node) for path in CODE for node in ast.walk(ast.parse(path.read_text()))]
+    """All that the code is made of, and where it stands; of a text with something filled in, the whole."""
+    found = [(path, node) for path in CODE for node in ast.walk(ast.parse(path.read_text()))]
+    parts = {id(part) for _, node in found if isinstance(node, ast.JoinedStr) for part in node.values}
+    return [(path, node) for path, node in found if id(node) not in parts]
+
+
+@functools.cache
+def constants() -> dict[str, str]:
+    """Texts that a module gives a name, if only one does."""
+    texts: dict[str, set[str]] = {}
+    for path in CODE:
+        for node in ast.parse(path.read_text()).body:
+            match node:
+                case ast.Assign([ast.Name(name)], ast.Constant(str(text))):
+                    texts.setdefault(name, set()).add(text)
+    return {name: text for name, (text, *others) in texts.items() if not others}
 
 
 def wording(node: ast.AST) -> str:
@@ -120,6 +134,8 @@ def wording(node: ast.AST) -> str:
             return text
         case ast.JoinedStr(parts):
             return "".join(map(wording, parts))
+        case ast.FormattedValue(ast.Name(name)) | ast.Name(name) if name in constants():
+            return constants()[name]
         case ast.BinOp(left, ast.Add(), right):
             return wording(left) + wording(right)
         case ast.Call(ast.Name("printable"), [text]):

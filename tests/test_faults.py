@@ -1,5 +1,6 @@
 """What ends a run before its time, provoked in real runs: signals, losses not finite, lack of memory."""
 
+import errno
 import json
 import math
 import os
@@ -80,6 +81,45 @@ def test_asked_to_stop_it_saves_and_resumes(config, tmp_path, monkeypatch, numbe
     interrupted, config.run = losses(config.run), tmp_path / "whole"
     assert main(config) == 0
     assert losses(config.run) == interrupted and sorted(interrupted) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_while_the_last_step_is_saved(config, monkeypatch, number, capfd):
+    save = loop.save_checkpoint
+
+    def send_and_save(accelerator, run, step, *args):
+        if step == 4:
+            os.kill(os.getpid(), number)
+        save(accelerator, run, step, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", send_and_save)
+        assert main(config) == 128 + number
+    assert "stopped after step 4 of 4: the same command resumes" in capfd.readouterr().out
+    assert not (config.run / "model").exists()
+    assert main(config) == 0 and (config.run / "model").is_dir()
+
+
+def test_signals_that_are_ignored_stay_so():
+    """As SIGINT is of what a script has started with &."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert not signals.interrupt and signals.terminate
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_full_disk_names_the_run(config, monkeypatch):
+    def write(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(loop.MetricsFile, "write", write)
+    said = loop.program(config, Pretraining)
+    assert "No space left on device" in said and str(config.run) in said and "goes on" in said
 
 
 def test_the_first_ctrl_c_is_answered_at_once(capfd):

@@ -1,5 +1,6 @@
 """Files written aside, JSON lines with half a line, paths that leave a folder, names from outside."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from avfuse.files import (
     aside,
     inside,
     leads_out,
+    lock,
     printable,
     read_rows,
     some,
@@ -37,6 +39,26 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, synced):
     with aside(path, synced=synced) as partial:
         partial.write_text("new")
     assert path.read_text() == "new" and names_in(tmp_path) == {"file.txt"}
+
+
+def test_locks(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "a"
+    with path.open("a") as one, path.open("a") as other:
+        lock(one, "taken")
+        with pytest.raises(ValueError, match="^taken$"):
+            lock(other, "taken")
+
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with path.open("a") as file:
+        for number in errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP:  # noqa: B007
+            lock(file, "taken")
+            assert f"the file system of {tmp_path} has no locks" in capsys.readouterr().out
+        number = errno.EIO
+        with pytest.raises(OSError, match="Input/output"):
+            lock(file, "taken")
 
 
 def test_nothing_is_written_through_a_link(tmp_path):

@@ -412,6 +412,15 @@ def test_what_was_held_out_is_passed_on_from_run_to_run(folder, pretrained, tmp_
         Classification.find(ClassifyConfig(checkpoint=str(source), run=tmp_path / "3", **options), print)
 
 
+def test_a_start_that_was_killed_before_it_wrote_the_sides_goes_on(folder, pretrained, tmp_path):
+    options = dict(data=folder, epochs=1, warmup_epochs=0, batch_size=4, workers=0, seed=5)
+    config = ClassifyConfig(checkpoint=str(pretrained), run=tmp_path / "run", **options)
+    set_up(config, Classification).lock.close()
+    (config.run / "sides.json").unlink()
+    assert program(config, Classification) == 0
+    assert (config.run / "held-out.txt").read_text() == (pretrained / "held-out.txt").read_text()
+
+
 def test_clips_that_came_after_a_run_began_are_named(folder, pretrained, tmp_path):
     shutil.copytree(folder, tmp_path / "own")
     shutil.copytree(pretrained, tmp_path / "run")

@@ -300,7 +300,7 @@ def test_files_that_hold_no_weights_are_named(tmp_path):
             (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=name):
             from_deepavfusion(tmp_path / name)
-    with pytest.raises(ValueError, match="weights .* is no file of weights alone"):
+    with pytest.raises(ValueError, match=r"weights .* cannot be read \(it is no regular file\)"):
         from_deepavfusion(tmp_path)
 
 

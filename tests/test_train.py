@@ -611,6 +611,33 @@ def test_a_run_folder_serves_one_process(data, tmp_path):
     assert main(tiny(data, tmp_path / "run")) == 0
 
 
+def test_what_began_and_ended_in_the_folder_meanwhile_is_seen(data, tmp_path, monkeypatch):
+    config, build = tiny(data, tmp_path / "run", epochs=1), loop.build
+
+    def meanwhile(*args):
+        monkeypatch.setattr(loop, "build", build)
+        assert main(replace(config, seed=1)) == 0
+        return build(*args)
+
+    monkeypatch.setattr(loop, "build", meanwhile)
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(--seed 1 -> 0\)"):
+        main(config)
+    assert json.loads((config.run / "run.json").read_text())["settings"]["seed"] == 1
+
+
+def test_what_killed_processes_left_half_written_goes(finished, tmp_path):
+    run = tmp_path / "run"
+    for name in ".run.json.7.part", ".metrics.jsonl.7.part", "model/.model.safetensors.7.part":
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("{")
+    shutil.rmtree(run / "model")  # a folder without run.json, beside which there is nothing else
+    assert main(replace(finished, run=run, epochs=1, restart=True)) == 0
+    assert not list(run.rglob("*.part"))
+    (run / "model/.model.safetensors.7.part").write_text("{")
+    assert main(replace(finished, run=run, epochs=1)) == 0
+    assert not list(run.rglob("*.part"))
+
+
 def test_a_run_goes_on_when_it_and_its_data_were_moved_and_the_clock_went_back(
     finished, tmp_path, monkeypatch
 ):

@@ -4,7 +4,6 @@ What has been looked at is kept in a journal as it comes, so that a check that w
 it was, and a later one opens only what is new or has changed.
 """
 
-import fcntl
 import hashlib
 import sys
 from collections import Counter, defaultdict
@@ -14,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ..files import printable, write_text
+from ..files import lock, printable, write_text
 from ..progress import progress_bar
 from . import manifest
 from .class_folders import described
@@ -168,10 +167,7 @@ def _journal(out: Path) -> Iterator[tuple[dict[str, Entry], Callable[[Entry], No
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a file: it is not written to")
     with open(path, "a+", encoding="utf-8", errors="replace") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which the system releases however it ends
-        except BlockingIOError:
-            raise ValueError(f"folder {out} is being checked by another process") from None
+        lock(file, f"folder {out} is being checked by another process")
         known = {}
         with suppress(ValueError):  # of an older manifest what can be read
             if manifest.has_manifest(out):

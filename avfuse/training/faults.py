@@ -37,7 +37,8 @@ class Signals:
         self.before = {}
         if threading.current_thread() is threading.main_thread():  # the only one that may
             for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-                self.before[number] = signal.signal(number, self.note)
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as whoever began the process has it
+                    self.before[number] = signal.signal(number, self.note)
         return self
 
     def __exit__(self, *_) -> None:

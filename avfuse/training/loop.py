@@ -5,6 +5,7 @@ processes and micro-batches so that neither changes the losses, saves and resume
 read, and stops with an explanation where it cannot go on.
 """
 
+import errno
 import math
 import signal
 import time
@@ -67,7 +68,7 @@ from .starts import begin_from, saved_settings
 
 EVALUATION_BATCH = 64
 SPLITTING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-WAITING = timedelta(hours=1)  # for the process that scans the data or measures
+WAITING = timedelta(hours=6)  # for the process that scans the data, AudioSet for over one, or measures
 
 
 class Task:
@@ -176,7 +177,9 @@ def program(config: LoopConfig, kind: type[Task]) -> int | str:
         with together():
             return train(run)
     except (OSError, SafetensorError, RunError) as error:
-        return f"error: {printable(error)}"
+        is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        where = f" ({config.run}); once there is room, the same command goes on" if is_full else ""
+        return f"error: {printable(error)}{printable(where)}"
 
 
 def tell(accelerator: Accelerator, line: object) -> None:
@@ -289,7 +292,8 @@ def open_folder(run: Run) -> None:
     config, accelerator, found = run.config, run.accelerator, run.found
     is_main = accelerator.is_main_process
     if is_main:
-        run.lock = begin_run(config, found, accelerator.device, run.extended_at)
+        processes = accelerator.num_processes
+        run.lock = begin_run(config, found, accelerator.device, processes, run.extended_at)
     accelerator.wait_for_everyone()
     if is_main and config.data is not None:
         write_sides(config, found)
@@ -303,7 +307,7 @@ def open_folder(run: Run) -> None:
     run.quarantine = Quarantine(quarantine, is_main, found.looked_at, config.max_unreadable)
     run.quarantine.add("scan", found.unreadable)
     run.metrics = MetricsFile(config.run / "metrics.jsonl", is_main, run.first_step)
-    tensorboard = dict(purge_step=run.first_step + 1)
+    tensorboard = dict(purge_step=run.first_step + 1 if run.first_step else 0)  # with what was before
     accelerator.init_trackers("tensorboard", init_kwargs=dict(tensorboard=tensorboard))
 
 
@@ -347,7 +351,7 @@ def take_steps(run: Run, signals: Signals) -> int:
     config, accelerator, steps = run.config, run.accelerator, run.schedule.steps
     shown = accelerator.is_main_process and not config.quiet
     way = dict(total=steps, initial=run.first_step, desc="training", unit="step")
-    progress = progress_bar(shown=shown, **way)
+    progress, step = progress_bar(shown=shown, **way), run.first_step
     with make_loader(run.task, config, run.found.train, train=True) as loader, progress:
         batches = steps_of(run, loader)
         for step in range(run.first_step + 1, steps + 1):
@@ -362,10 +366,13 @@ def take_steps(run: Run, signals: Signals) -> int:
                 measure(run, step, "during")
             if any(asked) or step % config.checkpoint_every == 0 or step == steps:
                 save_checkpoint(accelerator, config.run, step, config.keep_checkpoints, run.average)
-            if asked.stop:
-                tell(accelerator, f"stopped after step {step} of {steps}: the same command resumes")
-                return asked.stop
-    return 0
+            if stop := asked.stop:
+                break
+        else:  # one that came while the last step was saved
+            stop = stopping(*sum_over_processes(accelerator, [signals.terminate, signals.interrupt]))
+    if stop:
+        tell(accelerator, f"stopped after step {step} of {steps}: the same command resumes")
+    return stop
 
 
 # --- one step -----------------------------------------------------------------------------------------------
@@ -376,6 +383,11 @@ class Asked(NamedTuple):
 
     save: bool
     stop: int  # the signal that asked to stop, or 0
+
+
+def stopping(terminate: float, interrupt: float) -> int:
+    """The signal to end by, if any process has got one, or 0."""
+    return signal.SIGTERM if terminate else signal.SIGINT if interrupt else 0
 
 
 def train_step(run: Run, step: int, batches: Iterator[list[dict]], signals: Signals, progress: tqdm) -> Asked:
@@ -397,7 +409,7 @@ def train_step(run: Run, step: int, batches: Iterator[list[dict]], signals: Sign
     ours = [sum(count[name] for count in counts) for name in names]
     values = sum_over_processes(accelerator, [*ours, *flags])  # what all decide by
     *totals, clips, failed, save, terminate, interrupt = values
-    asked = Asked(save > 0, signal.SIGTERM if terminate else signal.SIGINT if interrupt else 0)
+    asked = Asked(save > 0, stopping(terminate, interrupt))
     if failed:
         run.quarantine.add(f"step {step}", gather_object(failures))
     if not clips:  # nothing to learn from

@@ -1,6 +1,5 @@
 """The folder of a run: whose it is, its settings and data, its metrics, the clips that could not be read."""
 
-import fcntl
 import hashlib
 import json
 import math
@@ -21,7 +20,18 @@ from ..data.decode import ClipError
 from ..data.find import Found
 from ..data.hold_out import Sides, size_of
 from ..data.sets.folders import TESTS
-from ..files import address, append_row, printable, read_rows, some, write_json, write_rows, write_text
+from ..files import (
+    address,
+    append_row,
+    lock,
+    printable,
+    read_rows,
+    some,
+    sweep,
+    write_json,
+    write_rows,
+    write_text,
+)
 from ..rules import marks, option
 from .faults import RunError
 from .settings import FRESH, RUN_FILES, Formerly, LoopConfig, settings_of
@@ -57,7 +67,8 @@ def check_run(config: LoopConfig) -> LoopConfig:
             raise ValueError(f"--run-dir {printable(run)}: {name} is no regular file")
     before = read_run(run)
     if not before:
-        others = [path.name for path in run.iterdir() if path.name != LOCK] if run.exists() else []
+        there = (path.name for path in run.iterdir()) if run.exists() else ()
+        others = [name for name in there if name != LOCK and not name.endswith(".part")]
         if others and config.restart:
             raise ValueError(f"--run-dir {printable(run)} is not a run folder (no {FILE}): not deleting it")
         if "checkpoints" in others:
@@ -121,7 +132,9 @@ def whats_new(config: LoopConfig, clips: Sequence[Clip]) -> str:
     return f"; new: {some(new)}" if new else ""
 
 
-def begin_run(config: LoopConfig, found: Found, device: torch.device, extended_at: int = 0) -> IO:
+def begin_run(
+    config: LoopConfig, found: Found, device: torch.device, processes: int = 1, extended_at: int = 0
+) -> IO:
     """Makes the run folder this run's own, for as long as the file that is returned stays open. A restart
     deletes what a run writes, and nothing else. `extended_at` is as for `warmup_cosine`.
 
@@ -133,11 +146,11 @@ def begin_run(config: LoopConfig, found: Found, device: torch.device, extended_a
     if found.test and found.test is not clips:
         data["test"] = describe_data(found.test)["sha256"]
     run.mkdir(parents=True, exist_ok=True)
-    lock = (run / LOCK).open("a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which the system releases however a process ends
-    except BlockingIOError:
-        raise ValueError(f"--run-dir {printable(run)} is in use by another process") from None
+    file = (run / LOCK).open("a")
+    lock(file, f"--run-dir {printable(run)} is in use by another process")
+    check_run(config)  # another one may have begun and ended there since the first check
+    for folder in run, run / "model":
+        sweep(folder)
     before = {} if config.restart else read_run(run)
     if config.restart:
         for path in (run / name for name in CONTENTS):
@@ -152,9 +165,12 @@ def begin_run(config: LoopConfig, found: Found, device: torch.device, extended_a
                 f" now{whats_new(config, clips)}): it would not go on as it was; {instead(config, before)}"
             )
         draws = any(getattr(config, name, 0) for name in ("mixup", "drop_path", "batch_norm"))
-        if draws and before["settings"].get("micro_batch") != config.micro_batch:
-            earlier = before["settings"].get("micro_batch")
-            tqdm.write(f"WARNING: losses depend on --micro-batch, which was {earlier}")
+        then = before["settings"].get("micro_batch"), before["environment"].get("processes", processes)
+        if draws and then != (config.micro_batch, processes):
+            tqdm.write(
+                f"WARNING: losses depend on --micro-batch, which was {then[0]}, and on the number of "
+                f"processes, which was {then[1]}"
+            )
         changed = [path for path, time in written.items() if time > before.get("newest", math.inf)]
         if changed:  # or copied: only the times tell
             tqdm.write(
@@ -165,6 +181,7 @@ def begin_run(config: LoopConfig, found: Found, device: torch.device, extended_a
         python=platform.python_version(),
         torch=torch.__version__,
         device=str(device),
+        processes=processes,
         machine=platform.machine(),
     )
     earlier = file_of(run)  # there until all else is deleted: a restart that is cut short can be repeated
@@ -177,7 +194,7 @@ def begin_run(config: LoopConfig, found: Found, device: torch.device, extended_a
     write_json(run / FILE, content)
     if earlier.name == FILE_BEFORE:  # its name is now that of models alone
         earlier.unlink()
-    return lock
+    return file
 
 
 def file_of(run: Path) -> Path:
@@ -228,7 +245,8 @@ def write_sides(config: LoopConfig, found: Found) -> None:
 def begun_with(config: LoopConfig) -> Path | None:
     """The folder of the run that this one goes on with, or else of that whose model it begins with."""
     is_there = not config.restart and (config.run / FILE).is_file()
-    return config.run if is_there else behind(config)
+    is_cut = is_there and not (config.run / SIDES).is_file()  # a start may have been, before it wrote these
+    return config.run if is_there and not (is_cut and behind(config)) else behind(config)
 
 
 def behind(config: LoopConfig) -> Path | None:
