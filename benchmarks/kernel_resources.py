@@ -159,6 +159,9 @@ def variants(few):
 
 
 def main():
+    if {"-h", "--help"} & {*sys.argv}:
+        print(__doc__)
+        return
     print(COLUMNS)
     few = "--few" in sys.argv
     for capability in [int(argument) for argument in sys.argv[1:] if argument.isdigit()] or (80, 90):

@@ -40,11 +40,12 @@ from avfuse.tasks.classify import (
 from avfuse.tasks.localize import Localizer
 from avfuse.tasks.segment import Segmenter
 from avfuse.tasks.separator import Separator
-from avfuse.training.judge import judge_all, starting_encoder, weights_hash, with_drop_path
+from avfuse.training.judge import judge_all, starting_encoder, weights_hash
 from avfuse.training.loop import Run, program, set_up, train
 from avfuse.training.report import write_report
 from avfuse.training.run_folder import former_settings
 from avfuse.training.settings import checked, learning_rate
+from avfuse.training.starts import with_drop_path
 from avfuse.weight_files import write_safetensors
 
 GOLDEN = Path(__file__).parent / "golden" / "classifier.safetensors"
@@ -438,7 +439,7 @@ def test_a_run_leaves_a_classifier_and_its_results(folder, tmp_path, probe):
     assert of["accuracy"].dataset_split == results["split"] and "clips" not in of
     assert of["accuracy"].dataset_args == dict(coverage="3 of 3", protocol=results["protocol"])
     config.checkpoint = str(config.run)
-    assert task.facts(1, results["metrics"], [])["recipe"]["checkpoint"] == "run"
+    assert task.facts(1, 3, results["metrics"], [])["recipe"]["checkpoint"] == "run"
     loaded = load_classifier(config.run)
     assert loaded.class_names == ("bird", "cat")
     item = task.dataset(run.found.test, train=False)[0]

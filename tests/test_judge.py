@@ -175,7 +175,7 @@ def test_a_model_no_better_than_predicting_zero_is_doubted(task, image, audio, s
 def test_doubt_is_told_at_the_end_alone(task, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Pretraining, "show", lambda *_: None)
     monkeypatch.setattr(Pretraining, "doubt", lambda *_: "useless")
-    run = SimpleNamespace(config=SimpleNamespace(run=tmp_path), found=task.found)
+    run = SimpleNamespace(config=SimpleNamespace(run=tmp_path, ema=0.0), found=task.found)
     run.accelerator, run.metrics = (
         SimpleNamespace(log=lambda *_, **__: 0),
         SimpleNamespace(write=lambda **_: 0),
@@ -186,6 +186,9 @@ def test_doubt_is_told_at_the_end_alone(task, tmp_path, capsys, monkeypatch):
     assert "WARNING" not in capsys.readouterr().out
     task.conclude(run, task.model, 3, "after", rows)
     assert "WARNING: useless: more clips, more --epochs" in capsys.readouterr().out
+    for run.config.ema, step, said in (0.9999, 240, "98% of the average"), (0.9, 240, "more clips"):
+        task.conclude(run, task.model, step, "after", rows)
+        assert f"WARNING: useless: {said}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("clips, chance, is_few", [(5, 0.6, True), (5, 0.5, False), (50, 0.6, False)])
@@ -209,6 +212,7 @@ def test_tasks_doubt_what_is_no_better_than_chance():
     found = {"kind_recall@1_sum": 0.5, "kind_recall@1_chance": 0.4, "kind_recall@5_sum": 0.7}
     assert doubt(Retrieval, found | {"kind_recall@5_chance": 0.6}) == ""
     assert doubt(Retrieval, found | {"kind_recall@5_chance": 0.8}) == "no better than chance: kind_recall@5"
+    assert doubt(Retrieval, {"kind_recall@5_sum": 1.0, "kind_recall@5_chance": 1.0}) == ""  # of few clips
     assert doubt(Separation, dict(sdr=0.1, mixture_sdr=0.2)) and not doubt(Separation, dict(pairs=0))
     assert not doubt(Separation, dict(sdr=0.3, mixture_sdr=0.2))
     assert doubt(Separation, dict(sdr=None, mixture_sdr=0.2)).startswith("no sound at all")

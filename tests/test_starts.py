@@ -9,11 +9,13 @@ from videos import write_video
 from avfuse import AVMAE, create_encoder
 from avfuse.tasks.classifier import Classifier
 from avfuse.tasks.classify import Classification, ClassifyConfig
+from avfuse.tasks.options import parse as parse_classify
 from avfuse.train import Pretraining
 from avfuse.training import loop
 from avfuse.training.judge import starting_encoder
 from avfuse.training.plan import make_model, plan
 from avfuse.training.recipes import TrainConfig, parse
+from avfuse.training.settings import checked
 from avfuse.training.starts import begin_from
 
 
@@ -128,6 +130,29 @@ def test_another_encoder_than_that_of_the_checkpoint_is_refused(tmp_path):
         with pytest.raises(ValueError, match=said):
             starting_encoder(ClassifyConfig(checkpoint=str(tmp_path), **options))
     starting_encoder(ClassifyConfig(checkpoint=str(tmp_path), model="micro"))
+
+
+def test_what_a_preset_asks_for_beside_a_checkpoint_is_for_fresh_weights(tmp_path):
+    create_encoder("tiny").save_pretrained(tmp_path / "dense")
+    scenes = ["--scene", "synchrony", "--checkpoint", str(tmp_path / "dense")]  # where fresh ones are micro
+    assert starting_encoder(checked(parse_classify)(scenes)).dims["image"] == 192
+    create_encoder("micro", fusion_layers=[1], interactions="factorized").save_pretrained(tmp_path)
+    source = ["--checkpoint", str(tmp_path)]
+    for kind, options in (
+        (parse_classify, ["--preset", "vggsound-probe"]),
+        (parse, ["--preset", "vggsound-ablation"]),
+        (parse, ["--interactions", "factorized", "--fusion-layers", "1", "--fusion-tokens", "16"]),
+    ):
+        begin = make_model if kind is parse else starting_encoder
+        assert begin(checked(kind)([*options, *source]))
+    for options in (
+        ["--model", "tiny"],  # which is the default
+        ["--fusion-layers", "0"],
+        ["--audio-seconds", "10"],
+        ["--interactions", "factorized", "--fusion-tokens", "4"],
+    ):
+        with pytest.raises(ValueError, match=f"another encoder than {' '.join(options[-2:])}(.0)?: leave"):
+            make_model(checked(parse)([*options, *source]))
 
 
 def test_pretraining_drops_no_blocks_whatever_its_checkpoint_did(tmp_path):

@@ -133,10 +133,10 @@ def find_data(
         _check_folder(listing, scans)
     is_here = is_checked and not address(root)
     if is_here and (stale := _stale(root, listing, data_set, scans)):  # no reason to refuse a run its clips
-        say(
-            f"WARNING: {printable(stale)}, which is used as it is: python -m avfuse.data check"
-            f" {printable(str(root))} brings it up to date"
-        )
+        in_shards = any(scanned.clips.shards is not None for scanned in scans.values())
+        cure = f"python -m avfuse.data check {root} brings it up to date"
+        cure = f"if they were only copied, touch {root / manifest.FILE}" if in_shards else cure
+        say(f"WARNING: {printable(stale)}, which is used as it is: {printable(cure)}")
     tables, held_out = {side: scanned.clips for side, scanned in scans.items()}, ""
     if test_share and "test" not in tables:
         known = before.of(tables["train"], root) if before else []

@@ -190,7 +190,7 @@ class Retrieval(JudgedTask):
 
     def doubt(self, metrics):
         ends = [name.removesuffix("_sum") for name in metrics if name.endswith("_sum")]
-        useless = [name for name in ends if metrics[f"{name}_sum"] <= metrics[f"{name}_chance"]]
+        useless = [name for name in ends if metrics[f"{name}_sum"] <= metrics[f"{name}_chance"] < 1]
         return f"no better than chance: {', '.join(useless)}" if useless else ""
 
     def save(self, folder, model):

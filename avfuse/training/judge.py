@@ -19,34 +19,24 @@ from ..data.clips import Clip, Failure
 from ..data.find import Found
 from ..encoder import AVEncoder
 from ..files import printable, write_json
-from ..loading import load_encoder
 from ..presets import create_encoder
 from ..progress import progress_bar
 from .conditions import CONDITIONS, BesideOthers, condition_table, derangement, has_sound
 from .loop import Run, Task, evaluation_batches
 from .report import write_report
 from .settings import FRESH, TaskConfig
-from .starts import check_asked, for_clips, new_bias, with_drop_path
+from .starts import first_encoder, new_bias
 
+AVERAGED = 0.2  # share of the first weights in an average from which on it is said
 DRAWN = 6  # test clips of which there are pictures
 
 
 def starting_encoder(config: TaskConfig, drop_path: float = 0.0) -> AVEncoder:
-    """The encoder that a task starts from, dropping blocks at this rate and not at that of its checkpoint.
-
-    Raises:
-        ValueError: the checkpoint holds none.
-    """
-    if config.checkpoint == FRESH:
-        options = dict(frames=config.frames or None, norm_eps=config.norm_eps, **new_bias(config))
-        encoder = create_encoder(config.model, config.interactions, **options)
-    else:
-        encoder = load_encoder(config.checkpoint)
-        check_asked(config, encoder)
-        encoder = for_clips(encoder, config)
-    encoder = with_drop_path(encoder, drop_path)
-    encoder.set_grad_checkpointing(config.grad_checkpointing)
-    return encoder
+    """The encoder that a task starts from, see `first_encoder`."""
+    options = dict(frames=config.frames or None, norm_eps=config.norm_eps, **new_bias(config))
+    return first_encoder(
+        config, lambda: create_encoder(config.model, config.interactions, **options), drop_path
+    )
 
 
 class JudgedTask(Task):
@@ -153,11 +143,13 @@ class JudgedTask(Task):
                 tqdm.write(aligned(table) + "\n")
             run.metrics.write(step=step, when=when, clips=clips, **self.record(len(rows), metrics), **told)
             run.accelerator.log(self.numbers(metrics), step=step)
-            model.facts = self.facts(step, metrics, tables)
+            model.facts = self.facts(step, len(rows), metrics, tables)
         else:
             tqdm.write(f"{when} training: none of the {clips} to measure on could be read")
         if when == "after" and rows and (doubt := self.doubt(metrics)):
-            more = f": {self.advice(metrics)}" if step else ""
+            first = run.config.ema**step  # of the average, or 0
+            advice = f"{first:.0%} of the average (--ema) are still what training began with"
+            more = f": {advice if first > AVERAGED else self.advice(metrics)}" if step else ""
             tqdm.write(printable(f"WARNING: {doubt}{more}"))
         if when == "after":
             self.save(folder, model)
@@ -187,10 +179,12 @@ class JudgedTask(Task):
             for name, (judged, metrics) in found.items()
         }
 
-    def facts(self, step: int, metrics: dict, tables: Sequence[list[tuple]]) -> dict:
+    def facts(self, step: int, judged: int, metrics: dict, tables: Sequence[list[tuple]]) -> dict:
         """What the model card tells of the run."""
         config, found = self.config, self.found
         coverage = {side: f"{there} of {expected}" for side, (there, expected) in found.coverage.items()}
+        if "test" in found.coverage:  # of which some could not be read
+            coverage["test"] = f"{judged} of {found.coverage['test'][1]}"
         recipe = {name: getattr(config, name) for name in self.recipe} | dict(steps=step)
         if os.path.exists(recipe.get("checkpoint", "")):  # the path says nothing to others
             recipe["checkpoint"] = Path(recipe["checkpoint"]).resolve().name
@@ -199,7 +193,7 @@ class JudgedTask(Task):
             data=dict(
                 name=config.data.resolve().name if config.data else "Sounding Shapes",
                 clips=len(found.train),
-                measured_on=f"{len(found.test)} {found.test_name}",
+                measured_on=f"{judged} {found.test_name}",
                 measured_by=self.protocol,
                 coverage=coverage,
             ),

@@ -14,7 +14,7 @@ def with_enough_steps(config: LoopConfig, clips: int) -> LoopConfig:
     """
     per_epoch = schedule_of(config, clips).steps_per_epoch
     epochs = -(-config.min_steps // per_epoch)
-    if config.epochs_given or config.epochs != type(config).epochs or epochs <= config.epochs:
+    if config.is_asked("epochs") or config.epochs != type(config).epochs or epochs <= config.epochs:
         return config
     return replace(config, epochs=epochs, warmup_epochs=round(config.warmup_epochs * epochs / config.epochs))
 

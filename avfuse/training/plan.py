@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -11,22 +12,15 @@ from ..data import sounding_shapes
 from ..data.find import DEMOS, by_name
 from ..data.manifest import FILE, has_manifest
 from ..encoder import AVEncoder
-from ..files import printable
-from ..loading import load_encoder
 from ..mae import AVMAE, count_removed
 from ..presets import SIZES, create_encoder
-from ..rules import option
 from .costs import CARDS, LAUNCHES, PLAYED, SHARE, count_parameters, launch_seconds, step_flops, step_seconds
 from .length import with_enough_steps
 from .loop import Task, check_found
 from .recipes import TrainConfig, check_cuda_graphs
 from .settings import FRESH, learning_rate, schedule_of
-from .starts import for_clips, new_bias, saved_settings, with_drop_path
+from .starts import first_encoder, new_bias, saved_settings
 
-OF_ENCODER = (  # settings that a checkpoint decides
-    "model interactions fusion_layers fusion_tokens image_aggregation_tokens audio_aggregation_tokens "
-    "attn_ratio mlp_ratio audio_seconds"
-).split()
 ADAMW_BYTES = 16  # per parameter in float32: weight, gradient, two moments
 # Sizes of their training sets.
 PUBLISHED_CLIPS = {
@@ -41,35 +35,13 @@ def make_model(config: TrainConfig) -> AVMAE:
     """The masked autoencoder that the settings describe; of a checkpoint it has the encoder."""
     names = "decoder_dim", "decoder_depth", "decoder_heads", "decode_from"
     decoders = {name: getattr(config, name) for name in names}
-    if config.checkpoint == FRESH:
-        encoder = make_encoder(config)
-    else:
-        encoder = load_encoder(config.checkpoint)
-        check_encoder(config, encoder)
-        encoder = with_drop_path(for_clips(encoder, config), 0.0)  # as pretraining drops nothing
+    encoder = first_encoder(config, partial(make_encoder, config))
+    if config.checkpoint != FRESH:
         saved = saved_settings(config.checkpoint).get("model", {})
         asked = {name for name, value in decoders.items() if value != getattr(TrainConfig, name)}
         decoders |= {name: saved[name] for name in decoders.keys() & saved.keys() if not asked}
-    encoder.set_grad_checkpointing(config.grad_checkpointing)
     names = "image_mask_ratio", "audio_mask_ratio", "tubes", "contrastive"
     return AVMAE(encoder, **decoders, **{name: getattr(config, name) for name in names})
-
-
-def check_encoder(config: TrainConfig, encoder: AVEncoder) -> None:
-    """Raises ValueError if settings ask for another encoder than that of the checkpoint."""
-    asked = [name for name in OF_ENCODER if getattr(config, name) != getattr(TrainConfig, name)]
-    if not asked:
-        return
-    with torch.device("meta"):
-        wanted = make_encoder(config)
-    kinds = [
-        (e.dims, e.depth, [e.settings[name] for name in OF_ENCODER if name in e.settings])
-        for e in (wanted, encoder)
-    ]
-    if kinds[0] != kinds[1]:
-        given = ", ".join(f"{option(TrainConfig, name)} {getattr(config, name)}" for name in asked)
-        source = printable(config.checkpoint)
-        raise ValueError(f"--checkpoint {source} has another encoder than {given}: leave these out")
 
 
 def make_encoder(config: TrainConfig) -> AVEncoder:

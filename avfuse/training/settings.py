@@ -76,8 +76,9 @@ class LoopConfig:
     base_lr: Annotated[float, NOT_NEGATIVE] = 1e-3
     """Learning rate per 256 clips: lr = base_lr * batch / 256."""
     lr_scaling: Annotated[Literal["root", "linear"], Formerly("linear")] = "root"
-    """How the learning rate falls with batches below the default, for which --base-lr was chosen: with the
-    square root of the batch, as suits AdamW (Malladi et al. 2022), or in proportion, as it is above."""
+    """How the learning rate falls with batches below the default without a preset, for which --base-lr was
+    chosen: with the square root of the batch, as suits AdamW (Malladi et al. 2022), or in proportion, as it
+    is above."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.05
     """AdamW weight decay; biases and norms are left out."""
     layer_decay: Annotated[float, Rule("must be in (0, 1]", lambda value: 0 < value <= 1)] = 1.0
@@ -85,8 +86,9 @@ class LoopConfig:
     clip_grad: Annotated[float, NOT_NEGATIVE] = 1.0
     """Largest gradient norm; 0 = no clipping."""
     ema: Annotated[float, RATE] = 0.0
-    """Decay of an exponential moving average of the weights, such as 0.9999, which is then what is measured
-    and saved; 0 = none."""
+    """Decay of an exponential moving average of the weights, which is then what is measured and saved, such
+    as 0.99 for hundreds of steps, 0.9999 for tens of thousands: of the first weights DECAY to the power of
+    the steps is left. 0 = none."""
     precision: Literal["no", "fp16", "bf16"] = "no"
     """Mixed precision of Accelerate."""
     grad_checkpointing: Annotated[bool, FREE] = False
@@ -127,12 +129,18 @@ class LoopConfig:
     """How many of the latest checkpoints stay."""
     quiet: Annotated[bool, tyro.conf.arg(aliases=["-q"]), ONCE] = False
     """Show no progress, only what was found, results and faults."""
-    epochs_given: Annotated[bool, tyro.conf.Suppress, ONCE] = False
-    """Whether a command line gives --epochs, be it their default."""
+    given: Annotated[tuple[str, ...] | None, tyro.conf.Suppress, ONCE] = None
+    """The settings that a command line gives, be it their default; None: it was no command line."""
 
     def __post_init__(self):
         if self.run is None:
             self.run = self.default_run()
+
+    def is_asked(self, name: str) -> bool:
+        """Whether somebody chose this setting, rather than a preset."""
+        if self.given is None:
+            return getattr(self, name) != getattr(type(self), name)
+        return name in self.given
 
     @property
     def demo(self) -> Demo:
@@ -179,9 +187,10 @@ def checked(parse: Callable[..., LoopConfig]) -> Callable[..., LoopConfig]:
 
     def parse_and_check(args: Sequence[str], prog: str | None = None) -> LoopConfig:
         config = parse(args=args, prog=prog)
-        if not any(arg.replace("_", "-").startswith("--warmup-epochs") for arg in args):
+        options = (arg.partition("=")[0] for arg in args if arg.startswith("--"))
+        config.given = tuple(option.removeprefix("--").replace("-", "_") for option in options)
+        if not config.is_asked("warmup_epochs"):
             config.warmup_epochs = min(config.warmup_epochs, config.epochs // 2)
-        config.epochs_given = any(arg.startswith("--epochs") for arg in args)
         check_config(config)
         return config
 

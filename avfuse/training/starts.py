@@ -5,15 +5,19 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ..encoder import AVEncoder
+from ..encoder import AVEncoder, layers_of
 from ..files import printable
-from ..loading import config_at
+from ..loading import config_at, load_encoder
 from ..presets import SIZES
 from ..pretrained import WEIGHTS, file_at, load_strictly
 from ..rules import option
 from ..weight_files import read_safetensors
-from .settings import FRESH, LoopConfig, TaskConfig
+from .settings import FRESH, LoopConfig
 
+OF_ENCODER = (  # settings that a checkpoint decides
+    "model interactions fusion_layers fusion_tokens image_aggregation_tokens audio_aggregation_tokens "
+    "attn_ratio mlp_ratio audio_seconds"
+).split()
 TIME_PEAK = 3.0  # logits, with which a new bias of time begins
 
 
@@ -38,13 +42,35 @@ def for_clips(encoder: AVEncoder, config: LoopConfig) -> AVEncoder:
     return encoder if is_same else encoder.with_frames(frames, **options)
 
 
-def check_asked(config: TaskConfig, encoder: AVEncoder) -> None:
-    """Raises ValueError if the settings of a task ask for another encoder than that of its checkpoint."""
-    dim, depth, *_ = SIZES[config.model]
-    given = dict(model=(dim, depth), interactions=config.interactions)
-    found = dict(model=(encoder.dims["image"], encoder.depth), interactions=encoder.settings["interactions"])
-    asked = [name for name in given if getattr(config, name) != getattr(type(config), name)]
-    if wrong := [name for name in asked if given[name] != found[name]]:
+def first_encoder(config: LoopConfig, fresh: Callable[[], AVEncoder], drop_path: float = 0.0) -> AVEncoder:
+    """The encoder that a run begins with: a fresh one, or that of its checkpoint, which drops blocks at this
+    rate and not at that of the checkpoint.
+
+    Raises:
+        ValueError: the checkpoint holds none, or another than settings ask for.
+    """
+    if config.checkpoint == FRESH:
+        encoder = fresh()
+    else:
+        encoder = load_encoder(config.checkpoint)
+        check_asked(config, encoder)
+        encoder = for_clips(encoder, config)
+    encoder = with_drop_path(encoder, drop_path)
+    encoder.set_grad_checkpointing(config.grad_checkpointing)
+    return encoder
+
+
+def check_asked(config: LoopConfig, encoder: AVEncoder) -> None:
+    """Raises ValueError if somebody asks for another encoder than that of the checkpoint."""
+    asked = [name for name in OF_ENCODER if hasattr(config, name) and config.is_asked(name)]
+    wanted = {name: getattr(config, name) for name in asked}
+    (dim, depth, *_), inputs = SIZES[config.model], encoder.given_inputs
+    is_as_large = (dim, depth) == (encoder.dims["image"], encoder.depth)
+    found = encoder.settings | dict(model=config.model if is_as_large else None)
+    found |= dict(audio_seconds=inputs and inputs.audio_seconds)
+    if "fusion_layers" in asked:
+        wanted["fusion_layers"] = list(layers_of(config.fusion_layers or "all", encoder.depth)) or "none"
+    if wrong := [name for name in asked if wanted[name] != found.get(name)]:
         said = ", ".join(f"{option(type(config), name)} {getattr(config, name)}" for name in wrong)
         source = printable(config.checkpoint)
         raise ValueError(f"--checkpoint {source} has another encoder than {said}: leave these out")

@@ -32,7 +32,8 @@ def read_flickr_soundnet(
     def boxes_of(name: str) -> Boxes:
         return Boxes(read_boxes(check_file(root, f"Annotations/{name}.xml")), CANVAS)
 
-    names = (path.stem for path in (root / "Annotations").glob("*.xml"))
+    found = (root / "Annotations").glob("*.xml")
+    names = (path.stem for path in found if not path.name.startswith("."))  # as a Mac leaves beside files
     return read_pictures(root, "flickr", names, boxes_of, split, test_share=test_share, negatives=negatives)
 
 
