@@ -14,7 +14,6 @@ import study
 import torch
 from matplotlib.figure import Figure
 from pages import Page, by_seed
-from plots import BLUE, ORANGE
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -28,7 +27,6 @@ from study import (
     draw_seeds,
     make_encoder,
     mean_cell,
-    name_rows,
     over_scenes,
 )
 from tables import origin
@@ -157,15 +155,9 @@ def draw_plot(record: dict) -> Figure:
     rows = list(itertools.product(ROWS, WAYS, record["settings"]["labelled"]))
     for axis, label in zip(figure.subplots(1, 2, sharey=True), LABELS, strict=True):
         found = by_cell(record, label)
-        for offset, start, colour, marker in (
-            (-0.17, "scratch", BLUE, "o"),
-            (0.17, "pretrained", ORANGE, "s"),
-        ):
-            for place, (row, way, labelled) in enumerate(rows):
-                if values := found.get((row, start, way, labelled)):
-                    name = None if place else STARTS[start]
-                    draw_seeds(axis, place + offset, values, 0.3, colour, marker, name)
-        name_rows(axis, [f"{ROWS[row].label}\n{WAYS[way]}, {labelled:,}" for row, way, labelled in rows])
+        kinds = {STARTS[s]: [found.get((row, s, *way)) for row, *way in rows] for s in STARTS}
+        named = [f"{ROWS[row].label}\n{WAYS[way]}, {labelled:,}" for row, way, labelled in rows]
+        draw_seeds(axis, named, kinds)
         axis.set(xlim=(0, 1.02), xlabel=f"accuracy of the {label} of what sounds")
     draw_chances(axis, record["settings"]["objects"])  # of the colour
     figure.axes[0].get_legend().remove()  # the other's serves both, where no bar is behind it

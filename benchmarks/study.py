@@ -416,15 +416,9 @@ def draw_plot(record: dict) -> Figure:
     accuracies = accuracies_by_cell(record)
     names = trained(accuracies)
     figure = Figure(figsize=(9, 4), layout="constrained")
-    axis = figure.subplots()
-    for offset, start, colour, marker in ((-0.17, "scratch", BLUE, "o"), (0.17, "pretrained", ORANGE, "s")):
-        for place, name in enumerate(names):
-            values = accuracies.get((name, start), [])
-            if values:
-                label = None if place else STARTS[start]
-                draw_seeds(axis, place + offset, values, 0.3, colour, marker, label)
-    draw_chances(axis, record["settings"]["objects"])
-    name_rows(axis, [ROWS[name].label for name in names])
+    kinds = {STARTS[start]: [accuracies.get((name, start)) for name in names] for start in STARTS}
+    draw_seeds(figure.subplots(), [ROWS[name].label for name in names], kinds)
+    draw_chances(figure.axes[0], record["settings"]["objects"])
     return figure
 
 
@@ -435,16 +429,17 @@ def draw_chances(axis, objects: int) -> None:
         axis.text(chance, -0.7, f" chance, {what} ", color=GREY, fontsize=8, ha=side)
 
 
-def draw_seeds(
-    axis, place: float, values: list[float], height: float, colour, marker: str, label: str | None
-):
-    """A bar for the mean, and a mark for each seed."""
-    axis.barh(place, statistics.mean(values), height, color=colour, alpha=0.35)
-    axis.plot(values, [place] * len(values), marker, color=colour, ms=5, ls="", label=label)
-
-
-def name_rows(axis, labels: list[str]) -> None:
-    """What the rows of bars are, from the top down."""
+def draw_seeds(axis, labels: list[str], kinds: dict[str, list[list[float] | None]], *colours: str) -> None:
+    """For each label, from the top down, a bar of each kind: the mean, and a mark for each of its seeds."""
+    height = 0.8 / max(1, len(kinds))
+    for n, (kind, values) in enumerate(kinds.items()):
+        style = dict(color=(colours or (BLUE, ORANGE))[n], marker="os"[n % 2])
+        axis.plot([], [], ms=5, ls="", label=kind, **style)
+        for place, seeds in enumerate(values):
+            if seeds:
+                at = place + (n - (len(kinds) - 1) / 2) * height
+                axis.barh(at, statistics.mean(seeds), 0.9 * height, color=style["color"], alpha=0.35)
+                axis.plot(seeds, [at] * len(seeds), ms=5, ls="", **style)
     axis.set(xlim=(0, 1), ylim=(len(labels) - 0.4, -1), xlabel="accuracy of the colour of what sounds")
     axis.set_yticks(range(len(labels)), labels)
     axis.spines[["top", "right"]].set_visible(False)

@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from pages import CellOptions, Page, by_seed
 from plots import BLUE, GREEN, GREY, ORANGE
-from study import VERDICT, Row, Scenes, difference, draw_seeds, fit, mean_cell, name_rows, over_scenes
+from study import VERDICT, Row, Scenes, difference, draw_seeds, fit, mean_cell, over_scenes
 from tables import origin
 from torch.nn.functional import cross_entropy
 
@@ -207,22 +207,15 @@ def draw_plot(record: dict) -> Figure:
     """Every seed a dot, the mean a bar; by number of frames and of fusion tokens."""
     accuracies = by_cell(record)
     kinds = sorted({(T, F) for _, T, F in accuracies}, key=lambda key: (key[0] == 1, key))
-    colours, height = (BLUE, GREEN, ORANGE), 0.8 / max(1, len(kinds))
     names = [name for name in ROWS if any(key[0] == name for key in accuracies)]
     figure = Figure(figsize=(9, 1 + 0.7 * len(names)), layout="constrained")
-    axis = figure.subplots()
-    for n, (T, F) in enumerate(kinds):
-        colour = GREY if T == 1 else colours[n % len(colours)]
-        label = "one frame" if T == 1 else f"{T} frames, {F} fusion tokens"
-        for place, name in enumerate(names):
-            values = accuracies.get((name, T, F), [])
-            if values:
-                at = place + (n - (len(kinds) - 1) / 2) * height
-                draw_seeds(axis, at, values, 0.9 * height, colour, "o", label)
-                label = None
+    axis, labels = figure.subplots(), [ROWS[name].label for name in names]
+    called = ["one frame" if T == 1 else f"{T} frames, {F} fusion tokens" for T, F in kinds]
+    values = [[accuracies.get((name, T, F)) for name in names] for T, F in kinds]
+    colours = [GREY if T == 1 else (BLUE, GREEN, ORANGE)[n % 3] for n, (T, F) in enumerate(kinds)]
+    draw_seeds(axis, labels, dict(zip(called, values, strict=True)), *colours)
     axis.axvline(1 / OBJECTS["synchrony"], color=GREY, ls="--", lw=1)
     axis.text(1 / OBJECTS["synchrony"], -0.75, " chance of the pictures", color=GREY, fontsize=8)
-    name_rows(axis, [ROWS[name].label for name in names])
     return figure
 
 
