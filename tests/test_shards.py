@@ -127,6 +127,14 @@ def test_splits_of_a_plain_folder_keep_their_names(folder, tmp_path):
     assert "splits: train to train on, test to test on, by avfuse-manifest.jsonl" in said
 
 
+def test_shards_of_before_are_named(folder, tmp_path):
+    """Which a reader of *.tar would take for more clips."""
+    shard(folder, tmp_path, size=SMALL, progress=False, workers=0)
+    said = shard(folder, tmp_path, size=10**9, progress=False, workers=0)
+    assert said.splitlines()[0].startswith("14 clips in 2 shards")
+    assert re.search(r"^[1-9] other files there are no part of these: .*train-000001.tar", said, re.M)
+
+
 def test_splits_of_another_name_are_those_of_the_manifest(tmp_path):
     root = audioset(tmp_path / "audioset", videos(tmp_path / "shapes", 4))
     check(root, **QUIET)

@@ -93,6 +93,8 @@ def shard(
         if entries:
             names = some([entry.path for entry in entries])
             lines.append(f"{len(entries)} {what}, and are in no shard: {names}")
+    if others := sorted({path.name for path in out.glob("*.tar")} - {plan.name for plan in plans}):
+        lines.append(f"{len(others)} other files there are no part of these: {some(others)}")
     return "\n".join(lines)
 
 
