@@ -232,6 +232,31 @@ def test_sound_before_the_first_picture(tmp_path, suffix, codecs, late):
     assert numbers(path, [0, late + 0.05, late + 1.25]) == [0, 0, 12]
 
 
+@pytest.mark.parametrize(
+    ("suffix", "codecs", "late"),
+    [
+        ("mkv", ("libx264", "aac"), 0.0),
+        ("mkv", ("libx264", "pcm_s16le"), 1.5),
+        ("webm", ("libvpx-vp9", "libopus"), 0.0),
+    ],
+)
+def test_the_start_of_the_sound_after_late_pictures(tmp_path, suffix, codecs, late):
+    """As windows are read: all pictures first, then the sound of each."""
+    times, many = [late + 0.1 * number for number in range(200)], dict(cluster_time_limit="500")
+    video = numbered_frames(len(times))
+    path = write_video(
+        tmp_path / f"a.{suffix}", 21, times=times, video=video, codecs=codecs, g="5", container=many
+    )
+    for seconds in 3.0, 8.5, 14.0, 19.0:
+        for start in 0.0, 0.2, 1.0:
+            with ClipReader(path) as clip:
+                alone = clip.audio(start, 1, 16_000)
+            with ClipReader(path) as clip:
+                clip.frame(seconds)
+                sound = clip.audio(start, 1, 16_000)
+            assert np.abs(sound - alone).max() < 0.01 < np.abs(alone).max(), (seconds, start)
+
+
 def test_a_window_within_a_gap(tmp_path):
     piece = chirp(np.arange(32_000) / 16_000)[None]
     audio = [(0.0, piece), (8.0, piece)]

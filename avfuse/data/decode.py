@@ -330,8 +330,12 @@ class ClipReader(AbstractContextManager):
                 return
 
     def _seek(self, stream, seconds: float) -> None:
-        is_indexed = self._format != "matroska" or seconds == FAR_BACK  # else often for pictures alone
-        stream = stream if is_indexed or self._video is None else self._video
+        if self._format == "matroska" and self._video is not None:  # its index is often of pictures alone
+            if stream is self._audio and seconds == FAR_BACK:  # sound may begin before them
+                self._seek(self._video, FAR_BACK)
+                next(self._container.demux(self._audio), None)  # late reads leave FFmpeg without its start
+            else:
+                stream = self._video
         start, at = stream.start_time or 0, math.floor((seconds + self._origin) / stream.time_base)
         try:
             self._container.seek(at, stream=stream)
