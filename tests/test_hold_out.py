@@ -12,6 +12,7 @@ from videos import write_video
 
 from avfuse.data.class_folders import with_classes
 from avfuse.data.clips import Clip
+from avfuse.data.decode import Part
 from avfuse.data.find import Found, find_data
 from avfuse.data.hold_out import Sides, hold_out
 from avfuse.data.table import ClipTable
@@ -155,6 +156,25 @@ def test_recordings_whose_names_end_in_numbers_stay_together(pattern, seed):
     assert train and test and not {of[name] for name in train} & {of[name] for name in test}
 
 
+def test_two_recordings_of_marked_pieces():
+    names = [f"{c}/take{r}-Scene-{n:03d}.mp4" for c in "ab" for r in "12" for n in range(6)]
+    train, test = split(names)
+    assert {name[6] for name in train}.isdisjoint(name[6] for name in test) and test
+
+
+def test_shards_of_a_folder_with_train_alone_hold_out_what_it_does():
+    names = [f"{kind}/{n}.mp4" for kind, count in (("dog", 26), ("cat", 5), ("cow", 5)) for n in range(count)]
+    clips = [Clip(ROOT / f"0.tar/{n}.mp4", source=f"Train/{name}") for n, name in enumerate(names)]
+    clips = [replace(clip, part=Part(ROOT / "0.tar", 0, 1)) for clip in clips]
+    test = hold_out(ClipTable(clips), ROOT, share=0.2, seed=0)[1]
+    assert [clip.source.removeprefix("Train/") for clip in test] == split(names)[1]
+    # As a class among others it is none.
+    names = [f"{kind}/{n}.mp4" for kind in ("train", "car") for n in range(10)]
+    clips = [replace(clips[0], source=name) for name in names]
+    test = hold_out(ClipTable(clips), ROOT, share=0.2, seed=0)[1]
+    assert [clip.source for clip in test] == split(names)[1] and len(test) == 4
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_recordings_may_have_folders_of_their_own(seed):
     names = [f"{c}/{c}{r}/{n:05d}.mp4" for c in "ab" for r in "xyzuvw" for n in range(6)]  # as in VoxCeleb
@@ -208,6 +228,9 @@ def test_several_labels_part_no_recording(tags):
         [f"IMG_{n}" for n in range(2000, 2015)] + [f"MVI_{n}" for n in range(3000, 3015)],
         [f"VID_20260{n}01_1200{n}0" for n in range(1, 10)] + [f"PXL_20260{n}01_110000123" for n in range(9)],
         [f"{n:04d}" for n in range(30)],
+        [f"dog_{year}_{n:03d}" for year in (2022, 2023) for n in range(15)],
+        [f"202305{day}_1230{n:02d}" for day in (11, 12, 13, 14, 15, 16) for n in range(5)],
+        [f"2015-0{month}-01 00-42-{n:02d}" for month in range(1, 7) for n in range(5)],
     ],
     ids=lambda names: names[0],
 )

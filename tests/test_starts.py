@@ -141,6 +141,7 @@ def test_what_a_preset_asks_for_beside_a_checkpoint_is_for_fresh_weights(tmp_pat
     for kind, options in (
         (parse_classify, ["--preset", "vggsound-probe"]),
         (parse, ["--preset", "vggsound-ablation"]),
+        (parse, ["--audio-seconds", "0"]),
         (parse, ["--interactions", "factorized", "--fusion-layers", "1", "--fusion-tokens", "16"]),
     ):
         begin = make_model if kind is parse else starting_encoder

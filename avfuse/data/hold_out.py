@@ -17,7 +17,12 @@ PIECE = re.compile(
     r"(?:(?:[ ._-]+(?:scene|part|clip|seg|segment|chunk))?+[ ._(-]*+[0-9]++\)?+)++$", re.IGNORECASE
 )
 MARKED = re.compile(r"[ ._-]+(?:scene|part|clip|seg|segment|chunk)[ ._(-]*[0-9]+\)?$", re.IGNORECASE)
-CAMERA = re.compile(r"[A-Z0-9_]{4}[0-9]{4}|[A-Z]{3}[_-][0-9]{8}[_-].*")  # names by DCF and by telephones
+DATE = r"(?:19|20)[0-9]{2}-?(?:0[1-9]|1[0-2])-?(?:0[1-9]|[12][0-9]|3[01])"
+CAMERA = re.compile(  # names by DCF, by telephones, and by the second
+    r"[A-Z0-9_]{4}[0-9]{4}|[A-Z]{3}[_-][0-9]{8}[_-].*"
+    rf"|{DATE}[ _T-]?[0-9]{{2}}(?:[.:-]?[0-9]{{2}}){{2}}.*"
+)
+SEVERAL = 5  # names of a class, by their first numbers: fewer may be years or sizes
 ALONE = 200  # recordings: of as many each is drawn by itself, and their share is near enough
 SCHEME = 0.75  # share of each class of a clip whose names begin alike: dog_01, dog_02 are no pieces
 
@@ -81,8 +86,9 @@ def hold_out(
             None is one to draw.
     """
     sides = list(sides) or [None] * len(clips)
-    classes = [list(_classes(clip, base)) for clip in clips]
-    names = _recordings([_name(clip, base) for clip in clips], classes)
+    paths = _paths(clips, base)
+    classes = [list(_classes(clip, path)) for clip, path in zip(clips, paths, strict=True)]
+    names = _recordings(["/".join(path.parts[1:]) or path.name for path in paths], classes)
     draws = {name: _draw(seed, name) for name in names}
     kept: dict[str, bool] = {}  # recording -> whether it is held out; those that were trained on are not
     for name, side in zip(names, sides, strict=True):
@@ -129,17 +135,21 @@ def _fill(held: set[str], drawn: list[str], clips: Counter, share: float, orders
                 lacking -= clips[name]
 
 
-def _classes(clip: Clip, base: Path) -> Iterable[Hashable]:
+def _paths(clips: Iterable[Clip], base: Path) -> list[Path]:
+    """The paths of clips, without suffix, below the folder that may hold folders of classes: of clips in
+    shards that folder was train/, if all were there.
+    """
+    paths = [Path(clip.name(base)).with_suffix("") for clip in clips]
+    if all(clip.source for clip in clips) and {path.parts[0].lower() for path in paths} == {"train"}:
+        return [path.relative_to(path.parts[0]) for path in paths]
+    return paths
+
+
+def _classes(clip: Clip, path: Path) -> Iterable[Hashable]:
     if not clip.labels:
-        return [os.path.dirname(clip.name(base)).split(os.sep)[0]]
+        return path.parent.parts[:1] or [""]
     several = {name: v if isinstance(v, tuple) else (v,) for name, v in clip.labels.items()}
     return [(name, value) for name, values in several.items() for value in values]
-
-
-def _name(clip: Clip, base: Path) -> str:
-    """Its path below the folder that may name the class: pieces may have one for each recording."""
-    folder, *below = Path(clip.name(base)).with_suffix("").parts
-    return "/".join(below) or folder
 
 
 def _recordings(paths: list[str], classes: list[list[Hashable]]) -> list[str]:
@@ -158,13 +168,15 @@ def _recordings(paths: list[str], classes: list[list[Hashable]]) -> list[str]:
 
 def _names(paths: list[str], classes: list[list[Hashable]]) -> list[str]:
     """The shortest of the `_prefixes` of each path that is not how most names of its classes begin; beyond
-    the shortest one, only where it has several clips of a class together. Else a name of the clip's own.
+    the shortest one, only where a class has `SEVERAL` of them or they are marked as scenes or parts, and some
+    have several clips together. Else a name of the clip's own.
     """
     prefixes, sizes = list(map(_prefixes, paths)), Counter(kind for of_clip in classes for kind in of_clip)
     names: list[str | None] = [None] * len(paths)
     for level in range(max(map(len, prefixes), default=0)):
         left = [n for n, name in enumerate(names) if name is None and level < len(prefixes[n])]
         alike = Counter((kind, prefixes[n][level]) for n in left for kind in classes[n])
+        many = Counter(kind for kind, _ in alike)
         parted = {kind for (kind, _), clips in alike.items() if clips > 1 or level == 0}
         schemes = {
             prefixes[n][level]
@@ -172,7 +184,9 @@ def _names(paths: list[str], classes: list[list[Hashable]]) -> list[str]:
             if all(alike[kind, prefixes[n][level]] > max(1, SCHEME * sizes[kind]) for kind in classes[n])
         }
         for n in left:
-            if prefixes[n][level] not in ("", *schemes) and not parted.isdisjoint(classes[n]):
+            is_sure = level == 0 or max(many[kind] for kind in classes[n]) >= SEVERAL
+            is_sure = is_sure or MARKED.search(paths[n])
+            if is_sure and prefixes[n][level] not in ("", *schemes) and not parted.isdisjoint(classes[n]):
                 names[n] = prefixes[n][level]
     own = (f"{of_clip!r}/{path}" for of_clip, path in zip(classes, paths, strict=True))
     return [alone if name is None else name for name, alone in zip(names, own, strict=True)]

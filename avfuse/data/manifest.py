@@ -88,12 +88,14 @@ class Entry:
                 raise ValueError(f"{each.name} is {value!r}")
         if not (math.isfinite(self.seconds) and 0 <= self.fps < math.inf and 0 <= self.bytes < 2**62):
             raise ValueError(f"seconds {self.seconds}, fps {self.fps}, bytes {self.bytes}")
-        os.fsencode(self.path)  # or it is no path
+        os.fsencode(self.path + self.source)  # or they are no paths
         if not re.fullmatch(r"[\w-]{0,64}", self.split):
             raise ValueError(f"split is {self.split!r}")
+        for name in (self.path, self.source) if self.source else (self.path,):
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
+                raise ValueError(f"path {name!r} leaves the data folder")
         path = PurePosixPath(self.path)
-        if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in self.path:
-            raise ValueError(f"path {self.path!r} leaves the data folder")
         if self.start >= 0 and (len(path.parts) < 2 or self.start > 2**62):
             raise ValueError(f"path {self.path!r} names no member of a shard")
         for name, label in self.labels.items():
@@ -237,7 +239,7 @@ def write(root: Path, header: Header, entries: Iterable[Entry]) -> Path:
 
 
 def dump(entry: Entry) -> str:
-    return json.dumps(vars(entry))
+    return json.dumps({name: value for name, value in vars(entry).items() if name != "source" or value})
 
 
 def has_manifest(root: Path) -> bool:

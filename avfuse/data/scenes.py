@@ -376,5 +376,5 @@ class SceneDataset(ClipDataset):
             return View(height, width, (0, 0, height, width))
         rows, columns = self.settings.image_shape
         pixels = min(height / rows, width / columns)  # of the picture, for one of the image
-        shown = round(rows * pixels), round(columns * pixels)
+        shown = max(1, round(rows * pixels)), max(1, round(columns * pixels))
         return View(height, width, ((height - shown[0]) // 2, (width - shown[1]) // 2, *shown))

@@ -62,7 +62,8 @@ def first_encoder(config: LoopConfig, fresh: Callable[[], AVEncoder], drop_path:
 
 def check_asked(config: LoopConfig, encoder: AVEncoder) -> None:
     """Raises ValueError if somebody asks for another encoder than that of the checkpoint."""
-    asked = [name for name in OF_ENCODER if hasattr(config, name) and config.is_asked(name)]
+    given = [name for name in OF_ENCODER if hasattr(config, name) and config.is_asked(name)]
+    asked = [name for name in given if getattr(config, name) != 0]  # which is to leave it open
     wanted = {name: getattr(config, name) for name in asked}
     (dim, depth, *_), inputs = SIZES[config.model], encoder.given_inputs
     is_as_large = (dim, depth) == (encoder.dims["image"], encoder.depth)
