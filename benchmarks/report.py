@@ -77,6 +77,13 @@ TASKS = (
     ("retrieval by shape, recall at 1", "256", "retrieve", RECALL, "chance {shape_recall@1_chance:.3f}"),
     ("semantic segmentation", "2,048", "segment-2048", MIOU, f"image alone: {MIOU_OF_IMAGE}"),
     ("localization", "2,048", "localize-2048", "pointing {pointing:.3f}", IMAGE_ALONE),
+    (
+        "localization over time in scenes of synchrony, 8 frames",
+        "2,048",
+        "localize-synchrony",
+        "pointing {pointing:.3f}",
+        "a guess among the objects 0.250",
+    ),
     ("separation of one-object clips", "2,048", "separate", SEPARATED, SEPARATIONS),
     ("separation of one-object clips", "4,096", "separate-solos", SEPARATED, SEPARATIONS),
 )
