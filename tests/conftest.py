@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 os.environ["MPLBACKEND"] = "Agg"
@@ -12,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a script has started with & ignores it
 torch.backends.cudnn.allow_tf32 = False  # PyTorch's default for convolutions, such as patch embeddings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on CPU tensors; read when they are imported

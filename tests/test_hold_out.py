@@ -34,6 +34,13 @@ def split(names, *, share=0.2, seed=0, labels=None) -> tuple[list[str], list[str
     return tuple([clip.path.relative_to(ROOT).as_posix() for clip in side] for side in sides)
 
 
+def test_draws_stay_what_they_were():
+    """Those of runs that began long ago."""
+    flat = [f"{n:06d}.mp4" for n in range(17)]
+    assert split(flat)[1] == ["000002.mp4", "000008.mp4", "000016.mp4"]
+    assert split([f"a/{name}" for name in flat])[1] == ["a/000003.mp4", "a/000006.mp4", "a/000008.mp4"]
+
+
 MANY = [f"{kind}/{kind}_{number:03d}.mp4" for kind in ("cat", "dog") for number in range(500)]
 
 

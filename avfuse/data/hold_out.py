@@ -147,7 +147,7 @@ def _paths(clips: Iterable[Clip], base: Path) -> list[Path]:
 
 def _classes(clip: Clip, path: Path) -> Iterable[Hashable]:
     if not clip.labels:
-        return path.parent.parts[:1] or [""]
+        return path.parent.parts[:1] or ["."]
     several = {name: v if isinstance(v, tuple) else (v,) for name, v in clip.labels.items()}
     return [(name, value) for name, values in several.items() for value in values]
 
