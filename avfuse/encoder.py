@@ -366,9 +366,8 @@ class AVEncoder(nn.Module, Predictor, Pretrained):
 
     def timed(self, image: Branch | None, audio: Branch | None):
         """Both branches with their times, in seconds from the start of the window; not in half precision."""
-        check_inputs(
-            self.inputs, self.image, self.audio, self.frames
-        )  # of other sizes, who knows the seconds
+        # A transformer that was given another size reads seconds that nobody has told.
+        check_inputs(self.inputs, self.image, self.audio, self.frames)
         options = dict(
             device=self.fusion_tokens.device,
             dtype=torch.promote_types(self.fusion_tokens.dtype, torch.float32),

@@ -222,8 +222,7 @@ def read_clip(path: str | Path, inputs: InputSettings, *, start: float | None = 
         inputs: the transforms of the model, `encoder.inputs`.
         start: where the window of `inputs.audio_seconds` begins, in seconds; None = that in the middle. The
             frame is that in the middle of the window, or of a clip shorter than it; several are those shown
-            at `inputs.frame_times` of it.
-            Sound that ends early is extended by mirrored copies.
+            at `inputs.frame_times` of it. Sound that ends early is extended by mirrored copies.
 
     Raises:
         ValueError: the file cannot be read, with the reason, or `start` is not within it.

@@ -133,10 +133,7 @@ def find_data(
         _check_folder(listing, scans)
     is_here = is_checked and not address(root)
     if is_here and (stale := _stale(root, listing, data_set, scans)):  # no reason to refuse a run its clips
-        in_shards = any(scanned.clips.shards is not None for scanned in scans.values())
-        cure = f"python -m avfuse.data check {root} brings it up to date"
-        cure = f"if they were only copied, touch {root / manifest.FILE}" if in_shards else cure
-        say(f"WARNING: {printable(stale)}, which is used as it is: {printable(cure)}")
+        say(f"WARNING: {printable(stale)}, which is used as it is: {printable(_cure(root, scans))}")
     tables, held_out = {side: scanned.clips for side, scanned in scans.items()}, ""
     if test_share and "test" not in tables:
         known = before.of(tables["train"], root) if before else []
@@ -280,6 +277,13 @@ def _stale(root: Path, listing: Manifest, data_set: str, scans: dict[str, "Scan"
             return f"{more.total()} files ({where}) are not in {manifest.FILE}"
     changed = _changed(root, scans.values())
     return f"{changed} has changed since {manifest.FILE} was written" if changed else ""
+
+
+def _cure(root: Path, scans: dict[str, "Scan"]) -> str:
+    """What to do about a manifest that is older than what it tells of."""
+    if any(scanned.clips.shards is not None for scanned in scans.values()):
+        return f"if they were only copied, touch {root / manifest.FILE}"
+    return f"python -m avfuse.data check {root} brings it up to date"
 
 
 def _changed(root: Path, scans: Iterable["Scan"]) -> Path | None:

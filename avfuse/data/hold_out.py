@@ -13,10 +13,9 @@ from .table import Clip, ClipTable
 
 # What the names of pieces of a recording end in: talk_003, talk-Scene-003, talk part 2, talk (2), talk/003,
 # ID_000030_000040.
-PIECE = re.compile(
-    r"(?:(?:[ ._-]+(?:scene|part|clip|seg|segment|chunk))?+[ ._(-]*+[0-9]++\)?+)++$", re.IGNORECASE
-)
-MARKED = re.compile(r"[ ._-]+(?:scene|part|clip|seg|segment|chunk)[ ._(-]*[0-9]+\)?$", re.IGNORECASE)
+WORD, NUMBER = r"[ ._-]+(?:scene|part|clip|seg|segment|chunk)", r"[ ._(-]*+[0-9]++\)?+"
+PIECE = re.compile(rf"(?:(?:{WORD})?+{NUMBER})++$", re.IGNORECASE)
+MARKED = re.compile(rf"{WORD}{NUMBER}$", re.IGNORECASE)
 DATE = r"(?:19|20)[0-9]{2}-?(?:0[1-9]|1[0-2])-?(?:0[1-9]|[12][0-9]|3[01])"
 CAMERA = re.compile(  # names by DCF, by telephones, and by the second
     r"[A-Z0-9_]{4}[0-9]{4}|[A-Z]{3}[_-][0-9]{8}[_-].*"
@@ -177,17 +176,18 @@ def _names(paths: list[str], classes: list[list[Hashable]]) -> list[str]:
         left = [n for n, name in enumerate(names) if name is None and level < len(prefixes[n])]
         alike = Counter((kind, prefixes[n][level]) for n in left for kind in classes[n])
         many = Counter(kind for kind, _ in alike)
-        parted = {kind for (kind, _), clips in alike.items() if clips > 1 or level == 0}
+        together = {kind for (kind, _), clips in alike.items() if clips > 1}
         schemes = {
             prefixes[n][level]
             for n in left
             if all(alike[kind, prefixes[n][level]] > max(1, SCHEME * sizes[kind]) for kind in classes[n])
         }
         for n in left:
-            is_sure = level == 0 or max(many[kind] for kind in classes[n]) >= SEVERAL
-            is_sure = is_sure or MARKED.search(paths[n])
-            if is_sure and prefixes[n][level] not in ("", *schemes) and not parted.isdisjoint(classes[n]):
-                names[n] = prefixes[n][level]
+            name, kinds = prefixes[n][level], classes[n]
+            is_clear = MARKED.search(paths[n]) or max(many[kind] for kind in kinds) >= SEVERAL
+            is_recording = level == 0 or (is_clear and not together.isdisjoint(kinds))
+            if is_recording and name not in ("", *schemes):
+                names[n] = name
     own = (f"{of_clip!r}/{path}" for of_clip, path in zip(classes, paths, strict=True))
     return [alone if name is None else name for name, alone in zip(names, own, strict=True)]
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -68,7 +69,7 @@ def check_run(config: LoopConfig) -> LoopConfig:
     before = read_run(run)
     if not before:
         there = (path.name for path in run.iterdir()) if run.exists() else ()
-        others = [name for name in there if name != LOCK and not name.endswith(".part")]
+        others = [name for name in there if name != LOCK and not re.fullmatch(r"\..*\.part", name)]
         if others and config.restart:
             raise ValueError(f"--run-dir {printable(run)} is not a run folder (no {FILE}): not deleting it")
         if "checkpoints" in others:
@@ -244,9 +245,11 @@ def write_sides(config: LoopConfig, found: Found) -> None:
 
 def begun_with(config: LoopConfig) -> Path | None:
     """The folder of the run that this one goes on with, or else of that whose model it begins with."""
-    is_there = not config.restart and (config.run / FILE).is_file()
-    is_cut = is_there and not (config.run / SIDES).is_file()  # a start may have been, before it wrote these
-    return config.run if is_there and not (is_cut and behind(config)) else behind(config)
+    source = behind(config)
+    if config.restart or not (config.run / FILE).is_file():
+        return source
+    was_told = (config.run / SIDES).is_file()  # a start that was killed may not have come to that
+    return config.run if was_told or source is None else source
 
 
 def behind(config: LoopConfig) -> Path | None:
