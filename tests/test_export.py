@@ -200,8 +200,7 @@ def test_bfloat16_on_a_cpu(interactions):
             assert 0 < (given - of_truth).abs().max() < 16 * torch.finfo(torch.bfloat16).eps
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("options", [{}, dict(frames=4, pair_bias="time")], ids=["image", "frames"])
+@pytest.mark.parametrize("options, dynamic", [({}, None), (dict(frames=4, pair_bias="time"), True)], ids=str)
 def test_torch_compile_of_an_encoder(options, dynamic):
     torch._dynamo.reset()
     encoder = made(**options)

@@ -45,7 +45,7 @@ OPTIONS = {
     "dtype": (torch.float32, torch.float16),
     "F": (1, 5, 16, 33),
     "I": (1, 7, 64, 65, 130),
-    "A": (1, 3, 33, 96, 129),
+    "A": (1, 3, 33, 96, 65 if DEVICE == "cpu" else 129),  # the interpreter walks tile by tile
     "K": (3, 16, 64),
     "V": (4, 64, 80),
     "masks": (None, "random", "dead"),
@@ -371,11 +371,11 @@ OF_NORMS = itertools.product(GPUS, ("float32", "bfloat16"), ["residual_norm_kern
 UNEVEN = {("100", "float32", "forward_kernel"), *OF_NORMS} if NEWER else set()
 
 
-def assert_little_is_spilled(*runs):
-    """Runs benchmarks/kernel_resources.py with each of these arguments at once and prints what it prints."""
-    options = dict(env=COMPILING, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    commands, found = [[sys.executable, SCRIPT, *arguments] for arguments in runs], set()
-    for process in [subprocess.Popen(command, **options) for command in commands]:
+def assert_little_is_spilled(gpus, *options):
+    """Runs benchmarks/kernel_resources.py for each GPU at once and prints what it prints."""
+    pipes = dict(env=COMPILING, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    commands, found = [[sys.executable, SCRIPT, gpu, *options] for gpu in gpus], set()
+    for process in [subprocess.Popen(command, **pipes) for command in commands]:
         printed, errors = process.communicate(timeout=1800)
         assert process.returncode == 0, errors
         columns, *lines = printed.splitlines()
@@ -391,7 +391,7 @@ def assert_little_is_spilled(*runs):
             assert int(row["SHARED"]) <= 99 * 1024, row  # what a program may have on any GPU from 8.0 on
             known = (row["sm"], row["dtype"], row["kernel"]) in UNEVEN
             assert row["UNEVEN"] == "0" or known, row
-    assert found == {*itertools.product(GPUS, KERNELS | NORMS)}
+    assert found == {*itertools.product(gpus, KERNELS | NORMS)}
 
 
 def test_a_product_that_is_fused_with_another_lanes_is_found():
@@ -412,12 +412,12 @@ def test_a_product_that_is_fused_with_another_lanes_is_found():
 
 
 def test_kernels_compile_spilling_little():
-    assert_little_is_spilled([*GPUS, "--few"])
+    assert_little_is_spilled(GPUS[:2], "--few")
 
 
 @pytest.mark.slow
 def test_every_variant_compiles_spilling_little():
-    assert_little_is_spilled(*([gpu] for gpu in GPUS))
+    assert_little_is_spilled(GPUS)
 
 
 def test_whatever_may_be_absent_the_types_of_a_kernel_agree(tmp_path):
