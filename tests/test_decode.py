@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pytest
 from av.stream import Disposition
+from av.video.reformatter import ColorRange, Colorspace
 from videos import chirp, lag, number_of, numbered_frames, probe, read_audio, read_frame, write_video
 
 from avfuse.data import decode
@@ -291,6 +292,48 @@ def test_pixels_that_no_picture_has(tmp_path):
     path.write_bytes(data[:at] + struct.pack(">2I", 10**9, 1) + data[at + 8 :])
     with pytest.raises(ClipError, match="its pictures cannot be decoded: .* times as wide as high"):
         read_frame(path, 0)
+
+
+# Shares of red and blue in luma: ITU-R BT.709 (high definition), BT.601 (what files without a tag are taken
+# for), and BT.2020.
+LUMA = {"ITU709": (0.2126, 0.0722), "ITU601": (0.299, 0.114), "BT2020": (0.2627, 0.0593)}
+BANDS = (255, 0, 0), (0, 255, 0), (0, 0, 255), (200, 120, 40)  # red, green and blue
+
+
+@pytest.mark.parametrize(
+    ("matrix", "pixels", "is_full", "is_told"),
+    [
+        ("ITU709", "yuv420p", False, True), ("ITU709", "yuv420p10le", False, True),
+        ("ITU709", "yuv420p", True, True), ("ITU709", "yuv444p", False, True),
+        ("ITU601", "yuv420p", True, True), ("ITU601", "yuv420p", False, False),
+        ("BT2020", "yuv420p10le", False, True),
+    ],
+)  # fmt: skip
+def test_colours(tmp_path, matrix, pixels, is_full, is_told):
+    """Bands of one colour each, as the standards turn it into luma and chroma."""
+    path, bits = tmp_path / "a.mp4", 10 if pixels.endswith("10le") else 8
+    (red, blue), unit = LUMA[matrix], 2 ** (bits - 8)
+    rgb = np.array(BANDS).repeat(32, 0).T / 255
+    y = np.array([red, 1 - red - blue, blue]) @ rgb
+    chroma = (rgb[2] - y) / (2 * (1 - blue)), (rgb[0] - y) / (2 * (1 - red))
+    low, luma, width = (0, 255, 255) if is_full else (16, 219, 224)
+    rows = [low + luma * y, *(128 + width * c for c in chroma)]
+    frame = av.VideoFrame(128, 64, pixels)
+    for plane, row in zip(frame.planes, rows, strict=True):
+        row = np.clip(row[:: 128 // plane.width] * unit, 0, 2**bits - 1).round()
+        lines = np.tile(row.astype(np.uint16 if bits > 8 else np.uint8), (plane.height, 1))
+        plane.update(np.pad(lines, ((0, 0), (0, plane.line_size // lines.itemsize - plane.width))))
+    if is_told:
+        frame.colorspace = Colorspace[matrix]
+        frame.color_range = ColorRange.JPEG if is_full else ColorRange.MPEG
+    with av.open(path, "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"qp": "0"})
+        stream.width, stream.height, stream.pix_fmt = 128, 64, pixels
+        if is_told:
+            stream.codec_context.colorspace = frame.colorspace
+            stream.codec_context.color_range = frame.color_range
+        container.mux([*stream.encode(frame), *stream.encode()])
+    np.testing.assert_allclose(read_frame(path, 0)[32, 16::32].astype(int), BANDS, atol=3)
 
 
 def test_a_frame_that_the_decoder_would_make_up_in_part(tmp_path):
