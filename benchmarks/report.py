@@ -82,7 +82,7 @@ TASKS = (
         "2,048",
         "localize-synchrony",
         "pointing {pointing:.3f}",
-        "a guess among the objects 0.250",
+        f"{IMAGE_ALONE}, a guess among the objects 0.250",
     ),
     ("separation of one-object clips", "2,048", "separate", SEPARATED, SEPARATIONS),
     ("separation of one-object clips", "4,096", "separate-solos", SEPARATED, SEPARATIONS),
