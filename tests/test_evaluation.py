@@ -164,6 +164,11 @@ def test_several_frames(files):
         ({"audio": b"nonsense"}, "row 0 cannot be read: cannot be opened: it is text"),
         ({"audio": {"array": np.full(16_000, np.nan), "sampling_rate": 16_000}}, "its sound is not finite"),
         ({"audio": {"array": np.zeros(0), "sampling_rate": 16_000}}, "row 0 cannot be read: "),
+        (
+            {"audio": {"array": np.zeros((9, 2), "i2"), "sampling_rate": 9}},
+            r"row 0 .* 9 Hz and shape \(9, 2\)",
+        ),
+        ({"audio": {"array": np.zeros(9, "f4"), "sampling_rate": 0}}, r"row 0 .* 0 Hz and shape \(9,\)"),
         ({"video": torch.zeros(4, 3, 8, 8)}, "row 0 .* video must be a file or .* got Tensor"),
         ({"image": np.zeros((8, 8, 3))}, "row 0 .* image must be a picture of PIL, got ndarray"),
         ({"audio": {"sampling_rate": 9}}, r"row 0 .* audio must be a file or .* got \['sampling_rate'\]"),
