@@ -217,6 +217,25 @@ def test_a_vanished_clip_is_a_failure_by_name(root):
     assert isinstance(ClipDataset(found.train, SETTINGS, train=False)[1], dict)
 
 
+def test_files_that_were_written_anew_since(tmp_path):
+    """Into the same names, by which no folder changes. A good one is not read by what was known of another; a
+    broken one is looked at again.
+    """
+    longer, broken = (write_video(tmp_path / f"{name}.mp4", 1) for name in ("longer", "broken"))
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:200])
+    check(tmp_path, **QUIET)
+    write_video(longer, 2)
+    broken.write_bytes(whole)
+    found = find(tmp_path)
+    assert not found.unreadable and [clip.path for clip in found.train] == [broken, longer]
+    first, second = (ClipDataset(found.train, SETTINGS, train=False)[index] for index in range(2))
+    assert isinstance(first, dict) and isinstance(second, Failure) and second.path == longer
+    assert second.reason.startswith("is another file than its manifest tells of: check the folder again")
+    check(tmp_path, **QUIET)
+    assert all(isinstance(item, dict) for item in ClipDataset(find(tmp_path).train, SETTINGS, train=False))
+
+
 def test_only_what_has_changed_is_opened_again(root, monkeypatch):
     looked = []
     real = checking._look

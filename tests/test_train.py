@@ -316,6 +316,23 @@ def test_clips_that_cannot_be_used_are_named(tmp_path, capsys):
         main(tiny(folder, tmp_path / "strict", epochs=1, max_unreadable=0.01))
 
 
+def test_a_run_that_could_not_begin_goes_on_once_its_clips_are_mended(tmp_path):
+    """As its error says. It may not, once something has been learned from those that could be read."""
+    folder, run = tmp_path / "videos", tmp_path / "run"
+    _, bad, _ = (write_video(folder / f"{name}.mp4") for name in "abc")
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:200])
+    config = tiny(folder, run, epochs=1, batch_size=1, max_unreadable=0.1)
+    with pytest.raises(RunError, match="1 of 3 clips .* Once they can be, .* the same command goes on"):
+        main(config)
+    bad.write_bytes(whole)
+    main(config)
+    assert [row["clips"] for row in rows(run) if "loss" in row] == [1, 1, 1]
+    bad.write_bytes(whole[:200])
+    with pytest.raises(ValueError, match=r"--data has changed .*\(3 clips then, 2 now"):
+        main(replace(config, max_unreadable=1.0))
+
+
 def test_clip_that_breaks_after_the_scan_is_left_out(tmp_path, monkeypatch):
     folder = tmp_path / "videos"
     paths = [write_video(folder / f"{name}.mp4") for name in "abcd"]

@@ -12,7 +12,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 
@@ -20,7 +20,7 @@ from ..files import address, aside, is_regular, leads_out, printable
 from .decode import ClipError, Part, Streams
 from .listing import Listing, is_run
 from .remote import fetch_file
-from .table import Clip
+from .table import Clip, has_other_size
 
 FILE = "avfuse-manifest.jsonl"
 VERSION = 1
@@ -125,8 +125,9 @@ class Entry:
 class Manifest(Listing):
     """A data set by its manifest alone: that of the folder, or below the address, `root`.
 
-    Clips that it knows to be broken are not opened again. One that has gone since is found out when it is
-    read, so that the data stay those that a run began with.
+    Clips that it knows to be broken are not opened again, unless they have another size now and may have been
+    mended. Others that have changed or gone since are found out when they are read, so that the data stay
+    those that a run began with.
     """
 
     def __post_init__(self):
@@ -143,6 +144,8 @@ class Manifest(Listing):
         for entry in read_entries(self.root, self.file):
             counts[os.path.dirname(entry.path)] += 1
             clip, error = entry.clip(self.root), entry.error
+            if error and clip.part is None and has_other_size(clip.path, entry.bytes):
+                clip, error = replace(clip, streams=None, size=None), None
             if clip.part is not None and not error:
                 shard = clip.part.file
                 if shard not in exchanged:

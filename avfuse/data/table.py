@@ -53,6 +53,9 @@ class Clip:
             return open_part(self.path, self.part, self.root)
         if self.part is not None:
             self.check_part(self.part)
+        elif self.size is not None and has_other_size(self.path, self.size):
+            cure = "check the folder again (python -m avfuse.data check)"
+            raise ClipError(self.path, f"is another file than its manifest tells of: {cure}")
         return ClipReader(self.path, self.part)
 
     def check_part(self, part: Part) -> None:
@@ -73,6 +76,16 @@ class Clip:
             raise ClipError(
                 self.path, f"{part.file.name} holds another clip there: it is not the shard it was"
             )
+
+
+def has_other_size(file: Path, size: int) -> bool:
+    """Whether a file has another size than it had: what is known of it may be false. One that has gone has
+    none.
+    """
+    try:
+        return file.stat().st_size != size
+    except (OSError, ValueError):
+        return False
 
 
 class ClipTable(Sequence[Clip]):

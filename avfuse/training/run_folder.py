@@ -133,6 +133,13 @@ def whats_new(config: LoopConfig, clips: Sequence[Clip]) -> str:
     return f"; new: {some(new)}" if new else ""
 
 
+def has_begun(run: Path) -> bool:
+    """Whether a run has left anything that depends on its clips. One that has stopped before, because too
+    many could not be read, begins with those that there are now.
+    """
+    return any((run / "checkpoints").glob("step-*")) or (run / "results.json").exists()
+
+
 def begin_run(
     config: LoopConfig, found: Found, device: torch.device, processes: int = 1, extended_at: int = 0
 ) -> IO:
@@ -156,7 +163,7 @@ def begin_run(
     if config.restart:
         for path in (run / name for name in CONTENTS):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    elif before:
+    elif before and has_begun(run):
         known = {name: value for name, value in data.items() if name != "test" or name in before["data"]}
         if before["data"] != known:
             then, now = printable(before["data"].get("clips")), data["clips"]
