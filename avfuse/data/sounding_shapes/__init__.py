@@ -15,42 +15,22 @@ follows one of them: naming its colour takes the sound and several pictures.
 from functools import partial
 
 from ...lazy import module_of
-from .build import Settings, generate
-from .read import (
-    CLASSES,
-    NAME,
-    SPLITS,
-    Entry,
-    clips,
-    is_built,
-    load_masks,
-    load_stems,
-    read,
-    read_frames,
-    read_manifest,
-    read_masks,
-    read_sound,
-)
-from .synthesis import COLOURS, SHAPES
-
-__all__ = [
-    "CLASSES",
-    "COLOURS",
-    "NAME",
-    "SHAPES",
-    "SPLITS",
-    "Entry",
-    "Settings",
-    "clips",
-    "generate",
-    "is_built",
-    "load_masks",
-    "load_stems",
-    "read",
-    "read_frames",
-    "read_manifest",
-    "read_masks",
-    "read_sound",
-]
+from .build import Settings as Settings
+from .build import generate as generate
+from .read import CLASSES as CLASSES
+from .read import NAME as NAME
+from .read import SPLITS as SPLITS
+from .read import Entry as Entry
+from .read import clips as clips
+from .read import is_built as is_built
+from .read import load_masks as load_masks
+from .read import load_stems as load_stems
+from .read import read as read
+from .read import read_frames as read_frames
+from .read import read_manifest as read_manifest
+from .read import read_masks as read_masks
+from .read import read_sound as read_sound
+from .synthesis import COLOURS as COLOURS
+from .synthesis import SHAPES as SHAPES
 
 __getattr__ = partial(module_of, __name__)
