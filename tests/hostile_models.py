@@ -31,7 +31,7 @@ from avfuse.tasks.classify import ClassifyConfig
 from avfuse.tasks.localize import Localizer
 from avfuse.tasks.segment import Segmenter
 from avfuse.tasks.separator import Separator
-from avfuse.training.judge import starting_encoder
+from avfuse.training.starts import first_encoder
 
 VERY = 10**10
 INPUTS = InputSettings(image_size=24, mel_bins=16, hop=1200)
@@ -289,9 +289,7 @@ def weights_calls(folder: Path) -> dict:
     for name, path in weights_files(folder).items():
         calls[f"from_deepavfusion {name}"] = partial(from_deepavfusion, path)
         calls[f"load_encoder {name}"] = partial(load_encoder, path)
-        calls[f"--checkpoint {name}"] = lambda path=path: starting_encoder(
-            ClassifyConfig(checkpoint=str(path))
-        )
+        calls[f"--checkpoint {name}"] = lambda path=path: first_encoder(ClassifyConfig(checkpoint=str(path)))
         calls[f"image {name}"] = lambda path=path: load_image_weights(vit(), path, say=lambda _: None)
         calls[f"audio {name}"] = lambda path=path: load_audio_weights(audio(), path, say=lambda _: None)
     for kind in "pipe", "zeros", "folder":  # in the place of a file of a saved model

@@ -40,12 +40,12 @@ from avfuse.tasks.classify import (
 from avfuse.tasks.localize import Localizer
 from avfuse.tasks.segment import Segmenter
 from avfuse.tasks.separator import Separator
-from avfuse.training.judge import judge_all, starting_encoder, weights_hash
+from avfuse.training.judge import judge_all, weights_hash
 from avfuse.training.loop import Run, program, set_up, train
 from avfuse.training.report import write_report
 from avfuse.training.run_folder import former_settings
 from avfuse.training.settings import checked, learning_rate
-from avfuse.training.starts import with_drop_path
+from avfuse.training.starts import first_encoder, with_drop_path
 from avfuse.weight_files import write_safetensors
 
 GOLDEN = Path(__file__).parent / "golden" / "classifier.safetensors"
@@ -163,7 +163,7 @@ def test_blocks_are_dropped_at_the_rate_of_the_run_not_of_its_checkpoint(tmp_pat
     config = ClassifyConfig(checkpoint=str(tmp_path))
     x = torch.randn(2, 3, 96, 96), torch.randn(2, 1, 64, 128)
     for rate, varies in (0.0, False), (0.2, True):
-        encoder = starting_encoder(config, rate).train()
+        encoder = first_encoder(config, rate).train()
         assert encoder.to_config()["drop_path"] == rate
         once, again = encoder(*x), encoder(*x)
         assert all(torch.equal(a, b) != varies for a, b in zip(once[:3], again[:3], strict=True))

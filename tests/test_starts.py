@@ -12,11 +12,10 @@ from avfuse.tasks.classify import Classification, ClassifyConfig
 from avfuse.tasks.options import parse as parse_classify
 from avfuse.train import Pretraining
 from avfuse.training import loop
-from avfuse.training.judge import starting_encoder
 from avfuse.training.plan import make_model, plan
 from avfuse.training.recipes import TrainConfig, parse
 from avfuse.training.settings import checked
-from avfuse.training.starts import begin_from
+from avfuse.training.starts import begin_from, first_encoder
 
 
 @pytest.fixture(scope="module")
@@ -128,14 +127,14 @@ def test_another_encoder_than_that_of_the_checkpoint_is_refused(tmp_path):
         (dict(interactions="joint"), "has another encoder than --interactions joint"),
     ):
         with pytest.raises(ValueError, match=said):
-            starting_encoder(ClassifyConfig(checkpoint=str(tmp_path), **options))
-    starting_encoder(ClassifyConfig(checkpoint=str(tmp_path), model="micro"))
+            first_encoder(ClassifyConfig(checkpoint=str(tmp_path), **options))
+    first_encoder(ClassifyConfig(checkpoint=str(tmp_path), model="micro"))
 
 
 def test_what_a_preset_asks_for_beside_a_checkpoint_is_for_fresh_weights(tmp_path):
     create_encoder("tiny").save_pretrained(tmp_path / "dense")
     scenes = ["--scene", "synchrony", "--checkpoint", str(tmp_path / "dense")]  # where fresh ones are micro
-    assert starting_encoder(checked(parse_classify)(scenes)).dims["image"] == 192
+    assert first_encoder(checked(parse_classify)(scenes)).dims["image"] == 192
     create_encoder("micro", fusion_layers=[1], interactions="factorized").save_pretrained(tmp_path)
     source = ["--checkpoint", str(tmp_path)]
     for kind, options in (
@@ -144,7 +143,7 @@ def test_what_a_preset_asks_for_beside_a_checkpoint_is_for_fresh_weights(tmp_pat
         (parse, ["--audio-seconds", "0"]),
         (parse, ["--interactions", "factorized", "--fusion-layers", "1", "--fusion-tokens", "16"]),
     ):
-        begin = make_model if kind is parse else starting_encoder
+        begin = make_model if kind is parse else first_encoder
         assert begin(checked(kind)([*options, *source]))
     for options, said in (
         (["--model", "tiny"], "--model tiny"),  # which is the default

@@ -28,10 +28,11 @@ from ..data.find import Found
 from ..files import check_target, printable
 from ..training.conditions import ALWAYS
 from ..training.features import windows_of
-from ..training.judge import JudgedTask, starting_encoder, to_columns, to_rows
+from ..training.judge import JudgedTask, to_columns, to_rows
 from ..training.loop import Task, program
 from ..training.neighbours import interval, wilson
 from ..training.pictures import BLUE, GREY, ORANGE, middle_frame, rgb, save, show_sound
+from ..training.starts import first_encoder
 from . import vggsounder
 from .classifier import Classifier, presence
 
@@ -194,7 +195,7 @@ class Classification(JudgedTask):
         self.classes = found.classes[self.label]
         self.is_multi_label = isinstance(found.train[0].labels[self.label], tuple)
         self.model = Classifier(
-            starting_encoder(config, config.drop_path),
+            first_encoder(config, config.drop_path),
             len(self.classes),
             features=config.features,
             batch_norm=config.batch_norm,

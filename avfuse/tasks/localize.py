@@ -27,9 +27,10 @@ from ..data.sounding_shapes.truths import ShapeBoxes
 from ..encoder import AVEncoder
 from ..pretrained import Pretrained
 from ..training.conditions import CONDITIONS
-from ..training.judge import starting_encoder, to_columns, to_rows
+from ..training.judge import to_columns, to_rows
 from ..training.loop import program
 from ..training.pictures import FRAMES, draw_moments, draw_steps, figure_grid, in_a_row, rgb, save, show_sound
+from ..training.starts import first_encoder
 from .scenes import SIZE, SceneModel, SceneTask, model_inputs, outline, resized, show_map, show_scene
 
 STRIPS = 3  # clips of several frames in a picture
@@ -231,7 +232,7 @@ class Localization(SceneTask):
 
     def __init__(self, config: LocalizeConfig, found: Found):
         super().__init__(config, found)
-        self.model = Localizer(starting_encoder(config), dim=config.dim)
+        self.model = Localizer(first_encoder(config), dim=config.dim)
         self.protocol, frames = PROTOCOLS[config.protocol], self.model.encoder.frames
         if config.protocol == "slavc":
             self.headline += ("ap", "max_f1")

@@ -24,11 +24,12 @@ from ..files import printable, write_rows
 from ..inputs import InputSettings
 from ..mae import unfused
 from ..training.features import FEATURES, encode, pool, pool_windows, windows_of
-from ..training.judge import JudgedTask, starting_encoder, to_columns, to_rows
+from ..training.judge import JudgedTask, to_columns, to_rows
 from ..training.loop import Task, evaluation_batches, program
 from ..training.neighbours import AT_ONCE, chance_at, neighbours, recall_at, related, rows_there
 from ..training.pictures import BLUE, middle_frame, rgb, save, show_sound
 from ..training.run_folder import begun_with, has_trained_on_all, read_sides
+from ..training.starts import first_encoder
 
 QUERIES, SHOWN = 3, 5  # in the picture: clips, and neighbours of each
 INPUTS = ("image", "audio", "image_present", "audio_present")
@@ -131,7 +132,7 @@ class Retrieval(JudgedTask):
         others = len(found.test) - 1
         self.ks = [k for k in (1, 5, 10) if k <= others] if config.k is None else config.k
         check_k(self.ks, len(found.test))
-        self.model = starting_encoder(config)
+        self.model = first_encoder(config)
         self.protocol = (
             "mean-pooled tokens compared by cosine; neighbours among the other test clips; sum = the three "
             "cosines added; recall@k = share of the queries with a clip of their label (one of several: in "

@@ -27,9 +27,10 @@ from ..encoder import AVEncoder
 from ..inputs import InputSettings
 from ..pretrained import Pretrained
 from ..training.conditions import CONDITIONS
-from ..training.judge import starting_encoder, to_columns, to_rows
+from ..training.judge import to_columns, to_rows
 from ..training.loop import program
 from ..training.pictures import figure_grid, save
+from ..training.starts import first_encoder
 from .model import named
 from .scenes import SIZE, SceneModel, SceneTask, model_inputs, outline, show_map, show_scene
 
@@ -250,7 +251,7 @@ class Segmentation(SceneTask):
         (self.classes,) = found.classes.values()
         names = self.classes if self.semantic else None
         outputs = len(self.classes) if self.semantic else 1
-        self.model = Segmenter(starting_encoder(config), outputs, config.dim, class_names=names)
+        self.model = Segmenter(first_encoder(config), outputs, config.dim, class_names=names)
         control = " without sound (control)" if config.modalities == "image" else ""
         self.name = f"{config.target} segmentation{control}"
         first: dict[Path, int] = {}  # a picture's video, by the number of its first picture

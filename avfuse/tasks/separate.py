@@ -30,9 +30,10 @@ from ..data.transforms import evaluation_image, random_gain
 from ..files import printable, some
 from ..inputs import InputSettings
 from ..training.conditions import ALWAYS
-from ..training.judge import JudgedTask, first_clips, starting_encoder
+from ..training.judge import JudgedTask, first_clips
 from ..training.loop import Task, program
 from ..training.pictures import figure_grid, rgb, save, show_sound
+from ..training.starts import first_encoder
 from .separation_metrics import BSSEval, bss_eval, is_silent, nmf_masks, rpca_masks
 from .separator import Separator
 
@@ -157,7 +158,7 @@ class Separation(JudgedTask):
 
     def __init__(self, config: SeparateConfig, found: Found):
         super().__init__(config, found)
-        self.model = Separator(starting_encoder(config), decoder_dim=config.decoder_dim)
+        self.model = Separator(first_encoder(config), decoder_dim=config.decoder_dim)
         self.references: dict[int, dict] = {}  # what does not change as the model learns, by clip
 
     @staticmethod

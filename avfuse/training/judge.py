@@ -1,6 +1,4 @@
-"""One frame for judging, of pretraining and of every task: each test clip judged once, and the results; where
-tasks start from.
-"""
+"""One frame for judging, of pretraining and of every task: each test clip judged once, and the results."""
 
 import datetime
 import hashlib
@@ -17,26 +15,15 @@ from tqdm import tqdm
 
 from ..data.clips import Clip, Failure
 from ..data.find import Found
-from ..encoder import AVEncoder
 from ..files import printable, write_json
-from ..presets import create_encoder
 from ..progress import progress_bar
 from .conditions import CONDITIONS, BesideOthers, condition_table, derangement, has_sound
 from .loop import Run, Task, evaluation_batches
 from .report import write_report
-from .settings import FRESH, TaskConfig
-from .starts import first_encoder, new_bias
+from .settings import FRESH
 
 AVERAGED = 0.2  # share of the first weights in an average from which on it is said
 DRAWN = 6  # test clips of which there are pictures
-
-
-def starting_encoder(config: TaskConfig, drop_path: float = 0.0) -> AVEncoder:
-    """The encoder that a task starts from, see `first_encoder`."""
-    options = dict(frames=config.frames or None, norm_eps=config.norm_eps, **new_bias(config))
-    return first_encoder(
-        config, lambda: create_encoder(config.model, config.interactions, **options), drop_path
-    )
 
 
 class JudgedTask(Task):

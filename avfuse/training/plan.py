@@ -2,7 +2,6 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -11,15 +10,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from ..data import sounding_shapes
 from ..data.find import DEMOS, by_name
 from ..data.manifest import FILE, has_manifest
-from ..encoder import AVEncoder
 from ..mae import AVMAE, count_removed
-from ..presets import SIZES, create_encoder
 from .costs import CARDS, LAUNCHES, PLAYED, SHARE, count_parameters, launch_seconds, step_flops, step_seconds
 from .length import with_enough_steps
 from .loop import Task, check_found
 from .recipes import TrainConfig, check_cuda_graphs
 from .settings import FRESH, learning_rate, schedule_of
-from .starts import first_encoder, new_bias, saved_settings
+from .starts import first_encoder, saved_settings
 
 ADAMW_BYTES = 16  # per parameter in float32: weight, gradient, two moments
 # Sizes of their training sets.
@@ -35,23 +32,13 @@ def make_model(config: TrainConfig) -> AVMAE:
     """The masked autoencoder that the settings describe; of a checkpoint it has the encoder."""
     names = "decoder_dim", "decoder_depth", "decoder_heads", "decode_from"
     decoders = {name: getattr(config, name) for name in names}
-    encoder = first_encoder(config, partial(make_encoder, config))
+    encoder = first_encoder(config)
     if config.checkpoint != FRESH:
         saved = saved_settings(config.checkpoint).get("model", {})
         asked = {name for name, value in decoders.items() if value != getattr(TrainConfig, name)}
         decoders |= {name: saved[name] for name in decoders.keys() & saved.keys() if not asked}
     names = "image_mask_ratio", "audio_mask_ratio", "tubes", "contrastive"
     return AVMAE(encoder, **decoders, **{name: getattr(config, name) for name in names})
-
-
-def make_encoder(config: TrainConfig) -> AVEncoder:
-    inputs = replace(SIZES[config.model][-1], image_frames=config.frames or 1)
-    if config.audio_seconds:
-        inputs = replace(inputs, audio_seconds=config.audio_seconds)
-    names = "fusion_tokens", "image_aggregation_tokens", "audio_aggregation_tokens", "attn_ratio", "mlp_ratio"
-    options = {name: getattr(config, name) for name in (*names, "norm_eps")} | new_bias(config)
-    layers = config.fusion_layers or "all"
-    return create_encoder(config.model, config.interactions, fusion_layers=layers, inputs=inputs, **options)
 
 
 def plan(config: TrainConfig, processes: int = 1) -> str:

@@ -2,22 +2,21 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from ..encoder import AVEncoder, layers_of
 from ..files import printable
 from ..loading import config_at, load_encoder
-from ..presets import SIZES
+from ..presets import SIZES, create_encoder
 from ..pretrained import WEIGHTS, file_at, load_strictly
 from ..rules import option
 from ..weight_files import read_safetensors
 from .settings import FRESH, LoopConfig
 
-OF_ENCODER = (  # settings that a checkpoint decides
-    "model interactions fusion_layers fusion_tokens image_aggregation_tokens audio_aggregation_tokens "
-    "attn_ratio mlp_ratio audio_seconds"
-).split()
+OF_BLOCKS = "fusion_tokens image_aggregation_tokens audio_aggregation_tokens attn_ratio mlp_ratio".split()
+OF_ENCODER = ("model", "interactions", "fusion_layers", *OF_BLOCKS, "audio_seconds")  # a checkpoint decides
 TIME_PEAK = 3.0  # logits, with which a new bias of time begins
 
 
@@ -42,7 +41,17 @@ def for_clips(encoder: AVEncoder, config: LoopConfig) -> AVEncoder:
     return encoder if is_same else encoder.with_frames(frames, **options)
 
 
-def first_encoder(config: LoopConfig, fresh: Callable[[], AVEncoder], drop_path: float = 0.0) -> AVEncoder:
+def fresh_encoder(config: LoopConfig) -> AVEncoder:
+    """The encoder that settings describe, of which a task leaves most at their defaults."""
+    inputs = replace(SIZES[config.model][-1], image_frames=config.frames or 1)
+    if seconds := getattr(config, "audio_seconds", 0.0):
+        inputs = replace(inputs, audio_seconds=seconds)
+    options = {name: getattr(config, name) for name in OF_BLOCKS if hasattr(config, name)}
+    options |= dict(fusion_layers=getattr(config, "fusion_layers", ()) or "all", norm_eps=config.norm_eps)
+    return create_encoder(config.model, config.interactions, inputs=inputs, **options, **new_bias(config))
+
+
+def first_encoder(config: LoopConfig, drop_path: float = 0.0) -> AVEncoder:
     """The encoder that a run begins with: a fresh one, or that of its checkpoint, which drops blocks at this
     rate and not at that of the checkpoint.
 
@@ -50,7 +59,7 @@ def first_encoder(config: LoopConfig, fresh: Callable[[], AVEncoder], drop_path:
         ValueError: the checkpoint holds none, or another than settings ask for.
     """
     if config.checkpoint == FRESH:
-        encoder = fresh()
+        encoder = fresh_encoder(config)
     else:
         encoder = load_encoder(config.checkpoint)
         check_asked(config, encoder)
