@@ -79,10 +79,10 @@ class Fusion(nn.Module):
     ) -> Tensor:
         """Fusion tokens (B, F, D) that have read image (B, I, D) and audio tokens (B, A, D).
 
-        Masks (B, N) bool, True = attend. Positions (B, N) long say which tokens are left after masking; None
-        = all, in order. Times in seconds, (S,) or (B, S) of image and (T,) or (B, T) of audio tokens, are
-        those of S and T equal parts of the tokens, one after the other, such as frames. Positions only
-        matter to a pair bias, times to a time bias.
+        Masks (B, N) bool, True = attend; what they hide must be finite, too. Positions (B, N) long say which
+        tokens are left after masking; None = all, in order. Times in seconds, (S,) or (B, S) of image and
+        (T,) or (B, T) of audio tokens, are those of S and T equal parts of the tokens, one after the other,
+        such as frames. Positions only matter to a pair bias, times to a time bias.
         """
         image = Stream(image, image_mask, image_positions, image_times)
         audio = Stream(audio, audio_mask, audio_positions, audio_times)

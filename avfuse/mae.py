@@ -227,10 +227,10 @@ class AVMAE(nn.Module, Predictor, Pretrained):
 
     def loss(self, name, pixels, pred, removed, present):
         """Mean squared error over the hidden patches of the clips that have this modality (Eq. 14)."""
-        target = self.target(name, pixels)
         if present is not None:
             present = present.view(-1, *[1] * (removed.ndim - 1))
-            target = target.masked_fill(~present[..., None], 0.0)  # whatever stands there, even NaN
+            pixels = pixels.masked_fill(~present[..., None, None], 0.0)  # what stands there may be NaN
+        target = self.target(name, pixels)
         error = (wide(pred) - target).square().mean(-1)  # (B, N)
         counted = removed if present is None else removed & present
         return (error * counted).sum() / counted.sum().clamp(min=1)

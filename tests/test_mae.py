@@ -357,8 +357,10 @@ def test_what_stands_in_for_an_absent_modality_changes_nothing(interactions, abs
     assert torch.equal(getattr(after, f"{other}_pred"), getattr(before, f"{other}_pred"))
     assert torch.equal(after.loss, before.loss)
     inputs[absent][1] = torch.nan
+    pixels = inputs[absent].requires_grad_()  # as those that a front end has learned
     spoilt = mae(**inputs, **removed, **present)
     assert torch.equal(spoilt.loss, before.loss)
+    assert not torch.autograd.grad(spoilt.loss, pixels, retain_graph=True)[0][1].any()
     assert all(grad.isfinite().all() for grad in gradients(mae, spoilt.loss).values())
 
 
