@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
+from avfuse.tasks.retrieve import recalls
 from avfuse.training.neighbours import (
     chance_at,
     nearest_neighbour_probes,
@@ -33,6 +34,18 @@ def test_neighbours_by_brute_force(monkeypatch):
             ranked = [n for n in cosines.argsort(descending=True).tolist() if n != query]
             assert nearest[name][query].tolist() == ranked[:4]
         assert torch.equal(some[name], nearest[name][[7, 3], :2])
+
+
+def test_a_clip_without_a_feature_is_nobodys_neighbour_by_it():
+    """The cosine of zeros is above that of what points away, and would make the third clip a hit."""
+    image = torch.tensor([[1.0, 0.0], [-1.0, 0.1], [0.0, 0.0]])
+    features = dict(image=image, audio=image, fusion=torch.ones(3, 2), label_kind=torch.tensor([0, 1, 0]))
+    nearest = neighbours(features, 2)
+    assert nearest["image"][:2, 0].tolist() == [1, 0]
+    (probe,) = nearest_neighbour_probes(features).values()
+    assert probe["image"]["accuracy"] == 0.0
+    metrics = recalls(features, [1, 2])
+    assert metrics["kind_recall@1_image"] == metrics["kind_recall@2_image"] == 0.0
 
 
 def test_nearest_neighbour_probe_by_brute_force():

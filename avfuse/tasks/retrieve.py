@@ -50,7 +50,9 @@ def recalls(features: dict[str, Tensor], ks: Sequence[int]) -> dict[str, float]:
         same, label = related(features[name]), name.removeprefix("label_")
         for k in ks:
             for feature, indices in nearest.items():
-                metrics[f"{label}_recall@{k}_{feature}"] = recall_at(indices, same & there[feature], k)
+                metrics[f"{label}_recall@{k}_{feature}"] = recall_at(
+                    indices, same & there[feature] & there[feature].T, k
+                )
             metrics[f"{label}_recall@{k}_chance"] = chance_at(same, k)
     return metrics
 

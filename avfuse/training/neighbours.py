@@ -14,15 +14,18 @@ AT_ONCE = 1024  # queries: of a large set, the cosines of all pairs would not fi
 def neighbours(features: dict[str, Tensor], k: int, queries: Tensor | None = None) -> dict[str, Tensor]:
     """The k clips nearest to each of the queries, (Q, k), nearest first: by the cosines of image, audio and
     fusion features (N, D), and by "sum", the three added (protocol of the paper's Fig. 3). No clip finds
-    itself. Queries (Q,) are indices of clips; None: all clips.
+    itself, and none that lack the feature (`rows_there`) before those that have it. Queries (Q,) are indices
+    of clips; None: all clips.
     """
     queries = torch.arange(len(features["image"])) if queries is None else queries
     unit = {name: normalize(features[name].double(), dim=1) for name in FEATURES}
+    absent = {name: ~there.flatten() for name, there in rows_there(features).items()}
     nearest = {name: [] for name in (*FEATURES, "sum")}
     for part in queries.split(AT_ONCE):
         cosines = {name: u[part] @ u.T for name, u in unit.items()}
         cosines["sum"] = sum(cosines.values())
         for name, cosine in cosines.items():
+            cosine[:, absent[name]] = -torch.inf
             cosine[range(len(part)), part] = -torch.inf
             nearest[name].append(cosine.topk(k, dim=1).indices)
     return {name: torch.cat(parts) for name, parts in nearest.items()}
@@ -38,8 +41,12 @@ def related(labels: Tensor) -> Tensor:
 
 
 def recall_at(nearest: Tensor, related: Tensor, k: int) -> float:
-    """Share of the clips that are related (N, N) to one of the first k of their neighbours (N, k or more)."""
-    return related.gather(1, nearest[:, :k]).any(1).double().mean().item()
+    """Share of the clips that are related (N, N) to one of the first k of their neighbours (N, k or more),
+    among which they may be themselves, last, where fewer others have the feature.
+    """
+    nearest = nearest[:, :k]
+    others = nearest != torch.arange(len(nearest))[:, None]
+    return (related.gather(1, nearest) & others).any(1).double().mean().item()
 
 
 def rows_there(features: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -96,7 +103,8 @@ def nearest_neighbour_probes(features: dict[str, Tensor]) -> dict[str, dict[str,
         same[" and ".join(same)] = all_of_them  # unless no clip has another that is like it in all
     for name, related_clips in same.items():
         recalls = {
-            feature: recall_at(found, related_clips & there[feature], 1) for feature, found in nearest.items()
+            feature: recall_at(found, related_clips & there[feature] & there[feature].T, 1)
+            for feature, found in nearest.items()
         }
         probes[name] = {
             feature: dict(

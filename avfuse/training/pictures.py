@@ -33,7 +33,10 @@ def draw_reconstructions(mae: AVMAE, inputs: dict[str, Tensor], path: Path, clip
         figure, grid = figure_grid(clips, ("frame", *STAGES), ("spectrogram", *STAGES))
     else:
         figure, grid = figure_grid(
-            3 * clips, (f"frames, {STAGES[0]}, {STAGES[1]}",), ("spectrogram",), FRAMES
+            3 * clips,
+            (f"frames, {STAGES[0]}, {STAGES[1]}",),
+            ("spectrogram",),
+            min(FRAMES, mae.encoder.frames),
         )
     for row in range(clips):
         low, high = sounds[0][row].min().item(), sounds[0][row].max().item()
@@ -85,7 +88,7 @@ def draw_attention(
             (f"frames, where fusion tokens look in layer {layer}, and when",),
             ("spectrogram, where they listen, and when",),
         )
-        figure, grid = figure_grid(3 * len(image), *titles, FRAMES)
+        figure, grid = figure_grid(3 * len(image), *titles, min(FRAMES, encoder.frames))
     for row in range(len(image)):
         frame, seen, sound, listened = (
             grid[row] if encoder.frames == 1 else grid[3 * row : 3 * row + 2].T.flat
