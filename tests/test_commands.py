@@ -12,10 +12,11 @@ import pytest
 import tyro
 
 from avfuse.__main__ import COMMANDS
-from avfuse.choices import Interactions, Size
+from avfuse.choices import DataSet, Interactions, Size
 from avfuse.command import read
 from avfuse.data.__main__ import Check, Shard
 from avfuse.data.__main__ import parse as parse_data
+from avfuse.data.find import READERS
 from avfuse.data.sounding_shapes.__main__ import Command
 from avfuse.fusion import VARIANTS
 from avfuse.options import DemoConfig, FeaturesConfig, PredictConfig
@@ -140,6 +141,10 @@ def test_former_names_of_options_are_taken():
 
 def test_choices_are_those_of_the_models():
     assert get_args(Interactions) == tuple(VARIANTS) and set(get_args(Size)) == set(SIZES)
+
+
+def test_data_sets_are_those_that_can_be_read():
+    assert get_args(DataSet) == ("auto", *READERS)
 
 
 def test_shortening_a_run_takes_one_option():

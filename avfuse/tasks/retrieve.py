@@ -26,7 +26,7 @@ from ..mae import unfused
 from ..training.features import FEATURES, encode, pool, pool_windows, windows_of
 from ..training.judge import JudgedTask, to_columns, to_rows
 from ..training.loop import Task, evaluation_batches, program
-from ..training.neighbours import AT_ONCE, chance_at, neighbours, recall_at, related, rows_there
+from ..training.neighbours import AT_ONCE, chance_at, neighbours, of_both, recall_at, related, rows_there
 from ..training.pictures import BLUE, middle_frame, rgb, save, show_sound
 from ..training.run_folder import begun_with, has_trained_on_all, read_sides
 from ..training.starts import first_encoder
@@ -50,9 +50,8 @@ def recalls(features: dict[str, Tensor], ks: Sequence[int]) -> dict[str, float]:
         same, label = related(features[name]), name.removeprefix("label_")
         for k in ks:
             for feature, indices in nearest.items():
-                metrics[f"{label}_recall@{k}_{feature}"] = recall_at(
-                    indices, same & there[feature] & there[feature].T, k
-                )
+                hits = of_both(same, there[feature])
+                metrics[f"{label}_recall@{k}_{feature}"] = recall_at(indices, hits, k)
             metrics[f"{label}_recall@{k}_chance"] = chance_at(same, k)
     return metrics
 

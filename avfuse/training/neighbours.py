@@ -13,9 +13,9 @@ AT_ONCE = 1024  # queries: of a large set, the cosines of all pairs would not fi
 
 def neighbours(features: dict[str, Tensor], k: int, queries: Tensor | None = None) -> dict[str, Tensor]:
     """The k clips nearest to each of the queries, (Q, k), nearest first: by the cosines of image, audio and
-    fusion features (N, D), and by "sum", the three added (protocol of the paper's Fig. 3). No clip finds
-    itself, and none that lack the feature (`rows_there`) before those that have it. Queries (Q,) are indices
-    of clips; None: all clips.
+    fusion features (N, D), and by "sum", the three added (protocol of the paper's Fig. 3). A clip
+    never finds itself, and finds those that lack the feature (`rows_there`) last. Queries (Q,) are indices of
+    clips; None: all clips.
     """
     queries = torch.arange(len(features["image"])) if queries is None else queries
     unit = {name: normalize(features[name].double(), dim=1) for name in FEATURES}
@@ -38,6 +38,11 @@ def related(labels: Tensor) -> Tensor:
     if labels.ndim == 1:
         return labels[:, None] == labels
     return torch.cat([part @ labels.T > 0 for part in labels.split(AT_ONCE)])
+
+
+def of_both(related: Tensor, there: Tensor) -> Tensor:
+    """The same (N, N), of clips that both have a feature, (N, 1)."""
+    return related & there & there.T
 
 
 def recall_at(nearest: Tensor, related: Tensor, k: int) -> float:
@@ -103,7 +108,7 @@ def nearest_neighbour_probes(features: dict[str, Tensor]) -> dict[str, dict[str,
         same[" and ".join(same)] = all_of_them  # unless no clip has another that is like it in all
     for name, related_clips in same.items():
         recalls = {
-            feature: recall_at(found, related_clips & there[feature] & there[feature].T, 1)
+            feature: recall_at(found, of_both(related_clips, there[feature]), 1)
             for feature, found in nearest.items()
         }
         probes[name] = {

@@ -32,12 +32,8 @@ def draw_reconstructions(mae: AVMAE, inputs: dict[str, Tensor], path: Path, clip
     if mae.encoder.frames == 1:
         figure, grid = figure_grid(clips, ("frame", *STAGES), ("spectrogram", *STAGES))
     else:
-        figure, grid = figure_grid(
-            3 * clips,
-            (f"frames, {STAGES[0]}, {STAGES[1]}",),
-            ("spectrogram",),
-            min(FRAMES, mae.encoder.frames),
-        )
+        title, in_row = f"frames, {STAGES[0]}, {STAGES[1]}", min(FRAMES, mae.encoder.frames)
+        figure, grid = figure_grid(3 * clips, (title,), ("spectrogram",), in_row)
     for row in range(clips):
         low, high = sounds[0][row].min().item(), sounds[0][row].max().item()
         for stage in range(3):

@@ -34,6 +34,7 @@ from ..files import (
     write_text,
 )
 from ..rules import marks, option
+from .checkpoints import list_checkpoints
 from .faults import RunError
 from .settings import FRESH, RUN_FILES, Formerly, LoopConfig, settings_of
 
@@ -137,7 +138,7 @@ def has_begun(run: Path) -> bool:
     """Whether a run has left anything that depends on its clips. One that has stopped before, because too
     many could not be read, begins with those that there are now.
     """
-    return any((run / "checkpoints").glob("step-*")) or (run / "results.json").exists()
+    return bool(list_checkpoints(run)) or (run / "results.json").exists()
 
 
 def begin_run(

@@ -15,6 +15,8 @@ follows one of them: naming its colour takes the sound and several pictures.
 from functools import partial
 
 from ...lazy import module_of
+
+# X as X: what is imported here to be offered here.
 from .build import Settings as Settings
 from .build import generate as generate
 from .read import CLASSES as CLASSES
