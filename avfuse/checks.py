@@ -149,6 +149,14 @@ def is_recording(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def is_differentiating() -> bool:
+    """Whether derivatives of what runs may be asked for: gradients, or the tangents of forward mode, which
+    `no_grad` leaves on. An operator without an autograd.Function around it would give neither, and say
+    nothing.
+    """
+    return torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0
+
+
 def is_exporting() -> bool:
     """Whether torch.export traces. Inside torch.compile its own `is_exporting` is True as well."""
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()

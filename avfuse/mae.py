@@ -150,8 +150,8 @@ class AVMAE(nn.Module, Predictor, Pretrained):
             image: (B, 3, height, width), or (B, T, 3, height, width). audio: (B, 1, mel, time).
             image_removed, audio_removed: (B, N) bool, or (B, T, N), True = hidden from the encoder, the same
                 number in every row; drawn at the mask ratios when not given. Under torch.compile and in a
-                CUDA graph their number must be that of the mask ratios: neither can wait for another. A graph
-                ends the program where it is not.
+                CUDA graph their number must be that of the mask ratios: neither can wait for another, and
+                where it is not, a compiled model raises RuntimeError, and a graph ends the program.
             image_present, audio_present: (B,) bool, None = all: an absent modality is masked everywhere and
                 leaves its loss (which is 0 if no clip has it).
 
@@ -198,7 +198,7 @@ class AVMAE(nn.Module, Predictor, Pretrained):
                 "image and audio must both be given; say what is absent by image_present, audio_present"
             )
         check_tensor(name, pixels, "floating point")  # the encoder checks the rest
-        if not pixels.ndim or not len(pixels):
+        if not pixels.ndim or pixels.shape[0] == 0:  # not len(), which an export with any batch size refuses
             raise ValueError(f"{name} must hold at least one clip, got an empty batch")
         patches = getattr(self.encoder, name).patch_embed.num_patches
         ratio = getattr(self, f"{name}_mask_ratio")
@@ -210,9 +210,10 @@ class AVMAE(nn.Module, Predictor, Pretrained):
             removed = (order.argsort(-1) < hidden).expand(*rows, patches)
         else:
             check_mask(f"{name}_removed", removed, (*rows, patches), pixels.device)
-            if is_recording(removed.device):
-                torch._assert_async((removed.sum(-1) == hidden).all())
-            elif not torch.compiler.is_compiling():  # a compiled model takes the number from the ratio
+            if is_recording(removed.device) or torch.compiler.is_compiling():
+                wanted = f"must hide as many patches as {name}_mask_ratio does: {hidden} in each row"
+                torch._assert_async((removed.sum(-1) == hidden).all(), f"{name}_removed {wanted}")
+            else:
                 hidden = same_in_every_row(f"{name}_removed", removed)
         return removed, kept_indices(removed, patches - hidden)
 

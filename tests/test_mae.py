@@ -445,6 +445,27 @@ def test_bad_inputs_are_named(options, message):
         make_mae()(**inputs | options)
 
 
+def test_a_compiled_model_refuses_masks_that_hide_another_number_than_the_ratio():
+    """It cannot look before it runs, and would show the encoder what they hide."""
+    torch._dynamo.reset()
+    mae, inputs = make_mae(), make_inputs()
+    compiled = torch.compile(mae, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(*inputs, **(removed := make_removed())).loss, mae(*inputs, **removed).loss)
+    message = "image_removed must hide as many patches as image_mask_ratio does: 7 in each row"
+    for wrong in make_removed(image=8), make_removed() | dict(image_removed=UNEQUAL):
+        with pytest.raises(RuntimeError, match=message):
+            compiled(*inputs, **wrong)
+
+
+def test_export_takes_any_number_of_clips():
+    mae, clips = make_mae().eval(), torch.export.Dim("clips", min=2, max=64)
+    two = dict(zip(TOKENS, make_inputs(), strict=True)) | make_removed()
+    exported = torch.export.export(mae, (), two, dynamic_shapes={name: {0: clips} for name in two}).module()
+    five = dict(zip(TOKENS, make_inputs(batch=5), strict=True)) | make_removed(batch=5)
+    for ours, truth in zip(exported(**five), mae(**five), strict=True):
+        torch.testing.assert_close(ours, truth)
+
+
 def test_other_inputs_keep_their_sizes():
     """Patches that are not square, and a grid of its own for each modality."""
     inputs = InputSettings(image_size=24, mel_bins=16, hop=1000)

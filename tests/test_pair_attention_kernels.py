@@ -22,6 +22,7 @@ from avfuse.kernels import pair_attention as kernels
 from models import make_encoder, make_inputs
 from packaging import version
 from pair_rounding import Precision, largest_errors
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -330,6 +331,17 @@ def test_the_interpreter_cuts_operands_to_tf32():
         with float32_products(precision):
             output = pair_attention(**tensors, backend="triton")
         assert torch.equal(output, (values + 2 * values).expand(output.shape))
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_forward_mode_is_refused_not_forgotten(gradients):
+    tensors = make()
+    query = tensors.pop("query")
+    with torch.set_grad_enabled(gradients), dual_level():
+        with pytest.raises(NotImplementedError, match="jvp"):
+            pair_attention(make_dual(query, query), **tensors, backend="triton")
+        output, tangent = unpack_dual(pair_attention(make_dual(query, query), **tensors, backend="reference"))
+    assert tangent.shape == output.shape and tangent.any()
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 5, 4), (1, 2, 5, 4), (0, 2, 5, 2), (0, 1, 1, 4)], ids=str)

@@ -12,6 +12,7 @@ from avfuse.kernels import residual_norm as kernels
 from models import AUDIO_TOKENS, IMAGE_TOKENS, make_encoder, make_inputs, relative_error
 from timm.layers import LayerNorm, RmsNorm
 from torch import nn
+from torch.autograd.forward_ad import dual_level, make_dual
 from torch.utils.checkpoint import checkpoint
 
 from avfuse import AVMAE
@@ -211,6 +212,14 @@ def test_second_derivatives_are_refused_not_forgotten():
     for result in total.square() + norm[:, 3:], norm:
         with pytest.raises(RuntimeError, match="second derivatives of residual_norm need float64, or"):
             torch.autograd.grad(result.sum(), inputs["tokens"], create_graph=True)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_forward_mode_is_refused_not_forgotten(gradients):
+    inputs = make()
+    tokens = inputs.pop("tokens")
+    with torch.set_grad_enabled(gradients), dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        residual_norm(make_dual(tokens, tokens), **inputs, eps=1e-6, backend="triton")
 
 
 # --- in models ----------------------------------------------------------------------------------------------

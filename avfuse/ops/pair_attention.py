@@ -33,7 +33,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_choice, check_mask, check_tensor, is_exporting, is_number, without_autocast
+from ..checks import (
+    check_choice,
+    check_mask,
+    check_tensor,
+    is_differentiating,
+    is_exporting,
+    is_number,
+    without_autocast,
+)
 from .marginals import PairMarginals
 from .operators import PairAttention
 from .streaming import BilinearPairAttention, stream_marginals
@@ -113,8 +121,9 @@ def pair_attention(
             no pair bias and needs CUDA and torch 2.11 or older; "reference" materializes every pair.
 
     Returns:
-        (B, H, F, V), in the dtype of `query`. Second derivatives need backend="reference", as do torch.func's
-        transforms with a pair bias, bilinear pairs or the kernels.
+        (B, H, F, V), in the dtype of `query`. Second derivatives and forward mode need backend="reference",
+        or, of additive pairs without a bias, backend="torch" under `sdpa_kernel(SDPBackend.MATH)`.
+        torch.func's transforms need backend="reference" for a pair bias, bilinear pairs and the kernels.
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value is wrong, or the backend that is
@@ -303,9 +312,9 @@ def _bilinear_weights(query, image, audio, pair_bias, scale):
 
 def _triton(query, image, audio, pair_bias, scale, interaction):
     inputs = query, *image[:2], *audio[:2], image.mask, audio.mask, pair_bias, scale
-    if not torch.is_grad_enabled():  # the autograd.Function alone would cost as much as the launch
-        return torch.ops.avfuse.pair_attention(*inputs)
-    return PairAttention.apply(*inputs)
+    if is_differentiating():
+        return PairAttention.apply(*inputs)  # which alone costs as much as the launch
+    return torch.ops.avfuse.pair_attention(*inputs)
 
 
 def _xformers(query, image, audio, pair_bias, scale, interaction):

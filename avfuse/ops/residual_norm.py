@@ -13,7 +13,7 @@ from timm.layers import LayerNorm
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..checks import casts, check_choice, has_hooks
+from ..checks import casts, check_choice, has_hooks, is_differentiating
 from .operators import ResidualNorm
 from .pair_attention import HAS_TRITON, TRITON_DTYPES, runs_kernels
 
@@ -93,7 +93,7 @@ def _triton(tokens, update, context, weight, bias, eps):
     if casts(tokens.device):
         dtype = torch.get_autocast_dtype(tokens.device.type)
     inputs = tokens, update, context, weight, bias, eps, dtype
-    if torch.is_grad_enabled():
+    if is_differentiating():
         return ResidualNorm.apply(*inputs)
     norm, *total = torch.ops.avfuse.residual_norm(*inputs)
     return total[0] if total else tokens, norm
