@@ -75,6 +75,10 @@ class Pretrained(ModelHubMixin, library_name="avfuse"):
             raise ValueError(f"weights: {some(sorted(set(weights) - set(renamed)))} are there by two names")
         return renamed
 
+    def fitted(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of another model of this class, in those parts that this one has."""
+        return weights
+
     @classmethod
     def kind_of(cls, config: dict) -> type["Pretrained"]:
         """The class that a config is of: this one, or the subclass of it whose mark the config bears."""

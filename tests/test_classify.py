@@ -620,6 +620,13 @@ def test_a_model_that_cannot_be_saved_is_an_error(short, monkeypatch, error):
     assert (short.run / "results.json").exists()
 
 
+@pytest.mark.parametrize("modalities", ["both", "image", "audio"])
+def test_the_model_knows_what_has_taught_it(folder, modalities):
+    config = ClassifyConfig(data=folder, checkpoint="none", modalities=modalities)
+    task = Classification(config, Classification.find(config, lambda _: None))
+    assert task.model.settings["modalities"] == modalities
+
+
 def test_clips_with_several_classes_and_batches_without_any(folder):
     classes = {"class": ("a", "b", "c")}
     clips = ClipTable([Clip(folder / "a.mp4", {"class": (0, 2)})], classes=classes)

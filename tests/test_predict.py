@@ -180,6 +180,17 @@ def test_a_classifier_answers_by_image_by_sound_and_by_both(files):
     }
 
 
+@pytest.mark.parametrize("modalities, other", [("audio", "silent"), ("image", "dark")])
+def test_a_classifier_answers_only_by_what_has_taught_it(modalities, other, files, tmp_path):
+    """The heads of the rest are as they were drawn."""
+    Classifier(make_encoder(), 3, modalities=modalities).save_pretrained(tmp_path)
+    model = avfuse.load(tmp_path)
+    assert model.predict(files["both"]).keys() == {modalities}
+    assert model.predict(files[other]) == {}
+    with pytest.raises(ValueError, match=" must be one of 'both', 'image', 'audio', got 'video'"):
+        Classifier(make_encoder(), 3, modalities="video")
+
+
 def test_probabilities_of_several_classes_are_each_their_own(files):
     model = Classifier(make_encoder(), 3, several=True).eval()
     answer = model.predict(files["both"])["both"]

@@ -99,6 +99,40 @@ def test_a_task_takes_the_heads_of_the_same_classes(folder, tmp_path, capsys, na
     assert fits == (names[:2] == ("bird", "cat") and same(weights, classifier.state_dict(), "image_head"))
 
 
+@pytest.mark.parametrize("features", [("image", "audio", "fusion"), ("fusion",)], ids=len)
+def test_fine_tuning_begins_with_what_a_probe_says(tmp_path, features):
+    """Whose heads read standardised features: those of the classifier take that in."""
+    config = ClassifyConfig(checkpoint=str(tmp_path))
+    probe = noisy(Classifier(create_encoder("micro"), 3, features=features, batch_norm=True, frozen=True))
+    for name, buffer in probe.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.uniform_(0.2, 2)
+    probe.eval().save_pretrained(tmp_path)
+    said = []
+    model = Classifier(first_encoder(config), 3, features=("image", "fusion"))
+    begin_from(model, str(tmp_path), said.append)
+    taken = [name for name in ("image", "fusion") if name in features]
+    image = torch.randn(2, 3, *model.encoder.image.patch_embed.img_size)
+    audio = torch.randn(2, 1, *model.encoder.audio.patch_embed.img_size)
+    with torch.no_grad():
+        ours, truth = model.eval()(image, audio).heads, probe(image, audio).heads
+    for name in taken:
+        torch.testing.assert_close(ours[name], truth[name])
+    if len(features) == 3:
+        assert said[0].endswith("encoder, image_head, fusion_head; not taken: audio_norm, audio_head")
+    else:
+        assert said[0].endswith("encoder, fusion_head; new: image_head")
+
+
+def test_what_decoders_predict_goes_on(tmp_path):
+    AVMAE(
+        create_encoder("micro"), norm_target=False, decoder_dim=16, decoder_depth=1, decoder_heads=2
+    ).save_pretrained(tmp_path)
+    for options in {}, dict(decoder_depth=3):
+        model = make_model(TrainConfig(checkpoint=str(tmp_path), **options))
+        assert not model.norm_target and model.settings["decoder_depth"] == options.get("decoder_depth", 1)
+
+
 def test_weights_of_a_branch_and_of_a_whole_model_are_not_both_taken(tmp_path):
     with pytest.raises(ValueError, match="--image-weights would take the place of weights of --checkpoint"):
         TrainConfig(checkpoint="runs/x", image_weights=tmp_path / "a.pth")

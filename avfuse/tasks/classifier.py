@@ -43,6 +43,7 @@ class Classifier(TaskModel, Pretrained):
         frozen: the encoder is not trained, and stays in eval mode: a linear probe.
         class_names: what the classes are called, kept as a tuple with a saved classifier; None = not told.
         several: a clip may have several classes, each with a probability of its own (a sigmoid).
+        modalities: "both", "image" or "audio", what it is taught by: `predict` answers by nothing else.
 
     Raises:
         ValueError: naming the argument that is wrong.
@@ -60,9 +61,11 @@ class Classifier(TaskModel, Pretrained):
         frozen: bool = False,
         class_names: Sequence[str] | None = None,
         several: bool = False,
+        modalities: str = "both",
     ):
         super().__init__()
         check_count("classes", classes)
+        check_choice("modalities", modalities, ("both", "image", "audio"))
         check_encoder(encoder)
         for name, flag in dict(batch_norm=batch_norm, frozen=frozen, several=several).items():
             check_flag(name, flag)
@@ -79,6 +82,7 @@ class Classifier(TaskModel, Pretrained):
             batch_norm=batch_norm,
             class_names=self.class_names,
             several=several,
+            modalities=modalities,
         )
         for name in self.features:
             norm = nn.BatchNorm1d(encoder.dims[name], eps=NORM_EPS, affine=False) if batch_norm else None
@@ -90,6 +94,20 @@ class Classifier(TaskModel, Pretrained):
         if frozen:
             encoder.requires_grad_(False)
         self.train(self.training)
+
+    def fitted(self, weights):
+        """The heads of a probe take in its BatchNorm, for which a classifier without one has no place: they
+        say the same of the same features.
+        """
+        for name in self.features:
+            mean, var = (weights.get(f"{name}_norm.running_{of}") for of in ("mean", "var"))
+            weight, bias = (weights.get(f"{name}_head.{of}") for of in ("weight", "bias"))
+            if getattr(self, f"{name}_norm") or any(x is None for x in (mean, var, weight, bias)):
+                continue
+            weight = weight / (var + NORM_EPS).sqrt()
+            weights = {key: x for key, x in weights.items() if not key.startswith(f"{name}_norm.")}
+            weights |= {f"{name}_head.weight": weight, f"{name}_head.bias": bias - weight @ mean}
+        return weights
 
     def train(self, mode: bool = True) -> "Classifier":
         super().train(mode)
@@ -141,15 +159,17 @@ class Classifier(TaskModel, Pretrained):
     def ways(
         self, image: Tensor | None, audio: Tensor | None
     ) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-        """What of a clip "image", "audio" and "both" are judged by, as far as it is there and has a head."""
-        ways = {}
+        """What of a clip "image", "audio" and "both" are judged by, as far as it is there, has a head, and
+        taught the classifier.
+        """
+        ways, taught = {}, self.settings["modalities"]
         if image is not None and {"image", "fusion"} & set(self.features):
             ways["image"] = image, None
         if audio is not None and {"audio", "fusion"} & set(self.features):
             ways["audio"] = None, audio
         if image is not None and audio is not None:
             ways["both"] = image, audio
-        return ways
+        return ways if taught == "both" else {what: ways[what] for what in ways.keys() & {taught}}
 
     def normalised(self, name: str, pooled: Tensor, there: Tensor) -> Tensor:
         """Pooled tokens (B, D) standardised; those of clips without the modality are no part of the

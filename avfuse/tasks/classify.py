@@ -202,6 +202,7 @@ class Classification(JudgedTask):
             frozen=config.probe,
             class_names=self.classes,
             several=self.is_multi_label,
+            modalities=config.modalities,
         )
         how = "linear probe" if config.probe else "fine-tuning"
         norm = " with BatchNorm" if config.batch_norm else ""

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 
+from ..checks import check_choice
 from ..data.clips import check_one_frame
 from ..data.find import Found
 from ..data.scenes import as_found
@@ -31,7 +32,17 @@ from ..training.judge import to_columns, to_rows
 from ..training.loop import program
 from ..training.pictures import FRAMES, draw_moments, draw_steps, figure_grid, in_a_row, rgb, save, show_sound
 from ..training.starts import first_encoder
-from .scenes import SIZE, SceneModel, SceneTask, model_inputs, outline, resized, show_map, show_scene
+from .scenes import (
+    SIZE,
+    TAUGHT_BY,
+    SceneModel,
+    SceneTask,
+    model_inputs,
+    outline,
+    resized,
+    show_map,
+    show_scene,
+)
 
 STRIPS = 3  # clips of several frames in a picture
 THRESHOLDS = 21  # from 0 to 1, of the curve under which the area is
@@ -64,13 +75,18 @@ class Localizer(SceneModel, Pretrained):
     Args:
         encoder: whose tokens are read; trained along.
         dim: width of the space of the cosines.
+        modalities: "both", or "image" of the control, which hears no sound.
+
+    Raises:
+        ValueError: other modalities.
     """
 
     home = "avfuse.tasks.localize"
 
-    def __init__(self, encoder: AVEncoder, dim: int = 128):
+    def __init__(self, encoder: AVEncoder, dim: int = 128, *, modalities: str = "both"):
         super().__init__()
-        self.encoder, self.settings = encoder, dict(dim=dim)
+        check_choice("modalities", modalities, TAUGHT_BY)
+        self.encoder, self.settings = encoder, dict(dim=dim, modalities=modalities)
         self.image_head = nn.Linear(encoder.dims["image"], dim)
         self.audio_head = nn.Linear(encoder.dims["audio"], dim)
         self.scale = nn.Parameter(torch.tensor(10.0))
@@ -232,7 +248,7 @@ class Localization(SceneTask):
 
     def __init__(self, config: LocalizeConfig, found: Found):
         super().__init__(config, found)
-        self.model = Localizer(first_encoder(config), dim=config.dim)
+        self.model = Localizer(first_encoder(config), config.dim, modalities=config.modalities)
         self.protocol, frames = PROTOCOLS[config.protocol], self.model.encoder.frames
         if config.protocol == "slavc":
             self.headline += ("ap", "max_f1")

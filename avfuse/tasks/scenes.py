@@ -19,6 +19,7 @@ from ..training.pictures import FRAMES, draw_steps, figure_grid, in_a_row, rgb, 
 from ..vit import audio_times, split_prefix
 from .model import TaskModel
 
+TAUGHT_BY = ("both", "image")
 SIZE = 224  # pixels, in both directions, at which the protocols compare
 
 
@@ -26,7 +27,9 @@ SIZE = 224  # pixels, in both directions, at which the protocols compare
 
 
 class SceneModel(TaskModel):
-    """A model that compares each place of a picture with the sound."""
+    """A model that compares each place of a picture with the sound. Among its `settings` are the `modalities`
+    that it is taught by: "both", or "image" of the control, which hears no sound that it is given.
+    """
 
     def read(self, image: Tensor, audio: Tensor, audio_present: Tensor | None) -> tuple[Tensor, Tensor]:
         """Images (B, 3, height, width), spectrograms (B, 1, mel, time) and which of the latter are there (B,)
@@ -34,6 +37,8 @@ class SceneModel(TaskModel):
         several frames, (B, T, 3, height, width), they are (B, T, I, D) and (B, T, D), a mean for each frame.
         """
         encoder = self.encoder
+        if self.settings["modalities"] == "image":
+            audio_present = torch.zeros(len(audio), dtype=torch.bool, device=audio.device)
         tokens = encoder(image, audio, audio_present=audio_present)
         places = split_prefix(encoder.image, tokens.image)[1]
         sound = split_prefix(encoder.audio, tokens.audio)[1]
@@ -115,13 +120,12 @@ class SceneTask(JudgedTask):
         return SceneDataset(clips, settings, train=train, seed=self.config.seed, size=size, frame=frame)
 
     def inputs(self, batch):
-        """What the model is called with, silence for the control; the truth; and how many clips there are: 0
-        where the batch holds a blank.
+        """What the model is called with, and pictures show: silence for the control; the truth; and how many
+        clips there are: 0 where the batch holds a blank.
         """
         inputs = {name: batch[name] for name in ("image", "audio", self.truth)}
         if self.config.modalities == "image":
             inputs["audio"] = torch.zeros_like(batch["audio"])
-            inputs["audio_present"] = torch.zeros_like(batch["audio_present"])
         return inputs | dict(clips=torch.tensor(len(batch["index"])))
 
 

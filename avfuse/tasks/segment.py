@@ -17,6 +17,7 @@ from matplotlib.patches import Patch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, interpolate
 
+from ..checks import check_choice
 from ..data.clips import check_one_frame
 from ..data.find import Found
 from ..data.scenes import as_found
@@ -32,7 +33,7 @@ from ..training.loop import program
 from ..training.pictures import figure_grid, save
 from ..training.starts import first_encoder
 from .model import named
-from .scenes import SIZE, SceneModel, SceneTask, model_inputs, outline, show_map, show_scene
+from .scenes import SIZE, TAUGHT_BY, SceneModel, SceneTask, model_inputs, outline, show_map, show_scene
 
 BETA_SQUARED = 0.3  # of the F score: precision counts for more than recall
 LEAST = 0.01  # IoU that is worth a word
@@ -67,9 +68,10 @@ class Segmenter(SceneModel, Pretrained):
         outputs: logits at each pixel, 1 for a mask.
         dim: width of the decoder after its first block.
         class_names: what the outputs are called, the background first; None = not told.
+        modalities: "both", or "image" of the control, which hears no sound.
 
     Raises:
-        ValueError: there are not as many names as outputs.
+        ValueError: there are not as many names as outputs, or other modalities.
     """
 
     home = "avfuse.tasks.segment"
@@ -82,11 +84,13 @@ class Segmenter(SceneModel, Pretrained):
         dim: int = 64,
         *,
         class_names: Sequence[str] | None = None,
+        modalities: str = "both",
     ):
         super().__init__()
+        check_choice("modalities", modalities, TAUGHT_BY)
         check_one_frame(encoder.frames, "segmentation")
         self.encoder, self.class_names = encoder, named(class_names, outputs)
-        self.settings = dict(outputs=outputs, dim=dim, class_names=self.class_names)
+        self.settings = dict(outputs=outputs, dim=dim, class_names=self.class_names, modalities=modalities)
         self.join = nn.Linear(encoder.dims["image"] + encoder.dims["audio"], 2 * dim)
         self.decoder = nn.Sequential(
             up_convolution(2 * dim, dim), up_convolution(dim, dim), up_convolution(dim, dim // 2)
@@ -251,7 +255,8 @@ class Segmentation(SceneTask):
         (self.classes,) = found.classes.values()
         names = self.classes if self.semantic else None
         outputs = len(self.classes) if self.semantic else 1
-        self.model = Segmenter(first_encoder(config), outputs, config.dim, class_names=names)
+        options = dict(class_names=names, modalities=config.modalities)
+        self.model = Segmenter(first_encoder(config), outputs, config.dim, **options)
         control = " without sound (control)" if config.modalities == "image" else ""
         self.name = f"{config.target} segmentation{control}"
         first: dict[Path, int] = {}  # a picture's video, by the number of its first picture

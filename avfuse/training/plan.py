@@ -29,7 +29,9 @@ PUBLISHED_CLIPS = {
 
 
 def make_model(config: TrainConfig) -> AVMAE:
-    """The masked autoencoder that the settings describe; of a checkpoint it has the encoder."""
+    """The masked autoencoder that the settings describe; of a checkpoint it has the encoder, and what its
+    decoders are, unless others are asked for, and what they predict.
+    """
     names = "decoder_dim", "decoder_depth", "decoder_heads", "decode_from"
     decoders = {name: getattr(config, name) for name in names}
     encoder = first_encoder(config)
@@ -37,6 +39,7 @@ def make_model(config: TrainConfig) -> AVMAE:
         saved = saved_settings(config.checkpoint).get("model", {})
         asked = {name for name, value in decoders.items() if value != getattr(TrainConfig, name)}
         decoders |= {name: saved[name] for name in decoders.keys() & saved.keys() if not asked}
+        decoders |= {name: saved[name] for name in {"norm_target"} & saved.keys()}  # no setting says another
     names = "image_mask_ratio", "audio_mask_ratio", "tubes", "contrastive"
     return AVMAE(encoder, **decoders, **{name: getattr(config, name) for name in names})
 

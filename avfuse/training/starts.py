@@ -102,10 +102,10 @@ def with_drop_path(encoder: AVEncoder, rate: float) -> AVEncoder:
 def begin_from(model: nn.Module, checkpoint: str, say: Callable[[str], object]) -> None:
     """Gives a model, whose encoder is that of a checkpoint, all other parts that fit: of a model of the same
     class, with weights of the same names and shapes, and with the same classes if they have names. Which are
-    taken and which are new is told.
+    taken, which are new and which are left is told.
     """
-    own, theirs = model.state_dict(), other_weights(model, checkpoint)
-    parts = [name for name in dict.fromkeys(name.partition(".")[0] for name in own) if name != "encoder"]
+    own, theirs = model.state_dict(), model.fitted(other_weights(model, checkpoint))
+    parts = parts_of(own)
     taken = {part: of for part in parts if shapes(of := part_of(theirs, part)) == shapes(part_of(own, part))}
     load_strictly(model, own | {name: weight for of in taken.values() for name, weight in of.items()})
     before, encoder = saved_settings(checkpoint).get("model", {}), model.encoder
@@ -114,7 +114,9 @@ def begin_from(model: nn.Module, checkpoint: str, say: Callable[[str], object]) 
     new += [f"a bias of {bias}"] * bool(bias and not before.get("pair_bias"))
     new += [part for part in parts if part not in taken]
     said = f"weights of {printable(checkpoint)}: {', '.join(['encoder', *taken])}"
-    say(said + (f"; new: {', '.join(new)}" if new else ", which is all there is"))
+    left = [name for name in parts_of(theirs) if name not in parts]
+    said += f"; new: {', '.join(new)}" * bool(new) + f"; not taken: {', '.join(left)}" * bool(left)
+    say(said if new or left else f"{said}, which is all there is")
 
 
 def other_weights(model: nn.Module, checkpoint: str) -> dict[str, Tensor]:
@@ -124,6 +126,10 @@ def other_weights(model: nn.Module, checkpoint: str) -> dict[str, Tensor]:
     if saved.get("class") != type(model).__name__ or list(own or ()) != list(theirs or ()):
         return {}
     return model.current(read_safetensors(file_at(checkpoint, WEIGHTS)))
+
+
+def parts_of(weights: dict[str, Tensor]) -> list[str]:
+    return [name for name in dict.fromkeys(name.partition(".")[0] for name in weights) if name != "encoder"]
 
 
 def part_of(weights: dict[str, Tensor], part: str) -> dict[str, Tensor]:
