@@ -84,7 +84,8 @@ def model_card(
     if classes:
         parts.append(f"## Classes\n\nIn the order of the outputs: {cell(list(classes))}.")
     for name, heading in HEADINGS.items():
-        tables = [[("", ""), *flat(facts[name])]] if facts.get(name) else []
+        told = [(key.replace("_", " "), value) for key, value in flat(facts.get(name, {}))]
+        tables = [[("", ""), *told]] if told else []
         if name == "metrics":
             tables = facts.get("tables") or tables
         if tables:
@@ -227,8 +228,9 @@ def flat(facts: dict, prefix: str = ""):
 
 def in_columns(rows: Sequence[Sequence]) -> str:
     """A Markdown table, whose first row names the columns."""
-    lines = [f"| {' | '.join(map(cell, row))} |" for row in rows]
-    return "\n".join([lines[0], "| --- " * len(rows[0]) + "|", *lines[1:]])
+    head = [name.replace("_", " ") if isinstance(name, str) else name for name in rows[0]]
+    lines = [f"| {' | '.join(map(cell, row))} |" for row in (head, *rows[1:])]
+    return "\n".join([lines[0], "| --- " * len(head) + "|", *lines[1:]])
 
 
 def cell(value: object) -> str:
@@ -239,4 +241,4 @@ def cell(value: object) -> str:
         value = f"{value:.4g}"
     elif isinstance(value, (list, tuple)):
         value = ", ".join(map(str, value))
-    return in_markdown(" ".join(str(value).replace("_", " ").split()))
+    return in_markdown(" ".join(str(value).split()))

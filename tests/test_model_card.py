@@ -126,6 +126,20 @@ def test_names_from_files_stay_what_they_are(name):
     assert all(line.isprintable() for line in str(card).split("\n"))
 
 
+def test_only_names_of_facts_get_spaces():
+    """Two classes may differ in that alone, and a file is found by its name."""
+    tables = [[("", "f_score"), ("dog_bark", 0.5), (None, None)]]
+    facts = dict(data=dict(measured_on="my_clips/a_b.mp4"), metrics=dict(f_score=0.5), tables=tables)
+    card = str(model_card("Classifier", facts, {}, classes=("dog_bark", "dog bark")))
+    for line in (
+        r"In the order of the outputs: dog\_bark, dog bark.",
+        r"| measured on | my\_clips/a\_b.mp4 |",
+        "|  | f score |",
+        r"| dog\_bark | 0.5 |",
+    ):
+        assert line in card.split("\n")
+
+
 def test_facts_follow_the_model(tmp_path):
     mae = AVMAE(make_encoder().float(), decoder_dim=16, decoder_depth=1, decoder_heads=2)
     mae.facts, mae.encoder.image.origin = FACTS, MAE
