@@ -29,6 +29,7 @@ from avfuse.training.faults import RunError
 from avfuse.training.judge import weights_hash
 from avfuse.training.plan import make_model
 from avfuse.training.recipes import TrainConfig
+from avfuse.training.report import write_report
 from avfuse.training.run_folder import check_run
 from avfuse.training.settings import raised_warmup_cosine, warmup_cosine
 
@@ -166,8 +167,10 @@ def test_other_settings_need_another_folder(finished):
 
 
 def test_a_finished_run_can_be_given_more_epochs(finished, tmp_path, capsys, monkeypatch):
-    config = replace(finished, run=tmp_path / "run", epochs=5, warmup_epochs=2)  # as --epochs 5 alone has it
+    config = replace(finished, run=tmp_path / "run", epochs=5, warmup_epochs=2, given=("epochs",))
     shutil.copytree(finished.run, config.run)
+    with pytest.raises(ValueError, match="--warmup-epochs 1 -> 2.*--restart"):  # unless it comes of --epochs
+        main(replace(config, given=("epochs", "warmup_epochs")))
     save = loop.save_checkpoint
 
     def save_then_die(*args):
@@ -178,6 +181,7 @@ def test_a_finished_run_can_be_given_more_epochs(finished, tmp_path, capsys, mon
     with pytest.raises(KeyboardInterrupt):  # after step 8 of 10
         main(config)
     assert "the learning rate rises from 0 in 1 epochs to what it is in a run of 5" in capsys.readouterr().out
+    assert "Not finished (running or stopped): step 8 of 10" in write_report(config.run).read_text()
     monkeypatch.setattr(loop, "save_checkpoint", save)
     assert main(config) == 0
     assert "the learning rate rises" not in capsys.readouterr().out
@@ -186,8 +190,8 @@ def test_a_finished_run_can_be_given_more_epochs(finished, tmp_path, capsys, mon
     assert {row["step"]: row["loss"] for row in steps[:6]} == losses(finished.run)
     rates = [row["lr"] / 1.5e-3 * 4 for row in steps]  # base_lr 6e-3, sqrt(4 x 64) / 256
     assert rates == pytest.approx([warmup_cosine(step, 2, 10, extended_at=6) for step in range(10)])
-    assert rates[6] == 0 and rates[8] == pytest.approx(warmup_cosine(8, 2, 10))
-    assert [row["step"] for row in rows(config.run) if row.get("when") == "after"] == [10]
+    assert rates[6] > 0 and rates[8] == pytest.approx(warmup_cosine(8, 2, 10))
+    assert [row["step"] for row in rows(config.run) if row.get("when") == "after"] == [6, 10]
     assert main(config) == 0 and len(losses(config.run)) == 10
     with pytest.raises(ValueError, match="holds a run of 5 epochs, more than --epochs 3: it may get more"):
         main(replace(config, epochs=3))

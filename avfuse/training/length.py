@@ -9,14 +9,17 @@ from .settings import LoopConfig, schedule_of
 
 
 def with_enough_steps(config: LoopConfig, clips: int) -> LoopConfig:
-    """The settings with so many epochs that --min-steps are taken, and warm-up in proportion; as they are if
-    their epochs were given, or are not the default.
+    """The settings with so many epochs that --min-steps are taken, and warm-up in proportion unless it was
+    given; as they are if their epochs were given, or are not the default.
     """
     per_epoch = schedule_of(config, clips).steps_per_epoch
     epochs = -(-config.min_steps // per_epoch)
     if config.is_asked("epochs") or config.epochs != type(config).epochs or epochs <= config.epochs:
         return config
-    return replace(config, epochs=epochs, warmup_epochs=round(config.warmup_epochs * epochs / config.epochs))
+    warmup = config.warmup_epochs
+    if not config.is_asked("warmup_epochs"):
+        warmup = round(warmup * epochs / config.epochs)
+    return replace(config, epochs=epochs, warmup_epochs=warmup)
 
 
 def settle_length(config: LoopConfig, clips: int) -> tuple[LoopConfig, int]:
@@ -24,7 +27,8 @@ def settle_length(config: LoopConfig, clips: int) -> tuple[LoopConfig, int]:
     given more of them, 0 if it never was.
 
     Raises:
-        ValueError: the folder holds a run of more epochs, or one that has not come to its end.
+        ValueError: the folder holds a run of more epochs, of another warm-up, or one that has not come to its
+            end.
     """
     config = with_enough_steps(config, clips)
     before = {} if config.restart else read_run(config.run)
@@ -32,10 +36,11 @@ def settle_length(config: LoopConfig, clips: int) -> tuple[LoopConfig, int]:
         return config, 0
     per_epoch = schedule_of(config, clips).steps_per_epoch
     epochs, warmup = (before["settings"].get(name) for name in ("epochs", "warmup_epochs"))
-    folder = f"--run-dir {printable(config.run)}"
-    if config.epochs == epochs and (config.warmup_epochs == warmup or before["extended_at"]):
-        return replace(config, warmup_epochs=warmup), before["extended_at"]  # which an extension has kept
-    if config.epochs == epochs or type(epochs) is not int or type(warmup) is not int:
+    folder, is_same = f"--run-dir {printable(config.run)}", config.warmup_epochs == warmup
+    keeps = is_same or not config.is_asked("warmup_epochs")  # an extended run has that which it began with
+    if config.epochs == epochs and (is_same or keeps and before["extended_at"]):
+        return replace(config, warmup_epochs=warmup), before["extended_at"]
+    if config.epochs == epochs or not keeps or type(epochs) is not int or type(warmup) is not int:
         wanted = f"--warmup-epochs {printable(warmup)} -> {config.warmup_epochs}"
         raise ValueError(f"{folder} holds a run with other settings ({wanted}): {instead(config, before)}")
     if config.epochs < epochs:

@@ -301,12 +301,15 @@ def open_folder(run: Run) -> None:
     if run.first_step:
         tell(accelerator, f"resuming after step {run.first_step} of {run.schedule.steps}")
     if run.extended_at and run.first_step == run.extended_at:
+        rates = run.rates.scheduler  # whose checkpoint holds the rate after the end of the shorter run
+        rates.last_epoch -= 1
+        rates.step()
         rise = f"in {config.warmup_epochs} epochs to what it is in a run of {config.epochs}"
         tell(accelerator, f"the learning rate rises from 0 {rise}, and goes down to 0 with that")
     quarantine = config.run / "quarantine.jsonl"
     run.quarantine = Quarantine(quarantine, is_main, found.looked_at, config.max_unreadable)
     run.quarantine.add("scan", found.unreadable)
-    run.metrics = MetricsFile(config.run / "metrics.jsonl", is_main, run.first_step)
+    run.metrics = MetricsFile(config.run / "metrics.jsonl", is_main, run.first_step, run.extended_at)
     tensorboard = dict(purge_step=run.first_step + 1 if run.first_step else 0)  # with what was before
     accelerator.init_trackers("tensorboard", init_kwargs=dict(tensorboard=tensorboard))
 

@@ -184,9 +184,9 @@ def spread(items: list, most: int) -> list:
 
 def status(config: dict, metrics: Path, steps: list[dict], measures: list[dict]) -> str:
     """How far the run is, and what it is worth."""
-    text = (
-        "Finished" if any(row["when"] == "after" for row in measures) else "Not finished (running or stopped)"
-    )
+    newest = steps[-1]["step"] if steps else 0  # a run that was extended has ended before
+    ended = any(row["when"] == "after" and row["step"] >= newest for row in measures)
+    text = "Finished" if ended else "Not finished (running or stopped)"
     epochs = config.get("settings", {}).get("epochs")
     if steps:
         step, epoch = steps[-1]["step"], steps[-1].get("epoch")

@@ -317,17 +317,21 @@ def when_written(clips: Sequence[Clip]) -> dict[Path, int]:
 class MetricsFile:
     """metrics.jsonl, one object a line; on resume, rows after the checkpoint are dropped."""
 
-    def __init__(self, path: Path, active: bool, last_step: int):
+    def __init__(self, path: Path, active: bool, last_step: int, extended_at: int = 0):
         self.path, self.active = path, active
         if active:
-            kept = [row for row in read_rows(path) if self.precedes(row, last_step)]
+            kept = [row for row in read_rows(path) if self.precedes(row, last_step, extended_at)]
             write_rows(path, kept)
 
     @staticmethod
-    def precedes(row: dict, last_step: int) -> bool:
-        """Whether a row is from before the checkpoint; a run that begins anew (last_step 0) keeps none."""
+    def precedes(row: dict, last_step: int, extended_at: int) -> bool:
+        """Whether a row is from before the checkpoint; a run that begins anew (last_step 0) keeps none. What
+        was measured at the end is measured again, but for that of the run before it was extended.
+        """
         step = row.get("step")
-        return type(step) is int and last_step > 0 and step <= last_step and row.get("when") != "after"
+        if type(step) is not int or last_step == 0 or step > last_step:
+            return False
+        return row.get("when") != "after" or step <= extended_at
 
     def write(self, **row) -> None:
         if self.active:

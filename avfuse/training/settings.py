@@ -290,13 +290,14 @@ def warmup_cosine(step: int, warmup: int, total: int, extended_at: int = 0) -> f
     """Share of the peak learning rate: up to it in `warmup` equal steps, then down to 0 by half a cosine.
 
     Of a run that had come to its end at step `extended_at` (0: none) and was given more steps, it rises from
-    there, in as many steps, to what it is in a run that had `total` from the start, and goes down with that.
+    there, in as many equal steps, to what it is in a run that had `total` from the start, and goes down with
+    that.
     """
     if step < warmup:
         return (step + 1) / warmup
     if step < extended_at:
         total = extended_at
-    risen = min(1.0, (step - extended_at) / max(1, warmup)) if 0 < extended_at <= step else 1.0
+    risen = min(1.0, (step + 1 - extended_at) / max(1, warmup)) if 0 < extended_at <= step else 1.0
     return risen * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
