@@ -409,13 +409,18 @@ def build_vit(description: dict, device: str | None = None) -> VisionTransformer
 
 def check_rebuilt(rebuilt: nn.Module, model: nn.Module) -> None:
     """ValueError unless the parts of a model are those of what was rebuilt from its description: names and
-    shapes of weights do not tell one activation from another, or a subclass that computes something else.
-    What has no weights, and no place in what was rebuilt, is not looked at: nothing calls it.
+    shapes of weights do not tell one activation from another, or a subclass that computes something else. Nor
+    may a parameter have two names: loaded again, each would learn by itself. What has no weights, and no
+    place in what was rebuilt, is not looked at: nothing calls it.
     """
     parts = dict(rebuilt.named_modules())
     for name, part in model.named_modules():
         if name and name in parts and kind_of(parts[name]) != kind_of(part):
             raise ValueError(f"{name}, a {type(part).__name__}, is none that config.json can describe")
+    first = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if (other := first.setdefault(id(weight), name)) != name:
+            raise ValueError(f"{name} is {other}, too, and config.json cannot describe what is shared")
     places = {name: place.shape for name, place in rebuilt.state_dict().items()}
     for name, weight in model.state_dict().items():
         # A copy for another number of frames has other positions of frames.

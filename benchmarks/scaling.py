@@ -276,7 +276,7 @@ def mode_parts(record: dict, mode: Mode) -> list:
 
 
 def place(by: str, n: int) -> str:
-    return f"{n} frames" if by == "frames" else f"{n} + {n} tokens"
+    return f"{n} frame{'s' * (n > 1)}" if by == "frames" else f"{n} + {n} tokens"
 
 
 def point_cells(point: dict | None) -> tuple[str, str]:

@@ -143,6 +143,7 @@ def test_pointing_by_hand():
     maps = torch.tensor([[[0.0, 0.9], [0.1, 0.2]], [[-1.0, -5.0], [-0.5, -2.0]], [[1.0, 1.0], [1.0, 1.0]]])
     truth = torch.tensor([[[0.0, 0.5], [0.0, 0.0]], [[1.0, 1.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]]])
     assert pointing(maps, truth).tolist() == [True, False, False]
+    assert pointing(maps.where(maps < 0.9, torch.nan), torch.ones(3, 2, 2)).tolist() == [False, True, False]
 
 
 SURE = [

@@ -79,6 +79,14 @@ def test_a_replaced_part_is_kept_or_refused(name, tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
+def test_blocks_that_share_their_weights_are_refused(tmp_path):
+    encoder = create_encoder("micro")
+    encoder.image.blocks[1] = encoder.image.blocks[0]
+    with pytest.raises(ValueError, match="image.blocks.1.norm1.weight is image.blocks.0.norm1.weight, too"):
+        encoder.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 def test_replaced_parts_of_an_autoencoder_are_refused(tmp_path):
     mae = AVMAE(create_encoder("micro"))
     mae.image_decoder.blocks[0].mlp.act = nn.ReLU()

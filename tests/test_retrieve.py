@@ -14,10 +14,10 @@ from videos import write_video
 from avfuse import create_encoder, read_clip
 from avfuse.data.find import Found
 from avfuse.tasks.classify import Task
-from avfuse.tasks.retrieve import Retrieval, RetrieveConfig, apart, cross_recalls, recalls
+from avfuse.tasks.retrieve import Retrieval, RetrieveConfig, apart, cross_recalls, named_neighbours, recalls
 from avfuse.training.judge import judge_all
 from avfuse.training.loop import program, set_up
-from avfuse.training.neighbours import nearest_neighbour_probes
+from avfuse.training.neighbours import nearest_neighbour_probes, neighbours, rows_there
 
 PAIRS = "image_to_audio_recall", "audio_to_image_recall", "pair_chance"
 
@@ -206,6 +206,16 @@ def test_a_folder_without_labels_shows_neighbours(folder, tmp_path, capsys):
         for feature in "image", "audio", "fusion", "sum":
             assert len(set(row[feature])) == 2 and {*row[feature]} < {*clips} - {row["clip"]}
     assert (tmp_path / "run" / "pictures" / "neighbours-000000.png").exists()
+
+
+def test_a_clip_that_lacks_a_feature_is_named_beside_no_other():
+    features = make_features(4)
+    features["audio"][1:3] = 0.0  # which two clips lack
+    found = named_neighbours("abcd", neighbours(features, 3), rows_there(features))
+    assert [row["clip"] for row in found] == list("abcd")
+    assert [row["audio"] for row in found] == [["d"], [], [], ["a"]]
+    for feature in "image", "fusion", "sum":
+        assert all(sorted(row[feature] + [row["clip"]]) == list("abcd") for row in found)
 
 
 def test_clips_that_are_lost_on_the_way_leave_fewer_neighbours():

@@ -163,8 +163,12 @@ def success_area(ciou: Tensor) -> float:
 
 
 def pointing(maps: Tensor, truth: Tensor) -> Tensor:
-    """Whether the highest point of each map (B, H, W), the first of equals, is where truth > 0: (B,) bool"""
-    return truth.flatten(1).gather(1, maps.flatten(1).argmax(1, keepdim=True))[:, 0] > 0
+    """Whether the highest point of each map (B, H, W), the first of equals, is where truth > 0: (B,) bool. A
+    map that is not finite has none.
+    """
+    maps = maps.flatten(1)
+    is_hit = truth.flatten(1).gather(1, maps.argmax(1, keepdim=True))[:, 0] > 0
+    return is_hit & maps.isfinite().all(1)
 
 
 def best_map(truth: Tensor) -> Tensor:

@@ -208,7 +208,7 @@ class Retrieval(JudgedTask):
         indices = features["index"].tolist()
         paths = [str(run.found.test[index].path) for index in indices]
         of_all = neighbours(features, min(max(self.ks), len(rows) - 1))
-        write_rows(run.config.run / "neighbours.jsonl", named_neighbours(paths, of_all))
+        write_rows(run.config.run / "neighbours.jsonl", named_neighbours(paths, of_all, rows_there(features)))
         name = next((name for name in features if name.startswith("label_")), None)
         label = name and name.removeprefix("label_")
         same = torch.zeros(len(rows), len(rows)).bool() if name is None else related(features[name])
@@ -234,13 +234,18 @@ class Retrieval(JudgedTask):
         return f"{label}: {', '.join(kinds)}"
 
 
-def named_neighbours(paths: Sequence[str], nearest: dict[str, Tensor]) -> list[dict]:
-    """A row for each clip: its path, and by feature the paths of its neighbours, nearest first."""
-    lists = {feature: indices.tolist() for feature, indices in nearest.items()}
-    return [
-        dict(clip=path) | {feature: [paths[n] for n in of[row]] for feature, of in lists.items()}
-        for row, path in enumerate(paths)
-    ]
+def named_neighbours(
+    paths: Sequence[str], nearest: dict[str, Tensor], there: dict[str, Tensor]
+) -> list[dict]:
+    """A row for each clip: its path, and by feature the paths of its neighbours, nearest first. A clip that
+    lacks the feature, see `rows_there`, has none, and is none.
+    """
+    rows = [dict(clip=path) for path in paths]
+    for feature, indices in nearest.items():
+        has = there[feature].flatten().tolist()
+        for row, near in enumerate(indices.tolist()):
+            rows[row][feature] = [paths[n] for n in near if has[row] and has[n] and n != row]
+    return rows
 
 
 # --- picture ------------------------------------------------------------------------------------------------
