@@ -185,7 +185,7 @@ def test_checked_folders_and_shards_are_read_too(folder, saved, tmp_path, capsys
     shutil.copytree(folder, checked)
     check(checked, progress=False, workers=0)
     shard(checked, shards, progress=False, workers=0)
-    features = []
+    features, named = [], []
     for root in folder, checked, shards:
         out = tmp_path / f"{root.name}.safetensors"
         main(FeaturesConfig(folder=root, out=out, checkpoint=str(saved), workers=0))
@@ -193,6 +193,8 @@ def test_checked_folders_and_shards_are_read_too(folder, saved, tmp_path, capsys
         assert len(paths) == 4 and ("1 could not be read" in capsys.readouterr().out) == (root != shards)
         order = tensors["fusion"][:, 0].argsort()  # shards deal clips out in an order of their own
         features.append({name: tensor[order] for name, tensor in tensors.items()})
+        named.append([paths[n] for n in order.tolist()])  # in shards, too, as they were before
+    assert named[0] == named[1] == named[2] and all(path.endswith(".mp4") for path in named[0])
     for other in features[1:]:
         assert other.keys() == features[0].keys()
         for name, tensor in features[0].items():

@@ -206,7 +206,7 @@ class Retrieval(JudgedTask):
             return
         features = to_columns(rows)
         indices = features["index"].tolist()
-        paths = [str(run.found.test[index].path) for index in indices]
+        paths = [(clip := run.found.test[index]).source or str(clip.path) for index in indices]
         of_all = neighbours(features, min(max(self.ks), len(rows) - 1))
         write_rows(run.config.run / "neighbours.jsonl", named_neighbours(paths, of_all, rows_there(features)))
         name = next((name for name in features if name.startswith("label_")), None)

@@ -163,14 +163,14 @@ def _features(encoder, batch, windows, tokens, device) -> dict[str, Tensor]:
 
 def save_features(path: Path, features: Features, folder: Path, checkpoint: str, protocol: str = "") -> None:
     """Writes one safetensors file, whole or not at all. Its metadata hold, as JSON, the `paths` of the rows
-    relative to `folder`, and of the clips that are `unreadable` path and reason; and by what `protocol` clips
-    were looked at.
+    relative to `folder`, of clips in shards what they were called before, and of the clips that are
+    `unreadable` path and reason; and by what `protocol` clips were looked at.
     """
     metadata = dict(
         protocol=protocol,
         folder=printable(folder.resolve()),  # metadata are Unicode, which a name need not be
         checkpoint=printable(checkpoint),
-        paths=json.dumps([os.path.relpath(clip.path, folder) for clip in features.clips]),
+        paths=json.dumps([clip.name(folder) for clip in features.clips]),
         unreadable=json.dumps([[os.path.relpath(f.path, folder), f.reason] for f in features.failures]),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -188,7 +188,7 @@ def table_rows(
     """
     tensors = features.tensors
     for n, clip in enumerate(features.clips):
-        row = dict(video=os.path.relpath(clip.path, folder))
+        row = dict(video=clip.name(folder))
         if "start" in tensors:
             row["start"] = round(tensors["start"][n].item(), 3)
         elif window is not None:
