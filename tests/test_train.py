@@ -448,10 +448,27 @@ def test_recomputing_activations_changes_no_loss(finished, tmp_path):
     assert losses(tmp_path / "run") == pytest.approx(losses(finished.run), rel=1e-6)
 
 
-def test_bfloat16_trains_to_nearly_the_same(finished, tmp_path):
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_bfloat16_trains_to_nearly_the_same_and_is_judged_in_float32(finished, tmp_path, monkeypatch, ema):
+    forward, measure, seen = AVMAE.forward, Pretraining.measure, []
+
+    def observe(*args, **options):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return forward(*args, **options)
+
+    def judge(*args):
+        trained = len(seen)
+        failures = measure(*args)
+        assert len(seen) > trained and not any(seen[trained:])
+        del seen[trained:]
+        return failures
+
+    monkeypatch.setattr(AVMAE, "forward", observe)
+    monkeypatch.setattr(Pretraining, "measure", judge)
     AcceleratorState._reset_state()  # which holds one precision for all of a process
-    main(replace(finished, run=tmp_path / "run", precision="bf16"))
+    main(replace(finished, run=tmp_path / "run", precision="bf16", ema=ema))
     AcceleratorState._reset_state()
+    assert seen == [True] * 6
     assert losses(tmp_path / "run") == pytest.approx(losses(finished.run), rel=0.02)
     assert losses(tmp_path / "run") != losses(finished.run)
 

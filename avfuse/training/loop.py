@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -530,7 +530,9 @@ def stop_at_fault(
 
 def measure(run: Run, step: int, when: str) -> None:
     """Has the task judge the weights; clips that could not be read for it go on record."""
-    failures = run.task.measure(run, whole_model(run), step, when)
+    model = whole_model(run)
+    with in_own_precision(model):
+        failures = run.task.measure(run, model, step, when)
     run.quarantine.add(when, gather_object(failures))
     run.accelerator.wait_for_everyone()
 
@@ -555,6 +557,19 @@ def whole_model(run: Run) -> nn.Module:
     for tensor in whole.state_dict().values():  # running statistics are those of one process's clips
         broadcast(tensor)
     return whole
+
+
+@contextmanager
+def in_own_precision(model: nn.Module) -> Iterator[None]:
+    """While this lasts, a model runs as that which is loaded will: without the autocast into which Accelerate
+    has put its `forward`, and which an average of the weights has not.
+    """
+    cast = vars(model).pop("forward", None)
+    try:
+        yield
+    finally:
+        if cast is not None:
+            model.forward = cast
 
 
 # --- parts --------------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ class LoopConfig:
     as 0.99 for hundreds of steps, 0.9999 for tens of thousands: of the first weights DECAY to the power of
     the steps is left. 0 = none."""
     precision: Literal["no", "fp16", "bf16"] = "no"
-    """Mixed precision of Accelerate."""
+    """Mixed precision of Accelerate, of training; held-out clips are judged in float32."""
     grad_checkpointing: Annotated[bool, FREE] = False
     """Recompute activations in the backward: less memory, more time, same losses."""
 
