@@ -82,7 +82,7 @@ def model_card(
     )
     parts = [f"---\n{data.to_yaml()}\n---", introduction(title, saved_as, home)]
     if classes:
-        parts.append(f"## Classes\n\nIn the order of the outputs: {cell(list(classes))}.")
+        parts.append(f"## Classes\n\nIn the order of the outputs: {cell('; '.join(classes))}.")
     for name, heading in HEADINGS.items():
         told = [(key.replace("_", " "), value) for key, value in flat(facts.get(name, {}))]
         tables = [[("", ""), *told]] if told else []

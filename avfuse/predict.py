@@ -102,6 +102,8 @@ def describe(answer: dict, top: int) -> str:
             lines.append(f"  {'by ' + name:<9} {best}")
         elif isinstance(value, torch.Tensor):
             lines.append(f"  {name:<9} {tuple(value.shape)}, {value.min():.3f} to {value.max():.3f}")
+        elif isinstance(value, float) and name not in WHERE:
+            lines.append(f"  {name:<9} {value:.3f}")
     return "\n".join(lines)
 
 
@@ -118,9 +120,10 @@ def draw(answer: dict, model: nn.Module, path: Path, start: float, target: Path)
         write_wav(target, answer["sound"], answer["sample_rate"])
         return target
     image, audio = read_clip(path, encoder.inputs, start=start)
+    is_taught_by_both = getattr(model, "settings", {}).get("modalities", "both") == "both"
     if "map" in answer:
         draw_map(image[0], answer["map"], encoder.inputs, target)
-    elif encoder.shows_attention and image is not None and audio is not None:
+    elif encoder.shows_attention and is_taught_by_both and image is not None and audio is not None:
         device = encoder.fusion_tokens.device
         draw_attention(encoder, dict(image=image.to(device), audio=audio.to(device)), target)
     else:

@@ -50,5 +50,7 @@ class Predictor:
             raise ValueError(f"{path}: {error}") from error
 
     def predicted(self, image: Tensor | None, audio: Tensor | None) -> dict[str, Any]:
-        """The answer for one clip, a batch of one; None is a modality that it lacks."""
+        """The answer for one clip, a batch of one; None is a modality that it lacks. It holds tensors,
+        numbers and dictionaries of probabilities, by name.
+        """
         raise NotImplementedError

@@ -289,8 +289,8 @@ def tile_of(b, h, H, blocks, N, queries, F):
 
 @triton.jit
 def log(total):
-    """0 of nothing, whose largest logit is -inf."""
-    return tl.log(tl.where(total > 0.0, total, 1.0))
+    """0 of nothing, whose largest logit is -inf. NaN stays NaN, which a maximum on a GPU passes over."""
+    return tl.log(tl.where(total == 0.0, 1.0, total))
 
 
 # --- the host's side ----------------------------------------------------------------------------------------

@@ -432,7 +432,7 @@ def test_a_run_leaves_a_classifier_and_its_results(folder, tmp_path, probe):
     assert "| the sound of another clip |" in card and "| wrong by both, right by image alone |" in card
     assert "Hearing and seeing, tested" in (config.run / "index.html").read_text()
     assert sum("conditions" in row for row in read_rows(config.run / "metrics.jsonl")) == 1  # at the end
-    assert "In the order of the outputs: bird, cat." in card and "| most frequent class | 0.6667 |" in card
+    assert "In the order of the outputs: bird; cat." in card and "| most frequent class | 0.6667 |" in card
     assert "| measured on | 3 " in card and str(tmp_path) not in card
     of = {result.metric_name: result for result in ModelCard(card).data.eval_results}
     assert of["accuracy"].metric_value == results["metrics"]["accuracy"]

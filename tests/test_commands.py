@@ -30,7 +30,7 @@ from avfuse.tasks.options import (
     SeparateConfig,
 )
 from avfuse.training.recipes import TrainConfig, parse
-from avfuse.training.settings import checked
+from avfuse.training.settings import LoopConfig, checked
 
 HEAVY = {"torch", "timm", "matplotlib", "accelerate", "torchvision", "huggingface_hub", "sklearn"}
 MODULES = [module for module, _ in COMMANDS.values()]
@@ -111,6 +111,14 @@ def test_mistakes_are_told_as_soon(arguments, message):
 
 KINDS = (TrainConfig, ClassifyConfig, RetrieveConfig, SeparateConfig, LocalizeConfig, SegmentConfig)
 OTHERS = (FeaturesConfig, PredictConfig, DemoConfig, Check, Shard, Command)
+
+
+def test_all_runs_are_among_these():
+    def kinds_of(kind):
+        return [below for sub in kind.__subclasses__() for below in kinds_of(sub)] or [kind]
+
+    runs = {kind for kind in kinds_of(LoopConfig) if kind.__module__.startswith("avfuse.")}
+    assert runs == set(KINDS)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *OTHERS], ids=lambda kind: kind.__name__)

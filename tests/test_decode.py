@@ -16,6 +16,7 @@ from videos import chirp, lag, number_of, numbered_frames, probe, read_audio, re
 
 from avfuse.data import decode
 from avfuse.data.decode import ClipError, ClipReader
+from avfuse.data.sound import join
 
 OPEN = "open-gop=1:keyint=8:scenecut=0"  # frames before a key frame that need the frames before those
 LEADING = "bframes=3:keyint=8:scenecut=0"
@@ -875,3 +876,20 @@ def test_arguments(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=name):
             call()
+
+
+@pytest.mark.parametrize("start", [2.0, 2.1, 2.3, 5.0])
+@pytest.mark.parametrize("rate", [16_000, 48_000])
+def test_a_window_behind_the_end_of_the_sound_is_named(tmp_path, start, rate):
+    path = write_video(tmp_path / "a.mp4", 2.0, sample_rate=rate)
+    with pytest.raises(ClipError, match=f"has no sound from {start:g} s on"):
+        read_audio(path, start, 0.5, 16_000)
+
+
+def test_gaps_of_less_than_40_ms_are_closed():
+    def gap(seconds):
+        ones = np.ones(1000, np.float32)
+        sound = join([(0.0, 1000, ones), (1.0 + seconds, 1000, ones)], 1000, 0, 3000)
+        return len(sound) - 2000, int((sound == 0).sum())
+
+    assert gap(0.039) == (0, 0) and gap(0.041) == (41, 41) and gap(-0.039) == (0, 0)

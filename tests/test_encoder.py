@@ -831,3 +831,11 @@ def test_bad_inputs_are_named(options, message):
 def test_bad_presets_are_named(make_bad, message):
     with pytest.raises(ValueError, match=message):
         make_bad()
+
+
+def test_a_config_makes_weights_as_fresh_as_those_of_timm():
+    encoder = AVEncoder.from_config(make_encoder().to_config())
+    for vit in encoder.image, encoder.audio:
+        weight = torch.cat([block.mlp.fc1.weight.flatten() for block in vit.blocks])
+        assert weight.std().item() == pytest.approx(0.02, rel=0.1)
+        assert not any(block.mlp.fc1.bias.any() for block in vit.blocks) and vit.pos_embed.any()

@@ -10,9 +10,10 @@ import torch
 
 import avfuse
 from avfuse.checks import is_exporting
+from avfuse.fusion import VARIANTS
 from avfuse.tasks.classifier import Classifier
 
-WAYS = [(way, {}) for way in ("dense", "bilinear", "factorized", "token", "joint", "cross", "none")]
+WAYS = [(way, {}) for way in VARIANTS]
 BIASED = [
     ("dense", dict(pair_bias="position")),
     ("bilinear", dict(pair_bias="position")),

@@ -9,7 +9,7 @@ import torch
 from models import gradients, randomized, relative_error
 
 from avfuse import DenseFusion, FactorizedFusion, TokenFusion
-from avfuse.fusion import Aggregation
+from avfuse.fusion import VARIANTS, Aggregation
 
 B, F, I, A, D, H = 4, 5, 7, 6, 24, 3
 EXACT = 1e-11  # float64 rounding through one block, relative to the largest value
@@ -130,6 +130,7 @@ BLOCKS = {
     ),
     "token": lambda **options: TokenFusion(D, H, **options),
 }
+OF_ANY_WIDTH = [name for name in BLOCKS if "image_dim" in VARIANTS[name.partition(",")[0]].options]
 every_block = pytest.mark.parametrize("name", BLOCKS)
 
 
@@ -178,7 +179,7 @@ def test_masks_drop_tokens(name, masked):
     assert_like_direct(block, make_streams(block), **masks if masked == "both" else {masked: masks[masked]})
 
 
-@pytest.mark.parametrize("name", [name for name in BLOCKS if name != "token"])
+@pytest.mark.parametrize("name", OF_ANY_WIDTH)
 @pytest.mark.parametrize("dims", [dict(image_dim=36), dict(image_dim=8, audio_dim=40)])
 def test_tokens_of_other_widths(name, dims):
     block = make(name, **dims)
@@ -500,3 +501,9 @@ def test_positions_that_a_pair_bias_needs():
         block(*streams, image_positions=rows.tolist(), audio_positions=columns)
     with pytest.raises(ValueError, match=r"audio_positions must be \(4, 6\), got shape \(4, 5\)"):
         block(*streams, image_positions=rows, audio_positions=columns[:, :5])
+
+
+def test_defaults_are_the_documented_ones():
+    dense, factorized = DenseFusion(D, H), FactorizedFusion(D, H)
+    assert dense.width == 0.25 * D and dense.mlp.fc1.out_features == D
+    assert factorized.split_sizes == [16, 8, 8]

@@ -594,3 +594,41 @@ def test_folders_that_may_be_meant_as_one_class_are_named(tmp_path, names, said)
 def test_all_classes_of_a_small_folder_are_named(tmp_path):
     said = told(tmp_path, [f"{name}/{n}.mp4" for name in ("ant", "bee", "cow", "dog", "elk") for n in (1, 2)])
     assert said[0].endswith("ant (2), bee (2), cow (2), dog (2), elk (2)")
+
+
+def test_a_recording_that_fits_exactly_goes_before_one_that_is_too_large():
+    sizes = dict(a=1, b=3, c=2, d=9)
+    names = [f"a/talk{r}_{n:03d}.mp4" for r, size in sizes.items() for n in range(size)]
+    for seed in range(12):
+        assert len(split(names, seed=seed)[1]) == 3
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_five_recordings_are_enough_to_stay_together_and_four_may_be_years(seed):
+    def parted(count):
+        of = {f"a/rec{r}_{n:03d}.mp4": r for r in range(1, count + 1) for n in range(6)}
+        train, test = split(of, seed=seed)
+        return {of[name] for name in train} & {of[name] for name in test}
+
+    assert not parted(5) and parted(4)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_recordings_of_two_pieces_stay_together(seed):
+    of = {f"a/rec{r}_{n:03d}.mp4": r for r in range(1, 9) for n in range(2)}
+    train, test = split(of, seed=seed)
+    assert test and not {of[name] for name in train} & {of[name] for name in test}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_two_clips_that_are_named_after_their_class_are_two_recordings(seed):
+    names = [f"{kind}/{kind}_{n}.mp4" for kind in ("cat", "dog") for n in range(2)]
+    for side in split(names, seed=seed):
+        assert {name[:3] for name in side} == {"cat", "dog"}
+
+
+def test_a_new_class_beside_clips_that_stay_keeps_one_to_train_on():
+    clips = ClipTable([Clip(ROOT / name) for name in ("a/1.mp4", "b/1.mp4", "b/2.mp4")])
+    for seed in range(5):
+        train, _ = hold_out(clips, ROOT, share=0.9, seed=seed, sides=["train", None, None])
+        assert sorted(clip.path.parent.name for clip in train) == ["a", "b"]

@@ -132,7 +132,7 @@ def test_only_names_of_facts_get_spaces():
     facts = dict(data=dict(measured_on="my_clips/a_b.mp4"), metrics=dict(f_score=0.5), tables=tables)
     card = str(model_card("Classifier", facts, {}, classes=("dog_bark", "dog bark")))
     for line in (
-        r"In the order of the outputs: dog\_bark, dog bark.",
+        r"In the order of the outputs: dog\_bark; dog bark.",
         r"| measured on | my\_clips/a\_b.mp4 |",
         "|  | f score |",
         r"| dog\_bark | 0.5 |",

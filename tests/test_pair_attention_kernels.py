@@ -333,6 +333,19 @@ def test_the_interpreter_cuts_operands_to_tf32():
         assert torch.equal(output, (values + 2 * values).expand(output.shape))
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="of the interpreter")
+@pytest.mark.parametrize("blocks", [(2, 2), (5, 4)], ids=str)
+def test_a_bias_that_is_not_a_number_is_not_passed_over(monkeypatch, blocks):
+    """As by the maximum of a GPU, which takes the other operand where one is NaN."""
+    monkeypatch.setattr(
+        InterpreterBuilder, "create_maxnumf", lambda self, x, y: self.binary_op(x, y, np.fmax), raising=True
+    )
+    bias = torch.zeros(1, 1, *blocks)
+    bias[0, 0, 0, 0] = math.nan
+    tensors = make(I=10 if blocks == (2, 2) else 5) | dict(pair_bias=bias)
+    assert pair_attention(**tensors, backend="triton").isnan().all()
+
+
 @pytest.mark.parametrize("gradients", [True, False])
 def test_forward_mode_is_refused_not_forgotten(gradients):
     tensors = make()

@@ -18,6 +18,7 @@ import avfuse
 from avfuse import AVMAE, AVEncoder, InputSettings, read_clip
 from avfuse.data.clips import Clip, ClipDataset
 from avfuse.loading import load_model
+from avfuse.model_card import KINDS as KINDS_OF_CARDS
 from avfuse.options import FeaturesConfig
 from avfuse.predict import PredictConfig, main
 from avfuse.tasks.classifier import Classifier
@@ -129,6 +130,10 @@ KINDS = {
 }
 
 
+def test_every_model_is_loaded_and_has_a_card():
+    assert KINDS.keys() == set(MODELS.values()) and KINDS_OF_CARDS.keys() == MODELS.keys()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_pushed_tells_its_task_and_loads_as_its_card_says(kind, files, tmp_path, monkeypatch, capsys):
     """The hub is played by a folder: what would be uploaded lies there."""
@@ -151,7 +156,7 @@ def test_what_is_pushed_tells_its_task_and_loads_as_its_card_says(kind, files, t
     title, pipeline, tag = KINDS[kind]
     assert f"# Audio-visual {title}\n" in card.text
     assert (card.data.pipeline_tag, card.data.tags) == (pipeline, ["audio-visual", tag])
-    named = "## Classes\n\nIn the order of the outputs: dog, harp, rain." in card.text
+    named = "## Classes\n\nIn the order of the outputs: dog; harp; rain." in card.text
     assert named == (kind is Classifier)
     code = card.text.split("```python\n")[1].split("```")[0]
     scope = {}
@@ -186,7 +191,10 @@ def test_a_classifier_answers_only_by_what_has_taught_it(modalities, other, file
     Classifier(make_encoder(), 3, modalities=modalities).save_pretrained(tmp_path)
     model = avfuse.load(tmp_path)
     assert model.predict(files["both"]).keys() == {modalities}
-    assert model.predict(files[other]) == {}
+    with pytest.raises(
+        ValueError, match=f"{other}.mp4: it has no .*, by which alone this classifier answers"
+    ):
+        model.predict(files[other])
     with pytest.raises(ValueError, match=" must be one of 'both', 'image', 'audio', got 'video'"):
         Classifier(make_encoder(), 3, modalities="video")
 
@@ -208,6 +216,11 @@ def test_a_map_tells_what_sounds(kind, files):
         assert relative_error(sounding, logits[0, 0].sigmoid()) < 1e-6
     with pytest.raises(ValueError, match=r"silent.mp4: it has no sound, and both are needed"):
         model.predict(files["silent"])
+    model.settings["modalities"] = "image"
+    sound = torch.randn(1, *model.encoder.input_shapes["audio"])  # which the control does not hear
+    with torch.no_grad():
+        truth = model.predicted(read_clip(files["silent"], INPUTS).image, sound)["map"]
+    assert torch.equal(model.predict(files["silent"])["map"], truth)
 
 
 def test_old_weights_of_a_segmenter_are_read_by_their_old_names(tmp_path):

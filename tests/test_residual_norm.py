@@ -269,8 +269,14 @@ def single(encoder):
     return encoder.float().to(DEVICE), [x.float().to(DEVICE) for x in make_inputs(2)]
 
 
-# Norms of a fused layer in training: two of each transformer's block, and those of the fusion block.
-NORMS = dict(dense=8, bilinear=8, factorized=14, token=8, joint=4, cross=4, none=0)
+# Norms of a fused layer: two of each transformer's block, and in training those of the fusion block.
+NORMS = dict(dense=8, cross=4, none=0)
+
+
+def norms_of(encoder):
+    """How many the kernel takes in a fused layer, by default all that there are but the three last ones."""
+    norms = sum(isinstance(part, nn.LayerNorm) for part in encoder.modules()) - 3
+    return NORMS.get(encoder.settings["interactions"], norms / max(1, len(encoder.fusion_layers)))
 
 
 @pytest.mark.parametrize("interactions", VARIANTS)
@@ -283,7 +289,7 @@ def test_an_encoder_trains_the_same(by_kernel, interactions):
         audio_present=torch.tensor([True, False], device=DEVICE),
     )
     ours = trained(encoder, lambda: encoder(*inputs, **options)[:3])
-    assert len(by_kernel) == 3 * NORMS[interactions]
+    assert len(by_kernel) == 3 * norms_of(encoder)
     with plainly():
         truth = trained(encoder, lambda: encoder(*inputs, **options)[:3])
     assert_same(ours, truth)

@@ -387,7 +387,7 @@ def test_a_run_from_end_to_end(shapes, tmp_path, target):
     card = (tmp_path / "run/model/README.md").read_text()
     assert "| measured on | 3 held-out clips |" in card and str(tmp_path) not in card
     assert ("| all called sounding |" in card) == (target == "binary")
-    assert ("outputs: background, circle, square," in card) == (target == "semantic")
+    assert ("outputs: background; circle; square;" in card) == (target == "semantic")
 
 
 @pytest.mark.usefixtures("undrawn")

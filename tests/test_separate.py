@@ -9,7 +9,7 @@ import mir_eval
 import numpy as np
 import pytest
 import torch
-from videos import write_video
+from videos import numbered_frames, read_audio, write_video
 
 from avfuse import create_encoder
 from avfuse.data import sounding_shapes
@@ -19,6 +19,7 @@ from avfuse.data.table import ClipTable
 from avfuse.inputs import InputSettings
 from avfuse.loading import load_model
 from avfuse.presets import SMALL_INPUTS
+from avfuse.tasks import separate
 from avfuse.tasks.separate import MixtureDataset, SeparateConfig, Separation, ideal_masks, ratios
 from avfuse.tasks.separation_metrics import bss_eval, is_silent, nmf_masks, rpca_masks
 from avfuse.tasks.separator import MelSTFT, Separator, doublings
@@ -338,3 +339,58 @@ def test_settings_of_the_paper_fit_too():
 def test_filter_banks_without_an_stft_are_refused():
     with pytest.raises(ValueError, match="separation needs the STFT of log-mel spectrograms, not 'kaldi'"):
         MelSTFT(InputSettings.audiomae())
+
+
+def test_mixtures_are_of_the_middle_as_it_is_in_evaluation_and_of_any_place_in_training(tmp_path):
+    video, seconds = numbered_frames(1).repeat(80, 0), SMALL_INPUTS.audio_seconds
+    video[:, :, 32:] = 255  # the right half
+    clips = [Clip(write_video(tmp_path / f"{n}.mp4", 8.0, video=video)) for n in range(2)]
+    test, train = (MixtureDataset(clips, SMALL_INPUTS, train=train) for train in (False, True))
+    item = test[0]
+    middle = read_audio(clips[0].path, 4 - seconds / 2, seconds, SMALL_INPUTS.sample_rate)
+    np.testing.assert_allclose(item["sounds"][0], middle, atol=1e-4)
+
+    def is_mirrored(item):
+        return bool(item["image"][0, ..., 0].mean() > item["image"][0, ..., -1].mean())
+
+    assert not is_mirrored(item)
+    items = [train[epoch, 0] for epoch in range(60)]
+    assert 20 <= sum(map(is_mirrored, items)) <= 40
+    pitches = [int(x["sounds"][0].sign().diff().ne(0).sum()) for x in items]  # the sound rises
+    assert len({*pitches}) > 50 and max(pitches) > 2 * min(pitches)
+
+
+def test_pairs_that_lack_something_add_nothing_to_the_loss():
+    task, sounds = task_of(), torch.stack([tones(220, 470, seconds=3.0).float()] * 2)
+
+    def losses(inputs):
+        clips = len(inputs["sounds"])
+        masks = torch.zeros(clips, 2, 64, 1).expand_as(task.targets(inputs["sounds"])[0])
+        return task.losses(lambda image, audio: masks, inputs)["mask_loss"]
+
+    inputs = dict(image=None, audio=None, sounds=sounds, whole=torch.tensor([True, False]))
+    alone = {name: x if x is None else x[:1] for name, x in inputs.items()}
+    torch.testing.assert_close(losses(inputs), losses(alone))
+
+
+def test_loud_bins_weigh_more_within_bounds():
+    task, sounds = task_of(), torch.zeros(1, 2, 48_000)
+    sounds[0, 0, 24_000:] = 1e3 * tones(220, seconds=1.5).float()[0]
+    loudness = task.model.mel_stft.magnitude(sounds.sum(1))[0]
+    truth = torch.log1p(loudness).clamp(1e-3, 10.0)
+    assert (truth == 1e-3).any() and (truth > 2e-3).any()
+    weight = task.targets(sounds)[1]
+    torch.testing.assert_close(weight[0, 0], truth / truth.mean())
+    torch.testing.assert_close(weight[0, 1], weight[0, 0])
+
+
+def test_each_blind_separation_is_judged_by_its_own_orders(monkeypatch):
+    task, sources = task_of(mask="ratio"), tones(220, 470, seconds=3.0).float()
+    good = task.model.mel_stft.magnitude(sources)
+    good = (good / good.sum(0).clamp(min=1e-8)).numpy()
+    for better, worse in ("nmf", "rpca"), ("rpca", "nmf"):
+        for masks in good, good[::-1].copy():
+            monkeypatch.setattr(separate, f"{better}_masks", lambda _, masks=masks: masks)
+            monkeypatch.setattr(separate, f"{worse}_masks", lambda _: np.full_like(good, 0.5))
+            found = task.judge_references(sources)
+            assert found[f"{better}_sdr"] > found[f"{worse}_sdr"] + 5

@@ -9,6 +9,7 @@ from videos import write_video
 from avfuse import AVMAE, create_encoder
 from avfuse.tasks.classifier import Classifier
 from avfuse.tasks.classify import Classification, ClassifyConfig
+from avfuse.tasks.localize import Localizer
 from avfuse.tasks.options import parse as parse_classify
 from avfuse.train import Pretraining
 from avfuse.training import loop
@@ -128,9 +129,24 @@ def test_what_decoders_predict_goes_on(tmp_path):
     AVMAE(
         create_encoder("micro"), norm_target=False, decoder_dim=16, decoder_depth=1, decoder_heads=2
     ).save_pretrained(tmp_path)
-    for options in {}, dict(decoder_depth=3):
+    for options in {}, dict(decoder_depth=2, given=("decoder_depth",)), dict(decoder_depth=3):
         model = make_model(TrainConfig(checkpoint=str(tmp_path), **options))
         assert not model.norm_target and model.settings["decoder_depth"] == options.get("decoder_depth", 1)
+
+
+def test_what_nothing_trains_is_judged_as_it_is(tmp_path):
+    Localizer(create_encoder("micro"), 8, modalities="image").save_pretrained(tmp_path)
+    model = Localizer(create_encoder("micro"), 8, modalities="image")
+    begin_from(model, str(tmp_path), said := [].append, is_final=True)
+    wrong = "as it is, and that has no such {}: leave --epochs 0 out"
+    for dim, modalities, fault in (
+        (8, "both", "modalities"),
+        (16, "image", "image_head, audio_head, dim"),
+    ):
+        model = Localizer(create_encoder("micro"), dim, modalities=modalities)
+        with pytest.raises(ValueError, match=wrong.format(fault)):
+            begin_from(model, str(tmp_path), said, is_final=True)
+        begin_from(model, str(tmp_path), said)  # and then learns
 
 
 def test_weights_of_a_branch_and_of_a_whole_model_are_not_both_taken(tmp_path):

@@ -368,3 +368,13 @@ def test_only_the_generator_decides():
 def test_settings_that_make_no_sense_are_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         InputSettings(**wrong)
+
+
+def test_the_shortest_windows():
+    """One sample more than half a window, and of Kaldi's filter banks one window."""
+    with pytest.raises(ValueError, match="half a window"):
+        InputSettings(audio_seconds=0.025, hop=400)
+    shortest = InputSettings(audio_seconds=401 / 16_000, hop=401)
+    assert Spectrogram(shortest)(torch.zeros(401)).shape == (1, 128, 1)
+    one = InputSettings(front_end="kaldi", audio_seconds=0.05, hop=400, padded_frames=2)
+    assert one.frames == 2 and Spectrogram(one)(torch.zeros(800)).shape == (1, 128, 2)

@@ -128,8 +128,9 @@ def _fill(held: set[str], drawn: list[str], clips: Counter, share: float, orders
     lacking = share * clips.total() - sum(clips[name] for name in held)
     for most in 1, 2:
         for name in drawn:
-            fits = name not in held and clips[name] < most * lacking
-            if fits and not any(held | {name} >= {*order} for order in orders):
+            size = clips[name]
+            fits = size <= lacking + 1e-6 if most == 1 else size < most * lacking
+            if fits and name not in held and not any(held | {name} >= {*order} for order in orders):
                 held.add(name)
                 lacking -= clips[name]
 

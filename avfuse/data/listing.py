@@ -22,7 +22,8 @@ SUFFIXES = tuple(
 )
 SOUNDS = tuple(".wav .flac .mp3 .m4a .aac .ogg .oga .opus .wma .mka".split())
 VIDEO = re.compile(r"[\w-]{1,64}")  # its name, which becomes a part of a path
-HEADINGS = ("index", "id", "yid", "ytid", "vid", "video", "video_id", "youtube_id")  # of the first column
+# Of the first column of a list.
+HEADINGS = frozenset("index id yid ytid vid video video_id youtube_id path file filename".split())
 Row = TypeVar("Row", bound=tuple)  # begins with what no two rows have in common
 
 

@@ -147,10 +147,16 @@ class Classifier(TaskModel, Pretrained):
         """{"image", "audio", "both"} -> {class: probability}, likeliest first: by what the clip has of them.
 
         The probabilities of a clip's classes sum to 1, unless it may have `several`.
+
+        Raises:
+            ValueError: the clip lacks all that it could be classified by.
         """
         names = self.class_names or range(self.classes)
-        answers = {}
-        for what, inputs in self.ways(image, audio).items():
+        answers, ways = {}, self.ways(image, audio)
+        if not ways:
+            lacks = "pictures" if image is None else "sound"
+            raise ValueError(f"it has no {lacks}, by which alone this classifier answers")
+        for what, inputs in ways.items():
             logits = self(*inputs).logits[0].float()
             odds = (logits.sigmoid() if self.several else logits.softmax(0)).cpu()
             answers[what] = {names[n]: odds[n].item() for n in odds.argsort(descending=True).tolist()}

@@ -208,10 +208,11 @@ class Classification(JudgedTask):
         norm = " with BatchNorm" if config.batch_norm else ""
         metric = "mAP, AUC, d', macro over classes" if self.is_multi_label else "top-1 accuracy"
         given = "image and audio" if config.modalities == "both" else f"the {config.modalities} alone"
+        heads = [name for name in config.features if config.modalities in ("both", name) or name == "fusion"]
         windows = windows_of(self.model.encoder.inputs, config.test_windows, config.average)
         self.protocol = (
             f"{how}{norm}, {self.label} of {len(self.classes)} classes: {metric}; given {given}; logits "
-            f"averaged over the heads ({', '.join(config.features)}); {windows}"
+            f"averaged over the heads ({', '.join(heads)}); {windows}"
         )
         self.columns = vggsounder.columns(self.classes, found.test) if config.export else []
 

@@ -30,8 +30,8 @@ class JudgedTask(Task):
     """A task whose model is judged on every test clip, each by one of the processes.
 
     A subclass gives `name`, `protocol` (the definition of its metrics by name), what `Task` demands besides
-    `measure`, and `judge`, `summarize` and `draw`. The rest suits a downstream task, with a model around the
-    encoder that its settings name.
+    `measure`, and `judge`, `summarize` and `tables`; and `draw`, if there is something to see. The rest suits
+    a downstream task, with a model around the encoder that its settings name.
     """
 
     protocol: str
@@ -173,8 +173,11 @@ class JudgedTask(Task):
         if "test" in found.coverage:  # of which some could not be read
             coverage["test"] = f"{judged} of {found.coverage['test'][1]}"
         recipe = {name: getattr(config, name) for name in self.recipe} | dict(steps=step)
+        if "batch_size" in recipe:  # which a small data set makes smaller
+            recipe["batch_size"] = min(recipe["batch_size"], len(found.train))
         if os.path.exists(recipe.get("checkpoint", "")):  # the path says nothing to others
-            recipe["checkpoint"] = Path(recipe["checkpoint"]).resolve().name
+            source = Path(recipe["checkpoint"]).resolve()
+            recipe["checkpoint"] = source.parent.name if source.name == "model" else source.name
         return dict(
             recipe=recipe,
             data=dict(

@@ -107,7 +107,7 @@ class Task:
     def begin(self, say: Callable[[str], object]) -> None:
         """Gives the model the weights that it begins with, beyond those of its encoder, and tells of them."""
         if self.config.checkpoint != FRESH:
-            begin_from(self.model, self.config.checkpoint, say)
+            begin_from(self.model, self.config.checkpoint, say, is_final=not self.config.epochs)
 
     def dataset(self, clips: Sequence[Clip], *, train: bool) -> Dataset:
         """Items by (epoch, index): dictionaries of tensors, among them "index", or a `Failure`; see

@@ -37,7 +37,8 @@ def make_model(config: TrainConfig) -> AVMAE:
     encoder = first_encoder(config)
     if config.checkpoint != FRESH:
         saved = saved_settings(config.checkpoint).get("model", {})
-        asked = {name for name, value in decoders.items() if value != getattr(TrainConfig, name)}
+        usual = {name: getattr(TrainConfig, name) for name in decoders}  # which a preset may change
+        asked = {name for name, value in decoders.items() if config.is_asked(name) or value != usual[name]}
         decoders |= {name: saved[name] for name in decoders.keys() & saved.keys() if not asked}
         decoders |= {name: saved[name] for name in {"norm_target"} & saved.keys()}  # no setting says another
     names = "image_mask_ratio", "audio_mask_ratio", "tubes", "contrastive"

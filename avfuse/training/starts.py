@@ -1,5 +1,6 @@
 """What a model begins with: the weights of another one, and which of its parts are new."""
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from .settings import FRESH, LoopConfig
 
 OF_BLOCKS = "fusion_tokens image_aggregation_tokens audio_aggregation_tokens attn_ratio mlp_ratio".split()
 OF_ENCODER = ("model", "interactions", "fusion_layers", *OF_BLOCKS, "audio_seconds")  # a checkpoint decides
+OF_HEADS = {"modalities", "features", "batch_norm", "dim"}  # settings of what a task puts on an encoder
 TIME_PEAK = 3.0  # logits, with which a new bias of time begins
 
 
@@ -99,10 +101,15 @@ def with_drop_path(encoder: AVEncoder, rate: float) -> AVEncoder:
     return load_strictly(AVEncoder.from_config(dropping), encoder.state_dict())
 
 
-def begin_from(model: nn.Module, checkpoint: str, say: Callable[[str], object]) -> None:
+def begin_from(
+    model: nn.Module, checkpoint: str, say: Callable[[str], object], *, is_final: bool = False
+) -> None:
     """Gives a model, whose encoder is that of a checkpoint, all other parts that fit: of a model of the same
     class, with weights of the same names and shapes, and with the same classes if they have names. Which are
     taken, which are new and which are left is told.
+
+    Raises:
+        ValueError: the model `is_final`, nothing trains it, and it is another than that of the checkpoint.
     """
     own, theirs = model.state_dict(), model.fitted(other_weights(model, checkpoint))
     parts = parts_of(own)
@@ -113,6 +120,14 @@ def begin_from(model: nn.Module, checkpoint: str, say: Callable[[str], object]) 
     new = ["positions of frames"] * (encoder.frames > 1 and before.get("frames", 1) in (None, 1))
     new += [f"a bias of {bias}"] * bool(bias and not before.get("pair_bias"))
     new += [part for part in parts if part not in taken]
+    if is_final:
+        saved, own = saved_settings(checkpoint).get("model", {}), json.loads(json.dumps(model.settings))
+        new += [name for name in OF_HEADS & own.keys() if saved.get(name, own[name]) != own[name]]
+    if is_final and new:
+        raise ValueError(
+            f"--epochs 0 judges the model of --checkpoint {printable(checkpoint)} as it is, and that has no "
+            f"such {', '.join(new)}: leave --epochs 0 out to train them, or ask for what it has"
+        )
     said = f"weights of {printable(checkpoint)}: {', '.join(['encoder', *taken])}"
     left = [name for name in parts_of(theirs) if name not in parts]
     said += f"; new: {', '.join(new)}" * bool(new) + f"; not taken: {', '.join(left)}" * bool(left)
