@@ -15,6 +15,7 @@ from avfuse.train import Pretraining
 from avfuse.training import loop
 from avfuse.training.plan import make_model, plan
 from avfuse.training.recipes import TrainConfig, parse
+from avfuse.training.run_folder import check_run
 from avfuse.training.settings import checked
 from avfuse.training.starts import begin_from, first_encoder
 
@@ -63,6 +64,18 @@ def test_pretraining_begins_from_all_weights_of_a_model(folder, tmp_path, capsys
     ):
         loop.set_up(TrainConfig(run=tmp_path / "third", interactions="factorized", **settings), Pretraining)
     assert "token interactions" in plan(TrainConfig(**settings))
+
+
+def test_a_checkpoint_may_be_spelled_in_another_way(folder, tmp_path, monkeypatch, capsys):
+    create_encoder("tiny").save_pretrained(tmp_path / "before")
+    create_encoder("tiny").save_pretrained(tmp_path / "other")
+    monkeypatch.chdir(tmp_path)
+    settings = dict(data=folder, run=tmp_path / "run", workers=0, epochs=1, warmup_epochs=0)
+    loop.set_up(ClassifyConfig(checkpoint="before", **settings), Classification).lock.close()
+    for spelled in "before/", "./before", str(tmp_path / "before"):
+        check_run(ClassifyConfig(checkpoint=spelled, **settings))
+    with pytest.raises(ValueError, match="with other settings .--checkpoint .*before -> other"):
+        check_run(ClassifyConfig(checkpoint="other", **settings))
 
 
 def test_what_decoders_see_goes_on(folder, tmp_path, capsys):

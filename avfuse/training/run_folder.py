@@ -100,7 +100,7 @@ def check_run(config: LoopConfig) -> LoopConfig:
     differences = ", ".join(
         printable(f"{option(type(config), name)} {before['settings'].get(name)} -> {value}")
         for name, value in sorted(settings_of(config, fixed=True).items())
-        if before["settings"].get(name, former.get(name)) != value
+        if not is_same(before["settings"].get(name, former.get(name)), value)
     )
     if differences:
         raise ValueError(
@@ -108,6 +108,13 @@ def check_run(config: LoopConfig) -> LoopConfig:
             f"go on, or {instead(config, before)}"
         )
     return config
+
+
+def is_same(then: object, now: object) -> bool:
+    """Whether a setting has not changed; a checkpoint may be spelled in another way."""
+    if then == now or not (isinstance(then, str) and isinstance(now, str)):
+        return then == now
+    return os.path.isdir(then) and os.path.isdir(now) and os.path.samefile(then, now)
 
 
 def former_settings(config: LoopConfig, before: dict) -> dict:
