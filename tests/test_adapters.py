@@ -13,6 +13,7 @@ from avfuse.fusion import VARIANTS
 from avfuse.released import ReleasedEncoder
 
 every_way = pytest.mark.parametrize("interactions", VARIANTS)
+LINEAR = set("qkv proj fc1 fc2 query key_value image_key_value audio_key_value".split())  # by which LoRA asks
 NEVER_CALLED = {"image", "audio", "image.blocks", "audio.blocks", "fusion_blocks"}  # their parts are
 
 
@@ -80,6 +81,7 @@ def test_lora_trains_and_merges(interactions):
     encoder, inputs = make_encoder(interactions), make_inputs()
     expected = outputs(encoder, *inputs)
     names = {name.split(".")[-1] for name in linear_layers(encoder)}
+    assert names <= LINEAR
     config = peft.LoraConfig(r=2, target_modules=sorted(names), init_lora_weights=False)
     adapted = peft.get_peft_model(encoder, config).double().eval()
     before = outputs(adapted, *inputs)

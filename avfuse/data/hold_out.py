@@ -126,10 +126,10 @@ def _fill(held: set[str], drawn: list[str], clips: Counter, share: float, orders
     clips, then one that passes it by less than it lacks. Each class keeps one to train on.
     """
     lacking = share * clips.total() - sum(clips[name] for name in held)
-    for most in 1, 2:
+    for is_last in False, True:
         for name in drawn:
             size = clips[name]
-            fits = size <= lacking + 1e-6 if most == 1 else size < most * lacking
+            fits = size < 2 * lacking if is_last else size <= lacking + 1e-6  # a share is no exact number
             if fits and name not in held and not any(held | {name} >= {*order} for order in orders):
                 held.add(name)
                 lacking -= clips[name]

@@ -60,8 +60,9 @@ class SceneModel(TaskModel):
         """{"map": (height, width)}: how likely each pixel of the image is part of what sounds, 0 to 1. Of T
         frames it is (T, height, width), and "moments" (T,) tells the highest of each: when it is most likely.
         """
-        if self.settings["modalities"] == "image" and audio is None:  # of which it hears nothing
-            audio = image.new_zeros(1, *self.encoder.input_shapes["audio"]) if image is not None else None
+        is_control = self.settings["modalities"] == "image"  # which hears nothing, whatever stands there
+        if is_control and audio is None and image is not None:
+            audio = image.new_zeros(1, *self.encoder.input_shapes["audio"])
         self.check_both(image, audio)
         map_ = resized(self.sounding(self(image, audio).float()), image.shape[-2:])[0].cpu()
         return dict(map=map_) if map_.ndim == 2 else dict(map=map_, moments=map_.amax((1, 2)))

@@ -18,7 +18,7 @@ from .settings import FRESH, LoopConfig
 
 OF_BLOCKS = "fusion_tokens image_aggregation_tokens audio_aggregation_tokens attn_ratio mlp_ratio".split()
 OF_ENCODER = ("model", "interactions", "fusion_layers", *OF_BLOCKS, "audio_seconds")  # a checkpoint decides
-OF_HEADS = {"modalities", "features", "batch_norm", "dim"}  # settings of what a task puts on an encoder
+OF_HEADS = ("modalities", "features", "batch_norm", "dim")  # settings of what a task puts on an encoder
 TIME_PEAK = 3.0  # logits, with which a new bias of time begins
 
 
@@ -115,14 +115,15 @@ def begin_from(
     parts = parts_of(own)
     taken = {part: of for part in parts if shapes(of := part_of(theirs, part)) == shapes(part_of(own, part))}
     load_strictly(model, own | {name: weight for of in taken.values() for name, weight in of.items()})
-    before, encoder = saved_settings(checkpoint).get("model", {}), model.encoder
-    before, bias = before.get("encoder", before), encoder.settings["pair_bias"]
+    saved, encoder = saved_settings(checkpoint).get("model", {}), model.encoder
+    before, bias = saved.get("encoder", saved), encoder.settings["pair_bias"]
     new = ["positions of frames"] * (encoder.frames > 1 and before.get("frames", 1) in (None, 1))
     new += [f"a bias of {bias}"] * bool(bias and not before.get("pair_bias"))
     new += [part for part in parts if part not in taken]
     if is_final:
-        saved, own = saved_settings(checkpoint).get("model", {}), json.loads(json.dumps(model.settings))
-        new += [name for name in OF_HEADS & own.keys() if saved.get(name, own[name]) != own[name]]
+        settings = json.loads(json.dumps(model.settings))  # lists where saved ones have lists
+        heads = [name for name in OF_HEADS if name in settings]
+        new += [name for name in heads if saved.get(name, settings[name]) != settings[name]]
     if is_final and new:
         raise ValueError(
             f"--epochs 0 judges the model of --checkpoint {printable(checkpoint)} as it is, and that has no "
