@@ -234,3 +234,6 @@ def test_what_several_frames_bring_is_told_as_new(tmp_path):
     again = replace(config, checkpoint=str(tmp_path / "again"))
     begin_from(make_model(again), again.checkpoint, said.append)
     assert said[1].endswith(": encoder; new: image_decoder, audio_decoder")
+    still = replace(again, frames=1)  # which has one position
+    begin_from(make_model(still), again.checkpoint, said.append)
+    assert said[2].endswith("new: image_decoder, audio_decoder; not taken: positions of frames")

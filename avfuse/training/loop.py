@@ -304,8 +304,9 @@ def open_folder(run: Run) -> None:
         rates = run.rates.scheduler  # whose checkpoint holds the rate after the end of the shorter run
         rates.last_epoch -= 1
         rates.step()
-        rise = f"in {config.warmup_epochs} epochs to what it is in a run of {config.epochs}"
-        tell(accelerator, f"the learning rate rises from 0 {rise}, and goes down to 0 with that")
+        rise = f"rises from 0 in {config.warmup_epochs} epochs to" if config.warmup_epochs else "is"
+        there = f"what it is in a run of {config.epochs}"
+        tell(accelerator, f"the learning rate {rise} {there}, and goes down to 0 with that")
     quarantine = config.run / "quarantine.jsonl"
     run.quarantine = Quarantine(quarantine, is_main, found.looked_at, config.max_unreadable)
     run.quarantine.add("scan", found.unreadable)

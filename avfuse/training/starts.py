@@ -117,7 +117,8 @@ def begin_from(
     load_strictly(model, own | {name: weight for of in taken.values() for name, weight in of.items()})
     saved, encoder = saved_settings(checkpoint).get("model", {}), model.encoder
     before, bias = saved.get("encoder", saved), encoder.settings["pair_bias"]
-    new = ["positions of frames"] * (encoder.frames > 1 and before.get("frames", 1) in (None, 1))
+    had_frames = before.get("frames", 1) not in (None, 1)
+    new = ["positions of frames"] * (encoder.frames > 1 and not had_frames)
     new += [f"a bias of {bias}"] * bool(bias and not before.get("pair_bias"))
     new += [part for part in parts if part not in taken]
     if is_final:
@@ -130,7 +131,8 @@ def begin_from(
             f"such {', '.join(new)}: leave --epochs 0 out to train them, or ask for what it has"
         )
     said = f"weights of {printable(checkpoint)}: {', '.join(['encoder', *taken])}"
-    left = [name for name in parts_of(theirs) if name not in parts]
+    left = ["positions of frames"] * (encoder.frames == 1 and had_frames)
+    left += [name for name in parts_of(theirs) if name not in parts]
     said += f"; new: {', '.join(new)}" * bool(new) + f"; not taken: {', '.join(left)}" * bool(left)
     say(said if new or left else f"{said}, which is all there is")
 
