@@ -10,7 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .checks import check_choice, check_size
 from .files import printable
+from .inputs import IMAGENET_MEAN, IMAGENET_STD, InputSettings
 from .model_card import UNKNOWN, strictest
 from .pretrained import CONFIG, WEIGHTS, check_has_memory
 from .weight_files import StateDict, misfits, read_metadata, read_pth, read_safetensors, state_dict
@@ -72,6 +73,13 @@ TRANSFORMERS_LAYER = {  # the same of a layer; those of version 5 in memory foll
     "attention.o_proj": "attn.proj",
 }
 TRANSFORMERS_ROOT = re.compile(r"(vit|deit|audio_spectrogram_transformer)\.")
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of red, green and blue
+STATED = (  # where a folder may tell: file, way to a table in it, names of the two
+    (CONFIG, ("pretrained_cfg",), ("mean", "std")),  # timm
+    (CONFIG, ("model", "inputs"), ("image_mean", "image_std")),  # avfuse
+    (CONFIG, ("model", "encoder", "inputs"), ("image_mean", "image_std")),
+    ("preprocessor_config.json", (), ("image_mean", "image_std")),  # transformers
+)
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,7 @@ class LoadedWeights:
     converted: dict[str, str]  # name -> what was done to it
     dropped: dict[str, str]  # name -> why
     names: tuple[str, ...] = ()  # how the names above came from those in the file, if they differ
+    inputs: str = ""  # what they were trained on, if it is not what the model has had until now
 
     def __str__(self) -> str:
         origin = self.origin
@@ -108,6 +117,7 @@ class LoadedWeights:
         for reason in dict.fromkeys(self.dropped.values()):
             names = [name for name, why in self.dropped.items() if why == reason]
             lines.append(f"  dropped    {parts(names)}: {reason}")
+        lines += [f"  inputs     {self.inputs}"] if self.inputs else []
         return "\n".join(lines)
 
 
@@ -118,7 +128,9 @@ def load_image_weights(
     grid: tuple[int, int] | None = None,
     say: Callable[[str], None] = print,
 ) -> LoadedWeights:
-    """Starts the image transformer of a model from weights that others trained.
+    """Starts the image transformer of a model from weights that others trained. What a timm model, or a file
+    beside the weights, says of the mean and deviation of their images becomes the model's own
+    (`AVEncoder.inputs`) in place of ImageNet's; the table tells.
 
     Args:
         model: an `AVEncoder`, anything that has one as its `encoder` (an `AVMAE`), or a VisionTransformer.
@@ -191,7 +203,8 @@ def load(model, branch, source, *, axes, grid, say) -> LoadedWeights:
     used = tuple(name for name in weights if name not in converted)
     dropped = content.dropped | dropped | without_place
     names = (*content.steps, "those of transformers turned into timm's") if joined else content.steps
-    loaded = LoadedWeights(branch, axes, origin, used, converted, dropped, names)
+    inputs = adapt_inputs(getattr(model, "encoder", model), branch, content.normalisation, family)
+    loaded = LoadedWeights(branch, axes, origin, used, converted, dropped, names, inputs)
     say(str(loaded))
     return loaded
 
@@ -206,6 +219,26 @@ def transformer_of(model: nn.Module, branch: str) -> VisionTransformer:
     return vit
 
 
+def adapt_inputs(encoder: nn.Module, branch: str, normalisation: Normalisation | None, family: str) -> str:
+    """Has an encoder normalise its images as those were that the weights saw, unless it has a normalisation
+    of its own; and what there is to say of that, or of its spectrograms.
+    """
+    inputs = getattr(encoder, "given_inputs", None)
+    if branch == "audio":
+        is_other = family in ("AudioMAE", "AST") and getattr(inputs, "front_end", None) != "kaldi"
+        return "trained on Kaldi filter banks of 10 s, see InputSettings.audiomae()" if is_other else ""
+    if normalisation is None or inputs and normalisation == (inputs.image_mean, inputs.image_std):
+        return ""
+    said = "trained on images of mean {} and deviation {}".format(*normalisation)
+    if inputs is None:
+        return said
+    if (inputs.image_mean, inputs.image_std) != (IMAGENET_MEAN, IMAGENET_STD):
+        return f"{said}; the model keeps {inputs.image_mean} and {inputs.image_std}"
+    mean, std = normalisation
+    encoder.given_inputs = replace(inputs, image_mean=mean, image_std=std)
+    return f"{said}, by which the model normalises them from now on"
+
+
 # --- reading ------------------------------------------------------------------------------------------------
 
 
@@ -218,6 +251,7 @@ class ReadWeights(NamedTuple):
     steps: tuple[str, ...] = ()  # how the names came from those in the file
     licence: str | None = None  # if it is stated
     family: str = "ViT"
+    normalisation: Normalisation | None = None  # of the images that they saw, if it is stated
 
 
 def read(source) -> ReadWeights:
@@ -225,7 +259,8 @@ def read(source) -> ReadWeights:
     if isinstance(source, nn.Module):
         config = getattr(source, "pretrained_cfg", None)
         name, licence, family = timm_origin(config, type(source).__name__)
-        return ReadWeights(name, *tensors_of(source.state_dict(), "weights"), licence, family)
+        saw = normalisation_in(config, "mean", "std")
+        return ReadWeights(name, *tensors_of(source.state_dict(), "weights"), licence, family, saw)
     if isinstance(source, dict):
         return ReadWeights("a state dict", *tensors_of(source, "weights"))
     if not isinstance(source, (str, os.PathLike)):
@@ -239,24 +274,51 @@ def read(source) -> ReadWeights:
         return ReadWeights(path.name, *tensors_of(read_pth(file), what))
     tensors = tensors_of(read_safetensors(file), what)
     licence = read_metadata(file).get("licence")
-    name, family = path.name, "ViT"
-    if file.name == WEIGHTS and not licence:
+    name, family, is_of_folder = path.name, "ViT", file.name == WEIGHTS
+    if is_of_folder and not licence:
         name, licence, family = timm_origin(config_beside(file), name)
-    return ReadWeights(name, *tensors, licence, family)
+    saw = normalisation_beside(file) if is_of_folder else None
+    return ReadWeights(name, *tensors, licence, family, saw)
 
 
 def tensors_of(content: object, what: str) -> StateDict:
     return state_dict(content, what, kept=("blocks", "patch_embed"))
 
 
-def config_beside(file: Path) -> dict:
-    """The `pretrained_cfg` in the config.json of a model that timm saved."""
+def json_beside(file: Path, name: str) -> dict:
+    """What another file in the same folder holds; {} if nothing can be read there."""
     try:
-        beside = file.parent / CONFIG
-        config = json.loads(beside.read_bytes()) if beside.is_file() else {}
-        return {"architecture": config.get("architecture")} | config["pretrained_cfg"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}  # timm did not save it: nothing is known about the weights
+        content = json.loads((file.parent / name).read_bytes()) if (file.parent / name).is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def config_beside(file: Path) -> dict:
+    """The `pretrained_cfg` in the config.json of a model that timm saved; {} of another."""
+    config = json_beside(file, CONFIG)
+    trained = config.get("pretrained_cfg")
+    return {"architecture": config.get("architecture")} | trained if isinstance(trained, dict) else {}
+
+
+def normalisation_beside(file: Path) -> Normalisation | None:
+    for name, way, keys in STATED:
+        table = json_beside(file, name)
+        for key in way:
+            table = table.get(key) if isinstance(table, dict) else None
+        if stated := normalisation_in(table, *keys):
+            return stated
+    return None
+
+
+def normalisation_in(table: object, mean: str, std: str) -> Normalisation | None:
+    """Three numbers each, of which deviations are positive; None if a table holds anything else."""
+    found = [table.get(name) if isinstance(table, dict) else None for name in (mean, std)]
+    try:
+        InputSettings(image_mean=found[0], image_std=found[1])
+    except ValueError:
+        return None
+    return tuple(found[0]), tuple(found[1])
 
 
 def timm_origin(config: dict | None, name: str) -> tuple[str, str | None, str]:

@@ -66,6 +66,7 @@ def test_wrong_rows_are_named_and_the_others_stay(root):
         'eeeeeeeeeee, 0.000, 1e99, "/m/09x0r"',
         'eeeeeeeeeee, -1, 10.000, "/m/09x0r"',
         'eeeeeeeeeee, x, 10.000, "/m/09x0r"',
+        'eeeeeeeeeee, 1_0, 20.000, "/m/09x0r"',  # Python would take it for ten
         '../../passwd, 0.000, 10.000, "/m/09x0r"',
         "eeeeeeeeeee, 0.000, 10.000, /m/09x0r,/m/04rlf",  # without quotes there are five fields
         'ccccccccccc, 5.000, 15.000, "/m/09x0r"',  # the clip of another row
@@ -74,7 +75,7 @@ def test_wrong_rows_are_named_and_the_others_stay(root):
     eval_list = root / "annotations/eval_segments.csv"
     write_list(eval_list, eval_list.read_text() + 'bbbbbbbbbbb, 0.000, 10.000, "/m/04rlf"\n')
     listing = reader.read(root)
-    assert [int(text.split("line ")[1].split(":")[0]) for text in listing.wrong[:-1]] == list(range(5, 14))
+    assert [int(text.split("line ")[1].split(":")[0]) for text in listing.wrong[:-1]] == list(range(5, 15))
     assert listing.wrong[-1] == (
         "eval_segments.csv: bb/bbbbbbbbbbb_000000_000010.mp4 is in another list, too"
     )

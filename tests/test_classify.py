@@ -112,7 +112,9 @@ def test_logits_do_not_depend_on_the_batch(features, batch_norm):
     classifier.eval()
     whole = classifier(image, audio).logits
     single = torch.cat([classifier(image[n : n + 1], audio[n : n + 1]).logits for n in range(4)])
-    assert set(classifier(image, audio).heads) == set(features)
+    heads = classifier(image, audio).heads
+    assert set(heads) == set(features)
+    assert relative_error(whole, sum(heads.values()) / len(features)) < 1e-12
     assert relative_error(single, whole) < 1e-12
 
 
@@ -324,6 +326,13 @@ def test_a_class_list_may_begin_with_a_byte_order_mark(folder, tmp_path):
     names = tmp_path / "classes.txt"
     names.write_text("bird\r\ncat\r\n", encoding="utf-8-sig")
     assert find_labelled(folder, names).classes["class"] == ("bird", "cat")
+
+
+def test_a_class_list_of_data_with_labels_is_that_of_one_of_them():
+    found = Found([], [], "", [], 0, {"kind": ("cat", "bird")})
+    assert with_classes(found, None) is with_classes(found, None, ("cat", "bird")) is found
+    with pytest.raises(ValueError, match="--class-list is that of no label of this data set"):
+        with_classes(found, None, ("bird", "cat"))
 
 
 def test_an_address_without_labels_has_no_classes():

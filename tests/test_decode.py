@@ -360,6 +360,8 @@ def test_frames_too_large_to_be_meant(tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "MAX_PIXELS", 64 * 48 // 2)
     with pytest.raises(ClipError, match="its pictures cannot be decoded"):
         read_frame(path, 0)
+    with ClipReader(path) as reader, pytest.raises(ClipError, match="cannot be decoded to its end"):
+        reader.survey()  # which shows none of them
 
 
 # ----------------------------------------------------------------------------------------------------- sound
@@ -752,6 +754,26 @@ def test_files_that_are_cut_off(tmp_path, name, codecs, share):
         probe(path)
 
 
+def test_a_survey_tells_damage_from_an_end_that_is_missing(tmp_path):
+    def reason(content: bytes) -> str:
+        path.write_bytes(content)
+        with ClipReader(path) as reader:
+            try:
+                reader.survey()
+            except ClipError as error:
+                return error.reason
+        return "none"
+
+    path = write_video(tmp_path / "a.flv", 2)
+    data, half = path.read_bytes(), path.stat().st_size // 2
+    assert "the data are damaged" in reason(data[:half] + bytes(500) + data[half + 500 :])
+    path = write_video(tmp_path / "a.ts", 2)
+    data = path.read_bytes()
+    packets = len(data) // 188  # cut between two, the file looks whole, but its last picture or sound may not
+    reasons = {reason(data[: 188 * (packets - n)]) for n in range(20, 60, 5)}
+    assert reasons == {"none", "is cut off: fetch it again"}
+
+
 def test_sizes_that_say_nothing_are_no_reason(tmp_path):
     """Those of files that were written to a pipe, and of one to which something was added."""
     path = write_video(tmp_path / "a.wav", 1, video=False, codecs=("", "pcm_s16le"))
@@ -760,6 +782,12 @@ def test_sizes_that_say_nothing_are_no_reason(tmp_path):
         data[4:8] = size.to_bytes(4, "little")
         path.write_bytes(data)
         assert probe(path).seconds == pytest.approx(1.0)
+    path = write_video(tmp_path / "a.mp3", 1, video=False, codecs=("", "libmp3lame"))
+    data = bytearray(path.read_bytes())
+    at = max(data.find(b"Xing"), data.find(b"Info"))
+    data[at + 4 : at + 8], data[at + 12 : at + 16] = b"\0\0\0\1", b"\xff" * 4  # frames alone, and no size
+    path.write_bytes(data)
+    assert probe(path).audio
     path = write_video(tmp_path / "a.mkv", 1, container={"live": "1"})
     assert probe(path).video
     path.write_bytes(path.read_bytes() + b"more")

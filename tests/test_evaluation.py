@@ -160,6 +160,9 @@ def test_several_frames(files):
         ({"text": "a dog"}, "avfuse embeds no text, and .* got text"),
         ({"text": "a dog", "video": "x"}, "avfuse embeds no text, and .* got text, video"),
         ({"video": None, "label": 1}, "avfuse embeds no text, and .* got label"),
+        ({"image": Image.new("L", (8, 8)), "video": "x"}, "one of image and video .* got image, video"),
+        ({"image": Image.new("F", (8, 8))}, "row 0 .* 8 bits a channel, got mode F"),
+        ({"image": Image.new("I;16", (8, 8))}, "row 0 .* 8 bits a channel, got mode I;16"),
         ({"video": "no\nwhere.mp4"}, "row 0 cannot be read: cannot be opened: there is no such file"),
         ({"audio": b"nonsense"}, "row 0 cannot be read: cannot be opened: it is text"),
         ({"audio": {"array": np.full(16_000, np.nan), "sampling_rate": 16_000}}, "its sound is not finite"),
@@ -187,6 +190,15 @@ def test_a_file_without_what_it_is_for_is_named(encoder, tmp_path):
     for row, problem in (({"audio": muted}, "has no sound"), ({"video": sound}, "its video has no pic")):
         with pytest.raises(ValueError, match=f"row 0 cannot be read: {problem}"):
             embed(encoder, [row])
+
+
+def test_similarities_are_cosines(encoder):
+    one, other = torch.randn(2, 3, 4, dtype=torch.float64).numpy()
+    lengths = np.linalg.norm(one, axis=1)[:, None] * np.linalg.norm(other, axis=1)
+    cosines, model = one @ other.T / lengths, Embedder(encoder, FEATURES, None)
+    assert model.similarity(one, other).numpy() == pytest.approx(cosines, abs=1e-6)
+    pairwise = model.similarity_pairwise(one, other).numpy()
+    assert pairwise == pytest.approx(cosines.diagonal(), abs=1e-6)
 
 
 def test_without_the_package_it_is_said_how_to_get_it(monkeypatch):

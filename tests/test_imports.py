@@ -91,6 +91,18 @@ def test_no_import_runs_upwards(imports):
     assert not upward, f"imports that run upwards: {upward}"
 
 
+def test_imports_by_name_are_those_two_that_bring_what_was_elsewhere(modules):
+    """`pretrained` makes models of subclasses that are defined above it, and names where two functions are."""
+    calls = [
+        (name, node.args[0].value)
+        for name, path in modules.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_module"
+        if isinstance(node.args[0], ast.Constant) and node.args[0].value.startswith("avfuse")
+    ]
+    assert sorted(calls) == [("avfuse.pretrained", "avfuse.loading"), ("avfuse.pretrained", "avfuse.released")]
+
+
 def test_import_avfuse_is_enough_for_every_name(modules):
     names = [name for name in modules if "." in name and ".kernels" not in name and "__main__" not in name]
     for package, _, name in (name.rpartition(".") for name in names):

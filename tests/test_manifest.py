@@ -168,6 +168,7 @@ def test_a_stale_manifest_is_announced(root, changed):
     now = (root / manifest.FILE).stat().st_mtime
     for path in root.rglob("*"):
         os.utime(path, (now, now))
+    os.utime(root.parent, (now + 10, now + 10))  # something was put beside the folder, not into it
     lines = []
     clips = [clip.path for clip in find_data(root, lines.append, **QUIET).train]
     assert not any("WARNING" in line for line in lines)

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from forked import run_together
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, layer_norm
 from videos import write_video
 
 from avfuse import create_encoder, read_clip
@@ -88,6 +88,18 @@ def test_features_apart_know_of_one_modality_alone(layers):
     assert torch.equal(own["image_alone"], deaf["image_alone"])
     assert torch.equal(own["audio_alone"], blind["audio_alone"])
     assert not torch.equal(own["audio_alone"], deaf["audio_alone"])
+    for name, vit, pixels in ("image", encoder.image, image), ("audio", encoder.audio, audio):
+        windows = []
+        for x in pixels.unbind(1):
+            with torch.no_grad():
+                if layers == "all":  # no layer is left out of fusion: the encoder without the other modality
+                    tokens = getattr(encoder(**dict(image=None, audio=None) | {name: x}), name)
+                else:
+                    blocks = vit.blocks[: 1 if layers == (1,) else None]
+                    tokens = blocks(vit.norm_pre(vit._pos_embed(vit.patch_embed(x))))
+                    tokens = layer_norm(tokens, tokens.shape[-1:])
+            windows.append(tokens.mean(1))
+        torch.testing.assert_close(own[f"{name}_alone"], torch.stack(windows).mean(0))
 
 
 @pytest.mark.parametrize("ks", [(3,), (0,), (1, -1), ()])

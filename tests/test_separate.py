@@ -318,7 +318,8 @@ def test_the_program_leaves_results_sounds_and_pictures(data, tmp_path):
     assert results["metrics"]["pairs"] == 3 and results["coverage"] == dict(judged=3, expected=3)
     assert results["conditions"].keys() == {"silence", "noise", "other_sound", "grey_picture"}
     assert all(of.keys() == {"sdr", "sir", "sar", "judged"} for of in results["conditions"].values())
-    assert "BSS-eval" in results["protocol"]
+    seconds = load_model(Separator, tmp_path / "run").encoder.inputs.audio_seconds
+    assert f"mixtures of two clips, the middle {seconds:g} s of each, mean" in results["protocol"]
     assert weights_hash(load_model(Separator, tmp_path / "run")) == results["weights_sha256"]
     assert len(list((tmp_path / "run/sounds").glob("*.wav"))) == 9
     assert (tmp_path / "run/pictures/separation-000001.png").exists()

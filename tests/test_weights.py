@@ -4,6 +4,7 @@ forward pass written from those names alone; and nothing lost without a word.
 
 import argparse
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from models import AUDIO, IMAGE, make_encoder, make_vit, randomized
 from safetensors.torch import load_file, save_file
 
-from avfuse import AVMAE, AVEncoder, load_audio_weights, load_image_weights
+from avfuse import AVMAE, AVEncoder, InputSettings, load_audio_weights, load_image_weights
 from avfuse.model_card import strictest, strictness
 
 D, HEADS, DEPTH = 32, 2, 3
@@ -169,6 +170,9 @@ def test_audiomae_gives_its_own_outputs_on_the_transposed_input(kind, class_toke
     assert loaded.converted["patch_embed.proj.weight"].endswith("axes swapped")
     assert "re-ordered" in loaded.converted["pos_embed"]
     assert "AudioMAE on time x frequency, licence CC-BY-NC-4.0" in str(loaded)
+    assert str(loaded).endswith(
+        "inputs     trained on Kaldi filter banks of 10 s, see InputSettings.audiomae()"
+    )
 
 
 def test_other_time_first_weights_say_so():
@@ -317,6 +321,42 @@ def test_licences_of_timm_models(tmp_path):
         for source in model, folder, folder / "model.safetensors":
             origin = load_image_weights(make_encoder(), source, say=silent).origin
             assert (origin.weights, origin.licence) == (name, licence)
+
+
+def test_the_normalisation_of_images_comes_with_weights_that_tell_it(tmp_path):
+    halves, said = ((0.5, 0.4, 0.3), (0.5, 0.25, 0.2)), []
+    timm_model = timm.create_model("vit_tiny_patch16_224", **SIZES)
+    timm_model.pretrained_cfg = dict(timm_model.pretrained_cfg, mean=halves[0], std=halves[1])
+    others = InputSettings(image_size=24, mel_bins=16, hop=256, audio_seconds=0.64)
+    own = replace(others, image_mean=halves[0], image_std=halves[1])
+    encoder = make_encoder(inputs=own)
+    encoder.save_pretrained(tmp_path / "encoder")
+    AVMAE(encoder, decoder_dim=16, decoder_depth=1, decoder_heads=2).save_pretrained(tmp_path / "autoencoder")
+    named = dict(mean=halves[0], std=halves[1]), dict(image_mean=halves[0], image_std=halves[1])
+    for name, file, content in (
+        ("timm", "config.json", dict(architecture="vit", pretrained_cfg=named[0])),
+        ("transformers", "preprocessor_config.json", named[1]),
+        ("nothing", "preprocessor_config.json", dict(image_mean=[0.5], image_std="x")),
+    ):
+        (tmp_path / name).mkdir()
+        save_file(timm_model.state_dict(), tmp_path / name / "model.safetensors")
+        (tmp_path / name / file).write_text(json.dumps(content))
+    told = [timm_model, *(tmp_path / name for name in ("encoder", "autoencoder", "timm", "transformers"))]
+    for source in told:
+        mae = AVMAE(make_encoder(inputs=others), decoder_dim=16, decoder_depth=1, decoder_heads=2)
+        load_image_weights(mae, source, say=said.append)
+        assert mae.encoder.inputs == own and mae.encoder.to_config()["inputs"] == asdict(own)
+        assert said[-1].endswith("(0.5, 0.25, 0.2), by which the model normalises them from now on")
+        load_image_weights(mae, source, say=said.append)
+        assert "  inputs " not in said[-1]
+    for source in tmp_path / "nothing", timm_model.state_dict():
+        load_image_weights(encoder := make_encoder(inputs=others), source, say=said.append)
+        assert encoder.inputs == others and "  inputs " not in said[-1]
+    third = replace(own, image_mean=(0.1, 0.2, 0.3))
+    load_image_weights(encoder := make_encoder(inputs=third), timm_model, say=said.append)
+    assert encoder.inputs == third and "the model keeps (0.1, 0.2, 0.3) and (0.5, 0.25, 0.2)" in said[-1]
+    load_image_weights(make_vit(), timm_model, say=said.append)
+    assert said[-1].endswith("deviation (0.5, 0.25, 0.2)")
 
 
 @pytest.mark.parametrize("kind", ["encoder", "autoencoder"])

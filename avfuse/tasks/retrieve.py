@@ -231,7 +231,7 @@ class Retrieval(JudgedTask):
             return printable(clip.path.name)
         numbers, names = clip.labels[label], self.found.classes[label]
         kinds = (names[n] for n in (numbers if isinstance(numbers, tuple) else (numbers,)))
-        return f"{label}: {', '.join(kinds)}"
+        return printable(f"{label}: {', '.join(kinds)}")
 
 
 def named_neighbours(

@@ -149,16 +149,18 @@ class Separation(JudgedTask):
     """Mixtures of two clips, and a mask for each of them."""
 
     name = "separation"
-    protocol = (
-        "BSS-eval v3 (512 taps, no permutation) of both sources of mixtures of two whole clips, mean over "
-        "sources; skipped: pairs with a stem or sum of an energy below 1e-5, or of the same sound twice; NMF "
-        "and RPCA in their better order; oracle = the mask trained towards"
-    )
     conditions, headline = ALWAYS, ("sdr", "sir", "sar")
 
     def __init__(self, config: SeparateConfig, found: Found):
         super().__init__(config, found)
         self.model = Separator(first_encoder(config), decoder_dim=config.decoder_dim)
+        seconds = self.model.encoder.inputs.audio_seconds
+        self.protocol = (
+            "BSS-eval v3 (512 taps, no permutation) of both sources of mixtures of two clips, the middle "
+            f"{seconds:g} s of each, mean over sources; skipped: pairs that lack a picture or a sound, have "
+            "a stem or sum of an energy below 1e-5, or the same sound twice; NMF and RPCA in their better "
+            "order; oracle = the mask trained towards"
+        )
         self.references: dict[int, dict] = {}  # what does not change as the model learns, by clip
 
     @staticmethod
