@@ -4,7 +4,6 @@ import json
 import os
 from pathlib import Path
 
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from torch import nn
 
 from .encoder import AVEncoder
@@ -41,7 +40,7 @@ def load_encoder(checkpoint: str | os.PathLike) -> AVEncoder:
         if not isinstance(encoder, AVEncoder):
             raise ValueError(f"{named} holds a single {type(encoder).__name__}, no encoder")
         return encoder
-    config = config_at(checkpoint)
+    config = read_config(checkpoint)
     saved, licence = config.get("class"), (config.get("facts") or {}).get("licence")
     if saved in ("AVEncoder", "AVMAE"):
         model = (AVMAE if saved == "AVMAE" else AVEncoder).from_pretrained(checkpoint)
@@ -76,7 +75,7 @@ def load_model(kind: type[nn.Module], run: str | os.PathLike) -> nn.Module:
     Raises:
         ValueError: there is none of this class, or it is damaged.
     """
-    if config_at(run).get("class") != "AVEncoder":
+    if read_config(run).get("class") != "AVEncoder":
         return kind.from_pretrained(run)
     path = file_at(run, HEAD)
     head, encoder = read_safetensors(path), load_encoder(run)
@@ -94,24 +93,6 @@ def load_model(kind: type[nn.Module], run: str | os.PathLike) -> nn.Module:
             raise ValueError(f"{path} is not that of a {kind.__name__}: {error}") from error
 
     return make_for(kind.current(weights), make, str(path))
-
-
-def config_at(source: str | os.PathLike) -> dict:
-    """What config.json says of a saved model, of that of a run, or of a name on the hub: its "class" and how
-    to make it; {} if it is none of avfuse's.
-
-    Raises:
-        ValueError: there is no folder and nothing on the hub of that name, or it is damaged.
-    """
-    try:
-        return read_config(source)
-    except HFValidationError as error:
-        what = f"checkpoint {printable(source)} is no file, no folder and no name on the hub"
-        raise ValueError(f"{what}, which is OWNER/NAME") from error
-    except (OSError, EntryNotFoundError) as error:
-        raise ValueError(
-            f"checkpoint {printable(source)} is no file or folder, nor found on the hub: {printable(error)}"
-        ) from error
 
 
 def _contents(path: Path) -> str:

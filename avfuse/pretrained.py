@@ -18,12 +18,7 @@ from urllib.request import getproxies
 import numpy as np
 import torch
 from huggingface_hub import ModelHubMixin, constants, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-)
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 
 from .files import aside, printable, some
@@ -108,15 +103,7 @@ class Pretrained(ModelHubMixin, library_name="avfuse"):
             force_download=force_download,
         )
         source = pretrained_model_name_or_path
-        try:
-            config = read_config(source, **options)
-        except HFValidationError as error:
-            raise ValueError(
-                f"pretrained_model_name_or_path {str(source)!r} is neither a folder nor a name on the hub,"
-                " which is OWNER/NAME"
-            ) from error
-        except LocalEntryNotFoundError as error:  # the hub cannot be reached, and nothing of it is kept here
-            raise ValueError(f"{printable(source)} is not found on the hub: {printable(error)}") from error
+        config = read_config(source, **options)
         if not config:
             raise ValueError(f"{printable(source)} holds no {CONFIG} of an avfuse model")
         if config.get("class") != _saved_as(cls):
@@ -216,15 +203,21 @@ def unreachable_hub() -> str | None:
 
 
 def read_config(source: str | os.PathLike, **options) -> dict:
-    """The config.json of a folder or of a name on the hub; {} if it is none of avfuse's.
+    """What config.json says of a saved model, of that of a run, or of a name on the hub: its "class" and how
+    to make it; {} if it is none of avfuse's.
 
     Raises:
-        ValueError: it is damaged, or `source` no name (HFValidationError).
+        ValueError: there is no folder and nothing on the hub of that name, or it is damaged.
     """
     try:
         file = file_at(source, CONFIG, **options)
-    except HfHubHTTPError as error:
-        raise ValueError(f"{printable(source)} is not found on the hub: {printable(error)}") from error
+    except HFValidationError as error:
+        what = f"{printable(source)} is no file, no folder and no name on the hub"
+        raise ValueError(f"{what}, which is OWNER/NAME") from error
+    except (OSError, EntryNotFoundError) as error:
+        raise ValueError(
+            f"{printable(source)} is no file or folder, nor found on the hub: {printable(error)}"
+        ) from error
     try:
         config = json.loads(file.read_bytes()) if file.is_file() else None
     except (ValueError, RecursionError) as error:

@@ -22,7 +22,7 @@ from .files import printable
 from .graphs import TrainingGraphs
 from .mae import AVMAE
 from .training.costs import count_parameters
-from .training.features import encode, pool, without_absent
+from .training.features import pool, without_absent
 from .training.judge import JudgedTask, first_clips, to_columns, to_rows
 from .training.looks import Sources, looks, most_looking
 from .training.loop import Task, program, set_up, train
@@ -138,8 +138,8 @@ class Pretraining(JudgedTask):
             for kind, guess in ("loss", pred), ("zero", torch.zeros_like(pred)):
                 clips = zip(inputs[name].split(1), guess.split(1), removed.split(1), strict=True)
                 columns[f"{name}_{kind}"] = torch.stack([model.loss(name, *clip, None) for clip in clips])
-        present = [inputs.get(name) for name in PRESENT]
-        pooled = pool(encode(model.encoder, inputs["image"], inputs["audio"], *present))
+        present = {name: inputs.get(name) for name in PRESENT}
+        pooled = pool(model.encoder(inputs["image"], inputs["audio"], **present))
         pooled = {name: mean.float() for name, mean in pooled.items()}
         columns |= without_absent(pooled, *(batch[name].to(output.loss.device) for name in PRESENT))
         if self.sources:

@@ -92,7 +92,7 @@ def test_no_import_runs_upwards(imports):
 
 
 def test_imports_by_name_are_those_two_that_bring_what_was_elsewhere(modules):
-    """`pretrained` makes models of subclasses that are defined above it, and names where two functions are."""
+    """`pretrained` makes models of subclasses above it, and says where two functions are now."""
     calls = [
         (name, node.args[0].value)
         for name, path in modules.items()
@@ -100,7 +100,10 @@ def test_imports_by_name_are_those_two_that_bring_what_was_elsewhere(modules):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_module"
         if isinstance(node.args[0], ast.Constant) and node.args[0].value.startswith("avfuse")
     ]
-    assert sorted(calls) == [("avfuse.pretrained", "avfuse.loading"), ("avfuse.pretrained", "avfuse.released")]
+    assert sorted(calls) == [
+        ("avfuse.pretrained", "avfuse.loading"),
+        ("avfuse.pretrained", "avfuse.released"),
+    ]
 
 
 def test_import_avfuse_is_enough_for_every_name(modules):

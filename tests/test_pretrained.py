@@ -227,13 +227,13 @@ def test_folders_that_hold_no_model_are_named(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["Other"]}')
     with pytest.raises(ValueError, match=f"{tmp_path} holds no config.json of an avfuse model"):
         AVEncoder.from_pretrained(str(tmp_path))
-    with pytest.raises(ValueError, match="'no/such/folder' is neither a folder nor a name on the hub"):
+    with pytest.raises(ValueError, match="no/such/folder is no file, no folder and no name on the hub"):
         AVEncoder.from_pretrained("no/such/folder")
 
 
 def test_models_that_are_not_here_are_not_looked_for_without_the_network():
     assert os.environ["HF_HUB_OFFLINE"] == "1"
-    with pytest.raises(ValueError, match="nobody/nothing is not found on the hub: "):
+    with pytest.raises(ValueError, match="nobody/nothing is no file or folder, nor found on the hub: "):
         AVEncoder.from_pretrained("nobody/nothing")
 
 
@@ -385,7 +385,7 @@ def test_what_holds_no_encoder_is_told(tmp_path):
         load_encoder("no such/run/folder")
     with pytest.raises(ValueError, match="nobody/nothing is no file or folder, nor found on the hub"):
         load_encoder("nobody/nothing")
-    with pytest.raises(ValueError, match="nobody/nothing is not found on the hub"):
+    with pytest.raises(ValueError, match="nobody/nothing is no file or folder, nor found on the hub"):
         AVEncoder.from_pretrained("nobody/nothing")
 
 
@@ -402,7 +402,7 @@ def test_a_hub_without_an_address_is_not_called(monkeypatch):
     assert pretrained.file_at("nobody/nothing", "config.json") == Path("here")
     assert calls == [{"local_files_only": True}]
     monkeypatch.setattr(pretrained, "hf_hub_download", huggingface_hub.hf_hub_download)
-    with pytest.raises(ValueError, match="not found on the hub: there is no copy here, and no way to"):
+    with pytest.raises(ValueError, match="nor found on the hub: there is no copy here, and no way to"):
         AVEncoder.from_pretrained("nobody/nothing")
 
 

@@ -13,7 +13,7 @@ from ..encoder import AVEncoder
 from ..loading import load_model
 from ..pretrained import Pretrained, load_strictly
 from ..released import encoder_weights, from_deepavfusion, read_weights, size_of
-from ..training.features import FEATURES, encode, pool
+from ..training.features import FEATURES, pool
 from .model import TaskModel, check_encoder, named
 
 NORM_EPS = 1e-6
@@ -129,7 +129,8 @@ class Classifier(TaskModel, Pretrained):
             image_present, audio_present: (B,) bool, which clips have it; None = all.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            pooled = pool(encode(self.encoder, image, audio, image_present, audio_present))
+            present = dict(image_present=image_present, audio_present=audio_present)
+            pooled = pool(self.encoder(image, audio, **present))
         there = presence(image, audio, image_present, audio_present)
         heads = {
             name: getattr(self, f"{name}_head")(self.normalised(name, pooled[name], there[name]))

@@ -23,7 +23,7 @@ from ..encoder import AVEncoder
 from ..files import printable, write_rows
 from ..inputs import InputSettings
 from ..mae import unfused
-from ..training.features import FEATURES, encode, pool, pool_windows, windows_of
+from ..training.features import FEATURES, pool, pool_windows, windows_of
 from ..training.judge import JudgedTask, to_columns, to_rows
 from ..training.loop import Task, evaluation_batches, program
 from ..training.neighbours import AT_ONCE, chance_at, neighbours, of_both, recall_at, related, rows_there
@@ -81,8 +81,9 @@ def apart(encoder: AVEncoder, image: Tensor, audio: Tensor, **present: Tensor) -
     total = 0
     for pixels, sound in zip(image.unbind(1), audio.unbind(1), strict=True):
         if encoder.fusion_layers[:1] == (0,):
-            alone = [pool(encode(encoder, pixels, None, **present))["image"]]
-            alone.append(pool(encode(encoder, None, sound, **present))["audio"])
+            seen = encoder(pixels, None, image_present=present.get("image_present"))
+            heard = encoder(None, sound, audio_present=present.get("audio_present"))
+            alone = pool(seen)["image"], pool(heard)["audio"]
         else:
             alone = unfused(encoder, encoder(pixels, sound, **present, return_layers=True))
         total = total + torch.stack([*alone]).float() / image.shape[1]

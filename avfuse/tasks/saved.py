@@ -6,9 +6,9 @@ from torch import nn
 
 from ..encoder import AVEncoder
 from ..files import printable
-from ..loading import HEAD, config_at, load_encoder, load_model
+from ..loading import HEAD, load_encoder, load_model
 from ..mae import AVMAE
-from ..pretrained import file_at
+from ..pretrained import file_at, read_config
 from .classifier import Classifier
 from .localize import Localizer
 from .segment import Segmenter
@@ -30,7 +30,7 @@ def load(path: str | os.PathLike) -> nn.Module:
     """
     if os.path.isfile(path):
         return load_encoder(path)
-    kind = config_at(path).get("class")
+    kind = read_config(path).get("class")
     if kind is None:
         return load_encoder(path)  # which says what there is
     if kind not in MODELS:

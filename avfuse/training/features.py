@@ -11,33 +11,11 @@ from torch import Tensor
 
 from ..checks import check_count
 from ..data.clips import Clip, ClipDataset, ClipLoader, Failure, WindowDataset, WindowsDataset
-from ..encoder import FEATURES, AVEncoder, EncoderOutput, pool
+from ..encoder import FEATURES, AVEncoder, pool
 from ..files import printable, some
 from ..inputs import InputSettings
 from ..progress import progress_bar
 from ..weight_files import read_metadata, read_safetensors, write_safetensors
-
-
-def encode(
-    encoder: AVEncoder,
-    image: Tensor | None,
-    audio: Tensor | None,
-    image_present: Tensor | None = None,
-    audio_present: Tensor | None = None,
-) -> EncoderOutput:
-    """The tokens of clips of which some lack a modality.
-
-    Args:
-        image, audio: (B, 3, height, width), of several frames (B, T, 3, height, width), and (B, 1, mel,
-            time); one of them may be None.
-        image_present, audio_present: (B,) bool, which clips have it; None = all.
-    """
-    return encoder(
-        image,
-        audio,
-        image_present=None if image is None else image_present,
-        audio_present=None if audio is None else audio_present,
-    )
 
 
 def pool_windows(
@@ -54,7 +32,7 @@ def pool_windows(
     """
     total: dict[str, Tensor] = {}
     for pixels, sound in zip(image.unbind(1), audio.unbind(1), strict=True):
-        output = encode(encoder, pixels, sound, image_present, audio_present)
+        output = encoder(pixels, sound, image_present=image_present, audio_present=audio_present)
         row = pool(output)
         if tokens:
             row |= {f"{name}_tokens": getattr(output, name) for name in FEATURES}

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ..encoder import AVEncoder, layers_of
 from ..files import printable
-from ..loading import config_at, load_encoder
+from ..loading import load_encoder
 from ..presets import SIZES, create_encoder
-from ..pretrained import WEIGHTS, file_at, load_strictly
+from ..pretrained import WEIGHTS, file_at, load_strictly, read_config
 from ..rules import option
 from ..weight_files import read_safetensors
 from .settings import FRESH, LoopConfig
@@ -24,7 +24,7 @@ TIME_PEAK = 3.0  # logits, with which a new bias of time begins
 
 def saved_settings(checkpoint: str) -> dict:
     """What the config.json of a saved model holds: "class" and "model"; {} of other weights, or of none."""
-    return {} if checkpoint == FRESH or os.path.isfile(checkpoint) else config_at(checkpoint)
+    return {} if checkpoint == FRESH or os.path.isfile(checkpoint) else read_config(checkpoint)
 
 
 def new_bias(config: LoopConfig) -> dict:
