@@ -3,6 +3,7 @@
     python benchmarks/kernel_resources.py 80 90           # compute capability 8.0 (A100) and 9.0 (H100)
     python benchmarks/kernel_resources.py 100 120         # and 10.0 (B200) and 12.0 (RTX 50)
     python benchmarks/kernel_resources.py 80 90 --few     # a few of them, in a minute
+    python benchmarks/kernel_resources.py 120 masks norm  # those with these words in the column of options
 
 Kernels are launched as usual, on tensors without memory, at ViT-B's shapes; only, the launch stops once the
 kernel is compiled. STACK above 0 means that registers were spilled to memory, UNEVEN above 0 that lanes which
@@ -165,9 +166,11 @@ def main():
         print(__doc__)
         return
     print(COLUMNS)
-    few = "--few" in sys.argv
+    few, words = "--few" in sys.argv, {word for word in sys.argv[1:] if word.isalpha()}
     for capability in [int(argument) for argument in sys.argv[1:] if argument.isdigit()] or (80, 90):
         for options, note in variants(few):
+            if words and note not in words:
+                continue
             call = partial(norm if note == "norm" else attend, **options)
             for name, kernel in compiled(capability, call):
                 sizes = (str(options["dtype"])[6:], *(options.get(letter, "-") for letter in "BFKV"))

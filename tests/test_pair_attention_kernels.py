@@ -403,7 +403,7 @@ OF_NORMS = itertools.product(GPUS, ("float32", "bfloat16"), ["residual_norm_kern
 UNEVEN = {("100", "float32", "forward_kernel"), *OF_NORMS} if NEWER else set()
 
 
-def assert_little_is_spilled(gpus, *options):
+def assert_little_is_spilled(gpus, *options, kernels=KERNELS | NORMS):
     """Runs benchmarks/kernel_resources.py for each GPU at once and prints what it prints."""
     pipes = dict(env=COMPILING, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     commands, found = [[sys.executable, SCRIPT, gpu, *options] for gpu in gpus], set()
@@ -423,7 +423,7 @@ def assert_little_is_spilled(gpus, *options):
             assert int(row["SHARED"]) <= 99 * 1024, row  # what a program may have on any GPU from 8.0 on
             known = (row["sm"], row["dtype"], row["kernel"]) in UNEVEN
             assert row["UNEVEN"] == "0" or known, row
-    assert found == {*itertools.product(gpus, KERNELS | NORMS)}
+    assert found == {*itertools.product(gpus, kernels)}
 
 
 def test_a_product_that_is_fused_with_another_lanes_is_found():
@@ -445,6 +445,8 @@ def test_a_product_that_is_fused_with_another_lanes_is_found():
 
 def test_kernels_compile_spilling_little():
     assert_little_is_spilled(GPUS[:2], "--few")
+    own = {"forward_kernel", "backward_kernel"} | NORMS
+    assert_little_is_spilled(GPUS[2:], "--few", "masks", "norm", kernels=own)
 
 
 @pytest.mark.slow
