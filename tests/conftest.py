@@ -22,6 +22,9 @@ if not torch.cuda.is_available():
 
 from avfuse.command import keep_what_is_imported  # noqa: E402 (Triton is to find its mode set)
 
+# The first backward starts threads for the devices there are, and a process with such threads cannot fork.
+# Once torch.compile has been at work, PyTorch counts more devices than the CPU.
+torch.ones((), requires_grad=True).backward()
 gc.disable()  # until all tests are collected: what is imported stays
 
 

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,8 +60,8 @@ def count(step):
     with open(here / f"{step}.pids", "a") as file:
         print(os.getpid(), file=file)
 
-def tell():
-    print("ERROR SUMMARY: 1 error")
+def tell(line):
+    print(line)
 
 def go_on():
     out = Path(sys.argv[sys.argv.index("--out") + 1])
@@ -81,12 +82,12 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     options = gpu.Options(part=(1,), device="cpu", small=True, out=tmp_path / "out")
 
-    def step(name, code, limit=60):
-        return gpu.Step(name, limit, f"{{python}} -c 'from step import *; {code}'", "", bad="SUMMARY: [1-9]")
+    def step(name, code, limit=60, good=""):
+        return gpu.Step(name, limit, f"{{python}} -c 'from step import *; {code}'", "", good=good)
 
     steps = (
         step("first", "count(1)"), step("second", "count(2); interrupt()"),
-        step("failing", "count(3); sys.exit(5)"), step("telling", "tell()"),
+        step("failing", "count(3); sys.exit(5)"), step("telling", 'tell("x")', good=gpu.NO_ERRORS),
         step("endless", "signal.pause()", limit=0),
     )  # fmt: skip
     monkeypatch.setattr(gpu, "PARTS", {1: steps})
@@ -119,6 +120,18 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     for _ in range(2):
         run("ba9876543210 with changes")
     assert [len(pids(step)) for step in (1, 2, 3)] == [4, 5, 5]
+
+
+def test_a_sanitizer_has_to_say_that_there_are_no_errors():
+    none, some = "========= ERROR SUMMARY: 0 errors\n", "========= RACECHECK SUMMARY: 2 hazards displayed\n"
+    for log, is_good in (
+        (none, True),
+        (none + none, True),
+        (none + some, False),
+        (some + none, False),
+        ("", False),
+    ):
+        assert bool(re.search(gpu.NO_ERRORS, f"8 of 8 cases agree\n{log}")) == is_good
 
 
 def test_what_is_done_is_measured_again_from_the_start(tmp_path, monkeypatch):

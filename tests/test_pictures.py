@@ -1,5 +1,7 @@
 """What the pictures show must be what the model saw and said."""
 
+import warnings
+
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -102,6 +104,15 @@ def test_names_are_no_formulas(tmp_path):
     figure.suptitle("$_{$")
     save(figure, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").exists()
+
+
+def test_letters_that_the_font_lacks_bring_no_warning(tmp_path):
+    figure = Figure(figsize=(1, 1))
+    figure.subplots().set_title("\u4e2d\u6587")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save(figure, tmp_path / "a.png")
+    assert (tmp_path / "a.png").exists()
 
 
 def test_files_are_written(mae, batch, tmp_path):

@@ -13,6 +13,7 @@ from videos import write_video
 
 from avfuse import create_encoder, read_clip
 from avfuse.data.find import Found
+from avfuse.tasks import retrieve
 from avfuse.tasks.classify import Task
 from avfuse.tasks.retrieve import Retrieval, RetrieveConfig, apart, cross_recalls, named_neighbours, recalls
 from avfuse.training.judge import judge_all
@@ -160,12 +161,17 @@ def test_clips_of_several_classes_are_drawn(folder, tmp_path, monkeypatch):
         for clip, classes in zip(clips, [(0, 1), (), (1,), (2,)], strict=True):
             clip.labels["class"] = classes
         table = type(found.test)(clips, classes={"class": "abc"})
-        return found._replace(train=table, test=table, classes={"class": ("a", "b", "c")})
+        return found._replace(train=table, test=table, classes={"class": ("a\x1b", "b", "c")})
 
     find_data = Task.find
     monkeypatch.setattr(Task, "find", staticmethod(find))
+    draw, titles = retrieve.draw_neighbours, []
+    monkeypatch.setattr(
+        retrieve, "draw_neighbours", lambda *args: titles.extend(args[1].values()) or draw(*args)
+    )
     found = results(RetrieveConfig(checkpoint="none", data=folder, k=(1,), run=tmp_path / "run", workers=0))
     assert found["metrics"]["class_recall@1_chance"] == pytest.approx(1 / 6)  # two of four share b
+    assert sorted(titles) == ["class: ", r"class: a\x1b, b", "class: b", "class: c"]
     assert (tmp_path / "run" / "pictures" / "neighbours-000000.png").exists()
 
 
