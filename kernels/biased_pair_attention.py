@@ -73,9 +73,9 @@ def forward_kernel(
     image, audio, bias = side(image, b, h, I), side(audio, b, h, A), pairs(bias, b, h)
     q = load_rows(head(query, b, h), queries, queries < F, K)
 
-    asked = tl.minimum(F - tl.program_id(1) * BLOCK_F, BLOCK_F)
+    live = tl.minimum(F - tl.program_id(1) * BLOCK_F, BLOCK_F)  # queries that there are
     found, _ = attend_safely(
-        q, None, asked, image, audio, bias, split, scale,
+        q, None, live, image, audio, bias, split, scale,
         K, V, SPLITS, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N,
     )  # fmt: skip
     top, image_sum, audio_sum, image_out, audio_out = found
@@ -93,13 +93,13 @@ def forward_kernel(
 
 @triton.jit
 def attend_safely(
-    q, do, asked, image, audio, bias, split, scale,
+    q, do, live, image, audio, bias, split, scale,
     K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr,
     PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """What `attend` finds, and whether it needed no exact tiles."""
     found = attend(
-        q, do, asked, image, audio, bias, split, scale,
+        q, do, live, image, audio, bias, split, scale,
         K, V, SPLITS, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, False,
     )  # fmt: skip
     top, image_total, audio_total, _, _ = found
@@ -107,7 +107,7 @@ def attend_safely(
     safe = tl.min(tl.where(right, 1, 0), 0) == 1
     if not safe:
         found = attend(
-            q, do, asked, image, audio, bias, split, scale,
+            q, do, live, image, audio, bias, split, scale,
             K, V, SPLITS, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, True,
         )  # fmt: skip
     return found, safe
@@ -115,7 +115,7 @@ def attend_safely(
 
 @triton.jit
 def attend(
-    q, do, asked, image, audio, bias, split, scale,
+    q, do, live, image, audio, bias, split, scale,
     K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr,
     PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
@@ -144,7 +144,7 @@ def attend(
             tile = load_bias(bias, image, audio, i, j, image_attended, audio_attended, BLOCK_N)
             previous = top
             more_weights, audio_weights, top = marginals(
-                image_logits, audio_logits, tile, top, asked, PAIR_PRECISION, BLOCK_F, BLOCK_N, EXACT
+                image_logits, audio_logits, tile, top, live, PAIR_PRECISION, BLOCK_F, BLOCK_N, EXACT
             )
             rescale = tl.exp(previous - finite(top))
             image_weights = image_weights * rescale + more_weights
@@ -181,9 +181,9 @@ def statistics_kernel(
     image, audio, bias = side(image, b, h, I), side(audio, b, h, A), pairs(bias, b, h)
     q = load_rows(head(query, b, h), queries, queries < F, K)
     do = load_rows(head(output_grad, b, h), queries, queries < F, V)
-    asked = tl.minimum(F - tl.program_id(1) * BLOCK_F, BLOCK_F)
+    live = tl.minimum(F - tl.program_id(1) * BLOCK_F, BLOCK_F)  # queries that there are
     found, safe = attend_safely(
-        q, do, asked, image, audio, bias, split, scale,
+        q, do, live, image, audio, bias, split, scale,
         K, V, SPLITS, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N,
     )  # fmt: skip
     store_found(statistics, split, b, h, H, queries, F, found, safe, SPLITS)
@@ -215,10 +215,10 @@ def backward_kernel(
         slot_head(audio_value_grad, tile, tiles, b, h, H, A, V),
     )
 
-    asked = tl.minimum(F - tile * BLOCK_F, BLOCK_F)
+    live = tl.minimum(F - tile * BLOCK_F, BLOCK_F)
     if SPLITS == 1:
         found, safe = attend_safely(
-            q, do, asked, image, audio, bias, split, scale,
+            q, do, live, image, audio, bias, split, scale,
             K, V, SPLITS, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N,
         )  # fmt: skip
         if statistics is not None:  # for bias_kernel
@@ -233,12 +233,12 @@ def backward_kernel(
     stats = top, image_inverse, audio_inverse, image_mean, audio_mean
     if safe:
         dq = differentiate(
-            q, do, asked, image, audio, bias, stats, image_grads, audio_grads, split, scale,
+            q, do, live, image, audio, bias, stats, image_grads, audio_grads, split, scale,
             K, V, SPLITS, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, False,
         )  # fmt: skip
     else:
         dq = differentiate(
-            q, do, asked, image, audio, bias, stats, image_grads, audio_grads, split, scale,
+            q, do, live, image, audio, bias, stats, image_grads, audio_grads, split, scale,
             K, V, SPLITS, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, True,
         )  # fmt: skip
     store_rows(
@@ -248,7 +248,7 @@ def backward_kernel(
 
 @triton.jit
 def differentiate(
-    q, do, asked, image, audio, bias, stats, image_grads, audio_grads, split, scale,
+    q, do, live, image, audio, bias, stats, image_grads, audio_grads, split, scale,
     K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr,
     PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
@@ -257,11 +257,11 @@ def differentiate(
     top, image_inverse, audio_inverse, image_mean, audio_mean = stats
     transposed = (bias[0], bias[2], bias[1])
     dq = differentiate_side(
-        q, do, asked, image, audio, bias, top, image_inverse, image_mean, audio_mean, image_grads, split,
+        q, do, live, image, audio, bias, top, image_inverse, image_mean, audio_mean, image_grads, split,
         scale, K, V, SPLITS, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, EXACT,
     )  # fmt: skip
     dq += differentiate_side(
-        q, do, asked, audio, image, transposed, top, audio_inverse, audio_mean, image_mean, audio_grads,
+        q, do, live, audio, image, transposed, top, audio_inverse, audio_mean, image_mean, audio_grads,
         split, scale, K, V, SPLITS, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N, EXACT,
     )  # fmt: skip
     return dq
@@ -269,7 +269,7 @@ def differentiate(
 
 @triton.jit
 def differentiate_side(
-    q, do, asked, own, other, bias, top, inverse, own_mean, other_mean, grads, split, scale,
+    q, do, live, own, other, bias, top, inverse, own_mean, other_mean, grads, split, scale,
     K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr,
     PRECISION: tl.constexpr, PAIR_PRECISION: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
@@ -288,7 +288,7 @@ def differentiate_side(
             other_grad = tl.dot(other_v, tl.trans(do), input_precision=PRECISION) - other_mean
             tile = load_bias(bias, own, other, i, j, attended, other_attended, BLOCK_N)
             more_weights, more_others = weighted_by_other(
-                logits, other_logits, other_grad, tile, top, asked, PAIR_PRECISION, BLOCK_F, BLOCK_N, EXACT
+                logits, other_logits, other_grad, tile, top, live, PAIR_PRECISION, BLOCK_F, BLOCK_N, EXACT
             )
             weights += more_weights
             others += more_others
@@ -348,8 +348,8 @@ def bias_kernel(
             products += pair_dot(u * image_grad, tl.trans(w), PAIR_PRECISION)
             products += pair_dot(u, tl.trans(w * audio_grad), PAIR_PRECISION)
         else:
-            asked = tl.minimum(F - first_query, BLOCK_F)
-            sums += exact_grads(s, t, image_grad, audio_grad, tile, top, inverse, asked, BLOCK_F, BLOCK_N)
+            live = tl.minimum(F - first_query, BLOCK_F)
+            sums += exact_grads(s, t, image_grad, audio_grad, tile, top, inverse, live, BLOCK_F, BLOCK_N)
     rows, columns = i + tl.arange(0, BLOCK_N), j + tl.arange(0, BLOCK_N)
     rows_before = (tl.program_id(1) * matrices + matrix).to(tl.int64) * I
     bias_grad += (rows_before + rows[:, None]) * A + columns[None, :]
@@ -393,14 +393,14 @@ def load_found(statistics, b, h, H, queries, F, SPLITS: tl.constexpr):
 
 @triton.jit
 def marginals(
-    s, t, bias, top, asked,
+    s, t, bias, top, live,
     PAIR_PRECISION: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Sums over j and over i of exp(s_i + t_j + b_ij - top), (BLOCK_N, BLOCK_F) each, and the new top."""
     if EXACT:
         image_weights = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
         audio_weights = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
-        for query in range(asked):
+        for query in range(live):
             own = tl.arange(0, BLOCK_F) == query
             logits = logits_of_query(s, t, bias[0], own)
             own_top = tl.maximum(of_query(top, own), tl.max(tl.max(logits, 0), 0))
@@ -422,14 +422,14 @@ def marginals(
 
 @triton.jit
 def weighted_by_other(
-    s, t, other, bias, top, asked,
+    s, t, other, bias, top, live,
     PAIR_PRECISION: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Sums over j of exp(s_i + t_j + b_ij - top), alone and times other_j, (BLOCK_N, BLOCK_F) each."""
     if EXACT:
         alone = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
         others = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
-        for query in range(asked):
+        for query in range(live):
             own = tl.arange(0, BLOCK_F) == query
             weights = tl.exp(logits_of_query(s, t, bias[0], own) - finite(of_query(top, own)))
             alone = tl.where(own[None, :], tl.sum(weights, 1)[:, None], alone)
@@ -447,11 +447,11 @@ def weighted_by_other(
 
 @triton.jit
 def exact_grads(
-    s, t, image, audio, bias, top, inverse, asked, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr
+    s, t, image, audio, bias, top, inverse, live, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """Sums over queries of P_ij (image_i + audio_j), (BLOCK_N, BLOCK_N)."""
     sums = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
-    for query in range(asked):
+    for query in range(live):
         own = tl.arange(0, BLOCK_F) == query
         weights = tl.exp(logits_of_query(s, t, bias, own) - finite(of_query(top, own)))
         grads = of_query(image, own)[:, None] + of_query(audio, own)[None, :]

@@ -173,25 +173,25 @@ def look_beside(
     """
     other_logits, other_grads = other
     own = number * BLOCK + tl.arange(0, BLOCK)
-    row, asked = first_row(b, h, H, M, F) + queries[None, :], (queries < F)[None, :]
+    row, live = first_row(b, h, H, M, F) + queries[None, :], (queries < F)[None, :]
     bias, step = steps(bias[0], own[:, None], bias[1]), bias[2]
     present = (own < N)[:, None]
 
     largest = tl.full((1, BLOCK_F), float("-inf"), tl.float32)  # without a bias
     top = tl.full((BLOCK, BLOCK_F), float("-inf"), tl.float32)
     for m in tl.range(M, loop_unroll_factor=TOGETHER):
-        logits = tl.load(other_logits + row + m * F, mask=asked, other=float("-inf"))
+        logits = tl.load(other_logits + row + m * F, mask=live, other=float("-inf"))
         own_bias = tl.load(steps(bias, m, step), mask=present, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, logits)
         top = tl.maximum(top, logits + own_bias)
     total, weighted = tl.zeros((BLOCK, BLOCK_F), tl.float32), tl.zeros((BLOCK, BLOCK_F), tl.float32)
     for m in tl.range(M, loop_unroll_factor=TOGETHER):
-        logits = tl.load(other_logits + row + m * F, mask=asked, other=float("-inf"))
+        logits = tl.load(other_logits + row + m * F, mask=live, other=float("-inf"))
         own_bias = tl.load(steps(bias, m, step), mask=present, other=0.0).to(tl.float32)
         weights = tl.exp(logits + own_bias - finite(top))
         total += weights
         if other_grads is not None:
-            weighted += weights * tl.load(other_grads + row + m * F, mask=asked, other=0.0)
+            weighted += weights * tl.load(other_grads + row + m * F, mask=live, other=0.0)
 
     offsets, inside = tile_of(b, h, H, own, N, queries, F)
     tl.store(beside[0] + offsets, tl.where(largest == float("-inf"), 0.0, top + log(total)), mask=inside)
@@ -207,26 +207,26 @@ def softmax_kernel(
     # leaves the largest logit, 1 / sum of weights, and delta in a tensor (B, H, 3, F).
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
     queries = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    row, asked = first_row(b, h, H, S, F) + queries, queries < F
+    row, live = first_row(b, h, H, S, F) + queries, queries < F
     image_logits, image_grads = image
     beside, grads_beside = beside
     top = tl.full((BLOCK_F,), float("-inf"), tl.float32)
     for s in tl.range(S, loop_unroll_factor=TOGETHER):
-        logits = tl.load(image_logits + row + s * F, mask=asked, other=float("-inf"))
-        top = tl.maximum(top, logits + tl.load(beside + row + s * F, mask=asked, other=0.0))
+        logits = tl.load(image_logits + row + s * F, mask=live, other=float("-inf"))
+        top = tl.maximum(top, logits + tl.load(beside + row + s * F, mask=live, other=0.0))
     total, weighted = tl.zeros((BLOCK_F,), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
     for s in tl.range(S, loop_unroll_factor=TOGETHER):
-        logits = tl.load(image_logits + row + s * F, mask=asked, other=float("-inf"))
-        logits += tl.load(beside + row + s * F, mask=asked, other=0.0)
-        grads = tl.load(image_grads + row + s * F, mask=asked, other=0.0)
-        grads += tl.load(grads_beside + row + s * F, mask=asked, other=0.0)
+        logits = tl.load(image_logits + row + s * F, mask=live, other=float("-inf"))
+        logits += tl.load(beside + row + s * F, mask=live, other=0.0)
+        grads = tl.load(image_grads + row + s * F, mask=live, other=0.0)
+        grads += tl.load(grads_beside + row + s * F, mask=live, other=0.0)
         weights = tl.exp(logits - finite(top))
         total += weights
         weighted += weights * grads
     statistics += first_row(b, h, H, 3, F) + queries
-    tl.store(statistics, finite(top), mask=asked)
-    tl.store(statistics + F, reciprocal(total), mask=asked)
-    tl.store(statistics + 2 * F, weighted * reciprocal(total), mask=asked)
+    tl.store(statistics, finite(top), mask=live)
+    tl.store(statistics + F, reciprocal(total), mask=live)
+    tl.store(statistics + 2 * F, weighted * reciprocal(total), mask=live)
 
 
 @triton.jit(do_not_specialize=["F"])

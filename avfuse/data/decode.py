@@ -548,9 +548,7 @@ class ClipReader(AbstractContextManager):
         begin, skip = blocks * block, first - blocks * wanted_block
         sound = join(pieces, rate, begin, math.ceil((end + MARGIN) * rate))
         declared = self._declared_end(self._audio)
-        if (
-            self._format == "mov" and declared is not None
-        ):  # the last packet is filled up with what is no sound
+        if self._format == "mov" and declared is not None:  # the last packet is filled up with no sound
             sound = sound[: max(0, round(declared * rate) - begin)]
         return resample(sound, rate, sample_rate)[skip : skip + wanted]
 

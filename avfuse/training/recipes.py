@@ -159,8 +159,9 @@ SYNCHRONY = dict(
 #
 # Where paper and released code differ: AdamW with betas (0.9, 0.95) and no decay on biases and norms, as
 # released (the paper says Adam); MLP ratio 1, as in the paper and the released command line (the released
-# file of defaults says 4); 192 spectrogram frames, as released (the paper says 196); precision, workers and
-# clipping are our choice. The paper starts from MAE and AudioMAE weights: give --image-weights and
+# file of defaults says 4); 192 spectrogram frames, as released (the paper says 196); precision, workers,
+# clipping, and norms of fusion blocks with the 1e-6 of the transformers (released ones have 1e-5) are our
+# choice. The paper starts from MAE and AudioMAE weights: give --image-weights and
 # --audio-weights. Its own interactions are --interactions factorized; dense ones are exact and cost less.
 ABLATION = dict(
     model="base",
