@@ -220,6 +220,8 @@ def read_config(source: str | os.PathLike, **options) -> dict:
         ) from error
     try:
         config = json.loads(file.read_bytes()) if file.is_file() else None
+    except OSError as error:
+        raise ValueError(f"{printable(source)}: {CONFIG} cannot be read: {printable(error)}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{printable(source)}: {CONFIG} is damaged: {printable(error)}") from error
     if not isinstance(config, dict) or config.get("library") != "avfuse":

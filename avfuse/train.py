@@ -20,6 +20,7 @@ from .data.find import Found
 from .encoder import AVEncoder
 from .files import printable
 from .graphs import TrainingGraphs
+from .inputs import InputSettings
 from .mae import AVMAE
 from .training.costs import count_parameters
 from .training.features import pool, without_absent
@@ -29,6 +30,7 @@ from .training.loop import Task, program, set_up, train
 from .training.neighbours import interval, nearest_neighbour_probes
 from .training.pictures import draw_attention, draw_reconstructions
 from .training.plan import make_model, plan
+from .training.run_folder import has_begun, read_run
 from .training.settings import FRESH
 from .weights import load_audio_weights, load_image_weights
 
@@ -67,10 +69,16 @@ class Pretraining(JudgedTask):
         self.has_unused_parameters = self.model.settings["decode_from"] == "fusion"
         if config.checkpoint != FRESH:
             self.recipe = ("checkpoint", *JudgedTask.recipe[1:], "preset")
+        encoder = self.model.encoder
+        inputs = encoder.given_inputs
         load_branch("--image-weights", load_image_weights, self.model, config.image_weights)
         load_branch("--audio-weights", load_audio_weights, self.model, config.audio_weights)
-        has_looks = self.model.encoder.shows_attention and self.model.encoder.given_inputs is not None
-        self.sources = Sources(found.test, self.model.encoder) if has_looks else None
+        if config.image_weights and not config.restart and has_begun(config.run):
+            # The run goes on as it began, whatever is told beside the weights by now.
+            begun = read_run(config.run).get("inputs")
+            encoder.given_inputs = InputSettings(**begun) if begun else inputs
+        has_looks = encoder.shows_attention and encoder.given_inputs is not None
+        self.sources = Sources(found.test, encoder) if has_looks else None
 
     @staticmethod
     def find(config, say):

@@ -19,7 +19,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .checks import check_choice, check_size
+from .checks import check_choice, check_size, is_number
 from .files import printable
 from .inputs import IMAGENET_MEAN, IMAGENET_STD, InputSettings
 from .model_card import UNKNOWN, strictest
@@ -73,6 +73,7 @@ TRANSFORMERS_LAYER = {  # the same of a layer; those of version 5 in memory foll
     "attention.o_proj": "attn.proj",
 }
 TRANSFORMERS_ROOT = re.compile(r"(vit|deit|audio_spectrogram_transformer)\.")
+OF_SPECTROGRAMS = "front_end", "audio_mean", "audio_std", "window", "hop", "mel_bins"
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of red, green and blue
 STATED = (  # where a folder may tell: file, way to a table in it, names of the two
     (CONFIG, ("pretrained_cfg",), ("mean", "std")),  # timm
@@ -128,9 +129,9 @@ def load_image_weights(
     grid: tuple[int, int] | None = None,
     say: Callable[[str], None] = print,
 ) -> LoadedWeights:
-    """Starts the image transformer of a model from weights that others trained. What a timm model, or a file
-    beside the weights, says of the mean and deviation of their images becomes the model's own
-    (`AVEncoder.inputs`) in place of ImageNet's; the table tells.
+    """Starts the image transformer of a model from weights that others trained. The mean and deviation of the
+    images that they saw, where a model in memory or a file beside model.safetensors tells them, or the family
+    is MAE, become those of the model (`AVEncoder.inputs`), and the table says so.
 
     Args:
         model: an `AVEncoder`, anything that has one as its `encoder` (an `AVMAE`), or a VisionTransformer.
@@ -203,7 +204,8 @@ def load(model, branch, source, *, axes, grid, say) -> LoadedWeights:
     used = tuple(name for name in weights if name not in converted)
     dropped = content.dropped | dropped | without_place
     names = (*content.steps, "those of transformers turned into timm's") if joined else content.steps
-    inputs = adapt_inputs(getattr(model, "encoder", model), branch, content.normalisation, family)
+    saw = content.normalisation if branch == "image" else None
+    inputs = adapt_inputs(getattr(model, "encoder", model), vit, saw, family)
     loaded = LoadedWeights(branch, axes, origin, used, converted, dropped, names, inputs)
     say(str(loaded))
     return loaded
@@ -219,22 +221,28 @@ def transformer_of(model: nn.Module, branch: str) -> VisionTransformer:
     return vit
 
 
-def adapt_inputs(encoder: nn.Module, branch: str, normalisation: Normalisation | None, family: str) -> str:
-    """Has an encoder normalise its images as those were that the weights saw, unless it has a normalisation
-    of its own; and what there is to say of that, or of its spectrograms.
+def adapt_inputs(
+    encoder: nn.Module, vit: VisionTransformer, normalisation: Normalisation | None, family: str
+) -> str:
+    """Has the images of an encoder normalised as those were that its new weights saw, and notes it where timm
+    does; what there is to say of that, or of spectrograms other than the encoder's.
     """
     inputs = getattr(encoder, "given_inputs", None)
-    if branch == "audio":
-        is_other = family in ("AudioMAE", "AST") and getattr(inputs, "front_end", None) != "kaldi"
-        return "trained on Kaldi filter banks of 10 s, see InputSettings.audiomae()" if is_other else ""
-    if normalisation is None or inputs and normalisation == (inputs.image_mean, inputs.image_std):
+    if family in ("AudioMAE", "AST"):
+        theirs = InputSettings.audiomae()
+        alike = inputs and all(getattr(inputs, name) == getattr(theirs, name) for name in OF_SPECTROGRAMS)
+        return "" if alike else "trained on Kaldi filter banks of 10 s, see InputSettings.audiomae()"
+    if normalisation is None and family == "MAE":
+        normalisation = IMAGENET_MEAN, IMAGENET_STD
+    if normalisation is None:
         return ""
-    said = "trained on images of mean {} and deviation {}".format(*normalisation)
-    if inputs is None:
-        return said
-    if (inputs.image_mean, inputs.image_std) != (IMAGENET_MEAN, IMAGENET_STD):
-        return f"{said}; the model keeps {inputs.image_mean} and {inputs.image_std}"
     mean, std = normalisation
+    vit.pretrained_cfg = dict(getattr(vit, "pretrained_cfg", None) or {}, mean=mean, std=std)
+    if inputs and normalisation == (inputs.image_mean, inputs.image_std):
+        return ""
+    said = f"trained on images of mean {mean} and deviation {std}"
+    if inputs is None:
+        return "" if normalisation == (IMAGENET_MEAN, IMAGENET_STD) else said
     encoder.given_inputs = replace(inputs, image_mean=mean, image_std=std)
     return f"{said}, by which the model normalises them from now on"
 
@@ -259,7 +267,8 @@ def read(source) -> ReadWeights:
     if isinstance(source, nn.Module):
         config = getattr(source, "pretrained_cfg", None)
         name, licence, family = timm_origin(config, type(source).__name__)
-        saw = normalisation_in(config, "mean", "std")
+        own = getattr(getattr(source, "encoder", source), "given_inputs", None)
+        saw = (own.image_mean, own.image_std) if own else normalisation_in(config, "mean", "std")
         return ReadWeights(name, *tensors_of(source.state_dict(), "weights"), licence, family, saw)
     if isinstance(source, dict):
         return ReadWeights("a state dict", *tensors_of(source, "weights"))
@@ -302,8 +311,14 @@ def config_beside(file: Path) -> dict:
 
 
 def normalisation_beside(file: Path) -> Normalisation | None:
+    """What files in the folder tell of it, of pixels from 0 to 1."""
     for name, way, keys in STATED:
         table = json_beside(file, name)
+        if table.get("do_normalize") is False or table.get("do_rescale") is False:
+            continue
+        scale = table.get("rescale_factor", 1 / 255)
+        if not (is_number(scale) and math.isclose(scale, 1 / 255, rel_tol=0.01)):
+            continue
         for key in way:
             table = table.get(key) if isinstance(table, dict) else None
         if stated := normalisation_in(table, *keys):

@@ -116,6 +116,9 @@ def test_logits_do_not_depend_on_the_batch(features, batch_norm):
     assert set(heads) == set(features)
     assert relative_error(whole, sum(heads.values()) / len(features)) < 1e-12
     assert relative_error(single, whole) < 1e-12
+    there = torch.ones(4, dtype=torch.bool)
+    deaf = classifier(image, None, image_present=there, audio_present=there)  # of what is not given
+    assert torch.equal(deaf.logits, classifier(image, None).logits)
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])

@@ -231,6 +231,17 @@ def test_folders_that_hold_no_model_are_named(tmp_path):
         AVEncoder.from_pretrained("no/such/folder")
 
 
+def test_a_config_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    make_encoder().save_pretrained(tmp_path)
+    monkeypatch.setattr(Path, "read_bytes", refuse)  # the mode of a file is nothing to root
+    for load in AVEncoder.from_pretrained, load_encoder:
+        with pytest.raises(ValueError, match="config.json cannot be read: .*Permission denied"):
+            load(tmp_path)
+
+
 def test_models_that_are_not_here_are_not_looked_for_without_the_network():
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     with pytest.raises(ValueError, match="nobody/nothing is no file or folder, nor found on the hub: "):

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from safetensors.torch import save_file
 from videos import hostile_folder, write_video
 
 from avfuse import AVMAE
@@ -545,6 +546,26 @@ def test_pretrained_transformers_begin_with_their_weights_and_are_ramped(data, t
     assert main(tiny(data, tmp_path / "run", image_weights=tmp_path / "image.pth")) == 0  # and can be resumed
     with pytest.raises(ValueError, match="--audio-weights .*image.pth does not fit"):
         main(tiny(data, tmp_path / "other", audio_weights=tmp_path / "image.pth"))
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("now", ["told", "gone", "not yet said by the run"])
+def test_a_run_goes_on_with_the_normalisation_that_it_began_with(data, tmp_path, now):
+    tiny_encoder, halves = make_model(TrainConfig()).encoder, [0.5, 0.5, 0.5]
+    save_file(tiny_encoder.image.state_dict(), tmp_path / "model.safetensors")
+    told = tmp_path / "preprocessor_config.json"
+    told.write_text(json.dumps(dict(image_mean=halves, image_std=halves)))
+    config = tiny(data, tmp_path / "run", image_weights=tmp_path, epochs=1, measure_every=0)
+    assert main(config) == 0
+    if now == "gone":
+        told.unlink()
+    if now == "not yet said by the run":
+        record = json.loads((config.run / "run.json").read_text())
+        assert record.pop("inputs")["image_mean"] == halves
+        (config.run / "run.json").write_text(json.dumps(record))
+    assert main(replace(config, epochs=2, given=("epochs",))) == 0
+    mean = AVMAE.from_pretrained(config.run).encoder.inputs.image_mean
+    assert mean == (tiny_encoder.inputs.image_mean if "yet" in now else (0.5, 0.5, 0.5))
 
 
 def test_damaged_records_do_not_end_a_run(finished, tmp_path):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from avfuse import AVMAE, AVEncoder, InputSettings, load_audio_weights, load_image_weights
 from avfuse.model_card import strictest, strictness
+from avfuse.weights import normalisation_beside
 
 D, HEADS, DEPTH = 32, 2, 3
 
@@ -352,11 +353,35 @@ def test_the_normalisation_of_images_comes_with_weights_that_tell_it(tmp_path):
     for source in tmp_path / "nothing", timm_model.state_dict():
         load_image_weights(encoder := make_encoder(inputs=others), source, say=said.append)
         assert encoder.inputs == others and "  inputs " not in said[-1]
-    third = replace(own, image_mean=(0.1, 0.2, 0.3))
-    load_image_weights(encoder := make_encoder(inputs=third), timm_model, say=said.append)
-    assert encoder.inputs == third and "the model keeps (0.1, 0.2, 0.3) and (0.5, 0.25, 0.2)" in said[-1]
-    load_image_weights(make_vit(), timm_model, say=said.append)
+    load_image_weights(mae, make_encoder(inputs=others), say=said.append)
+    assert mae.encoder.inputs == others  # what a first load brought is no wish of anybody
+    load_image_weights(vit := make_vit(), timm_model, say=said.append)
     assert said[-1].endswith("deviation (0.5, 0.25, 0.2)")
+    audio = make_vit((1, 128, 192))
+    assert AVEncoder(vit, audio, fusion_tokens=4).inputs.image_mean == halves[0]
+
+
+def test_a_normalisation_of_other_pixels_is_none(tmp_path):
+    save_file(published(9), tmp_path / "model.safetensors")
+    halves = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    for switch, taken in (
+        ({}, True),
+        (dict(do_normalize=True, do_rescale=True, rescale_factor=0.00392156862745098), True),
+        (dict(do_normalize=False), False),
+        (dict(do_rescale=False), False),
+        (dict(rescale_factor=1 / 127.5), False),
+        (dict(rescale_factor="x"), False),
+    ):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(halves | switch))
+        assert (normalisation_beside(tmp_path / "model.safetensors") is not None) == taken
+
+
+def test_mae_saw_what_imagenet_is_normalised_by(tmp_path):
+    inputs = InputSettings(image_size=24, mel_bins=16, hop=256, audio_seconds=0.64)
+    encoder = make_encoder(inputs=replace(inputs, image_mean=(0.5,) * 3))
+    torch.save({"model": published(9) | decoder(9, 192)}, tmp_path / "weights.pth")
+    load_image_weights(encoder, tmp_path / "weights.pth", say=silent)
+    assert encoder.inputs == inputs
 
 
 @pytest.mark.parametrize("kind", ["encoder", "autoencoder"])

@@ -129,7 +129,10 @@ class Classifier(TaskModel, Pretrained):
             image_present, audio_present: (B,) bool, which clips have it; None = all.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            present = dict(image_present=image_present, audio_present=audio_present)
+            present = dict(
+                image_present=None if image is None else image_present,
+                audio_present=None if audio is None else audio_present,
+            )
             pooled = pool(self.encoder(image, audio, **present))
         there = presence(image, audio, image_present, audio_present)
         heads = {

@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -293,7 +293,9 @@ def open_folder(run: Run) -> None:
     is_main = accelerator.is_main_process
     if is_main:
         processes = accelerator.num_processes
-        run.lock = begin_run(config, found, accelerator.device, processes, run.extended_at)
+        inputs = getattr(run.task.model, "encoder", run.task.model).given_inputs
+        described = asdict(inputs) if inputs else None
+        run.lock = begin_run(config, found, accelerator.device, processes, run.extended_at, described)
     accelerator.wait_for_everyone()
     if is_main and config.data is not None:
         write_sides(config, found)

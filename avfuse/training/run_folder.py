@@ -149,10 +149,16 @@ def has_begun(run: Path) -> bool:
 
 
 def begin_run(
-    config: LoopConfig, found: Found, device: torch.device, processes: int = 1, extended_at: int = 0
+    config: LoopConfig,
+    found: Found,
+    device: torch.device,
+    processes: int = 1,
+    extended_at: int = 0,
+    inputs: dict | None = None,
 ) -> IO:
     """Makes the run folder this run's own, for as long as the file that is returned stays open. A restart
-    deletes what a run writes, and nothing else. `extended_at` is as for `warmup_cosine`.
+    deletes what a run writes, and nothing else. `extended_at` is as for `warmup_cosine`; `inputs` are those
+    of the model, by name.
 
     Raises:
         ValueError: another process is at work in it, or the data set is not that of the run it holds.
@@ -204,7 +210,7 @@ def begin_run(
     newest = max(written.values(), default=0)
     former = former_settings(config, before) if before else {}  # which stay unsaid, for the next start
     settings = {name: value for name, value in settings_of(config).items() if name not in former}
-    content = dict(settings=settings, data=data, environment=environment, newest=newest)
+    content = dict(settings=settings, data=data, environment=environment, newest=newest, inputs=inputs)
     if extended_at:
         content |= dict(extended_at=extended_at)
     write_json(run / FILE, content)
@@ -220,8 +226,8 @@ def file_of(run: Path) -> Path:
 
 
 def read_run(run: Path) -> dict:
-    """The "settings" and "data" of the run in a folder, dictionaries both, its "environment", and at which
-    step it was extended, a number; {} if there is none.
+    """The "settings" and "data" of the run in a folder, dictionaries both, its "environment", the "inputs" of
+    its model, if they are on record, and at which step it was extended, a number; {} if there is none.
 
     Raises:
         ValueError: the file that should hold them is damaged, or something else.
@@ -231,8 +237,8 @@ def read_run(run: Path) -> dict:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        content = dict(data={}, environment={}, extended_at=0) | content
-        kinds = dict(settings=dict, data=dict, extended_at=int)
+        content = dict(data={}, environment={}, extended_at=0, inputs=None) | content
+        kinds = dict(settings=dict, data=dict, extended_at=int, inputs=dict | None)
         if all(isinstance(content[name], kind) for name, kind in kinds.items()):
             return content
     except (ValueError, KeyError, TypeError, RecursionError):
