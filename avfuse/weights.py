@@ -204,8 +204,8 @@ def load(model, branch, source, *, axes, grid, say) -> LoadedWeights:
     used = tuple(name for name in weights if name not in converted)
     dropped = content.dropped | dropped | without_place
     names = (*content.steps, "those of transformers turned into timm's") if joined else content.steps
-    saw = content.normalisation if branch == "image" else None
-    inputs = adapt_inputs(getattr(model, "encoder", model), vit, saw, family)
+    encoder, saw = getattr(model, "encoder", model), content.normalisation
+    inputs = adapt_images(encoder, vit, saw, family) if branch == "image" else of_sounds(encoder, family)
     loaded = LoadedWeights(branch, axes, origin, used, converted, dropped, names, inputs)
     say(str(loaded))
     return loaded
@@ -221,17 +221,22 @@ def transformer_of(model: nn.Module, branch: str) -> VisionTransformer:
     return vit
 
 
-def adapt_inputs(
+def of_sounds(encoder: nn.Module, family: str) -> str:
+    """What there is to say of the spectrograms that audio weights saw, if an encoder has others."""
+    if family not in ("AudioMAE", "AST"):
+        return ""
+    inputs, theirs = getattr(encoder, "given_inputs", None), InputSettings.audiomae()
+    alike = inputs and all(getattr(inputs, name) == getattr(theirs, name) for name in OF_SPECTROGRAMS)
+    return "" if alike else "trained on Kaldi filter banks of 10 s, see InputSettings.audiomae()"
+
+
+def adapt_images(
     encoder: nn.Module, vit: VisionTransformer, normalisation: Normalisation | None, family: str
 ) -> str:
     """Has the images of an encoder normalised as those were that its new weights saw, and notes it where timm
-    does; what there is to say of that, or of spectrograms other than the encoder's.
+    does; what there is to say of that.
     """
     inputs = getattr(encoder, "given_inputs", None)
-    if family in ("AudioMAE", "AST"):
-        theirs = InputSettings.audiomae()
-        alike = inputs and all(getattr(inputs, name) == getattr(theirs, name) for name in OF_SPECTROGRAMS)
-        return "" if alike else "trained on Kaldi filter banks of 10 s, see InputSettings.audiomae()"
     if normalisation is None and family == "MAE":
         normalisation = IMAGENET_MEAN, IMAGENET_STD
     if normalisation is None:

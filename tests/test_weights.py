@@ -380,6 +380,9 @@ def test_mae_saw_what_imagenet_is_normalised_by(tmp_path):
     inputs = InputSettings(image_size=24, mel_bins=16, hop=256, audio_seconds=0.64)
     encoder = make_encoder(inputs=replace(inputs, image_mean=(0.5,) * 3))
     torch.save({"model": published(9) | decoder(9, 192)}, tmp_path / "weights.pth")
+    audio = {**published(10, channels=1), **decoder(10, 64)}
+    load_audio_weights(encoder, audio, say=silent)
+    assert encoder.inputs.image_mean == (0.5,) * 3  # sounds tell nothing of images
     load_image_weights(encoder, tmp_path / "weights.pth", say=silent)
     assert encoder.inputs == inputs
 
