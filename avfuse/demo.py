@@ -167,8 +167,8 @@ def says(
     rows = []
     for title, changed in given.items():
         audio = None if "audio_present" in changed else changed.get("audio")
-        heard_and_seen = changed.get("image"), audio
-        answers = classifier.predicted(*heard_and_seen) if classifier.ways(*heard_and_seen) else {}
+        pixels = changed.get("image"), audio
+        answers = classifier.predicted(*pixels) if classifier.ways(*pixels) else {}
         rows.append([title, *(told(answers.get(by, {})) for by in ("image", "audio", "both"))])
     return rows
 

@@ -73,6 +73,7 @@ TRANSFORMERS_LAYER = {  # the same of a layer; those of version 5 in memory foll
     "attention.o_proj": "attn.proj",
 }
 TRANSFORMERS_ROOT = re.compile(r"(vit|deit|audio_spectrogram_transformer)\.")
+# Fields of InputSettings that say what a spectrogram holds.
 OF_SPECTROGRAMS = "front_end", "audio_mean", "audio_std", "window", "hop", "mel_bins"
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of red, green and blue
 STATED = (  # where a folder may tell: file, way to a table in it, names of the two

@@ -165,8 +165,11 @@ def main():
     if {"-h", "--help"} & {*sys.argv}:
         print(__doc__)
         return
+    few = "--few" in sys.argv
+    words = {word for word in sys.argv[1:] if word != "--few" and not word.isdigit()}
+    if unknown := words - {note for _, note in variants(few)}:
+        sys.exit(f"no variant has these options: {', '.join(sorted(unknown))}")
     print(COLUMNS)
-    few, words = "--few" in sys.argv, {word for word in sys.argv[1:] if word.isalpha()}
     for capability in [int(argument) for argument in sys.argv[1:] if argument.isdigit()] or (80, 90):
         for options, note in variants(few):
             if words and note not in words:
