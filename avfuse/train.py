@@ -20,7 +20,6 @@ from .data.find import Found
 from .encoder import AVEncoder
 from .files import printable
 from .graphs import TrainingGraphs
-from .inputs import InputSettings
 from .mae import AVMAE
 from .training.costs import count_parameters
 from .training.features import pool, without_absent
@@ -75,8 +74,7 @@ class Pretraining(JudgedTask):
         load_branch("--audio-weights", load_audio_weights, self.model, config.audio_weights)
         if config.image_weights and not config.restart and has_begun(config.run):
             # The run goes on as it began, whatever is told beside the weights by now.
-            begun = read_run(config.run).get("inputs")
-            encoder.given_inputs = InputSettings(**begun) if begun else inputs
+            encoder.given_inputs = read_run(config.run).get("inputs") or inputs
         has_looks = encoder.shows_attention and encoder.given_inputs is not None
         self.sources = Sources(found.test, encoder) if has_looks else None
 

@@ -274,7 +274,10 @@ def test_restart_deletes_only_run_folders(finished, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["run.json", "config.json"])
-@pytest.mark.parametrize("config", ['{"architectures": ["other"]}', '{"settings": {"epo', "[]"])
+@pytest.mark.parametrize(
+    "config",
+    ['{"architectures": ["other"]}', '{"settings": {"epo', "[]", '{"settings": {}, "inputs": {"a": 1}}'],
+)
 def test_restart_refuses_a_folder_of_another_program(finished, tmp_path, config, name):
     (tmp_path / name).write_text(config)
     (tmp_path / "notes.txt").write_text("precious")

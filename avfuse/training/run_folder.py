@@ -33,6 +33,7 @@ from ..files import (
     write_rows,
     write_text,
 )
+from ..inputs import InputSettings
 from ..rules import marks, option
 from .checkpoints import list_checkpoints
 from .faults import RunError
@@ -227,7 +228,8 @@ def file_of(run: Path) -> Path:
 
 def read_run(run: Path) -> dict:
     """The "settings" and "data" of the run in a folder, dictionaries both, its "environment", the "inputs" of
-    its model, if they are on record, and at which step it was extended, a number; {} if there is none.
+    its model (`InputSettings`), if they are on record, and at which step it was extended, if at all; {} if
+    there is none.
 
     Raises:
         ValueError: the file that should hold them is damaged, or something else.
@@ -240,7 +242,7 @@ def read_run(run: Path) -> dict:
         content = dict(data={}, environment={}, extended_at=0, inputs=None) | content
         kinds = dict(settings=dict, data=dict, extended_at=int, inputs=dict | None)
         if all(isinstance(content[name], kind) for name, kind in kinds.items()):
-            return content
+            return content | dict(inputs=content["inputs"] and InputSettings(**content["inputs"]))
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise ValueError(f"{printable(path)} is damaged, or not that of a run")
