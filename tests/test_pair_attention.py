@@ -651,6 +651,9 @@ def test_xformers_is_called_as_it_documents(monkeypatch):
     for options in {}, dict(image_mask=mask_of(2, 5, dead=[0]), audio_mask=mask_of(2, 4), scale=0.3):
         ours, truth = (run(tensors, **options, backend=backend) for backend in ("xformers", "reference"))
         assert_close(ours, truth, dict.fromkeys(truth, 1e-13))
+    for name in "image_key", "image_value":  # of the clip without an image, which is not looked at
+        tensors[name][0] = math.nan
+    assert_close(run(tensors, **options, backend="xformers"), truth, dict.fromkeys(truth, 1e-13))
 
 
 def fake_xformers(monkeypatch, attention):

@@ -432,6 +432,11 @@ def test_shapes_that_a_kernel_would_read_past_are_refused(name, shape, said):
         residual_norm(**inputs, eps=1e-6, backend="triton")
 
 
+def test_the_kernel_refuses_float64_which_it_would_compute_in_float32():
+    with pytest.raises(ValueError, match="^backend='triton' takes float32, .* got tokens of torch.float64"):
+        residual_norm(torch.randn(2, 5, 16, dtype=torch.float64), eps=1e-6, backend="triton")
+
+
 def test_without_an_eps_rows_beyond_the_tokens_add_nothing():
     """Of which the last tile has some: 0 / 0 there must not reach the gradients of weight and bias."""
     tokens, context = torch.randn(1, 3, 48, device=DEVICE), torch.randn(1, 2, 48, device=DEVICE)

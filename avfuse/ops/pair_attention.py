@@ -14,7 +14,7 @@ chunks of pairs.
 A bias may be coarser than the tokens: let the image tokens fall into S blocks of equal size, such as the
 frames of a clip, and b depend on the block s only. The softmax over pairs then has two levels,
 
-    P_sj = softmax_sj(U_s + q.k_j + b_sj)              U_s = log sum_{i in s} exp(q.k_i)
+    P_sj = softmax_sj(L_s + q.k_j + b_sj)              L_s = log sum_{i in s} exp(q.k_i)
     p_i  = sum_j P_sj * softmax_{i in s}(q.k_i)        r_j = sum_s P_sj
 
 and likewise for T blocks of audio tokens: cost I + A + S * T, not I * A.
@@ -50,7 +50,7 @@ PAIRS = {"additive": torch.add, "bilinear": torch.mul}  # how a pair combines tw
 BACKENDS = ("triton", "torch", "xformers", "reference")
 HAS_TRITON, HAS_XFORMERS = (importlib.util.find_spec(name) is not None for name in ("triton", "xformers"))
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-TRITON_WIDTH = 128  # a tile of wider keys or values does not fit a multiprocessor's registers
+TRITON_WIDTH = 128  # keys and values of a head; tests go up to 80
 
 
 class Side(NamedTuple):
@@ -110,7 +110,7 @@ def pair_attention(
         audio_key, audio_value: (B, H, A, K) and (B, H, A, V).
         image_mask, audio_mask: (B, I) and (B, A) bool, True = attend. A modality without any token left
             contributes 0 and the other goes on alone, without the pair bias; with bilinear pairs the output
-            is then 0.
+            is then 0. Such a modality may hold NaN; any other masked token must be finite.
         pair_bias: added to the logit of pair (i, j), broadcastable to (B, H, S, T), differentiable; -inf
             masks a pair. S divides I and T divides A: an entry serves a block of I/S x A/T consecutive
             pairs (bilinear pairs make one of I x A entries of it). A query with no pair left gets output 0
@@ -134,7 +134,7 @@ def pair_attention(
     image, audio = Side(image_key, image_value, image_mask), Side(audio_key, audio_value, audio_mask)
     _check_options(query, image, audio, pair_bias, scale, interaction)
     backend = select_backend(backend, query, image_value, interaction)
-    if backend == "torch":  # kernels do not read it, and the reference takes care of it
+    if backend in ("torch", "xformers"):  # kernels do not read what is dead; the reference zeroes it itself
         image, audio = _without_dead(image), _without_dead(audio)
     options = dict(scale=scale, interaction=interaction, backend=backend)
     return attend_pairs(query, image, audio, pair_bias, **options)

@@ -45,9 +45,11 @@ def residual_norm(
         autocast the kernel gives the norms in autocast's: what takes them is a product.
 
     Raises:
-        ValueError: naming the argument whose shape a kernel cannot take.
+        ValueError: naming the argument whose shape or dtype a kernel cannot take.
     """
     check_choice("backend", backend, (None, "triton", "torch"))
+    if backend == "triton" and tokens.dtype not in TRITON_DTYPES:  # it would compute in float32
+        raise ValueError(f"backend='triton' takes float32, float16 or bfloat16, got tokens of {tokens.dtype}")
     if backend == "triton" or (backend is None and kernel_can_run(tokens)):
         return _triton(tokens, update, context, weight, bias, eps)
     total, union = _sum_and_union(tokens, update, context)
