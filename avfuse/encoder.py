@@ -644,14 +644,14 @@ class Sum(NamedTuple):
 
 
 class FusedEncoder(AVEncoder):
-    """What `AVEncoder.fused` returns. What a layer adds to its tokens is left to the next norm, which passes
-    over them anyway.
+    """What `AVEncoder.fused` returns. Branches carry `tokens` and the `update` yet to be added to them: the
+    next norm, which reads the tokens anyway, does that in the same pass.
     """
 
     shows_attention = False
     graphs: CudaGraphs | None  # of `forward`
-    recording: bool = False  # now
-    side: torch.cuda.Stream | None = None  # while recording, where fusion blocks run: no block waits there
+    recording: bool = False  # whether a CUDA graph records this call
+    side: torch.cuda.Stream | None = None  # of the recording: fusion blocks run on it, beside the others
 
     @classmethod
     def of(cls, encoder: AVEncoder, cuda_graphs: bool) -> "FusedEncoder":
@@ -799,5 +799,5 @@ class FusedEncoder(AVEncoder):
         raise ValueError("a fused encoder has no attention maps: the encoder that it was made from has")
 
 
-def total(sum: Branch | Sum) -> Tensor:
-    return sum.tokens if sum.update is None else sum.tokens + sum.update
+def total(x: Branch | Sum) -> Tensor:
+    return x.tokens if x.update is None else x.tokens + x.update

@@ -62,7 +62,7 @@ class Fusion(nn.Module):
     image_dim: int  # and of those it reads
     audio_dim: int
     num_heads: int
-    weight: Tensor  # a parameter, whose dtype is that of all: `check`, paid in every layer, looks no further
+    norm_weight: Tensor  # stands for all parameters in `check`, which every layer pays for
 
     def forward(
         self,
@@ -115,20 +115,19 @@ class Fusion(nn.Module):
 
     def check(self, fusion: Tensor, image: Stream, audio: Stream) -> None:
         """ValueError for what does not fit this block or one another."""
-        weight = self.weight
         check_tokens("fusion", fusion, self.dim)
-        check_dtype("fusion", fusion, weight)
+        check_dtype("fusion", fusion, self.norm_weight)
         for name, dim, (tokens, mask, *_) in (
             ("image", self.image_dim, image),
             ("audio", self.audio_dim, audio),
         ):
             check_tokens(name, tokens, dim, like=fusion)
             check_mask(f"{name}_mask", mask, tokens.shape[:2], tokens.device)
-            check_dtype(name, tokens, weight)
+            check_dtype(name, tokens, self.norm_weight)
 
     def split_heads(self, tokens: Tensor) -> Tensor:
         """(B, N, H * K) -> (B, H, N, K)"""
-        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return split_heads(tokens, 1, self.num_heads)[0]
 
     def merge_heads(self, tokens: Tensor) -> Tensor:
         """(B, H, N, V) -> (B, N, H * V)"""
@@ -176,7 +175,7 @@ class FusionBlock(Fusion):
         self.drop_path = DropPath(drop_path)
 
     @property
-    def weight(self) -> Tensor:
+    def norm_weight(self) -> Tensor:
         return self.norm_fusion.weight  # the linear layers may be quantized
 
     def queries(self, fusion: Tensor) -> Tensor:
@@ -411,8 +410,8 @@ class FactorizedFusion(Fusion):
         self.fusion = DenseFusion(dim, num_heads, **block_options)
 
     @property
-    def weight(self) -> Tensor:
-        return self.fusion.weight
+    def norm_weight(self) -> Tensor:
+        return self.fusion.norm_weight
 
     def fuse(self, state: Tensor, image: Stream, audio: Stream) -> Tensor:
         fusion, image, audio = self.summarize(state, image, audio)
@@ -550,10 +549,9 @@ class CrossAttention(nn.Module):
         initialize_linear(self)
 
     def forward(self, tokens: Tensor, context: Stream) -> Tensor:
-        query = self.query(normed(self.norm, tokens)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        (query,) = split_heads(self.query(normed(self.norm, tokens)), 1, self.num_heads)
         projected = self.key_value(normed(self.norm_context, context.tokens))
-        key, value = projected.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-        attended = masked_attention(query, key, value, context.mask)
+        attended = masked_attention(query, *split_heads(projected, 2, self.num_heads), context.mask)
         update = self.drop_path(self.drop(self.proj(attended.transpose(1, 2).flatten(2))))
         return tokens + (update if context.mask is None else update * context.mask.any(1)[:, None, None])
 
@@ -584,8 +582,8 @@ def token_dims(dim: int, *dims: int | None) -> tuple[int, int]:
 
 
 def value_bias_of_pairs(value_bias: Tensor, image_mask: Tensor | None, audio_mask: Tensor | None) -> Tensor:
-    """The value bias (width,) of the clips that have any token to pair, (B, 1, width), else 0; as it is where
-    a modality has no mask.
+    """The value bias of each clip, (B, 1, width): 0 where both modalities are masked everywhere. Where one
+    has no mask, no clip is without tokens, and it is (width,), as given.
     """
     if image_mask is None or audio_mask is None:
         return value_bias

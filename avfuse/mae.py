@@ -206,8 +206,8 @@ class AVMAE(nn.Module, Predictor, Pretrained):
         rows = pixels.shape[:-3]
         if removed is None:
             drawn = (*rows[:1], 1) if name == "image" and self.tubes else rows
-            order = torch.rand(*drawn, patches, device=pixels.device).argsort(-1)
-            removed = (order.argsort(-1) < hidden).expand(*rows, patches)
+            order = torch.rand(*drawn, patches, device=pixels.device).argsort(-1)  # a random permutation
+            removed = (order < hidden).expand(*rows, patches)
         else:
             check_mask(f"{name}_removed", removed, (*rows, patches), pixels.device)
             if is_recording(removed.device) or torch.compiler.is_compiling():
@@ -237,9 +237,11 @@ class AVMAE(nn.Module, Predictor, Pretrained):
         return (error * counted).sum() / counted.sum().clamp(min=1)
 
     def contrast(self, latent, image_present, audio_present):
-        """Which sound goes with an image, and which image with a sound, among those of all clips that have
-        both: of all processes where gradients are recorded, which is when all take a step together. The mean
-        of their losses, weighted by such clips, is the loss of one process with all clips.
+        """InfoNCE between the images and the sounds of the clips that have both.
+
+        In a training step the negatives come from all processes, which all have to call; without gradients,
+        where one process may be alone, from its own clips. The processes' losses, averaged with their numbers
+        of such clips as weights, are the loss of one process with all clips.
         """
         image, audio = unfused(self.encoder, latent)
         paired = image.new_ones(len(image), dtype=torch.bool)

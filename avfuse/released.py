@@ -58,7 +58,7 @@ class ReleasedFusion(Fusion):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     @property
-    def weight(self) -> Tensor:
+    def norm_weight(self) -> Tensor:
         return self.norm2.weight
 
     def fuse(self, fusion: Tensor, image: Stream, audio: Stream) -> Tensor:

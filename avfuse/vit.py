@@ -95,8 +95,9 @@ def split_heads(projected: Tensor, parts: int, num_heads: int) -> tuple[Tensor, 
 
 
 class ContextAttention(Attention):
-    """timm's attention, to which `context` tokens can be extra keys and values: (B, F, D), or the number of
-    those that `tokens` begin with. Of `tokens` that are `projected` already, only their heads are looked at.
+    """timm's attention with extra keys and values. `context` are tokens (B, F, D) that are attended to and do
+    not attend; an int F says that `tokens` begin with them. Where `projected` is given, `tokens` are not
+    read.
     """
 
     def forward(
@@ -145,7 +146,8 @@ class ContextBlock(Block):
     """A timm block in which `context` tokens (B, F, D) serve as extra keys and values only (paper Eq. 2-3).
 
     Running a block on the concatenation and dropping its first F outputs gives the same; this skips their
-    queries and their MLP. Every part is called as a module, so that hooks and adapters take effect.
+    queries and their MLP. A part with hooks or an adapter is called as a module, so that they take effect; of
+    a plain one only the weights may be used.
     """
 
     def forward(

@@ -1,6 +1,7 @@
 """Pair attention with a bias b_ij of each pair, -inf where a pair is masked: one softmax over all pairs.
 
-    P_ij = softmax_ij(c q.k_i + c q.k_j + b_ij)      p_i = sum_j P_ij,  r_j = sum_i P_ij,  c = scale
+    P_ij = softmax_ij(x_ij)                          x_ij = c q.k_i + c q.k_j + b_ij,  c = scale
+                                                     p_i = sum_j P_ij,  r_j = sum_i P_ij
     o    = sum_i p_i v_i + sum_j r_j v_j             g_i = do.v_i - sum_i p_i do.v_i,  g_j likewise
     dv_i = sum_q p_i do                              dx_ij = P_ij (g_i + g_j)
     dk_i = c sum_q (sum_j dx_ij) q                   dq = c (sum_ij dx_ij k_i + sum_ij dx_ij k_j)
@@ -8,11 +9,14 @@
 
 Values are additive, so only marginals are needed, and in a tile of pairs they are two matrix products: with
 s_i = c q.k_i, t_j = c q.k_j, u = exp(s - max s), w = exp(t - max t) and E = exp(b - max b), they are u (E w)
-and w (E' u), times exp(max s + max t + max b). The products underflow where b removes the pairs that hold the
-maxima. Each pair loses less than 2**-126 of the largest such bound of a tile, so that a sum of weights of at
-least SAFE = 2**-76 of it is right to float32. A program that ends with a query below SAFE starts again with
-EXACT tiles: exponentials of all logits of one query after the other, relative to the largest. So the result
-is exact for any finite logits and any pattern of -inf.
+and w (E' u), times exp(max s + max t + max b).
+
+That exponent bounds the logits of its tile, and weights are relative to the largest bound of all tiles. Where
+b removes the pairs that hold the maxima, the logits lie far below it and the products underflow. A pair then
+loses less than 2**-126, and 2**27 of them 2**-99: one rounding (2**-23) of SAFE = 2**-76. So a sum of at
+least SAFE is right. A program that ends with a query below SAFE starts again with EXACT tiles: exponentials
+of all logits, one query after the other, relative to the largest logit. So the result is exact for any finite
+logits and any pattern of -inf.
 
 Few heads with many pairs are split by their tokens (SPLITS), as in pair_attention.py. A modality whose tokens
 are all masked stands as one token with key, value and bias 0.
@@ -29,7 +33,7 @@ from .pair_attention import (
     launch_backward,
     launch_forward,
     part,
-    store_statistics,
+    store_output,
 )
 from .tiles import (
     add_bias_slots,
@@ -79,16 +83,8 @@ def forward_kernel(
         K, V, SPLITS, PRECISION, PAIR_PRECISION, BLOCK_F, BLOCK_N,
     )  # fmt: skip
     top, image_sum, audio_sum, image_out, audio_out = found
-    if SPLITS == 1:
-        out = image_out * reciprocal(image_sum) + audio_out * reciprocal(audio_sum)
-        store_rows(slot_head(output, 0, 1, b, h, H, F, V), queries, queries < F, tl.trans(out), V)
-    else:
-        store_statistics(statistics, 0, split, b, h, H, queries, F, top, image_sum, 0.0, SPLITS)
-        store_statistics(statistics, 1, split, b, h, H, queries, F, top, audio_sum, 0.0, SPLITS)
-        image_partial = slot_head(partial, split, 2 * SPLITS, b, h, H, F, V)
-        audio_partial = slot_head(partial, SPLITS + split, 2 * SPLITS, b, h, H, F, V)
-        store_rows(image_partial, queries, queries < F, tl.trans(image_out), V)
-        store_rows(audio_partial, queries, queries < F, tl.trans(audio_out), V)
+    of_image, of_audio = (top, image_sum, image_out), (top, audio_sum, audio_out)
+    store_output(output, statistics, partial, split, b, h, H, queries, F, of_image, of_audio, V, SPLITS)
 
 
 @triton.jit

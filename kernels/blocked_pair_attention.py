@@ -1,14 +1,17 @@
 """Pair attention with a bias b_st of each block of pairs, -inf where they are masked: s are blocks of as many
 consecutive image tokens each, t of audio tokens, of one token at least.
 
-    P_ij = softmax_ij(c q.k_i + c q.k_j + b_st)      i in block s, j in block t;  c = scale
+    P_ij = softmax_ij(x_ij)                          x_ij = c q.k_i + c q.k_j + b_st,  c = scale
+                                                     i in block s, j in block t
 
-The softmax has two levels. Of a block, the other modality needs to know two numbers for each query, and to
-the tokens of the block all of the other modality is two numbers: those that stand *beside* the block.
+The softmax has two levels. For one query, all that the other modality needs to know of block s is its
+log-sum-exp L_s and, backward, its mean G_s of do.v. And all that the tokens of s need to know of the other
+modality are two numbers again, which the code calls *beside* s: a_s is added to their logits, h_s to their
+do.v.
 
     L_s = log sum_{i in s} exp(c q.k_i)              G_s = sum_{i in s} softmax_{i in s}(c q.k_i) do.v_i
     beside s: a_s = log sum_t exp(L_t + b_st)        h_s = sum_t softmax_t(L_t + b_st) G_t;   t likewise
-    p_i  = sum_j P_ij = softmax_i(c q.k_i + a_s)     dx_i = p_i (do.v_i + h_s - delta)
+    p_i  = sum_j P_ij = softmax_i(c q.k_i + a_s)     dx_i = sum_j dx_ij = p_i (do.v_i + h_s - delta)
     o    = sum_i p_i v_i + sum_j r_j v_j             delta = sum_i p_i (do.v_i + h_s);        j likewise
     db_st = sum_q P_st (G_s + G_t - delta)           P_st = softmax_st(L_s + L_t + b_st)
 
@@ -173,25 +176,25 @@ def look_beside(
     """
     other_logits, other_grads = other
     own = number * BLOCK + tl.arange(0, BLOCK)
-    row, live = first_row(b, h, H, M, F) + queries[None, :], (queries < F)[None, :]
+    row, query_mask = first_row(b, h, H, M, F) + queries[None, :], (queries < F)[None, :]
     bias, step = steps(bias[0], own[:, None], bias[1]), bias[2]
     present = (own < N)[:, None]
 
     largest = tl.full((1, BLOCK_F), float("-inf"), tl.float32)  # without a bias
     top = tl.full((BLOCK, BLOCK_F), float("-inf"), tl.float32)
     for m in tl.range(M, loop_unroll_factor=TOGETHER):
-        logits = tl.load(other_logits + row + m * F, mask=live, other=float("-inf"))
+        logits = tl.load(other_logits + row + m * F, mask=query_mask, other=float("-inf"))
         own_bias = tl.load(steps(bias, m, step), mask=present, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, logits)
         top = tl.maximum(top, logits + own_bias)
     total, weighted = tl.zeros((BLOCK, BLOCK_F), tl.float32), tl.zeros((BLOCK, BLOCK_F), tl.float32)
     for m in tl.range(M, loop_unroll_factor=TOGETHER):
-        logits = tl.load(other_logits + row + m * F, mask=live, other=float("-inf"))
+        logits = tl.load(other_logits + row + m * F, mask=query_mask, other=float("-inf"))
         own_bias = tl.load(steps(bias, m, step), mask=present, other=0.0).to(tl.float32)
         weights = tl.exp(logits + own_bias - finite(top))
         total += weights
         if other_grads is not None:
-            weighted += weights * tl.load(other_grads + row + m * F, mask=live, other=0.0)
+            weighted += weights * tl.load(other_grads + row + m * F, mask=query_mask, other=0.0)
 
     offsets, inside = tile_of(b, h, H, own, N, queries, F)
     tl.store(beside[0] + offsets, tl.where(largest == float("-inf"), 0.0, top + log(total)), mask=inside)
@@ -207,26 +210,26 @@ def softmax_kernel(
     # leaves the largest logit, 1 / sum of weights, and delta in a tensor (B, H, 3, F).
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
     queries = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    row, live = first_row(b, h, H, S, F) + queries, queries < F
+    row, query_mask = first_row(b, h, H, S, F) + queries, queries < F
     image_logits, image_grads = image
     beside, grads_beside = beside
     top = tl.full((BLOCK_F,), float("-inf"), tl.float32)
     for s in tl.range(S, loop_unroll_factor=TOGETHER):
-        logits = tl.load(image_logits + row + s * F, mask=live, other=float("-inf"))
-        top = tl.maximum(top, logits + tl.load(beside + row + s * F, mask=live, other=0.0))
+        logits = tl.load(image_logits + row + s * F, mask=query_mask, other=float("-inf"))
+        top = tl.maximum(top, logits + tl.load(beside + row + s * F, mask=query_mask, other=0.0))
     total, weighted = tl.zeros((BLOCK_F,), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
     for s in tl.range(S, loop_unroll_factor=TOGETHER):
-        logits = tl.load(image_logits + row + s * F, mask=live, other=float("-inf"))
-        logits += tl.load(beside + row + s * F, mask=live, other=0.0)
-        grads = tl.load(image_grads + row + s * F, mask=live, other=0.0)
-        grads += tl.load(grads_beside + row + s * F, mask=live, other=0.0)
+        logits = tl.load(image_logits + row + s * F, mask=query_mask, other=float("-inf"))
+        logits += tl.load(beside + row + s * F, mask=query_mask, other=0.0)
+        grads = tl.load(image_grads + row + s * F, mask=query_mask, other=0.0)
+        grads += tl.load(grads_beside + row + s * F, mask=query_mask, other=0.0)
         weights = tl.exp(logits - finite(top))
         total += weights
         weighted += weights * grads
     statistics += first_row(b, h, H, 3, F) + queries
-    tl.store(statistics, finite(top), mask=live)
-    tl.store(statistics + F, reciprocal(total), mask=live)
-    tl.store(statistics + 2 * F, weighted * reciprocal(total), mask=live)
+    tl.store(statistics, finite(top), mask=query_mask)
+    tl.store(statistics + F, reciprocal(total), mask=query_mask)
+    tl.store(statistics + 2 * F, weighted * reciprocal(total), mask=query_mask)
 
 
 @triton.jit(do_not_specialize=["F"])

@@ -67,13 +67,21 @@ def forward_kernel(
     audio_blocks = of_blocks(audio_blocks, b, h, H, queries, F)
 
     q = load_rows(head(query, b, h), queries, queries < F, K)
-    image_top, image_sum, image_out = attend(
-        q, None, image, image_blocks, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N
-    )
-    audio_top, audio_sum, audio_out = attend(
-        q, None, audio, audio_blocks, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N
-    )
+    of_image = attend(q, None, image, image_blocks, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N)
+    of_audio = attend(q, None, audio, audio_blocks, split, scale, K, V, SPLITS, PRECISION, BLOCK_F, BLOCK_N)
+    store_output(output, statistics, partial, split, b, h, H, queries, F, of_image, of_audio, V, SPLITS)
 
+
+@triton.jit
+def store_output(
+    output, statistics, partial, split, b, h, H, queries, F, of_image, of_audio,
+    V: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Stores the output; or, where tokens are split, what `merge_kernel` makes it of. Of each modality are
+    given largest logit, sum of weights (BLOCK_F,) and weighted values (V, BLOCK_F).
+    """
+    image_top, image_sum, image_out = of_image
+    audio_top, audio_sum, audio_out = of_audio
     if SPLITS == 1:
         out = image_out * reciprocal(image_sum) + audio_out * reciprocal(audio_sum)
         store_rows(slot_head(output, 0, 1, b, h, H, F, V), queries, queries < F, tl.trans(out), V)

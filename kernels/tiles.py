@@ -106,8 +106,9 @@ def reciprocal(total):
 
 @triton.jit
 def weigh(weights, values):
-    """weights * values, to be added up: chosen, so that no product is fused with the first sum over lanes. It
-    would be rounded in one lane and not in the other, and they would leave different numbers in one place.
+    """weights * values, about to be summed over lanes. The `where` keeps the compiler from fusing the product
+    with the first addition: of two lanes that add each other's product to their own, each would then round
+    only the other's, and both would store their differing sums to one address.
     """
     return tl.where(weights != 0.0, weights * values, 0.0)
 

@@ -146,7 +146,9 @@ class Products:
 
 
 def safe_sum(dtype):
-    """2**27 pairs (of the size of all) that each lose the smallest normal number lose a rounding of this."""
+    """The least Z that is right to rounding: 2**27 pairs that each lose the smallest normal number lose one
+    eps of it.
+    """
     numbers = torch.finfo(dtype)
     return numbers.tiny / numbers.eps * 2**27
 

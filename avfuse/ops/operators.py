@@ -13,8 +13,8 @@ import functools
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-# Programs of the backward of residual_norm: so many, or so few that each has that many tokens. They are the
-# same on every card, as what each adds up is.
+# Programs of the backward of residual_norm: PROGRAMS, or fewer, so that each has TOKENS_OF_PROGRAM tokens.
+# Each leaves one partial sum, so their number is the same on every card: equal inputs give equal bits.
 PROGRAMS, TOKENS_OF_PROGRAM = 256, 8
 
 
@@ -26,8 +26,8 @@ def define(*schemas: str) -> None:
 
 
 def once_differentiable(operator: str, needs: str):
-    """For the backward of an autograd.Function, with what has second derivatives instead. PyTorch's own
-    decorator passes over them without a word where the gradient of the output has none itself.
+    """Decorates the backward of an autograd.Function: second derivatives raise, and say what has them.
+    PyTorch's own decorator raises only where the gradient of the output requires one itself.
     """
 
     def decorate(backward):
@@ -77,8 +77,9 @@ class PairAttention(torch.autograd.Function):
 
 
 class ResidualNorm(torch.autograd.Function):
-    """Gives the sum, which without an update is the tokens, and the norms. Also then the gradient of the sum
-    comes through here: the kernel adds that of the norms to it, where else autograd would.
+    """Returns the sum and the norms. Without an update the sum is `tokens` itself, and is returned all the
+    same: so its gradient arrives here, and the kernel adds it to that of the norms, which autograd would do
+    in a launch of its own.
     """
 
     @staticmethod

@@ -114,11 +114,12 @@ class BilinearPairAttention(torch.autograd.Function):
         chunks = chunks_of(short_key.shape[2], _bilinear_row(query, long_key, long_value))
         delta = torch.zeros_like(total)  # (B, H, F, 1, 1)
         for i in chunks:
-            at_hand = _, weights, _, weights_grad = recompute(i)
+            recomputed = recompute(i)
+            _, weights, _, weights_grad = recomputed
             delta += (weights * weights_grad).sum((-2, -1), keepdim=True)
-        for i in reversed(chunks):  # the last is still at hand: a single chunk is computed once
-            rows, weights, attended_grad, weights_grad = at_hand or recompute(i)
-            at_hand = None
+        for i in reversed(chunks):  # the last is recomputed already: a single chunk is computed once
+            rows, weights, attended_grad, weights_grad = recomputed or recompute(i)
+            recomputed = None
             short_value_grad[:, :, i] = (_times_each(weights, long_value) * output_grad[:, :, :, None]).sum(2)
             long_value_grad += weights.flatten(2, 3).mT @ attended_grad.flatten(2, 3)
 
