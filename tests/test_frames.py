@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from models import make_vit
-from videos import number_of, numbered_frames, write_video
+from videos import GREYS, chirp, lag, number_of, numbered_frames, write_video
 
 from avfuse import AVEncoder
 from avfuse.data.check import check
@@ -127,6 +127,21 @@ def test_a_format_whose_start_is_hard_to_find(tmp_path):
     for times in times_around(6.0):
         assert_as_alone(path, times)
     assert [number_of(frame) for frame in read_frames(path, [0.405, 2.205])] == [4, 22]
+
+
+@pytest.mark.parametrize(("codec", "b_frames"), [("libx264", "0"), ("libx264", "3"), ("mpeg4", "2")])
+def test_pictures_of_asf_belong_to_its_sound(tmp_path, codec, b_frames):
+    """It says when they are decoded, and any seek but one to 0 may end after the first of them."""
+    noise = np.random.default_rng(0).integers(-14, 15, (60, 96, 128, 1))
+    video = (numbered_frames(60, (128, 96)) + noise).astype(np.uint8)
+    options = {"g": "24", "bf": b_frames, "qmax": "4"}
+    path = write_video(tmp_path / "a.asf", 6, codecs=(codec, "aac"), video=video, **options)
+    with ClipReader(path) as clip:
+        sound = clip.audio(1, 3, 16_000)
+        later = lag(sound, chirp(1 + np.arange(48_000) / 16_000), most=4_000) / 16_000
+        times = {number: later + 0.1 * number + 0.05 for number in (0, 1, 5, 23, 24, 31, 47, 48, 58, 59)}
+        for shown in clip.frames([*times.values()]), map(clip.frame, times.values()):
+            assert [number_of(frame) for frame in shown] == [number % GREYS for number in times]
 
 
 @pytest.mark.parametrize("path", sorted(CASES.glob("*.*")), ids=lambda path: path.name)

@@ -337,6 +337,8 @@ class ClipReader(AbstractContextManager):
             else:
                 stream = self._video
         start, at = stream.start_time or 0, math.floor((seconds + self._origin) / stream.time_base)
+        if self._format == "asf" and seconds == FAR_BACK:
+            at = 0  # the one time that leads there whatever the file
         try:
             self._container.seek(at, stream=stream)
         except av.FFmpegError:  # some formats refuse times before the start
@@ -470,8 +472,12 @@ class ClipReader(AbstractContextManager):
         self, packets: Iterable[av.Packet], times: Sequence[float], at_start: bool
     ) -> Iterator[av.VideoFrame]:
         """As `_decode_run`, by the order in which the decoder gives frames: that of their times."""
-        context, rate = self._video.codec_context, self._video.average_rate
+        context = self._video.codec_context
+        rate = self._video.average_rate or self._video.guessed_rate
         step = 1 / (rate * self._video.time_base) if rate else 0
+        # AVI counts pictures, but the times of ASF are those of its sound, too: a picture is shown at that of
+        # the packet with which it comes out. Without sound the first one is the start.
+        is_late = self._format == "asf" and self._audio is not None
         context.skip_frame = "DEFAULT"
         targets, shown, starts, last = deque(map(self._tick, times)), None, [], None
         for packet in chain(packets, (None,)):
@@ -479,10 +485,14 @@ class ClipReader(AbstractContextManager):
                 before = starts[-1] if starts else None
                 is_unknown = packet.dts is None and before is not None
                 starts.append(before + step if is_unknown else packet.dts)
-            held_back = context.reorder_depth + (packet is not None)
+            held_back = (0 if is_late else context.reorder_depth) + (packet is not None)
             number = max(0, len(starts) - held_back)  # of the frame that comes out now
             for frame in self._whole(context.decode(packet), times[-1]):
-                time = starts[min(number, len(starts) - 1)] if self._is_timeless else frame.pts
+                time = frame.pts
+                if self._is_timeless:
+                    beyond = max(0, number + 1 - len(starts))  # so many steps after the last packet
+                    time = starts[number - beyond]
+                    time = None if time is None else time + beyond * step
                 if time is None:
                     if last is None:
                         continue
