@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 os.environ["MPLBACKEND"] = "Agg"
@@ -44,6 +45,14 @@ def undrawn(monkeypatch):
     """Runs draw no pictures and no report: to draw takes ten times as long as to train models this small."""
     monkeypatch.setattr("avfuse.training.judge.JudgedTask.show", lambda *_: None)
     monkeypatch.setattr("avfuse.training.judge.write_report", lambda *_: None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def uncollected():
+    """A run ends with a search for garbage, here among all that thousands of tests have left."""
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr("accelerate.utils.memory.gc", SimpleNamespace(collect=lambda: 0))
+        yield
 
 
 def pytest_runtest_setup(item):
