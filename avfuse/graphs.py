@@ -302,8 +302,9 @@ def kind_of_module(module: nn.Module) -> tuple:
 def kind_of_call(inputs: dict) -> tuple:
     """What must be the same for a recording to serve."""
     autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-    switches = torch.backends.cuda.matmul.fp32_precision, torch.are_deterministic_algorithms_enabled()
-    return autocast, *switches, *((name, kind_of(x)) for name, x in inputs.items())
+    precisions = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    return autocast, *precisions, is_deterministic, *((name, kind_of(x)) for name, x in inputs.items())
 
 
 def kind_of(value):

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, verified, rotated, and never code."""
 
+import errno
 import json
 import os
 import re
@@ -12,9 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 
+from avfuse.training import checkpoints
 from avfuse.training.checkpoints import (
     CheckpointError,
+    lack,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
@@ -61,6 +65,21 @@ def test_latest_is_restored_and_old_ones_go(state, tmp_path):
     assert_equal(snapshot(state), truth)
 
 
+def test_one_alone_is_kept_where_that_is_asked(state, tmp_path):
+    for step in (1, 2):
+        save_checkpoint(state[0], tmp_path, step, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002"]
+
+
+def test_all_of_it_is_on_the_disk_before_it_has_its_name(state, tmp_path, monkeypatch):
+    synced, synced_before, replace = [], [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
+    monkeypatch.setattr(os, "replace", lambda *paths: synced_before.extend(synced) or replace(*paths))
+    folder = save_checkpoint(state[0], tmp_path, 1, keep=1)
+    assert {path.stat().st_ino for path in [folder, *folder.rglob("*")]} <= {*synced_before}
+    assert synced[-1] == folder.parent.stat().st_ino  # and the name after that
+
+
 def test_random_states_are_restored(state, tmp_path):
     save_checkpoint(state[0], tmp_path, 1, keep=1)
     truth = torch.rand(3)
@@ -75,6 +94,14 @@ def test_an_average_of_the_weights_is_kept(state, tmp_path):
     average.update_parameters(torch.nn.Linear(5, 3))
     assert load_checkpoint(state[0], tmp_path, average) == 1
     assert_equal(dict(average.state_dict()), truth)
+
+
+def test_a_damaged_average_is_passed_over(state, tmp_path):
+    average = torch.optim.swa_utils.AveragedModel(torch.nn.Linear(5, 3))
+    for step in (1, 2):
+        folder = save_checkpoint(state[0], tmp_path, step, keep=2, average=average)
+    (folder / "average.safetensors").unlink()
+    assert load_checkpoint(state[0], tmp_path, average) == 1
 
 
 def test_nothing_to_load(state, tmp_path):
@@ -106,6 +133,30 @@ def test_a_damaged_one_is_named_and_passed_over(state, tmp_path, capsys, name, d
     assert_equal(snapshot(state), truth)
     save_checkpoint(state[0], tmp_path, 3, keep=2)  # what was passed over is not among those that are kept
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000001"]
+
+
+def test_several_are_passed_over_again_and_again(state, tmp_path):
+    save_checkpoint(state[0], tmp_path, 1, keep=3)
+    for _ in range(2):
+        for step in (2, 3):
+            (save_checkpoint(state[0], tmp_path, step, keep=3) / "model.safetensors").unlink()
+        assert load_checkpoint(state[0], tmp_path) == 1
+        assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001"]
+
+
+def test_a_copy_by_another_name_is_no_checkpoint(state, tmp_path, capsys):
+    folder = save_checkpoint(state[0], tmp_path, 1, keep=2)
+    shutil.copytree(folder, folder.with_name("step-00000001 (copy)"))
+    shutil.copytree(folder, folder.with_name("step-00000007"))
+    assert load_checkpoint(state[0], tmp_path) == 1
+    assert "step-00000007 is damaged (it is of step 1)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["[]", '{"step": 2, "files": []}', "[" * 100_000], ids=lambda text: text[:5])
+def test_a_manifest_that_is_none_is_passed_over(state, tmp_path, text):
+    save_checkpoint(state[0], tmp_path, 1, keep=2)
+    (save_checkpoint(state[0], tmp_path, 2, keep=2) / "manifest.json").write_text(text)
+    assert load_checkpoint(state[0], tmp_path) == 1
 
 
 def has_changed(manifest: Path) -> bool:
@@ -140,6 +191,21 @@ def test_a_malicious_pickle_is_refused(state, tmp_path, name):
         with pytest.raises(CheckpointError, match="does not fit this run"):
             load_checkpoint(state[0], tmp_path)
     assert not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.parametrize("what", ["weights of another size", "no optimizer", "other groups", "no average"])
+def test_a_whole_one_of_another_model_is_refused(state, tmp_path, what):
+    average = torch.optim.swa_utils.AveragedModel(torch.nn.Linear(5, 3))
+    folder = save_checkpoint(state[0], tmp_path, 1, keep=1, average=None if what == "no average" else average)
+    if what == "weights of another size":
+        save_file(torch.nn.Linear(4, 3).state_dict(), folder / "model.safetensors")
+    elif what != "no average":
+        groups = dict(state={}, param_groups=[]) if what == "other groups" else {}
+        torch.save(groups, folder / "optimizer.bin")
+    (folder / "manifest.json").unlink()
+    seal(folder, 1)
+    with pytest.raises(CheckpointError, match="step-00000001 does not fit this run"):
+        load_checkpoint(state[0], tmp_path, average)
 
 
 def test_a_full_disk_leaves_the_one_before(tmp_path):
@@ -308,3 +374,31 @@ def test_other_faults_are_no_full_disk(state, tmp_path):
     with pytest.raises(CheckpointError, match="could not be written: .*checkpoints") as failed:
         save_checkpoint(state[0], tmp_path, 2, keep=1)
     assert "disk is full" not in str(failed.value)
+
+
+def test_the_last_whole_one_is_named_where_the_next_cannot_be_written(state, tmp_path, monkeypatch):
+    for step in (1, 2):
+        save_checkpoint(state[0], tmp_path, step, keep=2)
+    monkeypatch.setattr(checkpoints, "sync", lambda path: os.stat(path / "nothing"))
+    with pytest.raises(CheckpointError, match="The last whole one is step-00000002"):
+        save_checkpoint(state[0], tmp_path, 3, keep=2)
+
+
+def test_an_old_one_that_cannot_be_deleted_does_not_end_the_run(state, tmp_path, monkeypatch):
+    save_checkpoint(state[0], tmp_path, 1, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, **_: os.rmdir(path))  # as of files that are in use
+        save_checkpoint(state[0], tmp_path, 2, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000001"]
+    save_checkpoint(state[0], tmp_path, 3, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, 0])
+def test_a_disk_without_room_is_told_from_other_faults(tmp_path, monkeypatch, number):
+    def allocate(*_):
+        if number:
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", allocate)
+    assert ("the disk is full" in lack(tmp_path, 10**6)) == (number in (errno.ENOSPC, errno.EDQUOT))

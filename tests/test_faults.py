@@ -100,6 +100,11 @@ def test_asked_to_stop_while_the_last_step_is_saved(config, monkeypatch, number,
     assert main(config) == 0 and (config.run / "model").is_dir()
 
 
+def test_of_both_signals_that_of_the_scheduler_counts():
+    ends = [loop.stopping(*heard) for heard in ((0, 0), (0, 1), (2, 0), (1, 1))]
+    assert ends == [0, signal.SIGINT, signal.SIGTERM, signal.SIGTERM]
+
+
 def test_signals_that_are_ignored_stay_so():
     """As SIGINT is of what a script has started with &."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -134,6 +139,36 @@ def test_asked_to_save_it_goes_on(config, monkeypatch):
     send_at(monkeypatch, 2, signal.SIGUSR1)
     assert main(config) == 0
     assert [path.name for path in list_checkpoints(config.run)] == ["step-00000004", "step-00000002"]
+
+
+def test_every_step_draws_numbers_of_its_own_in_training_mode(config, monkeypatch):
+    drawn, losses_of = [], Pretraining.losses
+
+    def draw(task, model, inputs):
+        assert model.training
+        drawn.append(torch.rand(()).item())
+        return losses_of(task, model, inputs)
+
+    monkeypatch.setattr(Pretraining, "losses", draw)
+    assert main(config) == 0
+    assert len(drawn) == len(set(drawn)) == 8  # four steps of two micro-batches
+
+
+def test_what_was_learned_before_too_many_clips_were_unreadable_is_saved(config, monkeypatch):
+    take = loop.train_step
+
+    def take_until(stop):
+        def take_step(run, step, *args):
+            if step == stop:
+                raise loop.TooManyUnreadable("too many")
+            return take(run, step, *args)
+
+        monkeypatch.setattr(loop, "train_step", take_step)
+        with pytest.raises(RunError, match="too many"):
+            main(config)
+        return [path.name for path in list_checkpoints(config.run)]
+
+    assert take_until(1) == [] and take_until(3) == ["step-00000002"]
 
 
 def test_signals_are_as_they_were_afterwards():
@@ -181,6 +216,21 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(config, monkeypatch, 
     assert all(torch.equal(weights[name], tensor) for name, tensor in spoilt["weights"].items())
     batches = [load_file(folder / f"batch-{n}.safetensors") for n in (0, 1)]
     assert [len(batch["image"]) for batch in batches] == [2, 2] and not batches[0]["image"].isfinite().all()
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(config, monkeypatch):
+    run = set_up(config, Pretraining)
+    weight, losses_of = next(run.task.model.parameters()), run.task.losses
+
+    def steep(*args):
+        nothing = (weight - weight.detach()).sum().sqrt()  # 0, of which the slope is infinite
+        return {name: mean + nothing for name, mean in losses_of(*args).items()}
+
+    before = {name: tensor.clone() for name, tensor in run.task.model.state_dict().items()}
+    monkeypatch.setattr(run.task, "losses", steep)
+    with pytest.raises(RunError, match=r"step 1: the loss is \d\S*, the gradient norm (nan|inf); nothing"):
+        loop.train(run)
+    assert all(torch.equal(before[name], x) for name, x in run.task.model.state_dict().items())
 
 
 def test_examine_finds_clip_and_module():

@@ -15,7 +15,7 @@ from torch import nn
 from avfuse import AVEncoder, create_encoder
 from avfuse.folding import FoldedDense
 from avfuse.fusion import VARIANTS
-from avfuse.graphs import CudaGraphs, Weights, record, recording_stream
+from avfuse.graphs import CudaGraphs, Weights, kind_of_call, record, recording_stream
 from avfuse.tasks.classifier import Classifier
 
 EXACT = 1e-12
@@ -362,14 +362,88 @@ def test_threads_wait_for_one_another(cuda):
     assert free == [False, True]
 
 
-def test_switches_of_pytorch_make_another_recording(cuda):
-    graphs, matmul = CudaGraphs(nn.Identity()), torch.backends.cuda.matmul
-    before = matmul.fp32_precision
+def test_results_and_inputs_of_a_call_are_left_alone_by_the_next(cuda):
+    graphs, (ones, zeros) = CudaGraphs(nn.Identity()), (torch.ones(2), torch.zeros(2))
+    first, second = graphs(input=ones), graphs(input=zeros)
+    assert first.tolist() == ones.tolist() == [1, 1] and second.tolist() == [0, 0]
+
+
+def test_the_recordings_used_last_are_kept(cuda):
+    graphs = CudaGraphs(nn.Identity())
+    for size in (1, 2, 3, 4, 5, 6, 7, 8, 1, 9):
+        graphs(input=torch.ones(size))
+    assert [len(each.inputs["input"]) for each in graphs.recordings.values()] == [3, 4, 5, 6, 7, 8, 1, 9]
+
+
+def test_a_call_waits_for_the_one_before_wherever_that_was(cuda, monkeypatch):
+    done, events = [], SimpleNamespace(wait=lambda: done.append("wait"), record=lambda: done.append("record"))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: events)
+    graphs = CudaGraphs(nn.Identity())
+    graphs(input=torch.ones(2))
+    (recording,) = graphs.recordings.values()
+    recording.graph.replay = lambda: done.append("replay")
+    graphs(input=torch.ones(2))
+    assert done[-3:] == ["wait", "replay", "record"]
+
+
+def test_a_recording_waits_for_what_was_before_and_not_for_other_threads(cuda, monkeypatch):
+    modes, graph = [], torch.cuda.graph
+
+    def observe(recorded, *, capture_error_mode, **options):
+        modes.append(capture_error_mode)
+        return graph(recorded, **options)
+
+    monkeypatch.setattr(torch.cuda, "graph", observe)
+    CudaGraphs(nn.Identity())(input=torch.ones(2))
+    assert modes == ["thread_local"] and len(cuda.waited_for) == 2  # to run aside, and to go on
+
+
+def test_what_is_recorded_before_serves_in_any_mode(cuda):
+    graphs = CudaGraphs(nn.Linear(2, 2))
+    with torch.inference_mode():
+        graphs(input=torch.ones(1, 2))
+    assert not graphs(input=torch.zeros(1, 2)).requires_grad and len(graphs.recordings) == 1
+    with pytest.raises(ValueError, match="input requires a gradient"):
+        graphs(input=torch.ones(1, 2, requires_grad=True))
+    with torch.no_grad():
+        graphs(input=torch.ones(1, 2, requires_grad=True))
+
+
+def test_other_weights_make_another_recording(cuda):
+    norm = nn.BatchNorm1d(2).eval()
+    graphs, inputs = CudaGraphs(norm), dict(input=torch.ones(1, 2))
+    ones = graphs(**inputs)
+    norm.running_mean = torch.ones(2)
+    assert graphs(**inputs).abs().max() < ones.min()
+    norm.bias = nn.Parameter(torch.full((2,), 5.0))
+    assert graphs(**inputs).min() > 4
+    assert len(graphs.recordings) == 1
+
+
+def test_calls_of_another_kind_are_told_apart(monkeypatch):
+    x = torch.ones(2)
+    calls = [dict(x=x), dict(y=x), dict(x=x.double()), dict(x=x[:1]), dict(x=x.to("meta")), dict(x=x, way=1)]
+    kinds = {kind_of_call(call) for call in calls}
     try:
-        for matmul.fp32_precision in "ieee", "tf32", "ieee":
+        torch.use_deterministic_algorithms(True)
+        kinds.add(kind_of_call(calls[0]))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
+    for dtype in torch.float16, torch.bfloat16:
+        monkeypatch.setattr(torch, "get_autocast_dtype", lambda device, dtype=dtype: dtype)
+        kinds.add(kind_of_call(calls[0]))
+    assert len(kinds) == len(calls) + 3
+
+
+@pytest.mark.parametrize("switch", [torch.backends.cuda.matmul, torch.backends.cudnn.conv])
+def test_switches_of_pytorch_make_another_recording(cuda, switch):
+    graphs, before = CudaGraphs(nn.Identity()), switch.fp32_precision
+    try:
+        for switch.fp32_precision in "ieee", "tf32", "ieee":
             graphs(input=torch.ones(2))
     finally:
-        matmul.fp32_precision = before
+        switch.fp32_precision = before
     assert len(graphs.recordings) == 2
 
 

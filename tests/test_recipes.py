@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -18,7 +19,7 @@ from avfuse.tasks.classify import parse as parse_classify
 from avfuse.tasks.retrieve import RetrieveConfig
 from avfuse.tasks.segment import SegmentConfig
 from avfuse.train import cli
-from avfuse.training import costs
+from avfuse.training import costs, loop
 from avfuse.training import plan as plans
 from avfuse.training.length import with_enough_steps
 from avfuse.training.plan import PUBLISHED_CLIPS, make_model, plan
@@ -293,6 +294,22 @@ def test_every_clip_of_a_batch_is_dealt_out_once(processes, micro_batch):
         assert sorted(dealt) == batch
 
 
+def test_every_epoch_has_an_order_of_its_own_and_a_resumed_run_the_same():
+    schedule = Schedule(clips=9, epochs=3, batch_size=4, micro_batch=2)
+    run = SimpleNamespace(schedule=schedule, config=SimpleNamespace(epochs=3, seed=5), first_step=0)
+    run.found = SimpleNamespace(train=range(9))
+    steps = list(loop.steps_of(run, SimpleNamespace(batches=iter)))
+    keys = [key for batches in steps for batch in batches for key in batch]
+    assert [epoch for epoch, _ in keys] == 8 * [0] + 8 * [1] + 8 * [2]
+    orders = {tuple(index for epoch, index in keys if epoch == each) for each in range(3)}
+    assert len(orders) == 3 and all(len(set(order)) == 8 for order in orders)
+    assert not any(order == tuple(sorted(order)) for order in orders)
+    run.config.seed = 6
+    assert list(loop.steps_of(run, SimpleNamespace(batches=iter))) != steps
+    run.config.seed, run.first_step = 5, 3
+    assert list(loop.steps_of(run, SimpleNamespace(batches=iter))) == steps[3:]
+
+
 def test_the_learning_rate_does_not_vanish_with_the_batch():
     rate = partial(learning_rate, TrainConfig())
     assert rate(3) == pytest.approx(6e-3 * math.sqrt(3 * 64) / 256)  # 3.2e-4; in proportion it was 7e-5
@@ -301,6 +318,21 @@ def test_the_learning_rate_does_not_vanish_with_the_batch():
     assert learning_rate(ClassifyConfig(), 8) == pytest.approx(
         8e-3 * 16 / 256
     )  # half of that of the usual 32
+
+
+def test_rates_fall_from_the_top_layer_down():
+    task, config = loop.Task(None, None), SimpleNamespace(weight_decay=0.3, layer_decay=0.5)
+    task.parameter_groups = lambda decay: [dict(layer=n, weight_decay=decay, ramp=n == 1) for n in (0, 1, 3)]
+    groups = loop.optimizer_groups(task, config, lr=0.8)
+    found = [(group["lr"], group["weight_decay"], group["ramp"]) for group in groups]
+    assert found == [(0.1, 0.3, False), (0.2, 0.3, True), (0.8, 0.3, False)]
+
+
+def test_clips_are_waited_for_as_long_as_the_settings_say(monkeypatch):
+    made, task = [], SimpleNamespace(dataset=lambda clips, train: (clips, train))
+    monkeypatch.setattr(loop, "ClipLoader", lambda *args, **options: made.append((*args, options)))
+    loop.make_loader(task, SimpleNamespace(workers=3, clip_timeout=7.0), ["clip"], train=True)
+    assert made == [((["clip"], True), dict(workers=3, timeout=7.0))]
 
 
 def test_a_small_data_set_gets_more_epochs():

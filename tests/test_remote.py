@@ -7,8 +7,11 @@ import sys
 import threading
 from collections import defaultdict
 from functools import partial
+from http.client import IncompleteRead
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.parse import unquote
 
 import pytest
@@ -149,6 +152,61 @@ def test_what_was_cut_short_is_gone_on_with(shards, serve, patient):
     content = (shards / manifest.FILE).read_bytes()
     assert remote.read(f"{address(url)}/{manifest.FILE}") == content
     assert asked == {(manifest.FILE, len(content) - 1): [0, len(content) // 2]}
+
+
+@pytest.mark.parametrize("fault", [408, 425, 429, 500, 599, TimeoutError(), IncompleteRead(b"")], ids=repr)
+def test_what_may_pass_is_tried_seven_times(patient, monkeypatch, fault):
+    assert tries_of(monkeypatch, fault) == 7
+
+
+@pytest.mark.parametrize("fault", [403, 404, 416, FileNotFoundError(), PermissionError()], ids=repr)
+def test_what_will_not_pass_is_tried_once(patient, monkeypatch, fault):
+    assert tries_of(monkeypatch, fault) == 1
+
+
+def tries_of(monkeypatch, fault) -> int:
+    asked = []
+
+    def answer(request, timeout=None):
+        asked.append((request.headers["Range"], timeout))
+        raise HTTPError(request.full_url, fault, "", {}, None) if isinstance(fault, int) else fault
+
+    monkeypatch.setattr(remote, "urlopen", answer)
+    with pytest.raises(OSError):
+        remote.read("https://host/file", 3, 9)
+    assert set(asked) == {("bytes=3-8", remote.SILENCE)}
+    return len(asked)
+
+
+def test_names_are_quoted_for_web_servers_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(remote, "read", lambda url: asked.append(url) or b"")
+    for root in Path("https://host/data"), Path("memory://data"):
+        remote.fetch_file(root / "a b#1 ü.tar", root).close()
+    assert asked == ["https://host/data/a%20b%231%20%C3%BC.tar", "memory://data/a b#1 ü.tar"]
+
+
+def test_a_package_that_an_address_needs_is_told(monkeypatch):
+    def read(url):
+        raise ImportError("Install s3fs")
+
+    monkeypatch.setattr(remote, "read", read)
+    with pytest.raises(ValueError, match="s3://data/a.tar cannot be fetched: Install s3fs"):
+        remote.fetch_file(Path("s3://data/a.tar"), Path("s3://data"))
+
+
+@pytest.mark.parametrize(
+    "told, message",
+    [
+        ("bytes 0-5/9", "does not send the range of bytes that it is asked for"),
+        ("bytes 3-8/9999999999", "it would be 9,999,999,996 bytes, more than 2,147,483,648"),
+    ],
+)
+def test_another_range_and_too_many_bytes_are_refused(monkeypatch, told, message):
+    answer = type("Answer", (BytesIO,), dict(headers={"Content-Range": told}))(b"abcdef")
+    monkeypatch.setattr(remote, "urlopen", lambda *_, **__: answer)
+    with pytest.raises(ValueError, match=message):
+        remote.read("http://host/file", 3)
 
 
 @pytest.mark.parametrize(

@@ -403,6 +403,11 @@ def test_which_norms_the_kernel_can_take_the_place_of(by_kernel, norm, plain):
     assert torch.equal(same, tokens)
 
 
+def test_a_norm_over_several_dimensions_is_called(by_kernel):
+    norm, tokens = nn.LayerNorm((5, 16), elementwise_affine=False), torch.randn(2, 5, 16, device=DEVICE)
+    assert torch.equal(sum_and_norm(norm, tokens)[1], norm(tokens)) and not by_kernel
+
+
 def test_where_no_kernel_can_run_the_module_is_called():
     """To the last bit."""
     norm, (tokens, update, context) = nn.LayerNorm(16), (torch.randn(2, n, 16) for n in (5, 5, 3))

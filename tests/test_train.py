@@ -106,6 +106,16 @@ def test_measures_before_during_and_after_are_recorded(finished):
     assert after["held_out_image_zero"] == before["held_out_image_zero"]
 
 
+def test_rows_tell_the_epoch_of_their_step(finished):
+    assert [row["epoch"] for row in rows(finished.run) if "loss" in row] == [0, 0, 1, 1, 2, 2]
+
+
+def test_the_last_step_is_measured_once(data, tmp_path):
+    main(tiny(data, tmp_path / "run", epochs=1, measure_every=1, probe_clips=1))
+    moments = [(row["when"], row["step"]) for row in rows(tmp_path / "run") if "when" in row]
+    assert moments == [("before", 0), ("during", 1), ("after", 2)]
+
+
 def test_saved_model_is_the_trained_one(finished):
     mae = AVMAE.from_pretrained(finished.run / "model")
     assert mae.encoder.fusion_layers == (1, 3)
@@ -358,6 +368,16 @@ def test_clip_that_breaks_after_the_scan_is_left_out(tmp_path, monkeypatch):
         main(tiny(folder, tmp_path / "run", epochs=2))
     (bad,) = map(json.loads, (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines())
     assert bad["path"] == str(paths[1])
+
+
+def test_the_learning_rate_goes_on_in_a_step_without_clips(tmp_path):
+    paths = [write_video(tmp_path / "videos" / f"{name}.mp4") for name in "abc"]
+    config = tiny(tmp_path / "videos", tmp_path / "run", epochs=1, batch_size=1, measure_every=0)
+    run = loop.set_up(config, Pretraining)
+    paths[1].write_bytes(b"")  # that of the second step
+    loop.train(run)
+    rates = {row["step"]: row["lr"] for row in rows(config.run) if "loss" in row}
+    assert rates == {1: pytest.approx(rates[3] / 3), 3: rates[3]}  # of a warm-up of three steps
 
 
 def test_a_clip_changed_in_place_is_named_on_resume(tmp_path, capsys):

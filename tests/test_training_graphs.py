@@ -80,6 +80,30 @@ def test_which_calls_are_played(monkeypatch):
     assert played(small, small) == [2, 1]
 
 
+def test_nothing_is_recorded_in_eval(monkeypatch):
+    monkeypatch.setattr(graphs, "TrainingRecording", Recorded)
+    player = TrainingGraphs(Scaled().eval())
+    for _ in range(3):
+        assert player(x=torch.ones(2)) == 4
+    assert player.recording is None
+
+
+def test_the_memory_of_a_recording_is_free_for_the_next(monkeypatch):
+    held = []
+    monkeypatch.setattr(
+        graphs, "TrainingRecording", lambda *args: held.append(player.recording) or Recorded(*args)
+    )
+    player = TrainingGraphs(Scaled().train())
+    for size in (3, 2, 2):
+        player(x=torch.ones(size))
+    assert held == [None, None]
+
+
+def test_a_single_number_that_needs_a_gradient_is_a_loss():
+    kinds = torch.tensor(1.0), torch.ones(1, requires_grad=True), torch.tensor(1.0, requires_grad=True), 1.0
+    assert [graphs.is_loss(x) for x in kinds] == [False, False, True, False]
+
+
 def test_a_module_without_anything_to_train_is_refused():
     with pytest.raises(ValueError, match="module has no parameters to train"):
         TrainingGraphs(torch.nn.Linear(2, 2).requires_grad_(False))(input=torch.ones(1, 2))
@@ -147,6 +171,8 @@ def test_what_is_played_has_gradients(monkeypatch):
         with pytest.raises(RuntimeError, match="one backward"):
             first.backward()
     assert weight.grad == 21 * 10 and unused.grad is None
+    one, two = (torch.autograd.grad(recording(dict(x=torch.full((2,), x)))[0], weight)[0] for x in (1.0, 2.0))
+    assert (one, two) == (2, 4)  # the first is left alone by the second
     with pytest.raises(RuntimeError, match="second derivatives of a recorded call need"):
         torch.autograd.grad(recording(dict(x=torch.ones(2)))[0], weight, create_graph=True)
     first = recording(dict(x=torch.ones(2)))[0]

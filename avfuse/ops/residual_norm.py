@@ -62,7 +62,7 @@ def sum_and_norm(
     """`tokens` + `update`, and `norm` of [context; that sum]: by the kernel where the tokens hold `ENOUGH`
     numbers, and this is all that calling the module does; else by calling it.
     """
-    if kernel_can_run(tokens) and tokens.numel() >= ENOUGH and _is_plain(norm):
+    if kernel_can_run(tokens) and tokens.numel() >= ENOUGH and _is_plain(norm, tokens):
         return _triton(tokens, update, context, norm.weight, norm.bias, norm.eps)
     total, union = _sum_and_union(tokens, update, context)
     return total, norm(union)
@@ -80,8 +80,11 @@ def kernel_can_run(tokens: Tensor) -> bool:
     return tokens.dtype in TRITON_DTYPES and runs_kernels(tokens.device)
 
 
-def _is_plain(norm):
-    return is_layer_norm(norm) and not (has_hooks(norm) or is_traceable_wrapper_subclass(norm.weight))
+def _is_plain(norm, tokens):
+    """Whether the kernel can take the place of this norm of tokens."""
+    if not is_layer_norm(norm) or norm.normalized_shape != tokens.shape[-1:]:
+        return False
+    return not (has_hooks(norm) or is_traceable_wrapper_subclass(norm.weight))
 
 
 def is_layer_norm(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ import os
 import pickle
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -58,8 +59,6 @@ def save_checkpoint(
             remove(final)  # a damaged one, else the run would have begun after it
             os.replace(partial, final)
             sync(final.parent)
-            for old in list_checkpoints(run)[keep:]:
-                remove(old)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)  # before it is told how much is free
         rest = list_checkpoints(run)
@@ -68,6 +67,10 @@ def save_checkpoint(
             f"checkpoint {printable(final)} could not be written: {lack(run, need) or printable(error)}. "
             + (f"The last whole one is {rest[0].name}." if rest else "There is none before it.")
         ) from error
+    if accelerator.is_main_process:
+        for old in list_checkpoints(run)[keep:]:
+            with suppress(OSError):  # which the next one tries again
+                remove(old)
     accelerator.wait_for_everyone()
     return final
 
