@@ -6,7 +6,7 @@ DataSet = Literal["auto", "vggsound", "audioset", "music", "music21", "sounding-
 Interactions = Literal[  # `avfuse.fusion.VARIANTS`
     "dense", "bilinear", "factorized", "token", "joint", "cross", "none"
 ]
-Scene = Literal["binding", "synchrony"]  # of Sounding Shapes
+SceneKind = Literal["binding", "synchrony"]  # of Sounding Shapes
 DecodeFrom = Literal["patches", "fusion"]  # what the decoders of `avfuse.AVMAE` see
-Demo = Literal[Scene, "many", "solos"]  # Sounding Shapes that are built where no folder is given
+Demo = Literal[SceneKind, "many", "solos"]  # Sounding Shapes that are built where no folder is given
 Size = Literal["micro", "tiny", "small", "base", "large"]  # of both transformers, see `avfuse.presets`

@@ -9,6 +9,7 @@ import html
 import json
 import os
 import re
+import secrets
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +36,6 @@ def aside(path: Path, *, synced: bool = False) -> Iterator[Path]:
     """
     partial = partial_of(path)
     try:
-        partial.unlink(missing_ok=True)  # it may be a link
         yield partial
         if synced:
             with open(partial, "rb") as written:
@@ -46,7 +46,10 @@ def aside(path: Path, *, synced: bool = False) -> Iterator[Path]:
 
 
 def partial_of(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
+    """A name of this call's own: containers that share a disk have processes of the same number, and what
+    cannot be guessed is no link that somebody put there.
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
 
 
 def sweep(folder: Path) -> None:
@@ -161,7 +164,9 @@ def leads_out(path: Path, root: Path) -> bool:
 
 
 def address(folder: Path) -> str | None:
-    """The address in the place of a folder, of which `Path` has made one slash of two; None of a folder."""
+    """The address that stands in the place of a folder, with the second slash that `Path` has dropped; None
+    if it is a folder.
+    """
     parts = re.fullmatch("([a-z][a-z0-9+]+):/(.+)", str(folder))
     return f"{parts[1]}://{parts[2]}" if parts else None
 
@@ -185,7 +190,8 @@ def some(names: Sequence[object], most: int = NAMED, *, separator: str = ", ") -
 
 def printable(text: object) -> str:
     """For a terminal: one line, in which what is not printable is escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+    text = str(text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def unicode(name: str) -> str:

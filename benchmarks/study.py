@@ -28,7 +28,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from tqdm import tqdm
 
 from avfuse import AVMAE, AVEncoder, InputSettings
-from avfuse.choices import Scene
+from avfuse.choices import SceneKind
 from avfuse.data.sounding_shapes.synthesis import COLOURS, SHAPES, draw, play, sample_scene
 from avfuse.data.transforms import Spectrogram
 from avfuse.files import aside
@@ -284,7 +284,7 @@ class Scenes:
     train: int
     test: int
     inputs: InputSettings
-    scene: Scene = "binding"
+    scene: SceneKind = "binding"
 
     @property
     def path(self) -> Path:

@@ -1,7 +1,7 @@
 """AudioSet as it lies on disk: several classes a clip, several lists to train on."""
 
 import pytest
-from trees import CLASS_LIST, COMMENTS, IN_AUDIOSET, audioset, videos, write_list
+from trees import CLASS_LIST, COMMENTS, IN_AUDIOSET, audioset, plant, videos, write_list
 
 from avfuse.data.clips import ClipDataset, ClipLoader
 from avfuse.data.find import find_data
@@ -80,6 +80,17 @@ def test_wrong_rows_are_named_and_the_others_stay(root):
         "eval_segments.csv: bb/bbbbbbbbbbb_000000_000010.mp4 is in another list, too"
     )
     assert by_path(listing, root) == IN_AUDIOSET
+
+
+def test_a_file_by_the_id_of_a_video_alone_is_that_of_one_row(root, sources):
+    """Or one row would train on what another tests on, under the classes of another segment."""
+    path = root / "annotations/eval_segments.csv"
+    write_list(path, path.read_text() + 'ggggggggggg, 30.000, 40.000, "/m/09x0r"\n')
+    plant(sources[0], root / "clips/ggggggggggg.mp4")
+    listing = reader.read(root)
+    assert by_path(listing, root)["ggggggggggg.mp4"] == ("unbalanced_train", (2,))
+    assert listing.missing == {"eval": ["gg/ggggggggggg_000030_000040.mp4"]}
+    assert len(listing.found["eval"]) == 1
 
 
 def test_lists_that_cannot_be_used(root):

@@ -14,13 +14,21 @@ from videos import GREYS, chirp, lag, number_of, numbered_frames, write_video
 
 from avfuse import AVEncoder
 from avfuse.data.check import check
-from avfuse.data.clips import Clip, ClipDataset, ClipLoader, WindowsDataset, collate, generator_of, read_clip
+from avfuse.data.clips import (
+    Clip,
+    ClipDataset,
+    ClipLoader,
+    SlidingWindowDataset,
+    collate,
+    generator_of,
+    read_clip,
+)
 from avfuse.data.decode import ClipError, ClipReader, Streams
 from avfuse.data.find import find_data
 from avfuse.data.scenes import Moment, Scene, SceneDataset
 from avfuse.data.shards import shard
 from avfuse.inputs import InputSettings
-from avfuse.tasks.classify import WindowDataset, mix
+from avfuse.tasks.classify import MultiWindowDataset, mix
 from avfuse.tasks.separate import MixtureDataset
 from avfuse.tasks.separator import Separator
 from avfuse.training.pictures import rgb
@@ -463,11 +471,11 @@ def test_workers_shards_and_a_manifest_give_the_same(folder, tmp_path):
 
 def test_windows_and_single_files(folder):
     clip = Clip(folder / "ends.mp4", streams=Streams(True, True, 3.0, 10.0))
-    item = WindowDataset([clip], SETTINGS, windows=3)[0]
+    item = MultiWindowDataset([clip], SETTINGS, windows=3)[0]
     assert item["image"].shape == (3, 5, 3, 32, 32) and item["audio"].shape == (3, 1, 32, 64)
     assert item["frames_shown"].tolist() == [5, 5, 0]
     assert numbers(item["image"][1]) == [11, 13, 15, 17, 19] and numbers(item["image"][2]) == 5 * [19]
-    windows = WindowsDataset([clip], SETTINGS, every=1.0)
+    windows = SlidingWindowDataset([clip], SETTINGS, every=1.0)
     assert [windows[n]["frames_shown"].item() for n in range(3)] == [5, 5, 0]
     assert torch.equal(windows[1]["image"], item["image"][1])
     image, audio = read_clip(clip.path, SETTINGS, start=1.0)

@@ -18,7 +18,8 @@ from avfuse.data import check as checking
 from avfuse.data import manifest
 from avfuse.data.check import JOURNAL, MISSING, REPORT, check
 from avfuse.data.clips import ClipDataset, Failure
-from avfuse.data.find import find_data
+from avfuse.data.decode import Streams
+from avfuse.data.find import find_data, scan
 from avfuse.inputs import InputSettings
 from avfuse.train import cli
 from avfuse.training.recipes import parse
@@ -216,6 +217,28 @@ def test_a_vanished_clip_is_a_failure_by_name(root):
     item = ClipDataset(found.train, SETTINGS, train=False)[0]
     assert item == Failure(0, gone, "cannot be opened: there is no such file")
     assert isinstance(ClipDataset(found.train, SETTINGS, train=False)[1], dict)
+
+
+def test_a_clip_that_is_mended_during_a_scan_gives_no_other_clip_its_streams(tmp_path, monkeypatch):
+    """The scan goes through the manifest twice, side by side: first here, then for the clips to be opened."""
+    broken = dict(split="train", labels={}, modified=0, error="damaged")
+    for name in "ab":
+        (tmp_path / f"{name}.mp4").write_bytes(bytes(50))
+    entries = [manifest.Entry("a.mp4", bytes=50, **broken), manifest.Entry("b.mp4", bytes=40, **broken)]
+    manifest.write(tmp_path, manifest.Header(expected={"train": 2}), entries)
+    once = manifest.Manifest.clips
+
+    def clips(self):
+        for split, clip in once(self):
+            yield split, clip
+            (tmp_path / "a.mp4").write_bytes(bytes(60))
+
+    monkeypatch.setattr(manifest.Manifest, "clips", clips)
+    held = {"a.mp4": Streams(True, True, 1.0, 25.0), "b.mp4": Streams(True, True, 2.0, 25.0)}
+    options = dict(QUIET, look=lambda clip: held[clip.path.name])
+    scanned = scan(manifest.Manifest("", tmp_path), {"train": "train"}, **options)["train"]
+    assert [(clip.path.name, clip.streams.seconds) for clip in scanned.clips] == [("b.mp4", 2.0)]
+    assert [error.path.name for error in scanned.unreadable] == ["a.mp4"]
 
 
 def test_files_that_were_written_anew_since(tmp_path):

@@ -33,6 +33,15 @@ def test_the_split_of_the_paper(tmp_path):
         assert name.replace(" ", "_") == clip.path.parent.name
 
 
+def test_a_heading_below_a_comment_is_no_row(tmp_path):
+    """Its "instrument" would be a class, and move the numbers of those behind it in the alphabet."""
+    (tmp_path / "clips").mkdir()
+    write_list(tmp_path / reader.LIST, "# of 2018\n\n" + rows(12))
+    listing = reader.read(tmp_path)
+    assert listing.classes["class"] == tuple(sorted(INSTRUMENTS)) and not listing.wrong
+    assert listing.expected.total() == 12
+
+
 def test_clips_of_a_video_stay_together(tmp_path, source):
     write_list(tmp_path / reader.LIST, rows(12) + "v0000000001x,cello,solo\nv1,tuba\n,tuba,solo\nv2\n")
     for n in (0, 1, 2, 4, 5, 7, 8):

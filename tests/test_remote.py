@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import defaultdict
 from functools import partial
@@ -23,6 +25,7 @@ from avfuse.data.check import check
 from avfuse.data.clips import ClipDataset, ClipLoader, Failure
 from avfuse.data.find import find_data
 from avfuse.data.shards import shard
+from avfuse.data.workers import WorkerPool
 from avfuse.files import address, read_rows, write_json
 from avfuse.inputs import InputSettings
 from avfuse.training.recipes import TrainConfig
@@ -133,6 +136,21 @@ def unsteady(name: str, times: int):
         return {"0": 503, "1": "cut", "2": 429}.get(name[-5], "cut")
 
 
+def hang(folder, clip):
+    tempfile.tempdir = folder
+    with clip.open() as reader:
+        reader.frame(0.0)
+        signal.pause()
+
+
+@pytest.mark.skipif(not remote.DESCRIPTORS.is_dir(), reason="files have names here")
+def test_a_worker_that_is_killed_leaves_no_copy_behind(serve, tmp_path):
+    clip = find(serve()[0]).train[0]
+    with WorkerPool(partial(hang, str(tmp_path)), 1, timeout=2.0, retries=0) as pool:
+        (failure,) = pool.map([clip])
+    assert failure.reason == "took longer than 2 s" and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_no_clip_is_lost_or_doubled(shards, serve, workers):
     """By a server of which every range has to be asked for again."""
@@ -182,7 +200,7 @@ def test_names_are_quoted_for_web_servers_alone(monkeypatch):
     asked = []
     monkeypatch.setattr(remote, "read", lambda url: asked.append(url) or b"")
     for root in Path("https://host/data"), Path("memory://data"):
-        remote.fetch_file(root / "a b#1 ü.tar", root).close()
+        remote.fetch_file(root / "a b#1 ü.tar", root)[0].close()
     assert asked == ["https://host/data/a%20b%231%20%C3%BC.tar", "memory://data/a b#1 ü.tar"]
 
 

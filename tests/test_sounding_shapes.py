@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import av
 import numpy as np
+import psutil
 import pytest
 
 from avfuse.data.sounding_shapes import (
@@ -326,6 +328,17 @@ def test_a_failing_build_leaves_no_half_written_clip(tmp_path, monkeypatch):
     assert not [*tmp_path.rglob("*.mp4"), *tmp_path.rglob("*.part"), *tmp_path.rglob("dataset.json")]
     generate(tmp_path, workers=1, **SMALL)
     assert len(read_frames(tmp_path / read_manifest(tmp_path, "train")[0].file)) == 10
+
+
+def test_a_killed_build_leaves_no_process_behind(tmp_path):
+    code = "from avfuse.data.sounding_shapes import generate; import sys; generate(sys.argv[1], workers=2)"
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.rglob("*.mp4")):
+        time.sleep(0.05)
+    descendants = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    assert len(descendants) > 2 and not psutil.wait_procs(descendants, timeout=30)[1]
 
 
 @pytest.mark.parametrize(

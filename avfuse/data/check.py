@@ -114,7 +114,7 @@ def check(
         manifest.write(out, header, entries)
         missing = "".join(f"{split}\t{name}\n" for split, name in _missing(listing))
         write_text(out / MISSING, missing, errors="surrogateescape", synced=True)
-        write_text(out / REPORT, whole, errors="surrogateescape", synced=True)
+        write_text(out / REPORT, whole, synced=True)
     return report
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..files import some
 from .find import Found
 from .sets.folders import split_folders
-from .table import Clip
+from .table import Clip, ClipTable
 
 SAID = 20  # classes that are named, with their clips
 
@@ -50,11 +50,16 @@ def with_classes(
         if idle := [name for name in names if name not in used]:
             say(f"no clip to use in these folders, which are no classes: {some(idle)}")
             names = tuple(name for name in names if name in used)
+    classes, numbers = {"class": names}, {name: number for number, name in enumerate(names)}
     train, test = (
-        [labelled(clip, root, names) for clip in clips]
+        ClipTable(
+            (labelled(clip, root, numbers) for clip in clips),
+            classes=classes,
+            root=getattr(clips, "root", None),  # of a table
+        )
         for clips, root in zip((found.train, found.test), roots, strict=True)
     )
-    found = found._replace(train=train, test=test, classes={"class": names})
+    found = found._replace(train=train, test=test, classes=classes)
     tell_classes(found, names, say)
     return found
 
@@ -99,17 +104,17 @@ def lookalikes(names: Iterable[str]) -> list[tuple[str, str]]:
     return sorted(pairs)
 
 
-def labelled(clip: Clip, root: Path, names: tuple[str, ...]) -> Clip:
+def labelled(clip: Clip, root: Path, numbers: Mapping[str, int]) -> Clip:
     """The clip with the number of the class whose folder it lies in."""
     if clip.part:
         raise ValueError(f"--data: {clip.path} is in a shard of a plain folder, which has no classes")
     folder, *rest = clip.path.relative_to(root).parts
     if not rest:
         raise ValueError(f"--data: {clip.path} lies in no sub-folder, which would name its class")
-    if folder not in names:
-        known = some(names, most=10) or "none"
+    if folder not in numbers:
+        known = some(list(numbers), most=10) or "none"
         raise ValueError(f"--data: {clip.path} has the class {folder!r}, which is none of {known}")
-    return replace(clip, labels={"class": names.index(folder)})
+    return replace(clip, labels={"class": numbers[folder]})
 
 
 def read_class_list(path: Path) -> tuple[str, ...]:
@@ -119,7 +124,7 @@ def read_class_list(path: Path) -> tuple[str, ...]:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--class-list {path} cannot be read: {error}") from error
     names = tuple(line.strip() for line in lines if line.strip())
-    repeated = sorted({name for name in names if names.count(name) > 1})
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if not names or repeated:
         what = f"these more than once: {', '.join(repeated)}" if repeated else "none"
         raise ValueError(f"--class-list {path} must name each class once, one a line, and names {what}")

@@ -49,28 +49,27 @@ class Failure:
 
 
 class ClipDataset(Dataset):
-    """Clips as one normalised frame, or several, and one log-mel spectrogram each.
+    """Clips, each read as one normalised frame, or T of them, and one log-mel spectrogram.
 
-    Asked for `(epoch, index)`, or for `index`, which is epoch 0. In training the window of sound, the moment
-    of the frame within it, crop, flip and gain are random; in evaluation they are the middle window, its
-    middle frame, the central crop, no flip and no gain.
+    `dataset[epoch, index]`; `dataset[index]` is epoch 0. In training, the window of sound, the moment of the
+    frame within it, crop, flip and gain are drawn from (seed, epoch, index). In evaluation they are the
+    middle window, its middle frame, the central crop, no flip and no gain. T = `settings.image_frames` > 1
+    frames are those at `settings.frame_times` of the window, in training too, with one crop and flip for all;
+    where the pictures end first, the last one stays.
 
-    An item is a dictionary:
-        image: (3, height, width) float32; zeros for a clip without pictures. Of T > 1 `image_frames`
-            (T, 3, height, width): those shown at `frame_times` of the window, in training too, with one crop
-            and flip for all; after its pictures have ended, a clip shows its last.
+    An item is a dictionary, or a `Failure` of a clip that cannot be read:
+        image: (3, height, width) float32, or (T, 3, height, width); zeros for a clip without pictures.
         audio: (1, mel_bins, frames) float32; zeros for a clip without sound.
         image_present, audio_present: () bool.
-        frames_shown: () long, of T > 1 frames: at how many of their times the pictures had not ended.
+        frames_shown: () long, only if T > 1: how many of the T times come before the pictures end.
         index: () long.
-        label_<name>: () long, one for each of the clip's labels; for one that is a tuple, (classes,) float32
-            with ones at its classes.
+        label_<name>: for each label of the clip, () long; of a label that is a tuple, (classes,) float32 with
+            ones at its classes.
         and what `extras` returns.
-    A clip that cannot be read is a `Failure` instead.
 
     Args:
-        clips: best from `avfuse.data.find.find_data`; what others hold is looked at every time they are read.
-            A `ClipTable` takes less memory than a list, and knows the classes.
+        clips: best from `avfuse.data.find.find_data`, which knows what each holds; else every reading has to
+            find out. A `ClipTable` takes less than a tenth of the memory of a list, in every worker.
         settings: transforms and sizes of the model that will see them.
         train: whether there is augmentation.
         seed: another seed, other random choices.
@@ -267,12 +266,14 @@ def window_starts(seconds: float, length: float, every: float) -> list[float]:
     return [n * every for n in range(int(max(0.0, seconds - length) / every + 1e-9) + 1)]
 
 
-class WindowDataset(ClipDataset):
-    """Clips for evaluation: `windows` of each, evenly spaced from its start to its end, as image
-    (windows, 3, height, width) and audio (windows, 1, mel, time). One window is the middle one. Of several
-    frames, image is (windows, T, 3, height, width) and frames_shown (windows,).
+class MultiWindowDataset(ClipDataset):
+    """Clips for evaluation, an item each: `windows` of it, evenly spaced from its start to its end (one: the
+    middle), stacked. What windows share of the pictures is decoded once.
 
-    A clip is opened once, and what windows have in common of its pictures is decoded once.
+    Items are those of `ClipDataset`, but for
+        image: (windows, 3, height, width), or of T > 1 frames (windows, T, 3, height, width).
+        audio: (windows, 1, mel_bins, frames).
+        frames_shown: (windows,), of T > 1 frames.
     """
 
     def __init__(self, clips: Sequence[Clip], settings: InputSettings, *, windows: int = 1):
@@ -296,9 +297,10 @@ class WindowDataset(ClipDataset):
         return items[0] | {name: torch.stack([item[name] for item in items]) for name in each}
 
 
-class WindowsDataset(ClipDataset):
-    """Windows of clips for evaluation, one every so many seconds, in the place of clips: `clips` names the
-    clip of each, and an item tells its `start` in seconds.
+class SlidingWindowDataset(ClipDataset):
+    """Windows for evaluation, an item each: of every clip one each `every` seconds, see `window_starts`. Item
+    n is of `clips[n]`, so a clip stands there as often as it has windows; "start" is where it begins in
+    seconds.
     """
 
     start = 0.0

@@ -94,22 +94,23 @@ def find_data(
     timeout: float = 60.0,
     look: Callable[[Clip], Streams | ClipError] = probe,
 ) -> Found:
-    """Looks through a data set, its manifest or else its files; None is a demo's, which is built first.
+    """The clips of a data set to train on and to test on: by its manifest if it has one, else by its files.
 
-    Splits whose names end in "train" are trained on; "test" or "eval" is measured on, or the training clips
-    where there is neither.
+    Splits whose names end in "train" are to train on, "test" or "eval" to test on. Without either of these,
+    a share of the clips is held out, or, with `test_share=0`, the training clips are measured on.
 
     Args:
         folder: VGGSound, AudioSet, MUSIC, Sounding Shapes, shards of these, or any videos, which train/ and
-            test/ inside the folder part into the splits; or the address of a folder that has a manifest.
+            test/ inside the folder part into the splits; or the address of a folder that has a manifest; None
+            is the demo, which is built if need be.
         say: what is found is told through it, line by line.
         demo: which one, if there is no folder.
-        data_set: how the folder is laid out, one of `DATA_SETS`, for which its manifest is passed over;
-            "auto" tells by its files.
+        data_set: how the folder is laid out, one of `DATA_SETS`: its manifest is then ignored. "auto" tells
+            by its files, and uses the manifest.
         train_split: the one split to train on where there are several, such as "balanced_train" of AudioSet.
         missing: what becomes of clips without sound or without pictures, "drop" or "keep".
-        test_share: of the clips where there are none to test on: so many are held out, see `hold_out`.
-        seed: another one, others are held out.
+        test_share: share of the clips to hold out where no split is to test on, see `hold_out`.
+        seed: of the draw of these.
         before: the sides on which a run had its clips, where they stay when clips are held out.
         progress: show a progress bar.
         workers: processes that open the files, which may crash or hang them; 0 opens them in this process.

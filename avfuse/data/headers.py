@@ -15,8 +15,8 @@ PACKETS = ((188, 0), (192, 4), (204, 0))  # of MPEG-TS: bytes, and where the fir
 
 
 def cut_off(file: BinaryIO, start: int, size: int) -> str | None:
-    """What there is to say of `size` bytes of a file from `start` on if they are fewer than they should be by
-    what they say of themselves; None if they are not, or say nothing.
+    """Why a file that is `size` bytes from `start` on is incomplete, by the length that its own headers
+    declare; None if it is complete, or declares none.
     """
     file.seek(start)
     head = file.read(min(HEAD, size))

@@ -89,7 +89,7 @@ def hold_out(
     classes = [list(_classes(clip, path)) for clip, path in zip(clips, paths, strict=True)]
     names = _recordings(["/".join(path.parts[1:]) or path.name for path in paths], classes)
     draws = {name: _draw(seed, name) for name in names}
-    kept: dict[str, bool] = {}  # recording -> whether it is held out; those that were trained on are not
+    kept: dict[str, bool] = {}  # recording with a known side -> whether it is held out: not if on both
     for name, side in zip(names, sides, strict=True):
         if side:
             kept[name] = side == "test" and kept.get(name, True)
@@ -99,12 +99,14 @@ def hold_out(
     for name, of_clip in zip(names, classes, strict=True):
         for kind in of_clip:
             members[kind][name] += 1
+    # Each class that has two recordings has one on either side: of those that may still be moved, its largest
+    # is given back to train on, its smallest is taken to test on.
     orders = [sorted(of, key=lambda name: (of[name], draws[name])) for of in members.values() if len(of) > 1]
-    free = [(order, [name for name in order if name not in kept]) for order in orders]
-    held -= {drawn[-1] for order, drawn in free if drawn and held.issuperset(order)}
-    for order, drawn in free:
-        if drawn and held.isdisjoint(order):
-            held.add(drawn[0])
+    movable = [(order, [name for name in order if name not in kept]) for order in orders]
+    held -= {candidates[-1] for order, candidates in movable if candidates and held.issuperset(order)}
+    for order, candidates in movable:
+        if candidates and held.isdisjoint(order):
+            held.add(candidates[0])
     if not drawn_alone:
         places = defaultdict(list)  # of a recording in its classes, from 0 to 1
         for of in members.values():

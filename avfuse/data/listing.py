@@ -22,7 +22,7 @@ SUFFIXES = tuple(
 )
 SOUNDS = tuple(".wav .flac .mp3 .m4a .aac .ogg .oga .opus .wma .mka".split())
 VIDEO = re.compile(r"[\w-]{1,64}")  # its name, which becomes a part of a path
-# Of the first column of a list.
+# Of the first column of a list, above its first row.
 HEADINGS = frozenset("index id yid ytid vid video video_id youtube_id path file filename".split())
 Row = TypeVar("Row", bound=tuple)  # begins with what no two rows have in common
 
@@ -141,7 +141,7 @@ def rows(listing: Listing, path: Path, parse: Callable[[list[str]], Row]) -> Ite
                 try:
                     (fields,) = csv.reader([line], skipinitialspace=True, strict=True)
                     fields = [field.strip() for field in fields]
-                    if number == 1 and fields[0].lower() in HEADINGS:
+                    if not before and fields[0].lower() in HEADINGS:  # maybe below a comment
                         continue
                     row = parse(fields)
                     if before.setdefault(row[0], number) != number:
@@ -192,8 +192,12 @@ class Files:
         self.by_stem = {path.stem: path for path in self.there.values() if stems[path.stem] == 1}
 
     def take(self, path: str, *stems: str) -> Path | None:
-        """The file at `path`, or else the only one anywhere that has the first of these names."""
+        """The file at `path`, or else that of the first of `stems` which a single file anywhere has; None
+        if there is neither, or a row before has it: two segments of a video would both match its bare id.
+        """
         file = self.there.get(path) or next((self.by_stem[s] for s in stems if s in self.by_stem), None)
+        if file in self.taken:
+            return None
         self.taken.add(file)
         return file
 

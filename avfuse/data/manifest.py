@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 
@@ -32,7 +33,7 @@ class Header:
 
     name: str = ""  # of the data set
     classes: dict = field(default_factory=dict)  # label name -> names of its classes
-    expected: dict = field(default_factory=dict)  # split -> clips (MUSIC: videos) that its lists name
+    expected: dict = field(default_factory=dict)  # split -> clips that its lists name
     missing: dict = field(default_factory=dict)  # split -> how many of these are not there
     test_list: str = ""  # the file that names the clips to test on, where a data set has several such
     manifest: int = VERSION
@@ -123,20 +124,22 @@ class Entry:
 
 @dataclass
 class Manifest(Listing):
-    """A data set by its manifest alone: that of the folder, or below the address, `root`.
+    """A data set as its manifest describes it; `root` is a folder or an address.
 
-    Clips that it knows to be broken are not opened again, unless they have another size now and may have been
-    mended. Others that have changed or gone since are found out when they are read, so that the data stay
-    those that a run began with.
+    A clip that the manifest calls broken is opened again only if its size has changed, as it may have been
+    mended. Whether other clips have changed or gone shows when they are read, so that a run that is resumed
+    has the clips that it began with.
     """
 
     def __post_init__(self):
-        self.copy = fetch_file(self.root / FILE, self.root) if address(self.root) else None
-        self.file = Path(self.copy.name) if self.copy else None
+        is_away = address(self.root) is not None
+        self.copy, self.file = fetch_file(self.root / FILE, self.root) if is_away else (None, None)
         self.header = read_header(self.root, self.file)
         self.name, self.classes, self.expected = self.header.name, self.header.classes, self.header.expected
         self.test_list = self.header.test_list
         self.counts: Counter[str] = Counter()  # folder -> clips, once all have been read
+        # One answer for both passes that `scan` makes side by side: a clip may be mended between them.
+        self.is_mended = cache(has_other_size)
 
     def clips(self):
         exchanged: dict[Path, bool] = {}
@@ -144,7 +147,7 @@ class Manifest(Listing):
         for entry in read_entries(self.root, self.file):
             counts[os.path.dirname(entry.path)] += 1
             clip, error = entry.clip(self.root), entry.error
-            if error and clip.part is None and has_other_size(clip.path, entry.bytes):
+            if error and clip.part is None and self.is_mended(clip.path, entry.bytes):
                 clip, error = replace(clip, streams=None, size=None), None
             if clip.part is not None and not error:
                 shard = clip.part.file

@@ -9,7 +9,7 @@ import re
 import time
 from http.client import HTTPException
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import NamedTemporaryFile, TemporaryFile
 from typing import IO
 from urllib.error import HTTPError
 from urllib.parse import quote
@@ -20,12 +20,13 @@ from .decode import ClipError, ClipReader, Part
 
 WAITS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each new try
 SILENCE = 20.0  # seconds without a byte before a try is given up
-LARGEST = 2**31  # bytes that are taken at once
+LARGEST = 2**31  # bytes that are taken from a web server at once
+DESCRIPTORS = Path("/proc/self/fd")  # on Linux, opens again a file that has no name
 PASSING = (408, 425, 429, *range(500, 600))  # HTTP states that a new try may not meet
 
 
-def fetch_file(path: Path, root: Path) -> IO:
-    """A temporary copy of a file below the address that `root` is.
+def fetch_file(path: Path, root: Path) -> tuple[IO, Path]:
+    """A temporary copy of a file below the address that `root` is, and a path that opens it in this process.
 
     Raises:
         ValueError: it cannot be fetched.
@@ -49,8 +50,8 @@ def open_part(path: Path, part: Part, root: Path) -> ClipReader:
         raise ClipError(path, f"cannot be fetched: {error}") from error
     if hashlib.sha256(content).hexdigest() != part.sha256:
         raise ClipError(path, "what was fetched has another hash than the manifest says")
-    file = _temporary(content)
-    reader = ClipReader(path, Part(Path(file.name), 0, part.size))
+    file, copy = _temporary(content)
+    reader = ClipReader(path, Part(copy, 0, part.size))
     reader.file = file  # deleted when nothing refers to it
     return reader
 
@@ -103,8 +104,12 @@ def _url(path: Path, root: Path) -> str:
     return f"{url}/{quote(name) if url.startswith('http') else name}"
 
 
-def _temporary(content: bytes) -> IO:
-    file = NamedTemporaryFile(prefix="avfuse-")
+def _temporary(content: bytes) -> tuple[IO, Path]:
+    """A file with this content, and a path that opens it. Where it can be, it is one without a name, of which
+    nothing is left behind when this process is killed, as a worker is whose clip hangs.
+    """
+    is_nameless = DESCRIPTORS.is_dir()
+    file = (TemporaryFile if is_nameless else NamedTemporaryFile)(prefix="avfuse-")
     file.write(content)
     file.flush()
-    return file
+    return file, DESCRIPTORS / str(file.fileno()) if is_nameless else Path(file.name)

@@ -33,7 +33,7 @@ FRAMES = ("whole", "central")
 
 
 class View(NamedTuple):
-    """The part of a picture that is shown, squeezed into a square."""
+    """The part of a picture that is shown, squeezed into the shape of the image."""
 
     height: float  # of the picture, in pixels, as everything else
     width: float

@@ -115,8 +115,8 @@ def training_images(
     """A random crop of the frames of a clip, one for all, squeezed and perhaps mirrored: (3, H, W) uint8 ->
     (3, *image_shape) float32.
 
-    It has half the area or more; shape, mean and deviation are those of `settings`. Where the frames change
-    in size, they are squeezed into the size of the first.
+    It has half the area or more, unless the frame is too long or too high for that, see `random_crop`. Shape,
+    mean and deviation are those of `settings`. Frames of another size than the first are squeezed into that.
     """
     images, size = [], None
     for frame in frames:

@@ -34,7 +34,7 @@ PRELOADED = ["avfuse.data.clips"]  # imported once, by the process that workers 
 STARTING = 300.0  # seconds in which a worker must be ready; the first imports torch, maybe over a network
 GRACE = 0.1  # seconds past a deadline, for what has arrived while this process was itself held up
 STARTS = 4  # workers in a row that fail to start before the pool gives up
-PROCESSES = threading.Lock()  # multiprocessing's records of its processes are not made for threads
+PROCESS_LOCK = threading.Lock()  # multiprocessing's records of its processes are not made for threads
 FOR_THE_PARENT = [  # signals that a terminal or a scheduler sends to every process of a job
     *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2),
 ]
@@ -133,7 +133,7 @@ class WorkerPool(AbstractContextManager):
         """End the workers, in the middle of a call if need be; the pool cannot be used again."""
         self._closed = True
         if self.workers:
-            with PROCESSES:
+            with PROCESS_LOCK:
                 self._kill()
             self._threads.shutdown(cancel_futures=True)
             for worker in list(self._running):
@@ -173,7 +173,7 @@ class WorkerPool(AbstractContextManager):
             time.sleep(seconds)  # a process that workers are forked from takes a moment to be seen as dead
             worker = _Worker()
             try:
-                with PROCESSES:
+                with PROCESS_LOCK:
                     if self._closed:
                         raise RuntimeError("the worker pool is closed")
                     self._running.add(worker)
@@ -225,7 +225,7 @@ class _Worker:
             theirs.close()
 
     def is_alive(self) -> bool:
-        with PROCESSES:
+        with PROCESS_LOCK:
             return self.process.is_alive()
 
     def ask(self, message: bytes, timeout: float) -> Any:
@@ -239,7 +239,7 @@ class _Worker:
             raise _Lost(self._ending() or f"gave no answer ({error})") from error
 
     def _ending(self) -> str:
-        with PROCESSES:
+        with PROCESS_LOCK:
             self.process.join(1)
             code = self.process.exitcode
         if code is None:
@@ -247,7 +247,7 @@ class _Worker:
         return f"crashed its reader (signal {-code})" if code < 0 else f"ended its reader (exit code {code})"
 
     def stop(self) -> None:
-        with PROCESSES:
+        with PROCESS_LOCK:
             if self.process is not None:
                 self.process.kill()
                 self.process.join(5)

@@ -23,7 +23,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from tqdm import tqdm
 
 from ..data.class_folders import read_class_list, with_classes
-from ..data.clips import ClipDataset, WindowDataset
+from ..data.clips import ClipDataset, MultiWindowDataset
 from ..data.find import Found
 from ..files import check_target, printable
 from ..training.conditions import ALWAYS
@@ -230,7 +230,7 @@ class Classification(JudgedTask):
     def dataset(self, clips, *, train):
         settings, config = self.model.encoder.inputs, self.config
         if not train:
-            return WindowDataset(clips, settings, windows=config.test_windows)
+            return MultiWindowDataset(clips, settings, windows=config.test_windows)
         still = self.model.encoder.settings["pair_bias"] == "time"
         return ClipDataset(clips, settings, train=True, seed=config.seed, still=still)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..data.class_folders import with_classes
-from ..data.clips import Clip, ClipDataset, WindowDataset
+from ..data.clips import Clip, ClipDataset, MultiWindowDataset
 from ..data.find import Found
 from ..encoder import AVEncoder
 from ..files import printable, write_rows
@@ -159,7 +159,7 @@ class Retrieval(JudgedTask):
     def dataset(self, clips, *, train):
         if train:
             return ClipDataset(clips, self.model.inputs, train=True, seed=self.config.seed)
-        return WindowDataset(clips, self.model.inputs, windows=self.config.windows)
+        return MultiWindowDataset(clips, self.model.inputs, windows=self.config.windows)
 
     def inputs(self, batch):
         return {name: batch[name] for name in INPUTS}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_count
-from ..data.clips import Clip, ClipDataset, ClipLoader, Failure, WindowDataset, WindowsDataset
+from ..data.clips import Clip, ClipDataset, ClipLoader, Failure, MultiWindowDataset, SlidingWindowDataset
 from ..encoder import FEATURES, AVEncoder, pool
 from ..files import printable, some
 from ..inputs import InputSettings
@@ -28,7 +28,7 @@ def pool_windows(
     tokens: bool = False,
 ) -> dict[str, Tensor]:
     """The pooled tokens of clips (B, D), and if asked for all `tokens` as NAME_tokens: their means over the
-    windows of `WindowDataset`, zeros where a clip lacks the modality.
+    windows of `MultiWindowDataset`, zeros where a clip lacks the modality.
     """
     total: dict[str, Tensor] = {}
     for pixels, sound in zip(image.unbind(1), audio.unbind(1), strict=True):
@@ -92,8 +92,8 @@ def extract(
     progress: bool = True,
 ) -> Features:
     """Features of the middle of each clip, as `ClipDataset` reads it for evaluation, on the encoder's device;
-    or their mean over several `windows` of it, as `WindowDataset` reads them; or of each window, one every so
-    many seconds, as `WindowsDataset` does.
+    or their mean over several `windows` of it, see `MultiWindowDataset`; or of each window, one `every` so
+    many seconds, see `SlidingWindowDataset`.
 
     The batch size changes speed and memory, not what comes out, beyond rounding.
 
@@ -107,9 +107,9 @@ def extract(
     device = encoder.fusion_tokens.device
     parts, failures = [], []
     if every is not None:
-        dataset = WindowsDataset(clips, encoder.inputs, every=every)
+        dataset = SlidingWindowDataset(clips, encoder.inputs, every=every)
     elif windows != 1:
-        dataset = WindowDataset(clips, encoder.inputs, windows=windows)
+        dataset = MultiWindowDataset(clips, encoder.inputs, windows=windows)
     else:
         dataset = ClipDataset(clips, encoder.inputs, train=False)
     keys = [(0, index) for index in range(len(dataset))]

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from ..choices import DataSet, Demo, Interactions, Scene, Size
+from ..choices import DataSet, Demo, Interactions, SceneKind, Size
 from ..command import SAID
 from ..files import address
 from ..rules import COUNT, NOT_NEGATIVE, RATE, SECONDS, Rule, check_rules, marks
@@ -36,14 +36,14 @@ class LoopConfig:
     """Settings of a training loop."""
 
     kind = ""  # of run, in the name of its folder
-    demos: ClassVar[dict[Scene, Demo]] = {}  # by scenes, where it takes other data than all programs do
+    demos: ClassVar[dict[SceneKind, Demo]] = {}  # by scenes, where it takes other data than all programs do
 
     data: Annotated[Path | None, SAID, FREE] = (
         None  # which clips it holds may not differ, see `describe_data`
     )
     """Folder of videos (searched recursively; train/ and test/ inside it are the splits), or the address of
     one that has a manifest, such as https://HOST/SHARDS. Default: Sounding Shapes, built once."""
-    scene: Annotated[Scene, Formerly("binding")] = "binding"
+    scene: Annotated[SceneKind, Formerly("binding")] = "binding"
     """Which Sounding Shapes those are: shapes that sound differently, and pulse (binding), or alike, told
     apart by when they pulse (synchrony: takes several frames)."""
     data_set: DataSet = "auto"
@@ -160,7 +160,7 @@ class TaskConfig(LoopConfig):
     """Settings that all tasks have."""
 
     # By scenes, the runs to start from, of which the first that is there is taken.
-    starts: ClassVar[dict[Scene, tuple[Path, ...]]] = {scene: (run,) for scene, run in DEMO_RUNS.items()}
+    starts: ClassVar[dict[SceneKind, tuple[Path, ...]]] = {scene: (run,) for scene, run in DEMO_RUNS.items()}
 
     checkpoint: Annotated[str, SAID] = ""
     """Whose weights to start from: a run folder, a saved model, a name on the Hugging Face hub, a released

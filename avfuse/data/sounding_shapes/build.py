@@ -2,9 +2,6 @@
 
 import json
 import math
-import signal
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +10,7 @@ from typing import Annotated
 import av
 import numpy as np
 
-from ...choices import Scene
+from ...choices import SceneKind
 from ...command import SAID
 from ...files import aside, printable, write_text
 from ...process import cores
@@ -26,6 +23,7 @@ VERSION = 1  # a new version draws new scenes: it is part of every seed
 SAMPLE_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)  # of AAC
 KEY_FRAME_EVERY = 16  # frames
 FIRST_SCENE = ("scene", "binding")  # what data sets are of that do not say it
+PATIENCE = 600.0  # seconds in which a clip must be written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +34,7 @@ class Settings:
         ValueError: naming the setting and its value.
     """
 
-    scene: Scene = "binding"
+    scene: SceneKind = "binding"
     """What names the colour of the object that sounds: its shape, which its timbre tells (binding), or the
     moments at which it is large and loud, of objects of one shape and pitch (synchrony: takes several
     frames)."""
@@ -103,6 +101,7 @@ def generate(root: str | Path, *, workers: int | None = None, progress: bool = T
 
     Raises:
         ValueError: a setting is wrong, or the folder holds something else or was begun with other settings.
+        OSError: a clip cannot be written; what is whole stays, and the same call goes on.
     """
     root, settings = Path(root), Settings(**settings)
     workers = cores() if workers is None else workers
@@ -116,12 +115,17 @@ def generate(root: str | Path, *, workers: int | None = None, progress: bool = T
         if progress:
             print(printable(f"{root}: already built"))
         return root
+    from ..workers import WorkerFailure, WorkerPool  # brings torch
+
     missing = [clip for clip in numbers if not (root / _name(*clip, ".mp4")).exists()]
-    with _mapping(min(workers, len(missing))) as mapping:
-        done = mapping(partial(_write_clip, root, settings), missing)
-        bar = {"initial": len(numbers) - len(missing), "total": len(numbers), "unit": "clip", "desc": NAME}
-        for _ in progress_bar(done, shown=progress, **bar):
-            pass
+    processes = min(workers, len(missing))
+    bar = {"initial": len(numbers) - len(missing), "total": len(numbers), "unit": "clip", "desc": NAME}
+    write = partial(_write_clip, root, settings)
+    with WorkerPool(write, processes if processes > 1 else 0, timeout=PATIENCE) as pool:
+        for failure in progress_bar(pool.map(missing), shown=progress, **bar):
+            if isinstance(failure, WorkerFailure):
+                path = root / _name(*failure.key, ".mp4")
+                raise OSError(f"{printable(path)}: {printable(failure.reason)}")
     write_text(root / "dataset.json", description)
     return root
 
@@ -152,21 +156,6 @@ def _differences(built: Path, settings: Settings) -> str:
     return (
         ", ".join(f"{name}={old}, not {new}" for name, old, new in pairs if old != new) or "another version"
     )
-
-
-@contextmanager
-def _mapping(workers: int):
-    """`map`, over as many processes."""
-    if workers <= 1:
-        yield map
-        return
-    ignore = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is for us
-    with ProcessPoolExecutor(workers, **ignore) as pool:
-        try:
-            yield partial(pool.map, chunksize=4)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 # --- writing ------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...choices import Scene
+from ...choices import SceneKind
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 RGB = {
@@ -121,7 +121,7 @@ class ShapeScene:
 def sample_scene(
     rng: np.random.Generator,
     *,
-    scene: Scene = "binding",
+    scene: SceneKind = "binding",
     objects: int | None = None,
     sounding: int = 1,
     seconds: float = 4.0,
@@ -378,7 +378,6 @@ def _breath(thing, times, pitch, sample_rate, rng):
     """Noise in a band of about an octave around twice the pitch."""
     turns = _turns(pitch, sample_rate)
     halves = turns / np.pi  # noise that is new at every half cycle: the higher the pitch, the wider the band
-    # No matrix product here: BLAS threads of a parent process hang those of a forked one.
     noise = rng.normal(size=(math.ceil(halves[-1]) + 1, 2)).view(complex)[:, 0]
     noise = np.interp(halves, np.arange(len(noise)), noise)
     noise /= np.sqrt(1 + abs(noise) ** 2)  # rare peaks would make the rest soft
