@@ -204,6 +204,21 @@ def test_mp3_of_few_bits_builds_on_many_packets(tmp_path, suffix):
         assert level.min() > 0.2, start
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "container"),
+    [("a.oga", "flac", {}), ("a.oga", "flac", {"page_duration": "5000000"}), ("a.wav", "adpcm_ms", {})],
+)
+def test_sound_with_wrong_times_after_a_seek(tmp_path, name, codec, container):
+    """FFmpeg is seconds off in the first page of Ogg that it comes to, 6 ms for each second in the WAV."""
+    path, rate = tmp_path / name, 44_100
+    write_video(path, 14, sample_rate=rate, video=False, codecs=("", codec), container=container)
+    assert probe(path).seconds == pytest.approx(14.0, abs=0.05)  # the last packet of ADPCM is filled up
+    with ClipReader(path) as clip:
+        for start in (0.0, 3.3, 5.87, 8.98, 12.9, 1.5):
+            truth = chirp((round(start * rate) + np.arange(rate)) / rate)
+            assert np.abs(clip.audio(start, 1, rate) - truth).mean() < 0.05, start
+
+
 @pytest.mark.parametrize(("suffix", "codec"), [("mp4", "aac"), ("mkv", "pcm_s16le")])
 def test_a_window_before_the_sound_begins(tmp_path, suffix, codec):
     audio = [(7.0, chirp(np.arange(32_000) / 16_000)[None])]

@@ -294,7 +294,7 @@ class ClipReader(AbstractContextManager):
     def _last_ends(self) -> dict[int, Fraction]:
         """When each stream ends by its last packets, for formats of which FFmpeg estimates the length."""
         indices = {stream.index for stream in (self._video, self._audio) if stream is not None}
-        for seconds in (LAST, None):  # None: all packets, from the start
+        for seconds in (None,) if self._is_adrift else (LAST, None):  # None: all packets, from the start
             ends = {}
             with _open(self.path, self.part) as container:
                 if seconds is not None:
@@ -323,11 +323,22 @@ class ClipReader(AbstractContextManager):
         """Seek to a time or before it; asked again, further back. Yields whether this is the start."""
         # In a program stream the first packets after a seek get times of others.
         for back in BACK if self._format != "mpeg" else BACK[2:]:
-            at_start = seconds - back <= 0
+            at_start = seconds - back <= 0 or (stream is self._audio and self._is_adrift)
             self._seek(stream, FAR_BACK if at_start else seconds - back)
             yield at_start
             if at_start:
                 return
+
+    @cached_property
+    def _is_adrift(self) -> bool:
+        """Whether its sound has wrong times after a seek, so that it is read from its start.
+
+        FFmpeg does not count the samples of FLAC in a page of Ogg, and takes what a compressed WAV tells of
+        bytes a second for exact, which is rounded.
+        """
+        codec = "" if self._audio is None else self._audio.codec_context.name
+        is_packed = self._format == "wav" and not codec.startswith("pcm_")
+        return is_packed or (self._format == "ogg" and codec == "flac")
 
     def _seek(self, stream, seconds: float) -> None:
         if self._format == "matroska" and self._video is not None:  # its index is often of pictures alone
