@@ -78,8 +78,9 @@ class Embedder:
     """An encoder by the protocol of MTEB (`EncoderProtocol`).
 
     An embedding is the pooled image, audio and fusion tokens of a clip, each of length 1, side by side, with
-    zeros for a modality that is not there: the cosine of two embeddings is the mean of the cosines of the
-    three, as `avfuse.tasks.retrieve` sums them. Pictures and sounds alone share the fusion tokens.
+    zeros for a modality that is not there. Where none is missing, the cosine of two embeddings is the mean
+    of the cosines of the three, which `avfuse.tasks.retrieve` sums. Pictures and sounds alone share the
+    fusion tokens.
     """
 
     encoder: AVEncoder

@@ -44,7 +44,7 @@ from avfuse.training.judge import judge_all, weights_hash
 from avfuse.training.loop import Run, program, set_up, train
 from avfuse.training.report import write_report
 from avfuse.training.run_folder import former_settings
-from avfuse.training.settings import checked, learning_rate
+from avfuse.training.settings import checked, learning_rate, schedule_of
 from avfuse.training.starts import first_encoder, with_drop_path
 from avfuse.weight_files import write_safetensors
 
@@ -408,6 +408,21 @@ def test_averages_of_probabilities_against_their_definition(several):
 
 
 # --- program ------------------------------------------------------------------------------------------------
+
+
+def test_batch_norm_of_one_clip_in_each_process_is_refused(folder, tmp_path, monkeypatch):
+    """Which has no statistics: the heads would be trained, and judged, without any standardisation."""
+
+    def four_processes(config, clips, *_):
+        return schedule_of(config, clips, processes=4)
+
+    monkeypatch.setattr("avfuse.training.loop.schedule_of", four_processes)
+    config = linear_probe()
+    config.checkpoint, config.data, config.run = "none", folder, tmp_path / "run"
+    config.batch_size, config.workers = 4, 0
+    with pytest.raises(ValueError, match="--batch-norm needs more than one clip at once, and each process"):
+        set_up(config, Classification)
+    assert not config.run.exists()
 
 
 @pytest.mark.parametrize("probe", [False, True])

@@ -56,6 +56,11 @@ def losses(run) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
+def measured(run) -> list[int]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["step"] for row in rows if "when" in row]
+
+
 def send_at(monkeypatch, step, *numbers):
     """Sends signals to this process in the middle of a step."""
     take = loop.train_step
@@ -81,6 +86,46 @@ def test_asked_to_stop_it_saves_and_resumes(config, tmp_path, monkeypatch, numbe
     interrupted, config.run = losses(config.run), tmp_path / "whole"
     assert main(config) == 0
     assert losses(config.run) == interrupted and sorted(interrupted) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("where", ["backward", "save_checkpoint", "train_step"])
+def test_asked_to_stop_it_does_not_measure_first(config, monkeypatch, where):
+    """Which may take longer than whoever asks will wait; the run that goes on measures instead."""
+    config.measure_every, steps, work = 3, [], getattr(loop, where)
+    take = loop.train_step
+
+    def count(run, step, *args):
+        steps.append(step)
+        return take(run, step, *args)
+
+    def send_and_work(*args):
+        if steps[-1:] == [2 if where == "train_step" else 3]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return (count if where == "train_step" else work)(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", count)
+        patch.setattr(loop, where, send_and_work)
+        assert main(config) == 128 + signal.SIGTERM
+    assert [path.name for path in list_checkpoints(config.run)] == ["step-00000003"]
+    assert measured(config.run) == [0]
+    assert main(config) == 0 and measured(config.run) == [0, 3, 4]
+
+
+def test_asked_to_stop_while_it_measures_it_ends_at_once_and_has_saved(config, monkeypatch):
+    config.measure_every = 2
+    measure = loop.measure
+
+    def measure_then_send(run, step, when):
+        measure(run, step, when)
+        if when == "during":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        patch.setattr(loop, "measure", measure_then_send)
+        main(config)
+    assert [path.name for path in list_checkpoints(config.run)] == ["step-00000002"]
+    assert main(config) == 0 and measured(config.run) == [0, 2, 4]  # each once
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

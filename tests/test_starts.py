@@ -150,7 +150,7 @@ def test_what_decoders_predict_goes_on(tmp_path):
 def test_what_nothing_trains_is_judged_as_it_is(tmp_path):
     Localizer(create_encoder("micro"), 8, modalities="image").save_pretrained(tmp_path)
     model = Localizer(create_encoder("micro"), 8, modalities="image")
-    begin_from(model, str(tmp_path), said := [].append, is_final=True)
+    begin_from(model, str(tmp_path), said := [].append, is_trained=False)
     wrong = "as it is, and that has no such {}: leave --epochs 0 out"
     for dim, modalities, fault in (
         (8, "both", "modalities"),
@@ -158,7 +158,7 @@ def test_what_nothing_trains_is_judged_as_it_is(tmp_path):
     ):
         model = Localizer(create_encoder("micro"), dim, modalities=modalities)
         with pytest.raises(ValueError, match=wrong.format(fault)):
-            begin_from(model, str(tmp_path), said, is_final=True)
+            begin_from(model, str(tmp_path), said, is_trained=False)
         begin_from(model, str(tmp_path), said)  # and then learns
 
 

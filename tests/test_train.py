@@ -763,6 +763,14 @@ def test_warmup_cosine_by_hand():
     assert warmup_cosine(0, warmup=0, total=1) == 1.0
 
 
+@pytest.mark.parametrize("rate", [warmup_cosine, raised_warmup_cosine])
+def test_before_a_run_was_extended_its_rates_were_those_of_the_shorter_one(rate):
+    """They are needed once more where its last checkpoint is damaged."""
+    longer = [rate(step, warmup=2, total=20, extended_at=10) for step in range(20)]
+    assert longer[:10] == [rate(step, warmup=2, total=10) for step in range(10)]
+    assert longer[12:] == [rate(step, warmup=2, total=20) for step in range(12, 20)]
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

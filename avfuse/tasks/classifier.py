@@ -30,7 +30,7 @@ class Classified(NamedTuple):
 
 
 class Classifier(TaskModel, Pretrained):
-    """Three linear heads over the pooled image, audio and fusion tokens, their logits averaged.
+    """A linear head over each of the pooled image, audio and fusion tokens, their logits averaged.
 
     A clip that lacks a modality is classified by the other heads.
 
@@ -214,7 +214,7 @@ def load_classifier(source: str | Path | dict, *, config: dict | None = None) ->
     one.
 
     Args:
-        source: the run folder of this program, or a file or state dict of a released classifier.
+        source: the run folder of `avfuse classify`, or a file or state dict of a released classifier.
         config: of released weights what their names and shapes cannot tell, see `from_deepavfusion`.
 
     Raises:

@@ -310,7 +310,7 @@ class SeparateConfig(TaskConfig):
 
 @dataclass(kw_only=True)
 class SceneConfig(TaskConfig):
-    """Settings of both; `dim` is the subclass's."""
+    """Settings that localization and segmentation have in common."""
 
     demos = {"binding": "many"}
 

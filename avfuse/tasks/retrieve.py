@@ -28,7 +28,7 @@ from ..training.judge import JudgedTask, to_columns, to_rows
 from ..training.loop import Task, evaluation_batches, program
 from ..training.neighbours import AT_ONCE, chance_at, neighbours, of_both, recall_at, related, rows_there
 from ..training.pictures import BLUE, middle_frame, rgb, save, show_sound
-from ..training.run_folder import begun_with, has_trained_on_all, read_sides
+from ..training.run_folder import has_trained_on_all, read_sides, run_before
 from ..training.starts import first_encoder
 
 QUERIES, SHOWN = 3, 5  # in the picture: clips, and neighbours of each
@@ -104,7 +104,7 @@ def untrained(found: Found, config: RetrieveConfig, say: Callable[[str], object]
     """
     if found.test is found.train:
         found = found._replace(test_name="clips")  # on which nothing is trained here
-    run = begun_with(config)
+    run = run_before(config)
     if run is None or config.data is None:
         return found
     before, test = read_sides(run), found.test

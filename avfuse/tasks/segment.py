@@ -108,10 +108,9 @@ class Segmenter(SceneModel, Pretrained):
         return interpolate(logits, size=image.shape[-2:], mode="bilinear")
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        for name in [
-            name for name in state_dict if name.startswith(f"{prefix}predict.")
-        ]:  # of old checkpoints
-            state_dict[name.replace("predict", "last")] = state_dict.pop(name)
+        before, now = f"{prefix}predict.", f"{prefix}last."  # in checkpoints of older runs, and today
+        for name in [name for name in state_dict if name.startswith(before)]:
+            state_dict[now + name.removeprefix(before)] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def sounding(self, logits):

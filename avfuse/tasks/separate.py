@@ -53,10 +53,9 @@ class MixtureDataset(ClipDataset):
     """Mixtures of two clips, by `(epoch, index)`: clip `index`, and one drawn from seed, epoch and index.
 
     The partner is never the clip itself and shares no label with it, or without labels no folder, if there is
-    such a clip. In evaluation
-    it depends on seed and index alone, or is the one that a `Mixture` names. The frame is the one in the
-    middle of the sound. In training window, gain of each clip and mirroring are random; images are not
-    cropped, as a crop may hide the source.
+    such a clip. In evaluation it depends on seed and index alone, or is the one that a `Mixture` names. The
+    frame is the one in the middle of the sound. In training window, gain of each clip and mirroring are
+    random; images are not cropped, as a crop may hide the source.
 
     An item is a dictionary; S = 2 sources, the clip and its partner:
         image: (S, 3, height, width) float32. audio: (1, mel_bins, frames) float32, the mixture.

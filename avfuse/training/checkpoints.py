@@ -1,6 +1,7 @@
 """Checkpoints of a run: whole or not there, verified before they are read, the latest few kept.
 
     checkpoints/step-00000240/      what Accelerate saves: model, optimizer, schedule, random states
+                    average.safetensors   the average of the weights (--ema)
                     manifest.json   the step, and size and SHA-256 of every file beside it
 
 The manifest is written last, everything is synced, and only then does the folder get its name. Model weights

@@ -118,12 +118,13 @@ def preemphasis_of(filters: Tensor) -> Tensor:
 
 
 def derangement(kinds: dict[int, Hashable]) -> dict[int, int]:
-    """By the number of each clip that of another, each once: of another kind, unless most are of one.
+    """Gives each clip another one, each once and of another kind, unless most clips are of one kind: numbers
+    of clips by numbers of clips, none where there is one clip alone.
 
-    Half a turn around a circle leads out of every kind that lies together on it, if that has no more than
-    half of the places. Kinds are shuffled: those that a list has side by side may sound alike. One clip alone
-    has no other. A kind that is a tuple is of several classes: whose other has one of them exchanges it for
-    that of a clip further on, where both are then of others.
+    Clips of a kind stand together on a circle, and each takes the one half a turn on, which is of another
+    kind if none has more than half of the places. The order of kinds is shuffled: neighbours in a list may
+    sound alike. A tuple of classes may have one in common with another tuple: such a clip exchanges what it
+    got with the next one on the circle where both then get what they have nothing in common with.
     """
     if len(kinds) < 2:
         return {}

@@ -55,8 +55,9 @@ class JudgedTask(Task):
         return self.judge(model, inputs, batch)
 
     def kind(self, clip: Clip) -> Hashable:
-        """What clips have in common whose sounds may stand for each other: labels, or being the same clip. A
-        tuple holds several classes, one of which is enough in common.
+        """What a clip sounds like; `other_sound` is that of a clip of another kind, where there is one. By
+        default the labels of a clip, or the clip itself if it has none. Of tuples of classes, one in common
+        makes two clips alike.
         """
         return frozenset(clip.labels.items()) or clip.path
 
@@ -114,39 +115,45 @@ class JudgedTask(Task):
         rows: list[dict],
         changed: dict[str, list[dict]] | None = None,
     ) -> None:
-        """Prints, records and draws what the judges found, as it is and by conditions where these `changed`
-        what the model was given; and at the end saves the model.
+        """Prints, records and draws what came out, of the clips as they are and under the conditions that
+        `changed` what the model was given; and at the end saves the model.
         """
-        folder, clips = run.config.run, run.found.test_name
-        metrics = self.summarize(rows) if rows else {}
-        tested = self.tested(changed) if changed else {}
+        folder, clips, judged = run.config.run, run.found.test_name, len(rows)
         if rows:
+            metrics, told = self.summarize(rows), {}
+            tables = self.tables(metrics)
+            if changed:
+                told = dict(conditions=self.tested(changed))
+                tables = [*tables, condition_table(metrics | dict(judged=judged), told["conditions"])]
             trained = f"{when} training, " if step or when == "before" else ""  # retrieval trains nothing
-            tqdm.write(f"{trained}{len(rows)} {printable(clips)}:")
-            told = dict(conditions=tested) if tested else {}
-            own = metrics | dict(judged=len(rows))
-            tables = [*self.tables(metrics), *([condition_table(own, tested)] if tested else [])]
+            tqdm.write(f"{trained}{judged} {printable(clips)}:")
             for table in tables:
                 tqdm.write(aligned(table) + "\n")
-            run.metrics.write(step=step, when=when, clips=clips, **self.record(len(rows), metrics), **told)
+            run.metrics.write(step=step, when=when, clips=clips, **self.record(judged, metrics), **told)
             run.accelerator.log(self.numbers(metrics), step=step)
-            model.facts = self.facts(step, len(rows), metrics, tables)
+            model.facts = self.facts(step, judged, metrics, tables)
         else:
-            tqdm.write(f"{when} training: none of the {clips} to measure on could be read")
-        if when == "after" and rows and (doubt := self.doubt(metrics)):
-            first = run.config.ema**step  # of the average, or 0
-            advice = f"{first:.0%} of the average (--ema) are still what training began with"
-            more = f": {advice if first > AVERAGED else self.advice(metrics)}" if step else ""
-            tqdm.write(printable(f"WARNING: {doubt}{more}"))
+            tqdm.write(f"{when} training: none of the {printable(clips)} to measure on could be read")
         if when == "after":
             self.save(folder, model)
-        if when == "after" and rows:
-            write_json(folder / "results.json", self.results(model, step, len(rows), metrics) | told)
+            if rows:
+                write_json(folder / "results.json", self.results(model, step, judged, metrics) | told)
+                self.warn(metrics, step, run.config.ema)
         try:
             self.show(run, model, step, rows)
             write_report(folder)
         except OSError as error:  # a full disk: no picture is worth a run
             tqdm.write(printable(f"pictures could not be drawn: {error}"))
+
+    def warn(self, metrics: dict, step: int, ema: float) -> None:
+        """Says in what the trained model is in doubt, and what may help."""
+        if not (doubt := self.doubt(metrics)):
+            return
+        first = ema**step  # share of the first weights in the average; 0 without one
+        advice = f": {self.advice(metrics)}"
+        if first > AVERAGED:
+            advice = f": {first:.0%} of the average (--ema) are still what training began with"
+        tqdm.write(printable(f"WARNING: {doubt}{advice if step else ''}"))
 
     @torch.no_grad()
     def show(self, run: Run, model: nn.Module, step: int, rows: list[dict]) -> None:
@@ -295,7 +302,10 @@ def first_clips(found: Found, count: int) -> Found:
 
 def aligned(rows: list[tuple]) -> str:
     """Rows of texts, numbers and None as columns, the first to the left and the others to the right."""
-    cells = [[f"{c:.3f}" if isinstance(c, float) else printable(c or "") for c in row] for row in rows]
+    cells = [
+        [f"{c:.3f}" if isinstance(c, float) else printable("" if c is None else c) for c in row]
+        for row in rows
+    ]
     first, *others = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = (
         "  ".join([name.ljust(first), *(c.rjust(w) for c, w in zip(row, others, strict=True))])

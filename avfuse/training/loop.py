@@ -48,10 +48,10 @@ from .run_folder import (
     Quarantine,
     TooManyUnreadable,
     begin_run,
-    begun_with,
     check_run,
     has_trained_on_all,
     read_sides,
+    run_before,
     write_sides,
 )
 from .settings import (
@@ -84,7 +84,7 @@ class Task:
         the side that they had in the run that this one begins with, or goes on with. `look` is that of
         `find_data`.
         """
-        run = begun_with(config)
+        run = run_before(config)
         names = "demo", "data_set", "train_split", "missing", "test_share", "seed", "workers"
         options = {name: getattr(config, name) for name in names}
         options |= dict(before=read_sides(run), progress=not config.quiet, timeout=config.clip_timeout)
@@ -107,7 +107,7 @@ class Task:
     def begin(self, say: Callable[[str], object]) -> None:
         """Gives the model the weights that it begins with, beyond those of its encoder, and tells of them."""
         if self.config.checkpoint != FRESH:
-            begin_from(self.model, self.config.checkpoint, say, is_final=not self.config.epochs)
+            begin_from(self.model, self.config.checkpoint, say, is_trained=self.config.epochs > 0)
 
     def dataset(self, clips: Sequence[Clip], *, train: bool) -> Dataset:
         """Items by (epoch, index): dictionaries of tensors, among them "index", or a `Failure`; see
@@ -264,6 +264,11 @@ def build(
     if schedule.batch_size < config.batch_size:
         wanted = f"the data set is smaller than --batch-size {config.batch_size}"
         tell(accelerator, f"batch size {schedule.batch_size}: {wanted}")
+    if schedule.micro_batch == 1 and getattr(config, "batch_norm", False):
+        raise ValueError(
+            "--batch-norm needs more than one clip at once, and each process takes one: give a larger "
+            "--batch-size, or fewer processes"
+        )
     lr = learning_rate(config, schedule.batch_size)
     if config.lr_scaling == "root" and schedule.batch_size < type(config).batch_size:
         why = f"with batches below {type(config).batch_size} it falls by the square root (--lr-scaling)"
@@ -356,11 +361,15 @@ def take_steps(run: Run, signals: Signals) -> int:
     """All steps that are left, with checkpoints and measures on the way; the signal that cut them short."""
     config, accelerator, steps = run.config, run.accelerator, run.schedule.steps
     shown = accelerator.is_main_process and not config.quiet
-    way = dict(total=steps, initial=run.first_step, desc="training", unit="step")
-    progress, step = progress_bar(shown=shown, **way), run.first_step
+    progress = progress_bar(total=steps, initial=run.first_step, desc="training", unit="step", shown=shown)
+    step, stop = run.first_step, 0  # where none is left
     with make_loader(run.task, config, run.found.train, train=True) as loader, progress:
         batches = steps_of(run, loader)
         for step in range(run.first_step + 1, steps + 1):
+            if is_measured(run, step - 1):  # when it is saved: a signal need not wait, which may be for long
+                signals.at_once = True  # the same command measures again
+                measure(run, step - 1, "during")
+                signals.at_once = False
             try:
                 asked = train_step(run, step, batches, signals, progress)
             except TooManyUnreadable:  # in all processes, before anything was changed
@@ -368,17 +377,26 @@ def take_steps(run: Run, signals: Signals) -> int:
                     save_checkpoint(accelerator, config.run, step - 1, config.keep_checkpoints, run.average)
                 raise
             progress.update()
-            if config.measure_every and step % config.measure_every == 0 and step < steps:
-                measure(run, step, "during")
-            if any(asked) or step % config.checkpoint_every == 0 or step == steps:
+            measured_next = step == steps or is_measured(run, step)
+            if any(asked) or measured_next or step % config.checkpoint_every == 0:
                 save_checkpoint(accelerator, config.run, step, config.keep_checkpoints, run.average)
-            if stop := asked.stop:
+            stop = asked.stop
+            if measured_next and not stop:  # one may have come since the step began
+                late = dict(terminate=signals.terminate, interrupt=signals.interrupt)
+                stop = stopping(**sum_over_processes(accelerator, late))
+            if stop:
                 break
-        else:  # one that came while the last step was saved
-            stop = stopping(*sum_over_processes(accelerator, [signals.terminate, signals.interrupt]))
     if stop:
         tell(accelerator, f"stopped after step {step} of {steps}: the same command resumes")
     return stop
+
+
+def is_measured(run: Run, step: int) -> bool:
+    """Whether a step on the way is measured; those at the ends of the run, and of a shorter one that was
+    extended, are measured anyway.
+    """
+    every = run.config.measure_every
+    return every > 0 and step % every == 0 and step not in (0, run.extended_at)
 
 
 # --- one step -----------------------------------------------------------------------------------------------
@@ -407,16 +425,15 @@ def train_step(run: Run, step: int, batches: Iterator[list[dict]], signals: Sign
 
     inputs = [task.inputs(batch) for batch in read]
     counts = [task.counts(batch) for batch in inputs]
-    names = list(counts[0])
     failures = [failure for batch in read for failure in batch["failures"]]
-    clips = sum(len(batch["index"]) for batch in read)
     save, signals.save = signals.save, False
-    flags = [clips, len(failures), save, signals.terminate, signals.interrupt]
-    ours = [sum(count[name] for count in counts) for name in names]
-    values = sum_over_processes(accelerator, [*ours, *flags])  # what all decide by
-    *totals, clips, failed, save, terminate, interrupt = values
-    asked = Asked(save > 0, stopping(terminate, interrupt))
-    if failed:
+    ours = {name: sum(count[name] for count in counts) for name in counts[0]}
+    ours |= dict(clips=sum(len(batch["index"]) for batch in read), failures=len(failures))
+    ours |= dict(save=save, terminate=signals.terminate, interrupt=signals.interrupt)
+    sums = sum_over_processes(accelerator, ours)  # by which all processes decide alike
+    clips = int(sums["clips"])
+    asked = Asked(sums["save"] > 0, stopping(sums["terminate"], sums["interrupt"]))
+    if sums["failures"]:
         run.quarantine.add(f"step {step}", gather_object(failures))
     if not clips:  # nothing to learn from
         run.rates.step()
@@ -427,7 +444,7 @@ def train_step(run: Run, step: int, batches: Iterator[list[dict]], signals: Sign
     # From its own seed: what a step draws does not depend on whether the run was interrupted before it.
     torch.manual_seed(generator_of(config.seed, step, accelerator.process_index).initial_seed())
     inputs = [{name: value.to(accelerator.device) for name, value in batch.items()} for batch in inputs]
-    losses = backward(run, inputs, counts, dict(zip(names, totals, strict=True)))
+    losses = backward(run, inputs, counts, {name: sums[name] for name in counts[0]})
     loss = sum(losses.values())
     norm = accelerator.clip_grad_norm_(run.model.parameters(), config.clip_grad or math.inf)
     norm = float(norm) if norm is not None else math.nan
@@ -449,7 +466,7 @@ def train_step(run: Run, step: int, batches: Iterator[list[dict]], signals: Sign
     seconds = time.perf_counter() - started
     epoch = (step - 1) // run.schedule.steps_per_epoch
     times = dict(seconds=round(seconds, 4), data_seconds=round(waited, 4))
-    run.metrics.write(step=step, epoch=epoch, clips=int(clips), **row, **times)
+    run.metrics.write(step=step, epoch=epoch, clips=clips, **row, **times)
     numbers = {name: value for name, value in row.items() if value is not None}
     accelerator.log(numbers | dict(clips_per_second=clips / seconds), step=step)
     progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -477,7 +494,7 @@ def backward(
             gradients_of = weighted.sum() * accelerator.num_processes  # over which they are averaged
             accelerator.backward(gradients_of)
         losses += weighted.detach()
-    return dict(zip(totals, sum_over_processes(accelerator, losses.tolist()), strict=True))
+    return sum_over_processes(accelerator, dict(zip(totals, losses.tolist(), strict=True)))
 
 
 def steps_of(run: Run, loader: ClipLoader) -> Iterator[list[dict]]:
@@ -498,9 +515,9 @@ def steps_of(run: Run, loader: ClipLoader) -> Iterator[list[dict]]:
         yield list(islice(batches, per_step))
 
 
-def sum_over_processes(accelerator: Accelerator, values: list[float]) -> list[float]:
-    summed = accelerator.reduce(torch.tensor(values, dtype=torch.float32, device=accelerator.device), "sum")
-    return summed.tolist()
+def sum_over_processes(accelerator: Accelerator, values: dict[str, float]) -> dict[str, float]:
+    ours = torch.tensor(list(values.values()), dtype=torch.float32, device=accelerator.device)
+    return dict(zip(values, accelerator.reduce(ours, "sum").tolist(), strict=True))
 
 
 def stop_at_fault(

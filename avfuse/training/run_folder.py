@@ -56,6 +56,19 @@ def check_run(config: LoopConfig) -> LoopConfig:
     Raises:
         ValueError: it is no folder, belongs to something else, or holds a run with other settings.
     """
+    check_place(config)
+    before = read_run(config.run)
+    if not before:
+        check_no_remains(config)
+        return config
+    if config.restart:
+        check_restart(config)
+        return config
+    return check_settings(config, before)
+
+
+def check_place(config: LoopConfig) -> None:
+    """Raises ValueError unless the folder can be made, or written to."""
     run = config.run
     if run.exists() and not run.is_dir():
         raise ValueError(f"--run-dir {printable(run)} is not a folder")
@@ -68,30 +81,38 @@ def check_run(config: LoopConfig) -> LoopConfig:
     for name in (LOCK, FILE, FILE_BEFORE, "metrics.jsonl", "quarantine.jsonl"):
         if os.path.lexists(run / name) and not (run / name).is_file():  # a pipe would be waited for
             raise ValueError(f"--run-dir {printable(run)}: {name} is no regular file")
-    before = read_run(run)
-    if not before:
-        there = (path.name for path in run.iterdir()) if run.exists() else ()
-        others = [name for name in there if name != LOCK and not re.fullmatch(r"\..*\.part", name)]
-        if others and config.restart:
-            raise ValueError(f"--run-dir {printable(run)} is not a run folder (no {FILE}): not deleting it")
-        if "checkpoints" in others:
-            raise ValueError(f"--run-dir {printable(run)} holds checkpoints of a run whose {FILE} is gone")
-        if lost := sorted({*others} & {*CONTENTS}):
-            raise ValueError(
-                f"--run-dir {printable(run)} is not a run folder (no {FILE}), but holds {some(lost)}"
-            )
-        return config
-    if config.restart:
-        checkpoint = Path(getattr(config, "checkpoint", FRESH))
-        kept = {checkpoint.resolve(), *checkpoint.resolve().parents}
-        deleted = {(run / name).resolve() for name in CONTENTS}
-        if checkpoint.exists() and (kept & deleted or checkpoint.resolve() == run.resolve()):
-            raise ValueError(f"--restart would delete --checkpoint {printable(checkpoint)}")
-        for name in (*CONTENTS, file_of(run).name):
-            if (run / name).is_symlink():
-                raise ValueError(f"--restart does not delete links: {printable(run / name)} is one")
-        return config
-    former = former_settings(config, before)
+
+
+def check_no_remains(config: LoopConfig) -> None:
+    """Raises ValueError if a folder without a run holds what would be taken for that of one, or deleted."""
+    run = config.run
+    there = (path.name for path in run.iterdir()) if run.exists() else ()
+    others = [name for name in there if name != LOCK and not re.fullmatch(r"\..*\.part", name)]
+    if others and config.restart:
+        raise ValueError(f"--run-dir {printable(run)} is not a run folder (no {FILE}): not deleting it")
+    if "checkpoints" in others:
+        raise ValueError(f"--run-dir {printable(run)} holds checkpoints of a run whose {FILE} is gone")
+    if lost := sorted({*others} & {*CONTENTS}):
+        raise ValueError(
+            f"--run-dir {printable(run)} is not a run folder (no {FILE}), but holds {some(lost)}"
+        )
+
+
+def check_restart(config: LoopConfig) -> None:
+    """Raises ValueError if a restart would delete links, or the weights that it is to begin with."""
+    run, checkpoint = config.run, Path(getattr(config, "checkpoint", FRESH))
+    kept = {checkpoint.resolve(), *checkpoint.resolve().parents}
+    deleted = {(run / name).resolve() for name in CONTENTS}
+    if checkpoint.exists() and (kept & deleted or checkpoint.resolve() == run.resolve()):
+        raise ValueError(f"--restart would delete --checkpoint {printable(checkpoint)}")
+    for name in (*CONTENTS, file_of(run).name):
+        if (run / name).is_symlink():
+            raise ValueError(f"--restart does not delete links: {printable(run / name)} is one")
+
+
+def check_settings(config: LoopConfig, before: dict) -> LoopConfig:
+    """The settings, with those of an older run that goes on; ValueError naming what differs from its own."""
+    run, former = config.run, former_settings(config, before)
     config = replace(config, **former)
     if lacking := sorted(settings_of(config, fixed=True).keys() - before["settings"].keys() - former.keys()):
         raise ValueError(
@@ -187,19 +208,7 @@ def begin_run(
                 f"--data has changed{where} since the run in {printable(run)} began ({then} clips then, {now}"
                 f" now{whats_new(config, clips)}): it would not go on as it was; {instead(config, before)}"
             )
-        draws = any(getattr(config, name, 0) for name in ("mixup", "drop_path", "batch_norm"))
-        then = before["settings"].get("micro_batch"), before["environment"].get("processes", processes)
-        if draws and then != (config.micro_batch, processes):
-            tqdm.write(
-                f"WARNING: losses depend on --micro-batch, which was {then[0]}, and on the number of "
-                f"processes, which was {then[1]}"
-            )
-        changed = [path for path, time in written.items() if time > before.get("newest", math.inf)]
-        if changed:  # or copied: only the times tell
-            tqdm.write(
-                f"WARNING: {len(changed)} files of --data have been written since the run {printable(run)} "
-                f"began: {some(changed)}. If they hold something else now, it does not go on as it was"
-            )
+        warn_of_changes(config, before, written, processes)
     environment = dict(
         python=platform.python_version(),
         torch=torch.__version__,
@@ -218,6 +227,24 @@ def begin_run(
     if earlier.name == FILE_BEFORE:  # its name is now that of models alone
         earlier.unlink()
     return file
+
+
+def warn_of_changes(config: LoopConfig, before: dict, written: dict[Path, int], processes: int) -> None:
+    """Tells of what may keep a run from going on as it was, and is no reason to refuse it."""
+    draws = any(getattr(config, name, 0) for name in ("mixup", "drop_path", "batch_norm"))
+    then = before["settings"].get("micro_batch"), before["environment"].get("processes", processes)
+    if draws and then != (config.micro_batch, processes):
+        tqdm.write(
+            f"WARNING: losses depend on --micro-batch, which was {then[0]}, and on the number of "
+            f"processes, which was {then[1]}"
+        )
+    changed = [path for path, time in written.items() if time > before.get("newest", math.inf)]
+    if changed:  # or copied: only the times tell
+        tqdm.write(
+            f"WARNING: {len(changed)} files of --data have been written since the run "
+            f"{printable(config.run)} began: {some(changed)}. If they hold something else now, it does not "
+            "go on as it was"
+        )
 
 
 def file_of(run: Path) -> Path:
@@ -253,7 +280,7 @@ def read_run(run: Path) -> dict:
 
 def write_sides(config: LoopConfig, found: Found) -> None:
     """Puts on record which clips are held out, for people; and all clips, for runs that begin with this."""
-    own, before = read_sides(config.run), read_sides(behind(config))
+    own, before = read_sides(config.run), read_sides(source_run(config))
     earlier = sorted((own and own.earlier) or (before and before.known) or ())
     if found.held_out:
         names = "".join(f"{clip.source or clip.path}\n" for clip in found.test)
@@ -266,16 +293,16 @@ def write_sides(config: LoopConfig, found: Found) -> None:
     write_json(config.run / SIDES, sides)
 
 
-def begun_with(config: LoopConfig) -> Path | None:
+def run_before(config: LoopConfig) -> Path | None:
     """The folder of the run that this one goes on with, or else of that whose model it begins with."""
-    source = behind(config)
+    source = source_run(config)
     if config.restart or not (config.run / FILE).is_file():
         return source
     was_told = (config.run / SIDES).is_file()  # a start that was killed may not have come to that
     return config.run if was_told or source is None else source
 
 
-def behind(config: LoopConfig) -> Path | None:
+def source_run(config: LoopConfig) -> Path | None:
     """The folder of the run whose model this one begins with."""
     checkpoint = Path(getattr(config, "checkpoint", FRESH))
     runs = [checkpoint, *([checkpoint.parent] if checkpoint.name == "model" else [])]
@@ -341,12 +368,15 @@ class MetricsFile:
     @staticmethod
     def precedes(row: dict, last_step: int, extended_at: int) -> bool:
         """Whether a row is from before the checkpoint; a run that begins anew (last_step 0) keeps none. What
-        was measured at the end is measured again, but for that of the run before it was extended.
+        was measured at the checkpoint or at the end is measured again, but for the end of the run before it
+        was extended.
         """
-        step = row.get("step")
+        step, when = row.get("step"), row.get("when")
         if type(step) is not int or last_step == 0 or step > last_step:
             return False
-        return row.get("when") != "after" or step <= extended_at
+        if when == "after":
+            return step <= extended_at
+        return when != "during" or step < last_step
 
     def write(self, **row) -> None:
         if self.active:

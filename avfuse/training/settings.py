@@ -38,9 +38,8 @@ class LoopConfig:
     kind = ""  # of run, in the name of its folder
     demos: ClassVar[dict[SceneKind, Demo]] = {}  # by scenes, where it takes other data than all programs do
 
-    data: Annotated[Path | None, SAID, FREE] = (
-        None  # which clips it holds may not differ, see `describe_data`
-    )
+    # FREE, as the folder may be moved; which clips it holds may not differ, see `describe_data`.
+    data: Annotated[Path | None, SAID, FREE] = None
     """Folder of videos (searched recursively; train/ and test/ inside it are the splits), or the address of
     one that has a manifest, such as https://HOST/SHARDS. Default: Sounding Shapes, built once."""
     scene: Annotated[SceneKind, Formerly("binding")] = "binding"
@@ -124,7 +123,7 @@ class LoopConfig:
     measure_every: Annotated[int, NOT_NEGATIVE, FREE] = 0
     """Steps between measures and pictures on the way; before and after there always are. 0 = none."""
     checkpoint_every: Annotated[int, COUNT, FREE] = 40
-    """Steps between checkpoints; there always is one at the end."""
+    """Steps between checkpoints; there always is one at the end, and before each measure on the way."""
     keep_checkpoints: Annotated[int, COUNT, FREE] = 2
     """How many of the latest checkpoints stay."""
     quiet: Annotated[bool, tyro.conf.arg(aliases=["-q"]), ONCE] = False
@@ -287,23 +286,29 @@ def learning_rate(config: LoopConfig, batch_size: int) -> float:
 
 
 def warmup_cosine(step: int, warmup: int, total: int, extended_at: int = 0) -> float:
-    """Share of the peak learning rate: up to it in `warmup` equal steps, then down to 0 by half a cosine.
+    """Share of the peak learning rate: linear warm-up, then down to 0 at `total` by half a cosine.
 
-    Of a run that had come to its end at step `extended_at` (0: none) and was given more steps, it rises from
-    there, in as many equal steps, to what it is in a run that had `total` from the start, and goes down with
-    that.
+    A run that had come to its end at step `extended_at` (0: none) and was given more steps warms up once
+    more from there, to the cosine of a run that had `total` from the start.
     """
     if step < warmup:
         return (step + 1) / warmup
-    if step < extended_at:
-        total = extended_at
-    risen = min(1.0, (step + 1 - extended_at) / max(1, warmup)) if 0 < extended_at <= step else 1.0
-    return risen * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    total = total_at(step, total, extended_at)
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    if 0 < extended_at <= step:
+        return cosine * min(1.0, (step + 1 - extended_at) / max(1, warmup))
+    return cosine
 
 
 def raised_warmup_cosine(step: int, warmup: int, total: int, extended_at: int = 0) -> float:
     """The same for weights that were pretrained: raised from 0 by half a cosine over the first half of
     training, so that fresh fusion blocks do not undo them (released code).
     """
-    raised = 0.5 * (1 - math.cos(math.pi * min(1.0, step / max(1, total / 2))))
+    half = max(1, total_at(step, total, extended_at) / 2)
+    raised = 0.5 * (1 - math.cos(math.pi * min(1.0, step / half)))
     return raised * warmup_cosine(step, warmup, total, extended_at)
+
+
+def total_at(step: int, total: int, extended_at: int) -> int:
+    """How many steps the run was meant to have at a step: before it was extended, fewer."""
+    return extended_at if step < extended_at else total

@@ -102,14 +102,14 @@ def with_drop_path(encoder: AVEncoder, rate: float) -> AVEncoder:
 
 
 def begin_from(
-    model: nn.Module, checkpoint: str, say: Callable[[str], object], *, is_final: bool = False
+    model: nn.Module, checkpoint: str, say: Callable[[str], object], *, is_trained: bool = True
 ) -> None:
     """Gives a model, whose encoder is that of a checkpoint, all other parts that fit: of a model of the same
     class, with weights of the same names and shapes, and with the same classes if they have names. Which are
     taken, which are new and which are left is told.
 
     Raises:
-        ValueError: the model `is_final`, nothing trains it, and it is another than that of the checkpoint.
+        ValueError: no training follows, and the model is another than that of the checkpoint.
     """
     own, theirs = model.state_dict(), model.fitted(other_weights(model, checkpoint))
     parts = parts_of(own)
@@ -121,11 +121,11 @@ def begin_from(
     new = ["positions of frames"] * (encoder.frames > 1 and not had_frames)
     new += [f"a bias of {bias}"] * bool(bias and not before.get("pair_bias"))
     new += [part for part in parts if part not in taken]
-    if is_final:
+    if not is_trained:
         settings = json.loads(json.dumps(model.settings))  # lists where saved ones have lists
         heads = [name for name in OF_HEADS if name in settings]
         new += [name for name in heads if saved.get(name, settings[name]) != settings[name]]
-    if is_final and new:
+    if new and not is_trained:
         raise ValueError(
             f"--epochs 0 judges the model of --checkpoint {printable(checkpoint)} as it is, and that has no "
             f"such {', '.join(new)}: leave --epochs 0 out to train them, or ask for what it has"
