@@ -5,6 +5,7 @@ and Ctrl-C ends it at any moment.
 import argparse
 import atexit
 import gc
+import inspect
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from functools import partial
 from importlib import import_module
 from typing import NoReturn
 
+import docstring_parser
 import tyro
 from safetensors import SafetensorError
 
@@ -80,4 +82,17 @@ def given(args: Sequence[str], **defaults: str) -> argparse.Namespace:
 
 def read(kind: Callable, *markers, **settings) -> Callable:
     """The reader of a command line for a class of options, or a function whose arguments they are."""
+    docstring_parser.parse_from_object = parse_from_object
     return partial(tyro.cli, kind, config=(tyro.conf.DisallowNone, *markers), **settings)
+
+
+def parse_from_object(
+    obj: object, *, parse: Callable = docstring_parser.parse_from_object
+) -> docstring_parser.Docstring:
+    """As it is called where tyro looks for the texts of options; without indentation, for which tyro takes
+    every line of a text, but the first, for a paragraph (1.0.17).
+    """
+    found = parse(obj)
+    for option in found.params:
+        option.description = option.description and inspect.cleandoc(option.description)
+    return found

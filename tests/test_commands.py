@@ -77,6 +77,12 @@ def test_help_needs_nothing_heavy(arguments):
     assert not re.search(r"default: (None|''|)\)|\{None\}", done.stdout)  # the text says what holds instead
 
 
+def test_texts_of_options_fill_their_lines():
+    """They are broken where a terminal ends, not where our files break them."""
+    done = run("-m", "avfuse", "predict", "--help", COLUMNS="200")
+    assert "as long as a whole one is left. Default: the one in the middle." in done.stdout
+
+
 @pytest.mark.parametrize("arguments", [["avfuse"], ["avfuse", "train"], ["avfuse.predict"]], ids=" ".join)
 def test_help_may_be_cut_short(arguments):
     read, write = os.pipe()
