@@ -346,6 +346,13 @@ def test_an_address_without_labels_has_no_classes():
         with_classes(found, Path("https://host/data"))
 
 
+def test_clips_of_one_class_teach_nothing(folder):
+    found = find_labelled(folder)
+    birds = found._replace(train=[clip for clip in found.train if clip.labels["class"] == 0])
+    with pytest.raises(ValueError, match="--data has clips to train on of no class but 'bird'"):
+        Classification(ClassifyConfig(checkpoint="none"), birds)
+
+
 def test_shards_of_a_plain_folder_have_no_classes(folder):
     clip = Clip(folder / "train-000000.tar" / "0.mp4", part=Part(folder / "train-000000.tar", 0, 9))
     with pytest.raises(ValueError, match="is in a shard of a plain folder"):
