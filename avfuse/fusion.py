@@ -127,7 +127,7 @@ class Fusion(nn.Module):
 
     def split_heads(self, tokens: Tensor) -> Tensor:
         """(B, N, H * K) -> (B, H, N, K)"""
-        return split_heads(tokens, 1, self.num_heads)[0]
+        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def merge_heads(self, tokens: Tensor) -> Tensor:
         """(B, H, N, V) -> (B, N, H * V)"""
@@ -549,7 +549,7 @@ class CrossAttention(nn.Module):
         initialize_linear(self)
 
     def forward(self, tokens: Tensor, context: Stream) -> Tensor:
-        (query,) = split_heads(self.query(normed(self.norm, tokens)), 1, self.num_heads)
+        query = self.query(normed(self.norm, tokens)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         projected = self.key_value(normed(self.norm_context, context.tokens))
         attended = masked_attention(query, *split_heads(projected, 2, self.num_heads), context.mask)
         update = self.drop_path(self.drop(self.proj(attended.transpose(1, 2).flatten(2))))

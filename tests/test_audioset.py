@@ -91,6 +91,7 @@ def test_a_file_by_the_id_of_a_video_alone_is_that_of_one_row(root, sources):
     assert by_path(listing, root)["ggggggggggg.mp4"] == ("unbalanced_train", (2,))
     assert listing.missing == {"eval": ["gg/ggggggggggg_000030_000040.mp4"]}
     assert len(listing.found["eval"]) == 1
+    assert "1 rows would take the file of a row before, and count as missing" in listing.notes
 
 
 def test_lists_that_cannot_be_used(root):

@@ -299,6 +299,8 @@ def test_sub_folders_are_classes(folder, tmp_path):
     found = find_labelled(folder)
     for clips in found.train, found.test:  # a list of them takes more than ten times the memory
         assert isinstance(clips, ClipTable) and clips.classes == found.classes and clips.root == folder
+    listed = with_classes(found._replace(test=[*found.test], classes={}), folder).test
+    assert [clip.root for clip in listed] == 3 * [folder], "which no clip may lead out of"
     assert found.classes == {"class": ("bird", "cat")}
     assert [(c.path.parent.name, c.labels["class"]) for c in found.test] == [("bird", 0)] * 2 + [("cat", 1)]
     names = tmp_path / "classes.txt"

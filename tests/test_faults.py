@@ -112,7 +112,8 @@ def test_asked_to_stop_it_does_not_measure_first(config, monkeypatch, where):
     assert main(config) == 0 and measured(config.run) == [0, 3, 4]
 
 
-def test_asked_to_stop_while_it_measures_it_ends_at_once_and_has_saved(config, monkeypatch):
+@pytest.mark.parametrize("every", [2, 0])
+def test_asked_to_stop_while_it_measures_it_ends_at_once_and_has_saved(config, monkeypatch, capsys, every):
     config.measure_every = 2
     measure = loop.measure
 
@@ -125,6 +126,8 @@ def test_asked_to_stop_while_it_measures_it_ends_at_once_and_has_saved(config, m
         patch.setattr(loop, "measure", measure_then_send)
         main(config)
     assert [path.name for path in list_checkpoints(config.run)] == ["step-00000002"]
+    assert "stopped after step 2 of 4: the same command resumes" in capsys.readouterr().out
+    config.measure_every = every
     assert main(config) == 0 and measured(config.run) == [0, 2, 4]  # each once
 
 

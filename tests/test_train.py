@@ -785,7 +785,6 @@ def test_before_a_run_was_extended_its_rates_were_those_of_the_shorter_one(rate)
         (dict(seed=2**32), "--seed"),
         (dict(clip_timeout=math.inf), "--clip-timeout"),
         (dict(warmup_epochs=4), "--warmup-epochs 4 are more than --epochs 3"),
-        (dict(precision="fp16"), "fp16"),
         (dict(image_weights=Path("nowhere.safetensors")), "--image-weights nowhere.safetensors"),
         (dict(base_lr=-1.0), "--base-lr"),
         (dict(fusion_layers=(4,)), "fusion_layers"),
@@ -796,6 +795,16 @@ def test_before_a_run_was_extended_its_rates_were_those_of_the_shorter_one(rate)
 def test_wrong_settings_are_named(data, tmp_path, changes, named):
     with pytest.raises(ValueError, match=named):
         main(tiny(data, tmp_path / "run", **changes))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has it")
+def test_half_precision_needs_a_gpu(data, tmp_path):
+    AcceleratorState._reset_state()  # which holds one precision for all of a process
+    try:
+        with pytest.raises(ValueError, match="fp16 .*GPU"):
+            main(tiny(data, tmp_path / "run", precision="fp16"))
+    finally:
+        AcceleratorState._reset_state()
 
 
 def test_command_line_says_what_is_wrong_without_a_traceback(tmp_path):

@@ -55,7 +55,7 @@ def with_classes(
         ClipTable(
             (labelled(clip, root, numbers) for clip in clips),
             classes=classes,
-            root=getattr(clips, "root", None),  # of a table
+            root=next((clip.root for clip in clips), None),
         )
         for clips, root in zip((found.train, found.test), roots, strict=True)
     )

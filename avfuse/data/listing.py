@@ -187,7 +187,7 @@ class Files:
     """The videos in the folder `clips` of a data set, for rows that name them."""
 
     def __init__(self, listing: Listing):
-        self.listing, self.there, self.taken = listing, videos(listing), set()
+        self.listing, self.there, self.taken, self.refused = listing, videos(listing), set(), 0
         stems = Counter(path.stem for path in self.there.values())
         self.by_stem = {path.stem: path for path in self.there.values() if stems[path.stem] == 1}
 
@@ -197,12 +197,17 @@ class Files:
         """
         file = self.there.get(path) or next((self.by_stem[s] for s in stems if s in self.by_stem), None)
         if file in self.taken:
+            self.refused += 1
             return None
-        self.taken.add(file)
+        if file is not None:
+            self.taken.add(file)
         return file
 
     def count_extra(self) -> None:
-        """Tells the listing what no row has taken."""
+        """Tells the listing what no row has taken, and of rows that would take what another has."""
+        if self.refused:
+            said = f"{self.refused} rows would take the file of a row before, and count as missing"
+            self.listing.notes.append(said)
         self.listing.count_extra([name for name, path in self.there.items() if path not in self.taken])
 
 

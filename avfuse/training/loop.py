@@ -317,7 +317,9 @@ def open_folder(run: Run) -> None:
     quarantine = config.run / "quarantine.jsonl"
     run.quarantine = Quarantine(quarantine, is_main, found.looked_at, config.max_unreadable)
     run.quarantine.add("scan", found.unreadable)
-    run.metrics = MetricsFile(config.run / "metrics.jsonl", is_main, run.first_step, run.extended_at)
+    again = is_measured(run, run.first_step)
+    metrics = config.run / "metrics.jsonl"
+    run.metrics = MetricsFile(metrics, is_main, run.first_step, run.extended_at, measured_again=again)
     tensorboard = dict(purge_step=run.first_step + 1 if run.first_step else 0)  # with what was before
     accelerator.init_trackers("tensorboard", init_kwargs=dict(tensorboard=tensorboard))
 
@@ -368,7 +370,11 @@ def take_steps(run: Run, signals: Signals) -> int:
         for step in range(run.first_step + 1, steps + 1):
             if is_measured(run, step - 1):  # when it is saved: a signal need not wait, which may be for long
                 signals.at_once = True  # the same command measures again
-                measure(run, step - 1, "during")
+                try:
+                    measure(run, step - 1, "during")
+                except (KeyboardInterrupt, SystemExit):
+                    tell(accelerator, stopped_after(step - 1, steps))
+                    raise
                 signals.at_once = False
             try:
                 asked = train_step(run, step, batches, signals, progress)
@@ -387,16 +393,20 @@ def take_steps(run: Run, signals: Signals) -> int:
             if stop:
                 break
     if stop:
-        tell(accelerator, f"stopped after step {step} of {steps}: the same command resumes")
+        tell(accelerator, stopped_after(step, steps))
     return stop
 
 
+def stopped_after(step: int, steps: int) -> str:
+    return f"stopped after step {step} of {steps}: the same command resumes"
+
+
 def is_measured(run: Run, step: int) -> bool:
-    """Whether a step on the way is measured; those at the ends of the run, and of a shorter one that was
-    extended, are measured anyway.
+    """Whether a step on the way is measured; not where the run begins, nor where it begins to extend one that
+    ended there: that has been.
     """
-    every = run.config.measure_every
-    return every > 0 and step % every == 0 and step not in (0, run.extended_at)
+    every, is_end_before = run.config.measure_every, step == run.first_step == run.extended_at
+    return every > 0 and step % every == 0 and step > 0 and not is_end_before
 
 
 # --- one step -----------------------------------------------------------------------------------------------

@@ -359,24 +359,31 @@ def when_written(clips: Sequence[Clip]) -> dict[Path, int]:
 class MetricsFile:
     """metrics.jsonl, one object a line; on resume, rows after the checkpoint are dropped."""
 
-    def __init__(self, path: Path, active: bool, last_step: int, extended_at: int = 0):
+    def __init__(
+        self,
+        path: Path,
+        active: bool,
+        last_step: int,
+        extended_at: int = 0,
+        measured_again: bool = False,
+    ):
         self.path, self.active = path, active
         if active:
-            kept = [row for row in read_rows(path) if self.precedes(row, last_step, extended_at)]
-            write_rows(path, kept)
+            options = dict(extended_at=extended_at, measured_again=measured_again)
+            write_rows(path, [row for row in read_rows(path) if self.precedes(row, last_step, **options)])
 
     @staticmethod
-    def precedes(row: dict, last_step: int, extended_at: int) -> bool:
+    def precedes(row: dict, last_step: int, extended_at: int, measured_again: bool) -> bool:
         """Whether a row is from before the checkpoint; a run that begins anew (last_step 0) keeps none. What
-        was measured at the checkpoint or at the end is measured again, but for the end of the run before it
-        was extended.
+        was measured at the end is measured again, but for the end of the run before it was extended; so may
+        be what was measured at the checkpoint.
         """
         step, when = row.get("step"), row.get("when")
         if type(step) is not int or last_step == 0 or step > last_step:
             return False
         if when == "after":
             return step <= extended_at
-        return when != "during" or step < last_step
+        return when != "during" or step < last_step or not measured_again
 
     def write(self, **row) -> None:
         if self.active:
