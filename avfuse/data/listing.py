@@ -132,7 +132,7 @@ def rows(listing: Listing, path: Path, parse: Callable[[list[str]], Row]) -> Ite
         raise ValueError(f"{path} leads out of the data folder {listing.root}: it is not read")
     if path.exists() and not path.is_file():  # reading from a pipe would wait for ever
         raise ValueError(f"{path} is not a file")
-    before = {}
+    before, is_first = {}, True
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
             for number, line in enumerate(lines, start=1):  # parsed one by one: an open quote costs one row
@@ -141,7 +141,8 @@ def rows(listing: Listing, path: Path, parse: Callable[[list[str]], Row]) -> Ite
                 try:
                     (fields,) = csv.reader([line], skipinitialspace=True, strict=True)
                     fields = [field.strip() for field in fields]
-                    if not before and fields[0].lower() in HEADINGS:  # maybe below a comment
+                    is_heading, is_first = is_first and fields[0].lower() in HEADINGS, False
+                    if is_heading:  # maybe below a comment
                         continue
                     row = parse(fields)
                     if before.setdefault(row[0], number) != number:
