@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-import time
+from contextlib import suppress
 from dataclasses import replace
 
 import av
@@ -334,7 +334,8 @@ def test_a_killed_build_leaves_no_process_behind(tmp_path):
     code = "from avfuse.data.sounding_shapes import generate; import sys; generate(sys.argv[1], workers=2)"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.DEVNULL)
     while process.poll() is None and not list(tmp_path.rglob("*.mp4")):
-        time.sleep(0.05)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.1)
     descendants = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()

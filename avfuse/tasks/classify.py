@@ -193,10 +193,11 @@ class Classification(JudgedTask):
         super().__init__(config, found)
         self.label = check_label(found, config.label)
         self.classes = found.classes[self.label]
-        taught = {clip.labels[self.label] for clip in found.train}
-        if config.epochs and len(taught) == 1 and isinstance(only := taught.pop(), int):
-            raise ValueError(f"--data has clips to train on of no class but {self.classes[only]!r}")
-        self.is_multi_label = isinstance(found.train[0].labels[self.label], tuple)
+        first = found.train[0].labels[self.label]
+        self.is_multi_label = isinstance(first, tuple)
+        is_one_class = not self.is_multi_label and all(c.labels[self.label] == first for c in found.train)
+        if config.epochs and is_one_class:
+            raise ValueError(f"--data has clips to train on of no class but {self.classes[first]!r}")
         self.model = Classifier(
             first_encoder(config, config.drop_path),
             len(self.classes),
