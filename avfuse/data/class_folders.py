@@ -11,7 +11,7 @@ from .find import Found
 from .sets.folders import split_folders
 from .table import Clip, ClipTable
 
-SAID = 20  # classes that are named, with their clips
+NAMED = 20  # classes that are named, with their clips
 
 
 def with_classes(
@@ -83,7 +83,7 @@ def tell_classes(found: Found, names: tuple[str, ...], say: Callable[[str], obje
 
 def described(counts: Mapping[str, int]) -> list[str]:
     """Lines that name classes, how many clips each has, and which of them may be meant as one."""
-    named = some([f"{name} ({count})" for name, count in counts.items()], most=SAID)
+    named = some([f"{name} ({count})" for name, count in counts.items()], most=NAMED)
     lines = [f"{len(counts)} classes, as folders are called, and their clips: {named}"]
     if pairs := [f"{one} and {other}" for one, other in lookalikes(counts)]:
         lines.append(f"WARNING: folders of their own that may be meant as one class: {some(pairs)}")

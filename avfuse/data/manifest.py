@@ -80,23 +80,19 @@ class Entry:
     generation: int = 0  # of the reader that looked at it
 
     def __post_init__(self):
-        for each in fields(self):
-            value = getattr(self, each.name)
-            wanted = each.type
-            if wanted in (float, float | None):  # JSON may have 4 for 4.0
-                wanted |= int
-            if not isinstance(value, wanted) or isinstance(value, bool) != (each.type is bool):
-                raise ValueError(f"{each.name} is {value!r}")
+        for name, wanted in wanted_types(type(self)):
+            value = getattr(self, name)
+            if not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool):
+                raise ValueError(f"{name} is {value!r}")
         if not (math.isfinite(self.seconds) and 0 <= self.fps < math.inf and 0 <= self.bytes < 2**62):
             raise ValueError(f"seconds {self.seconds}, fps {self.fps}, bytes {self.bytes}")
         os.fsencode(self.path + self.source)  # or they are no paths
         if not re.fullmatch(r"[\w-]{0,64}", self.split):
             raise ValueError(f"split is {self.split!r}")
-        for name in (self.path, self.source) if self.source else (self.path,):
-            path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
-                raise ValueError(f"path {name!r} leaves the data folder")
         path = PurePosixPath(self.path)
+        for inner in (path, PurePosixPath(self.source)) if self.source else (path,):
+            if inner.is_absolute() or ".." in inner.parts or not inner.parts or "\0" in str(inner):
+                raise ValueError(f"path {str(inner)!r} leaves the data folder")
         if self.start >= 0 and (len(path.parts) < 2 or self.start > 2**62):
             raise ValueError(f"path {self.path!r} names no member of a shard")
         for name, label in self.labels.items():
@@ -120,6 +116,13 @@ class Entry:
             root=root,
             source=self.source,
         )
+
+
+@cache
+def wanted_types(kind: type) -> list[tuple[str, type]]:
+    """The fields of a dataclass, and what may stand in them: of a float, too, 4 for 4.0, as in JSON."""
+    floats = (float, float | None)
+    return [(each.name, each.type | int if each.type in floats else each.type) for each in fields(kind)]
 
 
 @dataclass

@@ -42,7 +42,7 @@ from .settings import FRESH, RUN_FILES, Formerly, LoopConfig, settings_of
 HELD_OUT = "held-out.txt"  # the clips that were, where the data name none to test on
 SIDES = "sides.json"  # these and those that were trained on, for the runs that begin with this one
 (FILE, FILE_BEFORE), LOCK = RUN_FILES, ".lock"
-SAID = 20  # unreadable clips that are named on the terminal
+NAMED = 20  # unreadable clips that are named on the terminal
 CONTENTS = (  # of the folder, beside that file
     "index.html metrics.jsonl neighbours.jsonl quarantine.jsonl results.json held-out.txt sides.json "
     "checkpoints faults model pictures sounds tensorboard"
@@ -433,8 +433,8 @@ class Quarantine:
             )
 
     def say(self, failure: Failure | ClipError) -> None:
-        if len(self.reasons) <= SAID:
-            more = f" (all others are named in {self.path})" if len(self.reasons) == SAID else ""
+        if len(self.reasons) <= NAMED:
+            more = f" (all others are named in {self.path})" if len(self.reasons) == NAMED else ""
             tqdm.write(printable(f"cannot read {failure.path}: {failure.reason}{more}"))
 
     def summary(self) -> str:
