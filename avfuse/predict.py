@@ -53,10 +53,10 @@ def main(config: PredictConfig) -> int:
     encoder = getattr(model, "encoder", model)
     shown = len(config.videos) > 1 and not config.quiet
     stems = [path.stem for path in config.videos]
-    numbered = len({*stems}) < len(stems)  # else two pictures might be called alike
+    is_numbered = len({*stems}) < len(stems)  # else two pictures might be called alike
     videos = progress_bar(config.videos, desc="predict", unit="video", shown=shown)
     for number, path in enumerate(videos, start=1):
-        name = f"{number}-{path.stem}" if numbered else path.stem
+        name = f"{number}-{path.stem}" if is_numbered else path.stem
         try:
             where, missing = starts(path, encoder, config.every)
             for start in where:

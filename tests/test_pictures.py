@@ -16,6 +16,7 @@ from avfuse.training.pictures import (
     restored,
     rgb,
     save,
+    title_of_sound,
 )
 from avfuse.vit import plain_vit
 
@@ -33,6 +34,10 @@ def batch(mae):
     masks = {name: torch.stack([mask[name] for mask in masks]) for name in masks[0]}
     present = {f"{name}_present": torch.ones(2, dtype=torch.bool) for name in ("image", "audio")}
     return dict(image=image, audio=audio, **masks, **present)
+
+
+def test_a_picture_of_sound_says_how_long_and_how_high_it_is():
+    assert title_of_sound(InputSettings()) == "spectrogram (3 s, to 8 kHz)"
 
 
 def test_restored_keeps_visible_patches_and_inverts_the_target(mae, batch):

@@ -29,12 +29,13 @@ def draw_reconstructions(mae: AVMAE, inputs: dict[str, Tensor], path: Path, clip
     mae.eval()
     clips = min(clips, len(inputs["image"]))
     output = mae(**{name: value[:clips] for name, value in inputs.items()})
+    sound_title = title_of_sound(mae.encoder.inputs)
     images, sounds = (restored(mae, name, inputs[name][:clips], output) for name in ("image", "audio"))
     if mae.encoder.frames == 1:
-        figure, grid = figure_grid(clips, ("frame", *STAGES), ("spectrogram", *STAGES))
+        figure, grid = figure_grid(clips, ("frame", *STAGES), (sound_title, *STAGES))
     else:
         title, in_row = f"frames, {STAGES[0]}, {STAGES[1]}", min(FRAMES, mae.encoder.frames)
-        figure, grid = figure_grid(3 * clips, (title,), ("spectrogram",), in_row)
+        figure, grid = figure_grid(3 * clips, (title,), (sound_title,), in_row)
     for row in range(clips):
         low, high = sounds[0][row].min().item(), sounds[0][row].max().item()
         for stage in range(3):
@@ -76,14 +77,14 @@ def draw_attention(
     weights = encoder.fusion_attention(**first, layer=layer)
     looked, heard = (weight.mean((1, 2)) for weight in weights)
     maps = heat_maps(encoder.image, looked, image), heat_maps(encoder.audio, heard, audio)
+    sound_title = title_of_sound(encoder.inputs)
     if encoder.frames == 1:
-        figure, grid = figure_grid(
-            len(image), ("frame", f"looked at in layer {layer}"), ("spectrogram", "listened to")
-        )
+        titles = ("frame", f"looked at in layer {layer}"), (sound_title, "listened to")
+        figure, grid = figure_grid(len(image), *titles)
     else:
         titles = (
             (f"frames, where fusion tokens look in layer {layer}, and when",),
-            ("spectrogram, where they listen, and when",),
+            (f"{sound_title}, where they listen, and when",),
         )
         figure, grid = figure_grid(3 * len(image), *titles, min(FRAMES, encoder.frames))
     for row in range(len(image)):
@@ -163,6 +164,11 @@ def middle_frame(image: Tensor) -> Tensor:
 def show_sound(axis, spectrogram: Tensor, **options) -> None:
     """A (mel, time) picture, low frequencies at the bottom."""
     axis.imshow(spectrogram.cpu().numpy(), **dict(cmap="magma", origin="lower", aspect="auto") | options)
+
+
+def title_of_sound(inputs: InputSettings) -> str:
+    """How long and how high its pictures are."""
+    return f"spectrogram ({inputs.audio_seconds:g} s, to {inputs.max_frequency / 1000:g} kHz)"
 
 
 def save(figure: Figure, path: Path) -> None:
