@@ -281,6 +281,29 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(config, monkeypat
     assert all(torch.equal(before[name], x) for name, x in run.task.model.state_dict().items())
 
 
+def test_gradients_of_fp16_may_overflow_until_scaling_is_not_to_blame(config, monkeypatch):
+    """Updates are left out while the scale goes down from 4; at 1/2 the gradients themselves are at fault."""
+    make = loop.make_accelerator
+
+    def make_accelerator(config):
+        accelerator = make(config)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        return accelerator
+
+    monkeypatch.setattr(loop, "make_accelerator", make_accelerator)
+    run = set_up(config, Pretraining)
+    weight, losses_of = next(run.task.model.parameters()), run.task.losses
+
+    def steep(*args):
+        return {n: mean + (weight - weight.detach()).sum().sqrt() for n, mean in losses_of(*args).items()}
+
+    before = {name: tensor.clone() for name, tensor in run.task.model.state_dict().items()}
+    monkeypatch.setattr(run.task, "losses", steep)
+    with pytest.raises(RunError, match=r"step 4: the loss is \d\S*, the gradient norm (nan|inf); nothing"):
+        loop.train(run)
+    assert all(torch.equal(before[name], x) for name, x in run.task.model.state_dict().items())
+
+
 def test_examine_finds_clip_and_module():
     class Model(nn.Module):
         def __init__(self):

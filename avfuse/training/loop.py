@@ -458,8 +458,7 @@ def train_step(run: Run, step: int, batches: Iterator[list[dict]], signals: Sign
     loss = sum(losses.values())
     norm = accelerator.clip_grad_norm_(run.model.parameters(), config.clip_grad or math.inf)
     norm = float(norm) if norm is not None else math.nan
-    overflow = config.precision == "fp16"  # whose scaler skips gradients that are not finite
-    if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
+    if not math.isfinite(loss) or not (math.isfinite(norm) or may_overflow(accelerator)):
         stop_at_fault(run, step, loss, norm, inputs, read)
     row = dict(
         loss=loss,
@@ -481,6 +480,13 @@ def train_step(run: Run, step: int, batches: Iterator[list[dict]], signals: Sign
     accelerator.log(numbers | dict(clips_per_second=clips / seconds), step=step)
     progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
     return asked
+
+
+def may_overflow(accelerator: Accelerator) -> bool:
+    """Whether gradients may have grown too large for fp16: its scaler then leaves out the update and scales
+    by less. Below 1 they are too large, or no numbers, by themselves.
+    """
+    return accelerator.scaler is not None and accelerator.scaler.get_scale() >= 1
 
 
 def backward(
