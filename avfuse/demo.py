@@ -30,7 +30,7 @@ from .files import in_html, in_markdown, printable
 from .tasks.classifier import Classifier
 from .tasks.model import TaskModel
 from .tasks.saved import load
-from .tasks.separator import Separator
+from .tasks.separator import Separator, read_mixture
 from .training.conditions import CONDITIONS
 from .training.pictures import heat_maps, rgb
 
@@ -190,13 +190,12 @@ def hears(
     inputs, device = separator.encoder.inputs, separator.encoder.fusion_tokens.device
     image, audio = read_clip(path, inputs, start=start)
     separator.check_both(image, audio)
-    with open_window(path, inputs, start) as (reader, start):
-        mixture = torch.from_numpy(reader.audio(start, inputs.audio_seconds, inputs.sample_rate))
+    mixture, heard = read_mixture(path, inputs, start)
     height, width = image.shape[-2:]
     rows, columns = torch.arange(height)[:, None] - y * height, torch.arange(width) - x * width
     image = image * (torch.hypot(rows, columns) <= REACH * min(height, width))
     sounds, _ = separator.separate(image[None].to(device), audio.to(device), mixture[None].to(device))
-    return sounds[0, 0].cpu().numpy(), rgb(image[0], inputs)
+    return sounds[0, 0, :heard].cpu().numpy(), rgb(image[0], inputs)
 
 
 # --- the page -----------------------------------------------------------------------------------------------
@@ -266,7 +265,10 @@ def page(models: dict[str, nn.Module], faults: dict[str, str], clips: list[Path]
         choices[1].render()
         headers = ["heard and seen", "by image", "by sound", "by both"]
         table = gr.Dataframe(headers=headers, interactive=False, wrap=True, visible=bool(kinds[1]))
-        asked, options = [clip, start, other, *choices], dict(trigger_mode="always_last", api_name=False)
+        asked, options = (
+            [clip, start, other, *choices],
+            dict(trigger_mode="always_last", api_visibility="private"),
+        )
         gr.on([part.change for part in asked], partial(show, kinds), asked, [video, table, frame], **options)
         frame.select(hear, [clip, start, choices[2]], [sound, shown], **options)
     return blocks

@@ -68,7 +68,8 @@ def main(config: PredictConfig) -> int:
                     drawn = draw(answer, model, path, start, target)
                     answer["file"] = str(drawn or "")
                     tqdm.write(f"  {'file':<9} {printable(drawn or 'none: there is nothing to draw')}")
-                answers.append(answer)
+                if config.out is not None:
+                    answers.append(answer)
         except (ValueError, OSError) as error:  # the latter of a picture that cannot be written
             failed += 1
             tqdm.write(f"error: {printable(error)}", file=sys.stderr)
@@ -161,5 +162,5 @@ def write(path: Path, answers: list[dict]) -> None:
     if path.suffix != ".json":
         write_table(path, rows(answers))
         return
-    with aside(path) as partial:
-        partial.write_text(json.dumps(answers, default=torch.Tensor.tolist, indent=1) + "\n")
+    with aside(path) as partial, open(partial, "w") as file:
+        json.dump(answers, file, default=torch.Tensor.tolist)

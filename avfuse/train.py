@@ -64,7 +64,7 @@ class Pretraining(JudgedTask):
 
     def __init__(self, config: TrainConfig, found: Found):
         super().__init__(config, found)
-        self.model, self.graphs = make_model(config), None
+        self.model, self.graphs, self.layer = make_model(config), None, None
         self.has_unused_parameters = self.model.settings["decode_from"] == "fusion"
         if config.checkpoint != FRESH:
             self.recipe = ("checkpoint", *JudgedTask.recipe[1:], "preset")
@@ -158,17 +158,18 @@ class Pretraining(JudgedTask):
         return looks(encoder, shown, self.sources.boxes(indices))
 
     def summarize(self, rows):
-        """The held-out losses, each a mean over the clips that have the modality, and the probes."""
+        """The held-out losses, each a mean over the clips that have the modality, if any has; the probes."""
         columns, metrics = to_columns(rows), dict(held_out_clips=len(rows))
+        there = [name for name in ("image", "audio") if columns[f"{name}_present"].any()]
         for kind in "loss", "zero":
-            for name in "image", "audio":
-                present = columns[f"{name}_present"]
-                losses = columns[f"{name}_{kind}"].double().where(present, 0)
-                metrics[f"held_out_{name}_{kind}"] = (losses.sum() / present.sum().clamp(min=1)).item()
+            for name in there:
+                losses = columns[f"{name}_{kind}"][columns[f"{name}_present"]]
+                metrics[f"held_out_{name}_{kind}"] = losses.double().mean().item()
         if "even" in columns:
             shares = [name for name in columns if name == "even" or name.startswith("look_")]
             means = {name: columns[name].double().nanmean().item() for name in shares}
             metrics |= {} if math.isnan(means["even"]) else dict(looks=means)
+            self.layer = most_looking(**{name: columns[name] for name in shares})
         return metrics | dict(probes=nearest_neighbour_probes(columns))
 
     def tables(self, metrics):
@@ -190,10 +191,10 @@ class Pretraining(JudgedTask):
         return [losses, *probes]
 
     def doubt(self, metrics):
-        losses = {name: metrics[f"held_out_{name}_loss"] for name in ("image", "audio")}
-        zeros = {name: metrics[f"held_out_{name}_zero"] for name in losses}
+        losses = held_out(metrics)
+        losses.pop("both", None)
         useless = [
-            f"{name} {losses[name]:.3f}" for name in losses if losses[name] > NO_BETTER * zeros[name] > 0
+            f"{name} {loss:.3f}" for name, (loss, zero, _) in losses.items() if loss > NO_BETTER * zero
         ]
         return f"no better than predicting zero: the loss of {' and '.join(useless)}" if useless else ""
 
@@ -212,17 +213,17 @@ class Pretraining(JudgedTask):
         """Reconstructions, and attention maps where there is fusion."""
         draw_reconstructions(model, inputs, folder / f"reconstructions-{step:06d}.png")
         if model.encoder.shows_attention:
-            path, layer = folder / f"attention-{step:06d}.png", None
-            if self.sources:
-                layer = most_looking(**self.looks(model.encoder, inputs, batch["index"]))
-            draw_attention(model.encoder, inputs, path, layer=layer)
+            draw_attention(model.encoder, inputs, folder / f"attention-{step:06d}.png", layer=self.layer)
 
 
 def held_out(metrics: dict) -> dict[str, tuple[float, float, float | None]]:
-    """The held-out losses of image, audio and both, with that of predicting zero, and the share of that."""
-    kinds = ("loss", "zero")
-    pairs = {name: [metrics[f"held_out_{name}_{kind}"] for kind in kinds] for name in ("image", "audio")}
-    pairs["both"] = [sum(values) for values in zip(*pairs.values(), strict=True)]
+    """The held-out losses of image, audio and both, with that of predicting zero, and the share of that; of
+    what clips have.
+    """
+    there = [name for name in ("image", "audio") if f"held_out_{name}_loss" in metrics]
+    pairs = {name: [metrics[f"held_out_{name}_{kind}"] for kind in ("loss", "zero")] for name in there}
+    if len(pairs) == 2:
+        pairs["both"] = [sum(values) for values in zip(*pairs.values(), strict=True)]
     return {name: (loss, zero, loss / zero if zero else None) for name, (loss, zero) in pairs.items()}
 
 

@@ -24,6 +24,7 @@ from .files import printable
 from .inputs import IMAGENET_MEAN, IMAGENET_STD, InputSettings
 from .model_card import UNKNOWN, strictest
 from .pretrained import CONFIG, WEIGHTS, check_has_memory
+from .vit import describe_vit
 from .weight_files import StateDict, misfits, read_metadata, read_pth, read_safetensors, state_dict
 
 AXES = ("frequency-time", "time-frequency")
@@ -73,8 +74,9 @@ TRANSFORMERS_LAYER = {  # the same of a layer; those of version 5 in memory foll
     "attention.o_proj": "attn.proj",
 }
 TRANSFORMERS_ROOT = re.compile(r"(vit|deit|audio_spectrogram_transformer)\.")
+COMPUTED = "num_heads", "act_layer", "norm_layer", "norm_eps"  # what a transformer makes of its weights
 # Fields of InputSettings that say what a spectrogram holds.
-OF_SPECTROGRAMS = "front_end", "audio_mean", "audio_std", "window", "hop", "mel_bins"
+OF_SPECTROGRAMS = "front_end sample_rate window hop mel_bins max_frequency audio_mean audio_std".split()
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of red, green and blue
 STATED = (  # where a folder may tell: file, way to a table in it, names of the two
     (CONFIG, ("pretrained_cfg",), ("mean", "std")),  # timm
@@ -105,6 +107,7 @@ class LoadedWeights:
     dropped: dict[str, str]  # name -> why
     names: tuple[str, ...] = ()  # how the names above came from those in the file, if they differ
     inputs: str = ""  # what they were trained on, if it is not what the model has had until now
+    differs: tuple[str, ...] = ()  # in what their transformer computed something else, as far as is known
 
     def __str__(self) -> str:
         origin = self.origin
@@ -120,6 +123,7 @@ class LoadedWeights:
             names = [name for name, why in self.dropped.items() if why == reason]
             lines.append(f"  dropped    {parts(names)}: {reason}")
         lines += [f"  inputs     {self.inputs}"] if self.inputs else []
+        lines += [f"  differs    {printable(', '.join(self.differs))}"] if self.differs else []
         return "\n".join(lines)
 
 
@@ -139,7 +143,8 @@ def load_image_weights(
         weights: a file (.safetensors, or one of torch.save, of which no code is run), a folder that holds
             model.safetensors, a timm model, or a state dict. By the official names of MAE, pretrained or
             fine-tuned, or by timm's; of a whole DeepAVFusion or avfuse model the image branch is taken.
-        grid: rows and columns of the patches that the file has positions of, where they are not square.
+        grid: rows and columns of the patches that the file has positions of. Default: as timm's model or the
+            config.json of avfuse says, else those of a square.
         say: gets the table of what was used, converted and dropped, with the licence.
 
     Positions of another grid are interpolated (bicubic, antialiased), and a class token that the transformer
@@ -169,7 +174,8 @@ def load_audio_weights(
         axes: of the spectrograms that the weights were trained on. Default: "time-frequency" for AudioMAE
             (a class token and 64 x 8 patches), else "frequency-time".
         grid: patches of those spectrograms along their two axes, in the order of `axes`. Default: along the
-            frequencies as many as AudioMAE (8 of time-frequency weights) or the transformer has.
+            frequencies as many as timm's model or the config.json of avfuse says, else as AudioMAE (8 of
+            time-frequency weights) or the transformer has.
 
     Raises:
         ValueError: see `load_image_weights`.
@@ -184,12 +190,13 @@ def load(model, branch, source, *, axes, grid, say) -> LoadedWeights:
     if grid is not None:
         check_size("grid", grid, "(rows, columns)")
     content = read(source)
+    theirs, own = content.made.get(branch, {}), described(vit)
     weights, dropped = branch_of(content.weights, branch)
     weights, joined = from_transformers(weights)
     family = family_of(content, weights, branch, is_whole=bool(dropped))
     if branch == "audio" and axes is None:
         axes = "time-frequency" if family == "AudioMAE" else "frequency-time"
-    weights, converted = convert(weights, vit, axes, grid)
+    weights, converted = convert(weights, vit, axes, grid or grid_in(theirs))
     converted = joined | converted
     weights, without_place = drop(weights, vit)
     if faults := misfits(weights, vit.state_dict()):  # else there is one finite tensor for each place
@@ -206,8 +213,13 @@ def load(model, branch, source, *, axes, grid, say) -> LoadedWeights:
     dropped = content.dropped | dropped | without_place
     names = (*content.steps, "those of transformers turned into timm's") if joined else content.steps
     encoder, saw = getattr(model, "encoder", model), content.normalisation
-    inputs = adapt_images(encoder, vit, saw, family) if branch == "image" else of_sounds(encoder, family)
-    loaded = LoadedWeights(branch, axes, origin, used, converted, dropped, names, inputs)
+    heard = content.made.get("inputs") or (
+        InputSettings.audiomae() if family in ("AudioMAE", "AST") else None
+    )
+    inputs = adapt_images(encoder, vit, saw, family) if branch == "image" else of_sounds(encoder, heard)
+    others = [name for name in COMPUTED if name in theirs and name in own and theirs[name] != own[name]]
+    differs = tuple(f"{name} {theirs[name]} there, {own[name]} here" for name in others)
+    loaded = LoadedWeights(branch, axes, origin, used, converted, dropped, names, inputs, differs)
     say(str(loaded))
     return loaded
 
@@ -222,13 +234,17 @@ def transformer_of(model: nn.Module, branch: str) -> VisionTransformer:
     return vit
 
 
-def of_sounds(encoder: nn.Module, family: str) -> str:
+def of_sounds(encoder: nn.Module, theirs: InputSettings | None) -> str:
     """What there is to say of the spectrograms that audio weights saw, if an encoder has others."""
-    if family not in ("AudioMAE", "AST"):
+    inputs = getattr(encoder, "given_inputs", None)
+    if theirs is None or inputs is None and theirs != InputSettings.audiomae():
         return ""
-    inputs, theirs = getattr(encoder, "given_inputs", None), InputSettings.audiomae()
-    alike = inputs and all(getattr(inputs, name) == getattr(theirs, name) for name in OF_SPECTROGRAMS)
-    return "" if alike else "trained on Kaldi filter banks of 10 s, see InputSettings.audiomae()"
+    others = [n for n in OF_SPECTROGRAMS if inputs is None or getattr(inputs, n) != getattr(theirs, n)]
+    if not others:
+        return ""
+    if theirs == InputSettings.audiomae():
+        return "trained on Kaldi filter banks of 10 s, see InputSettings.audiomae()"
+    return f"trained on spectrograms of {', '.join(f'{name} {getattr(theirs, name)}' for name in others)}"
 
 
 def adapt_images(
@@ -266,6 +282,7 @@ class ReadWeights(NamedTuple):
     licence: str | None = None  # if it is stated
     family: str = "ViT"
     normalisation: Normalisation | None = None  # of the images that they saw, if it is stated
+    made: dict = {}  # by branch, how their transformers are made, see `describe_vit`; their "inputs"
 
 
 def read(source) -> ReadWeights:
@@ -275,7 +292,8 @@ def read(source) -> ReadWeights:
         name, licence, family = timm_origin(config, type(source).__name__)
         own = getattr(getattr(source, "encoder", source), "given_inputs", None)
         saw = (own.image_mean, own.image_std) if own else normalisation_in(config, "mean", "std")
-        return ReadWeights(name, *tensors_of(source.state_dict(), "weights"), licence, family, saw)
+        tensors = tensors_of(source.state_dict(), "weights")
+        return ReadWeights(name, *tensors, licence, family, saw, made_by(source))
     if isinstance(source, dict):
         return ReadWeights("a state dict", *tensors_of(source, "weights"))
     if not isinstance(source, (str, os.PathLike)):
@@ -293,11 +311,48 @@ def read(source) -> ReadWeights:
     if is_of_folder and not licence:
         name, licence, family = timm_origin(config_beside(file), name)
     saw = normalisation_beside(file) if is_of_folder else None
-    return ReadWeights(name, *tensors, licence, family, saw)
+    return ReadWeights(name, *tensors, licence, family, saw, made_beside(file) if is_of_folder else {})
 
 
 def tensors_of(content: object, what: str) -> StateDict:
     return state_dict(content, what, kept=("blocks", "patch_embed"))
+
+
+def made_by(module: nn.Module) -> dict:
+    """How the transformers of a module are made, by branch, and its "inputs"; of one, the same for both."""
+    encoder = getattr(module, "encoder", module)
+    made = {branch: described(getattr(encoder, branch, encoder)) for branch in ("image", "audio")}
+    return made | dict(inputs=getattr(encoder, "given_inputs", None))
+
+
+def described(vit: nn.Module) -> dict:
+    """How a transformer is made; {} if that cannot be told."""
+    try:
+        return describe_vit(vit) if isinstance(vit, VisionTransformer) else {}
+    except ValueError:
+        return {}
+
+
+def made_beside(file: Path) -> dict:
+    """The same, as the config.json in the folder of a model of avfuse tells it."""
+    config = json_beside(file, CONFIG)
+    made = config.get("model") if config.get("library") == "avfuse" else None
+    made = made.get("encoder", made) if isinstance(made, dict) else {}
+    tables = {n: made[n] for n in ("image", "audio", "inputs") if isinstance(made.get(n), dict)}
+    try:
+        return tables | dict(inputs=InputSettings(**tables["inputs"]) if "inputs" in tables else None)
+    except (TypeError, ValueError):  # of another version
+        return tables | dict(inputs=None)
+
+
+def grid_in(made: dict) -> tuple[int, int] | None:
+    """Rows and columns of the patches of a transformer that is made so; None if it is not told."""
+    sizes = [made.get("img_size"), made.get("patch_size")]
+    try:
+        (height, width), (rows, columns) = sizes
+        return int(height // rows), int(width // columns)
+    except (TypeError, ValueError, ArithmeticError):  # of a damaged config.json
+        return None
 
 
 def json_beside(file: Path, name: str) -> dict:

@@ -75,6 +75,10 @@ def test_a_loss_that_is_not_finite_is_told_but_not_that_of_an_absent_modality(ta
     assert np.isnan(task.summarize(rows)["held_out_audio_loss"])
     rows[0]["audio_present"] = np.bool_(False)
     assert task.summarize(rows)["held_out_audio_loss"] == pytest.approx(rows[1]["audio_loss"].item())
+    rows[1]["audio_present"] = np.bool_(False)
+    metrics = task.summarize(rows)  # nothing is said of what no clip has
+    assert not [name for name in metrics if name.startswith("held_out_audio")]
+    assert [row[0] for row in task.tables(metrics)[0]] == ["held-out loss", "image"]
 
 
 def test_loss_of_predicting_zero(task):
@@ -168,8 +172,8 @@ def test_a_model_no_better_than_predicting_zero_is_doubted(task, image, audio, s
     doubt = task.doubt(losses | dict(held_out_image_zero=1.0, held_out_audio_zero=1.0))
     named = "image 1.000 and audio 0.995" if said == "both" else said
     assert doubt == (named and f"no better than predicting zero: the loss of {named}")
-    absent = dict(held_out_audio_loss=0.0, held_out_audio_zero=0.0)  # no clip has sound
-    assert "audio" not in task.doubt(losses | dict(held_out_image_zero=2.0) | absent)
+    silent = dict(held_out_image_loss=image, held_out_image_zero=2.0)  # no clip has sound
+    assert task.doubt(silent) == ""
 
 
 def test_doubt_is_told_at_the_end_alone(task, tmp_path, capsys, monkeypatch):

@@ -242,6 +242,11 @@ def test_a_separator_gives_the_sound_of_what_is_seen(files):
     with Clip(files["both"]).open() as reader:
         mixture = torch.from_numpy(reader.audio(1.5, 1.0, 16_000))
     assert torch.equal(answer["sound"], model.separate(image[None], audio, mixture[None])[0][0, 0])
+    end = model.predict(files["both"], start=3.75)["sound"]  # of four seconds: nothing is made up after them
+    with Clip(files["both"]).open() as reader:
+        assert (
+            len(end) == len(reader.audio(3.75, 1.0, 16_000, extended=False)) == pytest.approx(4000, abs=1024)
+        )
 
 
 # --- the program --------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import mir_eval
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import metadata_load
 from videos import numbered_frames, read_audio, write_video
 
 from avfuse import create_encoder
@@ -218,6 +219,7 @@ def test_silent_and_absent_pairs_are_skipped_and_counted():
     metrics = task.summarize(rows)
     assert metrics["pairs"] == 1 and metrics["skipped"] == 2
     assert metrics["sdr"] > metrics["oracle_sdr"] > metrics["mixture_sdr"] + 5
+    assert task.tested(dict(silence=rows))["silence"]["judged"] == 1
     assert task.summarize(rows[1:]) == dict(pairs=0, skipped=2)
 
 
@@ -308,14 +310,21 @@ def test_references_are_those_of_mir_eval(mask, pitches):
         assert ours[2] == pytest.approx(best[2], abs=0.02) or min(ours[2], best[2]) > 60, name
 
 
-def test_the_program_leaves_results_sounds_and_pictures(data, tmp_path):
+def test_the_program_leaves_results_sounds_and_pictures(data, tmp_path, monkeypatch):
+    """Of three pairs, one is taken to be silent."""
+    judge_pair = Separation.judge_pair
+
+    def skip(self, index, *pair):
+        return dict(skipped=1) if index == 1 else judge_pair(self, index, *pair)
+
+    monkeypatch.setattr(Separation, "judge_pair", skip)
     config = SeparateConfig(
         checkpoint="none", data=data, run=tmp_path / "run", epochs=1, warmup_epochs=0, batch_size=4
     )
     config.decoder_dim, config.workers, config.pairs = 16, 0, 3
     assert program(config, Separation) == 0
     results = json.loads((tmp_path / "run/results.json").read_text())
-    assert results["metrics"]["pairs"] == 3 and results["coverage"] == dict(judged=3, expected=3)
+    assert results["metrics"]["pairs"] == 2 and results["coverage"] == dict(judged=2, expected=3)
     assert results["conditions"].keys() == {"silence", "noise", "other_sound", "grey_picture"}
     assert all(of.keys() == {"sdr", "sir", "sar", "judged"} for of in results["conditions"].values())
     seconds = load_model(Separator, tmp_path / "run").encoder.inputs.audio_seconds
@@ -325,7 +334,10 @@ def test_the_program_leaves_results_sounds_and_pictures(data, tmp_path):
     assert (tmp_path / "run/pictures/separation-000001.png").exists()
     assert "sdr" in (tmp_path / "run/index.html").read_text()
     card = (tmp_path / "run/model/README.md").read_text()
-    assert "| measured on | 3 " in card and "| mixture as it is |" in card and str(tmp_path) not in card
+    assert "| measured on | 2 " in card and "| mixture as it is |" in card and str(tmp_path) not in card
+    (index,) = metadata_load(tmp_path / "run/model/README.md")["model-index"]
+    of_the_model = [metric["type"] for result in index["results"] for metric in result["metrics"]]
+    assert {"sdr", "sir"} <= {*of_the_model} <= {"sdr", "sir", "sar"}  # and not of what it is compared with
 
 
 def test_a_single_pair_is_refused():

@@ -5,6 +5,7 @@ forward pass written from those names alone; and nothing lost without a word.
 import argparse
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from models import AUDIO, IMAGE, make_encoder, make_vit, randomized
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from avfuse import AVMAE, AVEncoder, InputSettings, load_audio_weights, load_image_weights
 from avfuse.model_card import strictest, strictness
-from avfuse.weights import normalisation_beside
+from avfuse.weights import grid_in, normalisation_beside
 
 D, HEADS, DEPTH = 32, 2, 3
 
@@ -255,6 +257,59 @@ def test_frequency_first_positions_of_another_length():
     load_audio_weights(vit, weights, say=silent)
     truth = interpolated(weights["pos_embed"][0, 1:], (2, 3), (2, 5))
     torch.testing.assert_close(vit.pos_embed[0], truth)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_the_grid_of_positions_is_that_of_their_transformer(saved, tmp_path):
+    """4 x 3 audio patches, which into 2 x 5 might be 2 x 6; 3 x 12 of a picture, which might be 6 x 6."""
+    image, audio = make_vit((3, 24, 96), class_token=False), make_vit((1, 32, 24), class_token=False)
+    inputs = InputSettings(image_size=(24, 96), mel_bins=32, audio_seconds=0.375)
+    theirs = randomized(AVEncoder(image, audio, inputs=inputs)).float()
+    encoder = make_encoder()
+    if saved:
+        theirs.save_pretrained(tmp_path / "model")
+    for load, branch, old in (load_image_weights, "image", (3, 12)), (load_audio_weights, "audio", (4, 3)):
+        before = getattr(theirs, branch)
+        for source in (tmp_path / "model",) if saved else (theirs, before):
+            ours = getattr(encoder, branch)
+            loaded, new = load(encoder, source, say=silent), ours.patch_embed.grid_size
+            truth = interpolated(before.pos_embed[0].detach(), old, new)
+            torch.testing.assert_close(ours.pos_embed[0].float(), truth)
+            assert f"from {old[0]} x {old[1]} to {new[0]} x {new[1]} " in loaded.converted["pos_embed"]
+
+
+def test_a_row_of_patches_is_no_class_token():
+    """14 x 14 patches besides a class token without a position are one more than 15 x 13."""
+    theirs = make_vit((3, 112, 112), class_token=True, no_embed_class=True)
+    vit = make_vit((3, 120, 104), class_token=False)
+    load_image_weights(vit, theirs, say=silent)
+    torch.testing.assert_close(vit.pos_embed[0], interpolated(theirs.pos_embed[0], (14, 14), (15, 13)))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_what_others_heard_and_computed_is_told(saved, tmp_path):
+    heard = InputSettings(
+        image_size=24, front_end="kaldi", mel_bins=16, audio_seconds=0.625, max_frequency=7e3
+    )
+    theirs = AVEncoder(
+        make_vit(num_heads=4), make_vit(AUDIO, norm_layer=partial(nn.LayerNorm, eps=1e-3)), inputs=heard
+    )
+    ours = AVEncoder(make_vit(), make_vit(AUDIO), inputs=replace(heard, front_end="log-mel"))
+    if saved:
+        theirs.save_pretrained(tmp_path / "model")
+        theirs = tmp_path / "model"
+    assert load_image_weights(ours, theirs, say=silent).differs == ("num_heads 4 there, 2 here",)
+    loaded = load_audio_weights(ours, theirs, say=silent)
+    assert loaded.inputs == "trained on spectrograms of front_end kaldi"
+    assert str(loaded).endswith(f"differs    norm_eps 0.001 there, {ours.audio.blocks[0].norm1.eps} here")
+    ours.given_inputs = heard
+    assert load_audio_weights(ours, theirs, say=silent).inputs == ""
+
+
+@pytest.mark.parametrize("sizes", ["16", [[16, 8], [0, 8]], [[1e999, 8], [8, 8]], [["a", 8], [8, 8]], None])
+def test_a_damaged_description_tells_no_grid(sizes):
+    made = dict(img_size=sizes and sizes[0], patch_size=sizes and sizes[1])
+    assert grid_in(made) is None
 
 
 # --- timm and whole models ----------------------------------------------------------------------------------

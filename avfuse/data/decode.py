@@ -189,14 +189,14 @@ class ClipReader(AbstractContextManager):
                 yield self.frame(times[0])
             times = times[given or 1 :]
 
-    def audio(self, start: float, seconds: float, sample_rate: int) -> np.ndarray:
+    def audio(self, start: float, seconds: float, sample_rate: int, *, extended: bool = True) -> np.ndarray:
         """Its sound from `start` on, mixed to mono: (round(seconds * sample_rate),) float32 in about -1..1.
 
         Of two channels it is the mean; more are mixed by their places, as FFmpeg does.
         The first sample is the one at `start`, to the nearest sample, or as near as the file's time stamps go
         (1 ms in Matroska); gaps of less than 40 ms are closed, as time stamps may be rounded. Where the file
         has no sound yet, or a longer gap, there are zeros. Where its sound ends early, the samples until then
-        are extended by mirrored copies.
+        are `extended`, or all that there is.
 
         Raises:
             ClipError: the file has no sound, or none from `start` on, or it cannot be decoded there.
@@ -214,9 +214,7 @@ class ClipReader(AbstractContextManager):
             raise ClipError(self.path, f"has no sound from {start:g} s on")
         if not np.isfinite(sound).all():
             raise ClipError(self.path, "its sound is not finite")
-        if len(sound) < wanted:
-            sound = np.resize(np.concatenate((sound, sound[::-1])), wanted)  # repeats as often as needed
-        return sound
+        return extend(sound, wanted) if extended else sound
 
     def survey(self, *, every_picture: bool = True) -> dict:
         """Decode all sound and all pictures, or of these the key frames only, which takes a fraction of the
@@ -595,6 +593,11 @@ class ClipReader(AbstractContextManager):
                 rate = frame.sample_rate
                 yield time, rate, mix_of(frame.layout) @ channels_of(frame)
                 time += frame.samples / rate
+
+
+def extend(sound: np.ndarray, samples: int) -> np.ndarray:
+    """So many samples: what is lacking at the end are mirrored copies, as often as needed."""
+    return np.resize(np.concatenate((sound, sound[::-1])), samples) if len(sound) < samples else sound
 
 
 def _open(path: Path, part: Part | None) -> av.container.InputContainer:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ from . import vggsounder
 from .classifier import Classifier, presence
 
 LIGHT = "#C9CED3"
-SHOWN = 6  # classes of a clip in the picture
+SHOWN, LONGEST = 6, 60  # classes of a clip in the picture, and letters of a name
 WRONG_TOGETHER = "wrong by both, right by {} alone"
 
 
@@ -428,7 +429,10 @@ def draw_odds(axis, classes: Sequence[str], right: set[int], odds: dict[str, Ten
             values = odds[f"{name}_input"][order].tolist()
             axis.plot(values, places, mark, color=colour, ms=5, mew=0, ls="", label=f"given the {what} alone")
     axis.set(
-        xlim=(0, 1), yticks=places, yticklabels=[printable(classes[n]) for n in order], xticks=(0, 0.5, 1)
+        xlim=(0, 1),
+        yticks=places,
+        yticklabels=[shorten(printable(classes[n]), LONGEST, placeholder=" …") for n in order],
+        xticks=(0, 0.5, 1),
     )
     axis.invert_yaxis()
     axis.tick_params(labelsize=8, length=0)

@@ -232,6 +232,7 @@ class RetrieveConfig(TaskConfig):
     windows: Annotated[int, COUNT] = 1
     """Windows of each clip, evenly from its start to its end, over which pooled tokens are averaged; 1 = the
     middle (the paper's)."""
+    precision: tyro.conf.Suppress[str] = "no"
     seen: Literal["drop", "keep"] = "drop"
     """A clip that the run behind the encoder was trained on: leave it out, or look at it, too, which makes
     recall better than it is."""

@@ -8,6 +8,7 @@ from torch.nn.functional import relu
 
 from ..checks import check_count
 from ..data.clips import check_one_frame, open_window
+from ..data.decode import extend
 from ..data.transforms import Spectrogram
 from ..encoder import AVEncoder
 from ..inputs import InputSettings
@@ -71,10 +72,9 @@ class Separator(TaskModel, Pretrained):
         heard in it. Arguments and errors as for `TaskModel.predict`.
         """
         masks, inputs = super().predict(path, start=start)["masks"], self.encoder.inputs
-        with open_window(path, inputs, start) as (reader, start):
-            mixture = torch.from_numpy(reader.audio(start, inputs.audio_seconds, inputs.sample_rate))
+        mixture, heard = read_mixture(path, inputs, start)
         sound = self.mel_stft.apply_masks(masks, mixture[None].to(masks.device))[0, 0]
-        return dict(sound=sound.cpu(), sample_rate=inputs.sample_rate)
+        return dict(sound=sound[:heard].cpu(), sample_rate=inputs.sample_rate)
 
     def predicted(self, image: Tensor | None, audio: Tensor | None) -> dict[str, Tensor]:
         """{"masks": (1, 1, mel, time)}"""
@@ -159,6 +159,15 @@ class Stage(nn.Module):
         scale, shift = self.film(query)[..., None, None].chunk(2, dim=1)
         x = relu((self.up(x) + skip) * (1 + scale) + shift)
         return relu(self.conv(x))
+
+
+def read_mixture(path: str | Path, inputs: InputSettings, start: float | None) -> tuple[Tensor, int]:
+    """The sound (samples,) of a window of a file, and how many of these it has: mirrored copies follow, as in
+    the spectrogram. Errors as for `read_clip`.
+    """
+    with open_window(path, inputs, start) as (reader, start):
+        sound = reader.audio(start, inputs.audio_seconds, inputs.sample_rate, extended=False)
+    return torch.from_numpy(extend(sound, inputs.samples)), len(sound)
 
 
 def doublings(patch_size: tuple[int, int]) -> int:

@@ -121,6 +121,7 @@ class JudgedTask(Task):
         folder, clips, judged = run.config.run, run.found.test_name, len(rows)
         if rows:
             metrics, told = self.summarize(rows), {}
+            judged -= metrics.get("skipped", 0)  # rows of which no metric could be made
             tables = self.tables(metrics)
             if changed:
                 told = dict(conditions=self.tested(changed))
@@ -169,7 +170,7 @@ class JudgedTask(Task):
         found = {name: (len(rows), self.summarize(rows)) for name, rows in changed.items()}
         return {
             name: {metric: metrics[metric] for metric in self.headline if metric in metrics}
-            | dict(judged=judged)
+            | dict(judged=judged - metrics.get("skipped", 0))
             for name, (judged, metrics) in found.items()
         }
 
@@ -179,6 +180,7 @@ class JudgedTask(Task):
         coverage = {side: f"{there} of {expected}" for side, (there, expected) in found.coverage.items()}
         if "test" in found.coverage:  # of which some could not be read
             coverage["test"] = f"{judged} of {found.coverage['test'][1]}"
+        headline = {name: metrics[name] for name in self.headline if metrics.get(name) is not None}
         recipe = {name: getattr(config, name) for name in self.recipe} | dict(steps=step)
         if "batch_size" in recipe:  # which a small data set makes smaller
             recipe["batch_size"] = min(recipe["batch_size"], len(found.train))
@@ -194,7 +196,7 @@ class JudgedTask(Task):
                 measured_by=self.protocol,
                 coverage=coverage,
             ),
-            metrics=self.numbers(metrics),
+            metrics=headline or self.numbers(metrics),
             tables=[[list(row) for row in table] for table in tables],
         )
 

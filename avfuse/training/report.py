@@ -198,13 +198,15 @@ def status(config: dict, metrics: Path, steps: list[dict], measures: list[dict])
             text += f", epoch {epoch + 1} of {epochs}"
         text += f", written {clock(metrics.stat().st_mtime)}"
     lines = [text]
-    for row in spread([row for row in measures if "held_out_image_loss" in row], 2):
-        image, audio = row["held_out_image_loss"], row["held_out_audio_loss"]
-        zero = row["held_out_image_zero"] + row["held_out_audio_zero"]
+    judged = [row for row in measures if {"held_out_image_loss", "held_out_audio_loss"} & row.keys()]
+    for row in spread(judged, 2):
+        names = [name for name in ("image", "audio") if f"held_out_{name}_loss" in row]
+        losses = [row[f"held_out_{name}_loss"] for name in names]
+        zero = sum(row[f"held_out_{name}_zero"] for name in names)
+        each = ", ".join(f"{name} {loss:.3f}" for name, loss in zip(names, losses, strict=True))
         lines.append(
-            f"{row.get('clips', 'held-out clips')} at step {row['step']}: loss {image + audio:.3f} "
-            f"(image {image:.3f}, audio {audio:.3f}), "
-            f"{(image + audio) / zero:.2f} of predicting zero ({zero:.3f})"
+            f"{row.get('clips', 'held-out clips')} at step {row['step']}: loss {sum(losses):.3f} "
+            f"({each}), {sum(losses) / zero:.2f} of predicting zero ({zero:.3f})"
         )
     broken = [row["step"] for row in steps if not np.isfinite(row["loss"])]
     if broken:
