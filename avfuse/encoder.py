@@ -508,8 +508,8 @@ class AVEncoder(nn.Module, Predictor, Pretrained):
     def fused(self, *, cuda_graphs: bool = False) -> "FusedEncoder":
         """A copy for inference: the same outputs from fewer bytes and launches, see `avfuse.folding`.
 
-        It is called like the encoder, has the weights of now, gives no gradients for them and cannot be
-        trained or saved; the encoder itself stays as it is.
+        It is called like the encoder, has the weights of now, gives no gradients for them, stays in
+        evaluation mode and cannot be saved; the encoder itself stays as it is.
 
         Args:
             cuda_graphs: on CUDA, record all launches of a call once for each shape of inputs (of the last 8
@@ -788,9 +788,7 @@ class FusedEncoder(AVEncoder):
         return super().tokens_of(image, audio, total(fusion))
 
     def train(self, mode: bool = True):
-        if mode:
-            raise ValueError("a fused encoder cannot be trained: train the encoder, then call its fused()")
-        return super().train(mode)
+        return super().train(False)  # it stays as it is, in whatever is trained around it
 
     def to_config(self):
         raise ValueError("a fused encoder cannot be saved: save the encoder that it was made from")

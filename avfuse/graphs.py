@@ -44,6 +44,7 @@ class CudaGraphs:
         device = next(x.device for x in inputs.values() if isinstance(x, Tensor))
         with torch.cuda.device(device):  # whose streams record and play
             if kind not in self.recordings or not self.recordings[kind].weights.are_there():
+                self.recordings.pop(kind, None)  # whose memory the next one needs
                 with torch.inference_mode(False), torch.no_grad():  # all can write to what it holds
                     self.recordings[kind] = Recording(self.function, inputs)
                 if len(self.recordings) > KEPT:
@@ -219,6 +220,21 @@ def recording_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+ONE_AT_A_TIME = threading.RLock()  # on a stream of recordings
+
+
+@contextmanager
+def own_workspaces() -> Iterator[None]:
+    """What products need for themselves cuBLAS keeps by stream: recordings of one stream would share it where
+    they are played on several, and lose it with the first of them that ends (PyTorch 2.12 to 2.14).
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
+
+
 @contextmanager
 def record(graph: torch.cuda.CUDAGraph, **options) -> Iterator[None]:
     """`torch.cuda.graph` on the current device, but what other threads do meanwhile, such as pinning memory,
@@ -229,8 +245,9 @@ def record(graph: torch.cuda.CUDAGraph, **options) -> Iterator[None]:
         RuntimeError: the call waits for the GPU, or does something else that cannot be recorded.
     """
     own = dict(stream=recording_stream(torch.cuda.current_device()), capture_error_mode="thread_local")
+    before = torch.cuda.stream(torch.cuda.current_stream())  # which `torch.cuda.graph` leaves if it fails
     fault = None  # of the call itself
-    with torch.cuda.stream(torch.cuda.current_stream()):  # which `torch.cuda.graph` leaves if it fails
+    with ONE_AT_A_TIME, own_workspaces(), before:
         try:
             with torch.cuda.graph(graph, **own, **options):
                 try:

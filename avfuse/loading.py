@@ -9,8 +9,7 @@ from torch import nn
 from .encoder import AVEncoder
 from .files import printable, some
 from .mae import AVMAE
-from .model_card import strictest
-from .pretrained import CONFIG, file_at, make_for, read_config, weights_at
+from .pretrained import CONFIG, file_at, license_parts, make_for, read_config, weights_at
 from .released import encoder_weights, from_deepavfusion, read_weights
 from .weight_files import read_metadata, read_safetensors
 
@@ -41,10 +40,10 @@ def load_encoder(checkpoint: str | os.PathLike) -> AVEncoder:
             raise ValueError(f"{named} holds a single {type(encoder).__name__}, no encoder")
         return encoder
     config = read_config(checkpoint)
-    saved, licence = config.get("class"), (config.get("facts") or {}).get("licence")
+    saved = config.get("class")
     if saved in ("AVEncoder", "AVMAE"):
         model = (AVMAE if saved == "AVMAE" else AVEncoder).from_pretrained(checkpoint)
-        return licensed(getattr(model, "encoder", model), licence, checkpoint)
+        return getattr(model, "encoder", model)
     if not saved or "encoder" not in config.get("model", ()):
         content = f"a model of class {printable(saved)}" if saved else _contents(path)
         raise ValueError(f"{named} must hold an AVEncoder or AVMAE, but holds {content}")
@@ -52,15 +51,7 @@ def load_encoder(checkpoint: str | os.PathLike) -> AVEncoder:
     weights = encoder_weights(weights_at(checkpoint))
     description = config["model"]["encoder"]
     encoder = make_for(weights, lambda: AVEncoder.from_config(description), f"{checkpoint}: {CONFIG}")
-    return licensed(encoder, licence, checkpoint)
-
-
-def licensed(encoder: AVEncoder, licence: str | None, source: str | os.PathLike) -> AVEncoder:
-    """The encoder, whose transformers go with the licence stated for the model that it was in, too."""
-    source = Path(source).resolve().name if os.path.exists(source) else str(source)  # no path of this machine
-    for branch in (encoder.image, encoder.audio) if isinstance(licence, str) else ():
-        origin = getattr(branch, "origin", None) or dict(weights=source, family="avfuse", licence=licence)
-        branch.origin = origin | {"licence": strictest([origin["licence"], licence])}
+    license_parts(encoder, config.get("facts"), checkpoint)
     return encoder
 
 

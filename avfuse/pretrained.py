@@ -22,7 +22,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalE
 from torch import Tensor, nn
 
 from .files import aside, printable, some
-from .model_card import check_facts, check_origins, licence_of, model_card
+from .model_card import check_facts, check_origins, licence_of, model_card, strictest
 from .vit import check_rebuilt
 from .weight_files import check_tensors, misfits, read_safetensors, write_safetensors
 
@@ -114,6 +114,7 @@ class Pretrained(ModelHubMixin, library_name="avfuse"):
         model.facts = config.get("facts")
         check_facts(model.facts or {})
         check_origins(model._origins())
+        license_parts(getattr(model, "encoder", model), model.facts, source)
         return model
 
     def parameter_groups(self, weight_decay: float = 0.05) -> list[dict]:
@@ -172,13 +173,23 @@ def _saved_as(cls) -> str:
     return next(base.__name__ for base in cls.__mro__ if Pretrained in base.__bases__)
 
 
+def license_parts(encoder: nn.Module, facts: dict | None, source: str | os.PathLike) -> None:
+    """Has the transformers of an encoder go with the licence that is stated for the model it was in."""
+    licence = (facts or {}).get("licence")
+    source = Path(source).resolve().name if os.path.exists(source) else str(source)  # no path of this machine
+    for branch in (encoder.image, encoder.audio) if isinstance(licence, str) else ():
+        origin = getattr(branch, "origin", None) or dict(weights=source, family="avfuse", licence=licence)
+        branch.origin = origin | {"licence": strictest([origin["licence"], licence])}
+
+
 def file_at(source: str | os.PathLike, name: str, **options) -> Path:
     """A file of a saved model, in its folder, in that of its run or under a name on the hub, which is asked
     only for what cannot be meant as a path.
     """
     folder = Path(source)
     if os.path.isdir(folder):
-        return folder / ("model" if os.path.isdir(folder / "model") else "") / name
+        is_run = os.path.isdir(folder / "model") and not os.path.isfile(folder / WEIGHTS)
+        return folder / ("model" if is_run else "") / name
     if folder.suffix not in SUFFIXES and not HUB_ID.fullmatch(os.fspath(source)):
         raise HFValidationError(f"{printable(source)} is no OWNER/NAME")
     if folder.suffix in SUFFIXES or folder.parent.is_dir() or folder.parts[0] == "runs":
@@ -297,7 +308,7 @@ def at_most(weights: dict[str, Tensor]) -> Iterator[None]:
 def check_fit(module: nn.Module, weights: dict[str, Tensor]) -> None:
     """Raises ValueError unless there is exactly one finite tensor for each place."""
     if faults := misfits(weights, module.state_dict()):
-        raise ValueError(f"the weights do not fit a {type(module).__name__}: {faults}")
+        raise ValueError(f"the weights do not fit {type(module).__name__}: {faults}")
 
 
 def plain_number(value: object) -> float | int | bool:
@@ -309,7 +320,7 @@ def plain_number(value: object) -> float | int | bool:
 
 def check_has_memory(module: nn.Module) -> None:
     if any(place.is_meta for place in module.state_dict().values()):
-        raise ValueError(f"a {type(module).__name__} on the meta device has no memory for weights")
+        raise ValueError(f"{type(module).__name__} on the meta device has no memory for weights")
 
 
 def load_strictly(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:

@@ -28,6 +28,7 @@ import triton.language as tl
 
 from .cards import own_settings
 from .pair_attention import (
+    COUNTS,
     PROGRAMS,
     empty_statistics,
     launch_backward,
@@ -64,7 +65,7 @@ SAFE = tl.constexpr(2.0**-76)
 MASK, TOKENS, ALIVE = tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)  # of what `side` returns
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     query, image, audio, bias, output, statistics, partial,
     H, F, I, A, scale: tl.float32,
@@ -164,7 +165,7 @@ def weighted(weights, v, do, PRECISION: tl.constexpr, PAIR_PRECISION: tl.constex
 # --- backward -----------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def statistics_kernel(
     query, image, audio, output_grad, bias, statistics,
     H, F, I, A, scale: tl.float32,
@@ -185,7 +186,7 @@ def statistics_kernel(
     store_found(statistics, split, b, h, H, queries, F, found, safe, SPLITS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward_kernel(
     query, image, audio, output_grad, bias, statistics,
     query_grad, image_key_grad, image_value_grad, audio_key_grad, audio_value_grad,
@@ -301,7 +302,7 @@ def differentiate_side(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "B"])
 def bias_kernel(
     query, image, audio, output_grad, bias, statistics, bias_grad, bias_sizes,
     B, H, F, I, A, scale: tl.float32,

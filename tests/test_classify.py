@@ -569,7 +569,7 @@ def test_models_of_before_are_read(tmp_path):
     with pytest.raises(ValueError, match="head.safetensors is not that of a Classifier"):
         load_classifier(tmp_path)
     save_as_before(tmp_path / "model", model, dict(dim=64))
-    with pytest.raises(ValueError, match="do not fit a Localizer"):
+    with pytest.raises(ValueError, match="do not fit Localizer"):
         load_model(Localizer, tmp_path)
     model.encoder.save_pretrained(tmp_path / "encoder" / "model")
     with pytest.raises(ValueError, match="head.safetensors cannot be read"):

@@ -501,7 +501,7 @@ print(*names)
     assert set(printed.stdout.split()) == KERNELS | NORMS
 
 
-def test_kernels_are_compiled_once_for_all_numbers_of_tokens():
+def test_kernels_are_compiled_once_for_all_numbers_of_tokens_and_clips():
     code = """
 import torch
 from kernel_resources import BOTH, attend, compiled
@@ -509,12 +509,16 @@ from kernel_resources import BOTH, attend, compiled
 for F, N in (16, 64), (7, 2), (1, 33):  # image tokens; audio tokens are half as many
     kernels = compiled(90, lambda: attend(torch.bfloat16, 2, F, N, 16, 16, BOTH))
     print(*(kernel.hash for _, kernel in kernels))
+for B in 2, 16:  # of a bias, which all clips share
+    kernels = compiled(90, lambda: attend(torch.bfloat16, B, 16, 64, 16, 16, BOTH, 1))
+    print(*(kernel.hash for _, kernel in kernels))
 """
     command = [sys.executable, "-c", code]
     printed = subprocess.run(command, env=COMPILING, capture_output=True, text=True, timeout=600)
     assert printed.returncode == 0, printed.stderr
     hashes = [line.split() for line in printed.stdout.splitlines()]
-    assert len(hashes) == 3 and len(set(hashes[0])) == 2 and hashes[0] == hashes[1] == hashes[2]
+    assert len(hashes) == 5 and len(set(hashes[0])) == 2 and hashes[0] == hashes[1] == hashes[2]
+    assert len(set(hashes[3])) == len(hashes[3]) == 3 and hashes[3] == hashes[4]
 
 
 def test_fusion_of_products_and_sums_is_not_left_to_the_default():

@@ -284,7 +284,7 @@ def test_weights_must_fit_strictly(tmp_path):
         (weights | {"fusion_norm.weight": torch.zeros(31)}, "fusion_norm.weight"),
     ):
         save_file(damaged, path)
-        with pytest.raises(ValueError, match=f"(?s)the weights do not fit a AVEncoder.*{message}"):
+        with pytest.raises(ValueError, match=f"(?s)the weights do not fit AVEncoder.*{message}"):
             AVEncoder.from_pretrained(tmp_path)
 
 
@@ -537,8 +537,19 @@ def test_a_stated_licence_stays_with_the_encoder(tmp_path):
     encoder = load_encoder(tmp_path / "first")
     encoder.save_pretrained(tmp_path / "second")
     Classifier(load_encoder(tmp_path / "second"), 3).save_pretrained(tmp_path / "third")
-    for folder in ("second", "third"):
+    Classifier(avfuse.load(tmp_path / "first").encoder, 3).save_pretrained(tmp_path / "fourth")
+    avfuse.load(tmp_path / "fourth").encoder.with_frames(2).save_pretrained(tmp_path / "fifth")
+    for folder in ("second", "third", "fourth", "fifth"):
         assert read_metadata(tmp_path / folder / "model.safetensors")["licence"] == "CC-BY-NC-4.0"
+
+
+def test_what_is_saved_in_the_folder_of_a_run_is_what_is_loaded_from_it(tmp_path):
+    """A folder called model makes one that of a run only where it holds no weights itself."""
+    first, second = Classifier(make_encoder(), 3), Classifier(make_encoder(), 3)
+    first.save_pretrained(tmp_path / "model")
+    assert torch.equal(avfuse.load(tmp_path).image_head.weight, first.image_head.weight)
+    second.save_pretrained(tmp_path)
+    assert torch.equal(avfuse.load(tmp_path).image_head.weight, second.image_head.weight)
 
 
 def test_a_save_that_is_interrupted_leaves_the_model_before(tmp_path, monkeypatch):

@@ -354,11 +354,11 @@ def test_bad_configs_are_named():
             load("block_dense", **wrong)
     with pytest.raises(ValueError, match="config must be a dictionary, got list"):
         from_deepavfusion(golden("block_dense")[1], config=["num_heads"])
-    with pytest.raises(ValueError, match="the weights do not fit a ReleasedEncoder"):
+    with pytest.raises(ValueError, match="the weights do not fit ReleasedEncoder"):
         load("encoder_dense", fusion_layers="0")
-    with pytest.raises(ValueError, match="the weights do not fit a ReleasedEncoder"):
+    with pytest.raises(ValueError, match="the weights do not fit ReleasedEncoder"):
         load("encoder_dense", audio_size=[64, 64])
-    with pytest.raises(ValueError, match="the weights do not fit a ReleasedFactorized"):
+    with pytest.raises(ValueError, match="the weights do not fit ReleasedFactorized"):
         load("block_dense", interactions="factorized_mmi")
     with pytest.raises(ValueError, match="fusion must hold"):
         load("block_factorized", fusion_tokens=5)(

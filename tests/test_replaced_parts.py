@@ -214,7 +214,7 @@ def test_rates_are_checked_before_transformers_are_made():
 def test_weights_are_not_loaded_where_there_is_no_memory(tmp_path):
     encoder = create_encoder("micro")
     encoder.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="a VisionTransformer on the meta device has no memory for weights"):
+    with pytest.raises(ValueError, match="VisionTransformer on the meta device has no memory for weights"):
         avfuse.load_image_weights(create_encoder("micro").to("meta"), encoder.image)
     with torch.device("meta"), pytest.raises(ValueError, match="on the meta device has no memory"):
         avfuse.load(tmp_path)
