@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
 
 from avfuse.data import transforms
 from avfuse.data.transforms import (
@@ -125,7 +127,10 @@ def torchaudio():
     return torchaudio
 
 
-@pytest.mark.parametrize("settings", OF_PRESETS)
+ODD_RATE = InputSettings(sample_rate=16_005, audio_seconds=1.0, hop=165)
+
+
+@pytest.mark.parametrize("settings", [*OF_PRESETS, ODD_RATE])
 def test_log_mel_is_that_of_torchaudio(torchaudio, settings):
     mel = torchaudio.transforms.MelSpectrogram(
         sample_rate=settings.sample_rate,
@@ -139,7 +144,12 @@ def test_log_mel_is_that_of_torchaudio(torchaudio, settings):
         torch.testing.assert_close(Spectrogram(settings)(sound)[0], theirs, rtol=1e-5, atol=0, msg=name)
 
 
-@pytest.mark.parametrize("settings", [AUDIOMAE, InputSettings.audiomae(mel_bins=40, padded_frames=None)])
+WINDOW_OF_512 = InputSettings.audiomae(window=512, audio_seconds=1.0, padded_frames=None)
+
+
+@pytest.mark.parametrize(
+    "settings", [AUDIOMAE, InputSettings.audiomae(mel_bins=40, padded_frames=None), WINDOW_OF_512]
+)
 def test_kaldi_filter_banks_are_those_of_torchaudio(torchaudio, settings):
     """The call, the padding and the numbers are those of AudioMAE's dataset.py."""
     for name, sound in sounds(settings).items():
@@ -151,6 +161,7 @@ def test_kaldi_filter_banks_are_those_of_torchaudio(torchaudio, settings):
             window_type="hanning",
             num_mel_bins=settings.mel_bins,
             dither=0.0,
+            frame_length=settings.window / 16,
             frame_shift=10,
         )
         banks = torch.nn.ZeroPad2d((0, 0, 0, settings.frames - len(banks)))(banks)
@@ -163,6 +174,7 @@ def test_spectrogram_exports(settings):
     spectrogram, batch = Spectrogram(settings), torch.stack(list(sounds(settings).values()))
     exported = torch.export.export(spectrogram, (batch[:2],), dynamic_shapes=({0: torch.export.Dim("B")},))
     torch.testing.assert_close(exported.module()(batch), spectrogram(batch))
+    assert not spectrogram.state_dict()
 
 
 def test_spectrogram_of_a_batch_and_of_silence():
@@ -173,6 +185,9 @@ def test_spectrogram_of_a_batch_and_of_silence():
     assert batch.shape == (2, 3, 1, 128, 64)
     torch.testing.assert_close(batch[1, 2], spectrogram(waveforms[1, 2]))
     assert spectrogram(torch.zeros(settings.samples)).unique().tolist() == [-7.0]
+    quiet = waveforms[0, 0, :1000] * 1e-5
+    kaldi = Spectrogram(AUDIOMAE)
+    assert torch.equal(kaldi(torch.stack([quiet, torch.ones(1000)]))[0], kaldi(quiet))
 
 
 def test_spectrogram_of_too_little():
@@ -180,6 +195,8 @@ def test_spectrogram_of_too_little():
         Spectrogram(InputSettings())(torch.zeros(400))
     with pytest.raises(ValueError, match="waveform .* 400 samples or more, got 399"):
         Spectrogram(AUDIOMAE)(torch.zeros(399))
+    with pytest.raises(ValueError, match="waveform .* 2000 samples or more, got 1999"):
+        Spectrogram(InputSettings(hop=2000))(torch.zeros(1999))
 
 
 # ---------------------------------------------------------------------------------------------------- images
@@ -192,10 +209,12 @@ def ramps(height: int, width: int) -> torch.Tensor:
     return torch.stack([across, down, torch.full((height, width), 100.0)]).round().to(torch.uint8)
 
 
-@pytest.mark.parametrize(("height", "width"), [(256, 512), (512, 256), (90, 120)])
+@pytest.mark.parametrize(("height", "width"), [(256, 512), (512, 256), (90, 120), (120, 90)])
 def test_evaluation_keeps_the_centre(height, width):
     settings = InputSettings(image_size=112, **PLAIN)
     image = evaluation_image(ramps(height, width), settings)
+    resized = tv.resize(ramps(height, width), [128], InterpolationMode.BICUBIC, antialias=True)
+    torch.testing.assert_close(image, tv.center_crop(resized, [112]) / 255)
     assert image.shape == (3, 112, 112) and image.dtype == torch.float32
     short = min(height, width)
     kept = short * 112 / 128  # pixels of the frame, around its centre
@@ -209,7 +228,7 @@ def test_evaluation_keeps_the_centre(height, width):
 @pytest.mark.parametrize("shape", [(48, 64), (77, 333), (500, 3), (37, 2011), (224, 224), (360, 640)])
 def test_a_crop_taken_first_has_the_pixels_of_the_resized_frame(shape, monkeypatch):
     frame = torch.randint(0, 256, (3, *shape), dtype=torch.uint8, generator=generator())
-    settings = InputSettings(**PLAIN)
+    settings = InputSettings(image_size=[112, 160], **PLAIN)
     monkeypatch.setattr(transforms, "WASTE", math.inf)
     truth = evaluation_image(frame, settings)
     monkeypatch.setattr(transforms, "WASTE", 0)
@@ -217,7 +236,7 @@ def test_a_crop_taken_first_has_the_pixels_of_the_resized_frame(shape, monkeypat
     assert levels.max() < 2.01 and levels.mean() < 0.01  # torchvision rounds its weights too
 
 
-@pytest.mark.parametrize("shape", [(1, 2**22), (2**22, 1), (3, 20_000)])
+@pytest.mark.parametrize("shape", [(1, 2**22), (2**22, 1), (3, 200)])
 def test_no_frame_is_resized_for_what_is_cut_away(shape, monkeypatch):
     sizes = []
     real = transforms._product
@@ -282,9 +301,12 @@ def test_training_crops(height, width):
     assert (ratio > 0.74).all() and (ratio < 1.35).all()
     assert area.min() < 0.51 and ratio.min() < 1 and ratio.max() > 1.1
     for offset, room in ((top, height - h), (left, width - w)):
-        share = (offset[room > 9] / room[room > 9]).mean()
-        assert abs(share - 0.5) < 0.03
+        share = offset[room > 9] / room[room > 9]
+        assert abs(share.mean() - 0.5) < 0.03 and share.min() == 0 and share.max() == 1
+    often = crops.unique(dim=0, return_counts=True)[1].max()
+    assert often < 800  # the central crop that follows ten draws
     if height == width:
+        assert (w == width).any() and (h == height).any()
         assert area.max() > 0.97
         assert abs(ratio.log().mean()) < 0.02
 
@@ -293,6 +315,9 @@ def test_training_crops_of_extreme_frames():
     assert random_crop(100, 1000, generator()) == (0, 433, 100, 133)
     assert random_crop(1000, 100, generator()) == (433, 0, 133, 100)
     assert random_crop(1, 1, generator()) == (0, 0, 1, 1)
+    for seed in range(9):
+        for aspect in 0.2, 5.0:  # no side is drawn that has no pixel
+            assert random_crop(1, 1, generator(seed), aspect=aspect) == (0, 0, 1, 1)
 
 
 def test_training_image_is_the_crop_and_half_are_mirrored():

@@ -45,7 +45,7 @@ class Spectrogram(nn.Module):
         """(..., samples) in -1..1 -> (..., 1, mel_bins, frames); low frequencies first.
 
         Raises:
-            ValueError: there are fewer samples than a window needs, or its reflected half.
+            ValueError: there are fewer samples than a hop, or than a window needs, or its reflected half.
         """
         features = self.kaldi if self.settings.front_end == "kaldi" else self.log_mel
         normalised = (features(waveform) - self.settings.audio_mean) / self.settings.audio_std
@@ -54,8 +54,10 @@ class Spectrogram(nn.Module):
     def log_mel(self, waveform: Tensor) -> Tensor:
         """(..., samples) -> (..., samples // hop, mel_bins)"""
         samples, hop, window = waveform.shape[-1], self.settings.hop, self.settings.window
-        if samples < hop or samples <= window // 2:
+        if samples <= window // 2:
             raise ValueError(f"waveform must be longer than half a window of {window} samples, got {samples}")
+        if samples < hop:
+            raise ValueError(f"waveform must have a hop of {hop} samples or more, got {samples}")
         flat = waveform.reshape(-1, samples)
         spectra = torch.stft(flat, window, hop, window=self.window, return_complex=True).transpose(-1, -2)
         mel = spectra.abs().square() @ self.filters
