@@ -86,7 +86,7 @@ def test_results_and_gradients_are_as_near_to_float64_as_those_of_pytorch(dtype,
 
 
 @pytest.mark.parametrize("width", [3, 40, 192, 768, 1025])
-@pytest.mark.parametrize("half", ["update", "update context"])
+@pytest.mark.parametrize("half", ["update", "update context", "tokens"])
 def test_under_autocast_sums_are_float32_and_norms_are_not(width, half):
     inputs = make(torch.float32, width)
     inputs |= {name: inputs[name].half() for name in half.split()}
@@ -106,6 +106,18 @@ def test_norms_are_those_of_the_sum_as_it_was_rounded():
     total, norm = residual_norm(**inputs, eps=1e-6, backend="triton")
     assert torch.equal(total, inputs["tokens"] + inputs["update"])
     assert torch.equal(norm, residual_norm(total, eps=1e-6, backend="triton")[1])
+
+
+def test_gradients_of_weights_are_sums_in_float32_of_half_precision():
+    inputs = make(torch.float16, 192, "weight bias", tokens=40)
+    norm_grad, found = torch.randn(2, 40, 192, device=DEVICE).half(), []
+    for dtype, backend in (torch.float16, "triton"), (torch.float64, "torch"):
+        weights = [inputs[name].to(torch.promote_types(dtype, torch.float32)) for name in NAMES[3:]]
+        weights = [weight.requires_grad_() for weight in weights]
+        _, norm = residual_norm(inputs["tokens"].to(dtype), None, None, *weights, eps=1e-6, backend=backend)
+        found.append(torch.autograd.grad(norm, weights, norm_grad.to(dtype)))
+    for ours, true in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), true, rtol=1e-5, atol=1e-5)
 
 
 def in_float16(tokens, update, context, weight, bias, eps):
@@ -161,24 +173,26 @@ def test_no_clips_and_no_context_tokens():
         assert not ours["gradient of bias"].any() if "clips" in empty else True
 
 
+@pytest.mark.parametrize("updated", [True, False])
 @pytest.mark.parametrize("kind", ["transposed", "part", "one clip for all"])
-def test_strided_tensors_are_read_and_every_number_is_written(kind):
+def test_strided_tensors_are_read_and_every_number_is_written(kind, updated):
     B, F, N, D = 3, 4, 7, 16
 
-    def strided(n):
+    def strided(n, more):
         if kind == "transposed":
             return torch.randn(B, D, n, device=DEVICE).mT
-        rows = torch.randn(B, n + 6, D, device=DEVICE)[:, 2 : n + 2]
+        rows = torch.randn(B, n + more, D, device=DEVICE)[:, 2 : n + 2]
         return rows if kind == "part" else rows[:1].expand(B, -1, -1)
 
     weights = torch.randn(2 * D, 2, device=DEVICE)[::2].unbind(1)
-    inputs = [*map(strided, (N, N, F)), *weights]
+    inputs = [*map(strided, (N, N, F), (6, 7, 8)), *weights]
     assert not any(x.is_contiguous() for x in inputs)
-    grads = strided(N), strided(F + N)
+    grads = strided(N, 9), strided(F + N, 10)
     found = []
     for backend in "triton", "torch":
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        results = residual_norm(*leaves, eps=1e-6, backend=backend)
+        tokens, update, *others = (x.detach().requires_grad_() for x in inputs)
+        results = residual_norm(tokens, update if updated else None, *others, eps=1e-6, backend=backend)
+        leaves = [tokens, update, *others] if updated else [tokens, *others]
         found.append([*results, *torch.autograd.grad(results, leaves, grads)])
     for ours, true in zip(*found, strict=True):
         torch.testing.assert_close(ours, true, rtol=1e-4, atol=1e-4)
@@ -189,7 +203,8 @@ def test_the_operators_are_known_without_running(parts):
     inputs = make(parts=parts)
     given = [inputs.get(name) for name in NAMES]
     for dtype in torch.float32, torch.float16:
-        torch.library.opcheck(torch.ops.avfuse.residual_norm, (*given, 1e-6, dtype))
+        tokens, *others = given
+        torch.library.opcheck(torch.ops.avfuse.residual_norm, (tokens.to(dtype), *others, 1e-6, dtype))
     total, norm = residual_norm(**inputs, eps=1e-6, backend="torch")
     for total_grad, update_dtype, sums_needed in (total, torch.float16, True), (None, None, False):
         backward = norm, total_grad, total, given[2], given[3], 1e-6, update_dtype, sums_needed, 2
