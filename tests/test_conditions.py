@@ -1,7 +1,9 @@
 """Hearing and seeing tested: sounds and pictures that are exchanged, on models whose answers are known."""
 
+import json
 import math
 import random
+import re
 import wave
 from collections import Counter
 from pathlib import Path
@@ -296,6 +298,24 @@ def test_processes_share_the_work_and_find_the_same(processes, monkeypatch):
         return sorted(said)
 
     assert len(sent(1)) == 4 * 9 and sent(processes) == sent(1)
+    task, rows = Known4("ears"), []
+    monkeypatch.setattr(judge, "gather_object", lambda ours: rows.extend(ours) or rows)
+    for process in reversed(range(processes)):
+        judged, _ = judge.judge_all(run_of(task, process=process, processes=processes), task.model)
+    assert len(rows) == 9 and list(judged) == [0, 1, 2, 3, 5, 6, 7, 8, 9]
+    rows.clear()
+    for process in reversed(range(processes)):
+        run = run_of(task, process=process, processes=processes)
+        changed, _ = judge.judge_conditions(run, task.model, judged)
+    assert [row["target"].item() for row in changed["silence"]] == [LABELS[clip] for clip in judged]
+
+
+def test_no_other_sound_where_there_is_none():
+    task = Known4("ears")
+    task.found = task.found._replace(test=task.found.test[:1])
+    judged, _ = judge.judge_all(run_of(task), task.model)
+    changed, _ = judge.judge_conditions(run_of(task), task.model, judged)
+    assert [*changed] == ["silence", "noise", "grey_picture"]
 
 
 def test_a_clip_that_cannot_be_read_again_is_told_and_left_out():
@@ -315,6 +335,89 @@ def test_nothing_is_left_of_a_condition_that_no_clip_can_be_judged_under():
     judged, _ = judge.judge_all(run_of(task), task.model)
     changed, failures = judge.judge_conditions(run_of(task), task.model, judged)
     assert changed == {} and len(failures) == 9
+
+
+class Watched(Known4):
+    """Keeps what it is asked to draw and to save; pictures fail after training."""
+
+    protocol = "by hand"
+
+    def over_windows(self, model, inputs, given):
+        self.ways.add((model.training, torch.is_grad_enabled()))
+        return super().over_windows(model, inputs, given)
+
+    def draw(self, folder, model, inputs, batch, step):
+        self.scores(model, inputs)
+        self.drawn.append((step, batch["index"].tolist()))
+        if step == 5:
+            raise OSError("no room")
+
+    def save(self, folder, model):
+        self.saved.append(model.facts["metrics"])
+
+
+def test_what_measures_leave(tmp_path, capsys):
+    """Before, during and after training; clip 7 cannot be read again under the conditions, so that neither it
+    nor the one that gets its sound is judged there.
+    """
+    (tmp_path / "run" / "before" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    broken = iter([(), (), (), [0, 1], (), [7], (), ()])  # to judge and to draw; [7] under the conditions
+    task = Watched("ears", lambda clips: Pixels(clips, broken=next(broken)))
+    task.config.run, task.config.batch_size, task.config.data = tmp_path / "run", 64, tmp_path / "link"
+    task.config.checkpoint, task.config.seed = str(tmp_path / "run/before/model"), 3
+    (tmp_path / "link").symlink_to("run")
+    found = task.found._replace(train=task.found.train[:8], test_name="held-out clips")
+    task.found = found._replace(coverage=dict(train=(8, 12), test=(10, 11)))
+    task.drawn, task.saved, task.ways, rows, logged = [], [], set(), [], []
+    run = run_of(task, batch=64)
+    run.metrics = SimpleNamespace(write=lambda **row: rows.append(row))
+    run.accelerator.log = lambda numbers, step: logged.append((step, numbers))
+    unread = []
+    for run.schedule.micro_batch, step, when in (64, 0, "before"), (2, 3, "during"), (64, 5, "after"):
+        failures = task.measure(run, task.model.train(), step, when)
+        unread.append([failure.index for failure in failures])
+    assert unread == [[BROKEN], [BROKEN], [BROKEN, 7, 7]]
+    assert task.drawn == [
+        (0, [0, 1, 2, 3, 5]),
+        (3, [2, 3]),
+        (5, [0, 1, 2, 3, 5]),
+    ]  # of one batch that is read
+    assert task.ways == {(False, False)}
+    task.measure(
+        run_of(task, process=1, processes=2), task.model, 5, "during"
+    )  # which leaves it to the first
+    assert [step for step, _ in logged] == [row["step"] for row in rows] == [0, 3, 5]
+    before, during, after = rows
+    assert before["judged"] == 9 and before["clips"] == "held-out clips" and "conditions" not in during
+    conditions = after["conditions"]
+    assert [*conditions] == ["silence", "noise", "other_sound", "grey_picture"]
+    assert all(of.keys() == {"accuracy", "judged"} and of["judged"] == 7 for of in conditions.values())
+
+    (saved,) = task.saved
+    assert saved == logged[2][1] and saved["accuracy"] == pytest.approx(8 / 9)
+    facts = task.model.facts
+    assert facts["recipe"] | dict(checkpoint="before", steps=5, batch_size=8, seed=3) == facts["recipe"]
+    assert (facts["data"]["name"], facts["data"]["clips"]) == ("run", 8)
+    assert facts["data"]["measured_on"] == "9 held-out clips"
+    assert facts["data"]["coverage"] == dict(train="8 of 12", test="9 of 11")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["coverage"] == dict(judged=9, expected=11) and results["conditions"] == conditions
+    assert (results["step"], results["seed"], results["split"]) == (5, 3, "held-out clips")
+    assert results["checkpoint"] == task.config.checkpoint and results["metrics"] == after["metrics"]
+    task.found = found
+    assert task.results(task.model, 5, 9, {})["coverage"] == dict(judged=9, expected=10)
+    said = capsys.readouterr().out
+    assert said.index("before training, 9 held-out") < said.index("after training, 9 held-out")
+    assert said.count("heard and seen") == 1 and re.search(r"its own +0\.889 +9\n", said)
+    assert "pictures could not be drawn: no room" in said and "WARNING" not in said
+
+
+def test_clips_are_alike_by_their_labels():
+    alike, other = (Clip(Path(name), dict(kind=kind)) for name, kind in (("a", 1), ("b", 2)))
+    assert judge.JudgedTask.kind(None, alike) == judge.JudgedTask.kind(None, Clip(Path("c"), dict(kind=1)))
+    kinds = [judge.JudgedTask.kind(None, clip) for clip in (alike, other, Clip(Path("a")), Clip(Path("b")))]
+    assert len({*kinds}) == 4
 
 
 def test_blanks_have_another_sound_too():

@@ -98,8 +98,12 @@ def test_nothing_is_recorded_where_no_clip_can_be_read(task, tmp_path, capsys, m
     run.accelerator, run.metrics = SimpleNamespace(log=refuse), SimpleNamespace(write=refuse)
     (tmp_path / "metrics.jsonl").touch()
     monkeypatch.setattr(Pretraining, "show", lambda *_: None)
-    task.conclude(run, task.model, 0, "before", [])
-    assert "none of the held-out clips to measure on could be read" in capsys.readouterr().out
+    monkeypatch.setattr(Pretraining, "save", lambda _, folder, model: (folder / "model").touch())
+    for when in "before", "after":
+        task.conclude(run, task.model, 0, when, [])
+        said = f"{when} training: none of the held-out clips to measure on could be read"
+        assert said in capsys.readouterr().out and (tmp_path / "model").exists() == (when == "after")
+    assert not (tmp_path / "results.json").exists()
 
 
 def test_pooled_features_do_not_depend_on_the_batches(task):
@@ -190,9 +194,15 @@ def test_doubt_is_told_at_the_end_alone(task, tmp_path, capsys, monkeypatch):
     assert "WARNING" not in capsys.readouterr().out
     task.conclude(run, task.model, 3, "after", rows)
     assert "WARNING: useless: more clips, more --epochs" in capsys.readouterr().out
-    for run.config.ema, step, said in (0.9999, 240, "98% of the average"), (0.9, 240, "more clips"):
+    for run.config.ema, step, said in (0.9999, 240, "98% of the average"), (0.99, 100, "37% of the average"):
         task.conclude(run, task.model, step, "after", rows)
         assert f"WARNING: useless: {said}" in capsys.readouterr().out
+    run.config.ema = 0.9
+    task.conclude(run, task.model, 240, "after", rows)
+    assert "WARNING: useless: more clips" in capsys.readouterr().out
+    task.conclude(run, task.model, 0, "after", rows)  # trains nothing
+    told = capsys.readouterr().out
+    assert told.startswith("2 held-out clips:\n") and "WARNING: useless\n" in told
 
 
 @pytest.mark.parametrize("clips, chance, is_few", [(5, 0.6, True), (5, 0.5, False), (50, 0.6, False)])
