@@ -1,5 +1,6 @@
 """How pretraining is judged, against hand-computed cases and whatever the batches; rows of judged clips."""
 
+import hashlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ from avfuse.tasks.segment import Segmentation
 from avfuse.tasks.separate import Separation
 from avfuse.train import INPUTS, Pretraining
 from avfuse.training.conditions import condition_table
-from avfuse.training.judge import aligned, first_clips, to_columns, to_rows
+from avfuse.training.judge import JudgedTask, aligned, first_clips, to_columns, to_rows, weights_hash
 from avfuse.training.neighbours import nearest_neighbour_probes
 from avfuse.training.recipes import TrainConfig
 
@@ -340,6 +341,17 @@ def test_losses_stand_beside_those_of_predicting_zero(task):
         ["image", "0.500", "0.40 to 0.60"],
         ["random clip", "0.250"],
     ]
+
+
+def test_weights_are_hashed_by_name_with_their_types_and_shapes():
+    linear = torch.nn.Linear(3, 2)
+    bias, weight = (x.detach().numpy().tobytes() for x in (linear.bias, linear.weight))
+    by_hand = b"bias torch.float32 (2,)" + bias + b"weight torch.float32 (2, 3)" + weight
+    assert weights_hash(linear) == hashlib.sha256(by_hand).hexdigest()
+
+
+def test_trackers_are_given_numbers_alone():
+    assert JudgedTask.numbers(None, dict(zero=0, none=None)) == dict(zero=0)
 
 
 def test_rows_keep_no_memory_of_their_batch():
