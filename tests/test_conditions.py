@@ -401,6 +401,7 @@ def test_what_measures_leave(tmp_path, capsys):
     assert (facts["data"]["name"], facts["data"]["clips"]) == ("run", 8)
     assert facts["data"]["measured_on"] == "9 held-out clips"
     assert facts["data"]["coverage"] == dict(train="8 of 12", test="9 of 11")
+    assert (tmp_path / "run" / "index.html").exists()
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["coverage"] == dict(judged=9, expected=11) and results["conditions"] == conditions
     assert (results["step"], results["seed"], results["split"]) == (5, 3, "held-out clips")

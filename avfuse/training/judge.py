@@ -159,7 +159,6 @@ class JudgedTask(Task):
     @torch.no_grad()
     def show(self, run: Run, model: nn.Module, step: int, rows: list[dict]) -> None:
         """Has pictures drawn of the first test clips."""
-        model.eval()
         indices = range(min(DRAWN, len(run.found.test)))
         for batch in [batch for batch in evaluation_batches(run, indices) if len(batch["index"])][:1]:
             inputs = to_device(self.inputs(batch), run.accelerator.device)
@@ -251,7 +250,6 @@ def judge_conditions(
     kinds = {n: task.kind(clips[n]) for n, (_, is_heard) in judged.items() if is_heard}
     others = derangement(kinds) if "other_sound" in names else {}
     names = [name for name in names if name != "other_sound" or others]
-    model.eval()
     indices = [n for n in judged if n % accelerator.num_processes == accelerator.process_index]
     shown = accelerator.is_main_process and not run.config.quiet
     rows, failures = [], []
