@@ -237,10 +237,15 @@ def test_prefix_tokens_are_never_dropped_and_never_paired():
 
 
 @every_interaction
-@pytest.mark.parametrize("vit", ["plain", "class and register tokens"])
-def test_a_masked_token_reaches_nobody(interactions, vit):
+@pytest.mark.parametrize("prefixes", [(0, 0), (3, 3), (3, 0), (0, 3)])
+def test_a_masked_token_reaches_nobody(interactions, prefixes):
     pair_bias = interactions in ("dense", "bilinear")
-    encoder = make_encoder(interactions, pair_bias=pair_bias, vit=VITS[vit])
+    vits = (
+        make_vit(shape, **VITS["class and register tokens" if prefix else "plain"])
+        for shape, prefix in zip((IMAGE, AUDIO), prefixes, strict=True)
+    )
+    options = dict(fusion_tokens=4, image_aggregation_tokens=3, audio_aggregation_tokens=2)
+    encoder = randomized(AVEncoder(*vits, interactions=interactions, pair_bias=pair_bias, **options))
     image, audio = make_inputs()
     masks = dict(image_mask=torch.ones(2, IMAGE_TOKENS).bool(), audio_mask=torch.ones(2, AUDIO_TOKENS).bool())
     masks["image_mask"][0, 4], masks["audio_mask"][1, 7] = False, False  # patches (1, 1) and (1, 2)
@@ -249,8 +254,7 @@ def test_a_masked_token_reaches_nobody(interactions, vit):
     audio[1, :, 8:16, 16:24] += 1.0
     after = encoder(image, audio, **masks)
 
-    prefix = encoder.image.num_prefix_tokens
-    for name, clip, token in ("image", 0, 4), ("audio", 1, 7):
+    for prefix, name, clip, token in zip(prefixes, ("image", "audio"), (0, 1), (4, 7), strict=True):
         changed = (getattr(after, name) != getattr(before, name)).any(-1)
         assert changed.nonzero().tolist() == [[clip, prefix + token]]
     assert torch.equal(after.fusion, before.fusion)
