@@ -43,7 +43,7 @@ BRANCH = re.compile(r"(?:encoder\.)?(image|audio)\.")  # of a whole audio-visual
 DECODER = re.compile(r"decoder.*|mask_token")
 DISPENSABLE = {  # what a transformer that has no place for it can do without
     DECODER: "decoder of the masked autoencoder",
-    re.compile(r"(head|head_dist|pre_logits)\..*"): "classifier",
+    re.compile(r"(head|head_dist|pre_logits|cls_classifier|distillation_classifier)\..*"): "classifier",
     re.compile(r"(fc_norm|attn_pool|pooler)\..*"): "pooling",
     re.compile(r"cls_token"): "the transformer has no class token",
     re.compile(r"dist_token"): "the transformer has no distillation token, to which the others attended",
@@ -80,6 +80,7 @@ OF_SPECTROGRAMS = "front_end sample_rate window hop mel_bins max_frequency audio
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of red, green and blue
 STATED = (  # where a folder may tell: file, way to a table in it, names of the two
     (CONFIG, ("pretrained_cfg",), ("mean", "std")),  # timm
+    (CONFIG, (), ("mean", "std")),  # its files of before
     (CONFIG, ("model", "inputs"), ("image_mean", "image_std")),  # avfuse
     (CONFIG, ("model", "encoder", "inputs"), ("image_mean", "image_std")),
     ("preprocessor_config.json", (), ("image_mean", "image_std")),  # transformers

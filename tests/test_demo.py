@@ -274,7 +274,7 @@ def test_ten_clicks_at_once_do_not_mix(browser, address, models, tmp_path, numbe
     for window in browser.window_handles:
         browser.switch_to.window(window)
         drop(browser, clip)
-        browser.find_element("css selector", "#frame img")
+        until(browser, lambda: browser.find_element("css selector", "#frame img").size["width"])
     browser.switch_to.window(opener)
     places = browser.execute_script(CLICKS)  # none is answered before the last is made
     places = np.round(np.array(places) * SIDE) / SIDE  # to pixels

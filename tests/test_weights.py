@@ -391,13 +391,17 @@ def test_the_normalisation_of_images_comes_with_weights_that_tell_it(tmp_path):
     named = dict(mean=halves[0], std=halves[1]), dict(image_mean=halves[0], image_std=halves[1])
     for name, file, content in (
         ("timm", "config.json", dict(architecture="vit", pretrained_cfg=named[0])),
+        ("timm before", "config.json", dict(architecture="vit", **named[0])),
         ("transformers", "preprocessor_config.json", named[1]),
         ("nothing", "preprocessor_config.json", dict(image_mean=[0.5], image_std="x")),
     ):
         (tmp_path / name).mkdir()
         save_file(timm_model.state_dict(), tmp_path / name / "model.safetensors")
         (tmp_path / name / file).write_text(json.dumps(content))
-    told = [timm_model, *(tmp_path / name for name in ("encoder", "autoencoder", "timm", "transformers"))]
+    told = [
+        timm_model,
+        *(tmp_path / name for name in ("encoder", "autoencoder", "timm", "timm before", "transformers")),
+    ]
     for source in told:
         mae = AVMAE(make_encoder(inputs=others), decoder_dim=16, decoder_depth=1, decoder_heads=2)
         load_image_weights(mae, source, say=said.append)
