@@ -320,6 +320,17 @@ def test_lengths_behind_an_empty_edit(tmp_path, kinds):
             assert clip.picture_end == pytest.approx(late + 3.0, abs=0.21)
 
 
+@pytest.mark.parametrize("first", [0.55, 1.03])
+@pytest.mark.parametrize(("b_frames", "late"), [("0", 0.0), ("2", 0.2)])
+def test_an_edit_that_begins_between_two_pictures(tmp_path, first, b_frames, late):
+    """FFmpeg shows the second of them at once: all pictures would be up to one too early for their sound."""
+    source = write_video(tmp_path / "source.mp4", 3, g="10", bf=b_frames, sc_threshold="0")
+    path = tmp_path / "a.mp4"  # in which times are later by that of the first picture
+    path.write_bytes(with_edits(source.read_bytes(), ("soun", "vide"), [(1.5, first + late)]))
+    times = [0.1 * n + part for n in range(1, 15) for part in (0.0101, 0.0601)]
+    assert numbers(path, times) == [int(10 * (first + time)) for time in times]
+
+
 def with_edits(data: bytes, kinds: tuple[str, ...], edits: list[tuple[float, float]]) -> bytes:
     """An mp4 whose index lies at its end, with these edits (seconds, first second of the track or -1) of the
     tracks of these kinds.

@@ -474,8 +474,24 @@ class ClipReader(AbstractContextManager):
 
     def _tick(self, seconds: float) -> int:
         """A time in units of the pictures' times."""
-        tick = math.floor((seconds + EPSILON + self._origin) / self._video.time_base)
+        tick = math.floor((seconds + EPSILON + self._origin) / self._video.time_base) - self._late
         return max(tick, self._video.start_time or 0)
+
+    @cached_property
+    def _late(self) -> int:
+        """By how much pictures are shown later than FFmpeg says, in units of their times.
+
+        Where an edit of an mp4 begins between two pictures, FFmpeg moves the second one to its start. Without
+        its care for edits, times are those of the first edit.
+        """
+        entries = self._video.index_entries
+        if self._format != "mov" or not len(entries) or not entries[0].is_discard:
+            return 0
+        with _open(self.path, self.part, advanced_editlist="0") as container:
+            plain = container.streams[self._video.index].index_entries
+            first = entries[0]
+            later = next((each.timestamp - first.timestamp for each in plain if each.pos == first.pos), 0)
+            return max(0, later)  # as the first of several fragments may have other times
 
     def _decode_in_order(
         self, packets: Iterable[av.Packet], times: Sequence[float], at_start: bool
@@ -600,7 +616,7 @@ def extend(sound: np.ndarray, samples: int) -> np.ndarray:
     return np.resize(np.concatenate((sound, sound[::-1])), samples) if len(sound) < samples else sound
 
 
-def _open(path: Path, part: Part | None) -> av.container.InputContainer:
+def _open(path: Path, part: Part | None, **options: str) -> av.container.InputContainer:
     file, start = (part.file, part.start) if part else (path, 0)
     if not file.is_file():
         what = "it is a folder" if file.is_dir() else "it is not a file"
@@ -616,10 +632,10 @@ def _open(path: Path, part: Part | None) -> av.container.InputContainer:
         if reason := cut_off(content, start, size):
             raise ClipError(path, reason)
     # The header of an mp4 says everything; for other formats FFmpeg decodes a little to find out.
-    quick = {"probesize": "32"} if head[4:8] == b"ftyp" else {}
+    options |= OPTIONS | ({"probesize": "32"} if head[4:8] == b"ftyp" else {}) | (OF_A_PART if part else {})
     url = f"subfile,,start,{start},end,{start + size},,:file:{file}" if part else f"file:{file}"
     try:
-        return av.open(url, options=OPTIONS | (OF_A_PART if part else {}) | quick, **TEXT)
+        return av.open(url, options=options, **TEXT)
     except (*DAMAGED, av.error.ArgumentError) as error:
         raise OSError(describe(head) or "it is of no kind that is read here, or damaged") from error
 
