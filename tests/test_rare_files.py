@@ -206,10 +206,17 @@ def test_mp3_of_few_bits_builds_on_many_packets(tmp_path, suffix):
 
 @pytest.mark.parametrize(
     ("name", "codec", "container"),
-    [("a.oga", "flac", {}), ("a.oga", "flac", {"page_duration": "5000000"}), ("a.wav", "adpcm_ms", {})],
+    [
+        ("a.oga", "flac", {}),
+        ("a.oga", "flac", {"page_duration": "5000000"}),
+        ("a.wav", "adpcm_ms", {}),
+        ("a.wav", "adpcm_yamaha", {}),
+    ],
 )
 def test_sound_with_wrong_times_after_a_seek(tmp_path, name, codec, container):
-    """FFmpeg is seconds off in the first page of Ogg that it comes to, 6 ms for each second in the WAV."""
+    """FFmpeg is seconds off in the first page of Ogg that it comes to, 6 ms for each second in the WAV, and
+    of Yamaha's ADPCM it does not know how long a packet is.
+    """
     path, rate = tmp_path / name, 44_100
     write_video(path, 14, sample_rate=rate, video=False, codecs=("", codec), container=container)
     assert probe(path).seconds == pytest.approx(14.0, abs=0.05)  # the last packet of ADPCM is filled up
@@ -217,6 +224,21 @@ def test_sound_with_wrong_times_after_a_seek(tmp_path, name, codec, container):
         for start in (0.0, 3.3, 5.87, 8.98, 12.9, 1.5):
             truth = chirp((round(start * rate) + np.arange(rate)) / rate)
             assert np.abs(clip.audio(start, 1, rate) - truth).mean() < 0.05, start
+
+
+@pytest.mark.parametrize("per_second", [1, 16_000, 31_000, 64_000])
+def test_a_wrong_number_of_bytes_a_second(tmp_path, per_second):
+    """By which FFmpeg seeks: of 16 bits at 16 kHz there are 32,000."""
+    audio = chirp(np.arange(96_000) / 16_000)[None]
+    path = write_video(tmp_path / "a.wav", audio=audio, video=False, codecs=("", "pcm_s16le"))
+    data = path.read_bytes()
+    at = data.index(b"fmt ") + 16
+    assert data[at : at + 4] == struct.pack("<I", 32_000)
+    path.write_bytes(data[:at] + struct.pack("<I", per_second) + data[at + 4 :])
+    assert probe(path).seconds == 6.0
+    for start in (0.0, 1.3, 4.9):
+        place = round(16_000 * start)
+        assert np.abs(read_audio(path, start, 1, 16_000) - audio[0, place : place + 16_000]).max() < 1e-4
 
 
 @pytest.mark.parametrize(("suffix", "codec"), [("mp4", "aac"), ("mkv", "pcm_s16le")])

@@ -6,6 +6,7 @@ wrong with it ends as a `ClipError` that says what.
 
 import math
 import os
+import re
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -331,12 +332,18 @@ class ClipReader(AbstractContextManager):
     def _is_adrift(self) -> bool:
         """Whether its sound has wrong times after a seek, so that it is read from its start.
 
-        FFmpeg does not count the samples of FLAC in a page of Ogg, and takes what a compressed WAV tells of
-        bytes a second for exact, which is rounded.
+        FFmpeg does not count the samples of FLAC in a page of Ogg, and takes what a WAV tells of bytes a
+        second for exact: where it is compressed that is rounded, and in any it may be wrong.
         """
-        codec = "" if self._audio is None else self._audio.codec_context.name
-        is_packed = self._format == "wav" and not codec.startswith("pcm_")
-        return is_packed or (self._format == "ogg" and codec == "flac")
+        if self._audio is None or self._format not in ("ogg", "wav"):
+            return False
+        context = self._audio.codec_context
+        if self._format == "ogg":
+            return context.name == "flac"
+        if not context.name.startswith("pcm_"):
+            return True
+        bits = int(re.sub(r"\D", "", context.name) or 8)  # such as pcm_s16le; A-law and mu-law have 8
+        return context.bit_rate != context.sample_rate * context.channels * bits
 
     def _seek(self, stream, seconds: float) -> None:
         if self._format == "matroska" and self._video is not None:  # its index is often of pictures alone
@@ -594,8 +601,10 @@ class ClipReader(AbstractContextManager):
         Packets before `begin` are passed over: a seek may have ended far before it, at a key frame.
         """
         unit, origin, time, rate = float(self._audio.time_base), float(self._origin), None, None
+        # Of some such packets FFmpeg does not know how long they are, so that all have to be decoded.
+        is_counted = self._is_adrift and self._audio.codec_context.name.startswith("adpcm_")
         for packet in self._container.demux(self._audio):
-            is_known = packet.pts is not None and packet.duration
+            is_known = packet.pts is not None and packet.duration and not is_counted
             if is_known and (packet.pts + packet.duration) * unit - origin < begin:
                 continue
             for frame in packet.decode():
@@ -607,7 +616,8 @@ class ClipReader(AbstractContextManager):
                     yield time, rate or frame.sample_rate, np.empty(0, np.float32)
                     return
                 rate = frame.sample_rate
-                yield time, rate, mix_of(frame.layout) @ channels_of(frame)
+                if time + frame.samples / rate >= begin:
+                    yield time, rate, mix_of(frame.layout) @ channels_of(frame)
                 time += frame.samples / rate
 
 
