@@ -774,6 +774,24 @@ def test_a_survey_tells_damage_from_an_end_that_is_missing(tmp_path):
     assert reasons == {"none", "is cut off: fetch it again"}
 
 
+@pytest.mark.parametrize("noise", [bytes(500), np.random.default_rng(0).bytes(500)], ids=["zeros", "noise"])
+@pytest.mark.parametrize(("name", "codec"), [("a.flac", "flac"), ("a.oga", "flac"), ("a.opus", "libopus")])
+def test_a_survey_hears_what_the_decoder_leaves_out(tmp_path, name, codec, noise):
+    """Of frames and pages with a wrong sum, without a word."""
+    rate = 48_000
+    path = write_video(tmp_path / name, 10, sample_rate=rate, video=False, codecs=("", codec))
+    with ClipReader(path) as reader:
+        assert reader.survey()["sound_end"] == pytest.approx(10.0, abs=0.05)
+    data, half = path.read_bytes(), path.stat().st_size // 2
+    path.write_bytes(data[:half] + noise + data[half + 500 :])
+    with ClipReader(path) as reader, pytest.raises(ClipError, match="to its end: the data are damaged"):
+        reader.survey()
+    if name == "a.flac":  # what follows is at the right time
+        with pytest.raises(ClipError, match="its sound cannot be decoded: the data are damaged"):
+            read_audio(path, 4.5, 1, rate)
+        assert np.abs(read_audio(path, 7, 1, rate) - chirp(7 + np.arange(rate) / rate)).max() < 1e-4
+
+
 def test_sizes_that_say_nothing_are_no_reason(tmp_path):
     """Those of files that were written to a pipe, and of one to which something was added."""
     path = write_video(tmp_path / "a.wav", 1, video=False, codecs=("", "pcm_s16le"))

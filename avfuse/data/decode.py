@@ -42,6 +42,7 @@ TEXT = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "r
 EPSILON = 1e-6  # seconds: a time that was meant to be that of a frame may have been rounded to just before it
 RUN = 10.0  # seconds of pictures that one seek is for: beyond, seeking is cheaper than reading on
 TRIES = 3  # such seeks, each further back, before every frame is read alone
+LOST = 0.1  # seconds of sound that a survey may miss in Ogg: codecs begin late, and fill up the last packet
 LAST = 2.0  # seconds at the end in which the last packets of all streams are looked for
 FAR_BACK = -3600.0  # seconds: where the start is looked for, as packets begin before what they show
 HELD_BACK = 16  # pictures at most that are shown after one that follows them in the file
@@ -228,7 +229,7 @@ class ClipReader(AbstractContextManager):
         if self._video is not None and not every_picture:
             self._video.codec_context.skip_frame = "NONKEY"
         video, audio = Track(self._video, every_picture), Track(self._audio, every_picture)
-        packets = self._container.demux(streams)
+        packets = self._checked(self._container.demux(streams))
         with self._explaining("cannot be decoded to its end"):
             for packet in packets:
                 try:
@@ -238,6 +239,8 @@ class ClipReader(AbstractContextManager):
                     if is_last and self._format not in TIMED:
                         raise ClipError(self.path, CUT_OFF) from error
                     raise
+            if self._format == "ogg" and audio.end - audio.begin > audio.heard + LOST:
+                raise ValueError("the data are damaged: fetch it again")  # FFmpeg leaves out such pages
         if not math.isfinite(audio.peak):
             raise ClipError(self.path, "its sound is not finite")
         return summary(video, audio, self._origin)
@@ -594,6 +597,15 @@ class ClipReader(AbstractContextManager):
             sound = sound[: max(0, round(declared * rate) - begin)]
         return resample(sound, rate, sample_rate)[skip : skip + wanted]
 
+    def _checked(self, packets: Iterable[av.Packet]) -> Iterator[av.Packet]:
+        """The packets, as far as they are whole: of FLAC those lack a time in which FFmpeg found a frame with
+        a wrong sum, or bytes that belong to none.
+        """
+        for packet in packets:
+            if self._format == "flac" and packet.size and packet.pts is None:
+                raise ValueError("the data are damaged: fetch it again")
+            yield packet
+
     def _pieces(self, begin: float, end: float) -> Iterator[tuple[float, int, np.ndarray]]:
         """Decoded sound until `end`: time in seconds, sample rate and mono samples of each piece. One without
         samples says that there is more later.
@@ -603,7 +615,7 @@ class ClipReader(AbstractContextManager):
         unit, origin, time, rate = float(self._audio.time_base), float(self._origin), None, None
         # Of some such packets FFmpeg does not know how long they are, so that all have to be decoded.
         is_counted = self._is_adrift and self._audio.codec_context.name.startswith("adpcm_")
-        for packet in self._container.demux(self._audio):
+        for packet in self._checked(self._container.demux(self._audio)):
             is_known = packet.pts is not None and packet.duration and not is_counted
             if is_known and (packet.pts + packet.duration) * unit - origin < begin:
                 continue
