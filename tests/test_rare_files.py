@@ -10,7 +10,7 @@ import pytest
 from av.audio.layout import AudioLayout
 from videos import chirp, lag, number_of, numbered_frames, probe, read_audio, read_frame, write_video
 
-from avfuse.data.decode import ClipReader
+from avfuse.data.decode import ClipError, ClipReader
 from avfuse.data.sound import mix_of
 
 
@@ -224,6 +224,24 @@ def test_sound_with_wrong_times_after_a_seek(tmp_path, name, codec, container):
         for start in (0.0, 3.3, 5.87, 8.98, 12.9, 1.5):
             truth = chirp((round(start * rate) + np.arange(rate)) / rate)
             assert np.abs(clip.audio(start, 1, rate) - truth).mean() < 0.05, start
+
+
+@pytest.mark.parametrize("rates", [(44_100, 22_050), (48_000, 44_100)])
+def test_aac_whose_sample_rate_changes(tmp_path, rates):
+    """As where files were joined: FFmpeg counts time as if it did not, and is seconds off."""
+    parts = [
+        write_video(tmp_path / f"{n}.aac", 5, sample_rate=rate, video=False) for n, rate in enumerate(rates)
+    ]
+    path = tmp_path / "a.aac"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    reason = f"its sample rate is {rates[0]} and then {rates[1]}"
+    with ClipReader(path) as clip:
+        assert abs(lag(clip.audio(2, 1, 16_000), chirp(2 + np.arange(16_000) / 16_000))) < 1_000
+        for start in (4.7, 6.0):
+            with pytest.raises(ClipError, match=reason):
+                clip.audio(start, 1, 16_000)
+    with ClipReader(path) as clip, pytest.raises(ClipError, match=reason):
+        clip.survey()
 
 
 @pytest.mark.parametrize("per_second", [1, 16_000, 31_000, 64_000])

@@ -107,6 +107,7 @@ class ClipReader(AbstractContextManager):
             self._origin = Fraction(self._container.start_time or 0, av.time_base)  # seconds
             self._video = self._prepare("video")
             self._audio = self._prepare("audio", self._video)  # that of the same programme of a broadcast
+            self._rate = self._audio and self._audio.codec_context.sample_rate  # that it begins with
             self._matrix = None  # how its pictures are to be turned
             if self._video is not None and self._video.codec_context.pix_fmt == "pal8":
                 with self._explaining("its pictures cannot be decoded"):
@@ -241,6 +242,8 @@ class ClipReader(AbstractContextManager):
                     raise
             if self._format == "ogg" and audio.end - audio.begin > audio.heard + LOST:
                 raise ValueError("the data are damaged: fetch it again")  # FFmpeg leaves out such pages
+            for rate in audio.rates:
+                self._check_rate(rate)
         if not math.isfinite(audio.peak):
             raise ClipError(self.path, "its sound is not finite")
         return summary(video, audio, self._origin)
@@ -606,6 +609,11 @@ class ClipReader(AbstractContextManager):
                 raise ValueError("the data are damaged: fetch it again")
             yield packet
 
+    def _check_rate(self, rate: int) -> None:
+        """Of AAC without a container FFmpeg counts time as if the first rate stayed, which SBR may double."""
+        if self._format == "aac" and rate not in (self._rate, 2 * self._rate):
+            raise ValueError(f"its sample rate is {self._rate} and then {rate}")
+
     def _pieces(self, begin: float, end: float) -> Iterator[tuple[float, int, np.ndarray]]:
         """Decoded sound until `end`: time in seconds, sample rate and mono samples of each piece. One without
         samples says that there is more later.
@@ -628,6 +636,7 @@ class ClipReader(AbstractContextManager):
                     yield time, rate or frame.sample_rate, np.empty(0, np.float32)
                     return
                 rate = frame.sample_rate
+                self._check_rate(rate)
                 if time + frame.samples / rate >= begin:
                     yield time, rate, mix_of(frame.layout) @ channels_of(frame)
                 time += frame.samples / rate

@@ -20,6 +20,7 @@ class Track:
         self.packets, self.keys, self.frames = 0, [], 0
         self.begin, self.end = math.inf, -math.inf  # seconds
         self.heard, self.latest, self.goes_back = 0.0, -math.inf, False
+        self.rates: set[int] = set()  # Hz
         self.first, self.motion, self.peak, self.loudest = None, 0.0, 0.0, 0.0
 
     def add(self, packet: av.Packet) -> None:
@@ -48,6 +49,7 @@ class Track:
         channels, mix = channels_of(frame), mix_of(frame.layout)
         self.peak = np.maximum(self.peak, np.abs(mix @ channels).max(initial=0.0))  # NaN stays
         self.loudest = max(self.loudest, float(np.abs(channels[mix > 0]).max(initial=0.0)))
+        self.rates.add(frame.sample_rate)
         self.heard += frame.samples / frame.sample_rate
 
 
