@@ -288,9 +288,12 @@ class ClipReader(AbstractContextManager):
         if stream is None:
             return None
         end = self._declared_end(stream)
-        if end is not None and self._format in TIMED and stream.frames:
+        is_told = end is not None and self._format in TIMED and stream.frames
+        if is_told and (self._format != "avi" or stream is self._video):
             return end
         last = self._last_ends.get(stream.index)
+        if is_told:  # in AVI B-frames that are held back may count as sound, and large packets of it twice
+            return last and min(end, last)
         if self._format == "flac" and end is not None and end > (last or 0) + JITTER:
             raise ClipError(self.path, CUT_OFF)
         return last
