@@ -31,7 +31,7 @@ OPTIONS = {  # FFmpeg also opens playlists, which name other files and hosts
     "protocol_whitelist": "file",
 }
 OF_A_PART = {"protocol_whitelist": "file,subfile"}  # the latter reads a range of bytes of the former
-GENERATION = 2  # of this reader: what an earlier one found in a file may be out of date
+GENERATION = 3  # of this reader: what an earlier one found in a file may be out of date
 MAX_PIXELS = 2**26  # of a frame: 8192 x 8192
 MAX_RATE = 768_000  # Hz
 # Seconds of sound decoded before what is wanted: codecs and filters look back, MP3 at low rates further.
