@@ -15,7 +15,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from videos import chirp, lag, number_of, numbered_frames, probe, read_audio, read_frame, write_video
 
 from avfuse.data import decode
-from avfuse.data.decode import ClipError, ClipReader
+from avfuse.data.decode import ClipError, ClipReader, Part
 from avfuse.data.sound import join
 
 OPEN = "open-gop=1:keyint=8:scenecut=0"  # frames before a key frame that need the frames before those
@@ -790,6 +790,17 @@ def test_a_survey_hears_what_the_decoder_leaves_out(tmp_path, name, codec, noise
         with pytest.raises(ClipError, match="its sound cannot be decoded: the data are damaged"):
             read_audio(path, 4.5, 1, rate)
         assert np.abs(read_audio(path, 7, 1, rate) - chirp(7 + np.arange(rate) / rate)).max() < 1e-4
+
+
+def test_a_hole_in_ogg_is_no_damage(tmp_path):
+    """Opus sends nothing where it is silent: one page less, here in the middle of a tar archive."""
+    path = write_video(tmp_path / "a.opus", 10, sample_rate=48_000, video=False, codecs=("", "libopus"))
+    pages = [b"OggS" + page for page in path.read_bytes().split(b"OggS")[1:]]
+    data = b"".join(pages[:5] + pages[6:]) + b"TAG" + bytes(125)
+    path.write_bytes(b"OggS" * 128 + data + b"OggS" * 128)
+    with ClipReader(Path("a.opus"), Part(path, 512, len(data))) as reader:
+        assert reader.survey()["sound_end"] == pytest.approx(10.0, abs=0.05)
+    assert len(pages) > 7
 
 
 def test_sizes_that_say_nothing_are_no_reason(tmp_path):

@@ -22,7 +22,7 @@ import numpy as np
 from av.sidedata.sidedata import Type
 from av.stream import Disposition
 
-from .headers import CUT_OFF, HEAD, cut_off, describe
+from .headers import CUT_OFF, HEAD, cut_off, describe, has_damaged_page
 from .sound import JITTER, channels_of, join, mix_of, resample
 from .survey import BACKWARD, Track, end_of, summary
 
@@ -42,7 +42,6 @@ TEXT = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "r
 EPSILON = 1e-6  # seconds: a time that was meant to be that of a frame may have been rounded to just before it
 RUN = 10.0  # seconds of pictures that one seek is for: beyond, seeking is cheaper than reading on
 TRIES = 3  # such seeks, each further back, before every frame is read alone
-LOST = 0.1  # seconds of sound that a survey may miss in Ogg: codecs begin late, and fill up the last packet
 LAST = 2.0  # seconds at the end in which the last packets of all streams are looked for
 FAR_BACK = -3600.0  # seconds: where the start is looked for, as packets begin before what they show
 HELD_BACK = 16  # pictures at most that are shown after one that follows them in the file
@@ -240,13 +239,18 @@ class ClipReader(AbstractContextManager):
                     if is_last and self._format not in TIMED:
                         raise ClipError(self.path, CUT_OFF) from error
                     raise
-            if self._format == "ogg" and audio.end - audio.begin > audio.heard + LOST:
-                raise ValueError("the data are damaged: fetch it again")  # FFmpeg leaves out such pages
+            if self._format == "ogg" and self._has_damaged_page():
+                raise ValueError("the data are damaged: fetch it again")
             for rate in audio.rates:
                 self._check_rate(rate)
         if not math.isfinite(audio.peak):
             raise ClipError(self.path, "its sound is not finite")
         return summary(video, audio, self._origin)
+
+    def _has_damaged_page(self) -> bool:
+        with open(self.part.file if self.part else self.path, "rb") as file:
+            size = self.part.size if self.part else os.path.getsize(self.path)
+            return has_damaged_page(file, self.part.start if self.part else 0, size)
 
     # --- streams --------------------------------------------------------------------------------------------
 

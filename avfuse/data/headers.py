@@ -1,7 +1,9 @@
 """What the bytes of a file tell without FFmpeg: that it has been cut off, or is no video at all."""
 
+import mmap
 import re
 import struct
+import zlib
 from typing import BinaryIO
 
 CUT_OFF = "is cut off: fetch it again"
@@ -11,6 +13,7 @@ UNKNOWN = 0x7FFFF000  # bytes of a RIFF: this or more stands in those that were 
 CONTROL = re.compile(r"[\0-\b\x0e-\x1f\x7f]")  # characters that no text has
 EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # Matroska: its first element, and the main one
 ASF = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # of which object the size of the file is part
+REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))  # bits of each byte
 PACKETS = ((188, 0), (192, 4), (204, 0))  # of MPEG-TS: bytes, and where the first one begins
 
 
@@ -104,6 +107,32 @@ def _ends_within_a_page(file: BinaryIO, start: int, size: int) -> bool:
         return True
     segments = tail[at + 26]
     return len(tail) < at + 27 + segments + sum(tail[at + 27 : at + 27 + segments])
+
+
+def has_damaged_page(file: BinaryIO, start: int, size: int) -> bool:
+    """Whether an Ogg file holds a page with a wrong sum, or bytes between two pages: what FFmpeg leaves out
+    without a word. Tags before the first page and after the last are neither.
+    """
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        at, end = data.find(b"OggS", start, start + size), start + size
+        while at >= 0 and at + 27 <= end:
+            content = at + 27 + data[at + 26]
+            after = content + sum(data[at + 27 : content])
+            page = data[at : at + 22] + bytes(4) + data[at + 26 : after]
+            if after <= end and ogg_sum(page) != int.from_bytes(data[at + 22 : at + 26], "little"):
+                return True
+            at = data.find(b"OggS", after, end)
+            if at > after:
+                return True
+    return False
+
+
+def ogg_sum(page: bytes) -> int:
+    """The sum of a page whose own sum is taken to be 0 (RFC 3533): a CRC-32 that begins with 0 and takes the
+    highest bit of each byte first, where zlib's begins with ones and the lowest.
+    """
+    reflected = zlib.crc32(page.translate(REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return int(f"{reflected:032b}"[::-1], 2)
 
 
 def describe(head: bytes) -> str | None:

@@ -18,8 +18,7 @@ class Track:
     def __init__(self, stream: av.stream.Stream | None, every_picture: bool):
         self.stream, self.every_picture = stream, every_picture
         self.packets, self.keys, self.frames = 0, [], 0
-        self.begin, self.end = math.inf, -math.inf  # seconds
-        self.heard, self.latest, self.goes_back = 0.0, -math.inf, False
+        self.end, self.latest, self.goes_back = -math.inf, -math.inf, False  # seconds
         self.rates: set[int] = set()  # Hz
         self.first, self.motion, self.peak, self.loudest = None, 0.0, 0.0, 0.0
 
@@ -28,7 +27,6 @@ class Track:
             self.keys += [self.packets] if packet.is_keyframe else []
             self.packets += 1
             self.end = max(self.end, end_of(packet))
-            self.begin = self.begin if packet.pts is None else min(self.begin, packet.pts * packet.time_base)
         if packet.dts is not None:
             time = packet.dts * packet.time_base
             self.goes_back |= time < self.latest - BACKWARD
@@ -50,7 +48,6 @@ class Track:
         self.peak = np.maximum(self.peak, np.abs(mix @ channels).max(initial=0.0))  # NaN stays
         self.loudest = max(self.loudest, float(np.abs(channels[mix > 0]).max(initial=0.0)))
         self.rates.add(frame.sample_rate)
-        self.heard += frame.samples / frame.sample_rate
 
 
 def summary(video: Track, audio: Track, origin: Fraction) -> dict:
