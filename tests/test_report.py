@@ -115,6 +115,13 @@ def curve_points(page: Page, colour: str) -> np.ndarray:
     return np.array(re.findall(r"[ML] (\S+) (\S+)", longest), dtype=float)
 
 
+def test_what_no_clip_has_is_not_spoken_of(run):
+    row = measure(12, "after", 0.3)
+    write_rows(run / "metrics.jsonl", [{n: value for n, value in row.items() if "audio" not in n}])
+    said = Page(write_report(run)).text
+    assert "at step 12: loss 0.300 (image 0.300), 0.30 of predicting zero (1.000)" in said
+
+
 def test_where_fusion_tokens_look_is_said_in_a_sentence(run):
     assert "look at what sounds" not in Page(write_report(run)).text
     rows = [measure(step, when, 1.0) for step, when in ((0, "before"), (12, "after"))]
