@@ -70,7 +70,7 @@ def test_shares_of_attention_by_hand():
     )
 
 
-def test_pretraining_tells_it_of_sounding_shapes_alone(folder, tmp_path):
+def test_pretraining_tells_it_of_sounding_shapes_alone(folder, tmp_path, monkeypatch):
     found = found_in(folder)
     task = Pretraining(TrainConfig(data=folder), found)
     dataset = task.dataset(found.test, train=False)
@@ -84,6 +84,14 @@ def test_pretraining_tells_it_of_sounding_shapes_alone(folder, tmp_path):
     assert metrics["looks"]["look_0"] == pytest.approx(even, rel=0.5)  # fresh weights look about everywhere
     assert task.numbers(metrics)["look_3_at_source"] == metrics["looks"]["look_3"]
     assert task.tables(metrics)[-1][-1] == ("its share of the picture", metrics["looks"]["even"])
+
+    drawn = []
+    monkeypatch.setattr("avfuse.train.draw_reconstructions", lambda *_: None)
+    monkeypatch.setattr("avfuse.train.draw_attention", lambda *_, layer: drawn.append(layer))
+    for index in 0, 2:  # the layer of all clips is drawn of each
+        one = {name: value[index : index + 1] for name, value in batch.items()}
+        task.draw(tmp_path, task.model, task.inputs(one), one, step=0)
+    assert [f"in layer {layer}," in said_of(**metrics["looks"]) for layer in drawn] == [True, True]
 
     (folder / read_manifest(folder, "test")[1].masks).write_bytes(b"damaged")
     damaged = task.judge(task.model, task.inputs(batch), batch)
