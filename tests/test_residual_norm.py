@@ -13,7 +13,9 @@ from avfuse.kernels import residual_norm as kernels
 from models import AUDIO_TOKENS, IMAGE_TOKENS, make_encoder, make_inputs, relative_error
 from timm.layers import LayerNorm, RmsNorm
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.autograd.forward_ad import dual_level, make_dual
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 from avfuse import AVMAE
@@ -44,10 +46,10 @@ def make(dtype=torch.float32, width=16, parts="update context weight bias", clip
     return {name: x if name in NAMES[3:] else x.to(dtype) for name, x in inputs.items()}
 
 
-def gradients_of(inputs, used=("total", "norm"), needed=NAMES, call=residual_norm, **options):
+def gradients_of(inputs, used=("total", "norm"), needed=NAMES, call=residual_norm, eps=1e-6, **options):
     """What a call gives, and the gradients of a weighted sum of those results that are `used`, by name."""
     leaves = {name: x.detach().requires_grad_(name in needed) for name, x in inputs.items()}
-    results = dict(zip(("total", "norm"), call(**leaves, eps=1e-6, **options), strict=True))
+    results = dict(zip(("total", "norm"), call(**leaves, eps=eps, **options), strict=True))
     torch.manual_seed(1)
     loss = sum(
         (results[name].double() * torch.randn(results[name].shape, device=DEVICE).double()).sum()
@@ -106,6 +108,8 @@ def test_norms_are_those_of_the_sum_as_it_was_rounded():
     total, norm = residual_norm(**inputs, eps=1e-6, backend="triton")
     assert torch.equal(total, inputs["tokens"] + inputs["update"])
     assert torch.equal(norm, residual_norm(total, eps=1e-6, backend="triton")[1])
+    finer = residual_norm(inputs["tokens"], inputs["update"].float(), eps=1e-6, backend="triton")
+    assert [x.dtype for x in finer] == [torch.float32, torch.float32]
 
 
 def test_gradients_of_weights_are_sums_in_float32_of_half_precision():
@@ -130,7 +134,7 @@ def in_float16(tokens, update, context, weight, bias, eps):
 @pytest.mark.parametrize("parts", PARTS)
 def test_one_of_both_results_is_used(used, parts):
     inputs = make(parts=parts)
-    ours, truth = (gradients_of(inputs, [used], backend=backend) for backend in ("triton", "torch"))
+    ours, truth = (gradients_of(inputs, [used], eps=0.5, backend=each) for each in ("triton", "torch"))
     assert ours.keys() == truth.keys()
     for name, true in truth.items():
         torch.testing.assert_close(ours[name], true, msg=name, rtol=1e-4, atol=1e-4)
@@ -145,21 +149,31 @@ def test_only_some_inputs_need_gradients(needed):
         torch.testing.assert_close(ours[name], true, msg=name, rtol=1e-4, atol=1e-4)
 
 
-def test_nobody_adds_up_for_parameters_that_need_no_gradient(monkeypatch):
+def test_the_kernel_writes_no_gradient_that_nobody_needs(monkeypatch):
+    """Neither sums for the weights, nor another gradient of an update that has the dtype of the sum."""
     asked, backward = [], kernels.backward
-    monkeypatch.setattr(kernels, "backward", lambda *inputs: asked.append(inputs[7]) or backward(*inputs))
+    monkeypatch.setattr(kernels, "backward", lambda *inputs: asked.append(inputs[6:8]) or backward(*inputs))
     for needed in (NAMES[:3], NAMES, ("tokens", "bias")):
         gradients_of(make(), needed=needed, backend="triton")
-    assert asked == [False, True, True]
+    half = make()
+    half["update"] = half["update"].half()
+    for needed in (NAMES, ("tokens", "bias")):
+        gradients_of(half, needed=needed, backend="triton")
+    nothing, both = (None, False), (torch.float16, True)
+    assert asked == [nothing, (None, True), (None, True), both, (None, True)]
 
 
-@pytest.mark.parametrize("programs, at_least", [(1, 1), (2, 1), (3, 2), (256, 1), (256, 8)])
+@pytest.mark.parametrize("programs, at_least", [(1, 1), (2, 1), (3, 2), (256, 1), (256, 32)])
 @pytest.mark.parametrize("width, tokens", [(1025, 5), (600, 7), (16, 60)])
 def test_more_tokens_than_programs_and_fewer(monkeypatch, programs, at_least, width, tokens):
     monkeypatch.setattr(operators, "PROGRAMS", programs)
     monkeypatch.setattr(operators, "TOKENS_OF_PROGRAM", at_least)
-    inputs = make(width=width, tokens=tokens)
+    ran, backward = [], kernels.backward
+    monkeypatch.setattr(kernels, "backward", lambda *inputs: ran.append(inputs[8]) or backward(*inputs))
+    inputs, rows = make(width=width, tokens=tokens), 2 * (3 + tokens)
     ours, again = (gradients_of(inputs, backend="triton") for _ in range(2))
+    assert 1 <= ran[0] <= programs and (ran[0] == 1 or ran[0] * at_least <= rows)
+    assert ran[0] == programs or (ran[0] + 1) * at_least > rows
     assert all(torch.equal(x, again[name]) for name, x in ours.items())
     plain, truth = (gradients_of(x, backend="torch") for x in (inputs, in_double(inputs)))
     assert_as_near_as_pytorch(ours, plain, truth, torch.float32)
@@ -202,12 +216,12 @@ def test_strided_tensors_are_read_and_every_number_is_written(kind, updated):
 def test_the_operators_are_known_without_running(parts):
     inputs = make(parts=parts)
     given = [inputs.get(name) for name in NAMES]
-    for dtype in torch.float32, torch.float16:
+    for dtype, of_norm in (torch.float32, torch.float16), (torch.float16, torch.float32):
         tokens, *others = given
-        torch.library.opcheck(torch.ops.avfuse.residual_norm, (tokens.to(dtype), *others, 1e-6, dtype))
+        torch.library.opcheck(torch.ops.avfuse.residual_norm, (tokens.to(dtype), *others, 1e-6, of_norm))
     total, norm = residual_norm(**inputs, eps=1e-6, backend="torch")
-    for total_grad, update_dtype, sums_needed in (total, torch.float16, True), (None, None, False):
-        backward = norm, total_grad, total, given[2], given[3], 1e-6, update_dtype, sums_needed, 2
+    for total_grad, update_dtype, sums_needed in (total, torch.float32, True), (None, None, False):
+        backward = norm, total_grad, total.half(), given[2], given[3], 1e-6, update_dtype, sums_needed, 2
         torch.library.opcheck(torch.ops.avfuse.residual_norm_backward, backward)
 
 
@@ -432,6 +446,12 @@ def test_a_norm_over_several_dimensions_is_called(by_kernel):
     assert torch.equal(sum_and_norm(norm, tokens)[1], norm(tokens)) and not by_kernel
 
 
+def test_a_norm_whose_weight_is_made_of_other_tensors_is_called(by_kernel):
+    norm, tokens = nn.LayerNorm(16).to(DEVICE), torch.randn(2, 5, 16, device=DEVICE)
+    norm.weight = nn.Parameter(TwoTensor(norm.weight.detach(), norm.weight.detach()))
+    assert torch.equal(sum_and_norm(norm, tokens)[1], norm(tokens)) and not by_kernel
+
+
 def test_where_no_kernel_can_run_the_module_is_called():
     """To the last bit."""
     norm, (tokens, update, context) = nn.LayerNorm(16), (torch.randn(2, n, 16) for n in (5, 5, 3))
@@ -485,6 +505,30 @@ def test_few_tokens_are_left_to_the_module(by_kernel, monkeypatch):
         monkeypatch.setattr(ops, "ENOUGH", enough)
         sum_and_norm(norm, tokens)
         assert len(by_kernel) == runs
+    residual_norm(tokens, eps=1e-6, backend="torch")
+    assert len(by_kernel) == 1
+    with pytest.raises(ValueError, match="^backend must be one of .*, got 'cuda'"):
+        residual_norm(tokens, eps=1e-6, backend="cuda")
+
+
+def test_which_tokens_the_kernel_takes(monkeypatch):
+    """Of tensors that are not there, as a machine without a GPU has none."""
+    devices, compiling = {"cuda"}, []
+    monkeypatch.setattr(ops, "runs_kernels", lambda device: device.type in devices)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: bool(compiling))
+    with FakeTensorMode():
+        half, double = (
+            torch.empty(2, 5, 16, dtype=dtype, device="cuda") for dtype in (torch.half, torch.double)
+        )
+        on_cpu = torch.empty(2, 5, 16)
+        assert [ops.kernel_can_run(x) for x in (half, double, on_cpu)] == [ops.HAS_TRITON, False, False]
+        devices.add("cpu")
+        assert not ops.kernel_can_run(on_cpu)
+        devices.clear()
+        assert not ops.kernel_can_run(half)
+        devices.add("cuda")
+        compiling.append(True)
+        assert not ops.kernel_can_run(half)
 
 
 @pytest.mark.gpu
