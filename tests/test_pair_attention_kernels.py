@@ -22,14 +22,17 @@ from avfuse.kernels import pair_attention as kernels
 from models import make_encoder, make_inputs
 from packaging import version
 from pair_rounding import Precision, largest_errors
+from torch._subclasses import FakeTensorMode
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from triton._C.libtriton.ir import INPUT_PRECISION
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from avfuse import AVMAE, fusion
+from avfuse.ops import operators
 from avfuse.ops.pair_attention import attend_pairs, pair_attention
 
 pytestmark = [  # of Triton's interpreter
@@ -542,10 +545,10 @@ MASKS = dict(
     image_mask=torch.tensor([[True] * 5, [False] * 5]), audio_mask=torch.ones(2, 4, dtype=torch.bool)
 )
 INPUTS = {
-    "plain": lambda: (make(B=2, H=1), {}),
+    "plain": lambda: (make(B=1), {}),
     "masks": lambda: (make(B=2, H=1), {name: mask.to(DEVICE) for name, mask in MASKS.items()}),
-    "bias": lambda: ({**make(B=2, H=1), "pair_bias": torch.randn(2, 1, 5, 4, device=DEVICE)}, {}),
-    "bias in blocks": lambda: ({**make(B=2, H=1), "pair_bias": torch.randn(1, 5, 2, device=DEVICE)}, {}),
+    "bias": lambda: ({**make(B=1), "pair_bias": torch.randn(1, 2, 5, 4, device=DEVICE)}, {}),
+    "bias in blocks": lambda: ({**make(B=1), "pair_bias": torch.randn(1, 5, 2, device=DEVICE)}, {}),
     "masks and bias": lambda: (
         {**make(B=2, H=1), "pair_bias": torch.randn(5, 1, device=DEVICE)},
         {name: mask.to(DEVICE) for name, mask in MASKS.items()},
@@ -562,16 +565,28 @@ def test_opcheck(kind):
     bias = None if bias is None else bias[(None,) * (4 - bias.ndim)]
     masks = (options.get("image_mask"), options.get("audio_mask"))
     inputs = (*tensors.values(), *masks, bias, 0.3)
-    torch.library.opcheck(torch.ops.avfuse.pair_attention.default, inputs)
-    output_grad = torch.randn(2, 1, 3, 7, device=DEVICE)
-    backward = torch.ops.avfuse.pair_attention_backward.default
-    torch.library.opcheck(backward, (output_grad, *inputs, bias is not None))
+    output_grad = torch.randn(*tensors["query"].shape[:3], 7, device=DEVICE)
+    both = torch.ops.avfuse.pair_attention, torch.ops.avfuse.pair_attention_backward
+    bias_grad = kind in ("bias", "bias in blocks")
+    for run_it, given in zip(both, (inputs, (output_grad, *inputs, bias_grad)), strict=True):
+        torch.library.opcheck(run_it.default, given)
+        with FakeTensorMode() as mode:
+            fake = run_it(*tree_map_only(torch.Tensor, mode.from_tensor, given))
+        strides = [[x.stride() for x in tree_leaves(results)] for results in (fake, run_it(*given))]
+        assert strides[0] == strides[1]  # which PyTorch compares on CUDA alone
+
+
+def test_a_bias_of_pairs_and_one_of_blocks_have_kernels_of_their_own():
+    tensors = make(B=1, I=4, A=2)
+    for shape, own in (None, kernels), ((4, 2), biased_kernels), ((2, 2), blocked_kernels):
+        bias = None if shape is None else torch.zeros(1, 1, *shape, device=DEVICE)
+        assert operators.kernels_for(*tensors.values(), None, None, bias, 0.3)[0] is own
 
 
 @all_inputs
 def test_compile_checkpoint_autocast_and_repetition_change_nothing(kind):
     tensors, options = INPUTS[kind]()
-    output_grad = torch.randn(2, 1, 3, 7, device=DEVICE)
+    output_grad = torch.randn(*tensors["query"].shape[:3], 7, device=DEVICE)
     torch._dynamo.reset()
     ways = {
         "again": triton_attention,
