@@ -262,6 +262,7 @@ CASES = {  # dead rows of image and audio, shape and kind of bias
     "dead modalities": (([0], [1]), None, None),
     "bias": (None, (2, 1, 3, 4), "nothing"),
     "bias broadcast": (None, (3, 1), "nothing"),
+    "bias of audio alone": (None, (1, 4), "nothing"),
     "bias with -inf": (None, (2, 1, 3, 4), "half the pairs"),
     "bias in blocks": (((), [1]), (2, 1, 3, 2), "half the pairs"),
     "bias, dead modality, no pair": (((), [1]), (2, 1, 3, 4), "all pairs of the first clip"),
@@ -310,8 +311,9 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(interaction, dtype, bias, 
 
 @both_interactions
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_low_precision_is_computed_in_float32_and_rounded_once(interaction, dtype):
-    tensors = make(bias=(5, 4), keys=5.0, dtype=dtype)
+def test_low_precision_is_computed_in_float32_and_rounded_once(monkeypatch, interaction, dtype):
+    monkeypatch.setattr(streaming, "CHUNK", 1)  # one token at a time, of which the bias may be shared by all
+    tensors = make(bias=(5, 4) if interaction == "additive" else (5, 1), keys=5.0, dtype=dtype)
     truth = run(tensors, interaction=interaction, dtype=torch.float32)
     for name, tensor in run(tensors, interaction=interaction).items():
         assert torch.equal(tensor, truth[name].to(dtype)), name
@@ -489,15 +491,47 @@ def test_nothing_but_the_gradient_of_the_bias_grows_as_the_number_of_pairs(
     monkeypatch.setattr(streaming, "CHUNK", 2**15)
     if streamed:
         monkeypatch.setattr(marginals, "safe_sum", lambda dtype: INF)
-    tensors = make(1, 1, 4, 1024, 1024, 8, 8, bias=bias, dtype=torch.float32)
+    tensors = make(2, 1, 2, 1024, 1024, 8, 8, bias=bias, dtype=torch.float32)
     with Allocations() as ours:
-        run(tensors, interaction=interaction, image_mask=mask_of(1, 1024))
+        run(tensors, interaction=interaction, image_mask=mask_of(2, 1024))
     gradients = 2 if streamed and interaction == "additive" else 1  # of streamed clips, then of all
     large = sum(size > 4 * streaming.CHUNK for size in ours.sizes)
     assert large == (gradients if bias == (1024, 1024) else 0)
     with Allocations() as reference:
         run({name: tensors[name][..., :256, :] for name in TOKENS}, backend="reference")
     assert max(reference.sizes) >= 4 * 256 * 256 * 8
+
+
+@pytest.mark.parametrize("widths", [(128, 8), (8, 128)], ids=["keys", "values"])
+def test_bilinear_heads_may_be_wider_than_there_are_tokens(monkeypatch, widths):
+    monkeypatch.setattr(streaming, "CHUNK", 2**15)
+    tensors = make(1, 2, 32, 32, 16, *widths, dtype=torch.float32)
+    with Allocations() as ours:
+        run(tensors, interaction="bilinear")
+    assert max(ours.sizes) == 4 * 2**15
+
+
+def test_pairs_in_one_chunk_are_computed_once_in_each_direction(monkeypatch):
+    """Of two chunks, the backward computes the first one twice."""
+    ran, logits = [], streaming._bilinear_logits
+    monkeypatch.setattr(
+        streaming, "_bilinear_logits", lambda *inputs: ran.append(inputs[-1]) or logits(*inputs)
+    )
+    for chunk, expected in (streaming.CHUNK, 1 + 1), (2 * 2 * 3 * 7 * 2, 2 + 3):
+        monkeypatch.setattr(streaming, "CHUNK", chunk)
+        run(make(), interaction="bilinear")
+        assert len(ran) == expected
+        ran.clear()
+
+
+@both_interactions
+def test_temporaries_take_16_mib_where_nothing_else_is_said(monkeypatch, interaction):
+    monkeypatch.setattr(marginals, "safe_sum", lambda dtype: INF)
+    bias = (2**20, 4) if interaction == "additive" else None
+    tensors = make(1, 1, 2, 2**20, 4, 1, 1, bias=bias, dtype=torch.float32)
+    with Allocations() as ours:
+        pair_attention(**tensors, interaction=interaction)
+    assert max(ours.sizes) == 2**24
 
 
 # --- the rest of PyTorch, backends, errors ------------------------------------------------------------------
@@ -565,10 +599,34 @@ def test_operators_of_a_pair_bias_are_what_pytorch_expects(bias):
     image_logits, image_grad = torch.randn(2, 2, 2, 3, 5).unbind()
     audio_logits, audio_grad = torch.randn(2, 2, 2, 4, 3).mT.unbind()  # not contiguous
     logits = image_logits, audio_logits, torch.randn(bias)
-    torch.library.opcheck(torch.ops.avfuse.pair_marginals.default, logits)
-    for bias_grad in True, False:
-        inputs = image_grad, audio_grad, *logits, bias_grad
-        torch.library.opcheck(torch.ops.avfuse.pair_marginals_backward.default, inputs)
+    operators = torch.ops.avfuse.pair_marginals, torch.ops.avfuse.pair_marginals_backward
+    grads = image_grad, audio_grad, *logits
+    for run_it, given in zip(
+        (*operators, operators[1]), (logits, (*grads, True), (*grads, False)), strict=True
+    ):
+        torch.library.opcheck(run_it.default, given)
+        assert all(x.is_contiguous() for x in run_it(*given))  # which PyTorch compares on CUDA alone
+    for coarse in logits[2], logits[2][:, :, :1]:
+        ways = (operators[0](*logits[:2], x) for x in (coarse, coarse.expand(2, 2, 5, 4)))
+        for ours, true in zip(*ways, strict=True):
+            torch.testing.assert_close(ours, true)
+    finer = torch.randn(bias, dtype=torch.float64)
+    for backward in marginals.pair_marginals_backward, streaming.stream_marginals_backward:
+        assert backward(*grads[:4], finer, True)[2].dtype == torch.float64
+    ours, rounded = (streaming.stream_marginals(*logits[:2], x) for x in (finer, finer.float()))
+    assert all(map(torch.equal, ours, rounded))  # in the dtype of the logits
+
+
+def test_clips_are_streamed_for_none_but_products_that_underflow():
+    """Neither for having no pair, nor for a bias that is far below that of another head or clip."""
+    image, audio, bias = (torch.randn(3, 2, *sizes) for sizes in ((2, 5), (2, 4), (5, 4)))
+    bias[:, 1] -= 300.0
+    bias[1] -= 300.0
+    assert marginals.Products(image, audio, bias).lost is None
+    image[0], audio[1], bias[2] = -INF, -INF, -INF
+    assert marginals.Products(image, audio, bias).lost is None
+    bias[1, 0, :, 0], audio[1], audio[1, 0, :, 0] = -INF, 0.0, 300.0
+    assert marginals.Products(image, audio, bias).lost.tolist() == [1]
 
 
 def test_operations_of_a_pair_bias_are_counted():
