@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import calls
 import pytest
@@ -137,7 +138,8 @@ def test_a_worker_killed_while_idle_costs_no_call_a_try():
         (idle,) = pool._idle
         idle.process.join(60)
         ((key, other, _),) = pool.map([1])
-    assert key == 1 and other != pid
+        assert key == 1 and other != pid
+        assert idle.socket.fileno() == -1 and idle not in pool._running  # nothing of it is left open
 
 
 def test_signals_to_every_process_of_a_job_are_for_the_parent():
@@ -164,6 +166,19 @@ def test_memory_has_a_limit():
     assert large == WorkerFailure(2**29, "MemoryError")
 
 
+def test_a_function_of_the_program_itself(tmp_path, monkeypatch):
+    script, main = tmp_path / "script.py", ModuleType("__main__")
+    script.write_text("def doubled(number):\n    return 2 * number\n")
+    exec(script.read_text(), vars(main))
+    main.__file__ = str(script)
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    with WorkerPool(main.doubled, 1) as pool:
+        assert list(pool.map([21])) == [42]
+    with WorkerPool(calls.square, 1) as pool:  # whose workers import no program
+        assert list(pool.map([6])) == [36]
+    assert sys.modules["__main__"] is main
+
+
 def test_a_function_that_no_worker_can_load():
     with WorkerPool(calls.Unloadable(), 2) as pool:
         with pytest.raises(RuntimeError, match="workers cannot be started: KeyError: 'a bug'"):
@@ -173,14 +188,15 @@ def test_a_function_that_no_worker_can_load():
 # ------------------------------------------------------------------------------------------------ bounds, end
 
 
-def test_keys_are_read_as_they_are_needed():
+@pytest.mark.parametrize("ahead, expected", [(5, 5), (None, 4 * 2)])
+def test_keys_are_read_as_they_are_needed(ahead, expected):
     read = itertools.count()
     with WorkerPool(calls.square, 2) as pool:
-        for taken, result in enumerate(pool.map(iter(lambda: next(read), -1), ahead=5), 1):
+        for taken, result in enumerate(pool.map(iter(lambda: next(read), -1), ahead=ahead), 1):
             assert result == (taken - 1) ** 2
             if taken == 40:
                 break
-    assert next(read) == 45
+    assert next(read) == 40 + expected
 
 
 def test_a_map_that_is_left():
