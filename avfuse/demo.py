@@ -265,10 +265,8 @@ def page(models: dict[str, nn.Module], faults: dict[str, str], clips: list[Path]
         choices[1].render()
         headers = ["heard and seen", "by image", "by sound", "by both"]
         table = gr.Dataframe(headers=headers, interactive=False, wrap=True, visible=bool(kinds[1]))
-        asked, options = (
-            [clip, start, other, *choices],
-            dict(trigger_mode="always_last", api_visibility="private"),
-        )
+        asked = [clip, start, other, *choices]
+        options = dict(trigger_mode="always_last", api_visibility="private")
         gr.on([part.change for part in asked], partial(show, kinds), asked, [video, table, frame], **options)
         frame.select(hear, [clip, start, choices[2]], [sound, shown], **options)
     return blocks

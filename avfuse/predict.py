@@ -162,5 +162,9 @@ def write(path: Path, answers: list[dict]) -> None:
     if path.suffix != ".json":
         write_table(path, rows(answers))
         return
-    with aside(path) as partial, open(partial, "w") as file:
-        json.dump(answers, file, default=torch.Tensor.tolist)
+    with aside(path) as partial, open(partial, "w") as file:  # a line for each: all at once are large
+        file.write("[\n")
+        for answer in answers:
+            end = "\n" if answer is answers[-1] else ",\n"
+            file.write(json.dumps(answer, default=torch.Tensor.tolist) + end)
+        file.write("]\n")

@@ -188,7 +188,8 @@ def file_at(source: str | os.PathLike, name: str, **options) -> Path:
     """
     folder = Path(source)
     if os.path.isdir(folder):
-        is_run = os.path.isdir(folder / "model") and not os.path.isfile(folder / WEIGHTS)
+        is_model = os.path.isfile(folder / WEIGHTS) and os.path.isfile(folder / CONFIG)
+        is_run = os.path.isdir(folder / "model") and not is_model
         return folder / ("model" if is_run else "") / name
     if folder.suffix not in SUFFIXES and not HUB_ID.fullmatch(os.fspath(source)):
         raise HFValidationError(f"{printable(source)} is no OWNER/NAME")

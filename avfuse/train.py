@@ -194,7 +194,7 @@ class Pretraining(JudgedTask):
         losses = held_out(metrics)
         losses.pop("both", None)
         useless = [
-            f"{name} {loss:.3f}" for name, (loss, zero, _) in losses.items() if loss > NO_BETTER * zero
+            f"{name} {loss:.3f}" for name, (loss, zero, _) in losses.items() if loss > NO_BETTER * zero > 0
         ]
         return f"no better than predicting zero: the loss of {' and '.join(useless)}" if useless else ""
 

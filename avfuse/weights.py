@@ -196,8 +196,9 @@ def load(model, branch, source, *, axes, grid, say) -> LoadedWeights:
     weights, joined = from_transformers(weights)
     family = family_of(content, weights, branch, is_whole=bool(dropped))
     if branch == "audio" and axes is None:
-        axes = "time-frequency" if family == "AudioMAE" else "frequency-time"
-    weights, converted = convert(weights, vit, axes, grid or grid_in(theirs))
+        is_turned = grid_in(theirs) == AUDIOMAE_GRID[::-1]  # already, as where avfuse has loaded it
+        axes = "time-frequency" if family == "AudioMAE" and not is_turned else "frequency-time"
+    weights, converted = convert(weights, vit, axes, grid or grid_of(weights, theirs))
     converted = joined | converted
     weights, without_place = drop(weights, vit)
     if faults := misfits(weights, vit.state_dict()):  # else there is one finite tensor for each place
@@ -214,9 +215,9 @@ def load(model, branch, source, *, axes, grid, say) -> LoadedWeights:
     dropped = content.dropped | dropped | without_place
     names = (*content.steps, "those of transformers turned into timm's") if joined else content.steps
     encoder, saw = getattr(model, "encoder", model), content.normalisation
-    heard = content.made.get("inputs") or (
-        InputSettings.audiomae() if family in ("AudioMAE", "AST") else None
-    )
+    heard = content.made.get("inputs")
+    if heard is None and family in ("AudioMAE", "AST"):
+        heard = InputSettings.audiomae()
     inputs = adapt_images(encoder, vit, saw, family) if branch == "image" else of_sounds(encoder, heard)
     others = [name for name in COMPUTED if name in theirs and name in own and theirs[name] != own[name]]
     differs = tuple(f"{name} {theirs[name]} there, {own[name]} here" for name in others)
@@ -354,6 +355,15 @@ def grid_in(made: dict) -> tuple[int, int] | None:
         return int(height // rows), int(width // columns)
     except (TypeError, ValueError, ArithmeticError):  # of a damaged config.json
         return None
+
+
+def grid_of(weights: dict[str, Tensor], made: dict) -> tuple[int, int] | None:
+    """The same, where the table of positions has as many rows: it may have been replaced by hand."""
+    grid, table = grid_in(made), weights.get(POSITIONS)
+    if grid is None or table is None or table.ndim != 3:
+        return None
+    prefix = sum(weights[name].shape[1] for name in PREFIXES if name in weights and weights[name].ndim == 3)
+    return grid if table.shape[1] - math.prod(grid) in (0, prefix) else None
 
 
 def json_beside(file: Path, name: str) -> dict:

@@ -178,6 +178,7 @@ def test_a_model_no_better_than_predicting_zero_is_doubted(task, image, audio, s
     named = "image 1.000 and audio 0.995" if said == "both" else said
     assert doubt == (named and f"no better than predicting zero: the loss of {named}")
     silent = dict(held_out_image_loss=image, held_out_image_zero=2.0)  # no clip has sound
+    silent |= dict(held_out_audio_loss=0.1, held_out_audio_zero=0.0)  # or all are silent
     assert task.doubt(silent) == ""
 
 

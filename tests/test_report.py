@@ -120,6 +120,9 @@ def test_what_no_clip_has_is_not_spoken_of(run):
     write_rows(run / "metrics.jsonl", [{n: value for n, value in row.items() if "audio" not in n}])
     said = Page(write_report(run)).text
     assert "at step 12: loss 0.300 (image 0.300), 0.30 of predicting zero (1.000)" in said
+    silent = dict(step=12, when="after", probes={}, held_out_audio_loss=0.1, held_out_audio_zero=0.0)
+    write_rows(run / "metrics.jsonl", [silent])
+    assert "at step 12: loss 0.100 (audio 0.100)" in Page(write_report(run)).text
 
 
 def test_where_fusion_tokens_look_is_said_in_a_sentence(run):

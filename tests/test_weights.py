@@ -286,6 +286,21 @@ def test_a_row_of_patches_is_no_class_token():
     torch.testing.assert_close(vit.pos_embed[0], interpolated(theirs.pos_embed[0], (14, 14), (15, 13)))
 
 
+def test_positions_replaced_by_hand_are_of_no_stated_grid():
+    """A timm model keeps the size that it was made for."""
+    theirs, vit = make_vit((3, 24, 96), class_token=False), make_vit((3, 40, 40), class_token=False)
+    theirs.pos_embed = nn.Parameter(torch.randn(1, 49, D))
+    load_image_weights(vit, theirs, say=silent)
+    torch.testing.assert_close(vit.pos_embed[0], interpolated(theirs.pos_embed[0], (7, 7), (5, 5)))
+
+
+def test_what_avfuse_has_turned_is_not_turned_again():
+    theirs, vit = (make_vit((1, 128, 1024), patch_size=16, class_token=True) for _ in range(2))
+    loaded = load_audio_weights(vit, theirs, say=silent)
+    torch.testing.assert_close(vit.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+    assert loaded.axes == "frequency-time" and not loaded.converted
+
+
 @pytest.mark.parametrize("saved", [False, True])
 def test_what_others_heard_and_computed_is_told(saved, tmp_path):
     heard = InputSettings(

@@ -501,17 +501,19 @@ class ClipReader(AbstractContextManager):
     def _late(self) -> int:
         """By how much pictures are shown later than FFmpeg says, in units of their times.
 
-        Where an edit of an mp4 begins between two pictures, FFmpeg moves the second one to its start. Without
-        its care for edits, times are those of the first edit.
+        Where the edit of an mp4 begins between two pictures, FFmpeg moves the second to its start. Without its
+        care for edits, times are right. Those of several edits are left to it.
         """
         entries = self._video.index_entries
         if self._format != "mov" or not len(entries) or not entries[0].is_discard:
             return 0
         with _open(self.path, self.part, advanced_editlist="0") as container:
-            plain = container.streams[self._video.index].index_entries
-            first = entries[0]
-            later = next((each.timestamp - first.timestamp for each in plain if each.pos == first.pos), 0)
-            return max(0, later)  # as the first of several fragments may have other times
+            plain = [(e.pos, e.timestamp) for e in container.streams[self._video.index].index_entries]
+        shown = [entry.pos for entry in entries]
+        begin = next((n for n, (pos, _) in enumerate(plain) if pos == shown[0]), len(plain))
+        if [pos for pos, _ in plain[begin : begin + len(shown)]] != shown:
+            return 0
+        return max(0, plain[begin][1] - entries[0].timestamp)  # the first of several fragments may be later
 
     def _decode_in_order(
         self, packets: Iterable[av.Packet], times: Sequence[float], at_start: bool

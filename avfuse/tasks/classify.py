@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from textwrap import shorten
 
 import numpy as np
 import torch
@@ -431,7 +430,7 @@ def draw_odds(axis, classes: Sequence[str], right: set[int], odds: dict[str, Ten
     axis.set(
         xlim=(0, 1),
         yticks=places,
-        yticklabels=[shorten(printable(classes[n]), LONGEST, placeholder=" …") for n in order],
+        yticklabels=[shortened(printable(classes[n])) for n in order],
         xticks=(0, 0.5, 1),
     )
     axis.invert_yaxis()
@@ -441,6 +440,10 @@ def draw_odds(axis, classes: Sequence[str], right: set[int], odds: dict[str, Ten
         text.set_parse_math(False)  # a name with $ is no formula
         if n in right:
             text.set(fontweight="bold", color=BLUE)
+
+
+def shortened(name: str) -> str:
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
 
 
 main = partial(program, kind=Classification)

@@ -206,7 +206,7 @@ def status(config: dict, metrics: Path, steps: list[dict], measures: list[dict])
         each = ", ".join(f"{name} {loss:.3f}" for name, loss in zip(names, losses, strict=True))
         lines.append(
             f"{row.get('clips', 'held-out clips')} at step {row['step']}: loss {sum(losses):.3f} "
-            f"({each}), {sum(losses) / zero:.2f} of predicting zero ({zero:.3f})"
+            f"({each})" + (f", {sum(losses) / zero:.2f} of predicting zero ({zero:.3f})" if zero else "")
         )
     broken = [row["step"] for row in steps if not np.isfinite(row["loss"])]
     if broken:
