@@ -501,8 +501,8 @@ class ClipReader(AbstractContextManager):
     def _late(self) -> int:
         """By how much pictures are shown later than FFmpeg says, in units of their times.
 
-        Where the edit of an mp4 begins between two pictures, FFmpeg moves the second to its start. Without its
-        care for edits, times are right. Those of several edits are left to it.
+        Where the edit of an mp4 begins between two pictures, FFmpeg moves the second to its start. Without
+        its care for edits, times are right. Those of several edits are left to it.
         """
         entries = self._video.index_entries
         if self._format != "mov" or not len(entries) or not entries[0].is_discard:
