@@ -18,7 +18,7 @@ from torch import nn
 
 from avfuse import AVMAE, AVEncoder, InputSettings, load_audio_weights, load_image_weights
 from avfuse.model_card import strictest, strictness
-from avfuse.weights import grid_in, normalisation_beside
+from avfuse.weights import grid_in, normalisation_beside, of_sounds
 
 D, HEADS, DEPTH = 32, 2, 3
 
@@ -319,6 +319,21 @@ def test_what_others_heard_and_computed_is_told(saved, tmp_path):
     assert str(loaded).endswith(f"differs    norm_eps 0.001 there, {ours.audio.blocks[0].norm1.eps} here")
     ours.given_inputs = heard
     assert load_audio_weights(ours, theirs, say=silent).inputs == ""
+
+
+def test_every_field_of_a_spectrogram_and_of_what_a_transformer_computes_is_compared():
+    theirs, ours = InputSettings(), make_encoder()
+    for change in dict(sample_rate=32_000), dict(max_frequency=7e3), dict(mel_bins=64), dict(hop=125):
+        ours.given_inputs = replace(theirs, **change)
+        (name,) = change
+        assert of_sounds(ours, theirs) == f"trained on spectrograms of {name} {getattr(theirs, name)}"
+    other = make_vit(act_layer=nn.ReLU, norm_layer=partial(timm.layers.RmsNorm, eps=1e-6))
+    for place in "norm1", "norm2":  # with a bias, so that its weights fit
+        for block in other.blocks:
+            getattr(block, place).bias = nn.Parameter(torch.zeros(D))
+    other.norm.bias = nn.Parameter(torch.zeros(D))
+    differs = load_image_weights(make_vit(), other, say=silent).differs
+    assert {"act_layer", "norm_layer"} <= {each.split()[0] for each in differs}
 
 
 @pytest.mark.parametrize("sizes", ["16", [[16, 8], [0, 8]], [[1e999, 8], [8, 8]], [["a", 8], [8, 8]], None])
