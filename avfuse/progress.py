@@ -14,7 +14,8 @@ def progress_bar(iterable: Iterable | None = None, *, shown: bool = True, **opti
         iterable, options: as for tqdm. A bar that it would not `leave` on the screen has no lines.
         shown: whether there is anything to see.
     """
-    if not sys.stderr.isatty() and (shown := shown and options.get("leave", True)):
+    shown = shown and sys.stderr is not None  # as it is where whoever began the process has closed it
+    if not (sys.stderr and sys.stderr.isatty()) and (shown := shown and options.get("leave", True)):
         total = options["total"] if "total" in options else len(iterable)
         options |= dict(file=Lines(), miniters=max(1, total // 10), mininterval=0, maxinterval=math.inf)
         options |= dict(bar_format="{desc}: {n_fmt} of {total_fmt}, {elapsed}{postfix}")

@@ -29,6 +29,7 @@ from .training.loop import Task, program, set_up, train
 from .training.neighbours import interval, nearest_neighbour_probes
 from .training.pictures import draw_attention, draw_reconstructions
 from .training.plan import make_model, plan
+from .training.report import held_out
 from .training.run_folder import has_begun, read_run
 from .training.settings import FRESH
 from .weights import load_audio_weights, load_image_weights
@@ -214,17 +215,6 @@ class Pretraining(JudgedTask):
         draw_reconstructions(model, inputs, folder / f"reconstructions-{step:06d}.png")
         if model.encoder.shows_attention:
             draw_attention(model.encoder, inputs, folder / f"attention-{step:06d}.png", layer=self.layer)
-
-
-def held_out(metrics: dict) -> dict[str, tuple[float, float, float | None]]:
-    """The held-out losses of image, audio and both, with that of predicting zero, and the share of that; of
-    what clips have.
-    """
-    there = [name for name in ("image", "audio") if f"held_out_{name}_loss" in metrics]
-    pairs = {name: [metrics[f"held_out_{name}_{kind}"] for kind in ("loss", "zero")] for name in there}
-    if len(pairs) == 2:
-        pairs["both"] = [sum(values) for values in zip(*pairs.values(), strict=True)]
-    return {name: (loss, zero, loss / zero if zero else None) for name, (loss, zero) in pairs.items()}
 
 
 def count_hidden(inputs: dict[str, Tensor], name: str) -> int:

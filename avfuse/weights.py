@@ -292,10 +292,11 @@ def read(source) -> ReadWeights:
     if isinstance(source, nn.Module):
         config = getattr(source, "pretrained_cfg", None)
         name, licence, family = timm_origin(config, type(source).__name__)
-        own = getattr(getattr(source, "encoder", source), "given_inputs", None)
+        made = made_by(source)
+        own = made["inputs"]
         saw = (own.image_mean, own.image_std) if own else normalisation_in(config, "mean", "std")
         tensors = tensors_of(source.state_dict(), "weights")
-        return ReadWeights(name, *tensors, licence, family, saw, made_by(source))
+        return ReadWeights(name, *tensors, licence, family, saw, made)
     if isinstance(source, dict):
         return ReadWeights("a state dict", *tensors_of(source, "weights"))
     if not isinstance(source, (str, os.PathLike)):

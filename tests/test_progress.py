@@ -39,3 +39,8 @@ def test_a_terminal_has_a_bar(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert list(progress_bar(range(9), desc="reading")) == list(range(9))
     assert "\rreading: 100%|" in capsys.readouterr().err
+
+
+def test_nothing_is_shown_where_stderr_is_closed(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    assert list(progress_bar(range(3))) == [0, 1, 2]

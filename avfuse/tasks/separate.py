@@ -239,6 +239,9 @@ class Separation(JudgedTask):
         """Masks (S, mel, frames) over a mixture (samples,) -> (S, samples)"""
         return self.model.mel_stft.apply_masks(masks[None], mixture[None])[0]
 
+    def count(self, rows, metrics):
+        return metrics["pairs"]
+
     def summarize(self, rows):
         judged = [row for row in rows if not row["skipped"]]
         metrics = dict(pairs=len(judged), skipped=len(rows) - len(judged))

@@ -65,6 +65,10 @@ class JudgedTask(Task):
         """The metrics by name, from the rows of all test clips in their order."""
         raise NotImplementedError
 
+    def count(self, rows: list[dict], metrics: dict) -> int:
+        """Of how many of the rows the metrics are."""
+        return len(rows)
+
     def draw(self, folder: Path, model: nn.Module, inputs: dict[str, Tensor], batch: dict, step: int) -> None:
         """Pictures of the first test clips, as folder/KIND-{step:06d}.png."""
 
@@ -121,7 +125,7 @@ class JudgedTask(Task):
         folder, clips, judged = run.config.run, run.found.test_name, len(rows)
         if rows:
             metrics, told = self.summarize(rows), {}
-            judged -= metrics.get("skipped", 0)  # rows of which no metric could be made
+            judged = self.count(rows, metrics)
             tables = self.tables(metrics)
             if changed:
                 told = dict(conditions=self.tested(changed))
@@ -166,11 +170,11 @@ class JudgedTask(Task):
 
     def tested(self, changed: dict[str, list[dict]]) -> dict[str, dict]:
         """The headline under each condition, and of how many clips."""
-        found = {name: (len(rows), self.summarize(rows)) for name, rows in changed.items()}
+        found = {name: (rows, self.summarize(rows)) for name, rows in changed.items()}
         return {
             name: {metric: metrics[metric] for metric in self.headline if metric in metrics}
-            | dict(judged=judged - metrics.get("skipped", 0))
-            for name, (judged, metrics) in found.items()
+            | dict(judged=self.count(rows, metrics))
+            for name, (rows, metrics) in found.items()
         }
 
     def facts(self, step: int, judged: int, metrics: dict, tables: Sequence[list[tuple]]) -> dict:

@@ -198,20 +198,29 @@ def status(config: dict, metrics: Path, steps: list[dict], measures: list[dict])
             text += f", epoch {epoch + 1} of {epochs}"
         text += f", written {clock(metrics.stat().st_mtime)}"
     lines = [text]
-    judged = [row for row in measures if {"held_out_image_loss", "held_out_audio_loss"} & row.keys()]
-    for row in spread(judged, 2):
-        names = [name for name in ("image", "audio") if f"held_out_{name}_loss" in row]
-        losses = [row[f"held_out_{name}_loss"] for name in names]
-        zero = sum(row[f"held_out_{name}_zero"] for name in names)
-        each = ", ".join(f"{name} {loss:.3f}" for name, loss in zip(names, losses, strict=True))
+    for row in spread([row for row in measures if held_out(row)], 2):
+        losses = held_out(row)
+        *_, (loss, zero, share) = losses.values()  # of both, where there are two
+        each = ", ".join(f"{name} {of[0]:.3f}" for name, of in losses.items() if name != "both")
         lines.append(
-            f"{row.get('clips', 'held-out clips')} at step {row['step']}: loss {sum(losses):.3f} "
-            f"({each})" + (f", {sum(losses) / zero:.2f} of predicting zero ({zero:.3f})" if zero else "")
+            f"{row.get('clips', 'held-out clips')} at step {row['step']}: loss {loss:.3f} "
+            f"({each})" + ("" if share is None else f", {share:.2f} of predicting zero ({zero:.3f})")
         )
     broken = [row["step"] for row in steps if not np.isfinite(row["loss"])]
     if broken:
         lines.append(f"The loss is not finite in {len(broken)} steps, first in step {broken[0]}")
     return "".join(map(paragraph, lines))
+
+
+def held_out(metrics: dict) -> dict[str, tuple[float, float, float | None]]:
+    """The held-out losses of image, audio and both, with that of predicting zero, and the share of that; of
+    what clips have.
+    """
+    there = [name for name in ("image", "audio") if f"held_out_{name}_loss" in metrics]
+    pairs = {name: [metrics[f"held_out_{name}_{kind}"] for kind in ("loss", "zero")] for name in there}
+    if len(pairs) == 2:
+        pairs["both"] = [sum(values) for values in zip(*pairs.values(), strict=True)]
+    return {name: (loss, zero, loss / zero if zero else None) for name, (loss, zero) in pairs.items()}
 
 
 def curves(steps: list[dict], measures: list[dict]) -> str:
