@@ -59,7 +59,7 @@ def draw_throughput(record: dict) -> Figure:
     for (speed_axis, memory_axis), mode in zip(grid, modes, strict=True):
         rows = record[mode]["rows"]
         best = {row: result for row in reversed(rows) if (result := fastest(rows, row))}
-        speeds = {row: result["speed"] for row, result in best.items() if result["speed"]}
+        speeds = {row: result["speed_over_none"] for row, result in best.items() if result["speed_over_none"]}
         medians = {row: speed["median"] for row, speed in speeds.items()}
         draw_bars(speed_axis, best, medians, whiskers(list(speeds.values())))
         draw_bars(memory_axis, best, {row: of["memory"] for row, of in best.items() if of["memory"]})

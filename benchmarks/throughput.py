@@ -27,11 +27,13 @@ class Row(NamedTuple):
     pair_bias: bool | str = False
     attn_ratio: float = 0.25
     block: type | None = None  # in place of DenseFusion
-    fused: bool = False  # for inference
+    fused: bool = False  # encoder.fused(), for inference
+    decoded: bool = False  # decoders carry the fusion tokens, though no block of fusion does; for training
 
 
 ROWS = {
     "none": Row("no fusion", "none"),
+    "none-tokens": Row("no fusion, tokens decoded", "none", decoded=True),
     "joint": Row("joint attention, no fusion tokens", "joint"),
     "cross": Row("cross-attention, no fusion tokens", "cross", attn_ratio=1.0),  # as wide as self-attention
     "cross-narrow": Row("cross-attention, a quarter as wide", "cross"),  # as wide as fusion blocks
@@ -45,7 +47,8 @@ ROWS = {
     "none-fused": Row("no fusion, encoder.fused()", "none", fused=True),
     "dense-fused": Row("dense, encoder.fused() (avfuse)", "dense", fused=True),
 }
-OF_VIDEO = ("none", "joint", "token", "materialized", "pair-keys", "dense", "time-bias")
+BASELINES = {"none": "speed_over_none", "none-tokens": "speed_over_tokens"}
+OF_VIDEO = ("none", "none-tokens", "joint", "token", "materialized", "pair-keys", "dense", "time-bias")
 VIDEO = InputSettings(audio_seconds=10.0, hop=200)  # 400 audio tokens, and 196 for each frame
 RowName = Literal[*ROWS]
 Mode = Literal["inference", "training"]
@@ -65,6 +68,7 @@ class Options(measure.Options):
 
     Inference is the encoder on whole clips. A training step is the masked autoencoder's forward, backward and
     AdamW on random masks; its baseline is an audio-visual autoencoder that has no fusion tokens at all.
+    "none-tokens" has them in its decoders: what is slower than that is the encoder's fusion.
 
     What happens, in this order: arithmetic is counted; memory is measured, each row in a fresh process; the
     outputs and gradients of each row are compared with a float64 model of the same weights that stores every
@@ -200,7 +204,8 @@ def make_model(row: Row, base: AVEncoder, mode: Mode) -> AVEncoder | AVMAE:
     encoder = make_encoder(row, base)
     if mode == "inference":
         return encoder.fused() if row.fused else encoder.eval()
-    kind = PlainAutoencoder if row.interactions in ("none", "joint", "cross") else AVMAE
+    plain = row.interactions in ("none", "joint", "cross") and not row.decoded
+    kind = PlainAutoencoder if plain else AVMAE
     return kind(encoder, **(SMALL_DECODER if encoder.embed_dim < 384 else {})).train()
 
 
@@ -242,9 +247,11 @@ def compiled(model, how: str, mode: Mode):
     return model if how == "no" else torch.compile(model, mode=how, dynamic=False)
 
 
-def rows_of(options: Options, mode: Mode) -> tuple[RowName, ...]:
-    """The rows that are measured: none is trained that is made for inference."""
-    return tuple(name for name in options.rows if mode == "inference" or not ROWS[name].fused)
+def of_mode(rows: Iterable[RowName], mode: Mode) -> tuple[RowName, ...]:
+    """Those of the rows that are there in a mode: some are made for inference, or for training alone."""
+    return tuple(
+        name for name in rows if not (ROWS[name].decoded if mode == "inference" else ROWS[name].fused)
+    )
 
 
 def placed(model, options: Options, mode: Mode):
@@ -258,7 +265,7 @@ def placed(model, options: Options, mode: Mode):
 def count_mode(options: Options, mode: Mode) -> dict:
     """The results of inference or training, so far with the arithmetic of each row."""
     preset, rows = preset_of(options, mode), {}
-    for name in rows_of(options, mode):
+    for name in of_mode(options.rows, mode):
         gflop = gflop_per_clip(ROWS[name], preset, mode, options.frames)
         rows[name] = dict(label=ROWS[name].label, batches={}, gflop_per_clip=gflop)
     return dict(preset=preset, rows=rows)
@@ -281,7 +288,7 @@ def gflop_per_clip(row: Row, preset: str, mode: Mode, frames: int = 1) -> float:
 def measure_memory(options: Options, mode: Mode, batch: int, rows: dict) -> None:
     """Adds the memory of each row at this batch size, or why it does not fit."""
     for name in (
-        bar := tqdm(rows_of(options, mode), desc="memory, in fresh processes", leave=False, disable=None)
+        bar := tqdm(of_mode(options.rows, mode), desc="memory, in fresh processes", leave=False, disable=None)
     ):
         bar.set_postfix_str(name)
         try:
@@ -325,7 +332,7 @@ def compared_models(options: Options, mode: Mode, rows: dict) -> dict:
     clips = image.to(options.device), audio.to(options.device)
     known = {}  # the dense rows share a reference
     for name, model in models.items():
-        kind = ROWS[name].interactions, ROWS[name].pair_bias, ROWS[name].attn_ratio
+        kind = ROWS[name].interactions, ROWS[name].pair_bias, ROWS[name].attn_ratio, ROWS[name].decoded
         if kind not in known:
             reference = reference_of(model, ROWS[name], stored)
             plain = outputs(placed(copy.deepcopy(reference), options, mode), *clips, removed, dtype)
@@ -346,7 +353,7 @@ def make_models(options: Options, preset: str, mode: Mode) -> tuple[dict, dict]:
     torch.manual_seed(0)
     base = make_base(preset, options.frames)
     models = {
-        name: make_model(ROWS[name]._replace(fused=False), base, mode) for name in rows_of(options, mode)
+        name: make_model(ROWS[name]._replace(fused=False), base, mode) for name in of_mode(options.rows, mode)
     }
     stored = {
         bias: sharpened(make_encoder(Row("", "dense", bias, block=PairTokenFusion), base))
@@ -446,8 +453,9 @@ def time_batch(options: Options, mode: Mode, batch: int, rows: dict, models: dic
     for name, ours in seconds.items():
         result = rows[name]["batches"][batch]
         result["clips_per_second"] = measure.quantiles([batch / second for second in ours])
-        if "none" in seconds:
-            result["speed_over_none"] = measure.ratios(seconds["none"], ours)
+        for baseline, speed in BASELINES.items():
+            if baseline in seconds:
+                result[speed] = measure.ratios(seconds[baseline], ours)
 
 
 # --- tables -------------------------------------------------------------------------------------------------
@@ -466,19 +474,21 @@ def tables(record: dict) -> list:
 
 def mode_table(record: dict, mode: Mode) -> list[tuple]:
     """A row for each way to fuse and each batch size."""
-    columns = "batch", "clips/s (quartiles)", "over none", "memory MiB", "GFLOP/clip", "largest error"
-    rows = [(mode, *columns)]
+    baselines = [name for name in BASELINES if name in of_mode(record[mode]["rows"], mode)]
+    columns = "batch", "clips/s (quartiles)", *(f"over {name}" for name in baselines)
+    rows = [(mode, *columns, "memory MiB", "GFLOP/clip", "largest error")]
     for row in record[mode]["rows"].values():
         gflop, error = f"{row['gflop_per_clip']:.1f}", f"{max(row['errors'].values()):.0e}"
         for batch, result in row["batches"].items():
-            speed, over = why_not(row, result), "-"
+            speed, over = why_not(row, result), []
             if "clips_per_second" in result:
                 large = result["clips_per_second"]["median"] >= 1000
                 speed = spread(result["clips_per_second"], ",.0f" if large else ".3g")
-            if "speed_over_none" in result:
-                over = spread(result["speed_over_none"], ".2f")
+            for baseline in baselines:
+                ratios = result.get(BASELINES[baseline])
+                over.append(spread(ratios, ".2f") if ratios else "-")
             memory = f"{result['memory_bytes'] / 2**20:,.0f}" if "memory_bytes" in result else "-"
-            rows.append((row["label"], batch, speed, over, memory, gflop, error))
+            rows.append((row["label"], batch, speed, *over, memory, gflop, error))
     return rows
 
 
@@ -495,12 +505,9 @@ def summary(records: dict[str, dict | None], mode: Mode) -> list:
         header += ["paper speed", "paper memory"]
     rows = [tuple(header)]
     frames = max((record["settings"].get("frames", 1) for record in records.values() if record), default=1)
-    for name in rows_by(frames):
-        row = ROWS[name]
-        if row.fused and mode == "training":
-            continue
+    for name in of_mode(rows_by(frames), mode):
         places = [against_none(record, mode, name) for record in records.values()]
-        cells = [row.label, *places[0][:2], *(cell for place in places for cell in place[2:])]
+        cells = [ROWS[name].label, *places[0][:2], *(cell for place in places for cell in place[2:])]
         if mode == "inference":
             of_paper = zip(PAPER.get(name, ()), PAPER["none"], strict=False)
             cells += [times(value / none) for value, none in of_paper] or ["", ""]
@@ -521,7 +528,7 @@ def against_none(record: dict | None, mode: Mode, name: RowName) -> tuple[str, s
     gflop = f"{row['gflop_per_clip']:.1f}"
     if best is None:
         return gflop, "-", why_not(row, *row["batches"].values()), "-"
-    speed = times(best["speed"]["median"]) if best["speed"] else "no fusion has none"
+    speed = times(best["speed_over_none"]["median"]) if best["speed_over_none"] else "no fusion has none"
     memory = times(best["memory"]) if best["memory"] else "no fusion does not fit"
     return gflop, f"{best['clips/s']['median']:.3g}", speed, memory
 
@@ -536,7 +543,9 @@ def fastest(rows: dict, name: RowName) -> dict | None:
     batch, result = max(timed.items(), key=lambda item: item[1]["clips_per_second"]["median"])
     without = rows["none"]["batches"][batch].get("memory_bytes")
     memory = result["memory_bytes"] / without if without else None
-    return {"clips/s": result["clips_per_second"], "speed": result.get("speed_over_none"), "memory": memory}
+    return {"clips/s": result["clips_per_second"], "memory": memory} | {
+        speed: result.get(speed) for speed in BASELINES.values()
+    }
 
 
 def why_not(row: dict, *results: dict) -> str:
@@ -547,7 +556,7 @@ def why_not(row: dict, *results: dict) -> str:
 
 
 def numbers(record: dict) -> dict[str, float]:
-    """What budgets of ViT-B are about: GFLOP per clip; GFLOP, speed and memory over no fusion."""
+    """What budgets of ViT-B are about: arithmetic, memory, and speed over the baselines."""
     values = {}
     for mode in MODES:
         rows = record[mode]["rows"] if record.get(mode, {}).get("preset") == "base" else {}
@@ -555,9 +564,10 @@ def numbers(record: dict) -> dict[str, float]:
             gflop, best = row["gflop_per_clip"], fastest(rows, name) or {}
             values[f"{mode} {name} GFLOP"] = round(gflop, 1)
             values[f"{mode} {name} GFLOP over none"] = gflop / rows["none"]["gflop_per_clip"]
-            if best.get("speed"):
-                values[f"{mode} {name} speed"] = best["speed"]["median"]
-                values[f"{mode} {name} time"] = 1 / best["speed"]["median"]
+            for baseline, speed in BASELINES.items():
+                if best.get(speed):
+                    values[f"{mode} {name} speed over {baseline}"] = best[speed]["median"]
+                    values[f"{mode} {name} time over {baseline}"] = 1 / best[speed]["median"]
             if best.get("memory"):
                 values[f"{mode} {name} memory"] = best["memory"]
     return values

@@ -14,16 +14,22 @@ import measure
 import torch
 from counting import Operator, backward, imagined_gpu, operators_of
 from tables import terminal, times
-from throughput import MODES, PRESETS, ROWS, Mode, encoder_of, make_base, make_inputs, make_model, rows_by
+from throughput import (
+    MODES,
+    PRESETS,
+    ROWS,
+    Mode,
+    RowName,
+    encoder_of,
+    make_base,
+    make_inputs,
+    make_model,
+    of_mode,
+    rows_by,
+)
 from tqdm import tqdm
 
-from avfuse import AVMAE
-
-TOKENS = "none-tokens"  # in training: no fusion blocks, but decoders that carry the fusion tokens
-LABELS = {"none": "no fusion", TOKENS: "no fusion, tokens decoded"} | {
-    name: row.label for name, row in ROWS.items()
-}
-ONLY = {TOKENS: "training"} | {name: "inference" for name, row in ROWS.items() if row.fused}
+TOKENS = "none-tokens"  # the second baseline of training
 BATCH = 64  # of the budgets
 SHOWN = 30  # operators in `--by operator`
 
@@ -40,7 +46,7 @@ class Options(measure.FileOptions):
     """Size of both transformers."""
     modes: tuple[Mode, ...] = ("inference", "training")
     """What to count."""
-    rows: tuple[Literal[*LABELS], ...] = ()
+    rows: tuple[RowName, ...] = ()
     """Which rows. Default: all; of video, those that say most there."""
     frames: int = 1
     """Of a clip. Several: 10 s of sound instead of 3, so 196 tokens a frame and 400 of sound."""
@@ -65,7 +71,7 @@ def main(options: Options) -> dict:
     several = options.frames > 1
     options = replace(
         options,
-        rows=options.rows or tuple(name for name in LABELS if name in (TOKENS, *rows_by(options.frames))),
+        rows=options.rows or rows_by(options.frames),
         batch=options.batch or ((1, 4, 16) if several else (1, 16, 64, 128, 256)),
         out=options.out or measure.RESULTS / f"traffic-meta{f'-video{options.frames}' * several}.json",
     )
@@ -75,7 +81,7 @@ def main(options: Options) -> dict:
         if len(options.rows) > 2:
             raise ValueError(f"--by operator shows one row or the difference of two, got {options.rows}")
         for mode in options.modes:
-            if rows_of(options, mode) == [*options.rows]:
+            if of_mode(options.rows, mode) == options.rows:
                 print("\n" + terminal([f"{mode}, batch {options.batch[0]}:", by_operator(options, mode)]))
         return {}
     versions = {name: version for name, version in measure.versions().items() if name in ("torch", "timm")}
@@ -83,16 +89,11 @@ def main(options: Options) -> dict:
     record = dict(benchmark="traffic", command=measure.command(), versions=versions, note=options.note)
     record["settings"] = settings | dict(device="meta")
     for mode in options.modes:
-        progress = tqdm(rows_of(options, mode), desc=mode, leave=False, disable=None)
+        progress = tqdm(of_mode(options.rows, mode), desc=mode, leave=False, disable=None)
         record[mode] = {name: count_row(options, name, mode) for name in progress}
     record = measure.write_json(options.out, record)
     print("\n" + terminal(tables(record)))
     return record
-
-
-def rows_of(options: Options, mode: Mode) -> list[str]:
-    """The rows that are counted: some are for training alone, or for inference."""
-    return [name for name in options.rows if ONLY.get(name, mode) == mode]
 
 
 # --- counting -----------------------------------------------------------------------------------------------
@@ -102,10 +103,7 @@ def operators(options: Options, name: str, mode: Mode) -> Iterator[list[Operator
     """Those of a row, at each batch size."""
     dtype = measure.DTYPES[options.dtype]
     with torch.device("meta"):
-        base = make_base(options.preset, options.frames)
-        model = make_model(ROWS["none" if name == TOKENS else name], base, mode)
-        if name == TOKENS:
-            model = AVMAE.from_config(model.to_config())
+        model = make_model(ROWS[name], make_base(options.preset, options.frames), mode)
         model.to(dtype if mode == "inference" else None)
     encoder = encoder_of(model)
 
@@ -149,7 +147,7 @@ def count_row(options: Options, name: str, mode: Mode) -> dict:
         if mode == "inference":
             hidden = options.launch * sum(operator.aside for operator in ran)
             batches[batch]["aside_ms"] = round(1e3 * (seconds - hidden), 4)
-    return dict(label=LABELS[name], batches=batches)
+    return dict(label=ROWS[name].label, batches=batches)
 
 
 def by_operator(options: Options, mode: Mode) -> list[tuple]:
