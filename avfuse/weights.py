@@ -4,28 +4,26 @@ names of timm or transformers, and the branches of whole audio-visual models.
 Nothing is lost silently: a table names every tensor as used, converted (and how) or dropped (and why).
 """
 
-import json
 import math
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .checks import check_choice, check_size, is_number
+from .checks import check_choice, check_size
 from .files import printable
 from .inputs import IMAGENET_MEAN, IMAGENET_STD, InputSettings
 from .model_card import UNKNOWN, strictest
-from .pretrained import CONFIG, WEIGHTS, check_has_memory
-from .vit import describe_vit
-from .weight_files import StateDict, misfits, read_metadata, read_pth, read_safetensors, state_dict
+from .pretrained import check_has_memory
+from .weight_files import misfits
+from .weight_sources import Normalisation, ReadWeights, described, grid_in, read
 
 AXES = ("frequency-time", "time-frequency")
 LICENCES = {  # of what their authors published; DeepAVFusion's weights began as MAE's and AudioMAE's
@@ -77,14 +75,6 @@ TRANSFORMERS_ROOT = re.compile(r"(vit|deit|audio_spectrogram_transformer)\.")
 COMPUTED = "num_heads", "act_layer", "norm_layer", "norm_eps"  # what a transformer makes of its weights
 # Fields of InputSettings that say what a spectrogram holds.
 OF_SPECTROGRAMS = "front_end sample_rate window hop mel_bins max_frequency audio_mean audio_std".split()
-Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of red, green and blue
-STATED = (  # where a folder may tell: file, way to a table in it, names of the two
-    (CONFIG, ("pretrained_cfg",), ("mean", "std")),  # timm
-    (CONFIG, (), ("mean", "std")),  # its files of before
-    (CONFIG, ("model", "inputs"), ("image_mean", "image_std")),  # avfuse
-    (CONFIG, ("model", "encoder", "inputs"), ("image_mean", "image_std")),
-    ("preprocessor_config.json", (), ("image_mean", "image_std")),  # transformers
-)
 
 
 @dataclass(frozen=True)
@@ -271,151 +261,7 @@ def adapt_images(
     return f"{said}, by which the model normalises them from now on"
 
 
-# --- reading ------------------------------------------------------------------------------------------------
-
-
-class ReadWeights(NamedTuple):
-    """What a file, a timm model or a dictionary holds."""
-
-    name: str
-    weights: dict[str, Tensor]
-    dropped: dict[str, str]  # what lies beside the weights
-    steps: tuple[str, ...] = ()  # how the names came from those in the file
-    licence: str | None = None  # if it is stated
-    family: str = "ViT"
-    normalisation: Normalisation | None = None  # of the images that they saw, if it is stated
-    made: dict = {}  # by branch, how their transformers are made, see `describe_vit`; their "inputs"
-
-
-def read(source) -> ReadWeights:
-    """Weights, and what they say about themselves. No code in a file is run."""
-    if isinstance(source, nn.Module):
-        config = getattr(source, "pretrained_cfg", None)
-        name, licence, family = timm_origin(config, type(source).__name__)
-        made = made_by(source)
-        own = made["inputs"]
-        saw = (own.image_mean, own.image_std) if own else normalisation_in(config, "mean", "std")
-        tensors = tensors_of(source.state_dict(), "weights")
-        return ReadWeights(name, *tensors, licence, family, saw, made)
-    if isinstance(source, dict):
-        return ReadWeights("a state dict", *tensors_of(source, "weights"))
-    if not isinstance(source, (str, os.PathLike)):
-        raise ValueError(f"weights must be a path, a model or a dictionary, got {type(source).__name__}")
-    path = Path(source)
-    file = path / WEIGHTS if os.path.isdir(path) else path
-    what = f"weights {printable(path)}"
-    if not os.path.isfile(file):
-        raise ValueError(f"{what}: there is no file {printable(file)}")
-    if file.suffix != ".safetensors":
-        return ReadWeights(path.name, *tensors_of(read_pth(file), what))
-    tensors = tensors_of(read_safetensors(file), what)
-    licence = read_metadata(file).get("licence")
-    name, family, is_of_folder = path.name, "ViT", file.name == WEIGHTS
-    if is_of_folder and not licence:
-        name, licence, family = timm_origin(config_beside(file), name)
-    saw = normalisation_beside(file) if is_of_folder else None
-    return ReadWeights(name, *tensors, licence, family, saw, made_beside(file) if is_of_folder else {})
-
-
-def tensors_of(content: object, what: str) -> StateDict:
-    return state_dict(content, what, kept=("blocks", "patch_embed"))
-
-
-def made_by(module: nn.Module) -> dict:
-    """How the transformers of a module are made, by branch, and its "inputs"; of one, the same for both."""
-    encoder = getattr(module, "encoder", module)
-    made = {branch: described(getattr(encoder, branch, encoder)) for branch in ("image", "audio")}
-    return made | dict(inputs=getattr(encoder, "given_inputs", None))
-
-
-def described(vit: nn.Module) -> dict:
-    """How a transformer is made; {} if that cannot be told."""
-    try:
-        return describe_vit(vit) if isinstance(vit, VisionTransformer) else {}
-    except ValueError:
-        return {}
-
-
-def made_beside(file: Path) -> dict:
-    """The same, as the config.json in the folder of a model of avfuse tells it."""
-    config = json_beside(file, CONFIG)
-    made = config.get("model") if config.get("library") == "avfuse" else None
-    made = made.get("encoder", made) if isinstance(made, dict) else {}
-    tables = {n: made[n] for n in ("image", "audio", "inputs") if isinstance(made.get(n), dict)}
-    try:
-        return tables | dict(inputs=InputSettings(**tables["inputs"]) if "inputs" in tables else None)
-    except (TypeError, ValueError):  # of another version
-        return tables | dict(inputs=None)
-
-
-def grid_in(made: dict) -> tuple[int, int] | None:
-    """Rows and columns of the patches of a transformer that is made so; None if it is not told."""
-    sizes = [made.get("img_size"), made.get("patch_size")]
-    try:
-        (height, width), (rows, columns) = sizes
-        return int(height // rows), int(width // columns)
-    except (TypeError, ValueError, ArithmeticError):  # of a damaged config.json
-        return None
-
-
-def grid_of(weights: dict[str, Tensor], made: dict) -> tuple[int, int] | None:
-    """The same, where the table of positions has as many rows: it may have been replaced by hand."""
-    grid, table = grid_in(made), weights.get(POSITIONS)
-    if grid is None or table is None or table.ndim != 3:
-        return None
-    prefix = sum(weights[name].shape[1] for name in PREFIXES if name in weights and weights[name].ndim == 3)
-    return grid if table.shape[1] - math.prod(grid) in (0, prefix) else None
-
-
-def json_beside(file: Path, name: str) -> dict:
-    """What another file in the same folder holds; {} if nothing can be read there."""
-    try:
-        content = json.loads((file.parent / name).read_bytes()) if (file.parent / name).is_file() else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def config_beside(file: Path) -> dict:
-    """The `pretrained_cfg` in the config.json of a model that timm saved; {} of another."""
-    config = json_beside(file, CONFIG)
-    trained = config.get("pretrained_cfg")
-    return {"architecture": config.get("architecture")} | trained if isinstance(trained, dict) else {}
-
-
-def normalisation_beside(file: Path) -> Normalisation | None:
-    """What files in the folder tell of it, of pixels from 0 to 1."""
-    for name, way, keys in STATED:
-        table = json_beside(file, name)
-        if table.get("do_normalize") is False or table.get("do_rescale") is False:
-            continue
-        scale = table.get("rescale_factor", 1 / 255)
-        if not (is_number(scale) and math.isclose(scale, 1 / 255, rel_tol=0.01)):
-            continue
-        for key in way:
-            table = table.get(key) if isinstance(table, dict) else None
-        if stated := normalisation_in(table, *keys):
-            return stated
-    return None
-
-
-def normalisation_in(table: object, mean: str, std: str) -> Normalisation | None:
-    """Three numbers each, of which deviations are positive; None if a table holds anything else."""
-    found = [table.get(name) if isinstance(table, dict) else None for name in (mean, std)]
-    try:
-        InputSettings(image_mean=found[0], image_std=found[1])
-    except ValueError:
-        return None
-    return tuple(found[0]), tuple(found[1])
-
-
-def timm_origin(config: dict | None, name: str) -> tuple[str, str | None, str]:
-    """Name, licence and family of a model with this `pretrained_cfg`; without one, it is called `name`."""
-    if not config or not isinstance(config.get("architecture"), str):
-        return name, None, "ViT"
-    tag, licence = config.get("tag"), config.get("license")
-    name = config["architecture"] + (f".{tag}" if tag else "")
-    return name, licence if isinstance(licence, str) else None, "timm ViT"
+# --- names --------------------------------------------------------------------------------------------------
 
 
 def branch_of(weights: dict[str, Tensor], branch: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -521,6 +367,17 @@ def fit_positions(weights, vit, axes, grid) -> tuple[Tensor, list[str]]:
         patches = resample_abs_pos_embed(patches, list(new), list(old), num_prefix_tokens=0)
         steps.append(f"interpolated from {old[0]} x {old[1]} to {new[0]} x {new[1]} patches")
     return torch.cat([kept, patches], dim=1), steps
+
+
+def grid_of(weights: dict[str, Tensor], made: dict) -> tuple[int, int] | None:
+    """Rows and columns of the patches, as their transformer is made; None where the table of positions has
+    another number of rows: it may have been replaced by hand.
+    """
+    grid, table = grid_in(made), weights.get(POSITIONS)
+    if grid is None or table is None or table.ndim != 3:
+        return None
+    prefix = sum(weights[name].shape[1] for name in PREFIXES if name in weights and weights[name].ndim == 3)
+    return grid if table.shape[1] - math.prod(grid) in (0, prefix) else None
 
 
 def find_grid(rows: int, prefix: int, new: tuple, axes, grid) -> tuple[int, tuple[int, int]]:

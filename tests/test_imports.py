@@ -22,7 +22,7 @@ ROOMS = {
     "ops": "ops",
     "parts": "inputs vit branch fusion folding graphs",
     "data": "data",
-    "model": "predictor encoder mae presets model_card pretrained released loading weights",
+    "model": "predictor encoder mae presets model_card pretrained released loading weight_sources weights",
     "training": "training",
     "tasks": "tasks",
     "commands": "options train exporting features predict evaluation report demo __main__",

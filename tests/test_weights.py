@@ -18,7 +18,8 @@ from torch import nn
 
 from avfuse import AVMAE, AVEncoder, InputSettings, load_audio_weights, load_image_weights
 from avfuse.model_card import strictest, strictness
-from avfuse.weights import grid_in, normalisation_beside, of_sounds
+from avfuse.weight_sources import grid_in, normalisation_beside
+from avfuse.weights import of_sounds
 
 D, HEADS, DEPTH = 32, 2, 3
 
@@ -261,7 +262,9 @@ def test_frequency_first_positions_of_another_length():
 
 @pytest.mark.parametrize("saved", [False, True])
 def test_the_grid_of_positions_is_that_of_their_transformer(saved, tmp_path):
-    """4 x 3 audio patches, which into 2 x 5 might be 2 x 6; 3 x 12 of a picture, which might be 6 x 6."""
+    """4 x 3 audio patches, which into 2 x 5 might be 2 x 6; 3 x 12 of a picture, which might be 6 x 6. Those
+    of models that are wrapped, for several processes or by the compiler, are told, too.
+    """
     image, audio = make_vit((3, 24, 96), class_token=False), make_vit((1, 32, 24), class_token=False)
     inputs = InputSettings(image_size=(24, 96), mel_bins=32, audio_seconds=0.375)
     theirs = randomized(AVEncoder(image, audio, inputs=inputs)).float()
@@ -270,7 +273,8 @@ def test_the_grid_of_positions_is_that_of_their_transformer(saved, tmp_path):
         theirs.save_pretrained(tmp_path / "model")
     for load, branch, old in (load_image_weights, "image", (3, 12)), (load_audio_weights, "audio", (4, 3)):
         before = getattr(theirs, branch)
-        for source in (tmp_path / "model",) if saved else (theirs, before):
+        wrapped = nn.DataParallel(theirs), torch.compile(before), nn.DataParallel(torch.compile(theirs))
+        for source in (tmp_path / "model",) if saved else (theirs, before, *wrapped):
             ours = getattr(encoder, branch)
             loaded, new = load(encoder, source, say=silent), ours.patch_embed.grid_size
             truth = interpolated(before.pos_embed[0].detach(), old, new)
