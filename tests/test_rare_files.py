@@ -226,9 +226,11 @@ def test_sound_with_wrong_times_after_a_seek(tmp_path, name, codec, container):
             assert np.abs(clip.audio(start, 1, rate) - truth).mean() < 0.05, start
 
 
-@pytest.mark.parametrize("rates", [(44_100, 22_050), (48_000, 44_100)])
+@pytest.mark.parametrize("rates", [(44_100, 22_050), (48_000, 44_100), (22_050, 44_100), (24_000, 48_000)])
 def test_aac_whose_sample_rate_changes(tmp_path, rates):
-    """As where files were joined: FFmpeg counts time as if it did not, and is seconds off."""
+    """As where files were joined: FFmpeg counts time as if it did not, and is seconds off. Headers tell a
+    rate that doubles from one that SBR has doubled.
+    """
     parts = [
         write_video(tmp_path / f"{n}.aac", 5, sample_rate=rate, video=False) for n, rate in enumerate(rates)
     ]

@@ -9,7 +9,7 @@ import os
 import re
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from fractions import Fraction
 from functools import cached_property
@@ -22,7 +22,7 @@ import numpy as np
 from av.sidedata.sidedata import Type
 from av.stream import Disposition
 
-from .headers import CUT_OFF, HEAD, cut_off, describe, has_damaged_page
+from .headers import CUT_OFF, HEAD, adts_rate, cut_off, describe, has_damaged_page
 from .sound import JITTER, channels_of, join, mix_of, resample
 from .survey import BACKWARD, Track, end_of, summary
 
@@ -242,7 +242,7 @@ class ClipReader(AbstractContextManager):
             if self._format == "ogg" and self._has_damaged_page():
                 raise ValueError("the data are damaged: fetch it again")
             for rate in audio.rates:
-                self._check_rate(rate)
+                self._check_rate(rate, {self._rate, 2 * self._rate})
         if not math.isfinite(audio.peak):
             raise ClipError(self.path, "its sound is not finite")
         return summary(video, audio, self._origin)
@@ -611,16 +611,18 @@ class ClipReader(AbstractContextManager):
 
     def _checked(self, packets: Iterable[av.Packet]) -> Iterator[av.Packet]:
         """The packets, as far as they are whole: of FLAC those lack a time in which FFmpeg found a frame with
-        a wrong sum, or bytes that belong to none.
+        a wrong sum, or bytes that belong to none; the headers of AAC without a container keep their rate.
         """
         for packet in packets:
             if self._format == "flac" and packet.size and packet.pts is None:
                 raise ValueError("the data are damaged: fetch it again")
+            if self._format == "aac" and packet.size and (rate := adts_rate(packet)):
+                self._check_rate(rate, {self._rate, self._rate // 2})
             yield packet
 
-    def _check_rate(self, rate: int) -> None:
+    def _check_rate(self, rate: int, allowed: Collection[int]) -> None:
         """Of AAC without a container FFmpeg counts time as if the first rate stayed, which SBR may double."""
-        if self._format == "aac" and rate not in (self._rate, 2 * self._rate):
+        if self._format == "aac" and rate not in allowed:
             raise ValueError(f"its sample rate is {self._rate} and then {rate}")
 
     def _pieces(self, begin: float, end: float) -> Iterator[tuple[float, int, np.ndarray]]:
@@ -645,7 +647,7 @@ class ClipReader(AbstractContextManager):
                     yield time, rate or frame.sample_rate, np.empty(0, np.float32)
                     return
                 rate = frame.sample_rate
-                self._check_rate(rate)
+                self._check_rate(rate, {self._rate, 2 * self._rate})
                 if time + frame.samples / rate >= begin:
                     yield time, rate, mix_of(frame.layout) @ channels_of(frame)
                 time += frame.samples / rate

@@ -14,6 +14,8 @@ CONTROL = re.compile(r"[\0-\b\x0e-\x1f\x7f]")  # characters that no text has
 EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # Matroska: its first element, and the main one
 ASF = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # of which object the size of the file is part
 REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))  # bits of each byte
+# Sample rates by their number in the headers of AAC without a container.
+ADTS = tuple(map(int, "96000 88200 64000 48000 44100 32000 24000 22050 16000 12000 11025 8000 7350".split()))
 PACKETS = ((188, 0), (192, 4), (204, 0))  # of MPEG-TS: bytes, and where the first one begins
 
 
@@ -150,3 +152,10 @@ def describe(head: bytes) -> str | None:
         return None
     kind = "a web page" if text.lstrip()[:1] == "<" else "text"
     return f"it is {kind}, not video ({' '.join(text.split())[:40]!r}): {again}"
+
+
+def adts_rate(packet: bytes) -> int | None:
+    """The sample rate that a packet of AAC without a container tells, before SBR; None if it tells none."""
+    head = bytes(memoryview(packet)[:3])
+    index = head[2] >> 2 & 15 if len(head) == 3 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0 else len(ADTS)
+    return ADTS[index] if index < len(ADTS) else None
