@@ -144,7 +144,8 @@ class Pretrained(ModelHubMixin, library_name="avfuse"):
         """
         config = {"library": "avfuse", "class": _saved_as(type(self)), "model": self.to_config()}
         config |= {"facts": self.facts} if self.facts else {}
-        config = json.loads(json.dumps(config, default=plain_number))
+        # Of numbers that are not finite, as a mean over nothing is, JSON has none.
+        config = json.loads(json.dumps(config, default=plain_number), parse_constant=lambda _: None)
         with torch.device("meta"):
             rebuilt = type(self).from_config(config["model"])
         check_rebuilt(rebuilt, self)

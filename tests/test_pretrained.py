@@ -3,6 +3,7 @@ groups hold every parameter once.
 """
 
 import json
+import math
 import os
 import re
 import socket
@@ -541,6 +542,19 @@ def test_a_stated_licence_stays_with_the_encoder(tmp_path):
     avfuse.load(tmp_path / "fourth").encoder.with_frames(2).save_pretrained(tmp_path / "fifth")
     for folder in ("second", "third", "fourth", "fifth"):
         assert read_metadata(tmp_path / folder / "model.safetensors")["licence"] == "CC-BY-NC-4.0"
+
+
+def test_what_is_no_number_in_facts_is_null(tmp_path):
+    model = make_encoder()
+    model.facts = {"metrics": {"accuracy": 0.5, "precision of no clips": math.nan, "loss": -math.inf}}
+    model.save_pretrained(tmp_path)
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    config = json.loads((tmp_path / "config.json").read_text(), parse_constant=refuse)
+    assert config["facts"]["metrics"] == {"accuracy": 0.5, "precision of no clips": None, "loss": None}
+    assert avfuse.load(tmp_path).facts == config["facts"]
 
 
 def test_what_is_saved_in_the_folder_of_a_run_is_what_is_loaded_from_it(tmp_path):
