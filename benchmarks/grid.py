@@ -26,9 +26,10 @@ from avfuse.tasks.options import SegmentConfig, SeparateConfig, linear_probe
 from avfuse.tasks.segment import Segmentation
 from avfuse.tasks.separate import Separation
 from avfuse.train import Pretraining
-from avfuse.training.loop import Task, program
+from avfuse.training.loop import program
 from avfuse.training.recipes import TrainConfig
 from avfuse.training.settings import LoopConfig
+from avfuse.training.task import Task
 from avfuse.weights import load_audio_weights, load_image_weights
 
 METRICS = dict(linear="linear accuracy", sdr="separation SDR, dB", miou="segmentation mIoU")
