@@ -25,13 +25,14 @@ from .training.costs import count_parameters
 from .training.features import pool, without_absent
 from .training.judge import JudgedTask, first_clips, to_columns, to_rows
 from .training.looks import Sources, looks, most_looking
-from .training.loop import Task, program, set_up, train
+from .training.loop import program, set_up, train
 from .training.neighbours import interval, nearest_neighbour_probes
 from .training.pictures import draw_attention, draw_reconstructions
 from .training.plan import make_model, plan
 from .training.report import held_out
 from .training.run_folder import has_begun, read_run
 from .training.settings import FRESH
+from .training.task import Task
 from .weights import load_audio_weights, load_image_weights
 
 NO_BETTER = 0.99  # of the loss of predicting zero

@@ -3,8 +3,9 @@
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
 
-from avfuse.training.loop import Task, program
+from avfuse.training.loop import program
 from avfuse.training.settings import LoopConfig
+from avfuse.training.task import Task
 
 
 def run_together(config: LoopConfig, kind: type[Task], processes: int) -> None:

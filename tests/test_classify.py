@@ -41,11 +41,12 @@ from avfuse.tasks.localize import Localizer
 from avfuse.tasks.segment import Segmenter
 from avfuse.tasks.separator import Separator
 from avfuse.training.judge import judge_all, weights_hash
-from avfuse.training.loop import Run, program, set_up, train
+from avfuse.training.loop import program, set_up, train
 from avfuse.training.report import write_report
 from avfuse.training.run_folder import former_settings
 from avfuse.training.settings import checked, learning_rate, schedule_of
 from avfuse.training.starts import first_encoder, with_drop_path
+from avfuse.training.task import Run
 from avfuse.weight_files import write_safetensors
 
 GOLDEN = Path(__file__).parent / "golden" / "classifier.safetensors"

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from avfuse import AVMAE
+from avfuse import AVMAE, training
 from avfuse.data import sounding_shapes
 from avfuse.tasks.localize import Localization
 from avfuse.tasks.options import LocalizeConfig, SegmentConfig
@@ -91,7 +91,8 @@ def test_asked_to_stop_it_saves_and_resumes(config, tmp_path, monkeypatch, numbe
 @pytest.mark.parametrize("where", ["backward", "save_checkpoint", "train_step"])
 def test_asked_to_stop_it_does_not_measure_first(config, monkeypatch, where):
     """Which may take longer than whoever asks will wait; the run that goes on measures instead."""
-    config.measure_every, steps, work = 3, [], getattr(loop, where)
+    room = training.steps if where == "backward" else loop
+    config.measure_every, steps, work = 3, [], getattr(room, where)
     take = loop.train_step
 
     def count(run, step, *args):
@@ -105,7 +106,7 @@ def test_asked_to_stop_it_does_not_measure_first(config, monkeypatch, where):
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", count)
-        patch.setattr(loop, where, send_and_work)
+        patch.setattr(room, where, send_and_work)
         assert main(config) == 128 + signal.SIGTERM
     assert [path.name for path in list_checkpoints(config.run)] == ["step-00000003"]
     assert measured(config.run) == [0]
@@ -187,6 +188,34 @@ def test_asked_to_save_it_goes_on(config, monkeypatch):
     send_at(monkeypatch, 2, signal.SIGUSR1)
     assert main(config) == 0
     assert [path.name for path in list_checkpoints(config.run)] == ["step-00000004", "step-00000002"]
+
+
+def test_before_and_after_training_nothing_can_be_saved_and_the_run_goes_on(config, monkeypatch):
+    heard, look, end = [], loop.look_for_clips, loop.Accelerator.end_training
+
+    def ask(done):
+        heard.append(signal.getsignal(signal.SIGUSR1) != signal.SIG_DFL)
+        if heard[-1]:  # else it would end the tests
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return done
+
+    monkeypatch.setattr(loop, "look_for_clips", lambda *args: ask(look(*args)))
+    monkeypatch.setattr(loop.Accelerator, "end_training", lambda self: ask(end(self)))
+    before = signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    try:
+        assert loop.program(config, Pretraining) == 0 and heard == [True, True]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert [path.name for path in list_checkpoints(config.run)] == ["step-00000004"]
+
+
+def test_nobody_reads_what_is_printed(config, monkeypatch):
+    def show(*_):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(loop, "measure", show)
+    said = loop.program(config, Pretraining)
+    assert said == f"error: nobody reads what is printed any longer; the same command goes on ({config.run})"
 
 
 def test_every_step_draws_numbers_of_its_own_in_training_mode(config, monkeypatch):

@@ -19,9 +19,10 @@ from avfuse.data.table import ClipTable
 from avfuse.tasks.classify import Classification, ClassifyConfig
 from avfuse.tasks.retrieve import Retrieval, RetrieveConfig
 from avfuse.train import Pretraining
-from avfuse.training.loop import Task, program, set_up
+from avfuse.training.loop import program, set_up
 from avfuse.training.recipes import TrainConfig
 from avfuse.training.run_folder import check_run, has_trained_on_all
+from avfuse.training.task import Task
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 

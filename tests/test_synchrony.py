@@ -31,10 +31,10 @@ from avfuse.data.sounding_shapes.synthesis import (
 from avfuse.tasks.localize import Localization
 from avfuse.tasks.options import ClassifyConfig, LocalizeConfig, SegmentConfig, SeparateConfig
 from avfuse.tasks.options import parse as parse_classify
-from avfuse.training.loop import Task
 from avfuse.training.plan import plan
 from avfuse.training.recipes import TrainConfig, parse
 from avfuse.training.settings import checked
+from avfuse.training.task import Task
 
 SECONDS, WINDOW = 4.0, 3.0  # of a clip, and of what is read of it
 OBJECTS = 4

@@ -663,7 +663,18 @@ def test_restart_deletes_nothing_before_all_is_in_order(data, tmp_path):
     (config.run / "faults").symlink_to(tmp_path)
     with pytest.raises(ValueError, match="--restart does not delete links: .*faults is one"):
         main(replace(config, restart=True))
+    (config.run / "faults").unlink()
+    shutil.copy(config.run / "model/model.safetensors", config.run)  # a model that a user saved there
+    with pytest.raises(ValueError, match="--restart would leave .*run/model.safetensors.* move it away"):
+        main(replace(config, restart=True))
     assert rows(config.run) == before
+
+
+def test_a_folder_whose_name_is_no_text(data, tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xff"))
+    with pytest.raises(ValueError, match=r"--run-dir .*r\\xff has a name that is not UTF-8"):
+        main(tiny(data, folder))
+    assert not folder.exists()
 
 
 def test_a_disk_that_was_away_does_not_end_a_run_for_good(tmp_path):

@@ -17,7 +17,8 @@ from avfuse.data.clips import Clip
 from avfuse.tasks import vggsounder
 from avfuse.tasks.classifier import load_classifier
 from avfuse.tasks.classify import Classification, ClassifyConfig
-from avfuse.training.loop import Task, program
+from avfuse.training.loop import program
+from avfuse.training.task import Task
 
 KINDS = ("a", "v", "av")
 

@@ -29,10 +29,11 @@ from ..files import check_target, printable
 from ..training.conditions import ALWAYS
 from ..training.features import windows_of
 from ..training.judge import JudgedTask, to_columns, to_rows
-from ..training.loop import Task, program
+from ..training.loop import program
 from ..training.neighbours import interval, wilson
 from ..training.pictures import BLUE, GREY, ORANGE, middle_frame, rgb, save, show_sound
 from ..training.starts import first_encoder
+from ..training.task import Task
 from . import vggsounder
 from .classifier import Classifier, presence
 

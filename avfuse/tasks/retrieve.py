@@ -25,11 +25,12 @@ from ..inputs import InputSettings
 from ..mae import unfused
 from ..training.features import FEATURES, pool, pool_windows, windows_of
 from ..training.judge import JudgedTask, to_columns, to_rows
-from ..training.loop import Task, evaluation_batches, program
+from ..training.loop import evaluation_batches, program
 from ..training.neighbours import AT_ONCE, chance_at, neighbours, of_both, recall_at, related, rows_there
 from ..training.pictures import BLUE, middle_frame, rgb, save, show_sound
 from ..training.run_folder import has_trained_on_all, read_sides, run_before
 from ..training.starts import first_encoder
+from ..training.task import Task
 
 QUERIES, SHOWN = 3, 5  # in the picture: clips, and neighbours of each
 INPUTS = ("image", "audio", "image_present", "audio_present")

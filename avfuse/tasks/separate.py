@@ -31,9 +31,10 @@ from ..files import printable, some
 from ..inputs import InputSettings
 from ..training.conditions import ALWAYS
 from ..training.judge import JudgedTask, first_clips
-from ..training.loop import Task, program
+from ..training.loop import program
 from ..training.pictures import figure_grid, rgb, save, show_sound
 from ..training.starts import first_encoder
+from ..training.task import Task
 from .separation_metrics import BSSEval, bss_eval, is_silent, nmf_masks, rpca_masks
 from .separator import Separator
 

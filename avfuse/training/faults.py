@@ -59,6 +59,13 @@ class Signals:
             signal.signal(number, signal.default_int_handler)
 
 
+def outlive_requests() -> None:
+    """From now on SIGUSR1 does not end this process where nothing can be saved, before and after training."""
+    if threading.current_thread() is threading.main_thread():
+        if signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
+            signal.signal(signal.SIGUSR1, lambda *_: None)
+
+
 @contextmanager
 def memory_advice(micro_batch: int, *, checkpointing: bool, precision: str, cuda_graphs: bool = False):
     """Turns running out of memory into a `RunError` that says which settings need less."""

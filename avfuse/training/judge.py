@@ -18,9 +18,10 @@ from ..data.find import Found
 from ..files import printable, write_json
 from ..progress import progress_bar
 from .conditions import CONDITIONS, BesideOthers, condition_table, derangement, has_sound
-from .loop import Run, Task, evaluation_batches
+from .loop import evaluation_batches
 from .report import write_report
 from .settings import FRESH
+from .task import Run, Task
 
 AVERAGED = 0.2  # share of the first weights in an average from which on it is said
 DRAWN = 6  # test clips of which there are pictures

@@ -6,16 +6,12 @@ read, and stops with an explanation where it cannot go on.
 """
 
 import errno
-import math
 import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
-from itertools import islice
-from typing import IO, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -29,143 +25,42 @@ from accelerate.utils import (
     set_seed,
 )
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
-from ..data.clips import Clip, ClipLoader, ClipSampler, Failure, generator_of
-from ..data.find import Found, find_data, probe
+from ..data.clips import Clip, ClipLoader
+from ..data.find import Found
 from ..data.workers import share_cores
-from ..files import printable, some
+from ..files import printable
 from ..progress import progress_bar
 from .checkpoints import load_checkpoint, save_checkpoint
-from .costs import count_parameters
-from .faults import STOPPING, RunError, Signals, examine, memory_advice, together, write_fault
+from .faults import STOPPING, RunError, Signals, memory_advice, outlive_requests, together
 from .length import settle_length
-from .run_folder import (
-    MetricsFile,
-    Quarantine,
-    TooManyUnreadable,
-    begin_run,
-    check_run,
-    has_trained_on_all,
-    read_sides,
-    run_before,
-    write_sides,
-)
+from .run_folder import MetricsFile, Quarantine, TooManyUnreadable, begin_run, check_run, write_sides
 from .settings import (
     FRESH,
     LoopConfig,
-    Schedule,
     check_config,
     learning_rate,
     raised_warmup_cosine,
     schedule_of,
     warmup_cosine,
 )
-from .starts import begin_from, saved_settings
+from .starts import saved_settings
+from .steps import steps_of, stopping, sum_over_processes, train_step
+from .task import Run, Task
 
 EVALUATION_BATCH = 64
 SPLITTING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 WAITING = timedelta(hours=6)  # for the process that scans the data, AudioSet for over one, or measures
 
 
-class Task:
-    """What a loop trains: the base class of pretraining and of every task."""
-
-    name: str
-    model: nn.Module  # around an encoder
-    has_unused_parameters = False  # that a loss does not reach
-
-    @staticmethod
-    def find(config: LoopConfig, say: Callable[[str], object], look: Callable = probe) -> Found:
-        """The data that the settings name; what is found is told through `say`, line by line. Clips stay on
-        the side that they had in the run that this one begins with, or goes on with. `look` is that of
-        `find_data`.
-        """
-        run = run_before(config)
-        names = "demo", "data_set", "train_split", "missing", "test_share", "seed", "workers"
-        options = {name: getattr(config, name) for name in names}
-        options |= dict(before=read_sides(run), progress=not config.quiet, timeout=config.clip_timeout)
-        found = find_data(config.data, say, look=look, **options)
-        if found.test is found.train and config.epochs:
-            say("no clips to test on: what is measured are the training clips themselves")
-        if found.held_out and run not in (None, config.run) and has_trained_on_all(run, config.data):
-            say(f"WARNING: {run} has trained on all clips, those that are held out here among them")
-        return found
-
-    def __init__(self, config: LoopConfig, found: Found):
-        self.config, self.found = config, found
-
-    def describe(self) -> str:
-        """One line for people about the model."""
-        config, parameters = self.config, count_parameters(self.model)
-        weights = "fresh weights" if config.checkpoint == FRESH else f"the encoder of {config.checkpoint}"
-        return f"{self.name}: {parameters / 1e6:.1f} M parameters, from {weights}"
-
-    def begin(self, say: Callable[[str], object]) -> None:
-        """Gives the model the weights that it begins with, beyond those of its encoder, and tells of them."""
-        if self.config.checkpoint != FRESH:
-            begin_from(self.model, self.config.checkpoint, say, is_trained=self.config.epochs > 0)
-
-    def dataset(self, clips: Sequence[Clip], *, train: bool) -> Dataset:
-        """Items by (epoch, index): dictionaries of tensors, among them "index", or a `Failure`; see
-        `avfuse.data.clips.ClipDataset`.
-        """
-        raise NotImplementedError
-
-    def inputs(self, batch: dict) -> dict[str, Tensor]:
-        """What of a batch the model and its losses need. If no clip could be read, the batch holds a blank,
-        of which `counts` are 0: every process has a backward in every step.
-        """
-        raise NotImplementedError
-
-    def counts(self, inputs: dict[str, Tensor]) -> dict[str, int]:
-        """By the name of each loss, over how many terms (clips, patches) its mean goes."""
-        raise NotImplementedError
-
-    def losses(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """By name, the means whose sum is minimised. `model` is that of the task, as Accelerate wraps it."""
-        raise NotImplementedError
-
-    def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Optimizer groups, see `avfuse.pretrained.Pretrained.parameter_groups`. A group whose "ramp" is true
-        has its learning rate raised from 0 over the first half of training.
-        """
-        return self.model.parameter_groups(weight_decay)
-
-    def measure(self, run: "Run", model: nn.Module, step: int, when: str) -> list[Failure]:
-        """Judges `model` "before", "during" or "after" training, and tells and draws what came out. All
-        processes call it; each returns the clips that it could not read.
-        """
-        raise NotImplementedError
-
-
-@dataclass
-class Run:
-    """All parts of a run. The last four belong to its folder, see `open_folder`."""
-
-    config: LoopConfig
-    accelerator: Accelerator
-    schedule: Schedule
-    found: Found
-    task: Task
-    model: nn.Module  # that of the task, as Accelerate wraps it
-    average: AveragedModel | None  # of its weights
-    optimizer: torch.optim.Optimizer
-    rates: torch.optim.lr_scheduler.LRScheduler
-    extended_at: int = 0  # the step at which it had come to its end when it was given more
-    metrics: MetricsFile = field(init=False)
-    quarantine: Quarantine = field(init=False)
-    first_step: int = 0  # after which it goes on
-    lock: IO | None = None  # while it is open, the run folder is ours
-
-
 def program(config: LoopConfig, kind: type[Task]) -> int | str:
     """Runs to the end and returns what to exit with. Mistakes and faults that are explained need no
     traceback.
     """
+    outlive_requests()
     try:
         with together():
             run = set_up(config, kind)
@@ -176,6 +71,8 @@ def program(config: LoopConfig, kind: type[Task]) -> int | str:
     try:
         with together():
             return train(run)
+    except BrokenPipeError:
+        return f"error: nobody reads what is printed any longer; the same command goes on ({config.run})"
     except (OSError, SafetensorError, RunError) as error:
         is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         where = f" ({config.run}); once there is room, the same command goes on" if is_full else ""
@@ -407,158 +304,6 @@ def is_measured(run: Run, step: int) -> bool:
     """
     every, is_end_before = run.config.measure_every, step == run.first_step == run.extended_at
     return every > 0 and step % every == 0 and step > 0 and not is_end_before
-
-
-# --- one step -----------------------------------------------------------------------------------------------
-
-
-class Asked(NamedTuple):
-    """What signals, in any of the processes, asked for."""
-
-    save: bool
-    stop: int  # the signal that asked to stop, or 0
-
-
-def stopping(terminate: float, interrupt: float) -> int:
-    """The signal to end by, if any process has got one, or 0."""
-    return signal.SIGTERM if terminate else signal.SIGINT if interrupt else 0
-
-
-def train_step(run: Run, step: int, batches: Iterator[list[dict]], signals: Signals, progress: tqdm) -> Asked:
-    """One update of the weights, the same whatever the number of processes and the size of micro-batches:
-    each loss is a mean over the whole batch, to which each micro-batch adds its share.
-    """
-    config, accelerator, task = run.config, run.accelerator, run.task
-    started = time.perf_counter()
-    read = next(batches)
-    waited = time.perf_counter() - started
-
-    inputs = [task.inputs(batch) for batch in read]
-    counts = [task.counts(batch) for batch in inputs]
-    failures = [failure for batch in read for failure in batch["failures"]]
-    save, signals.save = signals.save, False
-    ours = {name: sum(count[name] for count in counts) for name in counts[0]}
-    ours |= dict(clips=sum(len(batch["index"]) for batch in read), failures=len(failures))
-    ours |= dict(save=save, terminate=signals.terminate, interrupt=signals.interrupt)
-    sums = sum_over_processes(accelerator, ours)  # by which all processes decide alike
-    clips = int(sums["clips"])
-    asked = Asked(sums["save"] > 0, stopping(sums["terminate"], sums["interrupt"]))
-    if sums["failures"]:
-        run.quarantine.add(f"step {step}", gather_object(failures))
-    if not clips:  # nothing to learn from
-        run.rates.step()
-        return asked
-
-    # --- gradients, and an update unless it would spoil the weights ---
-    run.model.train()
-    # From its own seed: what a step draws does not depend on whether the run was interrupted before it.
-    torch.manual_seed(generator_of(config.seed, step, accelerator.process_index).initial_seed())
-    inputs = [{name: value.to(accelerator.device) for name, value in batch.items()} for batch in inputs]
-    losses = backward(run, inputs, counts, {name: sums[name] for name in counts[0]})
-    loss = sum(losses.values())
-    norm = accelerator.clip_grad_norm_(run.model.parameters(), config.clip_grad or math.inf)
-    norm = float(norm) if norm is not None else math.nan
-    if not math.isfinite(loss) or not (math.isfinite(norm) or may_overflow(accelerator)):
-        stop_at_fault(run, step, loss, norm, inputs, read)
-    row = dict(
-        loss=loss,
-        **losses,
-        lr=max(run.rates.get_last_lr()),
-        grad_norm=norm if math.isfinite(norm) else None,
-    )
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    run.rates.step()
-    if run.average is not None:
-        run.average.update_parameters(task.model)
-
-    seconds = time.perf_counter() - started
-    epoch = (step - 1) // run.schedule.steps_per_epoch
-    times = dict(seconds=round(seconds, 4), data_seconds=round(waited, 4))
-    run.metrics.write(step=step, epoch=epoch, clips=clips, **row, **times)
-    numbers = {name: value for name, value in row.items() if value is not None}
-    accelerator.log(numbers | dict(clips_per_second=clips / seconds), step=step)
-    progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
-    return asked
-
-
-def may_overflow(accelerator: Accelerator) -> bool:
-    """Whether gradients may have grown too large for fp16: its scaler then leaves out the update and scales
-    by less. Below 1 they are too large, or no numbers, by themselves.
-    """
-    return accelerator.scaler is not None and accelerator.scaler.get_scale() >= 1
-
-
-def backward(
-    run: Run, inputs: list[dict[str, Tensor]], counts: list[dict[str, int]], totals: dict[str, float]
-) -> dict[str, float]:
-    """Adds up the gradients of the micro-batches of a step, and returns its losses by name.
-
-    Args:
-        inputs, counts: of the micro-batches of this process.
-        totals: the counts of all micro-batches of all processes.
-    """
-    accelerator = run.accelerator
-    losses = torch.zeros(len(totals), device=accelerator.device)
-    for batch, count in zip(inputs, counts, strict=True):
-        is_last = batch is inputs[-1]
-        with nullcontext() if is_last else accelerator.no_sync(run.model):
-            means = run.task.losses(run.model, batch)
-            shares = [count[name] / max(1.0, total) for name, total in totals.items()]
-            shares = torch.tensor(shares, device=accelerator.device)
-            weighted = torch.stack([means[name] for name in totals]) * shares
-            gradients_of = weighted.sum() * accelerator.num_processes  # over which they are averaged
-            accelerator.backward(gradients_of)
-        losses += weighted.detach()
-    return sum_over_processes(accelerator, dict(zip(totals, losses.tolist(), strict=True)))
-
-
-def steps_of(run: Run, loader: ClipLoader) -> Iterator[list[dict]]:
-    """This process's micro-batches of every step that is left; the loader reads ahead, over epochs too."""
-    schedule, epochs = run.schedule, run.config.epochs
-    sampler = ClipSampler(run.found.train, train=True, seed=run.config.seed)
-
-    def keys() -> Iterator[Sequence[tuple[int, int]]]:
-        for epoch in range(run.first_step // schedule.steps_per_epoch, epochs):
-            sampler.set_epoch(epoch)
-            order, start = list(sampler), epoch * schedule.steps_per_epoch
-            for step in range(max(start, run.first_step), start + schedule.steps_per_epoch):
-                yield from schedule.micro_batches(order, step)
-
-    batches = loader.batches(keys())
-    per_step = len(schedule.micro_batches(range(schedule.clips), 0))
-    for _ in range(run.first_step, schedule.steps):
-        yield list(islice(batches, per_step))
-
-
-def sum_over_processes(accelerator: Accelerator, values: dict[str, float]) -> dict[str, float]:
-    ours = torch.tensor(list(values.values()), dtype=torch.float32, device=accelerator.device)
-    return dict(zip(values, accelerator.reduce(ours, "sum").tolist(), strict=True))
-
-
-def stop_at_fault(
-    run: Run, step: int, loss: float, norm: float, inputs: list[dict], read: list[dict]
-) -> None:
-    """Leaves a state to debug from, and raises a RunError that names clips and activations."""
-    config, accelerator, clips = run.config, run.accelerator, run.found.train
-    names = [[str(clips[i].path) for i in batch.get("index", torch.empty(0)).tolist()] for batch in read]
-    model = run.task.model
-    report = examine(model, partial(run.task.losses, model), inputs, names)
-    everyone = [name for of_batch in names for name in of_batch]
-    report |= dict(step=step, loss=str(loss), gradient_norm=str(norm), batch=everyone)
-    folder = config.run / "faults" / f"step-{step:08d}" / f"process-{accelerator.process_index}"
-    try:
-        write_fault(folder, model, inputs, report)
-    except (OSError, SafetensorError) as error:  # a full disk must not hide what happened
-        tqdm.write(printable(f"{folder} could not be written: {error}"))
-    blamed, everyone = gather_object(report["clips"]), gather_object(everyone)
-    largest = ", ".join(f"{name} {value}" for name, value in report["largest"][:3])
-    raise RunError(
-        f"step {step}: the loss is {loss:g}, the gradient norm {norm:g}; nothing was updated. "
-        f"Clips whose own loss is not finite: {some(blamed, most=8) or 'none alone'} "
-        f"(the batch: {some(everyone, most=8)}). "
-        f"Largest activations: {largest}. Weights and batch are in {folder.parent}"
-    )
 
 
 # --- measures -----------------------------------------------------------------------------------------------

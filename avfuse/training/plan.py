@@ -13,10 +13,11 @@ from ..data.manifest import FILE, has_manifest
 from ..mae import AVMAE, count_removed
 from .costs import CARDS, LAUNCHES, PLAYED, SHARE, count_parameters, launch_seconds, step_flops, step_seconds
 from .length import with_enough_steps
-from .loop import Task, check_found
+from .loop import check_found
 from .recipes import TrainConfig, check_cuda_graphs
 from .settings import FRESH, learning_rate, schedule_of
 from .starts import first_encoder, saved_settings
+from .task import Task
 
 ADAMW_BYTES = 16  # per parameter in float32: weight, gradient, two moments
 # Sizes of their training sets.

@@ -34,6 +34,7 @@ from ..files import (
     write_text,
 )
 from ..inputs import InputSettings
+from ..pretrained import WEIGHTS
 from ..rules import marks, option
 from .checkpoints import list_checkpoints
 from .faults import RunError
@@ -70,6 +71,10 @@ def check_run(config: LoopConfig) -> LoopConfig:
 def check_place(config: LoopConfig) -> None:
     """Raises ValueError unless the folder can be made, or written to."""
     run = config.run
+    try:
+        str(run).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"--run-dir {printable(run)} has a name that is not UTF-8") from error
     if run.exists() and not run.is_dir():
         raise ValueError(f"--run-dir {printable(run)} is not a folder")
     if config.data is not None and run.resolve() == config.data.resolve():
@@ -105,6 +110,11 @@ def check_restart(config: LoopConfig) -> None:
     deleted = {(run / name).resolve() for name in CONTENTS}
     if checkpoint.exists() and (kept & deleted or checkpoint.resolve() == run.resolve()):
         raise ValueError(f"--restart would delete --checkpoint {printable(checkpoint)}")
+    if (run / "model").is_dir() and (run / WEIGHTS).exists():
+        raise ValueError(
+            f"--restart would leave {printable(run / WEIGHTS)}, which was saved into the folder of the run "
+            "and would be loaded in place of its new model: move it away"
+        )
     for name in (*CONTENTS, file_of(run).name):
         if (run / name).is_symlink():
             raise ValueError(f"--restart does not delete links: {printable(run / name)} is one")
