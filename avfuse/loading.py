@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
@@ -29,16 +30,7 @@ def load_encoder(checkpoint: str | os.PathLike) -> AVEncoder:
     """
     path, named = Path(checkpoint), f"checkpoint {printable(checkpoint)}"
     if os.path.isfile(path):
-        try:
-            weights = read_weights(path)
-            is_classifier = any(name.endswith("_head.weight") for name in weights)
-            model = from_deepavfusion(encoder_weights(weights) if is_classifier else weights)
-        except ValueError as error:
-            raise ValueError(f"{named} is no released DeepAVFusion model: {error}") from error
-        encoder = getattr(model, "encoder", model)
-        if not isinstance(encoder, AVEncoder):
-            raise ValueError(f"{named} holds a single {type(encoder).__name__}, no encoder")
-        return encoder
+        return load_released(path, lambda weights: from_deepavfusion(encoder_weights(weights)))
     config = read_config(checkpoint)
     saved = config.get("class")
     if saved in ("AVEncoder", "AVMAE"):
@@ -52,6 +44,22 @@ def load_encoder(checkpoint: str | os.PathLike) -> AVEncoder:
     description = config["model"]["encoder"]
     encoder = make_for(weights, lambda: AVEncoder.from_config(description), f"{checkpoint}: {CONFIG}")
     license_parts(encoder, config.get("facts"), checkpoint)
+    return encoder
+
+
+def load_released(path: str | os.PathLike, of_classifier: Callable[[dict], nn.Module]) -> nn.Module:
+    """The encoder in a file of released weights; what `of_classifier` makes of those of a classifier."""
+    named = f"checkpoint {printable(path)}"
+    try:
+        weights = read_weights(path)
+        if any(name.endswith("_head.weight") for name in weights):
+            return of_classifier(weights)
+        model = from_deepavfusion(weights)
+    except ValueError as error:
+        raise ValueError(f"{named} is no released DeepAVFusion model: {error}") from error
+    encoder = getattr(model, "encoder", model)
+    if not isinstance(encoder, AVEncoder):
+        raise ValueError(f"{named} holds a single {type(encoder).__name__}, no encoder")
     return encoder
 
 

@@ -356,6 +356,12 @@ def test_encoders_are_found_in_released_files(suffix, tmp_path):
         path = tmp_path / f"{kind}.{suffix}"
         save_file(weights, path) if suffix == "safetensors" else torch.save({"state_dict": weights}, path)
         assert_same(load_encoder(path), encoder)
+        loaded = avfuse.load(path)  # as what it is
+        assert_same(getattr(loaded, "encoder", loaded), encoder)
+    assert torch.equal(loaded.fusion_head.weight, torch.ones(5, 64)) and not loaded.training
+    inputs = (torch.randn(2, *shape) for shape in encoder.input_shapes.values())
+    with torch.no_grad():
+        assert loaded(*inputs).logits.shape == (2, 5)
 
 
 def test_encoders_of_the_hub_are_downloaded(tmp_path, monkeypatch):

@@ -6,10 +6,10 @@ from torch import nn
 
 from ..encoder import AVEncoder
 from ..files import printable
-from ..loading import HEAD, load_encoder, load_model
+from ..loading import HEAD, load_encoder, load_model, load_released
 from ..mae import AVMAE
 from ..pretrained import file_at, read_config
-from .classifier import Classifier
+from .classifier import Classifier, load_classifier
 from .localize import Localizer
 from .segment import Segmenter
 from .separator import Separator
@@ -23,13 +23,13 @@ def load(path: str | os.PathLike) -> nn.Module:
 
     Args:
         path: a run folder, a folder that `save_pretrained` wrote, the name of a model on the Hugging Face
-            hub, or a file of released DeepAVFusion weights, which gives their encoder.
+            hub, or a file of released DeepAVFusion weights, which gives their classifier or their encoder.
 
     Raises:
         ValueError: it is none of these, or damaged.
     """
     if os.path.isfile(path):
-        return load_encoder(path)
+        return load_released(path, load_classifier)
     kind = read_config(path).get("class")
     if kind is None:
         return load_encoder(path)  # which says what there is
