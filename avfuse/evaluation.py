@@ -21,7 +21,8 @@ from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, Dataset
 
 from .data.clips import Clip, ClipDataset
-from .data.decode import ClipError, ClipReader, Streams
+from .data.container import ClipError, Streams
+from .data.decode import ClipReader
 from .encoder import AVEncoder
 from .files import printable, some
 from .inputs import InputSettings

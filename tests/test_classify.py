@@ -14,10 +14,10 @@ from trees import vggsound
 from videos import write_video
 
 from avfuse import InputSettings, create_encoder, load_encoder, read_clip
-from avfuse.data import decode
+from avfuse.data import container, decode
 from avfuse.data.class_folders import labelled, with_classes
 from avfuse.data.clips import Clip, ClipDataset, collate
-from avfuse.data.decode import Part
+from avfuse.data.container import Part
 from avfuse.data.find import Found
 from avfuse.data.table import ClipTable
 from avfuse.features import FEATURES
@@ -393,8 +393,8 @@ def test_windows_are_those_of_single_calls_out_of_one_open_file(tmp_path, monkey
     settings = InputSettings(image_size=32, mel_bins=16, hop=375, image_frames=frames)
     starts = [n * 2.3 / 9 for n in range(10)]
     single = [read_clip(path, settings, start=start) for start in starts]
-    really_open, really_decode = decode._open, decode.ClipReader._decode_run
-    monkeypatch.setattr(decode, "_open", lambda *args: opened.append(args) or really_open(*args))
+    really_open, really_decode = container.open_file, decode.ClipReader._decode_run
+    monkeypatch.setattr(container, "open_file", lambda *args: opened.append(args) or really_open(*args))
     monkeypatch.setattr(
         decode.ClipReader, "_decode_run", lambda *args: decoded.append(args) or really_decode(*args)
     )

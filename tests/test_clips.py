@@ -26,7 +26,7 @@ from avfuse.data.clips import (
     collate,
     generator_of,
 )
-from avfuse.data.decode import Streams
+from avfuse.data.container import Streams
 from avfuse.data.find import Scan, find_data, list_data, scan
 from avfuse.data.listing import Listing
 from avfuse.data.table import ClipTable

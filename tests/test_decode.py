@@ -14,8 +14,9 @@ from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace
 from videos import chirp, lag, number_of, numbered_frames, probe, read_audio, read_frame, write_video
 
-from avfuse.data import decode
-from avfuse.data.decode import ClipError, ClipReader, Part
+from avfuse.data import container
+from avfuse.data.container import ClipError, Part
+from avfuse.data.decode import ClipReader
 from avfuse.data.sound import join
 
 OPEN = "open-gop=1:keyint=8:scenecut=0"  # frames before a key frame that need the frames before those
@@ -357,7 +358,7 @@ def test_a_frame_that_the_decoder_would_make_up_in_part(tmp_path):
 
 def test_frames_too_large_to_be_meant(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mp4", audio=False)
-    monkeypatch.setattr(decode, "MAX_PIXELS", 64 * 48 // 2)
+    monkeypatch.setattr(container, "MAX_PIXELS", 64 * 48 // 2)
     with pytest.raises(ClipError, match="its pictures cannot be decoded"):
         read_frame(path, 0)
     with ClipReader(path) as reader, pytest.raises(ClipError, match="cannot be decoded to its end"):
@@ -867,11 +868,13 @@ def test_a_file_that_names_others_opens_none_of_them(tmp_path, monkeypatch):
     path.write_text(
         f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\ndata:video/mp2t;base64,{content}\n#EXT-X-ENDLIST\n"
     )
-    formats = dict(decode.OPTIONS, format_whitelist="hls,mpegts")
+    formats = dict(container.OPTIONS, format_whitelist="hls,mpegts")
     options = {"extension_picky": "0", "allowed_extensions": "ALL", "allowed_segment_extensions": "ALL"}
-    monkeypatch.setattr(decode, "OPTIONS", {name: formats[name] for name in ("format_whitelist",)} | options)
+    monkeypatch.setattr(
+        container, "OPTIONS", {name: formats[name] for name in ("format_whitelist",)} | options
+    )
     assert number_of(read_frame(path, 0.5)) in (4, 5)  # without a whitelist of protocols
-    monkeypatch.setattr(decode, "OPTIONS", formats | options)
+    monkeypatch.setattr(container, "OPTIONS", formats | options)
     with pytest.raises(ClipError):
         read_frame(path, 0.5)
 

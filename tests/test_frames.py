@@ -23,7 +23,8 @@ from avfuse.data.clips import (
     generator_of,
     read_clip,
 )
-from avfuse.data.decode import ClipError, ClipReader, Streams
+from avfuse.data.container import ClipError, Streams
+from avfuse.data.decode import ClipReader
 from avfuse.data.find import find_data
 from avfuse.data.scenes import Moment, Scene, SceneDataset
 from avfuse.data.shards import shard

@@ -12,7 +12,7 @@ from videos import write_video
 
 from avfuse.data.class_folders import with_classes
 from avfuse.data.clips import Clip
-from avfuse.data.decode import Part
+from avfuse.data.container import Part
 from avfuse.data.find import Found, find_data
 from avfuse.data.hold_out import Sides, hold_out
 from avfuse.data.table import ClipTable

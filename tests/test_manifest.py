@@ -18,7 +18,7 @@ from avfuse.data import check as checking
 from avfuse.data import manifest
 from avfuse.data.check import JOURNAL, MISSING, REPORT, check
 from avfuse.data.clips import ClipDataset, Failure
-from avfuse.data.decode import Streams
+from avfuse.data.container import Streams
 from avfuse.data.find import find_data, scan
 from avfuse.inputs import InputSettings
 from avfuse.train import cli

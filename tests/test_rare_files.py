@@ -10,7 +10,8 @@ import pytest
 from av.audio.layout import AudioLayout
 from videos import chirp, lag, number_of, numbered_frames, probe, read_audio, read_frame, write_video
 
-from avfuse.data.decode import ClipError, ClipReader
+from avfuse.data.container import ClipError
+from avfuse.data.decode import ClipReader
 from avfuse.data.sound import mix_of
 
 

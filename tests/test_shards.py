@@ -19,7 +19,8 @@ from trees import audioset, plant, videos, write_list
 from avfuse.data import manifest, shards
 from avfuse.data.check import check
 from avfuse.data.clips import ClipDataset, ClipLoader, ClipSampler, Failure
-from avfuse.data.decode import ClipError, ClipReader, Part
+from avfuse.data.container import ClipError, Part
+from avfuse.data.decode import ClipReader
 from avfuse.data.find import find_data
 from avfuse.data.hold_out import Sides, hold_out
 from avfuse.data.shards import shard

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from avfuse.data.clips import ClipDataset, ClipSampler
-from avfuse.data.decode import ClipError, Part, Streams
+from avfuse.data.container import ClipError, Part, Streams
 from avfuse.data.table import Clip, ClipTable
 from avfuse.inputs import InputSettings
 

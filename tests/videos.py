@@ -9,7 +9,8 @@ from pathlib import Path
 import av
 import numpy as np
 
-from avfuse.data.decode import ClipReader, Streams
+from avfuse.data.container import Streams
+from avfuse.data.decode import ClipReader
 
 GREYS = 32  # levels that tell frames apart after compression, 7 apart
 

@@ -18,7 +18,8 @@ from ..progress import progress_bar
 from . import manifest
 from .class_folders import described
 from .clips import MEMORY
-from .decode import GENERATION, ClipError
+from .container import ClipError
+from .decode import GENERATION
 from .find import list_data
 from .listing import Listing
 from .manifest import Entry, Header

@@ -27,7 +27,8 @@ from torch.utils.data import Dataset, Sampler
 from ..checks import check_count, is_number
 from ..files import printable
 from ..inputs import InputSettings
-from .decode import ClipError, ClipReader, Streams
+from .container import ClipError, Streams
+from .decode import ClipReader
 from .table import Clip, ClipTable, check_labels
 from .transforms import Spectrogram, evaluation_image, random_gain, training_images
 from .workers import WorkerFailure, WorkerPool

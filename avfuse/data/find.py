@@ -18,7 +18,7 @@ from ..files import address, printable, some
 from ..progress import progress_bar
 from . import manifest, sounding_shapes
 from .clips import MEMORY
-from .decode import ClipError, Streams
+from .container import ClipError, Streams
 from .hold_out import Sides, hold_out
 from .listing import SOUNDS, SUFFIXES, Listing
 from .manifest import Manifest

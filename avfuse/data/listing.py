@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from ..files import leads_out, printable, some
-from .decode import ClipError
+from .container import ClipError
 from .table import Clip
 
 SUFFIXES = tuple(

@@ -18,7 +18,7 @@ from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 
 from ..files import address, aside, is_regular, leads_out, printable
-from .decode import ClipError, Part, Streams
+from .container import ClipError, Part, Streams
 from .listing import Listing, is_run
 from .remote import fetch_file
 from .table import Clip, has_other_size

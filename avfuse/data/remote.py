@@ -16,7 +16,8 @@ from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 from ..files import address
-from .decode import ClipError, ClipReader, Part
+from .container import ClipError, Part
+from .decode import ClipReader
 
 WAITS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each new try
 SILENCE = 20.0  # seconds without a byte before a try is given up

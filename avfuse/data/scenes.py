@@ -22,7 +22,8 @@ from ..checks import check_choice, check_count
 from ..files import inside, printable
 from ..inputs import InputSettings
 from .clips import Clip, ClipDataset, check_one_frame
-from .decode import EPSILON, MAX_PIXELS, ClipError, ClipReader
+from .container import MAX_PIXELS, ClipError
+from .decode import EPSILON, ClipReader
 from .find import Found
 from .transforms import cropped_image, random_gain, random_view
 

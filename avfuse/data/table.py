@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from ..files import address, leads_out, printable
-from .decode import ClipError, ClipReader, Part, Streams
+from .container import ClipError, Part, Streams
+from .decode import ClipReader
 from .remote import open_part
 
 KNOWN, VIDEO, AUDIO = 1, 2, 4  # flags of a clip's streams

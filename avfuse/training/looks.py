@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from ..data.clips import Clip, ClipDataset
-from ..data.decode import EPSILON, ClipError
+from ..data.container import ClipError
+from ..data.decode import EPSILON
 from ..data.scenes import View, consensus
 from ..data.sounding_shapes.read import Entry, is_built, read_manifest
 from ..data.sounding_shapes.truths import read_frame_masks

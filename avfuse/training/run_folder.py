@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from ..data.clips import Clip, Failure
-from ..data.decode import ClipError
+from ..data.container import ClipError
 from ..data.find import Found
 from ..data.hold_out import Sides, size_of
 from ..data.sets.folders import TESTS

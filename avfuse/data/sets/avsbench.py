@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from ...checks import check_choice
-from ..decode import ClipError
+from ..container import ClipError
 from ..scenes import Moment, PngMask, Scene, Scenes, check_file
 
 SUBSETS = {"S4": ("v1s",), "MS3": ("v1m",), "AVSS": ("v1s", "v1m", "v2")}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ...checks import check_choice
-from ..decode import ClipError
+from ..container import ClipError
 from ..listing import Listing, Row, check_fields, check_video, rows
 from ..scenes import Boxes, Moment, Scene, Scenes, check_file
 from .folders import SPLITS

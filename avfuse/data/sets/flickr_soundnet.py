@@ -7,7 +7,7 @@ flickr_test.csv of SLAVC names the 250 that are tested on, or else a share of al
 from pathlib import Path
 from xml.etree import ElementTree
 
-from ..decode import ClipError
+from ..container import ClipError
 from ..scenes import Boxes, Scenes, check_file
 from .boxed_pictures import read_pictures
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from ...files import inside
-from ..decode import ClipError
+from ..container import ClipError
 from ..listing import check_video
 from ..scenes import Boxes, Scenes
 from .boxed_pictures import read_pictures

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..decode import ClipError
+from ..container import ClipError
 from ..scenes import Moment, Scene, Scenes, View, check_file, check_size, consensus, nearest
 from .read import read_manifest, read_masks
 from .synthesis import SHAPES
