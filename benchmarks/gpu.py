@@ -72,7 +72,7 @@ PARTS = {
             f"{TINY} --rows none --compile no", "throughput-{device}-graph.json",
         ),
         Step(
-            "scaling", 140, "{python} benchmarks/scaling.py --seconds 3",
+            "scaling", 140, "{python} benchmarks/scaling.py --tokens 512 1024 2048 4096 --seconds 3",
             "--rows dense --tokens 512 1024 --modes forward --dim 16 --heads 1 --seconds 0",
             "scaling-{device}.json",
         ),

@@ -103,12 +103,16 @@ class Options(measure.Options):
     out: Path | None = None
     """File for the results. Default: benchmarks/results/throughput-DEVICE.json, with --compile
     throughput-DEVICE-compiled.json, with cuda-graph throughput-DEVICE-graph.json; of several frames
-    throughput-DEVICE-video16.json."""
+    throughput-DEVICE-video16.json, and of a --preset its name at the end."""
 
 
 def main(options: Options) -> dict:
     options = resolve(options)
     record = measure.begin_record("throughput", recorded(options), options.note)
+    if options.compile not in ENDINGS:
+        # All rows and batch sizes share the code of one forward: past the limit they would run as they are.
+        torch._dynamo.config.recompile_limit = 256
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
     models = {}
     for mode, batch in in_order(options):
         print(f"\n{mode}: {preset_of(options, mode)}, batch {batch}, {options.dtype}, {options.device}")
@@ -129,6 +133,7 @@ def resolve(options: Options) -> Options:
     options = options.on_device()
     name = f"throughput-{options.device}" + ENDINGS.get(options.compile, "-compiled")
     name += f"-video{options.frames}" if options.frames > 1 else ""
+    name += f"-{options.preset}" if options.preset else ""
     if options.compile == "cuda-graph" and options.device != "cuda":
         raise ValueError("--compile cuda-graph needs a CUDA device")
     if any(batch < 1 for batch in options.batch):

@@ -481,6 +481,7 @@ def test_results_say_where_they_come_from():
         ending = throughput.ENDINGS.get(settings.get("compile", "no"), "-compiled")
         ending += f"-video{settings['frames']}" if settings.get("frames", 1) > 1 else ""
         ending += "-frames" if settings.get("by") == "frames" else ""
+        ending += "-base" if "--preset base" in record["command"] else ""
         assert path.stem == f"{record['benchmark']}-{settings['device']}{ending}"
         assert {"command", "date", "commit", "machine", "versions", "note"} <= record.keys()
         assert "changes" not in record["commit"], f"{path.name}: measured on files never committed"

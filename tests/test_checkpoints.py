@@ -65,6 +65,19 @@ def test_latest_is_restored_and_old_ones_go(state, tmp_path):
     assert_equal(snapshot(state), truth)
 
 
+def test_counts_of_steps_stay_where_the_optimizer_has_them(state, tmp_path, monkeypatch):
+    """With several GPUs Accelerate would load them onto one, and each step would wait to read them."""
+    save_checkpoint(state[0], tmp_path, 1, keep=1)
+    places, load = [], Accelerator.load_state
+
+    def load_state(accelerator, folder, map_location=None):
+        places.append(map_location)
+        load(accelerator, folder, map_location=map_location)
+
+    monkeypatch.setattr(Accelerator, "load_state", load_state)
+    assert load_checkpoint(state[0], tmp_path) == 1 and places == ["cpu"]
+
+
 def test_one_alone_is_kept_where_that_is_asked(state, tmp_path):
     for step in (1, 2):
         save_checkpoint(state[0], tmp_path, step, keep=1)

@@ -651,6 +651,15 @@ def test_splitting_the_model_among_processes_is_refused(data, tmp_path, monkeypa
     assert not (tmp_path / "run").exists()
 
 
+def test_more_processes_than_gpus_are_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.MULTI_GPU)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="3 processes share 2 GPUs here: start one for each"):
+        main(tiny(data, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_restart_deletes_nothing_before_all_is_in_order(data, tmp_path):
     folder, config = tmp_path / "videos", tiny(tmp_path / "videos", tmp_path / "run", epochs=1)
     for name in "abcd":
@@ -672,7 +681,7 @@ def test_restart_deletes_nothing_before_all_is_in_order(data, tmp_path):
 
 def test_a_folder_whose_name_is_no_text(data, tmp_path):
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xff"))
-    with pytest.raises(ValueError, match=r"--run-dir .*r\\xff has a name that is not UTF-8"):
+    with pytest.raises(ValueError, match=r"--run-dir .*r\\udcff has a name that is not UTF-8"):
         main(tiny(data, folder))
     assert not folder.exists()
 

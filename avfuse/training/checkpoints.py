@@ -87,7 +87,8 @@ def load_checkpoint(accelerator: Accelerator, run: Path, average: nn.Module | No
     if checkpoint is None:
         return 0
     try:
-        accelerator.load_state(checkpoint)
+        # On a GPU, where Accelerate would put them, the counts of steps would be asked for by every step.
+        accelerator.load_state(checkpoint, map_location="cpu")
         if average is not None:
             average.load_state_dict(load_file(checkpoint / AVERAGE))
     except (OSError, pickle.UnpicklingError, SafetensorError, RuntimeError, KeyError, ValueError) as error:

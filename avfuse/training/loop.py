@@ -6,6 +6,7 @@ read, and stops with an explanation where it cannot go on.
 """
 
 import errno
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -126,6 +127,9 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
             f"{accelerator.distributed_type.value} splits the model among processes, which has never been "
             "tested here: configure Accelerate for DDP (accelerate launch --multi_gpu), or use torchrun"
         )
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if accelerator.distributed_type == DistributedType.MULTI_GPU and here > torch.cuda.device_count():
+        raise ValueError(f"{here} processes share {torch.cuda.device_count()} GPUs here: start one for each")
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError("gradient accumulation is a matter of --micro-batch: leave Accelerate's at 1")
     if config.precision == "fp16" and accelerator.device.type == "cpu":
