@@ -77,10 +77,10 @@ def tensors_of(content: object, what: str) -> StateDict:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """What was compiled, or handed to several processes, or averaged."""
-    for name in ("module", "_orig_mod"):
-        if isinstance(inner := getattr(module, name, None), nn.Module):
-            return unwrapped(inner)
+    """What was compiled, averaged, or handed to several processes: the one thing in it, by a known name."""
+    inside = dict(module.named_children())
+    if inside.keys() in ({"module"}, {"_orig_mod"}) and not [*module.parameters(recurse=False)]:
+        return unwrapped(*inside.values())
     return module
 
 

@@ -282,6 +282,14 @@ def test_the_grid_of_positions_is_that_of_their_transformer(saved, tmp_path):
             assert f"from {old[0]} x {old[1]} to {new[0]} x {new[1]} " in loaded.converted["pos_embed"]
 
 
+def test_what_only_looks_like_a_wrapper_loses_nothing():
+    """A module of a user that calls a transformer `module`, and has weights of its own."""
+    theirs = nn.Module()
+    theirs.module, theirs.scale = make_vit((3, 24, 96)), nn.Parameter(torch.ones(D))
+    with pytest.raises(ValueError, match="without a place: .*scale"):
+        load_image_weights(make_vit((3, 24, 96)), theirs, say=silent)
+
+
 def test_a_row_of_patches_is_no_class_token():
     """14 x 14 patches besides a class token without a position are one more than 15 x 13."""
     theirs = make_vit((3, 112, 112), class_token=True, no_embed_class=True)
