@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from .encoder import AVEncoder
+from .encoder import FEATURES, AVEncoder
 from .files import printable, some
 from .mae import AVMAE
 from .pretrained import CONFIG, file_at, license_parts, make_for, read_config, weights_at
@@ -30,7 +30,7 @@ def load_encoder(checkpoint: str | os.PathLike) -> AVEncoder:
     """
     path, named = Path(checkpoint), f"checkpoint {printable(checkpoint)}"
     if os.path.isfile(path):
-        return load_released(path, lambda weights: from_deepavfusion(encoder_weights(weights)))
+        return load_released(path)
     config = read_config(checkpoint)
     saved = config.get("class")
     if saved in ("AVEncoder", "AVMAE"):
@@ -47,14 +47,17 @@ def load_encoder(checkpoint: str | os.PathLike) -> AVEncoder:
     return encoder
 
 
-def load_released(path: str | os.PathLike, of_classifier: Callable[[dict], nn.Module]) -> nn.Module:
-    """The encoder in a file of released weights; what `of_classifier` makes of those of a classifier."""
+def load_released(
+    path: str | os.PathLike, of_classifier: Callable[[dict], nn.Module] | None = None
+) -> nn.Module:
+    """The encoder in a file of released weights; or what `of_classifier` makes of those of a classifier."""
     named = f"checkpoint {printable(path)}"
     try:
         weights = read_weights(path)
-        if any(name.endswith("_head.weight") for name in weights):
+        if of_classifier and any(f"{name}_head.weight" in weights for name in FEATURES):
             return of_classifier(weights)
-        model = from_deepavfusion(weights)
+        has_head = any(name.endswith("_head.weight") for name in weights)
+        model = from_deepavfusion(encoder_weights(weights) if has_head else weights)
     except ValueError as error:
         raise ValueError(f"{named} is no released DeepAVFusion model: {error}") from error
     encoder = getattr(model, "encoder", model)

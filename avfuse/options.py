@@ -103,7 +103,7 @@ class PredictConfig:
     """
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """A run folder, a saved model, or the name of one on the Hugging Face hub."""
+    """A run folder, a saved model, the name of one on the Hugging Face hub, or a file of released weights."""
     videos: Annotated[
         tyro.conf.Positional[tuple[Path, ...]],
         tyro.conf.arg(metavar="VIDEO...", help_behavior_hint="(required)"),

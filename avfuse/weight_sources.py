@@ -44,8 +44,9 @@ class ReadWeights(NamedTuple):
 def read(source) -> ReadWeights:
     """Weights, and what they say about themselves. No code in a file is run."""
     if isinstance(source, nn.Module):
+        config = getattr(source, "pretrained_cfg", None)  # of a wrapper, if it tells what is in it
         source = unwrapped(source)
-        config = getattr(source, "pretrained_cfg", None)
+        config = config or getattr(source, "pretrained_cfg", None)
         name, licence, family = timm_origin(config, type(source).__name__)
         made = made_by(source)
         own = made["inputs"]

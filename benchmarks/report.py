@@ -28,7 +28,7 @@ PAGES = tuple(benchmark.PAGE for benchmark in (study, synchrony, few_labels, eme
 PLACES = {  # how the name of a file ends, and how its tables are introduced
     "cpu": "CPU",
     "cpu-compiled": "CPU, torch.compile",
-    "cpu-base": "CPU, ViT-B, batch 4",
+    "cpu-base": "CPU, ViT-B",
     "cuda": "GPU",
     "cuda-compiled": "GPU, torch.compile",
     "cuda-graph": "GPU, each row a CUDA graph",

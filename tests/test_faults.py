@@ -213,9 +213,10 @@ def test_nobody_reads_what_is_printed(config, monkeypatch):
     def show(*_):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr(loop, "measure", show)
-    said = loop.program(config, Pretraining)
-    assert said == f"error: nobody reads what is printed any longer; the same command goes on ({config.run})"
+    said = "error: nobody reads what is printed any longer; the same command goes on"
+    for moment in "measure", "build":
+        monkeypatch.setattr(loop, moment, show)
+        assert loop.program(config, Pretraining) == said
 
 
 def test_every_step_draws_numbers_of_its_own_in_training_mode(config, monkeypatch):

@@ -673,9 +673,20 @@ def test_restart_deletes_nothing_before_all_is_in_order(data, tmp_path):
     with pytest.raises(ValueError, match="--restart does not delete links: .*faults is one"):
         main(replace(config, restart=True))
     (config.run / "faults").unlink()
-    shutil.copy(config.run / "model/model.safetensors", config.run)  # a model that a user saved there
-    with pytest.raises(ValueError, match="--restart would leave .*run/model.safetensors.* move it away"):
-        main(replace(config, restart=True))
+    assert rows(config.run) == before
+
+
+@pytest.mark.parametrize("options", [dict(), dict(restart=True), dict(epochs=3)])
+def test_a_model_that_would_be_loaded_in_place_of_the_one_that_is_trained(data, tmp_path, options):
+    """As `avfuse.load(run)` takes one that a user saved beside model/; without its config.json it is none."""
+    config = tiny(data, tmp_path / "run", epochs=1)
+    main(config)
+    before = rows(config.run)
+    shutil.copy(config.run / "model/model.safetensors", config.run)
+    assert check_run(replace(config, **options))
+    shutil.copy(config.run / "model/config.json", config.run)
+    with pytest.raises(ValueError, match="--run-dir .*run is the folder of a saved model .* move it away"):
+        main(replace(config, **options))
     assert rows(config.run) == before
 
 

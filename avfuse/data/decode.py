@@ -413,11 +413,14 @@ class ClipReader(ClipFile):
         """The packets, as far as they are whole: of FLAC those lack a time in which FFmpeg found a frame with
         a wrong sum, or bytes that belong to none; the headers of AAC without a container keep their rate.
         """
+        before = None
         for packet in packets:
             if self._format == "flac" and packet.size and packet.pts is None:
                 raise ValueError("the data are damaged: fetch it again")
             if self._format == "aac" and packet.size and (rate := adts_rate(packet)):
-                self._check_rate(rate, {self._rate, self._rate // 2})
+                if rate == before:  # one alone may be damaged
+                    self._check_rate(rate, {self._rate, self._rate // 2})
+                before = rate
             yield packet
 
     def _check_rate(self, rate: int, allowed: Collection[int]) -> None:

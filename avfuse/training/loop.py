@@ -53,6 +53,7 @@ from .steps import steps_of, stopping, sum_over_processes, train_step
 from .task import Run, Task
 
 EVALUATION_BATCH = 64
+UNREAD = "error: nobody reads what is printed any longer; the same command goes on"
 SPLITTING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 WAITING = timedelta(hours=6)  # for the process that scans the data, AudioSet for over one, or measures
 
@@ -65,6 +66,8 @@ def program(config: LoopConfig, kind: type[Task]) -> int | str:
     try:
         with together():
             run = set_up(config, kind)
+    except BrokenPipeError:
+        return UNREAD
     except (ValueError, OSError, RunError) as error:
         return f"error: {printable(error)}"
     except KeyboardInterrupt:
@@ -73,7 +76,7 @@ def program(config: LoopConfig, kind: type[Task]) -> int | str:
         with together():
             return train(run)
     except BrokenPipeError:
-        return f"error: nobody reads what is printed any longer; the same command goes on ({config.run})"
+        return UNREAD
     except (OSError, SafetensorError, RunError) as error:
         is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         where = f" ({config.run}); once there is room, the same command goes on" if is_full else ""
@@ -127,9 +130,10 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
             f"{accelerator.distributed_type.value} splits the model among processes, which has never been "
             "tested here: configure Accelerate for DDP (accelerate launch --multi_gpu), or use torchrun"
         )
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if accelerator.distributed_type == DistributedType.MULTI_GPU and here > torch.cuda.device_count():
-        raise ValueError(f"{here} processes share {torch.cuda.device_count()} GPUs here: start one for each")
+    processes, cards = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    has_its_own = cards == 1 and os.environ.get("CUDA_VISIBLE_DEVICES")  # each process another one, perhaps
+    if accelerator.distributed_type == DistributedType.MULTI_GPU and processes > cards and not has_its_own:
+        raise ValueError(f"{processes} processes share {cards} GPUs here: start one for each")
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError("gradient accumulation is a matter of --micro-batch: leave Accelerate's at 1")
     if config.precision == "fp16" and accelerator.device.type == "cpu":

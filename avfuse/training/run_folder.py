@@ -34,7 +34,7 @@ from ..files import (
     write_text,
 )
 from ..inputs import InputSettings
-from ..pretrained import WEIGHTS
+from ..pretrained import CONFIG, WEIGHTS
 from ..rules import marks, option
 from .checkpoints import list_checkpoints
 from .faults import RunError
@@ -59,6 +59,12 @@ def check_run(config: LoopConfig) -> LoopConfig:
     """
     check_place(config)
     before = read_run(config.run)
+    is_model = (config.run / WEIGHTS).is_file() and (config.run / CONFIG).is_file()
+    if is_model and not (before and file_of(config.run).name == CONFIG):
+        raise ValueError(
+            f"--run-dir {printable(config.run)} is the folder of a saved model ({WEIGHTS}), which would be "
+            "loaded in place of the one that is trained: move it away"
+        )
     if not before:
         check_no_remains(config)
         return config
@@ -110,11 +116,6 @@ def check_restart(config: LoopConfig) -> None:
     deleted = {(run / name).resolve() for name in CONTENTS}
     if checkpoint.exists() and (kept & deleted or checkpoint.resolve() == run.resolve()):
         raise ValueError(f"--restart would delete --checkpoint {printable(checkpoint)}")
-    if (run / "model").is_dir() and (run / WEIGHTS).exists():
-        raise ValueError(
-            f"--restart would leave {printable(run / WEIGHTS)}, which was saved into the folder of the run "
-            "and would be loaded in place of its new model: move it away"
-        )
     for name in (*CONTENTS, file_of(run).name):
         if (run / name).is_symlink():
             raise ValueError(f"--restart does not delete links: {printable(run / name)} is one")

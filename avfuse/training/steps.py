@@ -110,13 +110,13 @@ def backward(
     """
     accelerator = run.accelerator
     losses = torch.zeros(len(totals), device=accelerator.device)
-    for batch, count in zip(inputs, counts, strict=True):
+    shares = [[count[name] / max(1.0, total) for name, total in totals.items()] for count in counts]
+    shares = torch.tensor(shares, device=accelerator.device)  # once the GPU works, it would wait for that
+    for batch, share in zip(inputs, shares, strict=True):
         is_last = batch is inputs[-1]
-        shares = [count[name] / max(1.0, total) for name, total in totals.items()]
-        shares = torch.tensor(shares, device=accelerator.device)  # later, it would wait for the GPU
         with nullcontext() if is_last else accelerator.no_sync(run.model):
             means = run.task.losses(run.model, batch)
-            weighted = torch.stack([means[name] for name in totals]) * shares
+            weighted = torch.stack([means[name] for name in totals]) * share
             gradients_of = weighted.sum() * accelerator.num_processes  # over which they are averaged
             accelerator.backward(gradients_of)
         losses += weighted.detach()
