@@ -435,6 +435,18 @@ def test_batch_norm_of_one_clip_in_each_process_is_refused(folder, tmp_path, mon
     assert not config.run.exists()
 
 
+def test_running_statistics_are_averaged_as_weights_are(folder, tmp_path):
+    config = linear_probe()
+    config.checkpoint, config.data, config.run = "none", folder, tmp_path / "run"
+    config.batch_size, config.workers, config.ema = 4, 0, 0.75
+    run = set_up(config, Classification)
+    run.lock.close()
+    for mean in 1.0, 5.0:
+        run.task.model.image_norm.running_mean.fill_(mean)
+        run.average.update_parameters(run.task.model)
+    assert (run.average.module.image_norm.running_mean == 0.75 * 1 + 0.25 * 5).all()
+
+
 @pytest.mark.parametrize("probe", [False, True])
 def test_a_run_leaves_a_classifier_and_its_results(folder, tmp_path, probe):
     config = linear_probe() if probe else ClassifyConfig()

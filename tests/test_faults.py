@@ -5,14 +5,17 @@ import json
 import math
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from avfuse import AVMAE, training
 from avfuse.data import sounding_shapes
+from avfuse.files import read_rows
 from avfuse.tasks.localize import Localization
 from avfuse.tasks.options import LocalizeConfig, SegmentConfig
 from avfuse.tasks.segment import Segmentation
@@ -75,6 +78,13 @@ def send_at(monkeypatch, step, *numbers):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_and_resumes(config, tmp_path, monkeypatch, number, capfd):
+    open_board, boards = loop.Accelerator.init_trackers, []
+
+    def observe(accelerator, name, init_kwargs):
+        boards.append(init_kwargs["tensorboard"]["purge_step"])
+        open_board(accelerator, name, init_kwargs=init_kwargs)
+
+    monkeypatch.setattr(loop.Accelerator, "init_trackers", observe)
     with monkeypatch.context() as patch:
         send_at(patch, 3, number)
         assert main(config) == 128 + number
@@ -83,6 +93,7 @@ def test_asked_to_stop_it_saves_and_resumes(config, tmp_path, monkeypatch, numbe
     assert "stopped after step 3 of 4: the same command resumes" in out
     assert ("Ctrl-C again ends at once" in err) == (number == signal.SIGINT)
     assert main(config) == 0
+    assert boards == [0, 4]  # from this step on, TensorBoard forgets what it was told before
     interrupted, config.run = losses(config.run), tmp_path / "whole"
     assert main(config) == 0
     assert losses(config.run) == interrupted and sorted(interrupted) == [1, 2, 3, 4]
@@ -149,6 +160,38 @@ def test_asked_to_stop_while_the_last_step_is_saved(config, monkeypatch, number,
     assert main(config) == 0 and (config.run / "model").is_dir()
 
 
+def test_signals_wait_for_the_end_of_a_step_and_not_of_a_measure(config, monkeypatch):
+    config.measure_every, listening, seen, take = 2, [], [], loop.train_step
+
+    class Listening(Signals):
+        def __enter__(self):
+            listening.append(self)
+            return super().__enter__()
+
+    def take_step(run, step, *args):
+        seen.append((step, listening[0].at_once))
+        return take(run, step, *args)
+
+    monkeypatch.setattr(loop, "Signals", Listening)
+    monkeypatch.setattr(loop, "train_step", take_step)
+    monkeypatch.setattr(loop, "measure", lambda run, step, when: seen.append((when, listening[0].at_once)))
+    assert main(config) == 0
+    steps = [(step, False) for step in (1, 2, 3, 4)]
+    assert seen == [("before", True), *steps[:2], ("during", True), *steps[2:], ("after", True)]
+
+
+def test_a_step_is_measured_once_wherever_a_run_begins():
+    def measured(first_step, extended_at=0):
+        config = SimpleNamespace(measure_every=3)
+        run = SimpleNamespace(config=config, first_step=first_step, extended_at=extended_at)
+        return [step for step in range(first_step, 10) if loop.is_measured(run, step)]
+
+    assert measured(0) == [3, 6, 9]
+    assert measured(3) == [3, 6, 9]  # it was stopped before it measured
+    assert measured(6, extended_at=6) == [9]  # measured when the shorter run ended
+    assert measured(9, extended_at=6) == [9]
+
+
 def test_of_both_signals_that_of_the_scheduler_counts():
     ends = [loop.stopping(*heard) for heard in ((0, 0), (0, 1), (2, 0), (1, 1))]
     assert ends == [0, signal.SIGINT, signal.SIGTERM, signal.SIGTERM]
@@ -167,13 +210,32 @@ def test_signals_that_are_ignored_stay_so():
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_full_disk_names_the_run(config, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_names_the_run(config, monkeypatch, number):
     def write(*_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(loop.MetricsFile, "write", write)
+    monkeypatch.setattr(loop, "measure", write)
     said = loop.program(config, Pretraining)
-    assert "No space left on device" in said and str(config.run) in said and "goes on" in said
+    assert os.strerror(number) in said and str(config.run) in said and "goes on" in said
+
+
+@pytest.mark.parametrize(
+    ("fault", "end"),
+    [
+        (KeyboardInterrupt(), 130),
+        (RunError("a clip"), "error: a clip"),
+        (OSError("a disk"), "error: a disk"),
+        (ValueError("a setting"), "error: a setting"),
+    ],
+    ids=repr,
+)
+def test_faults_before_training_need_no_traceback(config, monkeypatch, fault, end):
+    def refuse(*_):
+        raise fault
+
+    monkeypatch.setattr(loop, "make_accelerator", refuse)
+    assert loop.program(config, Pretraining) == end
 
 
 def test_the_first_ctrl_c_is_answered_at_once(capfd):
@@ -219,7 +281,7 @@ def test_nobody_reads_what_is_printed(config, monkeypatch):
         assert loop.program(config, Pretraining) == said
 
 
-def test_every_step_draws_numbers_of_its_own_in_training_mode(config, monkeypatch):
+def test_every_step_draws_numbers_of_its_own_in_training_mode(config, tmp_path, monkeypatch):
     drawn, losses_of = [], Pretraining.losses
 
     def draw(task, model, inputs):
@@ -228,12 +290,15 @@ def test_every_step_draws_numbers_of_its_own_in_training_mode(config, monkeypatc
         return losses_of(task, model, inputs)
 
     monkeypatch.setattr(Pretraining, "losses", draw)
-    assert main(config) == 0
-    assert len(drawn) == len(set(drawn)) == 8  # four steps of two micro-batches
+    config.epochs = 1
+    for config.seed in 0, 1:
+        config.run = tmp_path / str(config.seed)
+        assert main(config) == 0
+    assert len(drawn) == len(set(drawn)) == 8  # of each seed two steps of two micro-batches
 
 
 def test_what_was_learned_before_too_many_clips_were_unreadable_is_saved(config, monkeypatch):
-    take = loop.train_step
+    config.checkpoint_every, config.keep_checkpoints, config.ema, take = 2, 2, 0.5, loop.train_step
 
     def take_until(stop):
         def take_step(run, step, *args):
@@ -246,7 +311,9 @@ def test_what_was_learned_before_too_many_clips_were_unreadable_is_saved(config,
             main(config)
         return [path.name for path in list_checkpoints(config.run)]
 
-    assert take_until(1) == [] and take_until(3) == ["step-00000002"]
+    assert take_until(1) == [] and take_until(4) == ["step-00000003", "step-00000002"]
+    monkeypatch.setattr(loop, "train_step", take)
+    assert main(config) == 0  # with the average of the weights, too
 
 
 def test_signals_are_as_they_were_afterwards():
@@ -296,7 +363,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(config, monkeypatch, 
     assert [len(batch["image"]) for batch in batches] == [2, 2] and not batches[0]["image"].isfinite().all()
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_update(config, monkeypatch):
+@pytest.mark.parametrize("fault", [OSError, SafetensorError])
+def test_a_gradient_that_is_not_finite_stops_before_the_update(config, monkeypatch, capsys, fault):
+    """Also where nothing can be left to debug from."""
+
+    def write(*_):
+        raise fault("the disk is full")
+
+    monkeypatch.setattr(training.steps, "write_fault", write)
     run = set_up(config, Pretraining)
     weight, losses_of = next(run.task.model.parameters()), run.task.losses
 
@@ -308,11 +382,15 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(config, monkeypat
     monkeypatch.setattr(run.task, "losses", steep)
     with pytest.raises(RunError, match=r"step 1: the loss is \d\S*, the gradient norm (nan|inf); nothing"):
         loop.train(run)
+    assert "process-0 could not be written: the disk is full" in capsys.readouterr().out
     assert all(torch.equal(before[name], x) for name, x in run.task.model.state_dict().items())
 
 
-def test_gradients_of_fp16_may_overflow_until_scaling_is_not_to_blame(config, monkeypatch):
-    """Updates are left out while the scale goes down from 4; at 1/2 the gradients themselves are at fault."""
+@pytest.mark.parametrize(("more", "stop"), [(0.0, 4), (math.nan, 1)])
+def test_gradients_of_fp16_may_overflow_until_scaling_is_not_to_blame(config, monkeypatch, more, stop):
+    """Updates are left out while the scale goes down from 4; at 1/2 the gradients themselves are at fault. A
+    loss is never to be excused.
+    """
     make = loop.make_accelerator
 
     def make_accelerator(config):
@@ -325,12 +403,15 @@ def test_gradients_of_fp16_may_overflow_until_scaling_is_not_to_blame(config, mo
     weight, losses_of = next(run.task.model.parameters()), run.task.losses
 
     def steep(*args):
-        return {n: mean + (weight - weight.detach()).sum().sqrt() for n, mean in losses_of(*args).items()}
+        nothing = (weight - weight.detach()).sum().sqrt() + more
+        return {name: mean + nothing for name, mean in losses_of(*args).items()}
 
     before = {name: tensor.clone() for name, tensor in run.task.model.state_dict().items()}
     monkeypatch.setattr(run.task, "losses", steep)
-    with pytest.raises(RunError, match=r"step 4: the loss is \d\S*, the gradient norm (nan|inf); nothing"):
+    with pytest.raises(RunError, match=rf"step {stop}: the loss is \S+, the gradient norm (nan|inf);"):
         loop.train(run)
+    recorded = [row["grad_norm"] for row in read_rows(config.run / "metrics.jsonl") if "loss" in row]
+    assert recorded == [None] * (stop - 1)
     assert all(torch.equal(before[name], x) for name, x in run.task.model.state_dict().items())
 
 

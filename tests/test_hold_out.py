@@ -295,6 +295,17 @@ def test_what_is_held_out_is_said_first(folder):
         assert ("training clips themselves" in said[-1]) == isinstance(config, ClassifyConfig)
 
 
+def test_clips_are_looked_for_as_the_settings_say(folder, tmp_path, monkeypatch):
+    given, nothing = {}, Found([], [], "", [], 0, {})
+    monkeypatch.setattr(
+        "avfuse.training.task.find_data", lambda *_, **options: given.update(options) or nothing
+    )
+    asked = dict(data_set="folder", train_split="a", missing="keep", test_share=0.3, seed=5, workers=3)
+    options = dict(checkpoint="none", run=tmp_path / "run", quiet=True, clip_timeout=7.0)
+    Task.find(ClassifyConfig(data=folder, **asked, **options), print)
+    assert given.items() >= (asked | dict(timeout=7.0, progress=False)).items()
+
+
 @pytest.mark.parametrize("name", ["test", "val", "validation", "eval"])
 def test_a_folder_that_names_them_is_taken_at_its_word(folder, tmp_path, name):
     shutil.copytree(folder, tmp_path / "train")
@@ -411,6 +422,7 @@ def test_a_task_tests_on_no_clip_that_its_encoder_was_trained_on(folder, pretrai
     held = (pretrained / "held-out.txt").read_text().splitlines()
     assert [str(clip.path) for clip in found.test] == held and len(found.train) == 10 - len(held)
     assert said[0].endswith("(10 clips stay on the side that they had)")
+    assert not any("WARNING" in line for line in said)  # of an encoder that was trained on all clips
     assert found.test_name == "held-out clips (a share of 0.2, seed 0)"
 
 

@@ -56,7 +56,7 @@ def environment() -> dict[str, str]:
 
 def losses(run) -> dict[int, list[float]]:
     rows = read_rows(run / "metrics.jsonl")
-    names = ("loss", "image_loss", "audio_loss", "grad_norm", "lr")
+    names = ("loss", "image_loss", "audio_loss", "grad_norm", "lr", "clips")
     return {row["step"]: [row[name] for name in names] for row in rows if "loss" in row}
 
 

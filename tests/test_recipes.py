@@ -24,6 +24,7 @@ from avfuse.training import plan as plans
 from avfuse.training.length import with_enough_steps
 from avfuse.training.plan import PUBLISHED_CLIPS, make_model, plan
 from avfuse.training.recipes import PRESETS, TrainConfig, parse
+from avfuse.training.run_folder import former_settings
 from avfuse.training.settings import (
     Schedule,
     checked,
@@ -342,7 +343,9 @@ def test_a_small_data_set_gets_more_epochs():
     given = with_enough_steps(replace(default, warmup_epochs=3, given=("warmup_epochs",)), 3)
     assert (given.epochs, given.warmup_epochs) == (small.epochs, 3)
     assert with_enough_steps(default, 130).epochs == 120 and with_enough_steps(default, 256) == default
-    for asked in replace(default, epochs=10), replace(default, min_steps=0):  # as they were ordered
+    assert with_enough_steps(replace(default, min_steps=241), 130).epochs == 121  # of two steps
+    preset = checked(parse)(["--preset", "audioset"])  # of 200 epochs
+    for asked in replace(default, epochs=10), replace(default, min_steps=0), preset:  # as they were ordered
         assert with_enough_steps(asked, 3) == asked
 
 
@@ -355,6 +358,27 @@ def test_epochs_that_are_given_are_an_order_be_they_the_default(read, written):
     assert settings_of(asked) == settings_of(default)  # else a run would be refused to go on
 
 
+def test_what_may_change_when_a_run_is_resumed_is_how_it_is_carried_out():
+    config = TrainConfig(data=Path("videos"))
+    free = dict(data=Path("moved"), run=Path("elsewhere"), restart=True, quiet=True, epochs=99)
+    free |= dict(warmup_epochs=9, micro_batch=1, grad_checkpointing=True, workers=0, threads=1)
+    free |= dict(clip_timeout=9.0, max_unreadable=0.5)
+    free |= dict(measure_every=7, checkpoint_every=7, keep_checkpoints=7)
+    fixed = dict(batch_size=7, base_lr=0.1, lr_scaling="linear", weight_decay=0.1, layer_decay=0.5)
+    fixed |= dict(clip_grad=0.0, ema=0.5, precision="bf16", frames=3, pair_bias="time", missing="keep")
+    fixed |= dict(test_share=0.5, seed=7)
+    truth = settings_of(config, fixed=True)
+    for name, value in (free | fixed).items():
+        changed = settings_of(replace(config, **{name: value}), fixed=True)
+        assert (changed == truth) == (name in free), name
+
+
+def test_runs_of_before_go_on_as_they_began():
+    former = former_settings(TrainConfig(), dict(settings=dict(frames=4)))
+    began = dict(lr_scaling="linear", min_steps=0, test_share=0.0, norm_eps=1e-5, pair_bias="")
+    assert former.items() >= began.items() and "frames" not in former
+
+
 def test_the_rate_of_an_extended_run_rises_to_that_of_a_longer_one():
     rates = [warmup_cosine(step, 10, 200, extended_at=100) for step in range(200)]
     assert rates[:100] == [warmup_cosine(step, 10, 100) for step in range(100)]
@@ -365,6 +389,7 @@ def test_the_rate_of_an_extended_run_rises_to_that_of_a_longer_one():
 
 def test_a_small_data_set_shrinks_the_batch_but_every_process_needs_a_clip():
     assert schedule_of(replace(TrainConfig(), batch_size=64), 5).batch_size == 5
+    assert schedule_of(replace(TrainConfig(), micro_batch=16), 5, processes=2).micro_batch == 3
     with pytest.raises(ValueError, match="--batch-size 3 leaves some of the 4 processes without a clip"):
         schedule_of(TrainConfig(), 3, processes=4)
     assert Schedule(clips=8, epochs=1, batch_size=4, micro_batch=4, processes=4).steps == 2

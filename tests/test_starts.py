@@ -87,6 +87,10 @@ def test_what_decoders_see_goes_on(folder, tmp_path, capsys):
     run = loop.set_up(TrainConfig(run=tmp_path / "run", **settings), Pretraining)
     run.lock.close()
     assert run.task.model.settings["decode_from"] == "fusion" and run.task.has_unused_parameters
+    assert run.accelerator.ddp_handler.find_unused_parameters
+    run = loop.set_up(TrainConfig(run=tmp_path / "other", data=folder, workers=0), Pretraining)
+    run.lock.close()
+    assert run.accelerator.ddp_handler is None  # to look for them takes time in every step
 
 
 def test_of_the_model_of_a_task_pretraining_takes_the_encoder(folder, tmp_path, capsys):

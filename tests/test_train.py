@@ -7,8 +7,10 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,7 +113,8 @@ def test_rows_tell_the_epoch_of_their_step(finished):
 
 
 def test_the_last_step_is_measured_once(data, tmp_path):
-    main(tiny(data, tmp_path / "run", epochs=1, measure_every=1, probe_clips=1))
+    main(tiny(data, tmp_path / "run", epochs=1, measure_every=1, probe_clips=1, keep_checkpoints=1))
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000002"]
     moments = [(row["when"], row["step"]) for row in rows(tmp_path / "run") if "when" in row]
     assert moments == [("before", 0), ("during", 1), ("after", 2)]
 
@@ -216,17 +219,26 @@ def test_a_run_that_has_not_ended_is_not_extended(finished, tmp_path):
         main(config)
 
 
-def test_three_clips_are_gone_through_often_enough(tmp_path, capsys):
+def test_three_clips_are_gone_through_often_enough(tmp_path, capsys, monkeypatch):
+    shares = []
+    monkeypatch.setattr(loop, "share_cores", lambda *given: shares.append(given))
     for name in "abc":
         write_video(tmp_path / "videos" / f"{name}.mp4")
     config = replace(tiny(tmp_path / "videos", tmp_path / "run"), epochs=60, warmup_epochs=6, min_steps=70)
-    run = loop.set_up(replace(config, batch_size=64), Pretraining)
+    config = replace(config, batch_size=64)
+    run = loop.set_up(replace(config, threads=3), Pretraining)
     said = capsys.readouterr().out
+    assert shares == [(3, 0)]  # threads of torch, beside no workers
+    assert run.optimizer.defaults["betas"] == (0.9, 0.95)  # as of MAE
     assert "70 epochs instead of 60, so that there are --min-steps 70" in said and run.schedule.steps == 70
     assert "learning rate 0.00032: with batches below 64 it falls by the square root" in said
     assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["epochs"] == 70
     run.lock.close()
-    assert loop.set_up(replace(config, batch_size=64), Pretraining).schedule.steps == 70  # the same command
+    again = loop.set_up(config, Pretraining)  # the same command
+    other = loop.set_up(replace(config, seed=1, run=tmp_path / "other"), Pretraining)
+    assert again.schedule.steps == 70
+    hashes = [weights_hash(begun.task.model) for begun in (run, again, other)]
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_a_run_on_other_data_is_not_offered_for_deletion(finished, tmp_path):
@@ -300,7 +312,7 @@ def test_restart_keeps_what_no_run_wrote(finished, tmp_path):
     config = replace(finished, run=tmp_path / "run", epochs=1)
     main(config)
     (config.run / "notes.txt").write_text("precious")
-    main(replace(config, restart=True, seed=1))
+    main(replace(config, restart=True, seed=1, max_unreadable=0.0))
     assert (config.run / "notes.txt").exists()
     assert sorted(losses(config.run)) == [1, 2]
 
@@ -370,14 +382,46 @@ def test_clip_that_breaks_after_the_scan_is_left_out(tmp_path, monkeypatch):
     assert bad["path"] == str(paths[1])
 
 
-def test_the_learning_rate_goes_on_in_a_step_without_clips(tmp_path):
+def test_the_learning_rate_goes_on_in_a_step_without_clips(tmp_path, monkeypatch):
     paths = [write_video(tmp_path / "videos" / f"{name}.mp4") for name in "abc"]
-    config = tiny(tmp_path / "videos", tmp_path / "run", epochs=1, batch_size=1, measure_every=0)
+    options = dict(epochs=1, batch_size=1, measure_every=0, checkpoint_every=100)
+    config = tiny(tmp_path / "videos", tmp_path / "run", **options)
     run = loop.set_up(config, Pretraining)
     paths[1].write_bytes(b"")  # that of the second step
+    take = loop.train_step
+
+    def take_step(run, step, batches, signals, progress):
+        signals.save = step == 2
+        return take(run, step, batches, signals, progress)
+
+    monkeypatch.setattr(loop, "train_step", take_step)
     loop.train(run)
     rates = {row["step"]: row["lr"] for row in rows(config.run) if "loss" in row}
     assert rates == {1: pytest.approx(rates[3] / 3), 3: rates[3]}  # of a warm-up of three steps
+    assert [path.name for path in list_checkpoints(config.run)] == ["step-00000003", "step-00000002"]
+
+
+def test_a_clip_that_breaks_among_those_to_test_on_is_named(tmp_path):
+    paths = [write_video(tmp_path / "videos" / f"{name}.mp4") for name in ("train/a", "test/b", "test/c")]
+    run = loop.set_up(tiny(tmp_path / "videos", tmp_path / "run", epochs=1, measure_every=0), Pretraining)
+    paths[1].write_bytes(b"")
+    loop.train(run)
+    (bad,) = read_rows(run.config.run / "quarantine.jsonl")
+    assert (bad["path"], bad["when"]) == (str(paths[1]), "before")
+
+
+def test_clips_are_judged_in_batches_of_those_that_fit_in_memory(monkeypatch):
+    loader = SimpleNamespace(batches=iter)
+    monkeypatch.setattr(loop, "make_loader", lambda *args, **options: nullcontext(loader))
+    run = SimpleNamespace(task=None, config=None, found=SimpleNamespace(test=None), schedule=None)
+
+    def batches(clips, micro_batch):
+        run.schedule = SimpleNamespace(micro_batch=micro_batch)
+        return [[index for _, index in batch] for batch in loop.evaluation_batches(run, range(clips))]
+
+    assert batches(5, 2) == [[0, 1], [2, 3], [4]] and batches(3, 64) == [[0, 1, 2]]
+    assert list(map(len, batches(150, 1000))) == [64, 64, 22]
+    assert batches(0, 2) == []  # of a process beyond the last clip
 
 
 def test_a_clip_changed_in_place_is_named_on_resume(tmp_path, capsys):
@@ -497,10 +541,13 @@ def test_bfloat16_trains_to_nearly_the_same_and_is_judged_in_float32(finished, t
     assert losses(tmp_path / "run") != losses(finished.run)
 
 
-def test_gradients_are_clipped(data, tmp_path, monkeypatch):
-    """What the optimizer is given has the norm that is allowed; what is recorded is the norm before."""
+@pytest.mark.parametrize("allowed", [0.01, 0.0])
+def test_gradients_are_clipped(data, tmp_path, monkeypatch, allowed):
+    """What the optimizer is given has the norm that is allowed, with 0 any; what is recorded is the norm
+    before.
+    """
     norms = []
-    run = loop.set_up(tiny(data, tmp_path / "run", clip_grad=0.01), Pretraining)
+    run = loop.set_up(tiny(data, tmp_path / "run", clip_grad=allowed, epochs=1), Pretraining)
     step = run.optimizer.step
 
     def observe():
@@ -510,8 +557,9 @@ def test_gradients_are_clipped(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(run.optimizer, "step", observe)
     loop.train(run)
-    assert norms == pytest.approx([0.01] * 6, rel=1e-3)
-    assert all(row["grad_norm"] > 0.1 for row in rows(tmp_path / "run") if "loss" in row)
+    recorded = [row["grad_norm"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert len(recorded) == 2 and all(norm > 0.1 for norm in recorded)
+    assert norms == pytest.approx([allowed] * 2 if allowed else recorded, rel=1e-3)
 
 
 def test_the_average_of_the_weights_is_what_is_kept(data, tmp_path, monkeypatch):
@@ -563,6 +611,9 @@ def test_pretrained_transformers_begin_with_their_weights_and_are_ramped(data, t
         assert torch.equal(branches["image"].state_dict()[name], tensor)
     ramped = {id(p) for group in run.optimizer.param_groups if group["ramp"] for p in group["params"]}
     assert ramped == {id(p) for p in branches["image"].parameters() if p.requires_grad}
+    rates = [group["lr"] for group in run.optimizer.param_groups if not group["ramp"]]
+    assert rates == pytest.approx([1.5e-3 / 4 / 2] * len(rates))  # of the first of two steps of warm-up
+    assert {group["lr"] for group in run.optimizer.param_groups if group["ramp"]} == {0.0}
     loop.train(run)
     factors = [raised_warmup_cosine(step, 2, 6) / warmup_cosine(step, 2, 6) for step in range(6)]
     assert factors == pytest.approx([0.0, 0.25, 0.75, 1.0, 1.0, 1.0])  # half a cosine over 3 of 6 steps
@@ -645,8 +696,18 @@ def test_restart_takes_config_json_for_a_runs_only_if_it_is(finished, tmp_path):
 
 
 def test_splitting_the_model_among_processes_is_refused(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
-    with pytest.raises(ValueError, match="FSDP splits the model.* configure Accelerate for DDP .* torchrun"):
+    for kind in DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM:
+        monkeypatch.setattr(Accelerator, "distributed_type", kind)
+        said = f"{kind.value} splits the model.* configure Accelerate for DDP .* torchrun"
+        with pytest.raises(ValueError, match=said):
+            main(tiny(data, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_accumulation_by_accelerate_is_refused(data, tmp_path, monkeypatch):
+    """Which would divide every loss."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    with pytest.raises(ValueError, match="gradient accumulation is a matter of --micro-batch"):
         main(tiny(data, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
@@ -674,6 +735,8 @@ def test_restart_deletes_nothing_before_all_is_in_order(data, tmp_path):
         main(replace(config, restart=True))
     (config.run / "faults").unlink()
     assert rows(config.run) == before
+    run = loop.set_up(replace(config, restart=True, max_unreadable=0.2, epochs=2), Pretraining)
+    assert rows(config.run) == [] and not run.extended_at  # 1 of 5 is no more than 0.2
 
 
 @pytest.mark.parametrize("options", [dict(), dict(restart=True), dict(epochs=3)])
@@ -818,6 +881,9 @@ def test_before_a_run_was_extended_its_rates_were_those_of_the_shorter_one(rate)
         (dict(warmup_epochs=4), "--warmup-epochs 4 are more than --epochs 3"),
         (dict(image_weights=Path("nowhere.safetensors")), "--image-weights nowhere.safetensors"),
         (dict(base_lr=-1.0), "--base-lr"),
+        (dict(weight_decay=-1.0), "--weight-decay"),
+        (dict(clip_grad=-1.0), "--clip-grad"),  # which would turn every gradient round
+        (dict(layer_decay=0.0), "--layer-decay"),
         (dict(fusion_layers=(4,)), "fusion_layers"),
         (dict(image_mask_ratio=1.0), "image_mask_ratio"),
         (dict(decoder_heads=5), "decoder_heads"),
