@@ -134,9 +134,11 @@ def test_arrays_are_read_as_files_of_them(encoder, tmp_path):
 
 def test_pictures_may_have_sound(encoder, files):
     pixels = np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)
-    rows = [{"image": Image.fromarray(pixels)}, {"image": Image.fromarray(pixels), "audio": str(files[1])}]
+    picture, sound = Image.fromarray(pixels), str(files[1])
+    rows = [{"image": picture}, {"image": picture.convert("RGBA")}, {"image": picture, "audio": sound}]
     image = evaluation_image(torch.from_numpy(pixels).permute(2, 0, 1), INPUTS)[None]
-    for audio, embedding in zip((None, read_clip(files[1], INPUTS).audio), embed(encoder, rows), strict=True):
+    sounds = None, None, read_clip(sound, INPUTS).audio
+    for audio, embedding in zip(sounds, embed(encoder, rows), strict=True):
         assert embedding == pytest.approx(expected(encoder, image, audio), abs=1e-5)
 
 

@@ -436,7 +436,8 @@ def test_other_weights_make_another_recording(cuda):
 
 def test_calls_of_another_kind_are_told_apart(monkeypatch):
     x = torch.ones(2)
-    calls = [dict(x=x), dict(y=x), dict(x=x.double()), dict(x=x[:1]), dict(x=x.to("meta")), dict(x=x, way=1)]
+    calls = [dict(x=x), dict(y=x), dict(x=x.double()), dict(x=x[:1]), dict(x=x.to("meta"))]
+    calls += [dict(x=x, way=1), dict(x=x, way=2)]
     kinds = {kind_of_call(call) for call in calls}
     try:
         torch.use_deterministic_algorithms(True)
