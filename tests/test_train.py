@@ -712,6 +712,17 @@ def test_accumulation_by_accelerate_is_refused(data, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_restart_is_refused_for_no_more_unreadable_clips_than_a_start():
+    """In floating point 0.29 * 100 is less than 29."""
+    found = SimpleNamespace(train=["a"], test=["b"], unreadable=[None] * 29, looked_at=100)
+    kind, main_process = SimpleNamespace(find=lambda *_: found), SimpleNamespace(is_main_process=True)
+    config = SimpleNamespace(restart=True, max_unreadable=0.29)
+    assert loop.look_for_clips(config, main_process, kind) is found
+    found.unreadable.append(None)
+    with pytest.raises(ValueError, match="30 of 100 clips cannot be read"):
+        loop.look_for_clips(config, main_process, kind)
+
+
 def test_more_processes_than_gpus_are_refused(data, tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.MULTI_GPU)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -38,7 +38,15 @@ from ..progress import progress_bar
 from .checkpoints import load_checkpoint, save_checkpoint
 from .faults import STOPPING, RunError, Signals, memory_advice, outlive_requests, together
 from .length import settle_length
-from .run_folder import MetricsFile, Quarantine, TooManyUnreadable, begin_run, check_run, write_sides
+from .run_folder import (
+    MetricsFile,
+    Quarantine,
+    TooManyUnreadable,
+    are_too_many,
+    begin_run,
+    check_run,
+    write_sides,
+)
 from .settings import (
     FRESH,
     LoopConfig,
@@ -146,7 +154,7 @@ def look_for_clips(config: LoopConfig, accelerator: Accelerator, kind: type[Task
     found = kind.find(config, partial(tell, accelerator)) if accelerator.is_main_process else None
     (found,) = broadcast_object_list([found])
     check_found(found)
-    if config.restart and len(found.unreadable) > config.max_unreadable * found.looked_at:
+    if config.restart and are_too_many(len(found.unreadable), config.max_unreadable, found.looked_at):
         raise ValueError(
             f"{len(found.unreadable)} of {found.looked_at} clips cannot be read, more than --max-unreadable "
             f"{config.max_unreadable:g}: nothing was deleted"

@@ -405,6 +405,11 @@ class TooManyUnreadable(RunError):
     """More clips could not be read than a run may lose."""
 
 
+def are_too_many(unreadable: int, share: float, clips: int) -> bool:
+    """Whether these are more than a share of the clips; 29 are no more than 0.29 of 100."""
+    return unreadable > share * clips + 1e-6
+
+
 class Quarantine:
     """Names and counts the clips that could not be read; they are left out of their batch, never replaced.
 
@@ -435,7 +440,7 @@ class Quarantine:
                 self.say(failure)
             if self.active and path not in self.written:
                 append_row(self.path, dict(when=when, path=path, reason=failure.reason))
-        if len(self.reasons) > self.max_share * self.clips + 1e-6:  # 29 are no more than 0.29 of 100
+        if are_too_many(len(self.reasons), self.max_share, self.clips):
             share = math.ceil(100 * len(self.reasons) / self.clips) / 100
             raise TooManyUnreadable(
                 f"{len(self.reasons)} of {self.clips} clips could not be read, more than --max-unreadable "
